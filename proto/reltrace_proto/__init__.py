@@ -1,0 +1,1 @@
+"""The wire of reltrace: stubs generated from `reltrace/v1/*.proto`."""

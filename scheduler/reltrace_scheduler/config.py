@@ -1,0 +1,38 @@
+"""What an operator can set, as one documented dataclass."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Bounds and times of the queue."""
+
+    lease: float = 30.0
+    """Seconds after which an unrenewed lease is lost."""
+
+    result_ttl: float = 3600.0
+    """Seconds that results of a finished submission are kept without acknowledgement."""
+
+    max_lost_leases: int = 3
+    """A job that loses this many leases is quarantined."""
+
+    max_jobs: int = 100_000
+    """Jobs that may be queued or leased at a time."""
+
+    max_bytes: int = 1 << 30
+    """Bytes of their specifications."""
+
+    @property
+    def heartbeat(self) -> float:
+        """Seconds between a worker's heartbeats: two may be missed."""
+        return self.lease / 3
+
+
+MAX_JOBS_PER_REQUEST = 1000
+MAX_REQUEST_BYTES = 16 << 20
+MAX_PROMPT_BYTES = 1 << 20
+MAX_TARGETS_PER_JOB = 1024
+
+# Above our own limit, so that an over-long message gets an error that names it; what is
+# longer still is refused by gRPC itself with RESOURCE_EXHAUSTED.
+MAX_TRANSPORT_BYTES = 64 << 20

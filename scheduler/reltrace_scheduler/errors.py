@@ -1,0 +1,100 @@
+"""Every error the scheduler answers with, as one flat module.
+
+Handlers raise these; `interceptor.ErrorInterceptor` is the one place that turns them
+into gRPC statuses with ``google.rpc`` details.
+"""
+
+from dataclasses import dataclass
+
+import grpc
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One fault of a request: where it is and what is allowed there."""
+
+    field: str
+    description: str
+
+
+class SchedulerError(Exception):
+    """Base of all errors that have a gRPC status.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong and what to do about it, for a person.
+    violations : tuple of Violation
+        Sent as ``google.rpc.BadRequest``.
+    retry_after : float or None
+        Seconds, sent as ``google.rpc.RetryInfo``.
+    """
+
+    code = grpc.StatusCode.INTERNAL
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        violations: tuple[Violation, ...] = (),
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.violations = violations
+        self.retry_after = retry_after
+
+
+class InvalidRequestError(SchedulerError):
+    """The request is malformed; `violations` names every fault."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, *violations: Violation) -> None:
+        message = "; ".join(f"{v.field}: {v.description}" for v in violations)
+        super().__init__(message, violations=violations)
+
+
+class UnknownModelError(SchedulerError):
+    """No worker has ever served a model of that name."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+    def __init__(self, *violations: Violation) -> None:
+        message = "; ".join(f"{v.field}: {v.description}" for v in violations)
+        super().__init__(message, violations=violations)
+
+
+class UnknownSubmissionError(SchedulerError):
+    """The submission never was, has expired, or was acknowledged whole."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+    def __init__(self, submission_id: str) -> None:
+        violation = Violation(
+            "submission_id",
+            f"no submission {submission_id!r}: unknown, expired or acknowledged",
+        )
+        super().__init__(f"{violation.field}: {violation.description}", violations=(violation,))
+
+
+class QueueFullError(SchedulerError):
+    """The bound on jobs or bytes is reached; nothing was accepted."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after=1.0)
+
+
+class UnavailableError(SchedulerError):
+    """Redis is away, or no worker has connected yet: the same call may succeed later."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after=0.5)
+
+
+class StartError(Exception):
+    """The scheduler can not start; the message says what to change."""

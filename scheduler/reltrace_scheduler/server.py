@@ -1,0 +1,137 @@
+"""Puts the scheduler together and runs it."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+from redis.exceptions import RedisError
+from reltrace_proto.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    trace_pb2,
+    trace_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+
+from .config import MAX_TRANSPORT_BYTES, Settings
+from .errors import StartError
+from .interceptor import ErrorInterceptor
+from .models import Models
+from .reaper import Reaper
+from .services.admin import AdminService
+from .services.trace import TraceService
+from .services.worker import WorkerService
+from .store.connection import Connection
+from .store.keys import Keys
+from .store.queue import Queue
+from .store.registry import Registry
+from .store.results import Results
+from .store.signals import Signals
+
+log = structlog.get_logger()
+
+SERVICES = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (trace_pb2, "TraceService"),
+        (worker_pb2, "WorkerService"),
+        (admin_pb2, "AdminService"),
+    )
+)
+
+_STOP_GRACE = 2.0
+"""Seconds for calls under way; streams to workers and clients are cut and resumed."""
+
+_HEALTH_PERIOD = 1.0
+
+
+@asynccontextmanager
+async def serving(connection: Connection, listen: str, settings: Settings) -> AsyncIterator[str]:
+    """Serve until the block ends; gives the address that clients use.
+
+    Raises
+    ------
+    StartError
+        The address can not be bound.
+    """
+    redis, keys = connection.redis, Keys()
+    queue, results = Queue(redis, settings, keys), Results(redis, keys)
+    registry, signals = Registry(redis, keys), Signals(redis, keys)
+    models = Models(registry)
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        options=[
+            ("grpc.max_receive_message_length", MAX_TRANSPORT_BYTES),
+            ("grpc.max_send_message_length", MAX_TRANSPORT_BYTES),
+            # Two schedulers on one port would share its connections at random.
+            ("grpc.so_reuseport", 0),
+            # Finds peers that vanished without closing.
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ],
+    )
+    trace_pb2_grpc.add_TraceServiceServicer_to_server(
+        TraceService(queue, results, registry, models, signals, settings, keys), server
+    )
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(
+        WorkerService(queue, registry, signals, settings, keys), server
+    )
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(
+        AdminService(redis, queue, registry, settings), server
+    )
+    status = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    reflection.enable_server_reflection(
+        [*SERVICES, HEALTH_NAME, reflection.SERVICE_NAME], server
+    )
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise StartError(f"--listen {listen}: the address is in use or not ours") from error
+    await server.start()
+    tasks = [
+        asyncio.create_task(signals.run()),
+        asyncio.create_task(Reaper(queue, registry, settings).run()),
+        asyncio.create_task(_report_health(connection, status)),
+    ]
+    try:
+        yield f"{listen.rpartition(':')[0]}:{port}"
+    finally:
+        await status.enter_graceful_shutdown()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.stop(_STOP_GRACE)
+
+
+async def _report_health(connection: Connection, status: health.HealthServicer) -> None:
+    """Serve NOT_SERVING, per service and in all, while Redis does not answer."""
+    while True:
+        try:
+            await connection.redis.ping()
+            state = health_pb2.HealthCheckResponse.SERVING
+        except (RedisError, OSError):
+            state = health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *SERVICES):
+            await status.set(service, state)
+        await asyncio.sleep(_HEALTH_PERIOD)
+
+
+async def until_asked_to_stop() -> None:
+    """Wait for SIGINT or SIGTERM."""
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(number, asked.set)
+    await asked.wait()

@@ -1,0 +1,137 @@
+"""TraceService: what clients call."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
+
+from ..config import MAX_JOBS_PER_REQUEST, Settings
+from ..errors import InvalidRequestError, UnknownSubmissionError, Violation
+from ..models import Models
+from ..store.keys import Keys
+from ..store.queue import Queue
+from ..store.registry import Registry
+from ..store.results import Results
+from ..store.signals import Signals, wait
+from ..validation import check_submission
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_MESSAGE_BYTES = 1 << 20
+"""A message is sent once it holds this much, or nothing more is there."""
+
+_LOOK_AGAIN = 1.0
+"""Seconds between looks at the store while no signal comes."""
+
+
+class TraceService(trace_pb2_grpc.TraceServiceServicer):
+    """Accepts jobs and hands out their results."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        results: Results,
+        registry: Registry,
+        models: Models,
+        signals: Signals,
+        settings: Settings,
+        keys: Keys,
+    ) -> None:
+        self._queue = queue
+        self._results = results
+        self._registry = registry
+        self._models = models
+        self._signals = signals
+        self._settings = settings
+        self._keys = keys
+
+    async def SubmitJobs(  # noqa: N802
+        self, request: trace_pb2.SubmitJobsRequest, context: Context
+    ) -> trace_pb2.SubmitJobsResponse:
+        known = await self._models.get(*(job.model for job in request.jobs))
+        jobs = check_submission(request, known)
+        submission = await self._queue.submit(jobs, request.idempotency_key)
+        return trace_pb2.SubmitJobsResponse(
+            submission_id=submission.id,
+            job_ids=submission.job_ids,
+            deduplicated=submission.deduplicated,
+        )
+
+    async def StreamResults(  # noqa: N802
+        self, request: trace_pb2.StreamResultsRequest, context: Context
+    ) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
+        submission = request.submission_id
+        entry, chunk = request.after_entry, request.after_chunk
+        with self._signals.listen(self._keys.done(submission)) as signal:
+            while True:
+                progress = await self._results.progress(submission)
+                if progress is None:
+                    raise UnknownSubmissionError(submission)
+                if progress.ended > entry:
+                    async for message in self._messages(submission, entry, chunk):
+                        yield message
+                        entry = message.events[-1].entry
+                    chunk = 0
+                elif entry >= progress.jobs:
+                    return
+                else:
+                    await wait(signal, _LOOK_AGAIN)
+
+    async def _messages(
+        self, submission: str, entry: int, chunk: int
+    ) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
+        message, size = trace_pb2.StreamResultsResponse(), 0
+        async for stored in self._results.read(submission, entry, chunk):
+            if size + len(stored.data) > _MESSAGE_BYTES and size:
+                yield message
+                message, size = trace_pb2.StreamResultsResponse(), 0
+            event = message.events.add(entry=stored.entry)
+            event.chunk.MergeFromString(stored.data)
+            size += len(stored.data)
+        if size:
+            yield message
+
+    async def AcknowledgeResults(  # noqa: N802
+        self, request: trace_pb2.AcknowledgeResultsRequest, context: Context
+    ) -> trace_pb2.AcknowledgeResultsResponse:
+        await self._results.acknowledge(request.submission_id, request.through_entry)
+        return trace_pb2.AcknowledgeResultsResponse()
+
+    async def GetJobs(  # noqa: N802
+        self, request: trace_pb2.GetJobsRequest, context: Context
+    ) -> trace_pb2.GetJobsResponse:
+        if len(request.job_ids) > MAX_JOBS_PER_REQUEST:
+            raise InvalidRequestError(
+                Violation("job_ids", f"names more than {MAX_JOBS_PER_REQUEST} jobs")
+            )
+        found = await self._queue.jobs(request.job_ids)
+        # A job that is unknown, expired or acknowledged has no state.
+        return trace_pb2.GetJobsResponse(
+            jobs=[
+                trace_pb2.JobStatus(
+                    job_id=job.job_id,
+                    state=types_pb2.JobState.Value(f"JOB_STATE_{job.state}"),
+                    attempt=job.attempt,
+                    worker_id=job.worker,
+                )
+                if job
+                else trace_pb2.JobStatus(job_id=job_id)
+                for job_id, job in zip(request.job_ids, found, strict=True)
+            ]
+        )
+
+    async def ListModels(  # noqa: N802
+        self, request: trace_pb2.ListModelsRequest, context: Context
+    ) -> trace_pb2.ListModelsResponse:
+        models = await self._models.get()
+        alive = await self._registry.workers(seen_since=time.time() - self._settings.lease)
+        return trace_pb2.ListModelsResponse(
+            models=[
+                trace_pb2.ServedModel(
+                    model=info, workers=sum(worker.model == name for worker in alive)
+                )
+                for name, info in models.items()
+            ]
+        )

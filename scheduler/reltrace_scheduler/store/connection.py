@@ -1,0 +1,67 @@
+"""Connecting to Redis, and refusing one that can not do the work."""
+
+import re
+from dataclasses import dataclass
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import AuthenticationError, RedisError
+
+from ..errors import StartError
+
+OLDEST = (6, 2)
+"""XAUTOCLAIM and XTRIM MINID came with Redis 6.2."""
+
+_TIMEOUT = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A Redis that answers and is new enough."""
+
+    redis: "redis.asyncio.Redis"
+    version: str
+
+
+async def connect(url: str) -> Connection:
+    """Connect and check the version.
+
+    Raises
+    ------
+    StartError
+        The URL is malformed, nothing answers, the password is wrong, or the server is
+        older than 6.2. The message shows the URL without its password.
+    """
+    shown = re.sub(r"(?<=:)[^:/@]+(?=@)", "***", url)
+    try:
+        client = redis.asyncio.Redis.from_url(
+            url,
+            decode_responses=False,
+            socket_timeout=_TIMEOUT,
+            socket_connect_timeout=_TIMEOUT,
+            health_check_interval=15,
+            # One quick try again: a longer wait belongs to the caller, who is told.
+            retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 1),
+        )
+    except ValueError as error:
+        raise StartError(f"--redis {shown}: {error}") from error
+    try:
+        info = await client.info("server")
+    except AuthenticationError as error:
+        await client.aclose()
+        raise StartError(f"--redis {shown}: {error}") from error
+    except (RedisError, OSError) as error:
+        await client.aclose()
+        raise StartError(f"Redis at {shown} can not be reached: {error}") from error
+    version = str(info["redis_version"])
+    if parse_version(version) < OLDEST:
+        await client.aclose()
+        raise StartError(f"Redis at {shown} is {version}; reltrace needs 6.2 or newer")
+    return Connection(client, version)
+
+
+def parse_version(text: str) -> tuple[int, int]:
+    """Return (major, minor) of a version such as ``7.0.15``."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -1,0 +1,84 @@
+"""Results of ended jobs, read in order and freed once the client has them."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+
+from .keys import Keys
+from .records import StoredChunk
+from .scripts import Scripts
+
+_PAGE = 128
+"""Entries read at a time; inline chunks are at most 64 KiB, so a page is at most 8 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a submission is."""
+
+    jobs: int
+    ended: int
+
+
+class Results:
+    """The results stream of each submission."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._scripts = Scripts(redis)
+
+    async def progress(self, submission_id: str) -> Progress | None:
+        """Return how far a submission is; None when it is unknown."""
+        row: Any = await self._redis.hmget(self._keys.submission(submission_id), "jobs", "ended")
+        return Progress(int(row[0]), int(row[1])) if row[0] is not None else None
+
+    async def read(
+        self, submission_id: str, after_entry: int, after_chunk: int
+    ) -> AsyncIterator[StoredChunk]:
+        """Yield what is there after a position, in order: the same bytes every time.
+
+        Parameters
+        ----------
+        after_entry : int
+            The last entry that was read whole; 0: none.
+        after_chunk : int
+            How many chunks of the entry after that were read.
+        """
+        stream = self._keys.results(submission_id)
+        while True:
+            page: Any = await self._redis.xrange(stream, f"({after_entry}-0", "+", count=_PAGE)
+            for entry_id, fields in page:
+                entry = int(entry_id.partition(b"-")[0])
+                skip, after_chunk = after_chunk, 0
+                if b"c" in fields:
+                    if skip == 0:
+                        yield StoredChunk(entry, 1, fields[b"c"])
+                else:
+                    async for chunk in self._read_list(entry, fields[b"l"], skip):
+                        yield chunk
+                after_entry = entry
+            if len(page) < _PAGE:
+                return
+
+    async def _read_list(self, entry: int, key: bytes, skip: int) -> AsyncIterator[StoredChunk]:
+        # One chunk at a time: what the reader has not taken stays in Redis.
+        number = skip
+        while True:
+            data: Any = await self._redis.lindex(key.decode(), number)
+            if data is None:
+                return
+            number += 1
+            yield StoredChunk(entry, number, data)
+
+    async def acknowledge(self, submission_id: str, through_entry: int) -> int:
+        """Free results up to and including an entry; return how many there were."""
+        freed = await self._scripts(
+            "acknowledge",
+            [self._keys.results(submission_id), self._keys.submission(submission_id)],
+            self._keys.prefix,
+            through_entry,
+        )
+        return int(freed)

@@ -1,0 +1,167 @@
+"""Checks of what a client submits, against what the model's workers announced.
+
+What only the tokenizer can tell (is the prompt too long, is the target one token) is
+checked by the worker; the job then fails with the same kind of violations.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from reltrace_proto.v1 import trace_pb2, types_pb2
+
+from .config import MAX_JOBS_PER_REQUEST, MAX_PROMPT_BYTES, MAX_TARGETS_PER_JOB
+from .errors import InvalidRequestError, UnavailableError, UnknownModelError, Violation
+from .store.records import NewJob
+
+_RESULT_DTYPES = {
+    types_pb2.SCALAR_TYPE_UNSPECIFIED,
+    types_pb2.SCALAR_TYPE_FLOAT32,
+    types_pb2.SCALAR_TYPE_BFLOAT16,
+    types_pb2.SCALAR_TYPE_FLOAT16,
+}
+_MAX_KEY = 128
+
+
+def check_submission(
+    request: trace_pb2.SubmitJobsRequest, models: Mapping[str, types_pb2.ModelInfo]
+) -> list[NewJob]:
+    """Check a request and return its jobs.
+
+    Raises
+    ------
+    InvalidRequestError
+        With one violation per fault, ``jobs[3].prompt`` and the like.
+    UnknownModelError
+        No worker has ever served a model that is named.
+    UnavailableError
+        No worker has connected yet, so that no model is known.
+    """
+    if len(request.idempotency_key) > _MAX_KEY:
+        raise InvalidRequestError(
+            Violation("idempotency_key", f"is longer than {_MAX_KEY} characters")
+        )
+    if not request.jobs:
+        raise InvalidRequestError(Violation("jobs", "is empty; send at least one job"))
+    if len(request.jobs) > MAX_JOBS_PER_REQUEST:
+        raise InvalidRequestError(
+            Violation(
+                "jobs", f"has {len(request.jobs)} jobs; at most {MAX_JOBS_PER_REQUEST} are allowed"
+            )
+        )
+    if not models:
+        raise UnavailableError("no worker has connected yet, so no model is served; try again")
+    unknown = [
+        Violation(f"jobs[{index}].model", fault)
+        for index, job in enumerate(request.jobs)
+        if (fault := _model_fault(job.model, models))
+    ]
+    if unknown:
+        raise UnknownModelError(*unknown)
+    jobs, violations = [], []
+    for index, spec in enumerate(request.jobs):
+        model = models[spec.model] if spec.model else next(iter(models.values()))
+        faults = list(_faults(spec, model))
+        violations += [Violation(f"jobs[{index}].{v.field}", v.description) for v in faults]
+        if not faults:
+            spec.model = model.name
+            jobs.append(NewJob(model.name, spec.SerializeToString()))
+    if violations:
+        raise InvalidRequestError(*violations)
+    return jobs
+
+
+def _model_fault(name: str, models: Mapping[str, types_pb2.ModelInfo]) -> str:
+    served = ", ".join(sorted(models))
+    if not name:
+        return "" if len(models) == 1 else f"is empty, and several models are served: {served}"
+    return "" if name in models else f"{name!r} is not served; served: {served}"
+
+
+def _faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
+    yield from _input_faults(spec, model)
+    for index, site in enumerate(spec.sites):
+        if site not in model.sites:
+            yield Violation(f"sites[{index}]", _not_among(site, model.sites))
+        elif site in spec.sites[:index]:
+            yield Violation(f"sites[{index}]", f"{site!r} is named twice")
+    if spec.rule and spec.rule not in model.rules:
+        yield Violation("rule", _not_among(spec.rule, model.rules))
+    if spec.reduction and spec.reduction not in model.reductions:
+        yield Violation("reduction", _not_among(spec.reduction, model.reductions))
+    if spec.dtype not in _RESULT_DTYPES:
+        yield Violation("dtype", "is not one of float32, bfloat16, float16")
+    if len(spec.targets) > MAX_TARGETS_PER_JOB:
+        yield Violation(
+            "targets", f"has {len(spec.targets)}; at most {MAX_TARGETS_PER_JOB} are allowed"
+        )
+    for index, target in enumerate(spec.targets):
+        for fault in _target_faults(target, spec, model):
+            yield Violation(f"targets[{index}].{fault.field}", fault.description)
+
+
+def _input_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
+    match spec.WhichOneof("input"):
+        case "prompt":
+            if not spec.prompt:
+                yield Violation("prompt", "is empty")
+            elif (size := len(spec.prompt.encode())) > MAX_PROMPT_BYTES:
+                yield Violation(
+                    "prompt", f"is {size} bytes long; at most {MAX_PROMPT_BYTES} are allowed"
+                )
+        case "input_ids":
+            ids = spec.input_ids.ids
+            if not ids:
+                yield Violation("input_ids", "is empty")
+            elif len(ids) > model.context_length:
+                yield Violation(
+                    "input_ids",
+                    f"has {len(ids)} tokens; {model.name} takes at most {model.context_length}",
+                )
+            bad = next((i for i, token in enumerate(ids) if token >= model.vocab_size), None)
+            if bad is not None:
+                yield Violation(f"input_ids[{bad}]", _out_of_range(ids[bad], model))
+        case _:
+            yield Violation("prompt", "is missing: give a prompt or input_ids")
+
+
+def _target_faults(
+    target: types_pb2.Target, spec: types_pb2.JobSpec, model: types_pb2.ModelInfo
+) -> Iterator[Violation]:
+    for field in ("token", "contrast"):
+        if target.HasField(field):
+            ref: types_pb2.TokenRef = getattr(target, field)
+            match ref.WhichOneof("token"):
+                case "id" if ref.id >= model.vocab_size:
+                    yield Violation(field, _out_of_range(ref.id, model))
+                case "text" if not ref.text:
+                    yield Violation(field, "is empty text")
+                case None:
+                    yield Violation(field, "names no token: give its text or its id")
+    if target.HasField("continuation"):
+        others = [f for f in ("token", "contrast", "position") if target.HasField(f)]
+        if others:
+            yield Violation("continuation", f"can not be combined with {', '.join(others)}")
+        match target.continuation.WhichOneof("tokens"):
+            case "ids":
+                ids = target.continuation.ids.ids
+                bad = next((token for token in ids if token >= model.vocab_size), None)
+                if bad is not None:
+                    yield Violation("continuation", _out_of_range(bad, model))
+                if not ids:
+                    yield Violation("continuation", "is empty")
+            case "text" if not target.continuation.text:
+                yield Violation("continuation", "is empty")
+            case None:
+                yield Violation("continuation", "names no tokens: give their text or their ids")
+    length = len(spec.input_ids.ids)
+    if length and target.HasField("position") and not -length <= target.position < length:
+        yield Violation(
+            "position", f"{target.position} is outside of the {length} tokens of input_ids"
+        )
+
+
+def _out_of_range(token: int, model: types_pb2.ModelInfo) -> str:
+    return f"token id {token} is not in 0..{model.vocab_size - 1} of {model.name}"
+
+
+def _not_among(name: str, allowed: Iterable[str]) -> str:
+    return f"{name!r} is not one of {', '.join(allowed)}"
