@@ -9,11 +9,11 @@ from typing import Annotated
 import structlog
 import typer
 
-from .config import Settings
-from .embedded import EmbeddedRedis
-from .errors import StartError
-from .server import serving, until_asked_to_stop
-from .store.connection import connect
+from reltrace_scheduler.config import Settings
+from reltrace_scheduler.embedded import EmbeddedRedis
+from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.server import serving, until_asked_to_stop
+from reltrace_scheduler.store.connection import connect
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

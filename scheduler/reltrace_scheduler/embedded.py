@@ -24,8 +24,8 @@ from typing import Any
 
 import redis
 
-from .errors import StartError
-from .store.connection import OLDEST, parse_version
+from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.store.connection import OLDEST, parse_version
 
 _START_DEADLINE = 60.0
 """Seconds for a start; loading a large append-only file takes time."""

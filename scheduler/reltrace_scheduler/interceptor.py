@@ -14,9 +14,14 @@ from redis.exceptions import BusyLoadingError, ReadOnlyError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from .config import MAX_REQUEST_BYTES
-from .errors import InvalidRequestError, SchedulerError, UnavailableError, Violation
-from .utf8 import undecodable_field
+from reltrace_scheduler.config import MAX_REQUEST_BYTES
+from reltrace_scheduler.errors import (
+    InvalidRequestError,
+    SchedulerError,
+    UnavailableError,
+    Violation,
+)
+from reltrace_scheduler.utf8 import undecodable_field
 
 log = structlog.get_logger()
 

@@ -4,7 +4,7 @@ import time
 
 from reltrace_proto.v1 import types_pb2
 
-from .store.registry import Registry
+from reltrace_scheduler.store.registry import Registry
 
 _FRESH = 1.0
 """Seconds."""

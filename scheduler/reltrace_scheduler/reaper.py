@@ -8,11 +8,11 @@ from google.rpc import code_pb2
 from redis.exceptions import RedisError
 from reltrace_proto.v1 import types_pb2
 
-from .config import Settings
-from .store.keys import REAPER
-from .store.queue import Queue
-from .store.records import Condemned, Lease, NewChunk
-from .store.registry import Registry
+from reltrace_scheduler.config import Settings
+from reltrace_scheduler.store.keys import REAPER
+from reltrace_scheduler.store.queue import Queue
+from reltrace_scheduler.store.records import Condemned, Lease, NewChunk
+from reltrace_scheduler.store.registry import Registry
 
 log = structlog.get_logger()
 

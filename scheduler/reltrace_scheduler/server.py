@@ -22,20 +22,21 @@ from reltrace_proto.v1 import (
     worker_pb2_grpc,
 )
 
-from .config import MAX_TRANSPORT_BYTES, Settings
-from .errors import StartError
-from .interceptor import ErrorInterceptor
-from .models import Models
-from .reaper import Reaper
-from .services.admin import AdminService
-from .services.trace import TraceService
-from .services.worker import WorkerService
-from .store.connection import Connection
-from .store.keys import Keys
-from .store.queue import Queue
-from .store.registry import Registry
-from .store.results import Results
-from .store.signals import Signals
+from reltrace_scheduler.config import MAX_TRANSPORT_BYTES, Settings
+from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.interceptor import ErrorInterceptor
+from reltrace_scheduler.models import Models
+from reltrace_scheduler.reaper import Reaper
+from reltrace_scheduler.services.admin import AdminService
+from reltrace_scheduler.services.trace import TraceService
+from reltrace_scheduler.services.worker import WorkerService
+from reltrace_scheduler.store.connection import Connection
+from reltrace_scheduler.store.keys import Keys
+from reltrace_scheduler.store.queue import Queue
+from reltrace_scheduler.store.registry import Registry
+from reltrace_scheduler.store.results import Results
+from reltrace_scheduler.store.signals import Signals
+from reltrace_scheduler.tasks import end
 
 log = structlog.get_logger()
 
@@ -92,9 +93,7 @@ async def serving(connection: Connection, listen: str, settings: Settings) -> As
     )
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
-    reflection.enable_server_reflection(
-        [*SERVICES, HEALTH_NAME, reflection.SERVICE_NAME], server
-    )
+    reflection.enable_server_reflection([*SERVICES, HEALTH_NAME, reflection.SERVICE_NAME], server)
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:
@@ -109,9 +108,7 @@ async def serving(connection: Connection, listen: str, settings: Settings) -> As
         yield f"{listen.rpartition(':')[0]}:{port}"
     finally:
         await status.enter_graceful_shutdown()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)
         await server.stop(_STOP_GRACE)
 
 

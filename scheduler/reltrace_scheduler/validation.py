@@ -8,9 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
-from .config import MAX_JOBS_PER_REQUEST, MAX_PROMPT_BYTES, MAX_TARGETS_PER_JOB
-from .errors import InvalidRequestError, UnavailableError, UnknownModelError, Violation
-from .store.records import NewJob
+from reltrace_scheduler.config import MAX_JOBS_PER_REQUEST, MAX_PROMPT_BYTES, MAX_TARGETS_PER_JOB
+from reltrace_scheduler.errors import (
+    InvalidRequestError,
+    UnavailableError,
+    UnknownModelError,
+    Violation,
+)
+from reltrace_scheduler.store.records import NewJob
 
 _RESULT_DTYPES = {
     types_pb2.SCALAR_TYPE_UNSPECIFIED,

@@ -9,11 +9,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio import Redis
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, types_pb2
 
-from .. import __version__
-from ..config import Settings
-from ..store.queue import Queue
-from ..store.records import QueueRecord
-from ..store.registry import Registry
+from reltrace_scheduler import __version__
+from reltrace_scheduler.config import Settings
+from reltrace_scheduler.store.queue import Queue
+from reltrace_scheduler.store.records import QueueRecord
+from reltrace_scheduler.store.registry import Registry
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -7,15 +7,15 @@ from typing import Any
 import grpc
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
-from ..config import MAX_JOBS_PER_REQUEST, Settings
-from ..errors import InvalidRequestError, UnknownSubmissionError, Violation
-from ..models import Models
-from ..store.keys import Keys
-from ..store.queue import Queue
-from ..store.registry import Registry
-from ..store.results import Results
-from ..store.signals import Signals, wait
-from ..validation import check_submission
+from reltrace_scheduler.config import MAX_JOBS_PER_REQUEST, Settings
+from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
+from reltrace_scheduler.models import Models
+from reltrace_scheduler.store.keys import Keys
+from reltrace_scheduler.store.queue import Queue
+from reltrace_scheduler.store.registry import Registry
+from reltrace_scheduler.store.results import Results
+from reltrace_scheduler.store.signals import Signals, wait
+from reltrace_scheduler.validation import check_submission
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -12,13 +12,14 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
-from ..config import Settings
-from ..errors import InvalidRequestError, Violation
-from ..store.keys import REAPER, Keys, submission_of
-from ..store.queue import LOST, STORED, Queue
-from ..store.records import Lease, NewChunk, WorkerRecord
-from ..store.registry import Registry
-from ..store.signals import Signals, wait
+from reltrace_scheduler.config import Settings
+from reltrace_scheduler.errors import InvalidRequestError, Violation
+from reltrace_scheduler.store.keys import REAPER, Keys, submission_of
+from reltrace_scheduler.store.queue import LOST, STORED, Queue
+from reltrace_scheduler.store.records import Lease, NewChunk, WorkerRecord
+from reltrace_scheduler.store.registry import Registry
+from reltrace_scheduler.store.signals import Signals, wait
+from reltrace_scheduler.tasks import end
 
 log = structlog.get_logger()
 
@@ -96,9 +97,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 if task.done() and not task.cancelled():
                     task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(tasks)
 
 
 def _report(

@@ -8,7 +8,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import AuthenticationError, RedisError
 
-from ..errors import StartError
+from reltrace_scheduler.errors import StartError
 
 OLDEST = (6, 2)
 """XAUTOCLAIM and XTRIM MINID came with Redis 6.2."""

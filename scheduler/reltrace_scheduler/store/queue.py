@@ -8,10 +8,10 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from ..config import Settings
-from ..errors import QueueFullError
-from .keys import GROUP, REAPER, Keys, submission_of
-from .records import (
+from reltrace_scheduler.config import Settings
+from reltrace_scheduler.errors import QueueFullError
+from reltrace_scheduler.store.keys import GROUP, REAPER, Keys, submission_of
+from reltrace_scheduler.store.records import (
     Condemned,
     JobRecord,
     Lease,
@@ -21,7 +21,7 @@ from .records import (
     QueueRecord,
     Submission,
 )
-from .scripts import Scripts
+from reltrace_scheduler.store.scripts import Scripts
 
 LOST, STORED = 0, 1
 """Outcomes of `Queue.commit` per chunk."""

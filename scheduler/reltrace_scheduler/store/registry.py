@@ -5,9 +5,9 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from .keys import GROUP, Keys
-from .records import WorkerRecord
-from .scripts import Scripts
+from reltrace_scheduler.store.keys import GROUP, Keys
+from reltrace_scheduler.store.records import WorkerRecord
+from reltrace_scheduler.store.scripts import Scripts
 
 
 class Registry:

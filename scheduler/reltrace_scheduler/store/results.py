@@ -6,9 +6,9 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from .keys import Keys
-from .records import StoredChunk
-from .scripts import Scripts
+from reltrace_scheduler.store.keys import Keys
+from reltrace_scheduler.store.records import StoredChunk
+from reltrace_scheduler.store.scripts import Scripts
 
 _PAGE = 128
 """Entries read at a time; inline chunks are at most 64 KiB, so a page is at most 8 MiB."""

@@ -9,7 +9,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from .keys import Keys
+from reltrace_scheduler.store.keys import Keys
 
 log = structlog.get_logger()
 

@@ -81,7 +81,7 @@ for i = 5, #ARGV, 6 do
                 redis.call("XACK", queue, group, job[4])
                 redis.call("XDEL", queue, job[4])
                 redis.call("HINCRBY", KEYS[1], "jobs", -1)
-                redis.call("HINCRBY", KEYS[1], "bytes", -tonumber(job[6]))
+                redis.call("HINCRBY", KEYS[1], "bytes", 0 - tonumber(job[6]))
                 redis.call("HINCRBY", KEYS[2], state, 1)
                 if entry == tonumber(redis.call("HGET", submission, "jobs")) then
                     expire(sub, submission, results)

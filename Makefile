@@ -1,0 +1,52 @@
+# reltrace: `make demo` shows it, `make test` proves it. Everything goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PROJECTS := $(wildcard */pyproject.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test lint proto model clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.setup ## install reltrace into .venv, versions pinned
+
+setup-dev: $(VENV)/.setup-dev ## the same, with what the tests need
+
+$(VENV)/.setup: constraints.txt $(PROJECTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "reltrace needs Python 3.11 or newer; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (torch alone takes a minute) ..."
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation --editable proto --editable 'client[plot]' --editable scheduler --editable worker
+	@# lxt names requirements that its rules do not use and that break transformers on a CPU.
+	@$(PIP) --no-deps lxt
+	@touch $@
+
+$(VENV)/.setup-dev: $(VENV)/.setup tests/requirements.txt
+	@$(PIP) --requirement tests/requirements.txt
+	@touch $@
+
+demo: $(VENV)/.setup ## trace the example sentence through the whole service: out/trace.png
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh deploy/demo.sh out
+
+test: $(VENV)/.setup-dev lint ## lint, types, and all tests but the long ones
+	@$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.setup-dev ## ruff, mypy and buf
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@cd proto && ../$(BIN)/buf lint
+
+proto: $(VENV)/.setup-dev ## generate the stubs from the .proto files
+	@$(BIN)/python proto/generate.py
+
+model: $(VENV)/.setup ## train the demo model again (minutes)
+	@$(BIN)/python -m reltrace_worker.demo.train
+
+clean: ## remove .venv and everything generated
+	@rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis

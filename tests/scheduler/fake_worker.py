@@ -1,0 +1,69 @@
+import asyncio
+from dataclasses import dataclass, field
+
+import grpc
+from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
+
+MODEL = types_pb2.ModelInfo(
+    name="m",
+    vocab_size=100,
+    context_length=8,
+    sites=["embed", "resid"],
+    rules=["attnlrp"],
+    reductions=["token"],
+)
+
+
+@dataclass
+class FakeWorker:
+    """Speaks the worker's side of the wire; runs nothing."""
+
+    channel: grpc.aio.Channel
+    worker_id: str = "w1"
+    model: types_pb2.ModelInfo = field(default_factory=lambda: MODEL)
+
+    async def connect(self) -> worker_pb2.Welcome:
+        self.call = worker_pb2_grpc.WorkerServiceStub(self.channel).Work()
+        await self.send(hello=worker_pb2.Hello(worker_id=self.worker_id, model=self.model))
+        return (await self.receive("welcome")).welcome
+
+    async def send(self, **message: object) -> None:
+        await self.call.write(worker_pb2.WorkRequest(**message))
+
+    async def receive(self, kind: str) -> worker_pb2.WorkResponse:
+        async with asyncio.timeout(10):
+            response = await self.call.read()
+        assert response is not grpc.aio.EOF, await self.call.details()
+        assert response.WhichOneof("message") == kind
+        return response
+
+    async def lease(self, jobs: int) -> list[worker_pb2.Lease]:
+        """Ask for jobs until so many are leased."""
+        await self.send(ready=worker_pb2.Ready(jobs=jobs))
+        leased: list[worker_pb2.Lease] = []
+        while len(leased) < jobs:
+            leased += (await self.receive("leases")).leases.leases
+        return leased
+
+    async def finish(
+        self, leases: list[worker_pb2.Lease], data: bytes = b"", number: int = 1
+    ) -> None:
+        """End jobs with one chunk each."""
+        await self.send(
+            results=worker_pb2.Results(
+                id=7,
+                chunks=[ended(lease.job_id, lease.attempt, data, number) for lease in leases],
+            )
+        )
+
+
+def ended(job_id: str, attempt: int, data: bytes = b"", number: int = 1) -> worker_pb2.LeasedChunk:
+    return worker_pb2.LeasedChunk(
+        attempt=attempt,
+        chunk=types_pb2.ResultChunk(
+            job_id=job_id,
+            number=number,
+            tensors=[types_pb2.TensorPiece(site="resid", data=data)],
+            end=types_pb2.JobEnd(state=types_pb2.JOB_STATE_SUCCEEDED, attempt=attempt),
+        ),
+    )

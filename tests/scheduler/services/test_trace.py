@@ -1,0 +1,267 @@
+import asyncio
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from grpc_status import rpc_status
+from reltrace_proto.v1 import trace_pb2, types_pb2
+from reltrace_scheduler.config import MAX_REQUEST_BYTES
+from scheduler.fake_worker import MODEL, FakeWorker
+
+JobSpec = types_pb2.JobSpec
+SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
+
+
+def submission(*jobs: JobSpec, key: str = "") -> trace_pb2.SubmitJobsRequest:
+    return trace_pb2.SubmitJobsRequest(jobs=jobs, idempotency_key=key)
+
+
+def details(error: grpc.aio.AioRpcError, kind: type) -> list:
+    """Details of a status that are of one kind."""
+    status = rpc_status.from_call(error)
+    assert status is not None
+    found = []
+    for packed in status.details:
+        detail = kind()
+        if packed.Unpack(detail):
+            found.append(detail)
+    return found
+
+
+def fields(error: grpc.aio.AioRpcError) -> list[str]:
+    return [v.field for bad in details(error, BadRequest) for v in bad.field_violations]
+
+
+async def collect(client, submission_id: str, after: int = 0, chunk: int = 0) -> list:
+    request = trace_pb2.StreamResultsRequest(
+        submission_id=submission_id, after_entry=after, after_chunk=chunk
+    )
+    async with asyncio.timeout(20):
+        return [
+            event async for message in client.StreamResults(request) for event in message.events
+        ]
+
+
+async def test_a_job_from_submission_to_acknowledgement(client, worker: FakeWorker) -> None:
+    answer = await client.SubmitJobs(submission(JobSpec(prompt="a"), JobSpec(prompt="b")))
+    leases = await worker.lease(2)
+    assert [lease.spec.prompt for lease in leases] == ["a", "b"]
+    assert {lease.spec.model for lease in leases} == {"m"}
+    await worker.finish(leases, b"data")
+
+    events = await collect(client, answer.submission_id)
+
+    assert [event.entry for event in events] == [1, 2]
+    assert [event.chunk.job_id for event in events] == list(answer.job_ids)
+    assert {event.chunk.tensors[0].data for event in events} == {b"data"}
+    assert await collect(client, answer.submission_id) == events
+    await client.AcknowledgeResults(
+        trace_pb2.AcknowledgeResultsRequest(submission_id=answer.submission_id, through_entry=2)
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(client, answer.submission_id)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert fields(caught.value) == ["submission_id"]
+
+
+async def test_results_are_streamed_as_they_come(client, worker: FakeWorker) -> None:
+    answer = await client.SubmitJobs(submission(JobSpec(prompt="a"), JobSpec(prompt="b")))
+    first, second = await worker.lease(2)
+    stream = client.StreamResults(
+        trace_pb2.StreamResultsRequest(submission_id=answer.submission_id)
+    )
+    await worker.finish([second])
+    async with asyncio.timeout(10):
+        assert (await stream.read()).events[0].chunk.job_id == second.job_id
+        await worker.finish([first])
+        assert (await stream.read()).events[0].chunk.job_id == first.job_id
+        assert await stream.read() is grpc.aio.EOF
+
+
+async def test_a_stream_goes_on_after_the_last_chunk_seen(client, worker: FakeWorker) -> None:
+    answer = await client.SubmitJobs(submission(*[JobSpec(prompt="a")] * 5))
+    await worker.finish(await worker.lease(5), bytes(600_000))
+    whole = await collect(client, answer.submission_id)
+    for after in range(5):
+        assert await collect(client, answer.submission_id, after) == whole[after:]
+    assert await collect(client, answer.submission_id, 2, 1) == whole[3:]
+
+
+async def test_the_same_key_gives_the_same_jobs(client, worker: FakeWorker) -> None:
+    first = await client.SubmitJobs(submission(JobSpec(prompt="a"), key="k"))
+    again = await client.SubmitJobs(submission(JobSpec(prompt="a"), key="k"))
+    assert list(again.job_ids) == list(first.job_ids)
+    assert again.deduplicated
+    assert not first.deduplicated
+
+
+BAD = {
+    "no input": (JobSpec(), ["jobs[0].prompt"], "is missing"),
+    "empty prompt": (JobSpec(prompt=""), ["jobs[0].prompt"], "is empty"),
+    "long prompt": (JobSpec(prompt="x" * (1 << 20) + "y"), ["jobs[0].prompt"], "1048577 bytes"),
+    "no ids": (JobSpec(input_ids=types_pb2.TokenIds()), ["jobs[0].input_ids"], "is empty"),
+    "id out of range": (
+        JobSpec(input_ids=types_pb2.TokenIds(ids=[1, 100])),
+        ["jobs[0].input_ids[1]"],
+        "0..99",
+    ),
+    "too many ids": (
+        JobSpec(input_ids=types_pb2.TokenIds(ids=[1] * 9)),
+        ["jobs[0].input_ids"],
+        "at most 8",
+    ),
+    "site": (JobSpec(prompt="a", sites=["x"]), ["jobs[0].sites[0]"], "embed, resid"),
+    "site twice": (JobSpec(prompt="a", sites=["resid"] * 2), ["jobs[0].sites[1]"], "twice"),
+    "rule": (JobSpec(prompt="a", rule="x"), ["jobs[0].rule"], "attnlrp"),
+    "reduction": (JobSpec(prompt="a", reduction="x"), ["jobs[0].reduction"], "token"),
+    "dtype": (JobSpec(prompt="a", dtype=4), ["jobs[0].dtype"], "float32"),
+    "unknown dtype": (JobSpec(prompt="a", dtype=77), ["jobs[0].dtype"], "float32"),
+    "target token": (
+        JobSpec(prompt="a", targets=[types_pb2.Target(token=types_pb2.TokenRef(id=100))]),
+        ["jobs[0].targets[0].token"],
+        "0..99",
+    ),
+    "target text": (
+        JobSpec(prompt="a", targets=[types_pb2.Target(token=types_pb2.TokenRef(text=""))]),
+        ["jobs[0].targets[0].token"],
+        "empty",
+    ),
+    "target position": (
+        JobSpec(input_ids=types_pb2.TokenIds(ids=[1, 2]), targets=[types_pb2.Target(position=2)]),
+        ["jobs[0].targets[0].position"],
+        "2 tokens",
+    ),
+    "continuation and token": (
+        JobSpec(
+            prompt="a",
+            targets=[
+                types_pb2.Target(
+                    token=types_pb2.TokenRef(id=1),
+                    continuation=types_pb2.Continuation(text="b"),
+                )
+            ],
+        ),
+        ["jobs[0].targets[0].continuation"],
+        "token",
+    ),
+    "several faults": (
+        JobSpec(prompt="", rule="x", sites=["y"]),
+        ["jobs[0].prompt", "jobs[0].sites[0]", "jobs[0].rule"],
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_a_malformed_job_is_refused_by_field(client, worker: FakeWorker, name: str) -> None:
+    job, expected, said = BAD[name]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(job))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(caught.value) == expected
+    assert said in (caught.value.details() or "")
+
+
+async def test_one_malformed_job_refuses_the_request_whole(client, worker: FakeWorker) -> None:
+    good = JobSpec(prompt="a")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(good, JobSpec(prompt=""), good, JobSpec()))
+    assert fields(caught.value) == ["jobs[1].prompt", "jobs[3].prompt"]
+    # What comes next is the first job that the worker sees.
+    await client.SubmitJobs(submission(JobSpec(prompt="next")))
+    (lease,) = await worker.lease(1)
+    assert lease.spec.prompt == "next"
+
+
+async def test_an_unknown_model_is_not_found(client, worker: FakeWorker) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(JobSpec(prompt="a", model="other")))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert fields(caught.value) == ["jobs[0].model"]
+    assert "served: m" in (caught.value.details() or "")
+
+
+async def test_a_model_must_be_named_where_there_are_two(
+    client, channel: grpc.aio.Channel, worker: FakeWorker
+) -> None:
+    other = types_pb2.ModelInfo()
+    other.CopyFrom(MODEL)
+    other.name = "n"
+    await FakeWorker(channel, "w2", other).connect()
+    await client.SubmitJobs(submission(JobSpec(prompt="a", model="n")))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(JobSpec(prompt="a")))
+    assert fields(caught.value) == ["jobs[0].model"]
+    assert "m, n" in (caught.value.details() or "")
+
+
+async def test_before_any_worker_came_nothing_is_accepted(client) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(JobSpec(prompt="a")))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert details(caught.value, RetryInfo)
+
+
+async def test_a_full_queue_says_when_to_try_again(client, worker: FakeWorker) -> None:
+    await client.SubmitJobs(submission(*[JobSpec(prompt="a")] * 50))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(JobSpec(prompt="a")))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    (retry,) = details(caught.value, RetryInfo)
+    assert retry.retry_delay.ToTimedelta().total_seconds() > 0
+
+
+async def test_an_empty_request_and_an_overlong_key(client, worker: FakeWorker) -> None:
+    for request, field in (
+        (submission(), "jobs"),
+        (submission(*[JobSpec(prompt="a")] * 1001), "jobs"),
+        (submission(JobSpec(prompt="a"), key="k" * 129), "idempotency_key"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await client.SubmitJobs(request)
+        assert fields(caught.value) == [field]
+
+
+async def test_text_that_is_not_utf8_is_named(channel: grpc.aio.Channel, worker) -> None:
+    data = submission(
+        JobSpec(prompt="fine"),
+        JobSpec(prompt="a", targets=[types_pb2.Target(token=types_pb2.TokenRef(text="zz"))]),
+    ).SerializeToString()
+    call = channel.unary_unary(SUBMIT)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(data.replace(b"zz", b"\xff\xfe"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(caught.value) == ["jobs[1].targets[0].token.text"]
+
+
+async def test_bytes_that_are_no_message(channel: grpc.aio.Channel, worker) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await channel.unary_unary(SUBMIT)(b"\xff\xff\xff\xff")
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(caught.value) == ["request"]
+
+
+async def test_an_overlong_message(channel: grpc.aio.Channel, client, worker) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await channel.unary_unary(SUBMIT)(bytes(MAX_REQUEST_BYTES + 1))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(caught.value) == ["request"]
+    await client.SubmitJobs(submission(JobSpec(prompt="a")))
+
+
+async def test_states_of_jobs(client, worker: FakeWorker) -> None:
+    answer = await client.SubmitJobs(submission(JobSpec(prompt="a"), JobSpec(prompt="b")))
+    await worker.lease(1)
+    jobs = (await client.GetJobs(trace_pb2.GetJobsRequest(job_ids=[*answer.job_ids, "none"]))).jobs
+    assert [(job.state, job.worker_id) for job in jobs] == [
+        (types_pb2.JOB_STATE_LEASED, "w1"),
+        (types_pb2.JOB_STATE_QUEUED, ""),
+        (types_pb2.JOB_STATE_UNSPECIFIED, ""),
+    ]
+
+
+async def test_models_and_their_workers(client, channel, worker: FakeWorker) -> None:
+    await FakeWorker(channel, "w2").connect()
+    (served,) = (await client.ListModels(trace_pb2.ListModelsRequest())).models
+    assert served.model == MODEL
+    assert served.workers == 2

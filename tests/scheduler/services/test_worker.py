@@ -1,0 +1,211 @@
+import asyncio
+
+import grpc
+import pytest
+from reltrace_proto.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    trace_pb2,
+    types_pb2,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+from scheduler.fake_worker import MODEL, FakeWorker, ended
+
+JobSpec = types_pb2.JobSpec
+LEASE = 0.5  # seconds, as in the settings fixture
+
+
+async def submit(client, count: int) -> trace_pb2.SubmitJobsResponse:
+    return await client.SubmitJobs(trace_pb2.SubmitJobsRequest(jobs=[JobSpec(prompt="a")] * count))
+
+
+def refs(leases: list[worker_pb2.Lease]) -> list[worker_pb2.LeaseRef]:
+    return [worker_pb2.LeaseRef(job_id=x.job_id, attempt=x.attempt) for x in leases]
+
+
+async def ends(client, submission_id: str) -> list[types_pb2.JobEnd]:
+    request = trace_pb2.StreamResultsRequest(submission_id=submission_id)
+    async with asyncio.timeout(30):
+        return [
+            event.chunk.end
+            async for message in client.StreamResults(request)
+            for event in message.events
+            if event.chunk.HasField("end")
+        ]
+
+
+async def test_a_worker_learns_the_lease_and_the_heartbeat(channel: grpc.aio.Channel) -> None:
+    welcome = await FakeWorker(channel).connect()
+    assert welcome.lease.ToMilliseconds() == 500
+    assert 0 < welcome.heartbeat.ToMilliseconds() <= 250
+
+
+async def test_no_more_is_leased_than_there_is_room_for(client, worker: FakeWorker) -> None:
+    await submit(client, 5)
+    assert len(await worker.lease(2)) == 2
+    assert len(await worker.lease(3)) == 3
+
+
+async def test_a_waiting_worker_is_woken_by_a_submission(client, worker: FakeWorker) -> None:
+    await worker.send(ready=worker_pb2.Ready(jobs=1))
+    await submit(client, 1)
+    assert (await worker.receive("leases")).leases.leases
+
+
+async def test_a_commit_is_answered_by_its_number(client, worker: FakeWorker) -> None:
+    await submit(client, 1)
+    await worker.finish(await worker.lease(1))
+    assert (await worker.receive("committed")).committed.id == 7
+
+
+async def test_a_silent_worker_loses_its_jobs_to_another(
+    client, channel: grpc.aio.Channel, worker: FakeWorker
+) -> None:
+    answer = await submit(client, 1)
+    (lost,) = await worker.lease(1)
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    (found,) = await other.lease(1)
+    assert (found.job_id, found.attempt) == (lost.job_id, 2)
+
+    await worker.finish([lost])
+    assert (await worker.receive("revoked")).revoked.leases == refs([lost])
+    await other.finish([found])
+    assert [end.attempt for end in await ends(client, answer.submission_id)] == [2]
+
+
+async def test_heartbeats_keep_a_lease(client, channel, worker: FakeWorker) -> None:
+    await submit(client, 1)
+    leases = await worker.lease(1)
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    await other.send(ready=worker_pb2.Ready(jobs=1))
+    for _ in range(30):
+        await worker.send(heartbeat=worker_pb2.Heartbeat(leases=refs(leases)))
+        await asyncio.sleep(LEASE / 5)
+    await worker.finish(leases)
+    # A commit, and nothing revoked: the lease was never lost.
+    await worker.receive("committed")
+
+
+async def test_a_heartbeat_for_a_foreign_lease_is_revoked(client, channel, worker) -> None:
+    await submit(client, 1)
+    leases = await worker.lease(1)
+    thief = FakeWorker(channel, "thief")
+    await thief.connect()
+    await thief.send(heartbeat=worker_pb2.Heartbeat(leases=refs(leases)))
+    assert (await thief.receive("revoked")).revoked.leases == refs(leases)
+
+
+async def test_a_job_that_kills_its_workers_is_quarantined(client, channel) -> None:
+    await FakeWorker(channel, "w0").connect()
+    answer = await submit(client, 1)
+    for number in range(3):
+        worker = FakeWorker(channel, f"w{number}")
+        await worker.connect()
+        (lease,) = await worker.lease(1)
+        assert lease.attempt == number + 1
+        worker.call.cancel()
+    (end,) = await ends(client, answer.submission_id)
+    assert end.state == types_pb2.JOB_STATE_QUARANTINED
+    assert "3 times" in end.error.message
+    assert "attempt 2 on w1" in end.error.message
+
+
+async def test_released_jobs_go_to_another_at_once(client, channel, worker: FakeWorker) -> None:
+    await submit(client, 2)
+    leases = await worker.lease(2)
+    await worker.send(release=worker_pb2.Release(leases=refs(leases)))
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    assert {lease.attempt for lease in await other.lease(2)} == {2}
+
+
+async def test_a_worker_that_leaves_in_order_is_forgotten(client, channel, worker) -> None:
+    await worker.call.done_writing()
+    async with asyncio.timeout(10):
+        assert await worker.call.read() is grpc.aio.EOF
+    status = await admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest())
+    assert not status.workers
+
+
+async def test_status_shows_workers_queues_and_ends(client, channel, worker: FakeWorker) -> None:
+    await submit(client, 4)
+    leases = await worker.lease(2)
+    await worker.finish(leases[:1])
+    await worker.receive("committed")
+    status = await admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest())
+    (queue,) = status.queues
+    assert (queue.model, queue.queued, queue.leased) == ("m", 2, 1)
+    (shown,) = status.workers
+    assert (shown.worker_id, shown.model, shown.leased) == ("w1", MODEL, 1)
+    assert dict(status.ended) == {"SUCCEEDED": 1}
+    assert status.redis_version
+    assert status.redis_memory_bytes > 0
+
+
+def bad_chunk(**changes: object) -> worker_pb2.WorkRequest:
+    leased = ended("s-0", 1)
+    for name, value in changes.items():
+        setattr(leased.chunk, name, value)
+    return worker_pb2.WorkRequest(results=worker_pb2.Results(chunks=[leased]))
+
+
+FIRST = {
+    "not a greeting": (worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=1)), "hello"),
+    "empty": (worker_pb2.WorkRequest(), "hello"),
+    "no id": (worker_pb2.WorkRequest(hello=worker_pb2.Hello(model=MODEL)), "hello.worker_id"),
+    "the reaper's name": (
+        worker_pb2.WorkRequest(hello=worker_pb2.Hello(worker_id="reaper", model=MODEL)),
+        "hello.worker_id",
+    ),
+    "no model": (
+        worker_pb2.WorkRequest(hello=worker_pb2.Hello(worker_id="w")),
+        "hello.model.name",
+    ),
+}
+LATER = {
+    "a second greeting": (worker_pb2.WorkRequest(hello=worker_pb2.Hello()), "hello"),
+    "nothing": (worker_pb2.WorkRequest(), "message"),
+    "no job id": (bad_chunk(job_id="x"), "results.chunks[0].chunk.job_id"),
+    "chunk 0": (bad_chunk(number=0), "results.chunks[0].chunk.number"),
+}
+
+
+async def refusal(worker: FakeWorker) -> grpc.aio.AioRpcError:
+    """Read until the scheduler ends the stream with an error."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                response = await worker.call.read()
+            except grpc.aio.AioRpcError as error:
+                return error
+            assert response is not grpc.aio.EOF, "the stream ended without an error"
+
+
+@pytest.mark.parametrize("name", FIRST)
+async def test_a_worker_must_greet(channel: grpc.aio.Channel, name: str) -> None:
+    request, field = FIRST[name]
+    worker = FakeWorker(channel)
+    worker.call = worker_pb2_grpc.WorkerServiceStub(channel).Work()
+    await worker.call.write(request)
+    error = await refusal(worker)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (error.details() or "").startswith(f"{field}:")
+
+
+@pytest.mark.parametrize("name", LATER)
+async def test_a_malformed_message_ends_the_stream(
+    client, channel, worker: FakeWorker, name: str
+) -> None:
+    request, field = LATER[name]
+    await worker.call.write(request)
+    error = await refusal(worker)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (error.details() or "").startswith(f"{field}:")
+    # The scheduler and other workers live on.
+    await submit(client, 1)
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    assert len(await other.lease(1)) == 1

@@ -1,0 +1,162 @@
+"""The `reltrace-worker` command."""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import structlog
+import typer
+from reltrace_proto.v1 import worker_pb2
+
+from reltrace_worker import __version__
+from reltrace_worker.errors import WorkerError
+
+if TYPE_CHECKING:
+    from reltrace_worker.model import LoadedModel
+    from reltrace_worker.session.runner import Runner
+
+log = structlog.get_logger()
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_DRAIN_GRACE = 20.0
+"""Seconds for the pass that is under way when the worker is asked to stop."""
+
+
+class Checkpointing(StrEnum):
+    """Whether layers are computed again in the backward pass."""
+
+    ON = "on"
+    OFF = "off"
+
+
+@app.command()
+def worker(
+    scheduler: Annotated[
+        str, typer.Option(envvar="RELTRACE_SCHEDULER", help="HOST:PORT of the scheduler.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            envvar="RELTRACE_MODEL",
+            help="Folder or hub id of a checkpoint, or `demo`: the model that comes with reltrace.",
+        ),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(envvar="RELTRACE_MODEL_NAME", help="Name under which clients ask for it."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(envvar="RELTRACE_REVISION", help="Revision of a hub id.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            envvar="RELTRACE_DTYPE",
+            help="float32 or bfloat16; auto: float32 on a CPU, bfloat16 on CUDA.",
+        ),
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(envvar="RELTRACE_DEVICE", help="cpu, cuda, cuda:N, or auto.")
+    ] = "auto",
+    checkpointing: Annotated[
+        Checkpointing,
+        typer.Option(
+            envvar="RELTRACE_CHECKPOINTING",
+            help="Compute layers again in the backward pass, to save memory.",
+        ),
+    ] = Checkpointing.ON,
+    max_tokens: Annotated[
+        int, typer.Option(envvar="RELTRACE_MAX_TOKENS", min=1, help="Tokens in one pass.")
+    ] = 4096,
+    threads: Annotated[
+        int | None,
+        typer.Option(envvar="RELTRACE_THREADS", min=1, help="CPU threads; default: all cores."),
+    ] = None,
+    worker_id: Annotated[
+        str | None, typer.Option(envvar="RELTRACE_WORKER_ID", help="Default: host and a number.")
+    ] = None,
+    log_level: Annotated[
+        str, typer.Option(envvar="RELTRACE_LOG_LEVEL", help="debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Keep a model loaded and trace the jobs that the scheduler leases out."""
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error")
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    # Only now: torch and transformers take seconds to import, and --help should not.
+    from reltrace_worker.engine import Engine
+    from reltrace_worker.model import load_model
+    from reltrace_worker.rules import RULES, verify_rule
+    from reltrace_worker.session.runner import Runner
+
+    try:
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        if model == "demo":
+            from reltrace_worker.demo import DEMO_MODEL, path
+
+            model, name = str(path()), name or DEMO_MODEL
+        loaded = load_model(model, revision=revision, dtype=dtype, device=device, name=name)
+        for rule in RULES.values():
+            verify_rule(loaded.model, rule)
+        engine = Engine(loaded, checkpointing=checkpointing.value)
+        hello = _hello(worker_id, loaded)
+        log.info("model.loaded", model=loaded.name, revision=loaded.revision, device=hello.device)
+        asyncio.run(_run(scheduler, hello, Runner(loaded, engine, max_tokens)))
+    except WorkerError as error:
+        typer.echo(f"reltrace-worker: {error}", err=True)
+        raise typer.Exit(1) from None
+    # A pass that outlasted its grace was handed back; its thread must not hold us here.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+async def _run(scheduler: str, hello: worker_pb2.Hello, runner: "Runner") -> None:
+    from reltrace_worker.session.session import Session
+
+    session = Session(scheduler, hello, runner)
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked.set)
+    working = asyncio.create_task(session.run())
+    stopping = asyncio.create_task(asked.wait())
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if stopping.done():
+        log.info("worker.drains")
+        await session.drain(_DRAIN_GRACE)
+        await asyncio.wait({working}, timeout=5.0)
+    if working.done():
+        working.result()
+
+
+def _hello(worker_id: str | None, loaded: "LoadedModel") -> worker_pb2.Hello:
+    from reltrace_worker.session.convert import model_info
+
+    return worker_pb2.Hello(
+        worker_id=worker_id or f"{socket.gethostname()}-{secrets.token_hex(4)}",
+        model=model_info(loaded),
+        device=loaded.describe().device,
+        version=__version__,
+    )
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The gRPC side of a worker: leases, heartbeats, uploads."""

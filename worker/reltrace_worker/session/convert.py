@@ -1,0 +1,185 @@
+"""Between the wire and the engine: the only place where both are known."""
+
+import torch
+from google.rpc import code_pb2
+from reltrace_proto.v1 import types_pb2, worker_pb2
+
+from reltrace_worker.engine import REDUCTIONS, SITES
+from reltrace_worker.errors import InvalidJob, Violation
+from reltrace_worker.jobs import (
+    JobSpec,
+    PreparedJob,
+    ResolvedTarget,
+    SiteTensor,
+    TargetSpec,
+    TokenRef,
+)
+from reltrace_worker.model import LoadedModel
+from reltrace_worker.rules import RULES
+
+_TORCH_DTYPES = {
+    types_pb2.SCALAR_TYPE_FLOAT32: torch.float32,
+    types_pb2.SCALAR_TYPE_BFLOAT16: torch.bfloat16,
+    types_pb2.SCALAR_TYPE_FLOAT16: torch.float16,
+    types_pb2.SCALAR_TYPE_INT32: torch.int32,
+}
+_SCALAR_TYPES = {dtype: scalar for scalar, dtype in _TORCH_DTYPES.items()}
+
+
+def scalar_type(dtype: torch.dtype) -> types_pb2.ScalarType.ValueType:
+    """Return the wire's name of a torch dtype."""
+    return _SCALAR_TYPES[dtype]
+
+
+def model_info(loaded: LoadedModel) -> types_pb2.ModelInfo:
+    """Write what a worker announces of its model, and of what it can do with it."""
+    model = loaded.describe()
+    return types_pb2.ModelInfo(
+        name=model.name,
+        revision=model.revision,
+        architecture=model.architecture,
+        layers=model.layers,
+        hidden_size=model.hidden_size,
+        heads=model.heads,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+        parameters=model.parameters,
+        dtype=scalar_type(loaded.dtype),
+        sites=SITES,
+        rules=RULES,
+        reductions=REDUCTIONS,
+    )
+
+
+def job_spec(spec: types_pb2.JobSpec) -> JobSpec:
+    """Read a job; names that are empty on the wire take their defaults.
+
+    Raises
+    ------
+    InvalidJob
+        The job has no input. (The scheduler refuses such jobs already.)
+    """
+    kind = spec.WhichOneof("input")
+    if kind is None:
+        raise InvalidJob([Violation("prompt", "is missing: give a prompt or input_ids")])
+    default = JobSpec("")
+    return JobSpec(
+        input=spec.prompt if kind == "prompt" else tuple(spec.input_ids.ids),
+        sites=tuple(spec.sites) or default.sites,
+        reduction=spec.reduction or default.reduction,
+        targets=tuple(_target_spec(target) for target in spec.targets) or default.targets,
+        rule=spec.rule or default.rule,
+    )
+
+
+def _target_spec(target: types_pb2.Target) -> TargetSpec:
+    continuation: str | tuple[int, ...] | None = None
+    if target.HasField("continuation"):
+        continuation = (
+            target.continuation.text
+            if target.continuation.WhichOneof("tokens") == "text"
+            else tuple(target.continuation.ids.ids)
+        )
+    return TargetSpec(
+        token=_token_ref(target.token) if target.HasField("token") else None,
+        position=target.position if target.HasField("position") else -1,
+        contrast=_token_ref(target.contrast) if target.HasField("contrast") else None,
+        continuation=continuation,
+        each=target.continuation.each,
+        logprob=target.logprob,
+    )
+
+
+def _token_ref(ref: types_pb2.TokenRef) -> TokenRef:
+    return ref.text if ref.WhichOneof("token") == "text" else ref.id
+
+
+def result_dtype(spec: types_pb2.JobSpec) -> torch.dtype:
+    """Return the number format in which a job wants its relevance."""
+    return _TORCH_DTYPES[spec.dtype or types_pb2.SCALAR_TYPE_FLOAT32]
+
+
+def header(
+    job: PreparedJob, targets: tuple[ResolvedTarget, ...], provenance: types_pb2.Provenance
+) -> types_pb2.TraceHeader:
+    """Write everything of a result but its tensors."""
+    return types_pb2.TraceHeader(
+        token_ids=job.token_ids,
+        tokens=job.tokens,
+        targets=[_resolved(target) for target in targets],
+        provenance=provenance,
+    )
+
+
+def _resolved(target: ResolvedTarget) -> types_pb2.ResolvedTarget:
+    return types_pb2.ResolvedTarget(
+        token_id=target.token_id,
+        token=target.token,
+        logit=target.logit,
+        position=target.position,
+        contrast_id=target.contrast_id,
+        contrast=target.contrast,
+        logprob=target.logprob,
+        continuation_ids=target.continuation_ids,
+    )
+
+
+def failed(
+    job_id: str, attempt: int, code: int, message: str, violations: tuple[Violation, ...] = ()
+) -> worker_pb2.LeasedChunk:
+    """Write the only chunk of a job that failed."""
+    return worker_pb2.LeasedChunk(
+        attempt=attempt,
+        chunk=types_pb2.ResultChunk(
+            job_id=job_id,
+            number=1,
+            end=types_pb2.JobEnd(
+                state=types_pb2.JOB_STATE_FAILED,
+                attempt=attempt,
+                error=types_pb2.JobError(
+                    code=code,
+                    message=message,
+                    violations=[
+                        types_pb2.FieldViolation(field=v.field, description=v.description)
+                        for v in violations
+                    ],
+                ),
+            ),
+        ),
+    )
+
+
+def cast(tensor: SiteTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bring a tensor into the format that the job wants.
+
+    Raises
+    ------
+    InvalidJob
+        A value is too large for float16.
+    """
+    if not tensor.values.is_floating_point():
+        return tensor.values
+    values = tensor.values.to(dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(values).all()):
+        largest = float(tensor.values.abs().max())
+        raise InvalidJob(
+            [
+                Violation(
+                    "dtype",
+                    f"float16 ends at 65504 and site {tensor.site!r} reaches {largest:.3g}; "
+                    "ask for float32 or bfloat16",
+                )
+            ]
+        )
+    return values
+
+
+def raw_bytes(values: torch.Tensor) -> memoryview:
+    """View a CPU tensor as little-endian bytes in row-major order."""
+    flat = values.contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+INVALID_ARGUMENT = code_pb2.INVALID_ARGUMENT
+INTERNAL = code_pb2.INTERNAL

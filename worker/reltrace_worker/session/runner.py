@@ -1,0 +1,203 @@
+"""Runs leased jobs: tokenizing on one thread, the engine on another."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+
+import structlog
+from google.protobuf.duration_pb2 import Duration
+from reltrace_proto.v1 import types_pb2, worker_pb2
+
+from reltrace_worker.engine import REDUCTIONS, SITES, Engine
+from reltrace_worker.errors import EngineError, InvalidJob
+from reltrace_worker.jobs import JobResult, PreparedJob
+from reltrace_worker.model import JobPreparer, LoadedModel
+from reltrace_worker.rules import RULES
+from reltrace_worker.session.chunks import chunks
+from reltrace_worker.session.convert import (
+    INTERNAL,
+    INVALID_ARGUMENT,
+    cast,
+    failed,
+    header,
+    job_spec,
+    result_dtype,
+    scalar_type,
+)
+
+log = structlog.get_logger()
+
+Chunks = Iterator[worker_pb2.LeasedChunk]
+
+VERSIONS = {name: version(name) for name in ("lxt", "torch", "transformers", "reltrace-worker")}
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseKey:
+    """Names a lease; the attempt is its fencing token."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A leased job that can go into a pass."""
+
+    key: LeaseKey
+    lease: worker_pb2.Lease
+    job: PreparedJob
+
+
+class Runner:
+    """Packs leased jobs into passes and gives back their chunks.
+
+    Torch never runs on the event loop: heartbeats go on while it works.
+
+    Parameters
+    ----------
+    max_tokens : int
+        Tokens in one pass; a longer prompt is a pass of its own.
+    """
+
+    def __init__(self, model: LoadedModel, engine: Engine, max_tokens: int) -> None:
+        self._model = model
+        self._engine = engine
+        self._prepare_job = JobPreparer(model, sites=SITES, reductions=REDUCTIONS, rules=RULES)
+        self._max_tokens = max_tokens
+        self._text_thread = ThreadPoolExecutor(1, "text")
+        self._engine_thread = ThreadPoolExecutor(1, "engine")
+        self._ready: deque[_Ready] = deque()
+        self._arrived = asyncio.Event()
+        self.running: frozenset[LeaseKey] = frozenset()
+        """Leases in the pass that is under way."""
+
+    async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
+        """Tokenize and check jobs; they wait for a pass.
+
+        Returns
+        -------
+        list of iterators of chunks
+            One for each job that is invalid: it has failed already.
+        """
+        loop = asyncio.get_running_loop()
+        ready, faulty = await loop.run_in_executor(self._text_thread, self._prepare, leases)
+        self._ready.extend(ready)
+        if ready:
+            self._arrived.set()
+        return faulty
+
+    def drop(self, keys: set[LeaseKey]) -> None:
+        """Forget jobs that wait for a pass."""
+        self._ready = deque(job for job in self._ready if job.key not in keys)
+
+    def take_back(self) -> list[LeaseKey]:
+        """Give up all jobs that wait for a pass; return their leases."""
+        keys = [job.key for job in self._ready]
+        self._ready.clear()
+        return keys
+
+    async def next_results(self) -> list[Chunks]:
+        """Run the next pass; return an iterator of chunks per job."""
+        while not self._ready:
+            self._arrived.clear()
+            await self._arrived.wait()
+        batch = self._next_batch()
+        self.running = frozenset(job.key for job in batch)
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._engine_thread, self._run, batch)
+        finally:
+            self.running = frozenset()
+
+    def _next_batch(self) -> list[_Ready]:
+        batch = [self._ready.popleft()]
+        tokens = len(batch[0].job.token_ids)
+        while self._ready:
+            tokens += len(self._ready[0].job.token_ids)
+            if tokens > self._max_tokens:
+                break
+            batch.append(self._ready.popleft())
+        return batch
+
+    def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[_Ready], list[Chunks]]:
+        ready: list[_Ready] = []
+        faulty: list[Chunks] = []
+        for lease in leases:
+            try:
+                job = self._prepare_job.prepare(job_spec(lease.spec))
+            except InvalidJob as error:
+                faulty.append(_invalid(lease, error))
+            except Exception as error:
+                # A fault of the tokenizer or of ours must not take the worker down.
+                log.exception("job.prepare_failed", job=lease.job_id)
+                faulty.append(_broken(lease, error))
+            else:
+                ready.append(_Ready(LeaseKey(lease.job_id, lease.attempt), lease, job))
+        return ready, faulty
+
+    def _run(self, batch: Sequence[_Ready]) -> list[Chunks]:
+        started = time.perf_counter()
+        results = self._run_engine([job.job for job in batch])
+        seconds = time.perf_counter() - started
+        tokens = sum(len(job.job.token_ids) for job in batch)
+        log.debug("pass.done", jobs=len(batch), tokens=tokens, seconds=round(seconds, 4))
+        return [
+            self._chunks(job, result, seconds) for job, result in zip(batch, results, strict=True)
+        ]
+
+    def _run_engine(self, jobs: Sequence[PreparedJob]) -> Sequence[JobResult | EngineError]:
+        try:
+            return self._engine.run(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                log.exception("pass.failed")
+                return [error if isinstance(error, EngineError) else EngineError(str(error))]
+            # One job must not cost its neighbours their results.
+            log.warning("pass.split", jobs=len(jobs), error=str(error))
+            return [result for job in jobs for result in self._run_engine([job])]
+
+    def _chunks(self, job: _Ready, result: JobResult | EngineError, seconds: float) -> Chunks:
+        lease = job.lease
+        if isinstance(result, EngineError):
+            return _broken(lease, result)
+        dtype = result_dtype(lease.spec)
+        try:
+            tensors = [(tensor, cast(tensor, dtype)) for tensor in result.tensors]
+        except InvalidJob as error:
+            return _invalid(lease, error)
+        engine_time = Duration()
+        engine_time.FromTimedelta(timedelta(seconds=seconds))
+        return chunks(
+            lease.job_id,
+            lease.attempt,
+            header(job.job, result.targets, self._provenance(job.job, result)),
+            tensors,
+            types_pb2.Timings(queued=lease.queued_for, engine=engine_time),
+        )
+
+    def _provenance(self, job: PreparedJob, result: JobResult) -> types_pb2.Provenance:
+        return types_pb2.Provenance(
+            model=self._model.name,
+            revision=self._model.revision,
+            rule=job.rule,
+            reduction=job.reduction,
+            dtype=scalar_type(self._model.dtype),
+            attention=self._engine.attention,
+            checkpointing=result.checkpointing,
+            versions=VERSIONS,
+            device=str(self._model.device),
+        )
+
+
+def _invalid(lease: worker_pb2.Lease, error: InvalidJob) -> Chunks:
+    yield failed(lease.job_id, lease.attempt, INVALID_ARGUMENT, str(error), error.violations)
+
+
+def _broken(lease: worker_pb2.Lease, error: Exception) -> Chunks:
+    yield failed(lease.job_id, lease.attempt, INTERNAL, str(error) or type(error).__name__)

@@ -1,0 +1,322 @@
+"""Holds a worker's leases over any number of connections to its scheduler."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
+
+import grpc
+import structlog
+from reltrace_proto.v1 import worker_pb2, worker_pb2_grpc
+
+from reltrace_worker.errors import WorkerError
+from reltrace_worker.session.runner import Chunks, LeaseKey, Runner
+
+log = structlog.get_logger()
+
+_WINDOW_JOBS = 256
+"""Leases held at a time: the pass under way and what waits for the next."""
+
+_MESSAGE_BYTES = 1 << 20
+_UNCOMMITTED_MESSAGES = 32
+"""Messages of results that may be on their way: at most about 32 MiB."""
+
+_FIRST_BACKOFF, _LAST_BACKOFF = 0.1, 5.0
+_WELCOME_DEADLINE = 10.0
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    # Finds a scheduler that vanished without closing.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Our own backoff decides when to connect again.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+# Coming again with the same greeting would be refused again.
+_FINAL = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+
+
+Outgoing = asyncio.Queue[worker_pb2.WorkRequest | None]
+"""None closes our side of the stream."""
+
+
+if TYPE_CHECKING:
+    Call = grpc.aio.StreamStreamCall[worker_pb2.WorkRequest, worker_pb2.WorkResponse]
+
+
+class RefusedError(WorkerError):
+    """The scheduler does not take this worker."""
+
+
+class Session:
+    """Pulls jobs, keeps their leases alive, and uploads results until they are stored.
+
+    Leases and results outlive a connection: when the scheduler goes away the pass goes
+    on, and what it gave is sent to the scheduler that comes back, under the same lease.
+
+    Parameters
+    ----------
+    address : str
+        ``HOST:PORT`` of the scheduler.
+    hello : worker_pb2.Hello
+        Who this worker is and what it serves.
+    """
+
+    def __init__(self, address: str, hello: worker_pb2.Hello, runner: Runner) -> None:
+        self._address = address
+        self._hello = hello
+        self._runner = runner
+        self._held: set[LeaseKey] = set()
+        # None while there is no connection. What is in it is bounded by the protocol:
+        # results by _UNCOMMITTED_MESSAGES, everything else is a few bytes per message.
+        self._outgoing: Outgoing | None = None
+        self._backoff = _FIRST_BACKOFF
+        self._arrived: asyncio.Queue[list[worker_pb2.Lease]] = asyncio.Queue(_WINDOW_JOBS)
+        self._finished: asyncio.Queue[list[Chunks]] = asyncio.Queue(2)
+        self._uncommitted: dict[int, worker_pb2.Results] = {}
+        self._room = asyncio.Semaphore(_UNCOMMITTED_MESSAGES)
+        self._next_id = 1
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def run(self) -> None:
+        """Work until cancelled.
+
+        Raises
+        ------
+        RefusedError
+            The scheduler refuses this worker for good.
+        """
+        tasks = [
+            asyncio.create_task(work())
+            for work in (self._prepare, self._compute, self._upload, self._stay_connected)
+        ]
+        try:
+            # Only a failure ends one of them, or the end of a drained connection.
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(self, grace: float) -> None:
+        """Hand back what has not begun, store what has begun, and leave; `run` then ends.
+
+        Parameters
+        ----------
+        grace : float
+            Seconds; what is not stored by then is handed back too.
+        """
+        self._draining = True
+        self._release(set(self._runner.take_back()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        self._release(set(self._held))
+        if self._outgoing is not None:
+            # Closing our side tells the scheduler that we left in order.
+            self._outgoing.put_nowait(None)
+
+    # -- the pass ---------------------------------------------------------------------
+
+    async def _prepare(self) -> None:
+        while True:
+            leases = await self._arrived.get()
+            faulty = await self._runner.add(leases)
+            if self._draining:
+                self._release(set(self._runner.take_back()))
+            if faulty:
+                await self._finished.put(faulty)
+
+    async def _compute(self) -> None:
+        while True:
+            await self._finished.put(await self._runner.next_results())
+
+    def _accept(self, leases: list[worker_pb2.Lease]) -> None:
+        keys = {LeaseKey(lease.job_id, lease.attempt) for lease in leases}
+        if self._draining:
+            self._send_release(keys)
+            return
+        self._held |= keys
+        self._idle.clear()
+        # Never full: the scheduler leases no more than there is room for.
+        self._arrived.put_nowait(leases)
+
+    def _drop(self, keys: set[LeaseKey]) -> None:
+        """Forget leases, and tell the scheduler that there is room for others."""
+        count = len(keys & self._held)
+        self._held -= keys
+        if not self._held:
+            self._idle.set()
+        if count and not self._draining:
+            self._send(worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=count)))
+
+    def _release(self, keys: set[LeaseKey]) -> None:
+        if keys:
+            self._drop(keys)
+            self._send_release(keys)
+
+    def _send_release(self, keys: set[LeaseKey]) -> None:
+        refs = [_ref(key) for key in keys]
+        self._send(worker_pb2.WorkRequest(release=worker_pb2.Release(leases=refs)))
+
+    # -- uploads ----------------------------------------------------------------------
+
+    async def _upload(self) -> None:
+        while True:
+            results = await self._finished.get()
+            for message in _messages(results, self._held):
+                await self._room.acquire()
+                message.id = self._next_id
+                self._next_id += 1
+                self._uncommitted[message.id] = message
+                self._send(worker_pb2.WorkRequest(results=message))
+
+    def _committed(self, number: int) -> None:
+        message = self._uncommitted.pop(number, None)
+        if message is None:
+            return
+        self._room.release()
+        self._drop(
+            {
+                LeaseKey(leased.chunk.job_id, leased.attempt)
+                for leased in message.chunks
+                if leased.chunk.HasField("end")
+            }
+        )
+
+    # -- the connection ---------------------------------------------------------------
+
+    def _send(self, request: worker_pb2.WorkRequest) -> None:
+        """Send, if connected; a new connection starts from what is held and uncommitted."""
+        if self._outgoing is not None:
+            self._outgoing.put_nowait(request)
+
+    async def _stay_connected(self) -> None:
+        while True:
+            try:
+                async with grpc.aio.insecure_channel(
+                    self._address, options=_CHANNEL_OPTIONS
+                ) as channel:
+                    await self._connection(worker_pb2_grpc.WorkerServiceStub(channel))
+            except grpc.aio.AioRpcError as error:
+                if error.code() in _FINAL:
+                    raise RefusedError(
+                        f"the scheduler at {self._address} refuses this worker: {error.details()}"
+                    ) from error
+                log.warning("scheduler.away", address=self._address, error=error.details())
+            except TimeoutError:
+                log.warning("scheduler.silent", address=self._address)
+            finally:
+                self._outgoing = None
+            if self._draining:
+                return
+            await asyncio.sleep(self._backoff)
+            self._backoff = min(2 * self._backoff, _LAST_BACKOFF)
+
+    async def _connection(self, stub: "worker_pb2_grpc.WorkerServiceAsyncStub") -> None:
+        """Live through one connection."""
+        outgoing: Outgoing = asyncio.Queue()
+        call = stub.Work(_requests(outgoing))
+        try:
+            outgoing.put_nowait(worker_pb2.WorkRequest(hello=self._hello))
+            async with asyncio.timeout(_WELCOME_DEADLINE):
+                welcome = await call.read()
+            if not isinstance(welcome, worker_pb2.WorkResponse):
+                await _raise_status(call)
+                return
+            log.info("scheduler.connected", address=self._address)
+            self._backoff = _FIRST_BACKOFF
+            self._resume(outgoing)
+            period = welcome.welcome.heartbeat.ToTimedelta().total_seconds()
+            beat = asyncio.create_task(self._heartbeat(outgoing, period))
+            try:
+                while isinstance(response := await call.read(), worker_pb2.WorkResponse):
+                    self._handle(response)
+            finally:
+                beat.cancel()
+            await _raise_status(call)
+        finally:
+            call.cancel()
+
+    def _resume(self, outgoing: Outgoing) -> None:
+        self._outgoing = outgoing
+        # Leases that ran out meanwhile come back as revoked.
+        self._send(self._beat())
+        for message in self._uncommitted.values():
+            self._send(worker_pb2.WorkRequest(results=message))
+        if self._draining:
+            self._outgoing.put_nowait(None)
+        else:
+            room = _WINDOW_JOBS - len(self._held)
+            self._send(worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=room)))
+
+    def _beat(self) -> worker_pb2.WorkRequest:
+        refs = [_ref(key) for key in self._held]
+        return worker_pb2.WorkRequest(heartbeat=worker_pb2.Heartbeat(leases=refs))
+
+    async def _heartbeat(self, outgoing: Outgoing, period: float) -> None:
+        while True:
+            await asyncio.sleep(period)
+            outgoing.put_nowait(self._beat())
+
+    def _handle(self, response: worker_pb2.WorkResponse) -> None:
+        match response.WhichOneof("message"):
+            case "leases":
+                self._accept(list(response.leases.leases))
+            case "committed":
+                self._committed(response.committed.id)
+            case "revoked":
+                keys = {LeaseKey(ref.job_id, ref.attempt) for ref in response.revoked.leases}
+                log.warning("leases.revoked", jobs=len(keys))
+                self._runner.drop(keys)
+                self._drop(keys)
+
+
+async def _requests(outgoing: Outgoing) -> AsyncIterator[worker_pb2.WorkRequest]:
+    while (request := await outgoing.get()) is not None:
+        yield request
+
+
+async def _raise_status(call: "Call") -> None:
+    code = await call.code()
+    if code is not grpc.StatusCode.OK:
+        raise grpc.aio.AioRpcError(
+            code,
+            await call.initial_metadata(),
+            await call.trailing_metadata(),
+            details=await call.details(),
+        )
+
+
+def _ref(key: LeaseKey) -> worker_pb2.LeaseRef:
+    return worker_pb2.LeaseRef(job_id=key.job_id, attempt=key.attempt)
+
+
+def _messages(results: list[Chunks], held: set[LeaseKey]) -> Iterator[worker_pb2.Results]:
+    """Fill messages with the chunks of many jobs; skip jobs whose lease is gone."""
+    message, size = worker_pb2.Results(), 0
+    for chunks in results:
+        for leased in chunks:
+            if LeaseKey(leased.chunk.job_id, leased.attempt) not in held:
+                break
+            length = leased.ByteSize()
+            if size and size + length > _MESSAGE_BYTES:
+                yield message
+                message, size = worker_pb2.Results(), 0
+            message.chunks.append(leased)
+            size += length
+    if size:
+        yield message
