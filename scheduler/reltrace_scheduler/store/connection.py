@@ -38,6 +38,9 @@ async def connect(url: str) -> Connection:
         client = redis.asyncio.Redis.from_url(
             url,
             decode_responses=False,
+            # RESP3 begins with a command that a Redis too old for us does not know: it would
+            # fail before its version could be read.
+            protocol=2,
             socket_timeout=_TIMEOUT,
             socket_connect_timeout=_TIMEOUT,
             health_check_interval=15,
