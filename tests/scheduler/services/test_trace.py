@@ -195,6 +195,18 @@ async def test_a_model_must_be_named_where_there_are_two(
     assert "m, n" in (caught.value.details() or "")
 
 
+async def test_a_job_without_a_model_takes_the_one_that_has_a_worker(
+    client, channel: grpc.aio.Channel, worker: FakeWorker
+) -> None:
+    await worker.call.done_writing()
+    async with asyncio.timeout(10):
+        assert await worker.call.read() is grpc.aio.EOF
+    other = FakeWorker(channel, "w2", types_pb2.ModelInfo(name="n", sites=["resid"]))
+    await other.connect()
+    await client.SubmitJobs(submission(JobSpec(prompt="a")))
+    assert (await other.lease(1))[0].spec.model == "n"
+
+
 async def test_before_any_worker_came_nothing_is_accepted(client) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.SubmitJobs(submission(JobSpec(prompt="a")))

@@ -31,6 +31,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
+    # The scheduler is near: a proxy for the web must not stand between.
+    ("grpc.enable_http_proxy", 0),
     # Our own backoff decides when to connect again.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),

@@ -1,0 +1,64 @@
+"""Relevance traces of LLaMA-family language models: the Python SDK.
+
+Start with `Client`:
+
+>>> import reltrace
+>>> with reltrace.Client("127.0.0.1:50051") as client:
+...     trace = client.trace("I have 5 cats and 3 dogs. My cats love to play with my")
+...     trace.relevance  # float32 [layers, tokens]
+"""
+
+from importlib.metadata import version as _version
+
+from reltrace._aio import AsyncClient
+from reltrace._client import Client
+from reltrace._errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidArgument,
+    JobFailed,
+    MissingDependency,
+    ModelNotFound,
+    NotFound,
+    PermissionDenied,
+    ProtocolError,
+    Quarantined,
+    ResourceExhausted,
+    TraceError,
+    Unavailable,
+    Violation,
+)
+from reltrace._info import Model, Queue, Status, Worker
+from reltrace._target import Target
+from reltrace._trace import Failure, Provenance, ResolvedTarget, Trace
+
+__version__ = _version("reltrace")
+
+__all__ = [
+    "AsyncClient",
+    "Cancelled",
+    "Client",
+    "DeadlineExceeded",
+    "Failure",
+    "InvalidArgument",
+    "JobFailed",
+    "MissingDependency",
+    "Model",
+    "ModelNotFound",
+    "NotFound",
+    "PermissionDenied",
+    "ProtocolError",
+    "Provenance",
+    "Quarantined",
+    "Queue",
+    "ResolvedTarget",
+    "ResourceExhausted",
+    "Status",
+    "Target",
+    "Trace",
+    "TraceError",
+    "Unavailable",
+    "Violation",
+    "Worker",
+    "__version__",
+]

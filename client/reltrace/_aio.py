@@ -1,0 +1,269 @@
+"""The asyncio client: all of the client's logic; `Client` is a facade over it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Self, TypeAlias, overload
+
+from google.protobuf.message import Message
+from reltrace_proto.v1 import admin_pb2, trace_pb2
+
+from reltrace import _info
+from reltrace._connection import Connection, Deadline
+from reltrace._errors import RpcStatus, TraceError, invalid
+from reltrace._many import ManyRun, Result
+from reltrace._progress import Progress
+from reltrace._request import Arguments
+from reltrace._source import open_source
+from reltrace._submission import Entry, Rejected, deliveries, submit
+from reltrace._target import Target, TargetLike
+from reltrace._trace import Failure, Trace
+
+Targets: TypeAlias = (
+    list[TargetLike] | list[str] | list[int] | list[Target] | tuple[TargetLike, ...]
+)
+Item: TypeAlias = str | Mapping[str, Any]
+
+_QUERY_TIMEOUT = 60.0
+_CLOSE_TIMEOUT = 5.0
+
+
+class AsyncClient:
+    """A client of a reltrace server for asyncio code.
+
+    The methods of `Client`, awaitable; `trace_many` is an async iterator. A client belongs to
+    the event loop on which it is first used.
+
+    Parameters
+    ----------
+    address : str, optional
+        "host:port" of the server. Default: environment variable RELTRACE_SERVER, else
+        "127.0.0.1:50051".
+    retry_timeout : float, default 30
+        Seconds to keep calling a server that can not be reached or is not ready, both at the
+        first call and after a connection was lost.
+
+    Raises
+    ------
+    InvalidArgument
+        If the address is not of the form host:port.
+
+    Examples
+    --------
+    >>> async with reltrace.AsyncClient() as client:
+    ...     trace = await client.trace("My cats love to play with my")
+    """
+
+    def __init__(self, address: str | None = None, *, retry_timeout: float = 30.0) -> None:
+        self._connection = Connection(address, retry_timeout)
+        self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def address(self) -> str:
+        """The address of the server."""
+        return self._connection.address
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection. Calls that are open end with a `TraceError`."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=_CLOSE_TIMEOUT)
+        for task in self._background:
+            task.cancel()
+        await self._connection.close()
+
+    @overload
+    async def trace(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike = "max",
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        timeout: float | None = None,
+    ) -> Trace: ...
+    @overload
+    async def trace(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: Targets,
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        timeout: float | None = None,
+    ) -> list[Trace]: ...
+    async def trace(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike | Targets = "max",
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        timeout: float | None = None,
+    ) -> Trace | list[Trace]:
+        """Trace one prompt. See `Client.trace`."""
+        arguments = Arguments(prompt, input_ids, model, sites, reduce, target, rule, dtype)
+        return await self.run_trace(arguments, timeout)
+
+    async def run_trace(self, arguments: Arguments, timeout: float | None) -> Trace | list[Trace]:
+        """Do what `trace` does with its arguments; for the clients' own use."""
+        deadline = Deadline(timeout)
+        job = arguments.job()
+        entries = [Entry(job, None)]
+        answer = await submit(self._connection, entries, deadline)
+        if isinstance(answer, Rejected):
+            raise answer.errors[0]
+        stream = deliveries(self._connection, answer, entries, deadline)
+        # One job, one delivery: the stream raises where it can not give it.
+        delivery = await anext(stream)
+        finish = asyncio.create_task(_drain(stream))
+        self._background.add(finish)
+        finish.add_done_callback(self._background.discard)
+        if isinstance(delivery.outcome, TraceError):
+            raise delivery.outcome
+        return delivery.outcome if job.several else delivery.outcome[0]
+
+    @overload
+    def trace_many(
+        self,
+        items: Iterable[Item] | AsyncIterable[Item],
+        *,
+        ordered: bool = False,
+        progress: bool = False,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike = "max",
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        max_in_flight: int = 1024,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Trace | Failure]: ...
+    @overload
+    def trace_many(
+        self,
+        items: Iterable[Item] | AsyncIterable[Item],
+        *,
+        ordered: bool = False,
+        progress: bool = False,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: Targets,
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        max_in_flight: int = 1024,
+        timeout: float | None = None,
+    ) -> AsyncIterator[list[Trace] | Failure]: ...
+    def trace_many(
+        self,
+        items: Iterable[Item] | AsyncIterable[Item],
+        *,
+        ordered: bool = False,
+        progress: bool = False,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike | Targets = "max",
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        max_in_flight: int = 1024,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Any]:
+        """Trace many prompts; results come as they finish. See `Client.trace_many`.
+
+        `items` may also be an async iterable.
+        """
+        defaults = Arguments(None, None, model, sites, reduce, target, rule, dtype)
+        run = self.start_many(
+            items, defaults, ordered=ordered, max_in_flight=max_in_flight, timeout=timeout
+        )
+        return self._iterate(run, Progress(items, shown=progress))
+
+    def start_many(
+        self,
+        items: object,
+        defaults: Arguments,
+        *,
+        ordered: bool,
+        max_in_flight: int,
+        timeout: float | None,
+    ) -> ManyRun:
+        """Check the arguments of `trace_many` and make its run; for the clients' own use."""
+        defaults.check_shared()
+        if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
+            raise invalid("max_in_flight", f"must be a whole number, not {max_in_flight!r}")
+        if max_in_flight < 1:
+            raise invalid("max_in_flight", f"must be 1 or more, not {max_in_flight}")
+        return ManyRun(
+            self._connection,
+            open_source(items),
+            defaults,
+            ordered=ordered,
+            max_in_flight=max_in_flight,
+            deadline=Deadline(timeout),
+        )
+
+    async def _iterate(self, run: ManyRun, progress: Progress) -> AsyncIterator[Result]:
+        try:
+            with progress:
+                while results := await run.take():
+                    for result in results:
+                        progress.count(result)
+                        yield result
+        finally:
+            await run.close()
+
+    async def models(self) -> list[_info.Model]:
+        """Return the models that can be traced. See `Client.models`."""
+        answer = await self._query(
+            self._connection.traces.ListModels, trace_pb2.ListModelsRequest()
+        )
+        return _info.models(answer)
+
+    async def status(self) -> _info.Status:
+        """Return the state of the server. See `Client.status`."""
+        answer = await self._query(self._connection.admin.GetStatus, admin_pb2.GetStatusRequest())
+        return _info.status(answer)
+
+    async def _query(self, method: Any, request: Message) -> Any:
+        answer = await self._connection.call(method, request, Deadline(_QUERY_TIMEOUT))
+        assert not isinstance(answer, RpcStatus)
+        return answer
+
+
+async def _drain(stream: Any) -> None:
+    """Read a stream that has delivered to its end, which acknowledges what it delivered."""
+    async with aclosing(stream):
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
+                async for _ in stream:
+                    pass
+        except (TraceError, TimeoutError):
+            # The result is with the caller; unacknowledged, it expires on the server.
+            return

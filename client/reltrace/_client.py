@@ -1,0 +1,294 @@
+"""The synchronous client: `AsyncClient` on an event loop of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, overload
+
+from reltrace import _info, _loop
+from reltrace._aio import AsyncClient, Item, Targets
+from reltrace._many import ManyRun, Result
+from reltrace._progress import Progress
+from reltrace._request import Arguments
+from reltrace._target import TargetLike
+from reltrace._trace import Failure, Trace
+
+
+class Client:
+    """A client of a reltrace server.
+
+    It may be used from several threads at once, in a notebook, and as a context manager.
+
+    Parameters
+    ----------
+    address : str, optional
+        "host:port" of the server. Default: environment variable RELTRACE_SERVER, else
+        "127.0.0.1:50051".
+    retry_timeout : float, default 30
+        Seconds to keep calling a server that can not be reached or is not ready, both at the
+        first call and after a connection was lost.
+
+    Raises
+    ------
+    InvalidArgument
+        If the address is not of the form host:port.
+
+    Examples
+    --------
+    >>> with reltrace.Client() as client:
+    ...     trace = client.trace("My cats love to play with my")
+    ...     trace.relevance.shape
+    """
+
+    def __init__(self, address: str | None = None, *, retry_timeout: float = 30.0) -> None:
+        self._client = AsyncClient(address, retry_timeout=retry_timeout)
+        self._loop = _loop.shared()
+
+    @property
+    def address(self) -> str:
+        """The address of the server."""
+        return self._client.address
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. Calls that are open in other threads end with a `TraceError`."""
+        self._loop.run(self._client.close())
+
+    @overload
+    def trace(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike = "max",
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        timeout: float | None = None,
+    ) -> Trace: ...
+    @overload
+    def trace(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: Targets,
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        timeout: float | None = None,
+    ) -> list[Trace]: ...
+    def trace(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike | Targets = "max",
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        timeout: float | None = None,
+    ) -> Trace | list[Trace]:
+        """Trace one prompt.
+
+        Parameters
+        ----------
+        prompt : str
+            Text, encoded by the model's tokenizer with its special tokens.
+        input_ids : sequence of int
+            Token ids, used as they are; instead of `prompt`.
+        model : str, optional
+            Name of a served model (see `models`); default: the only one.
+        sites : str or sequence of str, default ("resid",)
+            Where relevance is read: "embed" (input embeddings), "resid" (output of each decoder
+            layer), and what else the model's workers serve.
+        reduce : str, default "token"
+            What is summed before the result is sent: "token" leaves one value per token,
+            "feature" one per feature, "full" everything.
+        target : str, int, Target, or a list of these, default "max"
+            What is explained: "max" (the largest logit at the last position), a token's text, a
+            token id, or a `Target`. Targets of one list share one forward pass.
+        rule : str, default "attnlrp"
+            Propagation rule: "attnlrp", "cp_lrp" or "gradient", as the model's workers serve.
+        dtype : {"float32", "bfloat16", "float16"}
+            Number format in which relevance travels.
+        timeout : float, optional
+            Seconds for the whole call; default: as long as the server takes.
+
+        Returns
+        -------
+        Trace or list of Trace
+            A list if `target` is a list (in its order) or a `Target` with ``each=True`` (one
+            trace per response token; inside a list such a target takes several places).
+
+        Raises
+        ------
+        InvalidArgument
+            If an argument is wrong; the message names it and what is allowed.
+        ModelNotFound
+            If no worker serves the model.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        DeadlineExceeded
+            If `timeout` is over.
+        JobFailed
+            If the worker failed.
+
+        Notes
+        -----
+        While the server's queue is full the call waits for as long as the server asks.
+        """
+        arguments = Arguments(prompt, input_ids, model, sites, reduce, target, rule, dtype)
+        return self._loop.run(self._client.run_trace(arguments, timeout))
+
+    @overload
+    def trace_many(
+        self,
+        items: Iterable[Item],
+        *,
+        ordered: bool = False,
+        progress: bool = False,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike = "max",
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        max_in_flight: int = 1024,
+        timeout: float | None = None,
+    ) -> Iterator[Trace | Failure]: ...
+    @overload
+    def trace_many(
+        self,
+        items: Iterable[Item],
+        *,
+        ordered: bool = False,
+        progress: bool = False,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: Targets,
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        max_in_flight: int = 1024,
+        timeout: float | None = None,
+    ) -> Iterator[list[Trace] | Failure]: ...
+    def trace_many(
+        self,
+        items: Iterable[Item],
+        *,
+        ordered: bool = False,
+        progress: bool = False,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike | Targets = "max",
+        rule: str = "attnlrp",
+        dtype: str = "float32",
+        max_in_flight: int = 1024,
+        timeout: float | None = None,
+    ) -> Iterator[Any]:
+        """Trace many prompts; results come as they finish.
+
+        Parameters
+        ----------
+        items : iterable
+            Prompts, or mappings of the arguments of `trace` (without `timeout`) plus an
+            optional "id" (str or int). Pulled as needed, in a thread of its own unless it is a
+            list or tuple, so that a source may block.
+        ordered : bool, default False
+            Give results in the order of the items instead of as they finish.
+        progress : bool, default False
+            Show a tqdm bar.
+        model, sites, reduce, target, rule, dtype
+            As in `trace`, for the items that do not say otherwise.
+        max_in_flight : int, default 1024
+            Most items pulled from `items` whose results have not been handed out.
+        timeout : float, optional
+            Seconds for the whole run; default: as long as it takes.
+
+        Yields
+        ------
+        Trace, list of Trace, or Failure
+            One per item, with its `id` (the given one, else the item's index). A list where the
+            item's target is a list or has ``each=True``, each trace with the item's id. An item
+            that is invalid or fails gives a `Failure` and does not disturb the others.
+
+        Raises
+        ------
+        InvalidArgument
+            At once, if an argument is wrong that all items share.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        DeadlineExceeded
+            If `timeout` is over.
+        Exception
+            What `items` raises, after the results of the items before it.
+
+        Notes
+        -----
+        Leaving the loop early stops pulling and reading; jobs that the server has accepted are
+        still worked on. Results are acknowledged, and freed on the server, once they are here.
+        """
+        defaults = Arguments(None, None, model, sites, reduce, target, rule, dtype)
+        run = self._loop.run(self._start(items, defaults, ordered, max_in_flight, timeout))
+        return self._iterate(run, Progress(items, shown=progress))
+
+    async def _start(
+        self,
+        items: object,
+        defaults: Arguments,
+        ordered: bool,
+        max_in_flight: int,
+        timeout: float | None,
+    ) -> ManyRun:
+        return self._client.start_many(
+            items, defaults, ordered=ordered, max_in_flight=max_in_flight, timeout=timeout
+        )
+
+    def _iterate(self, run: ManyRun, progress: Progress) -> Iterator[Result]:
+        try:
+            with progress:
+                while results := self._loop.run(run.take()):
+                    for result in results:
+                        progress.count(result)
+                        yield result
+        finally:
+            self._loop.run(run.close())
+
+    def models(self) -> list[_info.Model]:
+        """Return the models that can be traced, with the workers that serve them.
+
+        Raises
+        ------
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        """
+        return self._loop.run(self._client.models())
+
+    def status(self) -> _info.Status:
+        """Return the state of the server: queues, workers, ended jobs, store.
+
+        Raises
+        ------
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        """
+        return self._loop.run(self._client.status())

@@ -1,0 +1,108 @@
+"""What pictures of a trace share: readable tokens, colours, what a token's own colour shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
+
+# The ends of ColorBrewer's RdBu, which people with any kind of colour blindness tell apart,
+# and its middle.
+NEGATIVE = (33, 102, 172)
+ZERO = (255, 255, 255)
+POSITIVE = (178, 24, 43)
+
+# How SentencePiece (U+2581) and byte-level (U+0120, U+010A, U+0109) tokenizers write white space.
+_WHITE_SPACE = {"\u2581": " ", "\u0120": " ", "\u010a": "↵", "\u0109": "→", "\n": "↵", "\t": "→"}
+
+# Sites whose first layer is nearest to the input; the others add to the stream layer by layer.
+_STREAM_SITES = frozenset({"resid", "resid_mid"})
+
+
+def readable(token: str) -> str:
+    """Return a token as people read it: white space as such, no control characters."""
+    return "".join(
+        _WHITE_SPACE.get(char, char if char.isprintable() else repr(char)[1:-1]) for char in token
+    )
+
+
+def readable_all(tokens: Sequence[str]) -> list[str]:
+    """Return the tokens of a text as people read them.
+
+    A tokenizer that does not mark white space leaves words without a seam: they get a space.
+    """
+    words = [readable(token) for token in tokens]
+    return words if any(" " in word for word in words) else [f"{word} " for word in words]
+
+
+def colour(value: float) -> tuple[int, int, int]:
+    """Return the colour of a value from -1 (blue) over 0 (white) to 1 (red)."""
+    if not np.isfinite(value):
+        return (128, 128, 128)
+    end = POSITIVE if value > 0 else NEGATIVE
+    share = min(1.0, abs(value))
+    red, green, blue = (round(z + (e - z) * share) for z, e in zip(ZERO, end, strict=True))
+    return red, green, blue
+
+
+def ink(background: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return black or white, whichever is easier to read on a colour (Rec. 709 luma)."""
+    red, green, blue = background
+    light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 140
+    return (0, 0, 0) if light else (255, 255, 255)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenValues:
+    """One value per token, and what it is.
+
+    Attributes
+    ----------
+    values : ndarray of float32, shape [tokens]
+        Raw relevance.
+    title : str
+        What the values are, for a legend.
+    """
+
+    values: NDArray[np.float32]
+    title: str
+
+
+def token_values(trace: Trace, site: str | None = None) -> TokenValues:
+    """Return the values that colour the text of the tokens.
+
+    What a reader wants to see on the text is the relevance of the input. That is the site
+    "embed"; of the residual stream, the first layer, which is nearest to it (later layers have
+    moved it to the last token); of the sites that add to the stream, the sum over layers.
+
+    Parameters
+    ----------
+    trace : Trace
+        With a value per token.
+    site : str, optional
+        Default: "embed" if the trace has it, else as in `Trace.relevance`.
+
+    Raises
+    ------
+    InvalidArgument
+        If the trace has no value per token.
+    """
+    if site is None:
+        site = next((name for name in ("embed", "resid") if name in trace.sites), trace.sites[0])
+    values = trace.by_token(site).astype(np.float32)
+    if site in SITES_WITHOUT_LAYERS:
+        return TokenValues(values, f"site {site}")
+    if site in _STREAM_SITES:
+        return TokenValues(values[0], f"site {site}, layer 0")
+    return TokenValues(values.sum(axis=0), f"site {site}, sum over layers")
+
+
+def scaled(values: Array) -> NDArray[np.float32]:
+    """Return values divided by their largest finite absolute value; zeros stay zeros."""
+    finite = np.abs(values[np.isfinite(values)])
+    largest = np.float32(finite.max()) if finite.size and finite.max() > 0 else np.float32(1)
+    return np.divide(values, largest, dtype=np.float32)

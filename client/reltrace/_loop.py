@@ -1,0 +1,51 @@
+"""The event loop behind the synchronous clients."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """An event loop in a daemon thread, which all synchronous clients of a process share."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="reltrace-client", daemon=True
+        )
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop and wait for it, from any other thread.
+
+        An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("a synchronous client can not be used on its own event loop")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+_lock = threading.Lock()
+_shared: LoopThread | None = None
+
+
+def shared() -> LoopThread:
+    """Return the loop of this process; a forked child has its own."""
+    global _shared
+    with _lock:
+        if _shared is None or _shared.pid != os.getpid():
+            _shared = LoopThread()
+        return _shared

@@ -1,0 +1,76 @@
+"""The heatmap as a picture, through matplotlib (the extra ``reltrace[plot]``)."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from reltrace._errors import MissingDependency
+from reltrace._heatmap import heatmap
+from reltrace._trace import Trace
+
+# Inches. Past the largest height, rows get thinner and labels rarer.
+_ROW = 0.26
+_COLUMN = 0.42
+_HEIGHTS = (2.5, 40.0)
+_WIDTHS = (6.0, 36.0)
+_LABELS_PER_INCH = 5.5
+
+
+def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
+    """Write the heatmap of a site as PNG, SVG or PDF.
+
+    Layers from left to right, tokens from top to bottom, blue over white to red with white at
+    zero, as in the example of LXT's documentation (page "Latent Feature Attribution").
+
+    Raises
+    ------
+    MissingDependency
+        If matplotlib is not installed.
+    InvalidArgument
+        If the trace has no value per token.
+    """
+    try:
+        # Not pyplot: it keeps every figure, and picks a window system.
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingDependency(
+            "plots need matplotlib: pip install 'reltrace[plot]' (an .html plot needs nothing)"
+        ) from None
+    table = heatmap(trace, site, normalize=normalize)
+    rows, columns = table.shown.shape
+    height = min(max(rows * _ROW + 1.4, _HEIGHTS[0]), _HEIGHTS[1])
+    width = min(max(columns * _COLUMN + 3.5, _WIDTHS[0]), _WIDTHS[1])
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        table.shown,
+        # An odd number of colours: of 256, none is the white that zero must have.
+        cmap=colormaps["bwr"].resampled(257),
+        vmin=-table.limit,
+        vmax=table.limit,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    every = _every(columns, width)
+    axes.set_xticks(range(0, columns, every), table.columns[::every])
+    every = _every(rows, height)
+    axes.set_yticks(range(0, rows, every), table.tokens[::every])
+    axes.set_xlabel("Layers")
+    axes.set_ylabel("Tokens")
+    axes.set_title(f"{table.title}\n{table.scale}", fontsize="medium")
+    for text in (axes.title, *axes.get_yticklabels()):
+        # A "$" in a token is a dollar, not a formula.
+        text.set_parse_math(False)
+    bar = figure.colorbar(image, ax=axes, fraction=min(0.05, 0.6 / width), aspect=4 * height)
+    bar.set_label("R / largest |R| of the layer" if normalize else "R (units of the logit)")
+    with warnings.catch_warnings():
+        # A token in a script that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, dpi=150)
+
+
+def _every(labels: int, inches: float) -> int:
+    """Return the step at which labels fit."""
+    return max(1, -(-labels // int(inches * _LABELS_PER_INCH)))

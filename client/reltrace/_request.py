@@ -1,0 +1,156 @@
+"""What is asked: from the arguments of `trace` to a job on the wire."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from reltrace_proto.v1 import types_pb2
+
+from reltrace import _target
+from reltrace._errors import invalid
+
+# The server takes messages of 16 MiB; the rest of the request needs a little room.
+MAX_JOB_BYTES = 16 * 1024 * 1024 - 4096
+
+DTYPES = {
+    "float32": types_pb2.SCALAR_TYPE_FLOAT32,
+    "bfloat16": types_pb2.SCALAR_TYPE_BFLOAT16,
+    "float16": types_pb2.SCALAR_TYPE_FLOAT16,
+}
+_INDEXED = re.compile(r"^(\w+)(?:\[(\d+)\])?")
+_CALLER_NAMES = {"reduction": "reduce"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job, checked, with what is needed to answer its caller.
+
+    Attributes
+    ----------
+    spec : types_pb2.JobSpec
+        The job on the wire.
+    sites : tuple of str
+        In the caller's order.
+    several : bool
+        The caller asked for a list of traces.
+    target : object
+        The `target` argument as it was passed, to name its parts in errors.
+    """
+
+    spec: types_pb2.JobSpec
+    sites: tuple[str, ...]
+    several: bool
+    target: object
+
+    def rename(self, wire_field: str) -> str:
+        """Return the caller's name of a field of the job."""
+        if wire_field.startswith("targets"):
+            return _target.caller_field(wire_field, self.target)
+        if wire_field == "input":
+            return "prompt"
+        if wire_field.startswith("input_ids.ids"):
+            return "input_ids" + wire_field.removeprefix("input_ids.ids")
+        match = _INDEXED.match(wire_field)
+        if match and match.group(1) in _CALLER_NAMES:
+            return _CALLER_NAMES[match.group(1)]
+        return wire_field
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The arguments of `trace`, by the names its documentation gives them."""
+
+    prompt: str | None = None
+    input_ids: Sequence[int] | None = None
+    model: str | None = None
+    sites: str | Sequence[str] = field(default=("resid",))
+    reduce: str = "token"
+    target: Any = "max"
+    rule: str = "attnlrp"
+    dtype: str = "float32"
+
+    def with_item(self, item: object) -> Arguments:
+        """Return these arguments as defaults, overridden by an item of `trace_many`."""
+        if isinstance(item, str):
+            return replace(self, prompt=item)
+        if not isinstance(item, Mapping):
+            raise invalid(
+                "item", f"must be a prompt or a mapping of arguments, not {type(item).__name__}"
+            )
+        given = {key: value for key, value in item.items() if key != "id"}
+        unknown = [key for key in given if key not in Arguments.__slots__]
+        if unknown:
+            raise invalid(
+                str(unknown[0]),
+                f"is not an argument of trace(); allowed: id, {', '.join(Arguments.__slots__)}",
+            )
+        return replace(self, **given)
+
+    def check_shared(self) -> None:
+        """Check everything but the prompt: what `trace_many` shares between items."""
+        replace(self, prompt="shared", input_ids=None).job()
+
+    def job(self) -> Job:
+        """Check the arguments and build the job.
+
+        Raises
+        ------
+        InvalidArgument
+            Naming the argument and what is allowed.
+        """
+        spec = types_pb2.JobSpec(
+            model="" if self.model is None else _name(self.model, "model"),
+            reduction=_name(self.reduce, "reduce"),
+            rule=_name(self.rule, "rule"),
+            targets=_target.to_wire(self.target),
+        )
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+            raise invalid("dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        spec.dtype = DTYPES[self.dtype]
+        sites = _sites(self.sites)
+        spec.sites.extend(sites)
+        self._set_input(spec)
+        if spec.ByteSize() > MAX_JOB_BYTES:
+            given = "prompt" if self.prompt is not None else "input_ids"
+            raise invalid(
+                given,
+                f"makes a job of {spec.ByteSize()} bytes; the limit is {MAX_JOB_BYTES}",
+            )
+        return Job(spec, sites, _target.is_several(self.target), self.target)
+
+    def _set_input(self, spec: types_pb2.JobSpec) -> None:
+        if self.prompt is not None and self.input_ids is not None:
+            raise invalid("prompt", "excludes input_ids; give one of the two")
+        if self.input_ids is not None:
+            spec.input_ids.ids.extend(_target.token_ids(self.input_ids, "input_ids"))
+            return
+        if self.prompt is None:
+            raise invalid("prompt", "is missing; give prompt or input_ids")
+        if not isinstance(self.prompt, str):
+            raise invalid("prompt", f"must be str, not {type(self.prompt).__name__}")
+        _target.check_text(self.prompt, "prompt")
+        spec.prompt = self.prompt
+
+
+def _name(value: object, argument: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(argument, f"must be str, not {type(value).__name__}")
+    _target.check_text(value, argument)
+    return value
+
+
+def _sites(sites: object) -> tuple[str, ...]:
+    if isinstance(sites, str):
+        sites = (sites,)
+    if not isinstance(sites, Sequence):
+        raise invalid("sites", f"must be a name or a sequence of names, not {sites!r}")
+    if not sites:
+        raise invalid("sites", 'must name at least one site, such as "resid"')
+    names = tuple(_name(site, f"sites[{index}]") for index, site in enumerate(sites))
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise invalid(f"sites[{index}]", f"repeats {name!r}")
+    return names

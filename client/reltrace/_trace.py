@@ -1,0 +1,412 @@
+"""A relevance trace: what the service gives back."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reltrace._errors import TraceError, invalid
+
+Array: TypeAlias = NDArray[Any]
+
+# Sites without a layer axis: their relevance exists once, not once per layer.
+SITES_WITHOUT_LAYERS = frozenset({"embed"})
+
+_FORMAT = "reltrace-trace-1"
+
+_PAGES = (".html", ".htm")
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTarget:
+    """The target as the worker resolved it.
+
+    Attributes
+    ----------
+    token : str
+        The token whose logit was traced.
+    token_id : int
+        Its id.
+    logit : float
+        The value that the backward pass started from: the logit, or the log-probability,
+        difference or sum that was asked for.
+    position : int
+        Absolute index of the prompt token whose next-token logits were read.
+    contrast : str or None
+        The token whose logit was subtracted.
+    contrast_id : int or None
+        Its id.
+    logprob : bool
+        `logit` is a log-probability.
+    continuation_ids : tuple of int
+        The response tokens whose logits were summed.
+    """
+
+    token: str
+    token_id: int
+    logit: float
+    position: int
+    contrast: str | None = None
+    contrast_id: int | None = None
+    logprob: bool = False
+    continuation_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a number comes from.
+
+    Attributes
+    ----------
+    model, revision : str
+        Name and revision of the model.
+    rule : str
+        The propagation rule, such as "attnlrp".
+    reduction : str
+        What was summed before the result was sent: "token", "feature", ...
+    dtype : str
+        Number format of the model's weights and activations.
+    attention : str
+        The attention kernel.
+    checkpointing : bool
+        Whether gradient checkpointing was on.
+    device : str
+        Where the model ran.
+    versions : mapping of str to str
+        Versions of lxt, torch, transformers and the worker.
+    """
+
+    model: str
+    revision: str
+    rule: str
+    reduction: str
+    dtype: str
+    attention: str
+    checkpointing: bool
+    device: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trace:
+    """Relevance of every token at the requested sites, for one target.
+
+    A relevance is ``R = x * dL/dx``: a site's value times the gradient of the target `L`
+    under the propagation rule, where the backward pass starts at 1. Values are raw, in units
+    of the logit; `normalized` gives each layer divided by its largest absolute value, which is
+    what LXT's example shows (up to the sign of the logit, which the example multiplies by).
+
+    Attributes
+    ----------
+    tokens : list of str
+        The prompt's tokens, as the model's tokenizer writes them. T of them.
+    token_ids : list of int
+        Their ids.
+    target : ResolvedTarget
+        What was traced.
+    provenance : Provenance
+        Model, rule and versions that made the numbers.
+    arrays : mapping of str to mapping of str to ndarray
+        The tensors by site and part; a site that is one tensor has the one part "". Use
+        ``trace[site]``.
+    id : str or int or None
+        The item's id in `trace_many`; None for `trace`.
+    """
+
+    tokens: list[str]
+    token_ids: list[int]
+    target: ResolvedTarget
+    provenance: Provenance
+    arrays: Mapping[str, Mapping[str, Array]]
+    id: str | int | None = None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The requested sites, in the order they were asked for."""
+        return tuple(self.arrays)
+
+    @property
+    def relevance(self) -> Array:
+        """Relevance at site "resid", or at the first requested site if that is not there.
+
+        float32 of shape [layers, tokens] for the reduction "token". See `__getitem__`.
+        """
+        return self["resid" if "resid" in self.arrays else self.sites[0]]
+
+    def __getitem__(self, site: str) -> Array:
+        """Return the relevance at a site.
+
+        Parameters
+        ----------
+        site : str
+            One of `sites`.
+
+        Returns
+        -------
+        ndarray
+            Shape [L, T] for the reduction "token", [L, F] for "feature", [L, T, F] for "full"
+            (L layers, T tokens, F hidden size, heads or neurons of the site); without the
+            first axis for the site "embed". float32 if "float32" or "bfloat16" was asked for
+            (numpy has no bfloat16, and float32 holds its values exactly), float16 if "float16".
+
+        Raises
+        ------
+        KeyError
+            If the site was not requested, or consists of several tensors (see `parts`).
+        """
+        parts = self.parts(site)
+        if "" not in parts:
+            raise KeyError(f"site {site!r} has parts {', '.join(parts)}: use trace.parts({site!r})")
+        return parts[""]
+
+    def parts(self, site: str) -> Mapping[str, Array]:
+        """Return all tensors of a site by part; a site that is one tensor has the part ""."""
+        if site not in self.arrays:
+            raise KeyError(f"site {site!r} was not requested; there are {', '.join(self.sites)}")
+        return self.arrays[site]
+
+    def normalized(self, site: str | None = None) -> NDArray[np.float32]:
+        """Return the relevance with each layer divided by its largest absolute value.
+
+        Parameters
+        ----------
+        site : str, optional
+            One of `sites`; default as in `relevance`.
+
+        Returns
+        -------
+        ndarray of float32
+            Of the same shape, values from -1 to 1. A layer that is zero throughout stays zero.
+        """
+        site = self._site(site)
+        values: NDArray[np.float32] = self[site].astype(np.float32)
+        layered = site not in SITES_WITHOUT_LAYERS
+        axes = tuple(range(1 if layered else 0, values.ndim))
+        largest = np.abs(values).max(axis=axes, keepdims=True)
+        # Not values * (1 / largest): the reciprocal of a subnormal overflows.
+        divisor = np.where(largest == 0, np.float32(1), largest)
+        return np.divide(values, divisor, dtype=np.float32)
+
+    def by_token(self, site: str | None = None) -> Array:
+        """Return the relevance per token: [L, T], or [T] for the site "embed".
+
+        Sums over the features of a "full" trace.
+
+        Raises
+        ------
+        InvalidArgument
+            If the reduction summed over the tokens.
+        """
+        site = self._site(site)
+        values = self[site]
+        ndim = 1 if site in SITES_WITHOUT_LAYERS else 2
+        if values.ndim == ndim + 1:
+            values = values.sum(axis=-1, dtype=np.float32)
+        if values.ndim != ndim or values.shape[-1] != len(self.tokens):
+            raise invalid(
+                "reduce",
+                f'{self.provenance.reduction!r} leaves no value per token; use "token" or "full"',
+            )
+        return values
+
+    def plot(
+        self, path: str | os.PathLike[str], *, site: str | None = None, normalize: bool = True
+    ) -> Path:
+        """Write the layers-by-tokens heatmap.
+
+        Parameters
+        ----------
+        path : path
+            The ending says what is written: .png, .svg or .pdf (needs ``reltrace[plot]``), or
+            .html for a self-contained page with hover values.
+        site : str, optional
+            One of `sites`; default as in `relevance`.
+        normalize : bool, default True
+            Divide each layer by its largest absolute value, as LXT's example does.
+
+        Returns
+        -------
+        pathlib.Path
+            The file.
+
+        Raises
+        ------
+        InvalidArgument
+            If the ending is none of these, or the trace has no value per token.
+        MissingDependency
+            If matplotlib is needed and missing.
+        """
+        path = check_plot_path(path)
+        if path.suffix.lower() in _PAGES:
+            from reltrace import _html
+
+            _html.write(self, path, site=self._site(site), normalize=normalize)
+        else:
+            from reltrace import _plot
+
+            _plot.write(self, path, site=self._site(site), normalize=normalize)
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trace as plain lists and numbers, ready for `json.dumps`.
+
+        Values that are not finite, which JSON does not know, become None.
+        """
+        relevance = {
+            site: _plain(parts[""])
+            if set(parts) == {""}
+            else {part: _plain(array) for part, array in parts.items()}
+            for site, parts in self.arrays.items()
+        }
+        target = asdict(self.target)
+        target["logit"] = _plain(np.float64(self.target.logit))
+        return {
+            "id": self.id,
+            "tokens": self.tokens,
+            "token_ids": self.token_ids,
+            "target": target,
+            "relevance": relevance,
+            "provenance": {**asdict(self.provenance), "versions": dict(self.provenance.versions)},
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the trace to a safetensors file that `Trace.load` reads.
+
+        The file holds one tensor per site ("site/part" where a site has parts) and, as
+        metadata, everything else. It replaces an older file in one step.
+        """
+        from safetensors.numpy import save
+
+        path = Path(path)
+        about = self.to_dict()
+        del about["relevance"]
+        tensors = {
+            f"{site}/{part}" if part else site: np.ascontiguousarray(array)
+            for site, parts in self.arrays.items()
+            for part, array in parts.items()
+        }
+        # safetensors sorts by name; the order of the sites is the caller's.
+        about["order"] = list(tensors)
+        content = save(tensors, {"format": _FORMAT, "trace": json.dumps(about)})
+        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            with unfinished.open("xb") as file:
+                file.write(content)
+            unfinished.replace(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        InvalidArgument
+            If the file is not one that `save` wrote.
+        OSError
+            If it can not be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise invalid("path", f"{os.fspath(path)!r} was not written by Trace.save")
+                about = json.loads(metadata["trace"])
+                tensors = {name: file.get_tensor(name) for name in about["order"]}
+            return _from_dict(about, tensors)
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise invalid(
+                "path", f"{os.fspath(path)!r} is not a trace that Trace.save wrote: {error}"
+            ) from error
+
+    def _site(self, site: str | None) -> str:
+        if site is None:
+            return "resid" if "resid" in self.arrays else self.sites[0]
+        if site not in self.arrays:
+            raise invalid("site", f"{site!r} was not requested; there are {', '.join(self.sites)}")
+        return site
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(
+            f"{site}{f'/{part}' if part else ''} {list(array.shape)}"
+            for site, parts in self.arrays.items()
+            for part, array in parts.items()
+        )
+        name = "" if self.id is None else f"id={self.id!r}, "
+        return (
+            f"Trace({name}{len(self.tokens)} tokens, target {self.target.token!r} "
+            f"({self.target.logit:.3f}), {shapes}, model {self.provenance.model!r})"
+        )
+
+
+def check_plot_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path if `Trace.plot` can write it.
+
+    Raises
+    ------
+    InvalidArgument
+        If its ending says nothing that can be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (*_PAGES, *_PICTURES):
+        raise invalid("plot", f"must end in .png, .svg, .pdf or .html, not {path.name!r}")
+    return path
+
+
+def _plain(values: Any) -> Any:
+    if np.isfinite(values).all():
+        return values.tolist()
+    boxed = np.asarray(values, dtype=object)
+    boxed[~np.isfinite(values)] = None
+    return boxed.tolist()
+
+
+def _from_dict(about: dict[str, Any], tensors: Mapping[str, Array]) -> Trace:
+    arrays: dict[str, dict[str, Array]] = {}
+    for name, array in tensors.items():
+        site, _, part = name.partition("/")
+        arrays.setdefault(site, {})[part] = array
+    target = dict(about["target"])
+    target["continuation_ids"] = tuple(target["continuation_ids"])
+    if target["logit"] is None:
+        target["logit"] = float("nan")
+    return Trace(
+        tokens=about["tokens"],
+        token_ids=about["token_ids"],
+        target=ResolvedTarget(**target),
+        provenance=Provenance(**about["provenance"]),
+        arrays=arrays,
+        id=about["id"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An item of `trace_many` that gave no trace.
+
+    Attributes
+    ----------
+    id : str or int
+        The item's id: the given one, else its index.
+    error : TraceError
+        Why.
+    """
+
+    id: str | int
+    error: TraceError

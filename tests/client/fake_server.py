@@ -1,0 +1,340 @@
+"""A server that speaks the protocol over a real socket, and misbehaves as told.
+
+It stands where the scheduler and its workers stand. Results are a function of the prompt
+(`relevance_of`), so that a test can say exactly what must come back.
+"""
+
+# ruff: noqa: N802 - the names of the service's methods
+from __future__ import annotations
+
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import grpc
+import numpy as np
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, trace_pb2, trace_pb2_grpc, types_pb2
+
+LAYERS = 4
+HIDDEN = 6
+NUMPY = {
+    types_pb2.SCALAR_TYPE_UNSPECIFIED: "<f4",
+    types_pb2.SCALAR_TYPE_FLOAT32: "<f4",
+    types_pb2.SCALAR_TYPE_FLOAT16: "<f2",
+}
+
+
+def tokens_of(spec: types_pb2.JobSpec) -> list[str]:
+    if spec.WhichOneof("input") == "input_ids":
+        return [f"<{number}>" for number in spec.input_ids.ids]
+    return ["<s>", *spec.prompt.split()]
+
+
+def relevance_of(text: str, site: str, shape: tuple[int, ...], trace: int = 0) -> np.ndarray:
+    seed = zlib.crc32(f"{text}|{site}|{trace}".encode())
+    return np.random.default_rng(seed).standard_normal(shape).astype("<f4")
+
+
+def shape_of(spec: types_pb2.JobSpec, site: str) -> tuple[int, ...]:
+    tokens = len(tokens_of(spec))
+    shapes = {
+        "token": (LAYERS, tokens),
+        "feature": (LAYERS, HIDDEN),
+        "full": (LAYERS, tokens, HIDDEN),
+    }
+    shape = shapes[spec.reduction or "token"]
+    return shape[1:] if site == "embed" else shape
+
+
+def encode(values: np.ndarray, dtype: int) -> bytes:
+    if dtype == types_pb2.SCALAR_TYPE_BFLOAT16:
+        return (values.view("<u4") >> 16).astype("<u2").tobytes()
+    return values.astype(NUMPY[dtype]).tobytes()
+
+
+def chunks_of(
+    spec: types_pb2.JobSpec, job_id: str, piece_bytes: int
+) -> list[types_pb2.ResultChunk]:
+    """Return the result of a job that succeeds, cut into pieces of at most `piece_bytes`."""
+    text = " ".join(tokens_of(spec))
+    dtype = spec.dtype or types_pb2.SCALAR_TYPE_FLOAT32
+    header = types_pb2.TraceHeader(
+        tokens=tokens_of(spec),
+        token_ids=range(len(tokens_of(spec))),
+        provenance=types_pb2.Provenance(
+            model=spec.model or "fake",
+            revision="r1",
+            rule=spec.rule,
+            dtype=types_pb2.SCALAR_TYPE_FLOAT32,
+            attention="sdpa",
+            device="cpu",
+            reduction=spec.reduction,
+            versions={"lxt": "2.1", "torch": "2.13.0"},
+        ),
+    )
+    for index, target in enumerate(spec.targets):
+        count = len(target.continuation.ids.ids) if target.continuation.each else 1
+        for part in range(count):
+            header.targets.add(
+                token=target.token.text or "dogs",
+                token_id=7 + index,
+                logit=3.5 + part,
+                position=len(header.tokens) - 1,
+                logprob=target.logprob,
+            )
+    pieces = []
+    for trace in range(len(header.targets)):
+        for site in spec.sites:
+            shape = shape_of(spec, site)
+            data = encode(relevance_of(text, site, shape, trace), dtype)
+            pieces += [
+                types_pb2.TensorPiece(
+                    trace=trace, site=site, dtype=dtype, shape=shape, offset=offset,
+                    data=data[offset : offset + piece_bytes],
+                )
+                for offset in range(0, len(data), piece_bytes)
+            ]  # fmt: skip
+    per_chunk = len(pieces) if piece_bytes >= 1024 else 1
+    chunks = [
+        types_pb2.ResultChunk(tensors=pieces[start : start + per_chunk])
+        for start in range(0, len(pieces), per_chunk)
+    ]
+    chunks[0].header.CopyFrom(header)
+    chunks[-1].end.state = types_pb2.JOB_STATE_SUCCEEDED
+    chunks[-1].end.attempt = 1
+    for number, chunk in enumerate(chunks, start=1):
+        chunk.job_id = job_id
+        chunk.number = number
+    return chunks
+
+
+def failed_chunk(
+    job_id: str, state: int, code: int, message: str, field: str = ""
+) -> types_pb2.ResultChunk:
+    chunk = types_pb2.ResultChunk(job_id=job_id, number=1)
+    chunk.end.state = state
+    chunk.end.error.code = code
+    chunk.end.error.message = message
+    if field:
+        chunk.end.error.violations.add(field=field, description=message)
+    return chunk
+
+
+def status_with(code: grpc.StatusCode, message: str, *details: Any) -> status_pb2.Status:
+    packed = []
+    for detail in details:
+        box = any_pb2.Any()
+        box.Pack(detail)
+        packed.append(box)
+    return status_pb2.Status(code=code.value[0], message=message, details=packed)
+
+
+def queue_full(seconds: float) -> status_pb2.Status:
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(int(seconds * 1e9))
+    return status_with(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "the queue is full",
+        error_details_pb2.RetryInfo(retry_delay=delay),
+    )
+
+
+@dataclass
+class Submission:
+    id: str
+    key: str
+    job_ids: list[str]
+    specs: list[types_pb2.JobSpec]
+
+
+@dataclass
+class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServiceServicer):
+    """See the module.
+
+    Attributes
+    ----------
+    submit_errors, stream_errors
+        Statuses that the next calls are answered with, one each.
+    faults
+        From a job to its violations: such a job rejects its submission.
+    rejection
+        The code of such a rejection.
+    lose_answer
+        The next submission is stored, but its answer is lost.
+    drop_at
+        The stream breaks off before the n-th event that is sent in all, for every n in it.
+    run
+        From (spec, job id) to the chunks of the result.
+    reverse
+        Jobs end in the reverse order.
+    hold
+        Jobs wait for this before they end.
+    """
+
+    piece_bytes: int = 1 << 20
+    submit_errors: deque[status_pb2.Status] = field(default_factory=deque)
+    stream_errors: deque[status_pb2.Status] = field(default_factory=deque)
+    faults: Callable[[types_pb2.JobSpec], list[tuple[str, str]]] = lambda spec: []
+    rejection: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT
+    lose_answer: bool = False
+    drop_at: set[int] = field(default_factory=set)
+    run: Callable[[types_pb2.JobSpec, str], list[types_pb2.ResultChunk]] | None = None
+    reverse: bool = False
+    hold: Callable[[types_pb2.JobSpec], None] = lambda spec: None
+    truncate: bool = False
+
+    requests: list[trace_pb2.SubmitJobsRequest] = field(default_factory=list)
+    streams: list[trace_pb2.StreamResultsRequest] = field(default_factory=list)
+    submissions: dict[str, Submission] = field(default_factory=dict)
+    acknowledged: dict[str, int] = field(default_factory=dict)
+    sent: int = 0
+    address: str = ""
+
+    def __enter__(self) -> Self:
+        self._lock = threading.RLock()
+        self.changed = threading.Condition(self._lock)
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Serve; after `stop`, at the same address and with all that was submitted."""
+        self._server = grpc.server(futures.ThreadPoolExecutor(32))
+        trace_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
+        port = self._server.add_insecure_port(self.address or "127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        self._server.start()
+
+    def stop(self) -> None:
+        """Break off all calls."""
+        self._server.stop(grace=0).wait(5)
+
+    def jobs_submitted(self) -> int:
+        with self._lock:
+            return sum(len(submission.specs) for submission in self.submissions.values())
+
+    def wait_acknowledged(self, timeout: float = 5) -> None:
+        """Wait until every submission is acknowledged to its end."""
+        with self.changed:
+            done = self.changed.wait_for(
+                lambda: all(
+                    self.acknowledged.get(s.id) == len(s.specs) for s in self.submissions.values()
+                ),
+                timeout,
+            )
+        assert done, f"acknowledged: {self.acknowledged}"
+
+    def SubmitJobs(
+        self, request: trace_pb2.SubmitJobsRequest, context: Any
+    ) -> trace_pb2.SubmitJobsResponse:
+        with self._lock:
+            self.requests.append(request)
+            if self.submit_errors:
+                context.abort_with_status(rpc_status.to_status(self.submit_errors.popleft()))
+            violations = [
+                error_details_pb2.BadRequest.FieldViolation(
+                    field=f"jobs[{index}].{name}", description=description
+                )
+                for index, spec in enumerate(request.jobs)
+                for name, description in self.faults(spec)
+            ]
+            if violations:
+                bad = error_details_pb2.BadRequest(field_violations=violations)
+                context.abort_with_status(
+                    rpc_status.to_status(status_with(self.rejection, "rejected", bad))
+                )
+            known = {s.key: s for s in self.submissions.values()}
+            submission = known.get(request.idempotency_key)
+            if submission is None:
+                number = len(self.submissions)
+                submission = Submission(
+                    id=f"s{number}",
+                    key=request.idempotency_key,
+                    job_ids=[f"s{number}j{i}" for i in range(len(request.jobs))],
+                    specs=list(request.jobs),
+                )
+                self.submissions[submission.id] = submission
+                self.changed.notify_all()
+            if self.lose_answer:
+                self.lose_answer = False
+                context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+        return trace_pb2.SubmitJobsResponse(submission_id=submission.id, job_ids=submission.job_ids)
+
+    def StreamResults(
+        self, request: trace_pb2.StreamResultsRequest, context: Any
+    ) -> Iterator[trace_pb2.StreamResultsResponse]:
+        with self._lock:
+            self.streams.append(request)
+            if self.stream_errors:
+                context.abort_with_status(rpc_status.to_status(self.stream_errors.popleft()))
+            submission = self.submissions[request.submission_id]
+        jobs = list(zip(submission.job_ids, submission.specs, strict=True))
+        if self.reverse:
+            jobs.reverse()
+        if self.truncate:
+            jobs.pop()
+        for entry, (job_id, spec) in enumerate(jobs, start=1):
+            if entry <= request.after_entry:
+                continue
+            self.hold(spec)
+            chunks = (
+                self.run(spec, job_id) if self.run else chunks_of(spec, job_id, self.piece_bytes)
+            )
+            seen = request.after_chunk if entry == request.after_entry + 1 else 0
+            for chunk in chunks[seen:]:
+                with self._lock:
+                    self.sent += 1
+                    drop = self.sent in self.drop_at
+                if drop:
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+                yield trace_pb2.StreamResultsResponse(
+                    events=[trace_pb2.ResultEvent(entry=entry, chunk=chunk)]
+                )
+
+    def AcknowledgeResults(
+        self, request: trace_pb2.AcknowledgeResultsRequest, context: Any
+    ) -> trace_pb2.AcknowledgeResultsResponse:
+        with self.changed:
+            self.acknowledged[request.submission_id] = request.through_entry
+            self.changed.notify_all()
+        return trace_pb2.AcknowledgeResultsResponse()
+
+    def GetJobs(self, request: Any, context: Any) -> Any:
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "not part of these tests")
+
+    def ListModels(
+        self, request: trace_pb2.ListModelsRequest, context: Any
+    ) -> trace_pb2.ListModelsResponse:
+        model = types_pb2.ModelInfo(
+            name="fake", revision="r1", architecture="LlamaForCausalLM", layers=LAYERS,
+            hidden_size=HIDDEN, heads=2, context_length=128, parameters=1234567,
+            dtype=types_pb2.SCALAR_TYPE_BFLOAT16, sites=["embed", "resid"], rules=["attnlrp"],
+            reductions=["token"],
+        )  # fmt: skip
+        return trace_pb2.ListModelsResponse(models=[trace_pb2.ServedModel(model=model, workers=2)])
+
+    def GetStatus(
+        self, request: admin_pb2.GetStatusRequest, context: Any
+    ) -> admin_pb2.GetStatusResponse:
+        response = admin_pb2.GetStatusResponse(
+            version="0.1.0", redis_version="7.2", redis_memory_bytes=1 << 20,
+            ended={"succeeded": 5},
+        )  # fmt: skip
+        response.queues.add(model="fake", queued=3, leased=1)
+        worker = response.workers.add(worker_id="w1", device="cpu", version="0.1.0", leased=1)
+        worker.model.name = "fake"
+        worker.connected_at.FromSeconds(1_700_000_000)
+        return response
+
+
+__all__ = ["FakeServer", "code_pb2"]

@@ -1,0 +1,178 @@
+"""The `reltrace` command against a server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reltrace
+from fake_server import FakeServer
+from reltrace import _command
+
+PROMPT = "My cats love to play with my"
+
+
+class Run:
+    """Calls the command in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["reltrace", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            _command.main()
+        out, err = self._capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: FakeServer
+) -> Run:
+    monkeypatch.setenv("RELTRACE_SERVER", server.address)
+    return Run(monkeypatch, capsys)
+
+
+def test_run_shows_the_tokens(command: Run) -> None:
+    code, out, err = command("run", PROMPT)
+    assert (code, err) == (0, "")
+    assert "Relevance of 'dogs' (logit 3.500): site resid, layer 0" in out
+    assert "'love'" in out
+
+
+def test_run_passes_its_options_on(command: Run, server: FakeServer) -> None:
+    options = ("--site", "embed", "--site", "resid", "--rule", "cp_lrp", "--model", "fake")
+    code, out, _ = command("run", PROMPT, *options, "--target", "cats", "--timeout", "9")
+    assert code == 0
+    assert "site embed" in out
+    (spec,) = server.requests[0].jobs
+    assert (list(spec.sites), spec.rule, spec.model) == (["embed", "resid"], "cp_lrp", "fake")
+    assert spec.targets[0].token.text == "cats"
+    command("run", PROMPT, "--target", "id:17")
+    assert server.requests[1].jobs[0].targets[0].token.id == 17
+
+
+def test_options_come_from_the_environment(
+    command: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELTRACE_SITE", "embed resid")
+    monkeypatch.setenv("RELTRACE_RULE", "gradient")
+    assert command("run", PROMPT)[0] == 0
+    (spec,) = server.requests[0].jobs
+    assert (list(spec.sites), spec.rule) == (["embed", "resid"], "gradient")
+
+
+def test_run_prints_json_and_nothing_else(command: Run, tmp_path: Path) -> None:
+    code, out, _ = command("run", PROMPT, "--json", "-", "--plot", str(tmp_path / "a.png"))
+    assert code == 0
+    trace = json.loads(out)
+    assert trace["tokens"] == ["<s>", *PROMPT.split()]
+    assert len(trace["relevance"]["resid"]) == 4
+    assert trace["provenance"]["model"] == "fake"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_writes_files(command: Run, tmp_path: Path) -> None:
+    page, data = tmp_path / "a.html", tmp_path / "a.json"
+    code, out, err = command("run", PROMPT, "--plot", str(page), "--json", str(data))
+    assert code == 0
+    assert "Relevance of" in out
+    assert err == f"wrote {page}\n"
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert json.loads(data.read_text())["target"]["token"] == "dogs"
+
+
+def test_run_without_a_value_per_token(command: Run) -> None:
+    code, out, _ = command("run", PROMPT, "--reduce", "feature")
+    assert code == 0
+    assert "resid [4, 6]" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", ""], "reltrace: prompt: must not be empty\n"),
+        (["run", PROMPT, "--target", "id:x"], "reltrace: target: after id: comes a token id, "),
+        (["run", PROMPT, "--plot", "a.gif"], "reltrace: plot: must end in .png, .svg, .pdf or "),
+        (["run", PROMPT, "--server", "nowhere"], 'reltrace: address: must be "host:port"'),
+        (["run", PROMPT, "--plot", "/no/such/folder/a.html"], "reltrace: [Errno 2] No such file"),
+    ],
+)
+def test_errors_are_one_line(command: Run, arguments: list[str], message: str) -> None:
+    code, _, err = command(*arguments)
+    assert code == 1
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_usage_errors_exit_with_2(command: Run) -> None:
+    assert command("run")[0] == 2
+    assert command("run", PROMPT, "--timeout", "soon")[0] == 2
+    assert command("fly")[0] == 2
+
+
+def test_models(command: Run) -> None:
+    code, out, _ = command("models")
+    assert code == 0
+    assert "1,234,567" in out
+    assert "fake: sites embed, resid; rules attnlrp; reductions token\n" in out
+    (model,) = json.loads(command("models", "--json")[1])
+    assert (model["name"], model["workers"]) == ("fake", 2)
+
+
+def test_status(command: Run) -> None:
+    code, out, _ = command("status")
+    assert code == 0
+    assert "Redis 7.2, 1.0 MB; ended: 5 succeeded" in out
+    assert "w1" in out
+    state: Any = json.loads(command("status", "--json")[1])
+    assert state["queues"] == [{"model": "fake", "queued": 3, "leased": 1}]
+    assert state["workers"][0]["connected_at"] == "2023-11-14T22:13:20+00:00"
+
+
+def test_version(command: Run) -> None:
+    assert command("--version") == (0, f"reltrace {reltrace.__version__}\n", "")
+
+
+def test_import_is_light() -> None:
+    heavy = ["torch", "transformers", "matplotlib", "pandas", "safetensors", "tqdm", "redis"]
+    code = f"import sys, reltrace; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout == "[]\n"
+
+
+def test_ctrl_c_ends_a_call(server: FakeServer) -> None:
+    import signal
+    import threading
+
+    ended = threading.Event()
+    started = threading.Event()
+    server.hold = lambda spec: (started.set(), ended.wait(20), None)[2]
+    code = (
+        "import reltrace, sys\n"
+        "with reltrace.Client(sys.argv[1]) as client:\n"
+        "    try:\n"
+        "        client.trace('slow')\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, server.address], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert started.wait(20)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=20)
+    finally:
+        ended.set()
+        process.kill()
+        process.wait()
+    assert (out, process.returncode) == ("interrupted\n", 0)

@@ -1,0 +1,172 @@
+"""Pictures: the heatmap as PNG and as a page, the tokens in a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reltrace
+from make_trace import make_trace
+from PIL import Image
+from reltrace import _display, _terminal
+from rich.console import Console
+
+
+def page_data(path: Path) -> Any:
+    match = re.search(r'<script id="data" type="application/json">(.*?)</script>', path.read_text())
+    assert match
+    return json.loads(match.group(1))
+
+
+def pixels(path: Path) -> np.ndarray:
+    """Return the picture as [height, width, 3]."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def share(picture: np.ndarray, colour: tuple[int, int, int]) -> float:
+    return float((picture == colour).all(axis=-1).mean())
+
+
+def test_png_shows_positive_red_and_negative_blue(tmp_path: Path) -> None:
+    trace = make_trace({"resid": (2, 5)})
+    trace.relevance[0], trace.relevance[1] = 2.0, -3.0
+    picture = pixels(trace.plot(tmp_path / "a.png"))
+    red, blue = share(picture, (255, 0, 0)), share(picture, (0, 0, 255))
+    # Half of the cells each; the colour bar adds a little to both.
+    assert red > 0.2
+    assert 0.9 < red / blue < 1.1
+
+
+def test_zero_is_white(tmp_path: Path) -> None:
+    trace = make_trace({"resid": (2, 5)})
+    trace.relevance[:] = 0
+    trace.relevance[0, 0] = -1
+    picture = pixels(trace.plot(tmp_path / "a.png", normalize=False))
+    # One of ten cells is blue; the other nine are white although nothing is positive.
+    assert 0.02 < share(picture, (0, 0, 255)) < 0.1
+    assert share(picture, (255, 255, 255)) > 0.7
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf", "html", "HTML"])
+def test_every_kind_of_file(tmp_path: Path, ending: str) -> None:
+    path = make_trace({"embed": (5,)}).plot(tmp_path / f"a.{ending}")
+    assert path.stat().st_size > 1000
+
+
+def test_another_ending_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        reltrace.InvalidArgument, match=r"must end in \.png, \.svg, \.pdf or \.html"
+    ):
+        make_trace().plot(tmp_path / "a.gif")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_prompts_and_foreign_scripts(tmp_path: Path) -> None:
+    tokens = ["猫", "$a_b$", "\x1b[31m"] + [f"Ġw{i}" for i in range(1500)]
+    trace = make_trace({"resid": (3, len(tokens))}, tokens=tokens)
+    assert pixels(trace.plot(tmp_path / "a.png")).shape[0] <= 6000
+
+
+def test_without_matplotlib_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(reltrace.MissingDependency, match=r"pip install 'reltrace\[plot\]'"):
+        make_trace().plot(tmp_path / "a.png")
+
+
+def test_a_site_or_reduction_without_tokens(tmp_path: Path) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match="'head' was not requested"):
+        make_trace().plot(tmp_path / "a.png", site="head")
+    trace = make_trace({"resid": (3, 7)}, reduction="feature")
+    for name in ("a.png", "a.html"):
+        with pytest.raises(reltrace.InvalidArgument, match="no value per token"):
+            trace.plot(tmp_path / name)
+
+
+def test_the_page_holds_the_numbers(tmp_path: Path) -> None:
+    trace = make_trace()
+    data = page_data(trace.plot(tmp_path / "a.html"))
+    np.testing.assert_allclose(np.array(data["raw"]).T, trace.relevance, rtol=1e-6)
+    np.testing.assert_allclose(np.array(data["shown"]).T, trace.normalized(), rtol=1e-6)
+    assert data["limit"] == 1.0
+    assert data["tokens"] == ["<s>", " My", " cats", "</script>", "$x_1$"]
+    raw = page_data(trace.plot(tmp_path / "b.html", normalize=False))
+    assert raw["limit"] == pytest.approx(float(np.abs(trace.relevance).max()))
+    assert raw["shown"] == raw["raw"]
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing_of_the_prompt(tmp_path: Path) -> None:
+    tokens = ["</script>", "<script>alert(1)</script>", "%%DATA%%", "<!--", "&lt;"]
+    text = make_trace(tokens=tokens).plot(tmp_path / "a.html").read_text()
+    assert not re.search(r"https?:|//[a-z]|\b(src|href)=|@import|url\(", text)
+    assert "default-src 'none'" in text
+    assert text.count("</script>") == text.count("<script") == 2
+    assert page_data(tmp_path / "a.html")["tokens"] == tokens
+    assert "%%TITLE%%" not in text
+
+
+def test_a_page_with_nan(tmp_path: Path) -> None:
+    trace = make_trace()
+    trace.relevance[1, 1] = np.nan
+    data = page_data(trace.plot(tmp_path / "a.html", normalize=False))
+    assert data["raw"][1][1] is None
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [("Ġcats", " cats"), ("▁cats", " cats"), ("Ċ", "↵"), ("a\x1b[0m", "a\\x1b[0m"), ("ü", "ü")],
+)
+def test_readable(token: str, shown: str) -> None:
+    assert _display.readable(token) == shown
+
+
+def test_what_colours_the_text() -> None:
+    trace = make_trace({"attn_out": (3, 5), "resid": (3, 5), "embed": (5,)})
+    np.testing.assert_array_equal(_display.token_values(trace).values, trace["embed"])
+    np.testing.assert_array_equal(_display.token_values(trace, "resid").values, trace["resid"][0])
+    summed = _display.token_values(trace, "attn_out")
+    np.testing.assert_array_equal(summed.values, trace["attn_out"].sum(axis=0))
+    assert summed.title == "site attn_out, sum over layers"
+
+
+def test_colours() -> None:
+    assert _display.colour(0) == _display.ZERO
+    assert _display.colour(1) == _display.colour(7) == _display.POSITIVE
+    assert _display.colour(-1) == _display.NEGATIVE
+    assert _display.ink(_display.ZERO) == (0, 0, 0)
+    assert _display.ink(_display.POSITIVE) == _display.ink(_display.NEGATIVE) == (255, 255, 255)
+    np.testing.assert_array_equal(_display.scaled(np.zeros(3, np.float32)), 0)
+
+
+def shown(trace: reltrace.Trace, **options: Any) -> str:
+    file = io.StringIO()
+    _terminal.show(trace, Console(file=file, width=100, **options))
+    return file.getvalue()
+
+
+def test_the_terminal_colours_tokens() -> None:
+    trace = make_trace({"embed": (5,)})
+    trace["embed"][:] = [-4, 0, 2, 4, 1]
+    text = shown(trace, force_terminal=True, color_system="truecolor")
+    assert "\x1b[38;2;255;255;255;48;2;33;102;172m<s>" in text
+    assert "\x1b[38;2;0;0;0;48;2;255;255;255m My" in text
+    assert "\x1b[38;2;255;255;255;48;2;178;24;43m</script>" in text
+    assert "-4 " in text
+    assert "red: for the target, blue: against" in text
+
+
+@pytest.mark.parametrize("options", [{}, {"force_terminal": True, "no_color": True}])
+def test_without_colours_there_are_numbers(options: dict[str, Any]) -> None:
+    trace = make_trace({"embed": (5,)})
+    trace["embed"][:] = [-4, 0, 2, 4, 1]
+    text = shown(trace, **options)
+    assert "48;2" not in text
+    assert re.search(r"2 +' cats' +\+2", text)

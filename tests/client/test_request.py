@@ -1,0 +1,78 @@
+"""The arguments of `trace`, checked before anything is sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reltrace
+from hypothesis import given
+from hypothesis import strategies as st
+from reltrace._request import MAX_JOB_BYTES, Arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "prompt: is missing; give prompt or input_ids"),
+        ({"prompt": "a", "input_ids": [1]}, "prompt: excludes input_ids"),
+        ({"prompt": ""}, "prompt: must not be empty"),
+        ({"prompt": b"bytes"}, "prompt: must be str, not bytes"),
+        ({"prompt": "a\udfffb"}, "prompt: character 1 is a lone surrogate"),
+        ({"prompt": "x" * (MAX_JOB_BYTES + 1)}, "prompt: makes a job of .* bytes; the limit is"),
+        ({"input_ids": []}, "input_ids: must not be empty"),
+        ({"input_ids": "12"}, "input_ids: must be a sequence of token ids, not str"),
+        ({"input_ids": [1, -2]}, r"input_ids\[1\]: must be from 0 to"),
+        ({"input_ids": [1, 2.0]}, r"input_ids\[1\]: must be a whole number, not 2.0"),
+        ({"prompt": "a", "model": 5}, "model: must be str, not int"),
+        ({"prompt": "a", "sites": []}, "sites: must name at least one site"),
+        ({"prompt": "a", "sites": ["resid", 3]}, r"sites\[1\]: must be str, not int"),
+        ({"prompt": "a", "sites": ["resid", "resid"]}, r"sites\[1\]: repeats 'resid'"),
+        ({"prompt": "a", "sites": None}, "sites: must be a name or a sequence of names"),
+        ({"prompt": "a", "reduce": ""}, "reduce: must not be empty"),
+        ({"prompt": "a", "rule": None}, "rule: must be str"),
+        ({"prompt": "a", "dtype": "float64"}, "dtype: must be one of float32, bfloat16, float16"),
+        ({"prompt": "a", "dtype": ["float32"]}, "dtype: must be one of"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match=f"^{message}") as caught:
+        Arguments(**arguments).job()
+    assert isinstance(caught.value, ValueError)
+    (violation,) = caught.value.violations
+    assert str(caught.value).startswith(f"{violation.field}: ")
+
+
+def test_a_site_may_be_one_name() -> None:
+    assert Arguments("a", sites="embed").job().sites == ("embed",)
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1))
+def test_every_text_arrives_as_it_is(prompt: str) -> None:
+    spec = Arguments(prompt).job().spec
+    assert type(spec).FromString(spec.SerializeToString()).prompt == prompt
+
+
+@given(st.text(min_size=1))
+def test_text_with_surrogates_is_refused_not_changed(prompt: str) -> None:
+    has_surrogate = any("\ud800" <= char <= "\udfff" for char in prompt)
+    if has_surrogate:
+        with pytest.raises(reltrace.InvalidArgument, match=r"^prompt: character \d+ is a lone"):
+            Arguments(prompt).job()
+    else:
+        assert Arguments(prompt).job().spec.prompt == prompt
+
+
+@pytest.mark.parametrize(
+    "address", ["", "localhost", "host:", ":50051", "host:port", "host:0", "host:70000", 50051]
+)
+def test_bad_addresses(address: Any) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match=r'^address: must be (str|"host:port")'):
+        reltrace.Client(address)
+
+
+def test_the_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reltrace.AsyncClient().address == "127.0.0.1:50051"
+    monkeypatch.setenv("RELTRACE_SERVER", "node7:1234")
+    assert reltrace.AsyncClient().address == "node7:1234"
+    assert reltrace.AsyncClient("other:1").address == "other:1"

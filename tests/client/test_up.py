@@ -1,0 +1,251 @@
+"""`reltrace up`: real processes, with small stand-ins for the scheduler and the worker."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import reltrace
+from reltrace import _supervise, _up
+
+PARTS = Path(__file__).parent / "fake_parts"
+SECONDS = 20.0
+
+
+class Up:
+    """One `reltrace up`."""
+
+    def __init__(self, folder: Path, *options: str, **environment: str) -> None:
+        self.events_file = folder / "events"
+        self.events_file.touch()
+        self.data = folder / "data"
+        command = [sys.executable, "-c", "from reltrace._command import main; main()", "up"]
+        self.process = subprocess.Popen(
+            [*command, "--port", "0", "--data", str(self.data), *options],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(PARTS),
+                "EVENTS": str(self.events_file),
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Of its own, so that a test may signal the group as a terminal does.
+            start_new_session=True,
+        )
+
+    def ready(self) -> str:
+        assert self.process.stdout is not None
+        readable, _, _ = select.select([self.process.stdout], [], [], SECONDS)
+        assert readable, "no ready line"
+        return self.process.stdout.readline()
+
+    def events(self) -> list[tuple[str, str, int]]:
+        lines = [line.split() for line in self.events_file.read_text().splitlines()]
+        return [(line[0], line[1], int(line[2])) for line in lines]
+
+    def started(self, name: str) -> list[int]:
+        return [pid for part, event, pid in self.events() if (part, event) == (name, "start")]
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=SECONDS)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
+    with ExitStack() as stack:
+
+        def start(*options: str, **environment: str) -> Up:
+            running = Up(tmp_path, *options, **environment)
+            stack.callback(running.process.communicate)
+            stack.callback(running.process.kill)
+            return running
+
+        yield start
+
+
+def wait_for_end(*pids: int) -> None:
+    """Wait until processes that are not our children are gone."""
+    for pid in pids:
+        try:
+            watched = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            ended, _, _ = select.select([watched], [], [], SECONDS)
+        finally:
+            os.close(watched)
+        assert ended, f"process {pid} lives on"
+
+
+def test_it_serves_and_ends_cleanly(start: Callable[..., Up]) -> None:
+    up = start("--workers", "2", "--model", "a", "--model", "b")
+    line = up.ready()
+    match = re.fullmatch(
+        r"reltrace is ready at 127\.0\.0\.1:(\d+) \(models a, b, data in (.*)\)\n", line
+    )
+    assert match
+    assert match.group(2) == str(up.data)
+    with reltrace.Client(f"127.0.0.1:{match.group(1)}") as client:
+        assert [model.name for model in client.models()] == ["a", "b"]
+    pids = [pid for _, _, pid in up.events()]
+    code, out, err = up.end()
+    assert (code, out) == (0, "")
+    assert "4 workers (a, b)" in err
+    wait_for_end(*pids)
+    stopped = [part for part, event, _ in up.events() if event == "stop"]
+    assert sorted(stopped[:-1]) == ["worker"] * len(up.started("worker"))
+    assert stopped[-1] == "scheduler"
+    logs = sorted(path.name for path in (up.data / "logs").iterdir())
+    assert logs == ["scheduler.log", *(f"worker-{i}.log" for i in range(1, 5))]
+
+
+def test_ctrl_c_reaches_the_group_but_the_order_stays(start: Callable[..., Up]) -> None:
+    up = start()
+    assert "(model demo, data in" in up.ready()
+    os.killpg(up.process.pid, signal.SIGINT)
+    up.process.communicate(timeout=SECONDS)
+    assert up.process.returncode == 0
+    assert [part for part, event, _ in up.events() if event == "stop"] == ["worker", "scheduler"]
+
+
+def test_a_part_that_dies_is_started_again(start: Callable[..., Up]) -> None:
+    up = start()
+    up.ready()
+    assert up.process.stderr is not None
+    for part in ("worker", "scheduler"):
+        (pid,) = up.started(part)
+        os.kill(pid, signal.SIGKILL)
+        line = ""
+        while "was ended by SIGKILL; starting it again" not in line:
+            readable, _, _ = select.select([up.process.stderr], [], [], SECONDS)
+            assert readable
+            line = up.process.stderr.readline()
+        assert line.startswith(f"reltrace up: {part}")
+        watch_until(lambda part=part: len(up.started(part)) == 2, up.events_file)
+    assert up.end()[0] == 0
+
+
+def watch_until(condition: Callable[[], bool], path: Path) -> None:
+    """Wait for a change of a file that fulfils a condition."""
+    import time
+
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, path.read_text()
+        time.sleep(0.02)
+
+
+def test_no_part_outlives_it(start: Callable[..., Up]) -> None:
+    up = start("--model", "stubborn")
+    up.ready()
+    pids = [pid for _, _, pid in up.events()]
+    assert len(pids) == 2
+    up.process.kill()
+    wait_for_end(*pids)
+
+
+def test_a_second_signal_ends_what_does_not_want_to(start: Callable[..., Up]) -> None:
+    up = start("--model", "stubborn")
+    up.ready()
+    assert up.process.stderr is not None
+    up.process.send_signal(signal.SIGTERM)
+    while "stopping" not in up.process.stderr.readline():
+        pass
+    code, _, _ = up.end()
+    assert code == 0
+    wait_for_end(*(pid for _, _, pid in up.events()))
+
+
+def test_a_part_that_keeps_dying_ends_it(start: Callable[..., Up]) -> None:
+    up = start("--model", "crash")
+    out, err = up.process.communicate(timeout=SECONDS)
+    assert (up.process.returncode, out) == (1, "")
+    assert "reltrace: worker-1 ended with exit code 1 3 times before it was ready:" in err
+    assert "RuntimeError: the model is on fire" in err
+    wait_for_end(*(pid for _, _, pid in up.events()))
+
+
+def test_an_error_of_the_part_itself_ends_it_at_once(start: Callable[..., Up]) -> None:
+    up = start("--model", "missing")
+    _, err = up.process.communicate(timeout=SECONDS)
+    assert up.process.returncode == 1
+    assert "starting it again" not in err
+    assert "worker-1 ended with exit code 1 before it was ready" in err
+    assert "reltrace-worker: there is no folder 'missing'" in err
+
+
+def test_a_port_in_use(start: Callable[..., Up]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        up = start("--port", str(port))
+        out, err = up.process.communicate(timeout=SECONDS)
+    assert (up.process.returncode, out) == (1, "")
+    assert err.startswith(f"reltrace: port: {port} can not be used on 127.0.0.1 (Address already")
+    assert up.events() == []
+
+
+def test_a_folder_in_use(start: Callable[..., Up], tmp_path: Path) -> None:
+    first = start()
+    first.ready()
+    second = start()
+    _, err = second.process.communicate(timeout=SECONDS)
+    assert second.process.returncode == 1
+    assert err.startswith("reltrace: another `reltrace up` uses ")
+    assert first.end()[0] == 0
+
+
+def test_what_the_parts_are_told(start: Callable[..., Up]) -> None:
+    up = start(
+        RELTRACE_REDIS="redis://user:secret@127.0.0.1:7/0",
+        RELTRACE_LISTEN="wrong",
+        RELTRACE_MODEL="wrong",
+    )
+    assert up.ready().endswith("(model demo, Redis at 127.0.0.1:7)\n")
+    assert up.end()[0] == 0
+    log = (up.data / "logs" / "scheduler.log").read_text()
+    assert "redis redis://user:secret@127.0.0.1:7/0" in log
+    arguments = log.split("arguments", 1)[1].split("redis", 1)[0]
+    assert re.fullmatch(r" \['--listen', '127\.0\.0\.1:\d+'\] ", arguments)
+
+
+def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import asyncio
+
+    monkeypatch.setattr(_up, "find_spec", lambda name: None if "worker" in name else object())
+    options = _up.UpOptions(("demo",), 0, tmp_path, 1, None, 5)
+    with pytest.raises(reltrace.MissingDependency, match=r"pip install reltrace-worker$"):
+        asyncio.run(_up.up(options, announce=print, report=print))
+
+
+def test_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", "/somewhere")
+    assert _up.default_data() == Path("/somewhere/reltrace")
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert _up.default_data() == Path.home() / ".local" / "share" / "reltrace"
+
+
+def test_a_log_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_supervise, "_LOG_BYTES", 100)
+    log = _supervise.LogFile(tmp_path / "a.log")
+    for number in range(50):
+        log.write(f"line {number}\n".encode())
+    log.close()
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(sizes) == {"a.log", "a.log.1"}
+    assert max(sizes.values()) <= 100
+    assert log.tail()[-1] == "line 49"
+    assert (tmp_path / "a.log").read_text().endswith("line 49\n")

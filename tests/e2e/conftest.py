@@ -1,0 +1,118 @@
+"""A real service: real processes, a real Redis, real models."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import reltrace
+from reference.checkpoints import GROUPED, LLAMA3_ROPE, TIED, save_checkpoint
+
+START = 120.0
+"""Seconds for a service to come up on two busy cores."""
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:.0f} s"
+        time.sleep(0.02)
+
+
+@dataclass
+class Process:
+    """A command of ours, with what it wrote."""
+
+    popen: subprocess.Popen[str]
+    errors: Path
+
+    @classmethod
+    def start(cls, folder: Path, module: str, *options: str) -> "Process":
+        """Start ``python -m MODULE OPTIONS``, with nothing of this process's settings."""
+        errors = folder / f"{module}-{time.monotonic_ns()}.err"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RELTRACE_")}
+        with errors.open("w") as file:
+            popen = subprocess.Popen(
+                [sys.executable, "-m", module, *options],
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=environment,
+            )
+        return cls(popen, errors)
+
+    def first_line(self) -> str:
+        """Wait for the line that says it is ready; a process that gives up ends the wait."""
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
+        assert line, self.errors.read_text()
+        return line
+
+    def kill(self) -> None:
+        """SIGKILL: no chance to clean up."""
+        self.popen.kill()
+        self.popen.wait()
+
+    def stop(self) -> int:
+        """SIGTERM, and wait for the end in order."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(signal.SIGTERM)
+        try:
+            self.popen.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        return self.popen.returncode
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Start commands that end with the test."""
+    processes: list[Process] = []
+
+    def start(module: str, *options: str) -> Process:
+        processes.append(Process.start(tmp_path, module, *options))
+        return processes[-1]
+
+    yield start
+    for process in reversed(processes):
+        process.stop()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random models with what LLaMAs differ in."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    recipes = {"grouped": GROUPED, "tied": TIED, "llama3-rope": LLAMA3_ROPE}
+    return {name: save_checkpoint(folder / name, recipe) for name, recipe in recipes.items()}
+
+
+@pytest.fixture(scope="session")
+def address(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Run `reltrace up` with the demo model and the random ones."""
+    folder = tmp_path_factory.mktemp("up")
+    models = [option for path in checkpoints.values() for option in ("--model", str(path))]
+    service = Process.start(
+        folder, "reltrace", "up", "--port", "0", "--data", str(folder / "data"),
+        "--model", "demo", *models,
+    )  # fmt: skip
+    yield address_in(service.first_line())
+    assert service.stop() == 0, service.errors.read_text()
+
+
+def address_in(ready: str) -> str:
+    """Return the address in the line that `reltrace up` prints."""
+    return ready.partition(" ready at ")[2].split()[0]
+
+
+@pytest.fixture(scope="session")
+def client(address: str) -> Iterator[reltrace.Client]:
+    with reltrace.Client(address) as client:
+        yield client

@@ -1,0 +1,70 @@
+"""Random checkpoints, written once per test session and loaded once per dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from reference.checkpoints import RECIPES, save_checkpoint
+from reltrace_worker.engine import REDUCTIONS, SITES, Engine
+from reltrace_worker.jobs import JobResult, JobSpec, PreparedJob
+from reltrace_worker.model import JobPreparer, LoadedModel, load_model
+from reltrace_worker.rules import RULES
+
+PROMPTS: tuple[str | tuple[int, ...], ...] = (
+    "I have 5 cats and 3 dogs. My cats love to play with my",
+    "The quick brown fox",
+    "Grüße aus Köln, 東京!",
+    (7, 300, 12, 12, 45, 260, 99),
+    (17,),
+    # Longer than the 32 positions at which the llama3 recipe's rope scaling begins.
+    tuple(range(10, 74)),
+    "The quick brown cat",
+)
+
+
+class Checkpoints:
+    """The recipes as folders, loaded models, and prepared jobs."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.folder = cache(self._folder)
+        self.loaded = cache(self._loaded)
+
+    def _folder(self, name: str) -> Path:
+        return save_checkpoint(self._root / name, RECIPES[name])
+
+    def _loaded(self, name: str, dtype: str = "float32") -> LoadedModel:
+        return load_model(str(self.folder(name)), dtype=dtype, device="cpu")
+
+
+def preparer(loaded: LoadedModel) -> JobPreparer:
+    """Return a preparer with all that the engine knows."""
+    return JobPreparer(loaded, sites=SITES, reductions=REDUCTIONS, rules=RULES)
+
+
+def prepare(loaded: LoadedModel, *specs: JobSpec) -> list[PreparedJob]:
+    """Prepare jobs."""
+    jobs = preparer(loaded)
+    return [jobs.prepare(spec) for spec in specs]
+
+
+def run(engine: Engine, jobs: Sequence[PreparedJob]) -> list[JobResult]:
+    """Run jobs that must all succeed."""
+    results = []
+    for result in engine.run(jobs):
+        assert isinstance(result, JobResult), result
+        results.append(result)
+    return results
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoints]:
+    # The models are far too small for a second thread to pay.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+    torch.set_num_threads(threads)

@@ -1,0 +1,163 @@
+"""LXT's documented example ("Latent Feature Attribution"), run prompt by prompt.
+
+The other side of parity tests: it imports nothing of reltrace. It follows
+https://lxt.readthedocs.io (Latent Feature Attribution): lxt patches the classes of the
+llama modeling module, forward hooks with ``retain_grad`` save what the decoder layers put out,
+one prompt after another. Four things differ from the page:
+
+- the backward pass starts at 1, not at the logit (which only multiplies every number by it);
+- no checkpointing (it changes memory, not numbers);
+- lxt 2.1's model zoo does not import beside transformers 5, so the patch map of its
+  ``models/llama.py`` is written out here with the same functions;
+- lxt's ``patch_attention`` replaces transformers' attention registry by a plain dict, which
+  transformers 5 calls methods on, so the wrapped functions are put into a registry instead.
+
+Run: ``python lxt_example.py --model DIR --input IN.json --out OUT.npz``; ``--model`` and ``--out``
+can be given several times, in the same order, for several models. IN.json is a list;
+an item is a prompt or a list of token ids. For item i, OUT.npz holds ``resid_i`` [layers, tokens],
+``embed_i`` [tokens], ``token_id_i`` and ``logit_i``; with ``--inner`` also ``head_i``
+[layers, heads] and ``neuron_i`` [layers, intermediate size], summed over tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
+
+stand_in = ModuleType("lxt.efficient.models")
+stand_in.get_default_map = None
+sys.modules["lxt.efficient.models"] = stand_in
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # lxt: zennit is not installed
+    from lxt.efficient.patches import (
+        cp_gated_mlp_forward,
+        cp_wrap_attention_forward,
+        gated_mlp_forward,
+        patch_method,
+        rms_norm_forward,
+        wrap_attention_forward,
+    )
+
+
+def patch_attention(module: ModuleType, wrap: Any) -> None:
+    """lxt's ``patch_attention``, for a registry that is not a dict."""
+    module.eager_attention_forward = wrap(module.eager_attention_forward)
+    registry = type(module.ALL_ATTENTION_FUNCTIONS)()
+    for key, function in module.ALL_ATTENTION_FUNCTIONS.items():
+        registry[key] = wrap(function)
+    module.ALL_ATTENTION_FUNCTIONS = registry
+
+
+def patch(rule: str) -> None:
+    """The maps ``attnLRP`` and ``cp_LRP`` of lxt's models/llama.py (dropout is off in eval)."""
+    mlp, wrap = {
+        "attnlrp": (gated_mlp_forward, wrap_attention_forward),
+        "cp_lrp": (cp_gated_mlp_forward, cp_wrap_attention_forward),
+    }[rule]
+    if not (patch_method(mlp, LlamaMLP) and patch_method(rms_norm_forward, LlamaRMSNorm)):
+        raise RuntimeError("lxt did not patch the classes")
+    patch_attention(modeling_llama, wrap)
+
+
+def hook_hidden_activation(module: Any, _: Any, output: Any) -> None:
+    """As in the example: keep the output, and its gradient after the backward pass."""
+    if isinstance(output, tuple):
+        output = output[0]
+    module.output = output
+    if module.output.requires_grad:
+        module.output.retain_grad()
+
+
+def hook_input(module: Any, args: Any) -> None:
+    """The same for a module's input."""
+    module.seen = args[0]
+    if module.seen.requires_grad:
+        module.seen.retain_grad()
+
+
+def relevance(tensor: torch.Tensor) -> torch.Tensor:
+    """Gradient times input, float32, without the batch axis."""
+    assert tensor.grad is not None
+    return (tensor.float() * tensor.grad.float()).detach()[0]
+
+
+def trace(model: Any, input_ids: torch.Tensor, inner: bool) -> dict[str, np.ndarray]:
+    """One prompt, as in the example."""
+    input_embeds = model.get_input_embeddings()(input_ids).detach()
+    output_logits = model(inputs_embeds=input_embeds.requires_grad_(), use_cache=False).logits
+    max_logits, max_indices = torch.max(output_logits[:, -1, :], dim=-1)
+    max_logits.backward(torch.ones_like(max_logits))
+    layers = model.model.layers
+    arrays = {
+        "resid": torch.stack([relevance(layer.output).sum(-1) for layer in layers]).numpy(),
+        "embed": relevance(input_embeds).sum(-1).numpy(),
+        "token_id": max_indices[0].numpy(),
+        "logit": max_logits[0].detach().float().numpy(),
+    }
+    if inner:
+        heads = model.config.num_attention_heads
+        arrays["head"] = torch.stack(
+            [
+                relevance(layer.self_attn.o_proj.seen).unflatten(-1, (heads, -1)).sum((0, -1))
+                for layer in layers
+            ]
+        ).numpy()
+        arrays["neuron"] = torch.stack(
+            [relevance(layer.mlp.down_proj.seen).sum(0) for layer in layers]
+        ).numpy()
+    return arrays
+
+
+def trace_all(folder: Path, items: list[Any], dtype: torch.dtype, inner: bool) -> dict[str, Any]:
+    """Every item, one after another, on one model."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for layer in model.model.layers:
+        layer.register_forward_hook(hook_hidden_activation)
+        if inner:
+            layer.self_attn.o_proj.register_forward_pre_hook(hook_input)
+            layer.mlp.down_proj.register_forward_pre_hook(hook_input)
+    arrays = {}
+    for index, item in enumerate(items):
+        if isinstance(item, str):
+            input_ids = tokenizer(item, return_tensors="pt", add_special_tokens=True).input_ids
+        else:
+            input_ids = torch.tensor([item])
+        for name, values in trace(model, input_ids, inner).items():
+            arrays[f"{name}_{index}"] = values
+    return arrays
+
+
+def main() -> None:
+    """Trace every prompt of the input file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, action="append", required=True)
+    parser.add_argument("--input", type=Path, required=True)
+    parser.add_argument("--out", type=Path, action="append", required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rule", choices=("attnlrp", "cp_lrp"), default="attnlrp")
+    parser.add_argument("--inner", action="store_true", help="also heads and neurons")
+    arguments = parser.parse_args()
+
+    patch(arguments.rule)
+    items = json.loads(arguments.input.read_text())
+    for folder, out in zip(arguments.model, arguments.out, strict=True):
+        np.savez(out, **trace_all(folder, items, getattr(torch, arguments.dtype), arguments.inner))
+
+
+if __name__ == "__main__":
+    main()

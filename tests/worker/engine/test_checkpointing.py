@@ -1,0 +1,82 @@
+"""Checkpointing changes memory, not numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reltrace_worker.engine import REDUCTIONS, SITES, Engine
+from reltrace_worker.jobs import JobSpec, TargetSpec
+from reltrace_worker.rules import RULES
+
+TARGETS = (TargetSpec(), TargetSpec(token=5, contrast=9), TargetSpec(position=0, logprob=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_on_equals_off_bit_for_bit_for_every_site(
+    checkpoints: Checkpoints, rule: str, reduction: str
+) -> None:
+    """
+    Given a pack whose jobs have different numbers of targets and different sites
+    If it is traced with checkpointing and without
+    I expect the same bits.
+    """
+    loaded = checkpoints.loaded("grouped")
+    sites = tuple(SITES)
+    specs = [
+        JobSpec(PROMPTS[0], sites, reduction, TARGETS, rule),
+        JobSpec(PROMPTS[1], sites[2:4], reduction, TARGETS[:1], rule),
+        JobSpec(PROMPTS[2], sites[::-1], reduction, TARGETS[1:], rule),
+        JobSpec(PROMPTS[4], sites, "token", TARGETS, rule),
+    ]
+    jobs = prepare(loaded, *specs)
+    kept = run(Engine(loaded, "off"), jobs)
+    recomputed = run(Engine(loaded, "on"), jobs)
+    for job, off, on in zip(jobs, kept, recomputed, strict=True):
+        assert (off.checkpointing, on.checkpointing) == (False, True)
+        assert off.targets == on.targets
+        assert [(t.trace, t.site) for t in on.tensors] == [
+            (trace, site) for trace in range(len(job.targets)) for site in job.sites
+        ]
+        for left, right in zip(off.tensors, on.tensors, strict=True):
+            assert torch.equal(left.values, right.values), left.site
+            assert float(left.values.abs().max()) > 0.0
+
+
+def test_checkpointing_keeps_one_layers_graph_at_a_time(checkpoints: Checkpoints) -> None:
+    """
+    Given the bytes that autograd saves for the backward pass
+    If the passes of one job are traced with and without checkpointing
+    I expect the largest amount alive at a time to be at most that of a few layers' share.
+    """
+    loaded = checkpoints.loaded("deep")
+    (job,) = prepare(loaded, JobSpec(PROMPTS[5]))
+
+    class Alive:
+        now = 0
+        most = 0
+
+    class Held:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            # Detached: held itself, an output that is saved would keep its own graph.
+            self.tensor = tensor.detach()
+            Alive.now += tensor.nbytes
+            Alive.most = max(Alive.most, Alive.now)
+
+        def __del__(self) -> None:
+            Alive.now -= self.tensor.nbytes
+
+    def most_alive(engine: Engine) -> int:
+        Alive.now = Alive.most = 0
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            run(engine, [job])
+        return Alive.most
+
+    off, on = most_alive(Engine(loaded, "off")), most_alive(Engine(loaded, "on"))
+    assert on < 2 * off / loaded.shape.layers
+
+
+def test_an_unknown_setting_is_refused(checkpoints: Checkpoints) -> None:
+    with pytest.raises(ValueError, match="'on' or 'off', not 'maybe'"):
+        Engine(checkpoints.loaded("grouped"), "maybe")  # type: ignore[arg-type]

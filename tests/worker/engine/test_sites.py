@@ -1,0 +1,120 @@
+"""Every site and reduction against plain autograd on the untouched model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reltrace_worker.engine import REDUCTIONS, SITES, Engine
+from reltrace_worker.jobs import JobSpec
+from reltrace_worker.model import LoadedModel
+
+
+def plain_gradient_times_input(
+    loaded: LoadedModel, token_ids: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """Full traces of one prompt by ``retain_grad``, without anything of the engine.
+
+    Returns float32 [L, T, F] per site, ``embed`` [T, F].
+    """
+    model: Any = loaded.model
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in SITES}
+
+    def keep(name: str) -> Any:
+        def hook(_: Any, args: Any, output: Any = None) -> None:
+            tensor = args[0] if output is None else output
+            tensor = tensor[0] if isinstance(tensor, tuple) else tensor
+            tensor.retain_grad()
+            kept[name].append(tensor)
+
+        return hook
+
+    handles = []
+    for layer in model.model.layers:
+        handles += [
+            layer.register_forward_hook(keep("resid")),
+            layer.post_attention_layernorm.register_forward_pre_hook(keep("resid_mid")),
+            layer.self_attn.register_forward_hook(keep("attn_out")),
+            layer.mlp.register_forward_hook(keep("mlp_out")),
+            layer.self_attn.o_proj.register_forward_pre_hook(keep("head")),
+            layer.mlp.down_proj.register_forward_pre_hook(keep("neuron")),
+        ]
+    embeddings = model.model.embed_tokens(torch.tensor([token_ids])).requires_grad_()
+    kept["embed"].append(embeddings)
+    model(inputs_embeds=embeddings, use_cache=False).logits[0, -1].max().backward()
+    for handle in handles:
+        handle.remove()
+    traces = {}
+    for name, tensors in kept.items():
+        relevance = torch.stack([(t * t.grad).detach()[0] for t in tensors])
+        if name == "head":
+            relevance = relevance.unflatten(-1, (model.config.num_attention_heads, -1)).sum(-1)
+        traces[name] = relevance[0] if name == "embed" else relevance
+    return traces
+
+
+REDUCED = {
+    "token": lambda full: full.sum(-1),
+    "feature": lambda full: full.sum(-2),
+    "full": lambda full: full,
+}
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_gradient_rule_is_plain_autograd(
+    checkpoints: Checkpoints, reduction: str, checkpointing: Any
+) -> None:
+    """
+    Given a pack of prompts that ask for all sites
+    If it is traced with the rule "gradient"
+    I expect gradient times input of the untouched model, prompt by prompt.
+    """
+    loaded = checkpoints.loaded("grouped")
+    specs = [JobSpec(p, tuple(SITES), reduction, rule="gradient") for p in PROMPTS[:4]]
+    jobs = prepare(loaded, *specs)
+    for job, result in zip(jobs, run(Engine(loaded, checkpointing), jobs), strict=True):
+        expected = plain_gradient_times_input(loaded, job.token_ids)
+        assert [tensor.site for tensor in result.tensors] == list(SITES)
+        for tensor in result.tensors:
+            values, wanted = tensor.values, REDUCED[reduction](expected[tensor.site])
+            assert values.shape == wanted.shape
+            assert values.dtype == torch.float32
+            assert values.is_contiguous()
+            assert float(wanted.abs().max()) > 1e-3
+            assert float((values - wanted).abs().max() / wanted.abs().max()) < 1e-5, tensor.site
+
+
+@pytest.mark.parametrize("rule", ["attnlrp", "cp_lrp"])
+def test_the_reductions_are_sums_of_the_full_trace(checkpoints: Checkpoints, rule: str) -> None:
+    loaded = checkpoints.loaded("grouped")
+    prompt, sites = PROMPTS[0], tuple(SITES)
+    specs = [JobSpec(prompt, sites, reduction, rule=rule) for reduction in REDUCTIONS]
+    results = dict(zip(REDUCTIONS, run(Engine(loaded), prepare(loaded, *specs)), strict=True))
+    for index, full in enumerate(results["full"].tensors):
+        for reduction in REDUCTIONS:
+            values = results[reduction].tensors[index].values
+            wanted = REDUCED[reduction](full.values)
+            assert values.shape == wanted.shape
+            assert torch.allclose(values, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_residual_stream_is_the_sum_of_its_parts(checkpoints: Checkpoints) -> None:
+    """
+    Given the residual stream after a layer, which is what stood before plus what the MLP adds
+    If LRP starts at the logit with 1
+    I expect the last layer to sum to the logit, and resid_mid + mlp_out there likewise: the
+    gradient at both is the gradient at their sum, but for the path through the MLP.
+    """
+    loaded = checkpoints.loaded("grouped")
+    sites = ("resid", "resid_mid", "mlp_out")
+    (job,) = prepare(loaded, JobSpec(PROMPTS[0], sites, rule="cp_lrp"))
+    (result,) = run(Engine(loaded), [job])
+    resid, resid_mid, mlp_out = (tensor.values for tensor in result.tensors)
+    assert float(resid[-1].sum()) == pytest.approx(result.targets[0].logit, rel=1e-4)
+    # Only the last position feeds the logit, and relevance reaches the earlier ones below it.
+    assert float(resid[-1, :-1].abs().max()) == 0.0
+    assert float(resid_mid.sum(-1)[-1]) == pytest.approx(result.targets[0].logit, rel=1e-4)
+    assert float(mlp_out.abs().max()) > 0.0

@@ -1,0 +1,155 @@
+"""What the backward pass starts from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reltrace_worker.engine import Engine
+from reltrace_worker.jobs import JobResult, JobSpec, TargetSpec
+from reltrace_worker.rules import RULES
+
+PROMPT = PROMPTS[0]
+
+
+def trace(checkpoints: Checkpoints, *targets: TargetSpec, **fields: Any) -> JobResult:
+    loaded = checkpoints.loaded("grouped")
+    return run(Engine(loaded), prepare(loaded, JobSpec(PROMPT, targets=targets, **fields)))[0]
+
+
+def assert_equal(left: torch.Tensor, right: torch.Tensor) -> None:
+    assert float((left - right).abs().max() / right.abs().max()) < 1e-5
+
+
+def logits(checkpoints: Checkpoints, token_ids: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        return checkpoints.loaded("grouped").model(torch.tensor([token_ids])).logits[0]
+
+
+def test_the_default_is_the_largest_logit_at_the_last_position(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    (job,) = prepare(loaded, JobSpec(PROMPT))
+    wanted = logits(checkpoints, job.token_ids)[-1]
+    (target,) = trace(checkpoints, TargetSpec()).targets
+    assert target.token_id == int(wanted.argmax())
+    assert target.logit == pytest.approx(float(wanted.max()), rel=1e-5)
+    assert target.position == len(job.token_ids) - 1
+    assert (target.contrast_id, target.contrast, target.logprob) == (None, "", False)
+    assert target.continuation_ids == ()
+
+
+def test_a_token_by_text_and_by_id_is_the_same(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    token_id = loaded.tokenizer.convert_tokens_to_ids("Ġdogs")
+    result = trace(checkpoints, TargetSpec(token=" dogs"), TargetSpec(token=token_id))
+    text, number = result.targets
+    assert text == number
+    assert (text.token, text.token_id) == (" dogs", token_id)
+    assert torch.equal(result.tensors[0].values, result.tensors[1].values)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_several_targets_equal_single_ones(checkpoints: Checkpoints, rule: str) -> None:
+    targets = (TargetSpec(), TargetSpec(token=4), TargetSpec(position=3), TargetSpec(logprob=True))
+    together = trace(checkpoints, *targets, rule=rule)
+    for index, target in enumerate(targets):
+        alone = trace(checkpoints, target, rule=rule)
+        ours, wanted = together.targets[index], alone.targets[0]
+        # The logits of other rows change how the product with the head is blocked: one bit.
+        assert ours.logit == pytest.approx(wanted.logit, rel=1e-6)
+        assert replace(ours, logit=wanted.logit) == wanted
+        values, reference = together.tensors[index].values, alone.tensors[0].values
+        assert float((values - reference).abs().max() / reference.abs().max()) < 1e-5
+
+
+def test_a_position_is_the_prompt_cut_there(checkpoints: Checkpoints) -> None:
+    """Given causal attention, I expect nothing of what follows the position to matter."""
+    loaded = checkpoints.loaded("grouped")
+    ids = tuple(range(20, 40))
+    whole, counted, cut = run(
+        Engine(loaded),
+        prepare(
+            loaded,
+            JobSpec(ids, targets=(TargetSpec(position=7),)),
+            JobSpec(ids, targets=(TargetSpec(position=-13),)),
+            JobSpec(ids[:8]),
+        ),
+    )
+    assert whole.targets[0] == counted.targets[0]
+    assert whole.targets[0].token_id == cut.targets[0].token_id
+    values = whole.tensors[0].values
+    assert_equal(values[:, :8], cut.tensors[0].values)
+    assert float(values[:, 8:].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_contrast_is_the_difference_of_two_targets(checkpoints: Checkpoints, rule: str) -> None:
+    targets = (TargetSpec(token=5), TargetSpec(token=9), TargetSpec(token=5, contrast=9))
+    result = trace(checkpoints, *targets, rule=rule)
+    left, right, difference = result.targets
+    assert difference.logit == pytest.approx(left.logit - right.logit, abs=1e-5)
+    assert (difference.token_id, difference.contrast_id) == (5, 9)
+    assert difference.contrast == right.token
+    values = [tensor.values for tensor in result.tensors]
+    assert_equal(values[2], values[0] - values[1])
+
+
+def test_a_contrast_does_not_know_log_probabilities(checkpoints: Checkpoints) -> None:
+    """The normalizer of log-probabilities falls out of a difference."""
+    logit, logprob = (TargetSpec(token=5, contrast=9, logprob=flag) for flag in (False, True))
+    result = trace(checkpoints, logit, logprob)
+    assert result.targets[0].logit == pytest.approx(result.targets[1].logit, abs=1e-4)
+    assert_equal(result.tensors[1].values, result.tensors[0].values)
+
+
+def test_a_log_probability_is_that_of_plain_autograd(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    (job,) = prepare(loaded, JobSpec(PROMPT))
+    table = loaded.model.get_input_embeddings()
+    embeddings = table(torch.tensor([job.token_ids])).requires_grad_()
+    scores = loaded.model(inputs_embeds=embeddings).logits[0, -1].log_softmax(-1)
+    (gradient,) = torch.autograd.grad(scores[5], embeddings)
+    target = TargetSpec(token=5, logprob=True)
+    result = trace(checkpoints, target, rule="gradient", sites=("embed",), reduction="full")
+    assert result.targets[0].logprob
+    assert result.targets[0].logit == pytest.approx(float(scores[5].detach()), rel=1e-5)
+    assert_equal(result.tensors[0].values, (embeddings * gradient).detach()[0])
+
+
+@pytest.mark.parametrize("logprob", [False, True])
+def test_a_continuation_is_the_sum_of_its_tokens(checkpoints: Checkpoints, logprob: bool) -> None:
+    loaded = checkpoints.loaded("grouped")
+    response = (30, 41, 52)
+    (bare,) = prepare(loaded, JobSpec(PROMPT))
+    result = trace(
+        checkpoints,
+        TargetSpec(continuation=response, logprob=logprob),
+        TargetSpec(continuation=response, each=True, logprob=logprob),
+        TargetSpec(token=30, logprob=logprob),
+    )
+    total, *each, first = result.targets
+    assert total.continuation_ids == response
+    assert [target.continuation_ids for target in each] == [(30,), (41,), (52,)]
+    last = len(bare.token_ids) - 1
+    assert [target.position for target in (total, *each)] == [last, last, last + 1, last + 2]
+    assert total.logit == pytest.approx(sum(target.logit for target in each), rel=1e-5)
+    values = [tensor.values for tensor in result.tensors]
+    assert values[0].shape[-1] == len(bare.token_ids) + 2
+    assert_equal(values[0], values[1] + values[2] + values[3])
+    # The first response token's logit stands at the end of the prompt: a position counts there.
+    assert (first.token_id, first.position) == (each[0].token_id, each[0].position)
+    assert torch.equal(values[4], values[1])
+    scores = logits(checkpoints, (*bare.token_ids, *response[:-1]))
+    if logprob:
+        scores = scores.log_softmax(-1)
+    wanted = [float(scores[last + i, token]) for i, token in enumerate(response)]
+    assert [target.logit for target in each] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_continuation_by_text_names_its_tokens(checkpoints: Checkpoints) -> None:
+    (target,) = trace(checkpoints, TargetSpec(continuation=" dogs and cats")).targets
+    assert target.token == " dogs and cats"
+    assert len(target.continuation_ids) == 3

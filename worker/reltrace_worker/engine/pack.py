@@ -1,0 +1,137 @@
+"""A pack: jobs behind one another in one sequence, and the scalars that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from reltrace_worker.jobs import PreparedJob, PreparedTarget
+from reltrace_worker.rules.attention import Packing, positions, sorted_by_length
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Jobs of one rule that share a forward pass.
+
+    Parameters
+    ----------
+    jobs
+        In the order of their rows.
+    order
+        Index of each job in the sequence that the pack was made from.
+    packing
+        Layout of the N rows.
+    """
+
+    jobs: tuple[PreparedJob, ...]
+    order: tuple[int, ...]
+    packing: Packing
+
+    @staticmethod
+    def of(jobs: Sequence[PreparedJob]) -> Pack:
+        """Pack jobs, those of equal length next to each other."""
+        order = sorted_by_length([len(job.token_ids) for job in jobs])
+        packed = tuple(jobs[index] for index in order)
+        return Pack(packed, tuple(order), Packing(tuple(len(job.token_ids) for job in packed)))
+
+    @property
+    def passes(self) -> int:
+        """Backward passes: the largest number of targets of one job."""
+        return max(len(job.targets) for job in self.jobs)
+
+    def token_ids(self, device: torch.device) -> torch.Tensor:
+        """Return the token ids, int64 [1, N]."""
+        return torch.tensor([[i for job in self.jobs for i in job.token_ids]], device=device)
+
+    def position_ids(self, device: torch.device) -> torch.Tensor:
+        """Return the position ids, int64 [1, N], restarting at 0 with each job."""
+        return positions(self.packing, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """One target of one job, resolved: where its backward pass starts.
+
+    Parameters
+    ----------
+    job, target
+        Indices in the pack and in the job.
+    token_ids
+        The token of each term.
+    value
+        The scalar, float32 [], part of the graph.
+    """
+
+    job: int
+    target: int
+    token_ids: tuple[int, ...]
+    value: torch.Tensor
+
+
+class Readout:
+    """The logits that a pack needs, and the scalars made of them.
+
+    Parameters
+    ----------
+    pack
+        The jobs.
+    """
+
+    def __init__(self, pack: Pack) -> None:
+        self._targets: list[tuple[int, int, PreparedTarget]] = [
+            (j, t, target)
+            for j, job in enumerate(pack.jobs)
+            for t, target in enumerate(job.targets)
+        ]
+        starts = pack.packing.starts
+        # Packed row of each term, in the order of the targets.
+        term_rows = [starts[j] + t.position for j, _, target in self._targets for t in target.terms]
+        self._rows = sorted(set(term_rows))
+        index = {row: i for i, row in enumerate(self._rows)}
+        self._term_rows = [index[row] for row in term_rows]
+
+    def rows(self, device: torch.device) -> torch.Tensor:
+        """Return the P packed rows whose logits are read, int64 [P], rising."""
+        return torch.tensor(self._rows, device=device)
+
+    def scalars(self, logits: torch.Tensor) -> list[Scalar]:
+        """Resolve every target against the logits.
+
+        Parameters
+        ----------
+        logits
+            [P, vocabulary], in the model's dtype.
+
+        Returns
+        -------
+        list[Scalar]
+            Job by job; values are float32 and carry the graph of `logits`.
+        """
+        terms = [(term, target.logprob) for _, _, target in self._targets for term in target.terms]
+        largest: list[int] = []
+        if any(term.token_id is None for term, _ in terms):
+            largest = logits.detach().argmax(-1).tolist()
+        token_ids = [
+            largest[row] if term.token_id is None else term.token_id
+            for (term, _), row in zip(terms, self._term_rows, strict=True)
+        ]
+        device = logits.device
+        rows = torch.tensor(self._term_rows, device=device)
+        columns = torch.tensor(token_ids, device=device)
+        values = logits[rows, columns].float()
+        if any(logprob for _, logprob in terms):
+            # log p = logit - logsumexp(logits); subtracted where a term asks for it.
+            wanted = torch.tensor([i for i, (_, logprob) in enumerate(terms) if logprob])
+            wanted = wanted.to(device)
+            normalizer = logits[rows[wanted]].float().logsumexp(-1)
+            values = values.index_add(0, wanted, normalizer, alpha=-1)
+        values = values * torch.tensor([term.weight for term, _ in terms], device=device)
+        counts = [len(target.terms) for _, _, target in self._targets]
+        scalars, first = [], 0
+        for (job, index, _), part in zip(self._targets, torch.split(values, counts), strict=True):
+            ids = tuple(token_ids[first : first + len(part)])
+            scalars.append(Scalar(job, index, ids, part.sum()))
+            first += len(part)
+        return scalars

@@ -1,0 +1,50 @@
+"""Everything the worker raises on purpose, in one flat list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class WorkerError(Exception):
+    """Base of every error that the worker raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One fault of a job, as in ``google.rpc.BadRequest``.
+
+    Parameters
+    ----------
+    field
+        Path inside the job: ``"prompt"``, ``"input_ids[3]"``, ``"targets[0].token"``.
+    description
+        What is wrong and what is allowed.
+    """
+
+    field: str
+    description: str
+
+
+class InvalidJob(WorkerError):  # noqa: N818 - it is the job that is at fault, not the program
+    """A job that this model can not run; carries every fault that was found.
+
+    Parameters
+    ----------
+    violations
+        At least one fault.
+    """
+
+    def __init__(self, violations: Iterable[Violation]) -> None:
+        self.violations: tuple[Violation, ...] = tuple(violations)
+        if not self.violations:
+            raise ValueError("InvalidJob needs at least one violation")
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
+
+
+class ModelError(WorkerError):
+    """A model could not be loaded, or the rules do not reach all of it."""
+
+
+class EngineError(WorkerError):
+    """A pass failed, or its numbers are not finite."""

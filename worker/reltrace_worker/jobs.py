@@ -1,0 +1,210 @@
+"""What goes into the engine and what comes out: plain values, no protobuf, no gRPC.
+
+A :class:`JobSpec` is what a client asked for. ``reltrace_worker.model.JobPreparer`` checks it
+against the loaded model and turns it into a :class:`PreparedJob`; the engine turns that into a
+:class:`JobResult`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+TokenRef = str | int
+"""One token: its text (which must encode to exactly one token) or its id."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSpec:
+    """The scalar at which a backward pass starts, as a client asks for it.
+
+    Parameters
+    ----------
+    token
+        The token whose logit is traced; None: the one with the largest logit.
+    position
+        Prompt position whose next-token logits are read; negative counts from the end.
+    contrast
+        Subtract this token's logit.
+    continuation
+        Response tokens that follow the prompt, as text or as ids. Excludes `token`, `position`
+        and `contrast`.
+    each
+        With `continuation`: one trace per response token instead of one of their summed logits.
+    logprob
+        Log-probability instead of logit.
+    """
+
+    token: TokenRef | None = None
+    position: int = -1
+    contrast: TokenRef | None = None
+    continuation: str | tuple[int, ...] | None = None
+    each: bool = False
+    logprob: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """One prompt to trace, as a client asks for it.
+
+    Parameters
+    ----------
+    input
+        Prompt text (special tokens are added) or token ids (used as they are).
+    sites
+        Names of the sites where relevance is read.
+    reduction
+        Name of the reduction, one for all sites.
+    targets
+        They share one forward pass.
+    rule
+        Name of the rule that the backward pass follows.
+    """
+
+    input: str | tuple[int, ...]
+    sites: tuple[str, ...] = ("resid",)
+    reduction: str = "token"
+    targets: tuple[TargetSpec, ...] = (TargetSpec(),)
+    rule: str = "attnlrp"
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One logit (or log-probability) of a target's scalar.
+
+    Parameters
+    ----------
+    position
+        Absolute position in the job's tokens whose next-token logits are read.
+    token_id
+        None: the token with the largest logit at that position.
+    weight
+        Factor of this term in the scalar: 1, or -1 for a contrast.
+    """
+
+    position: int
+    token_id: int | None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedTarget:
+    """One backward pass: the scalar is the weighted sum of the terms.
+
+    Parameters
+    ----------
+    terms
+        At least one; the first names the target's token and position.
+    contrast_id
+        The token that is subtracted, where there is one.
+    logprob
+        The terms are log-probabilities instead of logits.
+    continuation_ids
+        The response tokens that the terms stand for; empty without a continuation.
+    """
+
+    terms: tuple[Term, ...]
+    contrast_id: int | None = None
+    logprob: bool = False
+    continuation_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedJob:
+    """A job that was checked against the model: tokenized, its targets resolved.
+
+    Parameters
+    ----------
+    token_ids
+        The T tokens of the pass: the prompt, then all but the last token of a continuation.
+    tokens
+        Readable text per token: decoded, or the raw vocabulary string where a token alone
+        does not decode to valid text.
+    sites, reduction, rule
+        Names, all known.
+    targets
+        At least one; each gives one trace.
+    """
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    sites: tuple[str, ...]
+    reduction: str
+    rule: str
+    targets: tuple[PreparedTarget, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteTensor:
+    """The reduced relevance of one site for one target.
+
+    Parameters
+    ----------
+    trace
+        Index of the target in the job.
+    site
+        Name of the site.
+    part
+        Which tensor of the site, where a reduction yields several; else empty.
+    values
+        float32, contiguous, on the CPU. With L layers, T tokens, F features: ``token`` is
+        [L, T], ``feature`` [L, F], ``full`` [L, T, F]; ``embed`` lacks the axis L.
+    """
+
+    trace: int
+    site: str
+    part: str
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTarget:
+    """A target as the pass resolved it.
+
+    Parameters
+    ----------
+    token_id
+        The traced token; of a summed continuation, its first token.
+    token
+        Its readable text; of a summed continuation, the text of all response tokens.
+    logit
+        The scalar that the backward pass started from: a logit, a log-probability, or a
+        difference or sum of them.
+    position
+        Absolute position whose next-token logits were read; of a summed continuation, the first.
+    contrast_id, contrast
+        The token that was subtracted; None and "" where there was none.
+    logprob
+        The scalar is made of log-probabilities.
+    continuation_ids
+        The response tokens that this trace stands for.
+    """
+
+    token_id: int
+    token: str
+    logit: float
+    position: int
+    contrast_id: int | None
+    contrast: str
+    logprob: bool
+    continuation_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JobResult:
+    """All traces of one job.
+
+    Parameters
+    ----------
+    targets
+        One per trace.
+    tensors
+        For each trace in turn, one per site in the order that the job named them.
+    checkpointing
+        The pass recomputed its layers in the backward pass instead of keeping them.
+    """
+
+    targets: tuple[ResolvedTarget, ...]
+    tensors: tuple[SiteTensor, ...]
+    checkpointing: bool

@@ -1,0 +1,270 @@
+"""Checks a job against the model and tokenizes it: every fault is found before a pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from reltrace_worker.errors import InvalidJob, Violation
+from reltrace_worker.jobs import (
+    JobSpec,
+    PreparedJob,
+    PreparedTarget,
+    TargetSpec,
+    Term,
+    TokenRef,
+)
+from reltrace_worker.model.loading import LoadedModel
+from reltrace_worker.model.vocabulary import Vocabulary
+
+
+class _Faults:
+    """The faults of one job, collected so that a client sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.found: list[Violation] = []
+
+    def add(self, field: str, description: str) -> None:
+        self.found.append(Violation(field, description))
+
+    def raise_any(self) -> None:
+        if self.found:
+            raise InvalidJob(self.found)
+
+
+class JobPreparer:
+    """Turns what clients ask for into what the engine runs.
+
+    Parameters
+    ----------
+    loaded
+        The model that the jobs are for.
+    sites, reductions, rules
+        The names that the engine knows.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        sites: Collection[str],
+        reductions: Collection[str],
+        rules: Collection[str],
+    ) -> None:
+        self._tokenizer = loaded.tokenizer
+        self._vocabulary = Vocabulary(loaded.tokenizer)
+        self._vocab_size = loaded.shape.vocab_size
+        self._context_length = loaded.context_length
+        self._sites = tuple(sites)
+        self._reductions = tuple(reductions)
+        self._rules = tuple(rules)
+
+    def prepare(self, spec: JobSpec) -> PreparedJob:
+        """Check and tokenize one job.
+
+        Parameters
+        ----------
+        spec
+            What the client asked for.
+
+        Returns
+        -------
+        PreparedJob
+            Ready for ``Engine.run``.
+
+        Raises
+        ------
+        InvalidJob
+            Carries every fault, each with the path of the field and what is allowed.
+        """
+        faults = _Faults()
+        self._check_names(spec, faults)
+        prompt = self._prompt(spec, faults)
+        continuation = self._continuation(spec, faults)
+        if not spec.targets:
+            faults.add("targets", "is empty; leave it out for the largest logit")
+        targets: list[PreparedTarget] = []
+        for index, target in enumerate(spec.targets):
+            targets += self._target(target, f"targets[{index}]", len(prompt), continuation, faults)
+        token_ids = prompt + continuation[:-1]
+        if prompt and len(token_ids) > self._context_length >= len(prompt):
+            place = next(i for i, t in enumerate(spec.targets) if t.continuation is not None)
+            faults.add(
+                f"targets[{place}].continuation",
+                f"prompt and continuation need {len(token_ids)} tokens "
+                f"({len(prompt)} and {len(continuation)}, without the last); the model's context "
+                f"holds {self._context_length}",
+            )
+        faults.raise_any()
+        return PreparedJob(
+            token_ids=token_ids,
+            tokens=self._vocabulary.texts(token_ids),
+            sites=spec.sites,
+            reduction=spec.reduction,
+            rule=spec.rule,
+            targets=tuple(targets),
+        )
+
+    def _check_names(self, spec: JobSpec, faults: _Faults) -> None:
+        if not spec.sites:
+            faults.add("sites", f"is empty; allowed: {', '.join(self._sites)}")
+        for index, site in enumerate(spec.sites):
+            if site not in self._sites:
+                faults.add(f"sites[{index}]", _unknown("site", site, self._sites))
+            elif site in spec.sites[:index]:
+                faults.add(f"sites[{index}]", f"site {site!r} is named twice")
+        if spec.reduction not in self._reductions:
+            faults.add("reduction", _unknown("reduction", spec.reduction, self._reductions))
+        if spec.rule not in self._rules:
+            faults.add("rule", _unknown("rule", spec.rule, self._rules))
+
+    def _prompt(self, spec: JobSpec, faults: _Faults) -> tuple[int, ...]:
+        """Return the prompt's ids, with faults added where they can not be used."""
+        text = isinstance(spec.input, str)
+        field = "prompt" if text else "input_ids"
+        if not spec.input:
+            faults.add(field, "is empty; a trace needs at least one token")
+            return ()
+        if isinstance(spec.input, str):
+            ids = self._encode(spec.input, field, faults, special=True)
+            if not ids:
+                if not faults.found or faults.found[-1].field != field:
+                    faults.add(field, f"{spec.input!r} encodes to no tokens at all")
+                return ()
+        else:
+            ids = self._checked_ids(spec.input, field, faults)
+        if len(ids) > self._context_length:
+            faults.add(
+                field,
+                f"has {len(ids)} tokens; the model's context holds {self._context_length}",
+            )
+        return ids
+
+    def _encode(self, text: str, field: str, faults: _Faults, *, special: bool) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            faults.add(field, f"is not valid Unicode text: {error.reason} at {error.start}")
+            return ()
+        ids = self._tokenizer.encode(text, add_special_tokens=special, verbose=False)
+        beyond = next((i for i in ids if i >= self._vocab_size), None)
+        if beyond is not None:
+            faults.add(
+                field,
+                f"token {self._vocabulary.text(beyond)!r} has id {beyond}, but the model's "
+                f"vocabulary ends at {self._vocab_size - 1}",
+            )
+            return ()
+        return tuple(ids)
+
+    def _checked_ids(self, ids: tuple[int, ...], field: str, faults: _Faults) -> tuple[int, ...]:
+        for index, token_id in enumerate(ids):
+            if not 0 <= token_id < self._vocab_size:
+                faults.add(f"{field}[{index}]", self._out_of_range(token_id))
+        return ids
+
+    def _out_of_range(self, token_id: int) -> str:
+        return f"token id {token_id} is out of range; allowed: 0 to {self._vocab_size - 1}"
+
+    def _continuation(self, spec: JobSpec, faults: _Faults) -> tuple[int, ...]:
+        """Return the response tokens that the targets of a job share; () without any."""
+        first: tuple[str | tuple[int, ...], tuple[int, ...]] | None = None
+        for index, target in enumerate(spec.targets):
+            asked = target.continuation
+            if asked is None or (first is not None and asked == first[0]):
+                continue
+            field = f"targets[{index}].continuation"
+            if isinstance(asked, str):
+                ids = self._encode(asked, field, faults, special=False)
+            else:
+                ids = self._checked_ids(asked, field, faults)
+            if not asked or (not ids and not any(fault.field == field for fault in faults.found)):
+                faults.add(field, "is empty; it needs at least one response token")
+            if first is None:
+                first = (asked, ids)
+            elif ids != first[1]:
+                faults.add(
+                    field, "differs from the continuation of another target; one job has one"
+                )
+        return () if first is None else first[1]
+
+    def _target(
+        self,
+        target: TargetSpec,
+        field: str,
+        prompt_length: int,
+        continuation: tuple[int, ...],
+        faults: _Faults,
+    ) -> list[PreparedTarget]:
+        if target.continuation is not None:
+            return self._continuation_targets(target, field, prompt_length, continuation, faults)
+        if target.each:
+            faults.add(f"{field}.each", "is for a continuation, and there is none")
+        position = target.position
+        if prompt_length and not -prompt_length <= position < prompt_length:
+            faults.add(
+                f"{field}.position",
+                f"position {position} is outside the prompt of {prompt_length} tokens; allowed: "
+                f"{-prompt_length} to {prompt_length - 1}",
+            )
+        absolute = position % prompt_length if prompt_length else 0
+        token_id = self._token(target.token, f"{field}.token", faults)
+        contrast_id = self._token(target.contrast, f"{field}.contrast", faults)
+        if contrast_id is not None and contrast_id == token_id:
+            faults.add(f"{field}.contrast", "is the token itself: the difference is always zero")
+        terms = [Term(absolute, token_id)]
+        if contrast_id is not None:
+            terms.append(Term(absolute, contrast_id, -1.0))
+        return [PreparedTarget(tuple(terms), contrast_id, target.logprob)]
+
+    def _continuation_targets(
+        self,
+        target: TargetSpec,
+        field: str,
+        prompt_length: int,
+        continuation: tuple[int, ...],
+        faults: _Faults,
+    ) -> list[PreparedTarget]:
+        exclusive = {
+            "token": target.token is not None,
+            "position": target.position != -1,
+            "contrast": target.contrast is not None,
+        }
+        for name, given in exclusive.items():
+            if given:
+                faults.add(f"{field}.{name}", "excludes a continuation; give one of the two")
+        # The logits of a response token are read one position before it.
+        terms = [Term(prompt_length - 1 + i, token) for i, token in enumerate(continuation)]
+        if not target.each:
+            return [
+                PreparedTarget(tuple(terms), logprob=target.logprob, continuation_ids=continuation)
+            ]
+        return [
+            PreparedTarget((term,), logprob=target.logprob, continuation_ids=(token,))
+            for term, token in zip(terms, continuation, strict=True)
+        ]
+
+    def _token(self, token: TokenRef | None, field: str, faults: _Faults) -> int | None:
+        if token is None:
+            return None
+        if isinstance(token, int):
+            if not 0 <= token < self._vocab_size:
+                faults.add(field, self._out_of_range(token))
+            return token
+        known = len(faults.found)
+        ids = self._encode(token, field, faults, special=False)
+        if len(ids) == 1:
+            return ids[0]
+        if len(faults.found) == known:
+            split = ", ".join(
+                f"{text!r} ({i})" for i, text in zip(ids, self._vocabulary.texts(ids), strict=True)
+            )
+            faults.add(
+                field,
+                f"{token!r} is not exactly one token but {len(ids)}"
+                + (f": {split}" if ids else ""),
+            )
+        return None
+
+
+def _unknown(kind: str, name: str, known: tuple[str, ...]) -> str:
+    return f"{kind} {name!r} is unknown; allowed: {', '.join(known)}"

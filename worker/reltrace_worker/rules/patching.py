@@ -1,0 +1,176 @@
+"""Rules on instances, reversibly: one process serves every rule and the untouched model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from reltrace_worker.errors import ModelError
+from reltrace_worker.model.families import family_of
+from reltrace_worker.rules.attention import (
+    AttentionFunction,
+    Packing,
+    packed_attention,
+    positions,
+    register_attention,
+)
+from reltrace_worker.rules.rule import Rule
+
+
+@contextmanager
+def instance_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give one module another ``forward``, as an instance attribute, until the block ends.
+
+    What stood there before comes back: the class's method, or an instance attribute that
+    somebody else had set.
+    """
+    attributes = vars(module)
+    missing = object()
+    before = attributes.get("forward", missing)
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is missing:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = before
+
+
+@contextmanager
+def _attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    # The configs of the attention modules choose the kernel, the decoder's chooses the mask;
+    # in most models they are one object.
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            found[id(config)] = config
+    before = {key: config._attn_implementation for key, config in found.items()}
+    try:
+        for config in found.values():
+            config._attn_implementation = name
+        yield
+    finally:
+        for key, config in found.items():
+            config._attn_implementation = before[key]
+
+
+@contextmanager
+def apply_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
+    """Let the backward passes of `model` follow `rule` until the block ends.
+
+    Only attributes of this model's instances and its config change, and all of them come back,
+    also after an exception: afterwards the model computes plain values and plain gradients.
+    Inside the block every forward needs the keyword ``packing``. Not for several threads on one
+    model at a time.
+
+    Parameters
+    ----------
+    model
+        A model of a supported family.
+    rule
+        One of ``RULES``.
+
+    Raises
+    ------
+    ModelError
+        The model is of no supported family.
+    """
+    family = family_of(model)
+    register_attention(rule.attention_name, rule.wrap_attention(packed_attention))
+    with ExitStack() as patches:
+        for module in model.modules():
+            if rule.norm is not None and isinstance(module, family.norm):
+                patches.enter_context(instance_forward(module, MethodType(rule.norm, module)))
+            elif rule.gated_mlp is not None and isinstance(module, family.gated_mlp):
+                patches.enter_context(instance_forward(module, MethodType(rule.gated_mlp, module)))
+        patches.enter_context(_attention_implementation(model, rule.attention_name))
+        yield
+
+
+def verify_rule(model: PreTrainedModel, rule: Rule) -> None:
+    """Prove by a probe pass that the rule's functions are the ones that the model calls.
+
+    A kernel from a hub, a subclass or a wrapper around a module can bypass a patch; the numbers
+    would still look plausible.
+
+    Parameters
+    ----------
+    model
+        A model of a supported family.
+    rule
+        One of ``RULES``.
+
+    Raises
+    ------
+    ModelError
+        Names the modules that were not called exactly once in a forward pass.
+    """
+    family = family_of(model)
+    calls: Counter[int] = Counter()
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls[id(module)] += 1
+            return function(module, *args, **kwargs)
+
+        return forward
+
+    def wrap_attention(kernel: AttentionFunction) -> AttentionFunction:
+        return counted(rule.wrap_attention(kernel))
+
+    probe = replace(
+        rule,
+        name=f"{rule.name}_probe",
+        norm=None if rule.norm is None else counted(rule.norm),
+        gated_mlp=None if rule.gated_mlp is None else counted(rule.gated_mlp),
+        wrap_attention=wrap_attention,
+    )
+    packing = Packing((1, 2))
+    device = next(model.parameters()).device
+    with torch.no_grad(), apply_rule(model, probe):
+        model(
+            input_ids=torch.zeros((1, packing.tokens), dtype=torch.int64, device=device),
+            position_ids=positions(packing, device),
+            use_cache=False,
+            logits_to_keep=1,
+            packing=packing,
+        )
+
+    layers = len(family.decoder_layers(model))
+    # (role, class, patched by this rule, instances at least expected)
+    roles = (
+        ("norm", family.norm, rule.norm is not None, 2 * layers + 1),
+        ("gated MLP", family.gated_mlp, rule.gated_mlp is not None, layers),
+        ("attention", family.attention, True, layers),
+    )
+    faults = []
+    for role, kind, patched, expected in roles:
+        if not patched:
+            continue
+        instances = {name: m for name, m in model.named_modules() if isinstance(m, kind)}
+        if len(instances) < expected:
+            faults.append(
+                f"{len(instances)} {role} modules of class {kind.__name__} instead of "
+                f"at least {expected}"
+            )
+        faults += [
+            f"{role} {name} was called {calls[id(module)]} times instead of once"
+            for name, module in instances.items()
+            if calls[id(module)] != 1
+        ]
+    if faults:
+        raise ModelError(
+            f"rule {rule.name!r} does not reach all of the model: "
+            + "; ".join(faults[:5])
+            + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        )

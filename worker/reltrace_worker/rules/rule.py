@@ -1,0 +1,63 @@
+"""The rules: what replaces a model's functions so that gradient times input is relevance.
+
+AttnLRP: Achtibat et al., "AttnLRP: Attention-Aware Layer-Wise Relevance Propagation for
+Transformers", ICML 2024. CP-LRP: Ali et al., "XAI for Transformers: Better Explanations through
+Conservative Propagation", ICML 2022. All functions are lxt's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reltrace_worker.rules import lxt_functions as lxt
+from reltrace_worker.rules.attention import AttentionFunction
+
+
+def _as_it_is(attention: AttentionFunction) -> AttentionFunction:
+    return attention
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One way to propagate relevance.
+
+    Parameters
+    ----------
+    name
+        As jobs name it.
+    norm, gated_mlp
+        ``forward(self, hidden_states)`` of every norm and gated MLP; None leaves them alone.
+    wrap_attention
+        Wraps the attention kernel.
+    """
+
+    name: str
+    norm: lxt.Forward | None = None
+    gated_mlp: lxt.Forward | None = None
+    wrap_attention: Callable[[AttentionFunction], AttentionFunction] = _as_it_is
+
+    @property
+    def attention_name(self) -> str:
+        """Name of the wrapped kernel in transformers' attention registry."""
+        return f"reltrace_{self.name}"
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            "attnlrp",
+            norm=lxt.rms_norm_forward,
+            gated_mlp=lxt.gated_mlp_forward,
+            wrap_attention=lxt.wrap_attention_forward,
+        ),
+        Rule(
+            "cp_lrp",
+            norm=lxt.rms_norm_forward,
+            gated_mlp=lxt.cp_gated_mlp_forward,
+            wrap_attention=lxt.cp_wrap_attention_forward,
+        ),
+        Rule("gradient"),
+    )
+}
