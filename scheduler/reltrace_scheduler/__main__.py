@@ -14,6 +14,8 @@ from reltrace_scheduler.embedded import EmbeddedRedis
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.server import serving, until_asked_to_stop
 from reltrace_scheduler.store.connection import connect
+from reltrace_scheduler.store.keys import Keys
+from reltrace_scheduler.store.registry import Registry
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -81,6 +83,9 @@ async def _run(listen: str, url: str | None, data: Path | None, settings: Settin
     try:
         connection = await connect(await own.start() if own else url or "")
         try:
+            if own is not None:
+                # Nobody else serves this store: who was connected before is not any more.
+                await Registry(connection.redis, Keys()).forget_all()
             async with serving(connection, listen, settings) as address:
                 print(f"reltrace-scheduler is listening on {address}", flush=True)
                 await _until_over(own)

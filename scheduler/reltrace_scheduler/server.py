@@ -25,7 +25,7 @@ from reltrace_proto.v1 import (
 from reltrace_scheduler.config import MAX_TRANSPORT_BYTES, Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.interceptor import ErrorInterceptor
-from reltrace_scheduler.models import Models
+from reltrace_scheduler.models import ModelCache
 from reltrace_scheduler.reaper import Reaper
 from reltrace_scheduler.services.admin import AdminService
 from reltrace_scheduler.services.trace import TraceService
@@ -67,7 +67,7 @@ async def serving(connection: Connection, listen: str, settings: Settings) -> As
     redis, keys = connection.redis, Keys()
     queue, results = Queue(redis, settings, keys), Results(redis, keys)
     registry, signals = Registry(redis, keys), Signals(redis, keys)
-    models = Models(registry)
+    models = ModelCache(registry, settings.lease)
     server = grpc.aio.server(
         interceptors=[ErrorInterceptor()],
         options=[
@@ -83,7 +83,7 @@ async def serving(connection: Connection, listen: str, settings: Settings) -> As
         ],
     )
     trace_pb2_grpc.add_TraceServiceServicer_to_server(
-        TraceService(queue, results, registry, models, signals, settings, keys), server
+        TraceService(queue, results, models, signals, keys), server
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(
         WorkerService(queue, registry, signals, settings, keys), server

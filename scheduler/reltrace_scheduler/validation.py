@@ -4,7 +4,7 @@ What only the tokenizer can tell (is the prompt too long, is the target one toke
 checked by the worker; the job then fails with the same kind of violations.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
@@ -15,6 +15,7 @@ from reltrace_scheduler.errors import (
     UnknownModelError,
     Violation,
 )
+from reltrace_scheduler.models import Models
 from reltrace_scheduler.store.records import NewJob
 
 _RESULT_DTYPES = {
@@ -26,9 +27,7 @@ _RESULT_DTYPES = {
 _MAX_KEY = 128
 
 
-def check_submission(
-    request: trace_pb2.SubmitJobsRequest, models: Mapping[str, types_pb2.ModelInfo]
-) -> list[NewJob]:
+def check_submission(request: trace_pb2.SubmitJobsRequest, models: Models) -> list[NewJob]:
     """Check a request and return its jobs.
 
     Raises
@@ -52,7 +51,7 @@ def check_submission(
                 "jobs", f"has {len(request.jobs)} jobs; at most {MAX_JOBS_PER_REQUEST} are allowed"
             )
         )
-    if not models:
+    if not models.known:
         raise UnavailableError("no worker has connected yet, so no model is served; try again")
     unknown = [
         Violation(f"jobs[{index}].model", fault)
@@ -63,7 +62,7 @@ def check_submission(
         raise UnknownModelError(*unknown)
     jobs, violations = [], []
     for index, spec in enumerate(request.jobs):
-        model = models[spec.model] if spec.model else next(iter(models.values()))
+        model = models.known[spec.model or models.default or ""]
         faults = list(_faults(spec, model))
         violations += [Violation(f"jobs[{index}].{v.field}", v.description) for v in faults]
         if not faults:
@@ -74,11 +73,11 @@ def check_submission(
     return jobs
 
 
-def _model_fault(name: str, models: Mapping[str, types_pb2.ModelInfo]) -> str:
-    served = ", ".join(sorted(models))
+def _model_fault(name: str, models: Models) -> str:
+    served = ", ".join(models.workers or models.known)
     if not name:
-        return "" if len(models) == 1 else f"is empty, and several models are served: {served}"
-    return "" if name in models else f"{name!r} is not served; served: {served}"
+        return "" if models.default else f"is empty, and several models are served: {served}"
+    return "" if name in models.known else f"{name!r} is not served; served: {served}"
 
 
 def _faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:

@@ -1,18 +1,16 @@
 """TraceService: what clients call."""
 
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
-from reltrace_scheduler.config import MAX_JOBS_PER_REQUEST, Settings
+from reltrace_scheduler.config import MAX_JOBS_PER_REQUEST
 from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
-from reltrace_scheduler.models import Models
+from reltrace_scheduler.models import ModelCache
 from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.queue import Queue
-from reltrace_scheduler.store.registry import Registry
 from reltrace_scheduler.store.results import Results
 from reltrace_scheduler.store.signals import Signals, wait
 from reltrace_scheduler.validation import check_submission
@@ -33,25 +31,21 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self,
         queue: Queue,
         results: Results,
-        registry: Registry,
-        models: Models,
+        models: ModelCache,
         signals: Signals,
-        settings: Settings,
         keys: Keys,
     ) -> None:
         self._queue = queue
         self._results = results
-        self._registry = registry
         self._models = models
         self._signals = signals
-        self._settings = settings
         self._keys = keys
 
     async def SubmitJobs(  # noqa: N802
         self, request: trace_pb2.SubmitJobsRequest, context: Context
     ) -> trace_pb2.SubmitJobsResponse:
-        known = await self._models.get(*(job.model for job in request.jobs))
-        jobs = check_submission(request, known)
+        models = await self._models.get(*(job.model for job in request.jobs))
+        jobs = check_submission(request, models)
         submission = await self._queue.submit(jobs, request.idempotency_key)
         return trace_pb2.SubmitJobsResponse(
             submission_id=submission.id,
@@ -126,12 +120,9 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self, request: trace_pb2.ListModelsRequest, context: Context
     ) -> trace_pb2.ListModelsResponse:
         models = await self._models.get()
-        alive = await self._registry.workers(seen_since=time.time() - self._settings.lease)
         return trace_pb2.ListModelsResponse(
             models=[
-                trace_pb2.ServedModel(
-                    model=info, workers=sum(worker.model == name for worker in alive)
-                )
-                for name, info in models.items()
+                trace_pb2.ServedModel(model=info, workers=models.workers.get(name, 0))
+                for name, info in models.known.items()
             ]
         )

@@ -38,6 +38,10 @@ class Registry:
             pipe.zadd(self._keys.workers, {worker.worker_id: worker.seen_at})
             await pipe.execute()
 
+    async def forget_all(self) -> None:
+        """Forget every worker; those that live connect and are entered again."""
+        await self._redis.delete(self._keys.workers)
+
     async def seen(self, worker_id: str) -> None:
         """Note that a worker is alive."""
         await self._redis.zadd(self._keys.workers, {worker_id: time.time()}, xx=True)
