@@ -34,7 +34,8 @@ demo: $(VENV)/.setup ## trace the example sentence through the whole service: ou
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh deploy/demo.sh out
 
 test: $(VENV)/.setup-dev lint ## lint, types, and all tests but the long ones
-	@$(BIN)/python -m pytest -q
+	@# Models in tests are tiny: a second thread costs them more than it gives.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 lint: $(VENV)/.setup-dev ## ruff, mypy and buf
 	@$(BIN)/ruff check .
