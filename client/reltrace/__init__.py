@@ -29,8 +29,9 @@ from reltrace._errors import (
     Violation,
 )
 from reltrace._info import Model, Queue, Status, Worker
+from reltrace._origin import Provenance, ResolvedTarget
 from reltrace._target import Target
-from reltrace._trace import Failure, Provenance, ResolvedTarget, Trace
+from reltrace._trace import Failure, Trace
 
 __version__ = _version("reltrace")
 

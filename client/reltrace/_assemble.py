@@ -10,8 +10,9 @@ import numpy as np
 from reltrace_proto.v1 import types_pb2
 
 from reltrace._errors import ProtocolError, TraceError, from_job_end
+from reltrace._origin import Provenance, ResolvedTarget
 from reltrace._request import Job
-from reltrace._trace import Array, Provenance, ResolvedTarget, Trace
+from reltrace._trace import Array, Trace
 
 # No trace is larger: the full neuron trace of a 70B model over 2000 tokens is half of it.
 _MAX_TENSOR_BYTES = 16 * 1024**3

@@ -1,0 +1,76 @@
+"""What a trace was computed for, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTarget:
+    """The target as the worker resolved it.
+
+    Attributes
+    ----------
+    token : str
+        The token whose logit was traced.
+    token_id : int
+        Its id.
+    logit : float
+        The value that the backward pass started from: the logit, or the log-probability,
+        difference or sum that was asked for.
+    position : int
+        Absolute index of the prompt token whose next-token logits were read.
+    contrast : str or None
+        The token whose logit was subtracted.
+    contrast_id : int or None
+        Its id.
+    logprob : bool
+        `logit` is a log-probability.
+    continuation_ids : tuple of int
+        The response tokens whose logits were summed.
+    """
+
+    token: str
+    token_id: int
+    logit: float
+    position: int
+    contrast: str | None = None
+    contrast_id: int | None = None
+    logprob: bool = False
+    continuation_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a number comes from.
+
+    Attributes
+    ----------
+    model, revision : str
+        Name and revision of the model.
+    rule : str
+        The propagation rule, such as "attnlrp".
+    reduction : str
+        What was summed before the result was sent: "token", "feature", ...
+    dtype : str
+        Number format of the model's weights and activations.
+    attention : str
+        The attention kernel.
+    checkpointing : bool
+        Whether gradient checkpointing was on.
+    device : str
+        Where the model ran.
+    versions : mapping of str to str
+        Versions of lxt, torch, transformers and the worker.
+    """
+
+    model: str
+    revision: str
+    rule: str
+    reduction: str
+    dtype: str
+    attention: str
+    checkpointing: bool
+    device: str
+    versions: Mapping[str, str] = field(default_factory=dict)
