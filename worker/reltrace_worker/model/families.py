@@ -8,13 +8,32 @@ roles, so that a further family is a further row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    Gemma3ForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from reltrace_worker.errors import ModelError
+
+
+class NormKind(Enum):
+    """How a norm computes: the rules have one function for each."""
+
+    RMS = "x / rms(x), rounded to the model's dtype, times weight"
+    RMS_PLUS_ONE = "x / rms(x) times (1 + weight), rounded to the model's dtype at the end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +56,10 @@ class Family:
         Path of the module whose input is the concatenated attention heads.
     neuron_reader
         Path of the module whose input is the neurons of the MLP.
+    norm_kind
+        How its norms compute.
+    norms_per_layer
+        Norms in a decoder layer, those of queries and keys included.
     """
 
     model_type: str
@@ -51,6 +74,8 @@ class Family:
     mid_reader: str = "post_attention_layernorm"
     head_reader: str = "self_attn.o_proj"
     neuron_reader: str = "mlp.down_proj"
+    norm_kind: NormKind = NormKind.RMS
+    norms_per_layer: int = 2
 
     def decoder_layers(self, model: nn.Module) -> list[nn.Module]:
         """Return the decoder layers of `model` in order."""
@@ -69,6 +94,45 @@ FAMILIES: dict[str, Family] = {
             norm=modeling_llama.LlamaRMSNorm,
             gated_mlp=modeling_llama.LlamaMLP,
             attention=modeling_llama.LlamaAttention,
+        ),
+        Family(
+            model_type="mistral",
+            causal_lm=MistralForCausalLM,
+            decoder_layer=modeling_mistral.MistralDecoderLayer,
+            norm=modeling_mistral.MistralRMSNorm,
+            gated_mlp=modeling_mistral.MistralMLP,
+            attention=modeling_mistral.MistralAttention,
+        ),
+        Family(
+            model_type="qwen2",
+            causal_lm=Qwen2ForCausalLM,
+            decoder_layer=modeling_qwen2.Qwen2DecoderLayer,
+            norm=modeling_qwen2.Qwen2RMSNorm,
+            gated_mlp=modeling_qwen2.Qwen2MLP,
+            attention=modeling_qwen2.Qwen2Attention,
+        ),
+        Family(
+            model_type="qwen3",
+            causal_lm=Qwen3ForCausalLM,
+            decoder_layer=modeling_qwen3.Qwen3DecoderLayer,
+            norm=modeling_qwen3.Qwen3RMSNorm,
+            gated_mlp=modeling_qwen3.Qwen3MLP,
+            attention=modeling_qwen3.Qwen3Attention,
+            norms_per_layer=4,
+        ),
+        Family(
+            model_type="gemma3_text",
+            causal_lm=Gemma3ForCausalLM,
+            decoder_layer=modeling_gemma3.Gemma3DecoderLayer,
+            norm=modeling_gemma3.Gemma3RMSNorm,
+            gated_mlp=modeling_gemma3.Gemma3MLP,
+            attention=modeling_gemma3.Gemma3Attention,
+            # What is added to the residual stream passes another norm first.
+            attention_out="post_attention_layernorm",
+            mlp_out="post_feedforward_layernorm",
+            mid_reader="pre_feedforward_layernorm",
+            norm_kind=NormKind.RMS_PLUS_ONE,
+            norms_per_layer=6,
         ),
     )
 }

@@ -87,10 +87,11 @@ def apply_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
     """
     family = family_of(model)
     register_attention(rule.attention_name, rule.wrap_attention(packed_attention))
+    norm = rule.norm_of(family)
     with ExitStack() as patches:
         for module in model.modules():
-            if rule.norm is not None and isinstance(module, family.norm):
-                patches.enter_context(instance_forward(module, MethodType(rule.norm, module)))
+            if norm is not None and isinstance(module, family.norm):
+                patches.enter_context(instance_forward(module, MethodType(norm, module)))
             elif rule.gated_mlp is not None and isinstance(module, family.gated_mlp):
                 patches.enter_context(instance_forward(module, MethodType(rule.gated_mlp, module)))
         patches.enter_context(_attention_implementation(model, rule.attention_name))
@@ -132,6 +133,7 @@ def verify_rule(model: PreTrainedModel, rule: Rule) -> None:
         rule,
         name=f"{rule.name}_probe",
         norm=None if rule.norm is None else counted(rule.norm),
+        plus_one_norm=None if rule.plus_one_norm is None else counted(rule.plus_one_norm),
         gated_mlp=None if rule.gated_mlp is None else counted(rule.gated_mlp),
         wrap_attention=wrap_attention,
     )
@@ -147,9 +149,10 @@ def verify_rule(model: PreTrainedModel, rule: Rule) -> None:
         )
 
     layers = len(family.decoder_layers(model))
+    norms = family.norms_per_layer * layers + 1
     # (role, class, patched by this rule, instances at least expected)
     roles = (
-        ("norm", family.norm, rule.norm is not None, 2 * layers + 1),
+        ("norm", family.norm, rule.norm_of(family) is not None, norms),
         ("gated MLP", family.gated_mlp, rule.gated_mlp is not None, layers),
         ("attention", family.attention, True, layers),
     )
