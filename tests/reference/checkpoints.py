@@ -81,13 +81,8 @@ RECIPES: dict[str, Recipe] = {
     "gemma3_softcap": GEMMA3_SOFTCAP,
 }
 
-FAMILY_RECIPES: dict[str, tuple[str, ...]] = {
-    "mistral": ("mistral",),
-    "qwen2": ("qwen2",),
-    "qwen3": ("qwen3",),
-    "gemma3_text": ("gemma3", "gemma3_softcap"),
-}
-"""The recipes of the families besides llama, by model type."""
+FAMILY_RECIPES = ("mistral", "qwen2", "qwen3", "gemma3", "gemma3_softcap")
+"""The families besides llama, as they are."""
 
 
 def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -15,7 +15,8 @@ LLaMA's do and get LLaMA's. Four things differ from the page:
   transformers 5 calls methods on, so the wrapped functions are put into a registry instead.
 
 Run: ``python lxt_example.py --model DIR --input IN.json --out OUT.npz``; ``--model`` and ``--out``
-can be given several times, in the same order, for several models of one family. IN.json is a list;
+can be given several times, in the same order, for several models, and so can ``--rule``. A patch
+can not be undone: each rule and family gets a process of its own, forked before it. IN.json is a list;
 an item is a prompt or a list of token ids. For item i, OUT.npz holds ``resid_i`` [layers, tokens],
 ``embed_i`` [tokens], ``token_id_i`` and ``logit_i``; with ``--inner`` also ``head_i``
 [layers, heads] and ``neuron_i`` [layers, intermediate size], summed over tokens.
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import sys
 import warnings
 from importlib.util import find_spec
@@ -156,6 +158,16 @@ def trace_all(folder: Path, items: list[Any], dtype: torch.dtype, inner: bool) -
     return arrays
 
 
+def trace_models(
+    rule: str, model_type: str, models: list[tuple[Path, Path]], arguments: argparse.Namespace
+) -> None:
+    """Every model of one rule and family, in a process whose classes nobody else needs."""
+    patch(rule, model_type)
+    items = json.loads(arguments.input.read_text())
+    for folder, out in models:
+        np.savez(out, **trace_all(folder, items, getattr(torch, arguments.dtype), arguments.inner))
+
+
 def main() -> None:
     """Trace every prompt of the input file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -163,15 +175,30 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--out", type=Path, action="append", required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rule", choices=("attnlrp", "cp_lrp"), default="attnlrp")
+    parser.add_argument("--rule", choices=("attnlrp", "cp_lrp"), action="append")
     parser.add_argument("--inner", action="store_true", help="also heads and neurons")
     arguments = parser.parse_args()
 
-    (model_type,) = {AutoConfig.from_pretrained(folder).model_type for folder in arguments.model}
-    patch(arguments.rule, model_type)
-    items = json.loads(arguments.input.read_text())
-    for folder, out in zip(arguments.model, arguments.out, strict=True):
-        np.savez(out, **trace_all(folder, items, getattr(torch, arguments.dtype), arguments.inner))
+    rules = arguments.rule or ["attnlrp"]
+    if len(rules) == 1:
+        rules *= len(arguments.model)
+    groups: dict[tuple[str, str], list[tuple[Path, Path]]] = {}
+    for rule, folder, out in zip(rules, arguments.model, arguments.out, strict=True):
+        model_type = AutoConfig.from_pretrained(folder).model_type
+        groups.setdefault((rule, model_type), []).append((folder, out))
+    if len(groups) == 1:
+        for (rule, model_type), models in groups.items():
+            trace_models(rule, model_type, models, arguments)
+        return
+    # Imported once, for all the processes.
+    importlib.import_module("transformers.modeling_utils")
+    fork = multiprocessing.get_context("fork")
+    for (rule, model_type), models in groups.items():
+        process = fork.Process(target=trace_models, args=(rule, model_type, models, arguments))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            raise SystemExit(f"{rule} on {model_type} ended with {process.exitcode}")
 
 
 if __name__ == "__main__":
