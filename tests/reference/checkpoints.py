@@ -144,10 +144,13 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
         case "gemma3_text":
             local = {"rope_type": "default", "rope_theta": 100.0}
             return Gemma3TextConfig(
-                **fields | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}},
+                **fields
+                | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}},
                 sliding_window=recipe.sliding_window,
-                layer_types=["full_attention" if i % 3 == 2 else "sliding_attention"
-                             for i in range(recipe.layers)],
+                layer_types=[
+                    "full_attention" if i % 3 == 2 else "sliding_attention"
+                    for i in range(recipe.layers)
+                ],
                 query_pre_attn_scalar=9,
                 final_logit_softcapping=recipe.logit_softcap,
             )

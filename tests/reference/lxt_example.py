@@ -16,10 +16,10 @@ LLaMA's do and get LLaMA's. Four things differ from the page:
 
 Run: ``python lxt_example.py --model DIR --input IN.json --out OUT.npz``; ``--model`` and ``--out``
 can be given several times, in the same order, for several models, and so can ``--rule``. A patch
-can not be undone: each rule and family gets a process of its own, forked before it. IN.json is a list;
-an item is a prompt or a list of token ids. For item i, OUT.npz holds ``resid_i`` [layers, tokens],
-``embed_i`` [tokens], ``token_id_i`` and ``logit_i``; with ``--inner`` also ``head_i``
-[layers, heads] and ``neuron_i`` [layers, intermediate size], summed over tokens.
+can not be undone: each rule and family gets a process of its own, forked before it. IN.json is a
+list; an item is a prompt or a list of token ids. For item i, OUT.npz holds ``resid_i``
+[layers, tokens], ``embed_i`` [tokens], ``token_id_i`` and ``logit_i``; with ``--inner`` also
+``head_i`` [layers, heads] and ``neuron_i`` [layers, intermediate size], summed over tokens.
 """
 
 from __future__ import annotations

@@ -75,6 +75,7 @@ class Capture:
         self._pack = pack
         self._shape = loaded.shape
         self._device = loaded.device
+        self._devices = loaded.devices
         self._layers = loaded.family.decoder_layers(loaded.model)
         wanted: dict[tuple[str, str], list[int]] = {}
         for index, job in enumerate(pack.jobs):
@@ -129,7 +130,9 @@ class Capture:
                 continue
             x, g = value[0], gradient[0]
             if recorder.rows is not None:
-                x, g = x[recorder.rows], g[recorder.rows]
+                # A copy only where the layer is on another device than the embeddings.
+                rows = recorder.rows.to(x.device)
+                x, g = x[rows], g[rows]
             folded = recorder.site.fold(relevance_of(x, g), self._shape)
             reduced = recorder.reduction.reduce(folded, tuple(recorder.spans.values()))
             recorder.buffer[self.target, layer].copy_(reduced, non_blocking=True)
@@ -184,8 +187,9 @@ class Capture:
         EngineError
             A hook did not fire, or fired too often.
         """
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         for name, recorders in self._recorders.items():
             for recorder in recorders:
                 expected = recorder.buffer.shape[0] * recorder.buffer.shape[1]

@@ -42,7 +42,8 @@ def _forward(
         inputs_embeds=embeddings,
         position_ids=pack.position_ids(device),
         use_cache=False,
-        logits_to_keep=readout.rows(device),
+        # A list: a tensor would be on one device, and of a split model the logits on another.
+        logits_to_keep=readout.rows,
         packing=pack.packing,
     )
     return readout.scalars(output.logits[0])

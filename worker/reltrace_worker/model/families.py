@@ -137,24 +137,51 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """How a checkpoint that holds images too holds a model of a family as its text part.
+
+    Parameters
+    ----------
+    model_type
+        Of the text part: a key of ``FAMILIES``.
+    prefix
+        Of the names of the text part's weights.
+    others
+        Prefixes of the weights that are left out.
+    """
+
+    model_type: str
+    prefix: str
+    others: tuple[str, ...]
+
+
+TEXT_PARTS: dict[str, TextPart] = {
+    "gemma3": TextPart(
+        "gemma3_text", "language_model.", ("vision_tower.", "multi_modal_projector.")
+    )
+}
+"""By the ``model_type`` of the whole checkpoint."""
+
 # A pack holds prompts of many lengths, and these rotary embeddings choose their frequencies by
 # the longest position of the whole forward: a result would depend on its neighbours.
 _PACK_DEPENDENT_ROPE = frozenset({"longrope"})
 
 
 def family_named(model_type: str) -> Family:
-    """Return the family of a config's ``model_type``.
+    """Return the family of a config's ``model_type``, or of its text part.
 
     Raises
     ------
     ModelError
         The architecture is not supported; names it and the supported ones.
     """
-    family = FAMILIES.get(model_type)
+    part = TEXT_PARTS.get(model_type)
+    family = FAMILIES.get(model_type if part is None else part.model_type)
     if family is None:
-        raise ModelError(
-            f"architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
+        supported = ", ".join([*FAMILIES, *(f"{name} (its text part)" for name in TEXT_PARTS)])
+        raise ModelError(f"architecture {model_type!r} is not supported; supported: {supported}")
     return family
 
 
@@ -163,16 +190,32 @@ def family_of(model: PreTrainedModel) -> Family:
     return family_named(str(model.config.model_type))
 
 
-def check_rope(rope_type: str) -> None:
-    """Refuse rotary embeddings whose frequencies depend on the other prompts of a pass.
+def check_config(config: Any) -> None:
+    """Refuse what a model of a supported architecture can be configured to, but a trace can not.
+
+    Parameters
+    ----------
+    config
+        Of a loaded model.
 
     Raises
     ------
     ModelError
-        Names the rope type.
+        Its rotary embeddings depend on the other prompts of a pass, or its attention is not
+        causal; names the setting.
     """
-    if rope_type in _PACK_DEPENDENT_ROPE:
+    rope: dict[str, Any] = config.rope_parameters or {}
+    # Models with local and global layers have one set of parameters for each kind of layer.
+    per_kind = [value for value in rope.values() if isinstance(value, dict)]
+    for parameters in per_kind or [rope]:
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type in _PACK_DEPENDENT_ROPE:
+            raise ModelError(
+                f"rope type {rope_type!r} is not supported: its frequencies depend on the longest "
+                "prompt of a pass, so a result would depend on what it was computed with"
+            )
+    if getattr(config, "use_bidirectional_attention", None):
         raise ModelError(
-            f"rope type {rope_type!r} is not supported: its frequencies depend on the longest "
-            "prompt of a pass, so a result would depend on what it was computed with"
+            "use_bidirectional_attention is not supported: a token's logits would depend on what "
+            "follows it"
         )

@@ -28,4 +28,5 @@ def plus_one_norm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     """
     exact = x.float()
     inverse = torch.rsqrt(exact.detach().pow(2).mean(-1, keepdim=True) + self.eps)
-    return (exact * inverse * (1.0 + self.weight.float())).type_as(x)
+    scale: torch.Tensor = 1.0 + self.weight.float()
+    return (exact * inverse * scale).type_as(x)

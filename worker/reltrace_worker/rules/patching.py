@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -26,7 +26,9 @@ from reltrace_worker.rules.rule import Rule
 
 
 @contextmanager
-def instance_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def instance_forward(
+    module: nn.Module, forward: Callable[..., Any], attribute: str = "forward"
+) -> Iterator[None]:
     """Give one module another ``forward``, as an instance attribute, until the block ends.
 
     What stood there before comes back: the class's method, or an instance attribute that
@@ -34,15 +36,24 @@ def instance_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     """
     attributes = vars(module)
     missing = object()
-    before = attributes.get("forward", missing)
-    attributes["forward"] = forward
+    before = attributes.get(attribute, missing)
+    attributes[attribute] = forward
     try:
         yield
     finally:
         if before is missing:
-            del attributes["forward"]
+            del attributes[attribute]
         else:
-            attributes["forward"] = before
+            attributes[attribute] = before
+
+
+def _patched(module: nn.Module, function: Callable[..., Any]) -> AbstractContextManager[None]:
+    # In a model that is split over devices, accelerate's own forward moves the inputs and calls
+    # what it has put aside under this name.
+    split = hasattr(module, "_hf_hook")
+    return instance_forward(
+        module, MethodType(function, module), "_old_forward" if split else "forward"
+    )
 
 
 @contextmanager
@@ -91,9 +102,9 @@ def apply_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
     with ExitStack() as patches:
         for module in model.modules():
             if norm is not None and isinstance(module, family.norm):
-                patches.enter_context(instance_forward(module, MethodType(norm, module)))
+                patches.enter_context(_patched(module, norm))
             elif rule.gated_mlp is not None and isinstance(module, family.gated_mlp):
-                patches.enter_context(instance_forward(module, MethodType(rule.gated_mlp, module)))
+                patches.enter_context(_patched(module, rule.gated_mlp))
         patches.enter_context(_attention_implementation(model, rule.attention_name))
         yield
 

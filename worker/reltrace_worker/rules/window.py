@@ -8,7 +8,14 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 def _blocks(states: torch.Tensor, window: int) -> torch.Tensor:
     """Cut [P, heads, m * window, size] into [P, m, heads, window, size]."""
-    return states.unflatten(2, (-1, window)).transpose(1, 2)
+    prompts, heads, _, size = states.shape
+    return states.view(prompts, heads, -1, window, size).transpose(1, 2)
+
+
+def _own_and_previous(states: torch.Tensor, window: int) -> torch.Tensor:
+    """From [P, heads, (m + 1) * window, size] to [P * m, heads, 2 * window, size]."""
+    blocks = _blocks(states, window)
+    return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=3).flatten(0, 1)
 
 
 def window_attention(
@@ -44,7 +51,7 @@ def window_attention(
     torch.Tensor
         [P, heads, T, head size].
     """
-    prompts, _, length, _ = query.shape
+    prompts, heads, length, size = query.shape
     # Nothing is out of reach of the first block; it needs no mask.
     first_query, rest_query = torch.split(query, [window, length - window], dim=2)
     first_key, first_value = key[:, :, :window], value[:, :, :window]
@@ -53,20 +60,16 @@ def window_attention(
     )
     # What pads the last block follows every query that counts, so that none of them sees it.
     padding = (0, 0, 0, -length % window)
-    own_and_previous = []
-    for states in (key, value):
-        blocks = _blocks(pad(states, padding), window)
-        pairs = torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=3)
-        own_and_previous.append(pairs.flatten(0, 1))
     i = torch.arange(window, device=query.device)[:, None]
     j = torch.arange(2 * window, device=query.device)[None]
     rest = scaled_dot_product_attention(
         _blocks(pad(rest_query, padding), window).flatten(0, 1),
-        *own_and_previous,
+        _own_and_previous(pad(key, padding), window),
+        _own_and_previous(pad(value, padding), window),
         # Key j stands at j - window, counted from the block's first query.
         attn_mask=(j > i) & (j <= i + window),
         scale=scaling,
         enable_gqa=grouped,
     )
-    rest = rest.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
+    rest = rest.view(prompts, -1, heads, window, size).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, rest[:, :, : length - window]], dim=2)
