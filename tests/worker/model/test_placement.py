@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,10 @@ from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.errors import ModelError
 from reltrace_worker.jobs import JobResult, JobSpec, TargetSpec
-from reltrace_worker.model import load_model, placement
+from reltrace_worker.model import LoadedModel, load_model, placement
 from reltrace_worker.model.placement import Placement, choose_placement, device_name
 from reltrace_worker.rules import RULES, verify_rule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 needs_accelerate = pytest.mark.skipif(
     find_spec("accelerate") is None, reason="accelerate is not installed"
@@ -141,6 +143,15 @@ def layer_map(layers: int, first: Any, second: Any) -> dict[str, Any]:
     return places | {"model.norm": first, "lm_head": second}
 
 
+def compute_on(loaded: LoadedModel, places: dict[str, Any], main: torch.device) -> None:
+    """As dispatch_model does, which takes "cpu" for offloaded; here it computes."""
+    from accelerate.hooks import attach_align_device_hook_on_blocks
+
+    attach_align_device_hook_on_blocks(
+        loaded.model, {"": main, **places}, offload=dict.fromkeys(places, False)
+    )
+
+
 @needs_accelerate
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("name", ["grouped", *FAMILY_RECIPES])
@@ -182,6 +193,53 @@ def _assert_equal(ours: list[JobResult], wanted: list[JobResult], relative: floa
             error = (one.values - other.values).abs().max()
             assert float(error) <= relative * float(other.values.abs().max()), one.site
 
+class MetaAsDevice(TorchDispatchMode):
+    """Let "meta" stand for a second device: what is copied from there arrives as zeros.
+
+    Meta tensors have no values, but operations on tensors of two devices fail as they do on GPUs.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func is aten._to_copy.default and args[0].is_meta:
+            device = torch.device(kwargs.get("device") or "meta")
+            if device.type != "meta":
+                dtype = kwargs.get("dtype") or args[0].dtype
+                return torch.zeros(args[0].shape, dtype=dtype, device=device)
+        if func is aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0].zero_()
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            return 0
+        return func(*args, **kwargs)
+
+
+@needs_accelerate
+@pytest.mark.parametrize("devices", [("cpu", "meta"), ("meta", "cpu")])
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+@pytest.mark.parametrize("name", ["grouped", *FAMILY_RECIPES])
+def test_no_operation_of_a_split_model_mixes_devices(
+    checkpoints: Checkpoints, name: str, checkpointing: Any, devices: tuple[str, str]
+) -> None:
+    """
+    Given a model whose layers are on two devices, and whose last norm is on the first again
+    If jobs of every rule run
+    I expect every operation to find its tensors on one device.
+    """
+    loaded = load_model(str(checkpoints.folder(name)), dtype="float32", device_map={"": "cpu"})
+    first, second = map(torch.device, devices)
+    places = layer_map(loaded.shape.layers, first, second)
+    with MetaAsDevice():
+        compute_on(loaded, places, second)
+        split = replace(loaded, device=first)
+        assert {device.type for device in split.devices} == {"cpu", "meta"}
+        for rule in RULES.values():
+            verify_rule(split.model, rule)
+        results = run(Engine(split, checkpointing), prepare(split, *SPECS))
+    assert len(results) == len(SPECS)
+
 
 @needs_accelerate
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -195,13 +253,10 @@ def test_layers_on_two_devices_give_the_numbers_of_one(
     If jobs of every rule run
     I expect the numbers of the CPU.
     """
-    from accelerate.hooks import attach_align_device_hook_on_blocks
-
     plain = checkpoints.loaded(name)
     loaded = load_model(str(checkpoints.folder(name)), dtype="float32", device_map={"": "cpu"})
-    # dispatch_model takes "cpu" for offloaded; these hooks compute there.
-    places = layer_map(loaded.shape.layers, torch.device("cpu"), torch.device("cuda:0"))
-    attach_align_device_hook_on_blocks(loaded.model, {"": torch.device("cuda:0"), **places})
+    first, second = torch.device("cpu"), torch.device("cuda:0")
+    compute_on(loaded, layer_map(loaded.shape.layers, first, second), second)
     assert {device.type for device in loaded.devices} == {"cpu", "cuda"}
     for rule in RULES.values():
         verify_rule(loaded.model, rule)
