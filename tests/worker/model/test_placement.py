@@ -193,6 +193,7 @@ def _assert_equal(ours: list[JobResult], wanted: list[JobResult], relative: floa
             error = (one.values - other.values).abs().max()
             assert float(error) <= relative * float(other.values.abs().max()), one.site
 
+
 class MetaAsDevice(TorchDispatchMode):
     """Let "meta" stand for a second device: what is copied from there arrives as zeros.
 
@@ -219,7 +220,7 @@ class MetaAsDevice(TorchDispatchMode):
 @needs_accelerate
 @pytest.mark.parametrize("devices", [("cpu", "meta"), ("meta", "cpu")])
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
-@pytest.mark.parametrize("name", ["grouped", *FAMILY_RECIPES])
+@pytest.mark.parametrize("name", ["grouped", "qwen3", "gemma3"])
 def test_no_operation_of_a_split_model_mixes_devices(
     checkpoints: Checkpoints, name: str, checkpointing: Any, devices: tuple[str, str]
 ) -> None:

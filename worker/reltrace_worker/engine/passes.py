@@ -154,7 +154,8 @@ def trace_checkpointed(loaded: LoadedModel, pack: Pack, capture: Capture) -> lis
             )
     for index, gradient in enumerate(gradients):
         capture.target = index
-        capture.record("embed", 0, embeddings.detach(), gradient)
+        # A split model may have moved the embeddings before its first layer took them.
+        capture.record("embed", 0, embeddings.detach(), gradient.to(embeddings.device))
     return scalars
 
 
