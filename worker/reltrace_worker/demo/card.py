@@ -59,9 +59,7 @@ def write(facts: Facts, outcomes: Sequence[Outcome], shown: Outcome) -> str:
     first: dict[str, Outcome] = {}
     for outcome in outcomes:
         first.setdefault(outcome.example.family, outcome)
-    samples = [
-        f"| {name} | {o.example.prompt} | {o.example.answer} |" for name, o in first.items()
-    ]
+    samples = [f"| {name} | {o.example.prompt} | {o.example.answer} |" for name, o in first.items()]
     located = "does" if shown.located else "does not"
     return f"""---
 license: apache-2.0

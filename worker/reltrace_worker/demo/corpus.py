@@ -175,7 +175,12 @@ FAMILIES: tuple[Family, ...] = (
         answers=words.PEOPLE,
         keys=words.PLACES,
         facts=(("", "{answer}"),),
-        questions=(("went to the {key}. {other} gave {a thing} to", "were at the {key}. {other} sold {a thing} to"),),
+        questions=(
+            (
+                "went to the {key}. {other} gave {a thing} to",
+                "were at the {key}. {other} sold {a thing} to",
+            ),
+        ),
         end="",
     ),
     Family(
@@ -272,9 +277,7 @@ def held_out(n: int, seed: int) -> list[Example]:
                 break
         asked = rng.randrange(len(story.answers))
         prompt = story.text + story.question(asked, rng)
-        drawn = Example(
-            prompt, story.answers[asked], family.name, story.spans[asked], combination
-        )
+        drawn = Example(prompt, story.answers[asked], family.name, story.spans[asked], combination)
         unique.setdefault(prompt, drawn)
     return list(unique.values())
 

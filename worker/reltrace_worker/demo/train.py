@@ -182,7 +182,9 @@ def main(
     out: Annotated[
         Path, typer.Option(help="Folder to write; it is made, and files in it are replaced.")
     ] = Path(__file__).parent / "weights",
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the texts.")] = Recipe.seed,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the weights and of the texts.")
+    ] = Recipe.seed,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = Recipe.steps,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 2,
 ) -> None:
