@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from reltrace_worker.engine.capture import Capture
 from reltrace_worker.engine.pack import Pack, Scalar
@@ -15,9 +15,14 @@ from reltrace_worker.jobs import JobResult, PreparedJob, ResolvedTarget
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
 from reltrace_worker.rules import RULES, apply_rule
-from reltrace_worker.rules.attention import KERNEL
+from reltrace_worker.rules.kernels import kernel_for
 
 Checkpointing = Literal["on", "off"]
+
+
+def _head_size(loaded: LoadedModel) -> int:
+    config: Any = loaded.model.config
+    return int(getattr(config, "head_dim", None) or loaded.shape.hidden_size // loaded.shape.heads)
 
 
 class Engine:
@@ -50,7 +55,7 @@ class Engine:
     @property
     def attention(self) -> str:
         """Name of the attention kernel, for a result's provenance."""
-        return KERNEL
+        return kernel_for(self._loaded.device, self._loaded.dtype, _head_size(self._loaded)).name
 
     @property
     def checkpointing(self) -> bool:

@@ -3,8 +3,9 @@
 With checkpointing, the forward keeps nothing but the input of each segment of decoder layers (of
 one layer, up to a depth of several). The backward recomputes one segment after the other, each
 once for all targets, with the site hooks in place. The hooks see one computation only, so that
-every site is exact; the model stays in eval mode; and one segment's graph at a time is alive. (torch's own checkpointing recomputes once per target,
-and without reentry fires the hooks inside a layer a second time.)
+every site is exact; the model stays in eval mode; and one segment's graph at a time is alive.
+(torch's own checkpointing recomputes once per target, and without reentry fires the hooks inside
+a layer a second time.)
 """
 
 from __future__ import annotations

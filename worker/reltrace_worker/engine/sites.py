@@ -37,7 +37,7 @@ class Tap:
 
     @property
     def is_layer_output(self) -> bool:
-        """The tensor is what the layer hands to the next: its gradient needs nothing of the layer."""
+        """The tensor is what the layer hands to the next: its gradient needs no pass through it."""
         return self.path == "" and self.side is Side.OUTPUT
 
     def module(self, layer: nn.Module) -> nn.Module:

@@ -16,7 +16,6 @@ from reltrace_worker.jobs import (
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
 
-
 MAX_TOP_K = 4096
 """Most values per layer that the reduction ``topk`` gives."""
 
