@@ -84,5 +84,5 @@ def test_checkpointing_keeps_one_layers_graph_at_a_time(checkpoints: Checkpoints
 
 
 def test_an_unknown_setting_is_refused(checkpoints: Checkpoints) -> None:
-    with pytest.raises(ValueError, match="'on' or 'off', not 'maybe'"):
+    with pytest.raises(ValueError, match="'auto', 'on' or 'off', not 'maybe'"):
         Engine(checkpoints.loaded("grouped"), "maybe")  # type: ignore[arg-type]

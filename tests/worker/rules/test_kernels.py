@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -66,12 +67,12 @@ def reference_varlen(
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     bounds = cu_seq_q.tolist()
     assert bounds == cu_seq_k.tolist()
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
     assert max_q == max_k == max(lengths)
     assert enable_gqa == (query.shape[1] != key.shape[1])
     left, right = window_size
     outputs = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         q, k, v = (t[start:stop].transpose(0, 1) for t in (query, key, value))
         group = q.shape[0] // k.shape[0]
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
