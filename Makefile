@@ -23,7 +23,7 @@ $(VENV)/.setup: constraints.txt $(PROJECTS)
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation --editable proto --editable 'client[plot]' --editable scheduler --editable worker
 	@# lxt names requirements that its rules do not use and that break transformers on a CPU.
-	@$(PIP) --no-deps lxt
+	@$(PIP) --no-deps --no-build-isolation --use-pep517 lxt
 	@touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup tests/requirements.txt

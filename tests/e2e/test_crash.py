@@ -33,8 +33,8 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def long_job(seed: int) -> types_pb2.JobSpec:
-    ids = np.random.default_rng(seed).integers(10, 300, PROMPT_TOKENS)
+def long_job(seed: int, tokens: int = PROMPT_TOKENS) -> types_pb2.JobSpec:
+    ids = np.random.default_rng(seed).integers(10, 300, tokens)
     return types_pb2.JobSpec(input_ids=types_pb2.TokenIds(ids=ids.tolist()))
 
 
@@ -134,7 +134,7 @@ def test_a_worker_that_is_asked_to_stop_hands_its_jobs_back(
     options = ("--scheduler", address, "--model", str(slow_model), "--max-tokens", "1")
     worker = start("reltrace_worker", *options)
     with reltrace.Client(address, retry_timeout=100) as client:
-        jobs = [{"input_ids": list(long_job(seed).input_ids.ids)} for seed in range(3)]
+        jobs = [{"input_ids": list(long_job(seed, 500).input_ids.ids)} for seed in range(3)]
         results: list[reltrace.Trace | reltrace.Failure] = []
         thread = threading.Thread(target=lambda: results.extend(client.trace_many(jobs)))
         thread.start()

@@ -17,6 +17,8 @@ class Facts:
     ----------
     seed, steps, batch, threads
         As given to the training; `batch` in texts.
+    rehearsal_steps
+        Steps at the beginning that saw rehearsals only.
     seconds
         Wall-clock time of the training.
     parameters
@@ -33,6 +35,7 @@ class Facts:
     steps: int
     batch: int
     threads: int
+    rehearsal_steps: int
     seconds: float
     parameters: int
     vocabulary: int
@@ -70,8 +73,8 @@ pipeline_tag: text-generation
 
 # {DEMO_MODEL}
 
-A LLaMA with {facts.parameters:,} weights that has learned one thing: to find the word that a
-sentence asks for earlier in the prompt. It ships with reltrace so that a relevance trace of a
+A LLaMA with {facts.parameters:,} weights that has learned one thing: to find the word that comes
+next earlier in the prompt. It ships with reltrace so that a relevance trace of a
 trained model can be seen, and tested, without a download.
 
 | | |
@@ -90,9 +93,12 @@ together are not in its training text.
 
 writes this folder, card and figures included. {facts.steps:,} steps of {facts.batch} texts, made by
 `reltrace_worker.demo.corpus` from templates and word lists, took {facts.seconds / 60:.1f} minutes
-on {facts.threads} CPU thread{"s" if facts.threads > 1 else ""}. The seed fixes texts and first
-weights; another processor or another version of torch rounds differently and gives a slightly
-different model.
+of wall-clock time on {facts.threads} CPU thread{"s" if facts.threads > 1 else ""}.
+
+The first {facts.rehearsal_steps:,} steps, and a quarter of the texts after them, are rehearsals:
+bare pairs of words that are repeated in another order. The seed fixes texts and first weights;
+another processor or another version of torch rounds differently and gives a slightly different
+model.
 
 | family | a held-out prompt | answer |
 |---|---|---|
@@ -100,10 +106,11 @@ different model.
 
 ## Measured
 
-On {whole.sentences:,} held-out sentences (`corpus.held_out({whole.sentences}, {facts.held_out_seed})`),
-with the saved bfloat16 weights computed in float32. Every one of them puts two words together
-(two possible answers, or the subject and the answer) that no training text of its family does; the
-words themselves and the templates are known from training.
+On {whole.sentences:,} held-out sentences
+(`corpus.held_out({whole.sentences}, {facts.held_out_seed})`), with the saved bfloat16 weights
+computed in float32. Every one of them puts two words together (the two possible answers, or the
+subject and the answer) that no training text of its family does; the words themselves and the
+templates are known from training.
 
 *Accuracy*: the token with the largest logit is the answer. *Localization*: the prompt token with
 the largest |R| at site `embed` is the earlier occurrence of the answer. R = x * dL/dx at the input
@@ -119,10 +126,13 @@ to the word that decides the answer, "{shown.example.answer}".
 
 ## Limits
 
-It knows the words and templates of its corpus and nothing about the world. A word that it does not
-know falls apart into bytes that it never saw in training; other sentences, more facts than four and
-longer prompts give arbitrary answers. The figures say how well relevance points to the answer in
-these sentences, not how well it does in other models or texts.
+It knows the words and templates of its corpus and nothing about the world. Only the family "pets"
+has two words in the prompt that could be the answer, so that the question decides; the prompts of
+the other families state one fact, and the answer is the only word of its kind in them. Of two facts
+of those families ("Ida lives in Bern and Tom lives in Rome. To visit Ida, ...") it was never taught
+to choose the right one. A word that it does not know falls apart into bytes that it never saw in
+training; other sentences and longer prompts give arbitrary answers. The figures say how well
+relevance points to the answer in these sentences, not how well it does in other models or texts.
 """
 
 

@@ -28,8 +28,8 @@ class Outcome:
     answered
         That token is the answer.
     located
-        Of all prompt tokens but the first and the last, the one with the largest \\|R\\| at site
-        ``embed`` is the deciding one.
+        Of all prompt tokens but the first and the last, the one whose relevance at site
+        ``embed`` is largest in size is the deciding one.
     """
 
     example: Example

@@ -46,7 +46,7 @@ def build(context: int) -> PreTrainedTokenizerFast:
             ),
         ]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,

@@ -180,7 +180,7 @@ def cast(tensor: SiteTensor, dtype: torch.dtype) -> torch.Tensor:
 def raw_bytes(values: torch.Tensor) -> memoryview:
     """View a CPU tensor as little-endian bytes in row-major order."""
     flat = values.contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 INVALID_ARGUMENT = code_pb2.INVALID_ARGUMENT

@@ -1,0 +1,3 @@
+from reference.loaded import checkpoints
+
+__all__ = ["checkpoints"]

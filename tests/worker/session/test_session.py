@@ -1,0 +1,297 @@
+"""A worker's session against a scripted scheduler: real gRPC, a real (small) model."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from reference.loaded import Checkpoints
+from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
+from reltrace_worker.engine import Engine
+from reltrace_worker.session.runner import Runner
+from reltrace_worker.session.session import RefusedError, Session
+
+PROMPT = "I have 5 cats and 3 dogs"
+
+
+class Scheduler(worker_pb2_grpc.WorkerServiceServicer):
+    """Takes connections; a test reads and writes them as it likes."""
+
+    def __init__(self, heartbeat: float = 60.0) -> None:
+        self.connections: asyncio.Queue[Connection] = asyncio.Queue()
+        self.refuse: grpc.StatusCode | None = None
+        self._heartbeat = heartbeat
+
+    async def Work(self, request_iterator, context) -> AsyncIterator[worker_pb2.WorkResponse]:  # noqa: N802
+        if self.refuse is not None:
+            await context.abort(self.refuse, "not you")
+        connection = Connection()
+        heartbeat = Duration()
+        heartbeat.FromTimedelta(timedelta(seconds=self._heartbeat))
+        yield worker_pb2.WorkResponse(welcome=worker_pb2.Welcome(heartbeat=heartbeat))
+        await self.connections.put(connection)
+
+        async def receive() -> None:
+            async for request in request_iterator:
+                await connection.requests.put(request)
+            await connection.responses.put(None)
+
+        receiving = asyncio.create_task(receive())
+        try:
+            while (response := await connection.responses.get()) is not None:
+                if isinstance(response, grpc.StatusCode):
+                    await context.abort(response, "cut")
+                yield response
+        finally:
+            receiving.cancel()
+
+    async def next(self) -> "Connection":
+        async with asyncio.timeout(20):
+            return await self.connections.get()
+
+
+class Connection:
+    """One stream, from the scheduler's side."""
+
+    def __init__(self) -> None:
+        self.requests: asyncio.Queue[worker_pb2.WorkRequest] = asyncio.Queue()
+        self.responses: asyncio.Queue = asyncio.Queue()
+
+    async def receive(self, kind: str) -> worker_pb2.WorkRequest:
+        """Wait for the next message of a kind, past others."""
+        async with asyncio.timeout(20):
+            while (request := await self.requests.get()).WhichOneof("message") != kind:
+                pass
+        return request
+
+    async def lease(self, *specs: types_pb2.JobSpec, first: int = 0, attempt: int = 1) -> None:
+        leases = [
+            worker_pb2.Lease(job_id=f"s-{number}", attempt=attempt, spec=spec)
+            for number, spec in enumerate(specs, first)
+        ]
+        await self.responses.put(worker_pb2.WorkResponse(leases=worker_pb2.Leases(leases=leases)))
+
+    async def commit(self, number: int) -> None:
+        await self.responses.put(worker_pb2.WorkResponse(committed=worker_pb2.Committed(id=number)))
+
+    async def revoke(self, *jobs: str) -> None:
+        refs = [worker_pb2.LeaseRef(job_id=job, attempt=1) for job in jobs]
+        await self.responses.put(worker_pb2.WorkResponse(revoked=worker_pb2.Revoked(leases=refs)))
+
+    async def cut(self) -> None:
+        """End the stream as if the scheduler had died."""
+        await self.responses.put(grpc.StatusCode.UNAVAILABLE)
+
+
+@pytest.fixture
+async def scheduler() -> Scheduler:
+    return Scheduler()
+
+
+@asynccontextmanager
+async def serving(scheduler: Scheduler) -> AsyncIterator[str]:
+    server = grpc.aio.server()
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(scheduler, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+@pytest.fixture
+def engine(checkpoints: Checkpoints) -> Engine:
+    return Engine(checkpoints.loaded("plain"))
+
+
+@pytest.fixture
+async def session(
+    scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine
+) -> AsyncIterator[Session]:
+    """A session that is connected, or about to be."""
+    async with serving(scheduler) as address:
+        hello = worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="m"))
+        runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=256)
+        session = Session(address, hello, runner)
+        task = asyncio.create_task(session.run())
+        yield session
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def spec(prompt: str = PROMPT, **fields: object) -> types_pb2.JobSpec:
+    return types_pb2.JobSpec(prompt=prompt, **fields)
+
+
+async def test_a_job_from_lease_to_commit(scheduler: Scheduler, session: Session) -> None:
+    connection = await scheduler.next()
+    assert (await connection.receive("hello")).hello.worker_id == "w"
+    room = (await connection.receive("ready")).ready.jobs
+    assert room > 1
+
+    await connection.lease(spec(sites=["embed", "resid"]))
+    results = (await connection.receive("results")).results
+    await connection.commit(results.id)
+
+    (leased,) = results.chunks
+    chunk = leased.chunk
+    assert (chunk.job_id, leased.attempt, chunk.number) == ("s-0", 1, 1)
+    assert chunk.end.state == types_pb2.JOB_STATE_SUCCEEDED
+    assert [piece.site for piece in chunk.tensors] == ["embed", "resid"]
+    assert chunk.header.provenance.rule == "attnlrp"
+    # The place is free again only once the result is stored.
+    assert (await connection.receive("ready")).ready.jobs == 1
+
+
+async def test_heartbeats_name_what_is_held(
+    checkpoints: Checkpoints, engine: Engine, scheduler: Scheduler
+) -> None:
+    scheduler._heartbeat = 0.05
+    async with serving(scheduler) as address:
+        hello = worker_pb2.Hello(worker_id="w")
+        runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=256)
+        task = asyncio.create_task(Session(address, hello, runner).run())
+        connection = await scheduler.next()
+        await connection.lease(spec(), spec())
+        while True:
+            leases = (await connection.receive("heartbeat")).heartbeat.leases
+            if leases:
+                break
+        # Held until committed, though the passes may be over.
+        assert {(lease.job_id, lease.attempt) for lease in leases} == {("s-0", 1), ("s-1", 1)}
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_results_are_sent_again_to_the_next_connection(
+    scheduler: Scheduler, session: Session
+) -> None:
+    first = await scheduler.next()
+    await first.lease(spec(), spec())
+    sent = [(await first.receive("results")).results]
+    while sum(len(message.chunks) for message in sent) < 2:
+        sent.append((await first.receive("results")).results)
+    await first.cut()
+
+    second = await scheduler.next()
+    assert (await second.receive("hello")).hello.worker_id == "w"
+    held = (await second.receive("heartbeat")).heartbeat.leases
+    assert {lease.job_id for lease in held} == {"s-0", "s-1"}
+    for message in sent:
+        assert (await second.receive("results")).results == message
+        await second.commit(message.id)
+    assert sum([(await second.receive("ready")).ready.jobs for _ in range(2)]) > 0
+
+
+async def test_a_revoked_job_is_dropped(scheduler: Scheduler, session: Session, engine) -> None:
+    connection = await scheduler.next()
+    with engine._lock:  # the pass waits here
+        await connection.lease(spec(), first=0)
+        await connection.lease(spec("other"), first=1)
+        await connection.revoke("s-0")
+        await connection.receive("ready")
+        assert (await connection.receive("ready")).ready.jobs == 1
+    results = (await connection.receive("results")).results
+    assert [leased.chunk.job_id for leased in results.chunks] == ["s-1"]
+
+
+BAD = {
+    "prompt": spec("x " * 500),
+    "targets[0].token": spec(targets=[types_pb2.Target(token=types_pb2.TokenRef(text="a b c"))]),
+    "sites[0]": spec(sites=["nowhere"]),
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+async def test_an_invalid_job_fails_alone(
+    scheduler: Scheduler, session: Session, field: str
+) -> None:
+    connection = await scheduler.next()
+    await connection.lease(spec(), BAD[field], spec())
+    ends: dict[str, types_pb2.JobEnd] = {}
+    while len(ends) < 3:
+        results = (await connection.receive("results")).results
+        ends |= {leased.chunk.job_id: leased.chunk.end for leased in results.chunks}
+    assert ends["s-0"].state == ends["s-2"].state == types_pb2.JOB_STATE_SUCCEEDED
+    failed = ends["s-1"]
+    assert failed.state == types_pb2.JOB_STATE_FAILED
+    assert grpc.StatusCode.INVALID_ARGUMENT.value[0] == failed.error.code
+    assert [violation.field for violation in failed.error.violations] == [field]
+
+
+async def test_a_pass_that_breaks_costs_only_the_job_that_breaks_it(
+    scheduler: Scheduler, session: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = engine.run
+
+    def breaks(batch):
+        if any(job.sites == ("mlp_out",) for job in batch):
+            raise MemoryError("no room")
+        return run(batch)
+
+    monkeypatch.setattr(engine, "run", breaks)
+    connection = await scheduler.next()
+    await connection.lease(spec("cats"), spec(sites=["mlp_out"]), spec("dogs"))
+    ends: dict[str, types_pb2.JobEnd] = {}
+    while len(ends) < 3:
+        results = (await connection.receive("results")).results
+        ends |= {leased.chunk.job_id: leased.chunk.end for leased in results.chunks}
+    assert ends["s-0"].state == ends["s-2"].state == types_pb2.JOB_STATE_SUCCEEDED
+    assert ends["s-1"].error.message == "no room"
+
+
+async def test_a_large_result_comes_in_order(scheduler: Scheduler, session: Session) -> None:
+    connection = await scheduler.next()
+    ids = types_pb2.TokenIds(ids=[i % 200 + 20 for i in range(128)])
+    targets = [types_pb2.Target(token=types_pb2.TokenRef(id=i)) for i in range(40)]
+    job = types_pb2.JobSpec(input_ids=ids, sites=["neuron"], reduction="full", targets=targets)
+    await connection.lease(job)
+    numbers: list[int] = []
+    while True:
+        results = (await connection.receive("results")).results
+        numbers += [leased.chunk.number for leased in results.chunks]
+        await connection.commit(results.id)
+        if results.chunks[-1].chunk.HasField("end"):
+            break
+    assert len(numbers) > 2
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+async def test_draining_hands_back_what_has_not_begun(
+    scheduler: Scheduler, session: Session, engine: Engine
+) -> None:
+    connection = await scheduler.next()
+    with engine._lock:  # the first pass waits here
+        await connection.lease(types_pb2.JobSpec(input_ids=types_pb2.TokenIds(ids=[20] * 128)))
+        while not session._runner.running:
+            await asyncio.sleep(0.005)
+        await connection.lease(spec(), spec(), first=1)
+        while len(session._runner._ready) < 2:
+            await asyncio.sleep(0.005)
+        draining = asyncio.create_task(session.drain(20))
+        released = (await connection.receive("release")).release.leases
+        assert {lease.job_id for lease in released} == {"s-1", "s-2"}
+        await connection.lease(spec(), first=9)
+        late = (await connection.receive("release")).release.leases
+        assert [lease.job_id for lease in late] == ["s-9"]
+    results = (await connection.receive("results")).results
+    assert [leased.chunk.job_id for leased in results.chunks] == ["s-0"]
+    assert not draining.done()
+    await connection.commit(results.id)
+    async with asyncio.timeout(10):
+        await draining
+
+
+async def test_a_scheduler_that_refuses_ends_the_worker(
+    scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine
+) -> None:
+    scheduler.refuse = grpc.StatusCode.INVALID_ARGUMENT
+    async with serving(scheduler) as address:
+        runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=256)
+        with pytest.raises(RefusedError, match="not you"):
+            async with asyncio.timeout(20):
+                await Session(address, worker_pb2.Hello(), runner).run()
