@@ -6,8 +6,8 @@ wrap it with lxt's functions. The layout of the pack reaches it as the model key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -18,9 +18,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from reltrace_worker.rules.window import window_attention
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-
-KERNEL = "sdpa"
-"""Name of the kernel in a result's provenance."""
 
 # Above this head size CUDA's fused kernels refuse grouped heads (as in transformers' sdpa).
 _MAX_GROUPED_HEAD_SIZE = 256
@@ -38,6 +35,8 @@ class Packing:
     """
 
     lengths: tuple[int, ...]
+    cache: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What kernels derive from the layout, computed in the first layer and kept for the others."""
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:

@@ -18,10 +18,10 @@ from reltrace_worker.model.families import family_of
 from reltrace_worker.rules.attention import (
     AttentionFunction,
     Packing,
-    packed_attention,
     positions,
     register_attention,
 )
+from reltrace_worker.rules.kernels import attention
 from reltrace_worker.rules.rule import Rule
 
 
@@ -97,7 +97,7 @@ def apply_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
         The model is of no supported family.
     """
     family = family_of(model)
-    register_attention(rule.attention_name, rule.wrap_attention(packed_attention))
+    register_attention(rule.attention_name, rule.wrap_attention(attention))
     norm = rule.norm_of(family)
     with ExitStack() as patches:
         for module in model.modules():
