@@ -97,6 +97,8 @@ class AsyncClient:
         target: TargetLike = "max",
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         timeout: float | None = None,
     ) -> Trace: ...
     @overload
@@ -111,6 +113,8 @@ class AsyncClient:
         target: Targets,
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         timeout: float | None = None,
     ) -> list[Trace]: ...
     async def trace(
@@ -124,10 +128,14 @@ class AsyncClient:
         target: TargetLike | Targets = "max",
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         timeout: float | None = None,
     ) -> Trace | list[Trace]:
         """Trace one prompt. See `Client.trace`."""
-        arguments = Arguments(prompt, input_ids, model, sites, reduce, target, rule, dtype)
+        arguments = Arguments(
+            prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k
+        )
         return await self.run_trace(arguments, timeout)
 
     async def run_trace(self, arguments: Arguments, timeout: float | None) -> Trace | list[Trace]:
@@ -161,6 +169,8 @@ class AsyncClient:
         target: TargetLike = "max",
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         max_in_flight: int = 1024,
         timeout: float | None = None,
     ) -> AsyncIterator[Trace | Failure]: ...
@@ -177,6 +187,8 @@ class AsyncClient:
         target: Targets,
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         max_in_flight: int = 1024,
         timeout: float | None = None,
     ) -> AsyncIterator[list[Trace] | Failure]: ...
@@ -192,6 +204,8 @@ class AsyncClient:
         target: TargetLike | Targets = "max",
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         max_in_flight: int = 1024,
         timeout: float | None = None,
     ) -> AsyncIterator[Any]:
@@ -199,7 +213,7 @@ class AsyncClient:
 
         `items` may also be an async iterable.
         """
-        defaults = Arguments(None, None, model, sites, reduce, target, rule, dtype)
+        defaults = Arguments(None, None, model, sites, reduce, target, rule, dtype, layers, top_k)
         run = self.start_many(
             items, defaults, ordered=ordered, max_in_flight=max_in_flight, timeout=timeout
         )

@@ -77,6 +77,8 @@ class Client:
         target: TargetLike = "max",
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         timeout: float | None = None,
     ) -> Trace: ...
     @overload
@@ -91,6 +93,8 @@ class Client:
         target: Targets,
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         timeout: float | None = None,
     ) -> list[Trace]: ...
     def trace(
@@ -104,6 +108,8 @@ class Client:
         target: TargetLike | Targets = "max",
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         timeout: float | None = None,
     ) -> Trace | list[Trace]:
         """Trace one prompt.
@@ -121,7 +127,8 @@ class Client:
             layer), and what else the model's workers serve.
         reduce : str, default "token"
             What is summed before the result is sent: "token" leaves one value per token,
-            "feature" one per feature, "full" everything.
+            "feature" one per feature, "full" everything; "topk" keeps the `top_k` largest |R| of
+            each layer (see `Trace.parts`: "values", and "token" and "feature" where they stand).
         target : str, int, Target, or a list of these, default "max"
             What is explained: "max" (the largest logit at the last position), a token's text, a
             token id, or a `Target`. Targets of one list share one forward pass.
@@ -129,6 +136,10 @@ class Client:
             Propagation rule: "attnlrp", "cp_lrp" or "gradient", as the model's workers serve.
         dtype : {"float32", "bfloat16", "float16"}
             Number format in which relevance travels.
+        layers : sequence of int, optional
+            Decoder layers that the result has, in this order, counted from 0; default: all.
+        top_k : int, optional
+            With ``reduce="topk"``: values per layer, 1 to 4096; a layer with fewer gives all.
         timeout : float, optional
             Seconds for the whole call; default: as long as the server takes.
 
@@ -155,7 +166,9 @@ class Client:
         -----
         While the server's queue is full the call waits for as long as the server asks.
         """
-        arguments = Arguments(prompt, input_ids, model, sites, reduce, target, rule, dtype)
+        arguments = Arguments(
+            prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k
+        )
         return self._loop.run(self._client.run_trace(arguments, timeout))
 
     @overload
@@ -171,6 +184,8 @@ class Client:
         target: TargetLike = "max",
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         max_in_flight: int = 1024,
         timeout: float | None = None,
     ) -> Iterator[Trace | Failure]: ...
@@ -187,6 +202,8 @@ class Client:
         target: Targets,
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         max_in_flight: int = 1024,
         timeout: float | None = None,
     ) -> Iterator[list[Trace] | Failure]: ...
@@ -202,6 +219,8 @@ class Client:
         target: TargetLike | Targets = "max",
         rule: str = "attnlrp",
         dtype: str = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
         max_in_flight: int = 1024,
         timeout: float | None = None,
     ) -> Iterator[Any]:
@@ -217,7 +236,7 @@ class Client:
             Give results in the order of the items instead of as they finish.
         progress : bool, default False
             Show a tqdm bar.
-        model, sites, reduce, target, rule, dtype
+        model, sites, reduce, target, rule, dtype, layers, top_k
             As in `trace`, for the items that do not say otherwise.
         max_in_flight : int, default 1024
             Most items pulled from `items` whose results have not been handed out.
@@ -247,7 +266,7 @@ class Client:
         Leaving the loop early stops pulling and reading; jobs that the server has accepted are
         still worked on. Results are acknowledged, and freed on the server, once they are here.
         """
-        defaults = Arguments(None, None, model, sites, reduce, target, rule, dtype)
+        defaults = Arguments(None, None, model, sites, reduce, target, rule, dtype, layers, top_k)
         run = self._loop.run(self._start(items, defaults, ordered, max_in_flight, timeout))
         return self._iterate(run, Progress(items, shown=progress))
 

@@ -22,6 +22,8 @@ DTYPES = {
 }
 _INDEXED = re.compile(r"^(\w+)(?:\[(\d+)\])?")
 _CALLER_NAMES = {"reduction": "reduce"}
+_MAX_TOP_K = 4096
+_MAX_LAYER = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class Arguments:
     target: Any = "max"
     rule: str = "attnlrp"
     dtype: str = "float32"
+    layers: Sequence[int] | None = None
+    top_k: int | None = None
 
     def with_item(self, item: object) -> Arguments:
         """Return these arguments as defaults, overridden by an item of `trace_many`."""
@@ -112,6 +116,10 @@ class Arguments:
         spec.dtype = DTYPES[self.dtype]
         sites = _sites(self.sites)
         spec.sites.extend(sites)
+        if self.layers is not None:
+            spec.layers.extend(_layers(self.layers))
+        if self.top_k is not None or self.reduce == "topk":
+            spec.top_k = _top_k(self.top_k, self.reduce)
         self._set_input(spec)
         if spec.ByteSize() > MAX_JOB_BYTES:
             given = "prompt" if self.prompt is not None else "input_ids"
@@ -154,3 +162,31 @@ def _sites(sites: object) -> tuple[str, ...]:
         if name in names[:index]:
             raise invalid(f"sites[{index}]", f"repeats {name!r}")
     return names
+
+
+def _layers(layers: object) -> tuple[int, ...]:
+    """Check the layers; whether the model has them, its worker knows."""
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise invalid("layers", f"must be a sequence of layer numbers, not {layers!r}")
+    if not layers:
+        raise invalid("layers", "must name at least one layer; leave it out for all")
+    for index, layer in enumerate(layers):
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise invalid(f"layers[{index}]", f"must be int, not {type(layer).__name__}")
+        if not 0 <= layer <= _MAX_LAYER:
+            raise invalid(f"layers[{index}]", f"must count from 0, not {layer}")
+        if layer in layers[:index]:
+            raise invalid(f"layers[{index}]", f"repeats {layer}")
+    return tuple(layers)
+
+
+def _top_k(top_k: object, reduce: str) -> int:
+    if reduce != "topk":
+        raise invalid("top_k", f'is for reduce="topk", not {reduce!r}')
+    if top_k is None:
+        raise invalid("top_k", 'is missing; reduce="topk" needs the number of values per layer')
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise invalid("top_k", f"must be int, not {type(top_k).__name__}")
+    if not 1 <= top_k <= _MAX_TOP_K:
+        raise invalid("top_k", f"must be 1 to {_MAX_TOP_K}, not {top_k}")
+    return top_k

@@ -33,6 +33,15 @@ from reltrace._request import MAX_JOB_BYTES, Arguments
         ({"prompt": "a", "rule": None}, "rule: must be str"),
         ({"prompt": "a", "dtype": "float64"}, "dtype: must be one of float32, bfloat16, float16"),
         ({"prompt": "a", "dtype": ["float32"]}, "dtype: must be one of"),
+        ({"prompt": "a", "layers": []}, "layers: must name at least one layer"),
+        ({"prompt": "a", "layers": 3}, "layers: must be a sequence of layer numbers, not 3"),
+        ({"prompt": "a", "layers": [0, -1]}, r"layers\[1\]: must count from 0, not -1"),
+        ({"prompt": "a", "layers": [True]}, r"layers\[0\]: must be int, not bool"),
+        ({"prompt": "a", "layers": [2, 2]}, r"layers\[1\]: repeats 2"),
+        ({"prompt": "a", "reduce": "topk"}, "top_k: is missing"),
+        ({"prompt": "a", "top_k": 5}, "top_k: is for reduce=\"topk\", not 'token'"),
+        ({"prompt": "a", "reduce": "topk", "top_k": 0}, "top_k: must be 1 to 4096, not 0"),
+        ({"prompt": "a", "reduce": "topk", "top_k": 2.5}, "top_k: must be int, not float"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -45,6 +54,13 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_a_site_may_be_one_name() -> None:
     assert Arguments("a", sites="embed").job().sites == ("embed",)
+
+
+def test_layers_and_k_arrive_in_order() -> None:
+    spec = Arguments("a", reduce="topk", layers=(5, 0), top_k=16).job().spec
+    assert (list(spec.layers), spec.top_k, spec.reduction) == ([5, 0], 16, "topk")
+    plain = Arguments("a").job().spec
+    assert (list(plain.layers), plain.top_k) == ([], 0)
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1))

@@ -1,4 +1,4 @@
-"""Small random LLaMA checkpoints on disk, for tests: real config, weights and tokenizer."""
+"""Small random checkpoints of every family, for tests: real config, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 SENTENCES = (
     "I have 5 cats and 3 dogs. My cats love to play with my dogs.",
@@ -32,6 +42,11 @@ class Recipe:
     context_length: int = 128
     tied: bool = False
     llama3_rope: bool = False
+    family: str = "llama"
+    head_dim: int | None = None
+    sliding_window: int | None = None
+    biases: float = 0.0
+    logit_softcap: float | None = None
 
 
 PLAIN = Recipe()
@@ -42,13 +57,32 @@ LLAMA3_ROPE = Recipe(seed=3, llama3_rope=True, heads=6, key_value_heads=2)
 
 DEEP = Recipe(seed=4, layers=12)
 
+# Their windows end inside the longest prompt of the tests, and not on a multiple of it.
+MISTRAL = Recipe(seed=5, family="mistral", key_value_heads=2, head_dim=16, sliding_window=20)
+QWEN2 = Recipe(seed=6, family="qwen2", key_value_heads=2, sliding_window=20, biases=0.3)
+QWEN2_UNBIASED = replace(QWEN2, biases=0.0)
+QWEN3 = Recipe(seed=7, family="qwen3", key_value_heads=2, head_dim=16, sliding_window=20)
+GEMMA3 = Recipe(
+    seed=8, family="gemma3_text", layers=4, key_value_heads=2, head_dim=16, sliding_window=20
+)
+GEMMA3_SOFTCAP = replace(GEMMA3, seed=9, tied=True, logit_softcap=4.0)
+
 RECIPES: dict[str, Recipe] = {
     "plain": PLAIN,
     "grouped": GROUPED,
     "tied": TIED,
     "llama3_rope": LLAMA3_ROPE,
     "deep": DEEP,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen2_unbiased": QWEN2_UNBIASED,
+    "qwen3": QWEN3,
+    "gemma3": GEMMA3,
+    "gemma3_softcap": GEMMA3_SOFTCAP,
 }
+
+FAMILY_RECIPES = ("mistral", "qwen2", "qwen3", "gemma3", "gemma3_softcap")
+"""The families besides llama, as they are."""
 
 
 def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -69,7 +103,7 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def build_config(recipe: Recipe) -> LlamaConfig:
+def build_config(recipe: Recipe) -> PreTrainedConfig:
     """Return the config of a recipe."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
     if recipe.llama3_rope:
@@ -81,31 +115,63 @@ def build_config(recipe: Recipe) -> LlamaConfig:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32,
         }
-    return LlamaConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.key_value_heads,
-        max_position_embeddings=recipe.context_length,
-        tie_word_embeddings=recipe.tied,
-        rope_parameters=rope,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": recipe.vocab_size,
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": recipe.intermediate_size,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.key_value_heads,
+        "max_position_embeddings": recipe.context_length,
+        "tie_word_embeddings": recipe.tied,
+        "rope_parameters": rope,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    if recipe.head_dim is not None:
+        fields["head_dim"] = recipe.head_dim
+    # The first layer sees everything, the others through the window.
+    window = {"use_sliding_window": True, "max_window_layers": 1}
+    match recipe.family:
+        case "llama":
+            return LlamaConfig(**fields)
+        case "mistral":
+            return MistralConfig(**fields, sliding_window=recipe.sliding_window)
+        case "qwen2":
+            return Qwen2Config(**fields, **window, sliding_window=recipe.sliding_window)
+        case "qwen3":
+            return Qwen3Config(**fields, **window, sliding_window=recipe.sliding_window)
+        case "gemma3_text":
+            local = {"rope_type": "default", "rope_theta": 100.0}
+            return Gemma3TextConfig(
+                **fields
+                | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}},
+                sliding_window=recipe.sliding_window,
+                layer_types=[
+                    "full_attention" if i % 3 == 2 else "sliding_attention"
+                    for i in range(recipe.layers)
+                ],
+                query_pre_attn_scalar=9,
+                final_logit_softcapping=recipe.logit_softcap,
+            )
+    raise ValueError(f"no family {recipe.family!r}")
 
 
-def build_model(recipe: Recipe) -> LlamaForCausalLM:
+def build_model(recipe: Recipe) -> PreTrainedModel:
     """Return a model in float32 with seeded weights, large enough that no layer is near linear."""
     torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(build_config(recipe))
+    model = AutoModelForCausalLM.from_config(build_config(recipe))
+    gemma = recipe.family == "gemma3_text"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.7, 1.3)
+                # Gemma's norms multiply by one plus their weight.
+                parameter.uniform_(-0.3, 0.3) if gemma else parameter.uniform_(0.7, 1.3)
+            elif "bias" in name:
+                parameter.normal_(0.0, recipe.biases)
             elif "embed_tokens" in name or "lm_head" in name:
-                parameter.normal_(0.0, 0.5)
+                # Gemma scales its embeddings by the root of the hidden size.
+                parameter.normal_(0.0, 0.15 if gemma else 0.5)
             else:
                 parameter.normal_(0.0, 1.5 / parameter.shape[1] ** 0.5)
     return model.eval()

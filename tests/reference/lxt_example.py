@@ -1,53 +1,61 @@
 """LXT's documented example ("Latent Feature Attribution"), run prompt by prompt.
 
 The other side of parity tests: it imports nothing of reltrace. It follows
-https://lxt.readthedocs.io (Latent Feature Attribution): lxt patches the classes of the
-llama modeling module, forward hooks with ``retain_grad`` save what the decoder layers put out,
-one prompt after another. Four things differ from the page:
+https://lxt.readthedocs.io (Latent Feature Attribution): lxt patches the classes of one
+modeling module, forward hooks with ``retain_grad`` save what the decoder layers put out,
+one prompt after another. The patches are lxt's own maps, those of its ``models/llama.py``,
+``qwen2.py``, ``qwen3.py`` and ``gemma3.py``; lxt has none for Mistral, whose classes compute as
+LLaMA's do and get LLaMA's. Four things differ from the page:
 
 - the backward pass starts at 1, not at the logit (which only multiplies every number by it);
 - no checkpointing (it changes memory, not numbers);
-- lxt 2.1's model zoo does not import beside transformers 5, so the patch map of its
-  ``models/llama.py`` is written out here with the same functions;
+- lxt 2.1's model zoo does not import as a whole beside transformers 5, so that of its modules
+  only the one of the family is imported;
 - lxt's ``patch_attention`` replaces transformers' attention registry by a plain dict, which
   transformers 5 calls methods on, so the wrapped functions are put into a registry instead.
 
 Run: ``python lxt_example.py --model DIR --input IN.json --out OUT.npz``; ``--model`` and ``--out``
-can be given several times, in the same order, for several models. IN.json is a list;
-an item is a prompt or a list of token ids. For item i, OUT.npz holds ``resid_i`` [layers, tokens],
-``embed_i`` [tokens], ``token_id_i`` and ``logit_i``; with ``--inner`` also ``head_i``
-[layers, heads] and ``neuron_i`` [layers, intermediate size], summed over tokens.
+can be given several times, in the same order, for several models, and so can ``--rule``. A patch
+can not be undone: each rule and family gets a process of its own, forked before it. IN.json is a
+list; an item is a prompt or a list of token ids. For item i, OUT.npz holds ``resid_i``
+[layers, tokens], ``embed_i`` [tokens], ``token_id_i`` and ``logit_i``; with ``--inner`` also
+``head_i`` [layers, heads] and ``neuron_i`` [layers, intermediate size], summed over tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
-from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-stand_in = ModuleType("lxt.efficient.models")
-stand_in.get_default_map = None
-sys.modules["lxt.efficient.models"] = stand_in
+# In the place of lxt's model zoo: its modules can be imported, its __init__ does not run.
+zoo = ModuleType("lxt.efficient.models")
+zoo.get_default_map = None
+zoo.__path__ = [str(Path(find_spec("lxt").origin).parent / "efficient" / "models")]
+sys.modules["lxt.efficient.models"] = zoo
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # lxt: zennit is not installed
-    from lxt.efficient.patches import (
-        cp_gated_mlp_forward,
-        cp_wrap_attention_forward,
-        gated_mlp_forward,
-        patch_method,
-        rms_norm_forward,
-        wrap_attention_forward,
-    )
+    from lxt.efficient.patches import cp_wrap_attention_forward, wrap_attention_forward
+
+# Model type to the names of transformers' and of lxt's module.
+FAMILIES = {
+    "llama": ("llama", "llama"),
+    "mistral": ("mistral", "llama"),
+    "qwen2": ("qwen2", "qwen2"),
+    "qwen3": ("qwen3", "qwen3"),
+    "gemma3_text": ("gemma3", "gemma3"),
+}
 
 
 def patch_attention(module: ModuleType, wrap: Any) -> None:
@@ -59,15 +67,23 @@ def patch_attention(module: ModuleType, wrap: Any) -> None:
     module.ALL_ATTENTION_FUNCTIONS = registry
 
 
-def patch(rule: str) -> None:
-    """The maps ``attnLRP`` and ``cp_LRP`` of lxt's models/llama.py (dropout is off in eval)."""
-    mlp, wrap = {
-        "attnlrp": (gated_mlp_forward, wrap_attention_forward),
-        "cp_lrp": (cp_gated_mlp_forward, cp_wrap_attention_forward),
+def patch(rule: str, model_type: str) -> None:
+    """lxt's map ``attnLRP`` or ``cp_LRP`` of a family."""
+    ours, theirs = FAMILIES[model_type]
+    modeling = importlib.import_module(f"transformers.models.{ours}.modeling_{ours}")
+    maps = importlib.import_module(f"lxt.efficient.models.{theirs}")
+    name, wrap = {
+        "attnlrp": ("attnLRP", wrap_attention_forward),
+        "cp_lrp": ("cp_LRP", cp_wrap_attention_forward),
     }[rule]
-    if not (patch_method(mlp, LlamaMLP) and patch_method(rms_norm_forward, LlamaRMSNorm)):
-        raise RuntimeError("lxt did not patch the classes")
-    patch_attention(modeling_llama, wrap)
+    for target, apply in getattr(maps, name).items():
+        if isinstance(target, ModuleType):
+            patch_attention(modeling, wrap)
+            continue
+        # LlamaMLP stands for MistralMLP, and Dropout for itself.
+        mirror = target.__name__.replace("Llama", "Mistral") if ours == "mistral" else ""
+        if not apply(getattr(modeling, mirror, target)):
+            raise RuntimeError(f"lxt did not patch {target.__name__}")
 
 
 def hook_hidden_activation(module: Any, _: Any, output: Any) -> None:
@@ -121,7 +137,7 @@ def trace(model: Any, input_ids: torch.Tensor, inner: bool) -> dict[str, np.ndar
 
 def trace_all(folder: Path, items: list[Any], dtype: torch.dtype, inner: bool) -> dict[str, Any]:
     """Every item, one after another, on one model."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model.eval()
     for parameter in model.parameters():
@@ -142,6 +158,16 @@ def trace_all(folder: Path, items: list[Any], dtype: torch.dtype, inner: bool) -
     return arrays
 
 
+def trace_models(
+    rule: str, model_type: str, models: list[tuple[Path, Path]], arguments: argparse.Namespace
+) -> None:
+    """Every model of one rule and family, in a process whose classes nobody else needs."""
+    patch(rule, model_type)
+    items = json.loads(arguments.input.read_text())
+    for folder, out in models:
+        np.savez(out, **trace_all(folder, items, getattr(torch, arguments.dtype), arguments.inner))
+
+
 def main() -> None:
     """Trace every prompt of the input file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -149,14 +175,30 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--out", type=Path, action="append", required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rule", choices=("attnlrp", "cp_lrp"), default="attnlrp")
+    parser.add_argument("--rule", choices=("attnlrp", "cp_lrp"), action="append")
     parser.add_argument("--inner", action="store_true", help="also heads and neurons")
     arguments = parser.parse_args()
 
-    patch(arguments.rule)
-    items = json.loads(arguments.input.read_text())
-    for folder, out in zip(arguments.model, arguments.out, strict=True):
-        np.savez(out, **trace_all(folder, items, getattr(torch, arguments.dtype), arguments.inner))
+    rules = arguments.rule or ["attnlrp"]
+    if len(rules) == 1:
+        rules *= len(arguments.model)
+    groups: dict[tuple[str, str], list[tuple[Path, Path]]] = {}
+    for rule, folder, out in zip(rules, arguments.model, arguments.out, strict=True):
+        model_type = AutoConfig.from_pretrained(folder).model_type
+        groups.setdefault((rule, model_type), []).append((folder, out))
+    if len(groups) == 1:
+        for (rule, model_type), models in groups.items():
+            trace_models(rule, model_type, models, arguments)
+        return
+    # Imported once, for all the processes.
+    importlib.import_module("transformers.modeling_utils")
+    fork = multiprocessing.get_context("fork")
+    for (rule, model_type), models in groups.items():
+        process = fork.Process(target=trace_models, args=(rule, model_type, models, arguments))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            raise SystemExit(f"{rule} on {model_type} ended with {process.exitcode}")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,20 @@ def worker(
     device: Annotated[
         str, typer.Option(envvar="RELTRACE_DEVICE", help="cpu, cuda, cuda:N, or auto.")
     ] = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_DEVICE_MAP", help="auto: split the model over all GPUs (accelerate)."
+        ),
+    ] = None,
+    load_in_4bit: Annotated[
+        bool,
+        typer.Option(
+            "--load-in-4bit",
+            envvar="RELTRACE_LOAD_IN_4BIT",
+            help="Quantize the weights, on CUDA (bitsandbytes).",
+        ),
+    ] = False,
     checkpointing: Annotated[
         Checkpointing,
         typer.Option(
@@ -109,7 +123,15 @@ def worker(
             from reltrace_worker.demo import DEMO_MODEL, path
 
             model, name = str(path()), name or DEMO_MODEL
-        loaded = load_model(model, revision=revision, dtype=dtype, device=device, name=name)
+        loaded = load_model(
+            model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            name=name,
+            device_map=device_map,
+            load_in_4bit=load_in_4bit,
+        )
         for rule in RULES.values():
             verify_rule(loaded.model, rule)
         engine = Engine(loaded, checkpointing=checkpointing.value)

@@ -60,6 +60,10 @@ class JobSpec:
         They share one forward pass.
     rule
         Name of the rule that the backward pass follows.
+    layers
+        Decoder layers that the result has, in this order, counted from 0; empty: all.
+    k
+        With the reduction ``topk``: how many values of each layer; 0 with any other.
     """
 
     input: str | tuple[int, ...]
@@ -67,6 +71,8 @@ class JobSpec:
     reduction: str = "token"
     targets: tuple[TargetSpec, ...] = (TargetSpec(),)
     rule: str = "attnlrp"
+    layers: tuple[int, ...] = ()
+    k: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,10 @@ class PreparedJob:
         Names, all known.
     targets
         At least one; each gives one trace.
+    layers
+        Decoder layers that the result has, in this order; empty: all.
+    k
+        With the reduction ``topk``: how many values of each layer; else 0.
     """
 
     token_ids: tuple[int, ...]
@@ -133,6 +143,8 @@ class PreparedJob:
     reduction: str
     rule: str
     targets: tuple[PreparedTarget, ...]
+    layers: tuple[int, ...] = ()
+    k: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,8 +160,10 @@ class SiteTensor:
     part
         Which tensor of the site, where a reduction yields several; else empty.
     values
-        float32, contiguous, on the CPU. With L layers, T tokens, F features: ``token`` is
-        [L, T], ``feature`` [L, F], ``full`` [L, T, F]; ``embed`` lacks the axis L.
+        float32, contiguous, on the CPU. With L layers asked for, T tokens, F features: ``token``
+        is [L, T], ``feature`` [L, F], ``full`` [L, T, F]; ``embed`` lacks the axis L. ``topk`` is
+        three parts of shape [L, min(k, T * F)]: ``values``, by falling size |R|, and ``token`` and
+        ``feature``, int32, where they stand.
     """
 
     trace: int

@@ -217,16 +217,22 @@ class JobSpec(_message.Message):
     TARGETS_FIELD_NUMBER: _builtins.int
     RULE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a served model; empty: the only one, else an error that lists them."""
     prompt: _builtins.str
     """Encoded by the model's tokenizer, special tokens added."""
     reduction: _builtins.str
-    """"token", "feature", ... Empty: "token"."""
+    """"token", "feature", "topk", ... Empty: "token"."""
     rule: _builtins.str
     """"attnlrp", ... Empty: "attnlrp"."""
     dtype: Global___ScalarType.ValueType
     """Number format of the relevance that is sent back. Unspecified: float32."""
+    top_k: _builtins.int
+    """With the reduction "topk", and only there: how many values of each layer,
+    1 to 4096. A layer with fewer values gives all of them.
+    """
     @_builtins.property
     def input_ids(self) -> Global___TokenIds:
         """Used as they are."""
@@ -239,6 +245,12 @@ class JobSpec(_message.Message):
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Target]:
         """Targets of one job share one forward pass. Empty: the largest logit."""
 
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Decoder layers whose relevance is sent back, in this order, counted from 0.
+        Empty: all. A site without layers ("embed") does not look at it.
+        """
+
     def __init__(
         self,
         *,
@@ -250,10 +262,12 @@ class JobSpec(_message.Message):
         targets: _abc.Iterable[Global___Target] | None = ...,
         rule: _builtins.str = ...,
         dtype: Global___ScalarType.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        top_k: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "input_ids", b"input_ids", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "input", b"input", "input_ids", b"input_ids", "model", b"model", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "input_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -280,7 +294,9 @@ class TensorPiece(_message.Message):
     """Index of the trace in the job, in the order of the targets."""
     site: _builtins.str
     part: _builtins.str
-    """Which tensor of the site, where a reduction yields several; else empty."""
+    """Which tensor of the site, where a reduction yields several ("topk": "values",
+    "token", "feature"); else empty.
+    """
     dtype: Global___ScalarType.ValueType
     offset: _builtins.int
     """Position of `data` in the whole tensor, in bytes."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import lxt_example
+from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.jobs import JobSpec
@@ -18,33 +19,26 @@ from reltrace_worker.jobs import JobSpec
 SITES = ("embed", "resid")
 
 
-# Models, by the rule that a process of the example patches its classes with.
-CASES = {"attnlrp": ("grouped", "tied", "llama3_rope"), "cp_lrp": ("grouped",)}
+# A rule and a model.
+CASES = [("attnlrp", name) for name in ("grouped", "tied", "llama3_rope", *FAMILY_RECIPES)] + [
+    ("cp_lrp", name) for name in ("grouped", *FAMILY_RECIPES)
+]
 
 
 @pytest.fixture(scope="module")
 def examples(
     checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Any]:
-    """What the example gives, by rule and model: one process per rule, side by side."""
+    """What the example gives, by rule and model; it has a process for each rule and family."""
     work = tmp_path_factory.mktemp("examples")
     prompts = work / "in.json"
     prompts.write_text(json.dumps(PROMPTS))
-    outs = {(rule, name): work / f"{rule}_{name}.npz" for rule in CASES for name in CASES[rule]}
-    processes = []
-    for rule, names in CASES.items():
-        command = [sys.executable, lxt_example.__file__, "--input", prompts, "--rule", rule]
-        for name in names:
-            command += ["--model", checkpoints.folder(name), "--out", outs[rule, name]]
-        processes.append(
-            subprocess.Popen([*command, "--inner"], env={**os.environ, "OMP_NUM_THREADS": "1"})
-        )
-    try:
-        assert [process.wait(timeout=100) for process in processes] == [0] * len(processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait(timeout=10)
+    command = [sys.executable, lxt_example.__file__, "--input", prompts, "--inner"]
+    outs = {}
+    for rule, name in CASES:
+        out = outs[rule, name] = work / f"{rule}_{name}.npz"
+        command += ["--rule", rule, "--model", checkpoints.folder(name), "--out", out]
+    subprocess.run(command, check=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return {key: np.load(path) for key, path in outs.items()}
 
 
@@ -57,9 +51,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
     assert error < 1e-4, f"{what}: {error}"
 
 
-@pytest.mark.parametrize(
-    ("rule", "name"), [(rule, name) for rule, names in CASES.items() for name in names]
-)
+@pytest.mark.parametrize(("rule", "name"), CASES)
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 def test_a_pack_equals_the_example_run_prompt_by_prompt(
     checkpoints: Checkpoints, examples: Any, name: str, rule: str, checkpointing: Any

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
-from reltrace_worker.engine import REDUCTIONS, SITES, Engine
+from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.jobs import JobSpec
 from reltrace_worker.model import LoadedModel
 
@@ -63,7 +63,7 @@ REDUCED = {
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCED)
 def test_the_gradient_rule_is_plain_autograd(
     checkpoints: Checkpoints, reduction: str, checkpointing: Any
 ) -> None:
@@ -91,10 +91,10 @@ def test_the_gradient_rule_is_plain_autograd(
 def test_the_reductions_are_sums_of_the_full_trace(checkpoints: Checkpoints, rule: str) -> None:
     loaded = checkpoints.loaded("grouped")
     prompt, sites = PROMPTS[0], tuple(SITES)
-    specs = [JobSpec(prompt, sites, reduction, rule=rule) for reduction in REDUCTIONS]
-    results = dict(zip(REDUCTIONS, run(Engine(loaded), prepare(loaded, *specs)), strict=True))
+    specs = [JobSpec(prompt, sites, reduction, rule=rule) for reduction in REDUCED]
+    results = dict(zip(REDUCED, run(Engine(loaded), prepare(loaded, *specs)), strict=True))
     for index, full in enumerate(results["full"].tensors):
-        for reduction in REDUCTIONS:
+        for reduction in REDUCED:
             values = results[reduction].tensors[index].values
             wanted = REDUCED[reduction](full.values)
             assert values.shape == wanted.shape

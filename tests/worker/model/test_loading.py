@@ -149,12 +149,44 @@ def test_a_sharded_checkpoint_loads_and_a_missing_shard_is_named(
             ),
             "rope type 'longrope' is not supported",
         ),
+        (lambda f: set_config(f, model_type="gemma3n"), "gemma3_text, gemma3 \\(its text part\\)"),
     ],
 )
 def test_a_checkpoint_that_is_not_right_is_refused(
     folder: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
     damage(folder)
+    with pytest.raises(ModelError, match=message):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        (
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "full_attention": {
+                        "rope_type": "longrope",
+                        "rope_theta": 1e4,
+                        "long_factor": [1.0] * 8,
+                        "short_factor": [1.0] * 8,
+                        "original_max_position_embeddings": 32,
+                        "factor": 2.0,
+                    },
+                }
+            },
+            "rope type 'longrope' is not supported",
+        ),
+    ],
+)
+def test_settings_of_a_family_that_a_trace_can_not_have_are_refused(
+    checkpoints: Checkpoints, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    folder = Path(shutil.copytree(checkpoints.folder("gemma3"), tmp_path / "copy"))
+    set_config(folder, **fields)
     with pytest.raises(ModelError, match=message):
         load_model(str(folder))
 

@@ -85,7 +85,7 @@ def test_unknown_names_list_what_is_allowed(checkpoints: Checkpoints) -> None:
             "site 'nose' is unknown; allowed: "
             "embed, resid, resid_mid, attn_out, mlp_out, head, neuron",
         ),
-        ("reduction", "reduction 'mean' is unknown; allowed: token, feature, full"),
+        ("reduction", "reduction 'mean' is unknown; allowed: token, feature, topk, full"),
         ("rule", "rule 'magic' is unknown; allowed: attnlrp, cp_lrp, gradient"),
     ]
 

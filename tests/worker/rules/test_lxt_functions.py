@@ -18,13 +18,13 @@ def test_a_process_keeps_no_stand_in() -> None:
     """
     code = """
 import sys
-from reltrace_worker.rules import RULES
+from reltrace_worker.rules import RULES, lxt_functions
 import lxt.efficient.patches as patches
 assert "lxt.efficient.models" not in sys.modules
-assert RULES["attnlrp"].norm is patches.rms_norm_forward
-assert RULES["attnlrp"].gated_mlp is patches.gated_mlp_forward
-assert RULES["attnlrp"].wrap_attention is patches.wrap_attention_forward
-assert RULES["cp_lrp"].gated_mlp is patches.cp_gated_mlp_forward
+assert lxt_functions.rms_norm_forward is patches.rms_norm_forward
+assert lxt_functions.gated_mlp_forward is patches.gated_mlp_forward
+assert lxt_functions.cp_gated_mlp_forward is patches.cp_gated_mlp_forward
+assert lxt_functions.wrap_attention_forward is patches.wrap_attention_forward
 assert RULES["cp_lrp"].wrap_attention is patches.cp_wrap_attention_forward
 """
     subprocess.run(

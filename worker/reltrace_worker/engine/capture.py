@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from reltrace_worker.engine.pack import Pack
-from reltrace_worker.engine.reductions import REDUCTIONS, Reduction, Span
+from reltrace_worker.engine.reductions import REDUCTIONS, Extent, Reduction, Span
 from reltrace_worker.engine.sites import SITES, Side, Site, Tap
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import SiteTensor
-from reltrace_worker.model.loading import LoadedModel
+from reltrace_worker.jobs import PreparedJob, SiteTensor
+from reltrace_worker.model.loading import LoadedModel, ModelShape
 
 
 def relevance_of(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -24,31 +24,73 @@ def relevance_of(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return value.float() * gradient.float()
 
 
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What several jobs of a pack have in common: they share a recorder."""
+
+    site: str
+    reduction: str
+    layers: tuple[int, ...]
+    k: int
+
+    @staticmethod
+    def of(job: PreparedJob, site: str, layers: int) -> _Wish:
+        """Return what `job` asks of `site` in a model of so many layers."""
+        wanted = job.layers or tuple(range(layers))
+        return _Wish(site, job.reduction, wanted if SITES[site].per_layer else (0,), job.k)
+
+
 @dataclass(slots=True)
 class _Recorder:
-    """The jobs of a pack that share a site and a reduction.
+    """The jobs of a pack that want the same of one site.
 
     Parameters
     ----------
     site, reduction
         What the jobs asked for.
+    places
+        Place in the buffers of each layer that they asked for.
     spans
         Of those jobs, by their index in the pack; counted in the recorded rows.
+    extent
+        The sizes of what is reduced.
     rows
         Their packed rows on the device; None: all rows of the pack.
     passes
         Backward passes in which one of them has a target.
-    buffer
-        float32 on the CPU: [passes, layers, *reduced layer].
+    buffers
+        One per part of the reduction, on the CPU: [passes, layers asked for, *reduced layer].
     """
 
     site: Site
     reduction: Reduction
+    places: dict[int, int]
     spans: dict[int, Span]
+    extent: Extent
     rows: torch.Tensor | None
     passes: int
-    buffer: torch.Tensor
+    buffers: tuple[torch.Tensor, ...]
     written: int = 0
+
+    def record(
+        self,
+        target: int,
+        layer: int,
+        value: torch.Tensor,
+        gradient: torch.Tensor,
+        shape: ModelShape,
+    ) -> None:
+        if target >= self.passes or layer not in self.places:
+            return
+        if self.rows is not None:
+            # A copy only where the layer is on another device than the embeddings.
+            rows = self.rows.to(value.device)
+            value, gradient = value[rows], gradient[rows]
+        folded = self.site.fold(relevance_of(value, gradient), shape)
+        reduced = self.reduction.reduce(folded, tuple(self.spans.values()), self.extent)
+        for buffer, part in zip(self.buffers, reduced, strict=True):
+            buffer[target, self.places[layer]].copy_(part, non_blocking=True)
+        self.written += 1
 
 
 class Capture:
@@ -68,6 +110,10 @@ class Capture:
     ----------
     target
         Index of the running backward pass: of the target, in each job.
+    bottom
+        The lowest decoder layer through which gradients must flow: at its input they can stop.
+        0 where a job asks for the embeddings; the number of layers where the output of the last
+        layer is all that is wanted.
     """
 
     def __init__(self, loaded: LoadedModel, pack: Pack) -> None:
@@ -75,22 +121,28 @@ class Capture:
         self._pack = pack
         self._shape = loaded.shape
         self._device = loaded.device
+        self._devices = loaded.devices
         self._layers = loaded.family.decoder_layers(loaded.model)
-        wanted: dict[tuple[str, str], list[int]] = {}
+        wishes: dict[_Wish, list[int]] = {}
         for index, job in enumerate(pack.jobs):
             for site in job.sites:
-                wanted.setdefault((site, job.reduction), []).append(index)
+                wishes.setdefault(_Wish.of(job, site, len(self._layers)), []).append(index)
         self._recorders: dict[str, list[_Recorder]] = {}
-        for (site, reduction), jobs in wanted.items():
-            recorder = self._recorder(SITES[site], REDUCTIONS[reduction], jobs)
-            self._recorders.setdefault(site, []).append(recorder)
-        self._taps: list[tuple[Site, Tap]] = [
-            (SITES[name], tap(loaded.family))
-            for name in self._recorders
+        for wish, jobs in wishes.items():
+            self._recorders.setdefault(wish.site, []).append(self._recorder(wish, jobs))
+        self._taps: list[tuple[Site, Tap, frozenset[int]]] = [
+            (SITES[name], tap(loaded.family), frozenset(i for r in recorders for i in r.places))
+            for name, recorders in self._recorders.items()
             if (tap := SITES[name].tap) is not None
         ]
+        self.bottom = 0
+        if "embed" not in self._recorders:
+            self.bottom = min(
+                min(layers) + (1 if tap.is_layer_output else 0) for _, tap, layers in self._taps
+            )
 
-    def _recorder(self, site: Site, reduction: Reduction, jobs: list[int]) -> _Recorder:
+    def _recorder(self, wish: _Wish, jobs: list[int]) -> _Recorder:
+        site, reduction = SITES[wish.site], REDUCTIONS[wish.reduction]
         pack, spans, start = self._pack, {}, 0
         for place, job in enumerate(jobs):
             stop = start + pack.packing.lengths[job]
@@ -102,15 +154,18 @@ class Capture:
             rows = torch.cat([torch.arange(starts[j], starts[j] + lengths[j]) for j in jobs])
             rows = rows.to(self._device)
         passes = max(len(pack.jobs[job].targets) for job in jobs)
-        layers = len(self._layers) if site.per_layer else 1
-        reduced = reduction.shape(start, len(jobs), site.features(self._shape))
-        buffer = torch.empty(
-            (passes, layers, *reduced),
-            dtype=torch.float32,
-            # Pinned, a copy from the GPU does not stop the queue of kernels.
-            pin_memory=self._device.type == "cuda",
+        extent = Extent(start, len(jobs), site.features(self._shape), wish.k)
+        buffers = tuple(
+            torch.empty(
+                (passes, len(wish.layers), *reduction.shape(extent)),
+                dtype=dtype,
+                # Pinned, a copy from the GPU does not stop the queue of kernels.
+                pin_memory=self._device.type == "cuda",
+            )
+            for _, dtype in reduction.parts
         )
-        return _Recorder(site, reduction, spans, rows, passes, buffer)
+        places = {layer: place for place, layer in enumerate(wish.layers)}
+        return _Recorder(site, reduction, places, spans, extent, rows, passes, buffers)
 
     def record(self, site: str, layer: int, value: torch.Tensor, gradient: torch.Tensor) -> None:
         """Reduce the relevance of one tensor in the running backward pass.
@@ -125,15 +180,25 @@ class Capture:
             The tensor and dL/dx, [1, N, width].
         """
         for recorder in self._recorders.get(site, ()):
-            if self.target >= recorder.passes:
-                continue
-            x, g = value[0], gradient[0]
-            if recorder.rows is not None:
-                x, g = x[recorder.rows], g[recorder.rows]
-            folded = recorder.site.fold(relevance_of(x, g), self._shape)
-            reduced = recorder.reduction.reduce(folded, tuple(recorder.spans.values()))
-            recorder.buffer[self.target, layer].copy_(reduced, non_blocking=True)
-            recorder.written += 1
+            recorder.record(self.target, layer, value[0], gradient[0], self._shape)
+
+    def record_start(self, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Reduce the relevance at the input of the layer `bottom`, where the gradients stop.
+
+        That is the input embeddings, or else the output of the layer before: the one tensor
+        that no hook of :meth:`attached` sees.
+
+        Parameters
+        ----------
+        value, gradient
+            The tensor and dL/dx, [1, N, hidden size].
+        """
+        if self.bottom == 0:
+            self.record("embed", 0, value, gradient)
+            return
+        for site, tap, _ in self._taps:
+            if tap.is_layer_output:
+                self.record(site.name, self.bottom - 1, value, gradient)
 
     @contextmanager
     def attached(self, first: int, last: int) -> Iterator[None]:
@@ -145,7 +210,9 @@ class Capture:
         handles: list[RemovableHandle] = []
         try:
             for index in range(first, last):
-                for site, tap in self._taps:
+                for site, tap, wanted in self._taps:
+                    if index not in wanted:
+                        continue
                     module = tap.module(self._layers[index])
                     handles.append(self._hook(module, tap.side, site.name, index))
             yield
@@ -184,11 +251,12 @@ class Capture:
         EngineError
             A hook did not fire, or fired too often.
         """
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         for name, recorders in self._recorders.items():
             for recorder in recorders:
-                expected = recorder.buffer.shape[0] * recorder.buffer.shape[1]
+                expected = recorder.passes * len(recorder.places)
                 if recorder.written != expected:
                     raise EngineError(
                         f"site {name!r} recorded {recorder.written} tensors instead of {expected}"
@@ -212,19 +280,25 @@ class Capture:
         for trace in range(len(spec.targets)):
             for site in spec.sites:
                 (recorder,) = (r for r in self._recorders[site] if job in r.spans)
-                layers = recorder.reduction.select(recorder.buffer[trace], recorder.spans[job])
-                _check_finite(site, layers)
-                values = layers if recorder.site.per_layer else layers[0]
-                # A copy even of a whole buffer: pinned memory does not leave the engine.
-                values = values.clone(memory_format=torch.contiguous_format)
-                tensors.append(SiteTensor(trace, site, "", values))
+                for (part, _), buffer in zip(
+                    recorder.reduction.parts, recorder.buffers, strict=True
+                ):
+                    layers = recorder.reduction.select(
+                        buffer[trace], recorder.spans[job], recorder.extent
+                    )
+                    _check_finite(site, layers, tuple(recorder.places))
+                    values = layers if recorder.site.per_layer else layers[0]
+                    # A copy even of a whole buffer: pinned memory does not leave the engine.
+                    values = values.clone(memory_format=torch.contiguous_format)
+                    tensors.append(SiteTensor(trace, site, part, values))
         return tuple(tensors)
 
 
-def _check_finite(site: str, layers: torch.Tensor) -> None:
-    finite = layers.isfinite().flatten(1).all(1)
+def _check_finite(site: str, reduced: torch.Tensor, layers: tuple[int, ...]) -> None:
+    finite = reduced.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
-        layer = int((~finite).nonzero()[-1])
+        # Gradients flow from the last layer down: the highest layer at fault comes first.
+        layer = max(layers[int(place)] for place in (~finite).nonzero())
         where = f" at layer {layer}" if SITES[site].per_layer else ""
         raise EngineError(
             f"the relevance of site {site!r} is not finite{where}: the model's weights or "

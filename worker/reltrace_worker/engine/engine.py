@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from reltrace_worker.engine.capture import Capture
+from reltrace_worker.engine.memory import Budget, MemoryModel, in_gib, is_out_of_memory, measure
 from reltrace_worker.engine.pack import Pack, Scalar
 from reltrace_worker.engine.passes import trace_checkpointed, trace_keeping
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobResult, PreparedJob, ResolvedTarget
+from reltrace_worker.jobs import JobResult, PreparedJob, PreparedTarget, ResolvedTarget, Term
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
 from reltrace_worker.rules import RULES, apply_rule
-from reltrace_worker.rules.attention import KERNEL
+from reltrace_worker.rules.kernels import kernel_for
 
-Checkpointing = Literal["on", "off"]
+Checkpointing = Literal["auto", "on", "off"]
+_CHECKPOINTING = ("auto", "on", "off")
+
+MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Largest token budget per pass: beyond, a pass gets longer and not faster per token."""
+
+_KEEPING_PAYS_FROM = 1024
+"""Tokens per pass: with room for so many, passes without checkpointing are the faster ones."""
+
+_PROBE_RULE = "attnlrp"
+
+Outcome = JobResult | EngineError
+
+
+def _head_size(loaded: LoadedModel) -> int:
+    config: Any = loaded.model.config
+    return int(getattr(config, "head_dim", None) or loaded.shape.hidden_size // loaded.shape.heads)
 
 
 class Engine:
@@ -28,40 +48,76 @@ class Engine:
     loaded
         The model.
     checkpointing
-        ``"on"``: keep only the input of each layer in the forward and recompute the layer in the
-        backward. ``"off"``: keep everything, one forward pass less. The numbers are the same.
+        ``"on"``: keep only the input of each segment of layers in the forward and recompute the
+        layers in the backward. ``"off"``: keep everything, one forward pass less. ``"auto"``:
+        off where the pass fits into memory, else on. The numbers are the same.
+    memory_bytes
+        Bytes that a pass may use; None: what is free on CUDA, half of what is free on a CPU.
 
     Raises
     ------
     ValueError
-        `checkpointing` is neither.
+        `checkpointing` is none of these.
     """
 
-    def __init__(self, loaded: LoadedModel, checkpointing: Checkpointing = "on") -> None:
-        if checkpointing not in ("on", "off"):
-            raise ValueError(f"checkpointing is 'on' or 'off', not {checkpointing!r}")
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        checkpointing: Checkpointing = "auto",
+        memory_bytes: int | None = None,
+    ) -> None:
+        if checkpointing not in _CHECKPOINTING:
+            raise ValueError(f"checkpointing is 'auto', 'on' or 'off', not {checkpointing!r}")
         self._loaded = loaded
         self._vocabulary = Vocabulary(loaded.tokenizer)
-        self._trace = trace_checkpointed if checkpointing == "on" else trace_keeping
-        self._checkpointing = checkpointing == "on"
+        self._checkpointing = checkpointing
+        self._budget = Budget(loaded, memory_bytes)
+        # A limit is to be kept, whatever the mode.
+        self._plans = checkpointing == "auto" or memory_bytes is not None
+        self._memory: MemoryModel | None = None
         # Rules patch the model's instances: one pass at a time.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def attention(self) -> str:
         """Name of the attention kernel, for a result's provenance."""
-        return KERNEL
+        return kernel_for(self._loaded.device, self._loaded.dtype, _head_size(self._loaded)).name
 
-    @property
-    def checkpointing(self) -> bool:
-        """Layers are recomputed in the backward pass."""
-        return self._checkpointing
+    def measure(self) -> MemoryModel:
+        """Measure what passes over this model need, once, and plan passes by it from now on."""
+        with self._lock:
+            if self._memory is None:
+                self._memory = measure(self._loaded, self._probe)
+            self._plans = True
+            return self._memory
 
-    def run(self, batch: Sequence[PreparedJob]) -> list[JobResult | EngineError]:
+    def _probe(self, tokens: int, checkpointing: bool) -> None:
+        target = PreparedTarget((Term(tokens - 1, 0),))
+        job = PreparedJob(
+            (0,) * tokens, ("",) * tokens, ("resid",), "token", _PROBE_RULE, (target,)
+        )
+        self._pass(_PROBE_RULE, [job], checkpointing)
+
+    def token_budget(self) -> int:
+        """Return how many tokens to put into one pass, by measurement; at least 1.
+
+        As many as fit without checkpointing where that is allowed and they are enough to keep
+        the device busy, else as many as fit with it; never more than ``MOST_TOKENS``.
+        """
+        memory, available = self.measure(), self._budget.available()
+        fitting = memory.checkpointed.tokens(available)
+        if self._checkpointing != "on":
+            kept = memory.keeping.tokens(available)
+            if self._checkpointing == "off" or kept >= _KEEPING_PAYS_FROM:
+                fitting = kept
+        return max(1, min(fitting, MOST_TOKENS[self._loaded.device.type]))
+
+    def run(self, batch: Sequence[PreparedJob]) -> list[Outcome]:
         """Trace every job; those with the same rule share one forward pass.
 
-        Between calls the model is the one that was loaded. Calls from several threads wait for
-        each other.
+        Where memory does not suffice for all of them they are traced in smaller packs, and at
+        last one by one with checkpointing. Between calls the model is the one that was loaded.
+        Calls from several threads wait for each other.
 
         Parameters
         ----------
@@ -71,51 +127,106 @@ class Engine:
         Returns
         -------
         list[JobResult | EngineError]
-            One per job, in order; an error where the job's own numbers are not finite.
+            One per job, in order; an error where the job's own numbers are not finite, or where
+            it alone does not fit into memory.
 
         Raises
         ------
         EngineError
-            The pass itself failed (out of memory, for example); no job of the batch has a result.
+            The pass itself failed, not for memory; no job of the batch has a result.
         """
         by_rule: dict[str, list[int]] = {}
         for index, job in enumerate(batch):
             by_rule.setdefault(job.rule, []).append(index)
-        results: dict[int, JobResult | EngineError] = {}
+        results: dict[int, Outcome] = {}
         with self._lock:
+            if self._plans and batch:
+                self.measure()
             for rule, indices in by_rule.items():
-                outcomes = self._run_pack(rule, [batch[index] for index in indices])
+                outcomes = self._run_jobs(rule, [batch[index] for index in indices])
                 results.update(zip(indices, outcomes, strict=True))
         return [results[index] for index in range(len(batch))]
 
-    def _run_pack(self, rule: str, jobs: list[PreparedJob]) -> list[JobResult | EngineError]:
-        pack = Pack.of(jobs)
+    def _run_jobs(self, rule: str, jobs: list[PreparedJob]) -> list[Outcome]:
+        """Trace jobs of one rule: together if they fit, else in halves, at last checkpointed."""
+        alone = len(jobs) == 1
+        modes = {"on": [True], "auto": [False, True], "off": [False, True] if alone else [False]}
+        # Running out of memory is harmless on CUDA, where the plan's margin may be too wide; a
+        # CPU's memory is promised first and missing later, which takes the process down.
+        try_anyway = alone and self._loaded.device.type == "cuda"
+        for checkpointing in modes[self._checkpointing]:
+            if not (self._fits(jobs, checkpointing) or (checkpointing and try_anyway)):
+                continue
+            outcomes = self._run_pack(rule, jobs, checkpointing)
+            if outcomes is not None:
+                return outcomes
+            if not alone:
+                break
+        if alone:
+            return [self._too_large(jobs[0])]
+        ordered = sorted(range(len(jobs)), key=lambda index: len(jobs[index].token_ids))
+        half = len(ordered) // 2
+        found: dict[int, Outcome] = {}
+        for indices in (ordered[:half], ordered[half:]):
+            outcomes = self._run_jobs(rule, [jobs[index] for index in indices])
+            found.update(zip(indices, outcomes, strict=True))
+        return [found[index] for index in range(len(jobs))]
+
+    def _fits(self, jobs: list[PreparedJob], checkpointing: bool) -> bool:
+        """Whether a pass may be tried: by plan, or, without one, always."""
+        if self._memory is None:
+            return True
+        return self._memory.need(jobs, checkpointing) <= self._budget.available()
+
+    def _too_large(self, job: PreparedJob) -> EngineError:
+        need = self.measure().need([job], checkpointing=True)
+        available = self._budget.available()
+        return EngineError(
+            f"one prompt of {len(job.token_ids)} tokens does not fit into memory, even with "
+            f"checkpointing: it needs {need} bytes ({in_gib(need)}) and {available} "
+            f"({in_gib(available)}) are available"
+        )
+
+    def _run_pack(
+        self, rule: str, jobs: list[PreparedJob], checkpointing: bool
+    ) -> list[Outcome] | None:
+        """Run one pass; None where memory ran out."""
         try:
-            capture = Capture(self._loaded, pack)
-            with apply_rule(self._loaded.model, RULES[rule]):
-                scalars = self._trace(self._loaded, pack, capture)
-            capture.finish()
+            return self._pass(rule, jobs, checkpointing)
         except EngineError:
             raise
         except Exception as error:
-            raise EngineError(
-                f"the pass of {len(jobs)} jobs with {pack.packing.tokens} tokens failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            if not is_out_of_memory(error):
+                tokens = sum(len(job.token_ids) for job in jobs)
+                raise EngineError(
+                    f"the pass of {len(jobs)} jobs with {tokens} tokens failed: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        # Out here the exception is gone, and with it the frames that held the pass's tensors.
+        gc.collect()
+        if self._loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _pass(self, rule: str, jobs: list[PreparedJob], checkpointing: bool) -> list[Outcome]:
+        pack = Pack.of(jobs)
+        trace = trace_checkpointed if checkpointing else trace_keeping
+        capture = Capture(self._loaded, pack)
+        with apply_rule(self._loaded.model, RULES[rule]):
+            scalars = trace(self._loaded, pack, capture)
+        capture.finish()
         by_job: list[list[Scalar]] = [[] for _ in jobs]
         for scalar in scalars:
             by_job[scalar.job].append(scalar)
-        outcomes: dict[int, JobResult | EngineError] = {}
+        outcomes: dict[int, Outcome] = {}
         for place, index in enumerate(pack.order):
+            job = pack.jobs[place]
             try:
-                outcomes[index] = self._result(pack, capture, place, by_job[place])
+                targets = tuple(self._resolve(job, scalar) for scalar in by_job[place])
+                outcomes[index] = JobResult(targets, capture.tensors(place), checkpointing)
             except EngineError as error:
                 outcomes[index] = error
         return [outcomes[index] for index in range(len(jobs))]
-
-    def _result(self, pack: Pack, capture: Capture, place: int, scalars: list[Scalar]) -> JobResult:
-        targets = tuple(self._resolve(pack.jobs[place], scalar) for scalar in scalars)
-        return JobResult(targets, capture.tensors(place), self._checkpointing)
 
     def _resolve(self, job: PreparedJob, scalar: Scalar) -> ResolvedTarget:
         target = job.targets[scalar.target]

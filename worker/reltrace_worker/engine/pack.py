@@ -92,9 +92,10 @@ class Readout:
         index = {row: i for i, row in enumerate(self._rows)}
         self._term_rows = [index[row] for row in term_rows]
 
-    def rows(self, device: torch.device) -> torch.Tensor:
-        """Return the P packed rows whose logits are read, int64 [P], rising."""
-        return torch.tensor(self._rows, device=device)
+    @property
+    def rows(self) -> list[int]:
+        """The P packed rows whose logits are read, rising."""
+        return list(self._rows)
 
     def scalars(self, logits: torch.Tensor) -> list[Scalar]:
         """Resolve every target against the logits.

@@ -35,6 +35,11 @@ class Tap:
     path: str
     side: Side
 
+    @property
+    def is_layer_output(self) -> bool:
+        """The tensor is what the layer hands to the next: its gradient needs no pass through it."""
+        return self.path == "" and self.side is Side.OUTPUT
+
     def module(self, layer: nn.Module) -> nn.Module:
         """Return the tapped module of one decoder layer."""
         return layer.get_submodule(self.path)

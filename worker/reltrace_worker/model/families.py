@@ -8,13 +8,32 @@ roles, so that a further family is a further row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    Gemma3ForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from reltrace_worker.errors import ModelError
+
+
+class NormKind(Enum):
+    """How a norm computes: the rules have one function for each."""
+
+    RMS = "x / rms(x), rounded to the model's dtype, times weight"
+    RMS_PLUS_ONE = "x / rms(x) times (1 + weight), rounded to the model's dtype at the end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +56,10 @@ class Family:
         Path of the module whose input is the concatenated attention heads.
     neuron_reader
         Path of the module whose input is the neurons of the MLP.
+    norm_kind
+        How its norms compute.
+    norms_per_layer
+        Norms in a decoder layer, those of queries and keys included.
     """
 
     model_type: str
@@ -51,6 +74,8 @@ class Family:
     mid_reader: str = "post_attention_layernorm"
     head_reader: str = "self_attn.o_proj"
     neuron_reader: str = "mlp.down_proj"
+    norm_kind: NormKind = NormKind.RMS
+    norms_per_layer: int = 2
 
     def decoder_layers(self, model: nn.Module) -> list[nn.Module]:
         """Return the decoder layers of `model` in order."""
@@ -70,8 +95,74 @@ FAMILIES: dict[str, Family] = {
             gated_mlp=modeling_llama.LlamaMLP,
             attention=modeling_llama.LlamaAttention,
         ),
+        Family(
+            model_type="mistral",
+            causal_lm=MistralForCausalLM,
+            decoder_layer=modeling_mistral.MistralDecoderLayer,
+            norm=modeling_mistral.MistralRMSNorm,
+            gated_mlp=modeling_mistral.MistralMLP,
+            attention=modeling_mistral.MistralAttention,
+        ),
+        Family(
+            model_type="qwen2",
+            causal_lm=Qwen2ForCausalLM,
+            decoder_layer=modeling_qwen2.Qwen2DecoderLayer,
+            norm=modeling_qwen2.Qwen2RMSNorm,
+            gated_mlp=modeling_qwen2.Qwen2MLP,
+            attention=modeling_qwen2.Qwen2Attention,
+        ),
+        Family(
+            model_type="qwen3",
+            causal_lm=Qwen3ForCausalLM,
+            decoder_layer=modeling_qwen3.Qwen3DecoderLayer,
+            norm=modeling_qwen3.Qwen3RMSNorm,
+            gated_mlp=modeling_qwen3.Qwen3MLP,
+            attention=modeling_qwen3.Qwen3Attention,
+            norms_per_layer=4,
+        ),
+        Family(
+            model_type="gemma3_text",
+            causal_lm=Gemma3ForCausalLM,
+            decoder_layer=modeling_gemma3.Gemma3DecoderLayer,
+            norm=modeling_gemma3.Gemma3RMSNorm,
+            gated_mlp=modeling_gemma3.Gemma3MLP,
+            attention=modeling_gemma3.Gemma3Attention,
+            # What is added to the residual stream passes another norm first.
+            attention_out="post_attention_layernorm",
+            mlp_out="post_feedforward_layernorm",
+            mid_reader="pre_feedforward_layernorm",
+            norm_kind=NormKind.RMS_PLUS_ONE,
+            norms_per_layer=6,
+        ),
     )
 }
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """How a checkpoint that holds images too holds a model of a family as its text part.
+
+    Parameters
+    ----------
+    model_type
+        Of the text part: a key of ``FAMILIES``.
+    prefix
+        Of the names of the text part's weights.
+    others
+        Prefixes of the weights that are left out.
+    """
+
+    model_type: str
+    prefix: str
+    others: tuple[str, ...]
+
+
+TEXT_PARTS: dict[str, TextPart] = {
+    "gemma3": TextPart(
+        "gemma3_text", "language_model.", ("vision_tower.", "multi_modal_projector.")
+    )
+}
+"""By the ``model_type`` of the whole checkpoint."""
 
 # A pack holds prompts of many lengths, and these rotary embeddings choose their frequencies by
 # the longest position of the whole forward: a result would depend on its neighbours.
@@ -79,18 +170,18 @@ _PACK_DEPENDENT_ROPE = frozenset({"longrope"})
 
 
 def family_named(model_type: str) -> Family:
-    """Return the family of a config's ``model_type``.
+    """Return the family of a config's ``model_type``, or of its text part.
 
     Raises
     ------
     ModelError
         The architecture is not supported; names it and the supported ones.
     """
-    family = FAMILIES.get(model_type)
+    part = TEXT_PARTS.get(model_type)
+    family = FAMILIES.get(model_type if part is None else part.model_type)
     if family is None:
-        raise ModelError(
-            f"architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
+        supported = ", ".join([*FAMILIES, *(f"{name} (its text part)" for name in TEXT_PARTS)])
+        raise ModelError(f"architecture {model_type!r} is not supported; supported: {supported}")
     return family
 
 
@@ -99,16 +190,32 @@ def family_of(model: PreTrainedModel) -> Family:
     return family_named(str(model.config.model_type))
 
 
-def check_rope(rope_type: str) -> None:
-    """Refuse rotary embeddings whose frequencies depend on the other prompts of a pass.
+def check_config(config: Any) -> None:
+    """Refuse what a model of a supported architecture can be configured to, but a trace can not.
+
+    Parameters
+    ----------
+    config
+        Of a loaded model.
 
     Raises
     ------
     ModelError
-        Names the rope type.
+        Its rotary embeddings depend on the other prompts of a pass, or its attention is not
+        causal; names the setting.
     """
-    if rope_type in _PACK_DEPENDENT_ROPE:
+    rope: dict[str, Any] = config.rope_parameters or {}
+    # Models with local and global layers have one set of parameters for each kind of layer.
+    per_kind = [value for value in rope.values() if isinstance(value, dict)]
+    for parameters in per_kind or [rope]:
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type in _PACK_DEPENDENT_ROPE:
+            raise ModelError(
+                f"rope type {rope_type!r} is not supported: its frequencies depend on the longest "
+                "prompt of a pass, so a result would depend on what it was computed with"
+            )
+    if getattr(config, "use_bidirectional_attention", None):
         raise ModelError(
-            f"rope type {rope_type!r} is not supported: its frequencies depend on the longest "
-            "prompt of a pass, so a result would depend on what it was computed with"
+            "use_bidirectional_attention is not supported: a token's logits would depend on what "
+            "follows it"
         )

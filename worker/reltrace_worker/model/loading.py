@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from reltrace_worker.errors import ModelError
-from reltrace_worker.model.families import FAMILIES, Family, check_rope, family_named
+from reltrace_worker.model.families import FAMILIES, TEXT_PARTS, Family, check_config, family_named
+from reltrace_worker.model.placement import (
+    DeviceMap,
+    Placement,
+    choose_placement,
+    device_name,
+)
 from reltrace_worker.model.source import check_folder, folder_revision, local_folder
-
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Older checkpoints carry the rotary frequencies, which are computed from the config.
 _IGNORED_KEY = "rotary_emb.inv_freq"
@@ -53,7 +57,7 @@ class ModelDescription:
     dtype
         ``"float32"`` or ``"bfloat16"``.
     device
-        ``"cpu"``, or the name of the GPU.
+        ``"cpu"``, or the name of the GPU; of a split model, how many GPUs there are of each name.
     """
 
     name: str
@@ -83,7 +87,8 @@ class LoadedModel:
     name
         Hub id, or name of the local folder, unless another was given.
     revision
-        Commit hash of the hub, or a hash over the folder's files.
+        Commit hash of the hub, or a hash over the folder's files; ends in ``"+4bit"`` where the
+        weights were quantized.
     family
         Its row of the architecture table.
     shape
@@ -91,7 +96,7 @@ class LoadedModel:
     dtype
         Of weights and activations.
     device
-        Where it is.
+        Where its embeddings are, and all of it, unless it is split.
     context_length
         Longest prompt in tokens.
     """
@@ -106,9 +111,13 @@ class LoadedModel:
     device: torch.device
     context_length: int
 
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Every device that holds a part of the model, in the order of the parts."""
+        return tuple(dict.fromkeys(p.device for p in self.model.parameters()))
+
     def describe(self) -> ModelDescription:
         """Return what the worker announces of this model."""
-        on_gpu = self.device.type == "cuda"
         return ModelDescription(
             name=self.name,
             revision=self.revision,
@@ -119,42 +128,11 @@ class LoadedModel:
             intermediate_size=self.shape.intermediate_size,
             vocab_size=self.shape.vocab_size,
             context_length=self.context_length,
-            parameters=sum(p.numel() for p in self.model.parameters()),
+            # Counts weights that are packed into 4 bits one by one.
+            parameters=self.model.num_parameters(),
             dtype=str(self.dtype).removeprefix("torch."),
-            device=torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
+            device=device_name(self.devices),
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(
-            f"device {name!r} is unknown; supported: auto, cpu, cuda, cuda:N"
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"device {name!r} is not supported; supported: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"device {name!r} does not exist: torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} CUDA devices"
-        )
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    if name in ("float16", "half", "fp16"):
-        raise ModelError(
-            "dtype 'float16' is not supported: relevance overflows its range and becomes NaN; "
-            f"supported: {', '.join(DTYPES)}"
-        )
-    if name not in DTYPES:
-        raise ModelError(f"dtype {name!r} is not supported; supported: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _first_line(error: BaseException) -> str:
@@ -171,16 +149,16 @@ def _read_config(path: str, revision: str | None) -> dict[str, Any]:
     return dict(config)
 
 
-def _check_config(config: dict[str, Any]) -> Family:
+def _model_type(config: dict[str, Any]) -> str:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"config.json names no model_type; supported: {', '.join(FAMILIES)}")
-    family = family_named(model_type)
+    family_named(model_type)
     if config.get("quantization_config") is not None:
         raise ModelError(
             "the checkpoint is quantized; supported: weights in float32, bfloat16 or float16"
         )
-    return family
+    return model_type
 
 
 @contextmanager
@@ -198,14 +176,28 @@ def _dimensions(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
+def _text_part(path: str, revision: str | None, model_type: str) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that load a checkpoint's text part."""
+    whole = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    config = whole.text_config
+    config._commit_hash = getattr(whole, "_commit_hash", None)
+    return {"config": config, "key_mapping": {f"^{TEXT_PARTS[model_type].prefix}": ""}}
+
+
 def _load_weights(
-    path: str, revision: str | None, family: Family, dtype: torch.dtype
+    path: str, revision: str | None, model_type: str, placement: Placement
 ) -> PreTrainedModel:
+    family = family_named(model_type)
+    ignored: tuple[str, ...] = ()
     try:
+        options = placement.options
+        if model_type in TEXT_PARTS:
+            options |= _text_part(path, revision, model_type)
+            ignored = TEXT_PARTS[model_type].others
         model, info = family.causal_lm.from_pretrained(
             path,
+            **options,
             revision=revision,
-            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation="sdpa",
@@ -220,7 +212,11 @@ def _load_weights(
         f"{key} ({_dimensions(stored)} instead of {_dimensions(expected)})"
         for key, stored, expected in info["mismatched_keys"]
     )
-    unexpected = sorted(key for key in info["unexpected_keys"] if _IGNORED_KEY not in key)
+    unexpected = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if _IGNORED_KEY not in key and not key.startswith(ignored)
+    )
     for fault, keys in (
         ("lacks weights that its architecture has", missing),
         ("has weights of another shape than its config says", mismatched),
@@ -250,6 +246,8 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     name: str | None = None,
+    device_map: DeviceMap | None = None,
+    load_in_4bit: bool = False,
 ) -> LoadedModel:
     """Load a model of a supported architecture.
 
@@ -266,6 +264,12 @@ def load_model(
         ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
     name
         Name under which the model is served; default: hub id or folder name.
+    device_map
+        ``"auto"`` splits the model over all GPUs by accelerate, and so does a mapping from
+        the paths of modules to devices. Excludes `device`.
+    load_in_4bit
+        Quantize the weights of the linear layers by bitsandbytes, on CUDA. `dtype` is that of
+        what is computed with them. Not run so far: it follows LXT's ``quantized_llama.py``.
 
     Returns
     -------
@@ -277,32 +281,33 @@ def load_model(
     ModelError
         Says what is wrong and what is supported.
     """
-    target = _device(device)
-    number_format = _dtype(dtype, target)
+    placement = choose_placement(device, dtype, device_map, load_in_4bit)
     folder = local_folder(source)
     if folder is not None:
         if revision is not None:
             raise ModelError(f"a revision ({revision!r}) is for hub ids; {source} is a folder")
         check_folder(folder)
     path = source if folder is None else str(folder)
-    family = _check_config(_read_config(path, revision))
+    model_type = _model_type(_read_config(path, revision))
     tokenizer = _load_tokenizer(path, revision)
     with _no_progress_bars():
-        model = _load_weights(path, revision, family, number_format)
+        model = _load_weights(path, revision, model_type, placement)
     config: Any = model.config
-    check_rope(str((config.rope_parameters or {}).get("rope_type", "default")))
+    check_config(config)
+    placement.settle(model)
     module: nn.Module = model
-    module.requires_grad_(False).train(False).to(target)
+    embeddings: Any = model.get_input_embeddings()
+    module.requires_grad_(False).train(False)
+    if folder is None:
+        weights = str(getattr(config, "_commit_hash", None) or revision or "main")
+    else:
+        weights = folder_revision(folder)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         name=name or (source if folder is None else folder.resolve().name),
-        revision=(
-            str(config._commit_hash or revision or "main")
-            if folder is None
-            else folder_revision(folder)
-        ),
-        family=family,
+        revision=f"{weights}+4bit" if load_in_4bit else weights,
+        family=family_named(model_type),
         shape=ModelShape(
             layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
@@ -310,7 +315,7 @@ def load_model(
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
         ),
-        dtype=number_format,
-        device=next(model.parameters()).device,
+        dtype=placement.dtype,
+        device=embeddings.weight.device,
         context_length=config.max_position_embeddings,
     )

@@ -16,6 +16,9 @@ from reltrace_worker.jobs import (
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
 
+MAX_TOP_K = 4096
+"""Most values per layer that the reduction ``topk`` gives."""
+
 
 class _Faults:
     """The faults of one job, collected so that a client sees all of them at once."""
@@ -54,6 +57,7 @@ class JobPreparer:
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._vocab_size = loaded.shape.vocab_size
         self._context_length = loaded.context_length
+        self._layers = loaded.shape.layers
         self._sites = tuple(sites)
         self._reductions = tuple(reductions)
         self._rules = tuple(rules)
@@ -78,6 +82,7 @@ class JobPreparer:
         """
         faults = _Faults()
         self._check_names(spec, faults)
+        self._check_extent(spec, faults)
         prompt = self._prompt(spec, faults)
         continuation = self._continuation(spec, faults)
         if not spec.targets:
@@ -102,6 +107,8 @@ class JobPreparer:
             reduction=spec.reduction,
             rule=spec.rule,
             targets=tuple(targets),
+            layers=spec.layers,
+            k=spec.k,
         )
 
     def _check_names(self, spec: JobSpec, faults: _Faults) -> None:
@@ -116,6 +123,24 @@ class JobPreparer:
             faults.add("reduction", _unknown("reduction", spec.reduction, self._reductions))
         if spec.rule not in self._rules:
             faults.add("rule", _unknown("rule", spec.rule, self._rules))
+
+    def _check_extent(self, spec: JobSpec, faults: _Faults) -> None:
+        """Check which layers, and how many values of each, a job asks for."""
+        for index, layer in enumerate(spec.layers):
+            if not 0 <= layer < self._layers:
+                faults.add(
+                    f"layers[{index}]",
+                    f"layer {layer} does not exist; allowed: 0 to {self._layers - 1}",
+                )
+            elif layer in spec.layers[:index]:
+                faults.add(f"layers[{index}]", f"layer {layer} is named twice")
+        if spec.reduction == "topk" and not 1 <= spec.k <= MAX_TOP_K:
+            faults.add(
+                "top_k",
+                f"is {spec.k}; with the reduction 'topk', allowed: 1 to {MAX_TOP_K}",
+            )
+        elif spec.reduction != "topk" and spec.k:
+            faults.add("top_k", f"is for the reduction 'topk', not {spec.reduction!r}")
 
     def _prompt(self, spec: JobSpec, faults: _Faults) -> tuple[int, ...]:
         """Return the prompt's ids, with faults added where they can not be used."""

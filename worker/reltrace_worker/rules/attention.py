@@ -6,8 +6,8 @@ wrap it with lxt's functions. The layout of the pack reaches it as the model key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -15,10 +15,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+from reltrace_worker.rules.window import window_attention
 
-KERNEL = "sdpa"
-"""Name of the kernel in a result's provenance."""
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 # Above this head size CUDA's fused kernels refuse grouped heads (as in transformers' sdpa).
 _MAX_GROUPED_HEAD_SIZE = 256
@@ -36,6 +35,8 @@ class Packing:
     """
 
     lengths: tuple[int, ...]
+    cache: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What kernels derive from the layout, computed in the first layer and kept for the others."""
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -71,6 +72,8 @@ def packed_attention(
     packing: Packing,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each prompt of a pack, without a mask over the pack.
@@ -92,6 +95,10 @@ def packed_attention(
         Factor of the scores; None: one over the root of the head size.
     dropout
         0; anything else is refused, a trace is deterministic.
+    sliding_window
+        Tokens that a token of this layer sees, itself included; None: all that precede it.
+    softcap
+        None; anything else is refused, no supported family passes it.
 
     Returns
     -------
@@ -100,6 +107,8 @@ def packed_attention(
     """
     if attention_mask is not None or dropout != 0.0:
         raise ValueError("packed attention takes neither a mask nor dropout")
+    if softcap is not None:
+        raise ValueError("packed attention does not cap the scores")
     heads, key_heads = query.shape[1], key.shape[1]
     grouped = heads != key_heads
     if grouped and not key.shape[-1] == value.shape[-1] <= _MAX_GROUPED_HEAD_SIZE:
@@ -119,9 +128,12 @@ def packed_attention(
     outputs = []
     for (prompts, length), *states in parts:
         q, k, v = (part.view(part.shape[0], prompts, length, -1).transpose(0, 1) for part in states)
-        output = scaled_dot_product_attention(
-            q, k, v, is_causal=length > 1, scale=scaling, enable_gqa=grouped
-        )
+        if sliding_window is not None and length > sliding_window:
+            output = window_attention(q, k, v, sliding_window, scaling=scaling, grouped=grouped)
+        else:
+            output = scaled_dot_product_attention(
+                q, k, v, is_causal=length > 1, scale=scaling, enable_gqa=grouped
+            )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
 

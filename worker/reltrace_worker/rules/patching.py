@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -18,15 +18,17 @@ from reltrace_worker.model.families import family_of
 from reltrace_worker.rules.attention import (
     AttentionFunction,
     Packing,
-    packed_attention,
     positions,
     register_attention,
 )
+from reltrace_worker.rules.kernels import attention
 from reltrace_worker.rules.rule import Rule
 
 
 @contextmanager
-def instance_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def instance_forward(
+    module: nn.Module, forward: Callable[..., Any], attribute: str = "forward"
+) -> Iterator[None]:
     """Give one module another ``forward``, as an instance attribute, until the block ends.
 
     What stood there before comes back: the class's method, or an instance attribute that
@@ -34,15 +36,24 @@ def instance_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     """
     attributes = vars(module)
     missing = object()
-    before = attributes.get("forward", missing)
-    attributes["forward"] = forward
+    before = attributes.get(attribute, missing)
+    attributes[attribute] = forward
     try:
         yield
     finally:
         if before is missing:
-            del attributes["forward"]
+            del attributes[attribute]
         else:
-            attributes["forward"] = before
+            attributes[attribute] = before
+
+
+def _patched(module: nn.Module, function: Callable[..., Any]) -> AbstractContextManager[None]:
+    # In a model that is split over devices, accelerate's own forward moves the inputs and calls
+    # what it has put aside under this name.
+    split = hasattr(module, "_hf_hook")
+    return instance_forward(
+        module, MethodType(function, module), "_old_forward" if split else "forward"
+    )
 
 
 @contextmanager
@@ -86,13 +97,14 @@ def apply_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
         The model is of no supported family.
     """
     family = family_of(model)
-    register_attention(rule.attention_name, rule.wrap_attention(packed_attention))
+    register_attention(rule.attention_name, rule.wrap_attention(attention))
+    norm = rule.norm_of(family)
     with ExitStack() as patches:
         for module in model.modules():
-            if rule.norm is not None and isinstance(module, family.norm):
-                patches.enter_context(instance_forward(module, MethodType(rule.norm, module)))
+            if norm is not None and isinstance(module, family.norm):
+                patches.enter_context(_patched(module, norm))
             elif rule.gated_mlp is not None and isinstance(module, family.gated_mlp):
-                patches.enter_context(instance_forward(module, MethodType(rule.gated_mlp, module)))
+                patches.enter_context(_patched(module, rule.gated_mlp))
         patches.enter_context(_attention_implementation(model, rule.attention_name))
         yield
 
@@ -132,6 +144,7 @@ def verify_rule(model: PreTrainedModel, rule: Rule) -> None:
         rule,
         name=f"{rule.name}_probe",
         norm=None if rule.norm is None else counted(rule.norm),
+        plus_one_norm=None if rule.plus_one_norm is None else counted(rule.plus_one_norm),
         gated_mlp=None if rule.gated_mlp is None else counted(rule.gated_mlp),
         wrap_attention=wrap_attention,
     )
@@ -147,9 +160,10 @@ def verify_rule(model: PreTrainedModel, rule: Rule) -> None:
         )
 
     layers = len(family.decoder_layers(model))
+    norms = family.norms_per_layer * layers + 1
     # (role, class, patched by this rule, instances at least expected)
     roles = (
-        ("norm", family.norm, rule.norm is not None, 2 * layers + 1),
+        ("norm", family.norm, rule.norm_of(family) is not None, norms),
         ("gated MLP", family.gated_mlp, rule.gated_mlp is not None, layers),
         ("attention", family.attention, True, layers),
     )

@@ -70,6 +70,8 @@ def job_spec(spec: types_pb2.JobSpec) -> JobSpec:
         reduction=spec.reduction or default.reduction,
         targets=tuple(_target_spec(target) for target in spec.targets) or default.targets,
         rule=spec.rule or default.rule,
+        layers=tuple(spec.layers),
+        k=spec.top_k,
     )
 
 

@@ -1,0 +1,85 @@
+"""Random-weight models of a given shape, built in this process, and prompts for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from reference.checkpoints import build_tokenizer
+from reltrace_worker.jobs import PreparedJob, PreparedTarget, Term
+from reltrace_worker.model.families import FAMILIES
+from reltrace_worker.model.loading import LoadedModel, ModelShape
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a LLaMA."""
+
+    layers: int
+    hidden_size: int
+    heads: int
+    key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+
+
+SHAPES: dict[str, Shape] = {
+    "tiny": Shape(3, 48, 6, 2, 96, 320),
+    "135m": Shape(30, 576, 9, 3, 1536, 49_152),
+    "360m": Shape(32, 960, 15, 5, 2560, 49_152),
+    "1b": Shape(16, 2048, 32, 8, 8192, 128_256),
+    "8b": Shape(32, 4096, 32, 8, 14_336, 128_256),
+}
+
+
+def build(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> LoadedModel:
+    """Return a model with seeded weights, scaled as trained ones are at initialisation."""
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    module: torch.nn.Module = model
+    module.to(dtype).requires_grad_(False).eval()
+    return LoadedModel(
+        model=model,
+        tokenizer=build_tokenizer(min(shape.vocab_size, 320)),
+        name="random",
+        revision=f"seed-{seed}",
+        family=FAMILIES["llama"],
+        shape=ModelShape(
+            layers=shape.layers,
+            hidden_size=shape.hidden_size,
+            heads=shape.heads,
+            intermediate_size=shape.intermediate_size,
+            vocab_size=shape.vocab_size,
+        ),
+        dtype=dtype,
+        device=next(model.parameters()).device,
+        context_length=config.max_position_embeddings,
+    )
+
+
+def prompts(
+    count: int, shortest: int, longest: int, vocab_size: int, seed: int = 0
+) -> list[list[int]]:
+    """Return `count` prompts of token ids, lengths drawn evenly from `shortest` to `longest`."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def job(ids: list[int], rule: str = "attnlrp", sites: tuple[str, ...] = ("resid",)) -> PreparedJob:
+    """Return a job that traces the largest logit at the last position, reduced to tokens."""
+    target = PreparedTarget((Term(len(ids) - 1, None),))
+    return PreparedJob(tuple(ids), tuple(map(str, ids)), sites, "token", rule, (target,))

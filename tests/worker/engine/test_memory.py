@@ -1,0 +1,278 @@
+"""Memory: what a pass needs is known before, what is missing does not take the worker down."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reltrace_worker.engine import SITES, Engine
+from reltrace_worker.engine import engine as engine_module
+from reltrace_worker.engine.memory import Budget, Line, is_out_of_memory, peak_bytes
+from reltrace_worker.engine.passes import segment_length, trace_checkpointed, trace_keeping
+from reltrace_worker.errors import EngineError
+from reltrace_worker.jobs import JobResult, JobSpec, PreparedJob, TargetSpec
+
+GIB = 1 << 30
+
+
+def some(checkpoints: Checkpoints, count: int = 4, **fields: Any) -> list[PreparedJob]:
+    loaded = checkpoints.loaded("grouped")
+    return prepare(loaded, *(JobSpec(PROMPTS[i], **fields) for i in range(count)))
+
+
+class Limited:
+    """Lets passes fail whose jobs have too many tokens, as an allocator would."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, error: BaseException) -> None:
+        self.keeping = self.checkpointed = 10**9
+        self.passes: list[tuple[int, bool]] = []
+        for name, trace in (
+            ("trace_keeping", trace_keeping),
+            ("trace_checkpointed", trace_checkpointed),
+        ):
+            patch.setattr(engine_module, name, self._limited(trace, error))
+
+    def _limited(self, trace: Any, error: BaseException) -> Any:
+        checkpointing = trace is trace_checkpointed
+
+        def limited(loaded: Any, pack: Any, capture: Any) -> Any:
+            self.passes.append((len(pack.jobs), checkpointing))
+            if pack.packing.tokens > (self.checkpointed if checkpointing else self.keeping):
+                raise error
+            return trace(loaded, pack, capture)
+
+        return limited
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_out_of_memory_halves_the_batch(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """
+    Given a pass over four jobs for which memory is missing, and enough for each alone
+    If they are traced together
+    I expect every job's own numbers, from packs half as large.
+    """
+    loaded, jobs = checkpoints.loaded("grouped"), some(checkpoints)
+    wanted = run(Engine(loaded, "off"), jobs)
+    limited = Limited(monkeypatch, error)
+    lengths = sorted(len(job.token_ids) for job in jobs)
+    limited.keeping = lengths[-1] + lengths[-2]
+    results = run(Engine(loaded, "off"), jobs)
+    assert limited.passes == [(4, False), (2, False), (2, False)]
+    for ours, theirs in zip(results, wanted, strict=True):
+        assert ours.checkpointing is False
+        size = float(theirs.tensors[0].values.abs().max())
+        assert float((ours.tensors[0].values - theirs.tensors[0].values).abs().max()) < 1e-5 * size
+
+
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_one_job_that_does_not_fit_is_checkpointed(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, setting: Any
+) -> None:
+    loaded = checkpoints.loaded("grouped")
+    jobs = prepare(loaded, JobSpec(PROMPTS[5]), JobSpec(PROMPTS[1]))
+    engine = Engine(loaded, setting)
+    engine.measure()
+    limited = Limited(monkeypatch, ERRORS[0])
+    limited.keeping = len(jobs[1].token_ids)
+    long, short = run(engine, jobs)
+    assert (long.checkpointing, short.checkpointing) == (True, False)
+    assert limited.passes == [(2, False), (1, False), (1, False), (1, True)]
+
+
+def test_only_a_job_that_can_not_fit_fails_and_says_by_how_much(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = checkpoints.loaded("grouped")
+    jobs = prepare(loaded, JobSpec(PROMPTS[1]), JobSpec(PROMPTS[5]), JobSpec(PROMPTS[3]))
+    limited = Limited(monkeypatch, ERRORS[1])
+    limited.keeping = limited.checkpointed = 63
+    engine = Engine(loaded)
+    limited.keeping = limited.checkpointed = 10**9
+    engine.measure()
+    limited.keeping = limited.checkpointed = 63
+    first, failed, last = engine.run(jobs)
+    assert isinstance(failed, EngineError)
+    match = re.search(
+        r"one prompt of 64 tokens .* needs (\d+) bytes .* (\d+) \(.* avail", str(failed)
+    )
+    assert match is not None
+    assert int(match.group(1)) == engine.measure().need([jobs[1]], checkpointing=True)
+    assert isinstance(first, JobResult)
+    assert isinstance(last, JobResult)
+    # And the engine works on.
+    limited.keeping = 10**9
+    assert all(isinstance(result, JobResult) for result in engine.run(jobs))
+
+
+def test_auto_decides_by_the_budget(checkpoints: Checkpoints) -> None:
+    """
+    Given budgets just above and below what a pack needs without and with checkpointing
+    If it is traced with checkpointing "auto"
+    I expect it off where that fits, else on, else smaller packs, else an error.
+    """
+    loaded, jobs = checkpoints.loaded("grouped"), some(checkpoints)
+    memory = Engine(loaded).measure()
+    keeping, checkpointed = (memory.need(jobs, on) for on in (False, True))
+    assert checkpointed < keeping
+
+    def modes(limit: int) -> set[bool | None]:
+        results = Engine(loaded, memory_bytes=limit).run(jobs)
+        return {r.checkpointing if isinstance(r, JobResult) else None for r in results}
+
+    assert modes(keeping) == {False}
+    assert modes(keeping - 1) == {True}
+    assert modes(checkpointed) == {True}
+    single = max(memory.need([job], True) for job in jobs)
+    assert None not in modes(single)
+    assert None in modes(single - 1)
+    assert modes(1) == {None}
+
+
+def test_an_explicit_setting_keeps_its_limit(checkpoints: Checkpoints) -> None:
+    loaded, jobs = checkpoints.loaded("grouped"), some(checkpoints)
+    memory = Engine(loaded).measure()
+    for setting, checkpointing in (("on", True), ("off", False)):
+        limit = memory.need(jobs, checkpointing) - 1
+        engine = Engine(loaded, setting, limit)  # type: ignore[arg-type]
+        results = run(engine, jobs)
+        # Smaller packs, but the mode that was asked for.
+        assert {result.checkpointing for result in results} == {checkpointing}
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    lengths=st.lists(st.integers(4, 60), min_size=1, max_size=3),
+    sites=st.lists(st.sampled_from(sorted(SITES)), min_size=1, max_size=3, unique=True),
+    reduction=st.sampled_from(["token", "feature", "topk", "full"]),
+    targets=st.integers(1, 3),
+    checkpointing=st.booleans(),
+)
+def test_the_need_is_not_below_what_a_pass_allocates(
+    checkpoints: Checkpoints,
+    lengths: list[int],
+    sites: list[str],
+    reduction: str,
+    targets: int,
+    checkpointing: bool,
+) -> None:
+    loaded = checkpoints.loaded("deep")
+    memory = MEMORY.setdefault("deep", Engine(loaded).measure())
+    specs = [
+        JobSpec(
+            tuple(range(5, 5 + n)),
+            tuple(sites),
+            reduction,
+            (TargetSpec(),) * targets,
+            k=7 if reduction == "topk" else 0,
+        )  # fmt: skip
+        for n in lengths
+    ]
+    jobs = prepare(loaded, *specs)
+    need = memory.need(jobs, checkpointing)
+    engine = Engine(loaded, "on" if checkpointing else "off")
+    peak = peak_bytes(loaded, lambda: run(engine, jobs))
+    # Small tensors aside, that take more than their bytes.
+    assert peak <= 1.05 * need + 100_000
+    assert need < 4 * peak
+
+
+MEMORY: dict[str, Any] = {}
+
+
+def test_the_token_budget(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("deep")
+    memory = Engine(loaded).measure()
+    roomy = int(memory.keeping.at(2000))
+    tight = int(memory.keeping.at(500))
+
+    def budget(setting: Any, limit: int) -> int:
+        return Engine(loaded, setting, limit).token_budget()
+
+    assert budget("auto", 100 * GIB) == engine_module.MOST_TOKENS["cpu"]
+    assert budget("auto", roomy) == pytest.approx(2000, abs=1)
+    assert budget("off", tight) == pytest.approx(500, abs=1)
+    # With little room, more tokens with checkpointing beat few without.
+    assert budget("auto", tight) == budget("on", tight) > 1000
+    assert budget("on", 1) == 1
+
+
+def test_checkpointing_grows_with_the_root_of_the_depth_or_better(tmp_path: Any) -> None:
+    """
+    Given one shape at growing depth
+    If the peak of a pass is measured with checkpointing and without
+    I expect the share of the first in the second to fall at least as fast as one over the root.
+    """
+    from bench.models import SHAPES, build, job
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    peaks: dict[int, list[int]] = {}
+    for depth in (4, 16, 64):
+        loaded = build(dataclasses.replace(SHAPES["tiny"], layers=depth), torch.float32)
+        jobs = [job(list(range(100)))]
+        peaks[depth] = [
+            peak_bytes(loaded, lambda e=Engine(loaded, setting): e.run(jobs))  # type: ignore[misc]
+            for setting in ("off", "on")
+        ]
+    torch.set_num_threads(threads)
+    for shallow, deep in ((4, 16), (16, 64), (4, 64)):
+        off, on = (peaks[deep][i] / peaks[shallow][i] for i in (0, 1))
+        assert off > 0.8 * deep / shallow
+        assert on <= 1.15 * (deep / shallow) ** 0.5, peaks
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(1, 1), (30, 2), (80, 3), (500, 7)])
+def test_the_segment_length_is_the_smallest_sum(layers: int, expected: int) -> None:
+    hidden, width = 576, 10 * 576
+    sizes = {s: layers / s * hidden + s * width for s in range(1, 30)}
+    assert segment_length(layers, hidden, width) == expected
+    assert sizes[expected] <= 1.02 * min(sizes.values())
+
+
+def test_a_line() -> None:
+    line = Line.through((10, 250), (20, 450))
+    assert (line.fixed, line.per_token) == (50.0, 20.0)
+    assert line.at(5) == 150.0
+    assert line.tokens(150) == 5
+    assert line.tokens(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        *((error, True) for error in ERRORS),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_budget_is_what_is_free_and_no_more_than_the_limit(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("plain")
+    free = Budget(loaded).available()
+    assert 0 < free < 1 << 50
+    assert Budget(loaded, 1000).available() == 1000

@@ -1,0 +1,262 @@
+"""How much memory a pass needs, and how much there is.
+
+What a pass allocates grows by the same amount with every token, because attention over a pack
+keeps nothing that is quadratic. Two small passes per mode give that line exactly: torch counts
+every byte of a CUDA device, and its profiler every allocation on a CPU. What a pass needs beyond
+(logits of many targets, wider sites, large results) is added by formula.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reltrace_worker.engine.reductions import REDUCTIONS, Extent
+from reltrace_worker.engine.sites import SITES
+from reltrace_worker.jobs import PreparedJob
+from reltrace_worker.model.loading import LoadedModel
+
+GIB = 1 << 30
+_PROBE_TOKENS = (32, 96)
+_MARGIN = 0.9
+"""Share of what is free that a pass may count on: allocators lose some to fragments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Bytes as a function of tokens."""
+
+    fixed: float
+    per_token: float
+
+    @staticmethod
+    def through(first: tuple[int, int], second: tuple[int, int]) -> Line:
+        """Return the line through two measurements (tokens, bytes)."""
+        per_token = (second[1] - first[1]) / (second[0] - first[0])
+        return Line(max(0.0, first[1] - per_token * first[0]), per_token)
+
+    def at(self, tokens: int) -> float:
+        """Return the bytes for so many tokens."""
+        return self.fixed + self.per_token * tokens
+
+    def tokens(self, limit: float) -> int:
+        """Return the most tokens whose bytes stay within `limit`; 0 where none do."""
+        return max(0, int((limit - self.fixed) // max(self.per_token, 1.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """Bytes that a pass over a pack allocates at its peak, weights not counted.
+
+    Parameters
+    ----------
+    keeping, checkpointed
+        Measured without and with checkpointing: one target per pass, site ``resid``.
+    layers, hidden_size, vocab_size
+        Sizes of the model.
+    widths
+        Values per token of each site's tensor, and of its feature axis.
+    itemsize
+        Bytes of an activation.
+    """
+
+    keeping: Line
+    checkpointed: Line
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    widths: dict[str, tuple[int, int]]
+    itemsize: int
+
+    def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
+        """Return the bytes that a pass over `jobs` needs."""
+        tokens = sum(len(job.token_ids) for job in jobs)
+        line = self.checkpointed if checkpointing else self.keeping
+        total = line.at(tokens)
+        # Logits, their gradient, and three float32 copies for log-probabilities.
+        for job in jobs:
+            rows = len({term.position for target in job.targets for term in target.terms})
+            copies = 3 * 4 if any(target.logprob for target in job.targets) else 0
+            total += rows * self.vocab_size * (2 * self.itemsize + copies)
+        # Hooks hold what they watch until its gradient has come.
+        sites = {site for job in jobs for site in job.sites} - {"resid", "embed"}
+        held = 1 if checkpointing else self.layers
+        total += held * tokens * self.itemsize * sum(self.widths[site][0] for site in sites)
+        # Relevance of the widest site: two factors in float32, and their product.
+        total += 3 * 4 * tokens * max((self.widths[s][0] for s in sites), default=0)
+        if checkpointing:
+            passes = max(len(job.targets) for job in jobs)
+            total += (passes - 1) * tokens * self.hidden_size * self.itemsize
+        return int(total) + sum(self._result(job) for job in jobs)
+
+    def _result(self, job: PreparedJob) -> int:
+        """Return the bytes of a job's result, counted twice: as recorded, and as handed out."""
+        total = 0
+        for name in job.sites:
+            reduction = REDUCTIONS[job.reduction]
+            extent = Extent(len(job.token_ids), 1, self.widths[name][1], job.k)
+            layers = (len(job.layers) or self.layers) if SITES[name].per_layer else 1
+            values = layers
+            for size in reduction.shape(extent):
+                values *= size
+            total += values * 4 * len(reduction.parts)
+        return 2 * total * len(job.targets)
+
+
+def _peak_on_cpu(run: Callable[[], object]) -> int:
+    # Kineto announces every start and stop on stderr otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from torch.autograd.profiler import profile
+
+    with profile(profile_memory=True, use_kineto=True) as profiler:
+        run()
+    results: Any = profiler.kineto_results
+    events = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for _, change in sorted(events, key=lambda event: event[0]):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def _peak_on_cuda(run: Callable[[], object], devices: Sequence[torch.device]) -> int:
+    for device in devices:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before = sum(torch.cuda.memory_allocated(device) for device in devices)
+    run()
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return sum(torch.cuda.max_memory_allocated(device) for device in devices) - before
+
+
+def devices_of(loaded: LoadedModel) -> list[torch.device]:
+    """Return the devices that hold weights of a model."""
+    return sorted({p.device for p in loaded.model.parameters()}, key=str)
+
+
+def peak_bytes(loaded: LoadedModel, run: Callable[[], object]) -> int:
+    """Return the most bytes that `run` has allocated at a time, beyond what was there before."""
+    if loaded.device.type == "cuda":
+        return _peak_on_cuda(run, devices_of(loaded))
+    return _peak_on_cpu(run)
+
+
+def measure(loaded: LoadedModel, probe: Callable[[int, bool], object]) -> MemoryModel:
+    """Measure the memory of passes over one model.
+
+    Parameters
+    ----------
+    loaded
+        The model.
+    probe
+        Runs a pass over one prompt of so many tokens, with or without checkpointing.
+    """
+    lines = {}
+    most = loaded.context_length
+    sizes = [min(tokens, max(1, most - place)) for place, tokens in enumerate(_PROBE_TOKENS[::-1])]
+    for checkpointing in (False, True):
+        # The first pass of a process allocates what stays (cuBLAS workspaces, for example).
+        probe(1, checkpointing)
+        points = [
+            (n, peak_bytes(loaded, lambda n=n, c=checkpointing: probe(n, c)))  # type: ignore[misc]
+            for n in sizes
+        ]
+        if points[0][0] == points[1][0]:
+            points[1] = (0, 0)
+        lines[checkpointing] = Line.through(points[1], points[0])
+    shape = loaded.shape
+    wide = {"neuron": shape.intermediate_size}
+    return MemoryModel(
+        keeping=lines[False],
+        checkpointed=lines[True],
+        layers=shape.layers,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        widths={
+            name: (wide.get(name, shape.hidden_size), site.features(shape))
+            for name, site in SITES.items()
+        },
+        itemsize=loaded.dtype.itemsize,
+    )
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text().strip())
+    except (OSError, ValueError):
+        # Not this system, or no limit ("max").
+        return None
+
+
+def _free_on_cpu() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        # Not Linux: all of the memory, of which the budget takes half.
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # A container may have less than its machine.
+    limit = _read_number("/sys/fs/cgroup/memory.max")
+    used = _read_number("/sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used))
+    return free
+
+
+def free_bytes(loaded: LoadedModel) -> int:
+    """Return the bytes that a pass could allocate now on the devices of a model."""
+    if loaded.device.type != "cuda":
+        return _free_on_cpu()
+    total = 0
+    for device in devices_of(loaded):
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch holds but does not use is free to us.
+        total += free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return total
+
+
+class Budget:
+    """The bytes that a pass may use.
+
+    Parameters
+    ----------
+    loaded
+        The model, whose device is asked.
+    limit
+        Bytes that a pass may use; None: what is free on CUDA, half of what was free when the
+        budget was made on a CPU, where others live too.
+    """
+
+    def __init__(self, loaded: LoadedModel, limit: int | None = None) -> None:
+        self._loaded = loaded
+        if limit is None and loaded.device.type != "cuda":
+            limit = free_bytes(loaded) // 2
+        self._limit = limit
+
+    def available(self) -> int:
+        """Return the bytes that a pass may use now."""
+        free = int(_MARGIN * free_bytes(self._loaded))
+        return free if self._limit is None else min(free, self._limit)
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory has run out, in any of the words that torch has."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+
+
+def in_gib(count: float) -> str:
+    """Return bytes as text, in GiB or MiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"
