@@ -32,6 +32,7 @@ _DRAIN_GRACE = 20.0
 class Checkpointing(StrEnum):
     """Whether layers are computed again in the backward pass."""
 
+    AUTO = "auto"
     ON = "on"
     OFF = "off"
 
@@ -83,12 +84,25 @@ def worker(
         Checkpointing,
         typer.Option(
             envvar="RELTRACE_CHECKPOINTING",
-            help="Compute layers again in the backward pass, to save memory.",
+            help="Compute layers again in the backward pass, to save memory; "
+            "auto: where a pass would not fit otherwise.",
         ),
-    ] = Checkpointing.ON,
+    ] = Checkpointing.AUTO,
     max_tokens: Annotated[
-        int, typer.Option(envvar="RELTRACE_MAX_TOKENS", min=1, help="Tokens in one pass.")
-    ] = 4096,
+        str,
+        typer.Option(
+            envvar="RELTRACE_MAX_TOKENS",
+            help="Tokens in one pass; auto: found by measuring memory at start.",
+        ),
+    ] = "auto",
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            envvar="RELTRACE_MEMORY_GIB",
+            help="Memory that a pass may use, beside the model; "
+            "default: what is free on CUDA, half of what is free on a CPU.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(envvar="RELTRACE_THREADS", min=1, help="CPU threads; default: all cores."),
@@ -104,6 +118,10 @@ def worker(
     level = logging.getLevelNamesMapping().get(log_level.upper())
     if level is None:
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error")
+    if max_tokens != "auto" and not (max_tokens.isdecimal() and int(max_tokens) > 0):
+        raise typer.BadParameter(f"max-tokens {max_tokens!r} is neither auto nor a number above 0")
+    if memory_gib is not None and not memory_gib > 0:
+        raise typer.BadParameter(f"memory-gib must be above 0, not {memory_gib}")
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
@@ -134,10 +152,14 @@ def worker(
         )
         for rule in RULES.values():
             verify_rule(loaded.model, rule)
-        engine = Engine(loaded, checkpointing=checkpointing.value)
+        limit = None if memory_gib is None else int(memory_gib * 2**30)
+        engine = Engine(loaded, checkpointing.value, limit)
+        engine.measure()
+        budget = engine.token_budget() if max_tokens == "auto" else int(max_tokens)
+        log.info("memory.measured", tokens_per_pass=budget, checkpointing=checkpointing.value)
         hello = _hello(worker_id, loaded)
         log.info("model.loaded", model=loaded.name, revision=loaded.revision, device=hello.device)
-        asyncio.run(_run(scheduler, hello, Runner(loaded, engine, max_tokens)))
+        asyncio.run(_run(scheduler, hello, Runner(loaded, engine, budget)))
     except WorkerError as error:
         typer.echo(f"reltrace-worker: {error}", err=True)
         raise typer.Exit(1) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
-from reltrace_worker.engine import REDUCTIONS, SITES, Engine
+from reltrace_worker.engine import REDUCTIONS, SITES, Engine, passes
 from reltrace_worker.jobs import JobSpec, TargetSpec
 from reltrace_worker.rules import RULES
 
@@ -48,6 +48,31 @@ def test_on_equals_off_bit_for_bit_for_every_site(
             assert torch.equal(left.values, right.values), left.site
             if left.values.is_floating_point():
                 assert float(left.values.abs().max()) > 0.0
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 12])
+@pytest.mark.parametrize("layers", [(), (7, 3), (11,)])
+def test_segments_of_any_length_give_the_same_bits(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, length: int, layers: tuple[int, ...]
+) -> None:
+    """
+    Given checkpointing that recomputes several layers in one go, also where the count does not
+    divide the depth, and a backward that stops above the first layer
+    If jobs with several targets are traced
+    I expect the bits of a pass without checkpointing.
+    """
+    loaded = checkpoints.loaded("deep")
+    sites = tuple(SITES) if not layers else ("resid", "neuron", "resid_mid")
+    jobs = prepare(
+        loaded,
+        JobSpec(PROMPTS[0], sites, "token", TARGETS, layers=layers),
+        JobSpec(PROMPTS[1], ("resid",), "full", layers=layers[:1]),
+    )
+    kept = run(Engine(loaded, "off"), jobs)
+    monkeypatch.setattr(passes, "segment_length", lambda *_: length)
+    for off, on in zip(kept, run(Engine(loaded, "on"), jobs), strict=True):
+        for left, right in zip(off.tensors, on.tensors, strict=True):
+            assert torch.equal(left.values, right.values), left.site
 
 
 def test_checkpointing_keeps_one_layers_graph_at_a_time(checkpoints: Checkpoints) -> None:

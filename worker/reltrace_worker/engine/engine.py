@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Sequence
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -33,6 +34,16 @@ _KEEPING_PAYS_FROM = 1024
 _PROBE_RULE = "attnlrp"
 
 Outcome = JobResult | EngineError
+
+
+# Rules patch the model's instances: one pass at a time, whichever engine runs it.
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def _lock_of(model: object) -> threading.RLock:
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 def _head_size(loaded: LoadedModel) -> int:
@@ -75,8 +86,7 @@ class Engine:
         # A limit is to be kept, whatever the mode.
         self._plans = checkpointing == "auto" or memory_bytes is not None
         self._memory: MemoryModel | None = None
-        # Rules patch the model's instances: one pass at a time.
-        self._lock = threading.RLock()
+        self._lock = _lock_of(loaded.model)
 
     @property
     def attention(self) -> str:
@@ -117,7 +127,7 @@ class Engine:
 
         Where memory does not suffice for all of them they are traced in smaller packs, and at
         last one by one with checkpointing. Between calls the model is the one that was loaded.
-        Calls from several threads wait for each other.
+        Calls from several threads, also to several engines on one model, wait for each other.
 
         Parameters
         ----------

@@ -33,7 +33,8 @@ def _gelu_tanh_ratio(x: torch.Tensor) -> torch.Tensor:
 
 def _gelu_ratio(x: torch.Tensor) -> torch.Tensor:
     """Return gelu(x) / x = Phi(x), the distribution function of the normal distribution."""
-    return torch.special.ndtr(x)
+    share: torch.Tensor = torch.special.ndtr(x)
+    return share
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Runs leased jobs: tokenizing on one thread, the engine on another."""
+"""Runs leased jobs: tokenizing on one thread, the engine on another, encoding on a third."""
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
+from itertools import chain
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
@@ -54,10 +56,25 @@ class _Ready:
     job: PreparedJob
 
 
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A pass that is over."""
+
+    batch: list[_Ready]
+    results: Sequence[JobResult | EngineError]
+    seconds: float
+
+
+_PASSES_AHEAD = 2
+"""The pass under way and the one that follows it."""
+
+
 class Runner:
     """Packs leased jobs into passes and gives back their chunks.
 
-    Torch never runs on the event loop: heartbeats go on while it works.
+    Torch never runs on the event loop: heartbeats go on while it works. And the engine does not
+    wait for the loop: when a pass is over its thread takes the next batch itself, out of the jobs
+    that wait at that moment, while the last results are still being encoded.
 
     Parameters
     ----------
@@ -72,7 +89,11 @@ class Runner:
         self._max_tokens = max_tokens
         self._text_thread = ThreadPoolExecutor(1, "text")
         self._engine_thread = ThreadPoolExecutor(1, "engine")
+        self._encode_thread = ThreadPoolExecutor(1, "encode")
+        # Shared by the loop, which adds and drops, and the engine's thread, which takes.
+        self._lock = threading.Lock()
         self._ready: deque[_Ready] = deque()
+        self._passes: deque[asyncio.Future[_Done | None]] = deque()
         self._arrived = asyncio.Event()
         self.running: frozenset[LeaseKey] = frozenset()
         """Leases in the pass that is under way."""
@@ -87,42 +108,68 @@ class Runner:
         """
         loop = asyncio.get_running_loop()
         ready, faulty = await loop.run_in_executor(self._text_thread, self._prepare, leases)
-        self._ready.extend(ready)
+        with self._lock:
+            self._ready.extend(ready)
         if ready:
+            self._order_passes()
             self._arrived.set()
         return faulty
 
     def drop(self, keys: set[LeaseKey]) -> None:
         """Forget jobs that wait for a pass."""
-        self._ready = deque(job for job in self._ready if job.key not in keys)
+        with self._lock:
+            self._ready = deque(job for job in self._ready if job.key not in keys)
 
     def take_back(self) -> list[LeaseKey]:
         """Give up all jobs that wait for a pass; return their leases."""
-        keys = [job.key for job in self._ready]
-        self._ready.clear()
+        with self._lock:
+            keys = [job.key for job in self._ready]
+            self._ready.clear()
         return keys
 
     async def next_results(self) -> list[Chunks]:
-        """Run the next pass; return an iterator of chunks per job."""
-        while not self._ready:
-            self._arrived.clear()
-            await self._arrived.wait()
-        batch = self._next_batch()
-        self.running = frozenset(job.key for job in batch)
+        """Wait for the next pass; return an iterator of chunks per job."""
         loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._engine_thread, self._run, batch)
-        finally:
-            self.running = frozenset()
+        while True:
+            self._order_passes()
+            if not self._passes:
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            done = await self._passes.popleft()
+            # Nothing: what this pass was ordered for went into the one before, or was dropped.
+            if done is not None:
+                self._order_passes()
+                return await loop.run_in_executor(self._encode_thread, self._encode, done)
+
+    def _order_passes(self) -> None:
+        """Let the engine's thread run a pass, and another after it, if jobs wait."""
+        loop = asyncio.get_running_loop()
+        while self._ready and len(self._passes) < _PASSES_AHEAD:
+            self._passes.append(loop.run_in_executor(self._engine_thread, self._run))
 
     def _next_batch(self) -> list[_Ready]:
-        batch = [self._ready.popleft()]
-        tokens = len(batch[0].job.token_ids)
-        while self._ready:
-            tokens += len(self._ready[0].job.token_ids)
-            if tokens > self._max_tokens:
-                break
-            batch.append(self._ready.popleft())
+        """Take what goes into one pass: the job that waits longest, and what goes with it.
+
+        That is, in the order of arrival, what has its rule (another would be another pass) and
+        still fits. What is passed over stays in order, and comes first before long.
+        """
+        with self._lock:
+            if not self._ready:
+                return []
+            rule = self._ready[0].job.rule
+            batch: list[_Ready] = []
+            left: deque[_Ready] = deque()
+            tokens = 0
+            for job in self._ready:
+                length = len(job.job.token_ids)
+                if job.job.rule == rule and (not batch or tokens + length <= self._max_tokens):
+                    batch.append(job)
+                    tokens += length
+                else:
+                    left.append(job)
+            self._ready = left
+            self.running = frozenset(job.key for job in batch)
         return batch
 
     def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[_Ready], list[Chunks]]:
@@ -141,15 +188,32 @@ class Runner:
                 ready.append(_Ready(LeaseKey(lease.job_id, lease.attempt), lease, job))
         return ready, faulty
 
-    def _run(self, batch: Sequence[_Ready]) -> list[Chunks]:
+    def _run(self) -> _Done | None:
+        batch = self._next_batch()
+        if not batch:
+            return None
         started = time.perf_counter()
-        results = self._run_engine([job.job for job in batch])
+        try:
+            results = self._run_engine([job.job for job in batch])
+        finally:
+            self.running = frozenset()
         seconds = time.perf_counter() - started
         tokens = sum(len(job.job.token_ids) for job in batch)
         log.debug("pass.done", jobs=len(batch), tokens=tokens, seconds=round(seconds, 4))
-        return [
-            self._chunks(job, result, seconds) for job, result in zip(batch, results, strict=True)
-        ]
+        return _Done(batch, results, seconds)
+
+    def _encode(self, done: _Done) -> list[Chunks]:
+        encoded: list[Chunks] = []
+        for job, result in zip(done.batch, done.results, strict=True):
+            try:
+                chunks_of = self._chunks(job, result, done.seconds)
+                # The first chunk, for most jobs the only one, is made here and not on the loop;
+                # the others one by one as they are sent.
+                encoded.append(chain([next(chunks_of)], chunks_of))
+            except Exception as error:
+                log.exception("job.encode_failed", job=job.key.job_id)
+                encoded.append(chain(_broken(job.lease, error)))
+        return encoded
 
     def _run_engine(self, jobs: Sequence[PreparedJob]) -> Sequence[JobResult | EngineError]:
         try:

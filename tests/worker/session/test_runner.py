@@ -1,0 +1,152 @@
+"""What goes into one pass, and an engine that does not wait."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+from reference.loaded import Checkpoints
+from reltrace_proto.v1 import types_pb2, worker_pb2
+from reltrace_worker.engine import Engine
+from reltrace_worker.jobs import PreparedJob
+from reltrace_worker.session.runner import LeaseKey, Runner
+
+
+def lease(number: int, tokens: int, rule: str = "attnlrp", **fields: object) -> worker_pb2.Lease:
+    ids = types_pb2.TokenIds(ids=range(20, 20 + tokens))
+    spec = types_pb2.JobSpec(input_ids=ids, rule=rule, **fields)
+    return worker_pb2.Lease(job_id=f"j-{number}", attempt=1, spec=spec)
+
+
+class Watched:
+    """The engine, with every pass noted, and held until it is let go."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passes: list[list[tuple[str, int]]] = []
+        self.gate = threading.Semaphore(0)
+        self.begun = threading.Semaphore(0)
+        self._run = engine.run
+        monkeypatch.setattr(engine, "run", self.run)
+
+    def run(self, batch: Sequence[PreparedJob]) -> object:
+        self.passes.append([(job.rule, len(job.token_ids)) for job in batch])
+        self.begun.release()
+        assert self.gate.acquire(timeout=20)
+        return self._run(batch)
+
+
+@pytest.fixture
+def engine(checkpoints: Checkpoints) -> Engine:
+    return Engine(checkpoints.loaded("plain"))
+
+
+@pytest.fixture
+def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    return Watched(engine, monkeypatch)
+
+
+async def results(runner: Runner) -> list[str]:
+    async with asyncio.timeout(30):
+        found = await runner.next_results()
+    return [chunk.chunk.job_id for chunks in found for chunk in chunks]
+
+
+async def test_a_pass_takes_one_rule_and_what_fits(
+    checkpoints: Checkpoints, engine: Engine, watched: Watched
+) -> None:
+    """
+    Given jobs of two rules and of lengths that do not all fit
+    If they wait together
+    I expect passes of one rule, full to the budget, the longest waiting job always among them.
+    """
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=50)
+    for _ in range(9):
+        watched.gate.release()
+    jobs = [
+        lease(0, 30),
+        lease(1, 30),
+        lease(2, 10, "cp_lrp"),
+        lease(3, 20),
+        lease(4, 90),
+        lease(5, 5, "cp_lrp"),
+    ]
+    assert await runner.add(jobs) == []
+    order = [await results(runner) for _ in range(4)]
+    assert order == [["j-0", "j-3"], ["j-1"], ["j-2", "j-5"], ["j-4"]]
+    assert watched.passes == [
+        [("attnlrp", 30), ("attnlrp", 20)],
+        [("attnlrp", 30)],
+        [("cp_lrp", 10), ("cp_lrp", 5)],
+        # Longer than the budget: alone.
+        [("attnlrp", 90)],
+    ]
+
+
+async def test_the_next_pass_begins_without_the_loop(
+    checkpoints: Checkpoints, engine: Engine, watched: Watched
+) -> None:
+    """
+    Given two passes' worth of jobs
+    If the first pass ends while the event loop is busy and nobody asks for its results
+    I expect the second to begin all the same, with the jobs that wait at that moment.
+    """
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=50)
+    await runner.add([lease(0, 40), lease(1, 20)])
+    assert watched.begun.acquire(timeout=20)
+    assert runner.running == {LeaseKey("j-0", 1)}
+    # Arrives during the first pass, and goes into the second.
+    await runner.add([lease(2, 25), lease(3, 50)])
+    watched.gate.release()
+    assert watched.begun.acquire(timeout=20)  # the loop stands still here
+    assert runner.running == {LeaseKey("j-1", 1), LeaseKey("j-2", 1)}
+    assert await results(runner) == ["j-0"]
+    for _ in range(2):
+        watched.gate.release()
+    assert await results(runner) == ["j-1", "j-2"]
+    assert await results(runner) == ["j-3"]
+    assert runner.running == frozenset()
+
+
+async def test_what_is_dropped_or_taken_back_does_not_run(
+    checkpoints: Checkpoints, engine: Engine, watched: Watched
+) -> None:
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=20)
+    await runner.add([lease(number, 20) for number in range(4)])
+    assert watched.begun.acquire(timeout=20)
+    runner.drop({LeaseKey("j-1", 1)})
+    assert runner.take_back() == [LeaseKey("j-2", 1), LeaseKey("j-3", 1)]
+    watched.gate.release()
+    assert await results(runner) == ["j-0"]
+    # An ordered pass that found nothing is not a result, and does not stop what comes later.
+    waiting = asyncio.create_task(results(runner))
+    await runner.add([lease(4, 20)])
+    watched.gate.release()
+    assert await waiting == ["j-4"]
+    assert len(watched.passes) == 2
+
+
+async def test_topk_and_layers_reach_the_wire(checkpoints: Checkpoints, engine: Engine) -> None:
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=50)
+    job = lease(0, 6, reduction="topk", layers=[2, 0], top_k=4, sites=["neuron"])
+    assert await runner.add([job]) == []
+    (chunks,) = await runner.next_results()
+    (leased,) = chunks
+    pieces = {piece.part: piece for piece in leased.chunk.tensors}
+    assert list(pieces) == ["values", "token", "feature"]
+    assert [list(piece.shape) for piece in pieces.values()] == [[2, 4]] * 3
+    assert [piece.dtype for piece in pieces.values()] == [
+        types_pb2.SCALAR_TYPE_FLOAT32,
+        types_pb2.SCALAR_TYPE_INT32,
+        types_pb2.SCALAR_TYPE_INT32,
+    ]
+
+
+async def test_a_bad_layer_is_named(checkpoints: Checkpoints, engine: Engine) -> None:
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=50)
+    (chunks,) = await runner.add([lease(0, 6, layers=[0, 3])])
+    (leased,) = chunks
+    (violation,) = leased.chunk.end.error.violations
+    assert violation.field == "layers[1]"
+    assert violation.description == "layer 3 does not exist; allowed: 0 to 2"
