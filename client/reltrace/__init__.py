@@ -29,7 +29,7 @@ from reltrace._errors import (
     Violation,
 )
 from reltrace._info import Model, Queue, Status, Worker
-from reltrace._origin import Provenance, ResolvedTarget
+from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._target import Target
 from reltrace._trace import Failure, Trace
 
@@ -56,6 +56,7 @@ __all__ = [
     "ResourceExhausted",
     "Status",
     "Target",
+    "Timings",
     "Trace",
     "TraceError",
     "Unavailable",

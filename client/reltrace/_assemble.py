@@ -10,7 +10,7 @@ import numpy as np
 from reltrace_proto.v1 import types_pb2
 
 from reltrace._errors import ProtocolError, TraceError, from_job_end
-from reltrace._origin import Provenance, ResolvedTarget
+from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._request import Job
 from reltrace._trace import Array, Trace
 
@@ -135,9 +135,9 @@ class Assembler:
             return None
         if chunk.end.state != types_pb2.JOB_STATE_SUCCEEDED:
             return from_job_end(chunk.end, self.job.rename)
-        return self._traces()
+        return self._traces(chunk.end.timings)
 
-    def _traces(self) -> list[Trace]:
+    def _traces(self, timings: types_pb2.Timings) -> list[Trace]:
         header = self._header
         if header is None:
             raise ProtocolError("a job succeeded without a header")
@@ -163,9 +163,17 @@ class Assembler:
                 provenance=provenance,
                 arrays=arrays,
                 id=self.id,
+                timings=_timings(timings),
             )
             for target, arrays in zip(header.targets, by_trace, strict=True)
         ]
+
+
+def _timings(wire: types_pb2.Timings) -> Timings:
+    return Timings(
+        queued=wire.queued.ToTimedelta().total_seconds(),
+        engine=wire.engine.ToTimedelta().total_seconds(),
+    )
 
 
 def _resolved(target: types_pb2.ResolvedTarget) -> ResolvedTarget:

@@ -74,3 +74,19 @@ class Provenance:
     checkpointing: bool
     device: str
     versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a job's time went.
+
+    Attributes
+    ----------
+    queued : float
+        Seconds from acceptance to the lease of the attempt that succeeded.
+    engine : float
+        Seconds of the pass that the job was part of, with all jobs it was packed with.
+    """
+
+    queued: float
+    engine: float

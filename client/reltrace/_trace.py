@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reltrace._errors import TraceError, invalid
-from reltrace._origin import Provenance, ResolvedTarget
+from reltrace._origin import Provenance, ResolvedTarget, Timings
 
 Array: TypeAlias = NDArray[Any]
 
@@ -51,6 +51,8 @@ class Trace:
         ``trace[site]``.
     id : str or int or None
         The item's id in `trace_many`; None for `trace`.
+    timings : Timings or None
+        Where the job's time went; not saved, so None after `load`.
     """
 
     tokens: list[str]
@@ -59,6 +61,7 @@ class Trace:
     provenance: Provenance
     arrays: Mapping[str, Mapping[str, Array]]
     id: str | int | None = None
+    timings: Timings | None = None
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The benchmark runs, at a size of seconds, and its two sides compute the same."""
+"""The benchmarks run, at a size of seconds, and their two sides compute the same."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("engine.py")
+HERE = Path(__file__).parent
 
 
 def test_the_engine_benchmark_gives_its_figures() -> None:
     command = [
-        sys.executable, str(SCRIPT), "--shape", "tiny", "--prompts", "3", "--longest", "40",
+        sys.executable, str(HERE / "engine.py"), "--shape", "tiny", "--prompts", "3", "--longest", "40",
         "--rounds", "1", "--threads", "1",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -34,3 +34,17 @@ def test_the_engine_benchmark_gives_its_figures() -> None:
     assert 0 < report["bfloat16"]["median"] < 0.2
     assert report["bfloat16"]["correlation"] > 0.9
     assert report["attention"] == "sdpa"
+
+
+def test_the_service_benchmark_gives_its_figures() -> None:
+    command = [
+        sys.executable, str(HERE / "service.py"), "--shape", "tiny", "--prompts", "4",
+        "--rounds", "1", "--threads", "1",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["prompts"] == 4
+    assert report["speedup"]["median"] > 0
+    assert report["largest_difference_per_layer"] < 1e-4
+    assert 0 < report["round_trip_above_engine_ms"]["median"]

@@ -33,6 +33,14 @@ def test_pieces_become_arrays() -> None:
     assert trace.id == "a"
 
 
+def test_timings_come_in_seconds() -> None:
+    chunks = chunks_of(JOB.spec, "j", 10)
+    chunks[-1].end.timings.queued.FromMilliseconds(1500)
+    chunks[-1].end.timings.engine.FromMicroseconds(20)
+    (trace,) = assemble(chunks)
+    assert trace.timings == reltrace.Timings(queued=1.5, engine=2e-5)
+
+
 def drop_a_chunk(chunks: Chunks) -> Chunks:
     return chunks[:2] + chunks[3:]
 

@@ -1,0 +1,146 @@
+"""A prompt file through the whole service, against LXT's example prompt by prompt.
+
+The service is `reltrace up`: client, gRPC, scheduler, Redis and one worker, all on this machine.
+The example runs in this process. Both have the same cores and take turns, so that what the
+machine does besides hits both; the figure is the median of the ratios. Prints one JSON object.
+
+    python tests/bench/service.py                         # 135M shape: minutes
+    python tests/bench/service.py --shape tiny --prompts 8 --rounds 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import reltrace
+import torch
+from bench import example
+from bench.models import SHAPES, build, prompts
+
+ROUND_TRIPS = 100
+
+
+@contextmanager
+def serving(checkpoint: Path, threads: int) -> Iterator[str]:
+    """Run `reltrace up` with one model; gives its address."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("RELTRACE_")}
+    with tempfile.TemporaryDirectory() as data:
+        service = subprocess.Popen(
+            [sys.executable, "-m", "reltrace", "up", "--port", "0", "--data", data,
+             "--model", str(checkpoint)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=own | {"RELTRACE_THREADS": str(threads)},
+        )  # fmt: skip
+        try:
+            assert service.stdout is not None
+            yield service.stdout.readline().partition(" ready at ")[2].split()[0]
+        finally:
+            service.send_signal(signal.SIGTERM)
+            service.communicate(timeout=60)
+
+
+def through_service(client: reltrace.Client, inputs: list[list[int]]) -> list[reltrace.Trace]:
+    traces = []
+    for trace in client.trace_many([{"input_ids": ids} for ids in inputs], ordered=True):
+        assert isinstance(trace, reltrace.Trace), trace
+        traces.append(trace)
+    return traces
+
+
+def round_trips(client: reltrace.Client) -> dict[str, float]:
+    """Milliseconds of one short job at a time, above the engine's own time."""
+    seconds = []
+    for index in range(ROUND_TRIPS + 10):
+        started = time.perf_counter()
+        trace = client.trace(input_ids=[1, 2, 3, 4, index])
+        # The first ones warm connections and caches.
+        if index >= 10:
+            seconds.append(time.perf_counter() - started - trace.timings.engine)
+    return {
+        "median": round(1000 * float(np.median(seconds)), 2),
+        "p99": round(1000 * float(np.quantile(seconds, 0.99)), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="135m")
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--shortest", type=int, default=8)
+    parser.add_argument("--longest", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    shape = SHAPES[given.shape]
+    loaded = build(shape, torch.float32)
+    inputs = prompts(given.prompts, given.shortest, given.longest, shape.vocab_size)
+
+    def theirs() -> list[torch.Tensor]:
+        with example.patched(loaded.model):
+            return [example.trace(loaded.model, ids) for ids in inputs]
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / given.shape
+        loaded.model.save_pretrained(checkpoint)
+        loaded.tokenizer.save_pretrained(checkpoint)
+        with serving(checkpoint, given.threads) as address, reltrace.Client(address) as client:
+            errors = []
+            for trace, expected in zip(through_service(client, inputs), theirs(), strict=True):
+                reference = expected.numpy()
+                largest = np.abs(reference).max(axis=1)
+                errors.append((np.abs(trace.relevance - reference).max(axis=1) / largest).max())
+            times: list[tuple[float, float]] = []
+            for _ in range(given.rounds):
+                started = time.perf_counter()
+                theirs()
+                between = time.perf_counter()
+                through_service(client, inputs)
+                times.append((between - started, time.perf_counter() - between))
+            overhead = round_trips(client)
+    ratios = [example_time / service_time for example_time, service_time in times]
+    report: dict[str, Any] = {
+        "shape": given.shape,
+        "dtype": "float32",
+        "threads": given.threads,
+        "cores": os.cpu_count(),
+        "prompts": len(inputs),
+        "tokens": sum(map(len, inputs)),
+        "example_prompts_per_second": round(
+            len(inputs) / statistics.median(t[0] for t in times), 3
+        ),
+        "service_prompts_per_second": round(
+            len(inputs) / statistics.median(t[1] for t in times), 3
+        ),
+        "speedup": {
+            "median": round(statistics.median(ratios), 3),
+            "least": round(min(ratios), 3),
+            "most": round(max(ratios), 3),
+            "goal": 4.0,
+        },
+        "round_trip_above_engine_ms": overhead | {"goal_median": 5.0, "goal_p99": 20.0},
+        "largest_difference_per_layer": float(max(errors)),
+        "load_after": [round(x, 2) for x in os.getloadavg()],
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
