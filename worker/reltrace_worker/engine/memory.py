@@ -22,7 +22,7 @@ from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel
 
 GIB = 1 << 30
-_PROBE_TOKENS = (32, 96)
+_PROBE_TOKENS = (8, 40)
 _MARGIN = 0.9
 """Share of what is free that a pass may count on: allocators lose some to fragments."""
 
