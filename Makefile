@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 PROJECTS := $(wildcard */pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint proto model clean
+.PHONY: help setup setup-dev demo test lint proto bench model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ lint: $(VENV)/.setup-dev ## ruff, mypy and buf
 
 proto: $(VENV)/.setup-dev ## generate the stubs from the .proto files
 	@$(BIN)/python proto/generate.py
+
+bench: $(VENV)/.setup-dev ## measure the engine, as tests/bench/README.md says (minutes)
+	@$(BIN)/python tests/bench/engine.py
 
 model: $(VENV)/.setup ## train the demo model again (minutes)
 	@$(BIN)/python -m reltrace_worker.demo.train

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 import transformers
 from bench import example
 from bench.models import SHAPES, Shape, build, job, prompts
-from reltrace_worker.engine import Engine
+from reltrace_worker.engine import Checkpointing, Engine
 from reltrace_worker.engine.memory import peak_bytes
 from reltrace_worker.engine.pack import Pack, Readout
 from reltrace_worker.jobs import JobResult, PreparedJob
@@ -52,9 +53,7 @@ def timed(device: torch.device, run: Callable[[], object]) -> float:
 
 
 def in_turns(device: torch.device, rounds: int, *sides: Callable[[], object]) -> list[list[float]]:
-    """Seconds of each side, [rounds][sides], after one round that is not counted."""
-    for side in sides:
-        side()
+    """Seconds of each side, [rounds][sides]; every side has run before, to warm up."""
     return [[timed(device, side) for side in sides] for _ in range(rounds)]
 
 
@@ -121,22 +120,22 @@ def against_forward(loaded: LoadedModel, inputs: list[list[int]], rounds: int) -
     jobs = [job(ids) for ids in inputs]
     pack = Pack.of(jobs)
 
-    def forward() -> torch.Tensor:
+    def forward() -> None:
         # The untouched functions, the same packing, and logits at the same positions.
         with torch.no_grad(), apply_rule(loaded.model, RULES["gradient"]):
-            logits = loaded.model(
+            loaded.model(
                 input_ids=pack.token_ids(loaded.device),
                 position_ids=pack.position_ids(loaded.device),
                 use_cache=False,
                 logits_to_keep=torch.tensor(Readout(pack).rows),
                 packing=pack.packing,
-            ).logits
-        return logits
+            )
 
     off, on = Engine(loaded, "off"), Engine(loaded, "on")
-    times = in_turns(
-        loaded.device, rounds, forward, lambda: run_all(off, [jobs]), lambda: run_all(on, [jobs])
-    )
+    sides = (forward, lambda: run_all(off, [jobs]), lambda: run_all(on, [jobs]))
+    for side in sides:
+        side()
+    times = in_turns(loaded.device, rounds, *sides)
     return {
         "tokens": pack.packing.tokens,
         "forward_tokens_per_second": round(
@@ -149,9 +148,10 @@ def against_forward(loaded: LoadedModel, inputs: list[list[int]], rounds: int) -
 
 def peaks(loaded: LoadedModel, tokens: int) -> Row:
     jobs = [job([i % loaded.shape.vocab_size for i in range(tokens)])]
+    settings: tuple[Checkpointing, ...] = ("off", "on")
     return {
-        setting: peak_bytes(loaded, lambda e=Engine(loaded, setting): e.run(jobs))  # type: ignore[misc,arg-type]
-        for setting in ("off", "on")
+        setting: peak_bytes(loaded, partial(Engine(loaded, setting).run, jobs))
+        for setting in settings
     }
 
 

@@ -179,17 +179,9 @@ def test_the_need_is_not_below_what_a_pass_allocates(
 ) -> None:
     loaded = checkpoints.loaded("deep")
     memory = MEMORY.setdefault("deep", Engine(loaded).measure())
-    specs = [
-        JobSpec(
-            tuple(range(5, 5 + n)),
-            tuple(sites),
-            reduction,
-            (TargetSpec(),) * targets,
-            k=7 if reduction == "topk" else 0,
-        )  # fmt: skip
-        for n in lengths
-    ]
-    jobs = prepare(loaded, *specs)
+    k = 7 if reduction == "topk" else 0
+    shared = (tuple(sites), reduction, (TargetSpec(),) * targets)
+    jobs = prepare(loaded, *(JobSpec(tuple(range(5, 5 + n)), *shared, k=k) for n in lengths))
     need = memory.need(jobs, checkpointing)
     engine = Engine(loaded, "on" if checkpointing else "off")
     peak = peak_bytes(loaded, lambda: run(engine, jobs))
@@ -218,29 +210,27 @@ def test_the_token_budget(checkpoints: Checkpoints) -> None:
     assert budget("on", 1) == 1
 
 
-def test_checkpointing_grows_with_the_root_of_the_depth_or_better(tmp_path: Any) -> None:
+def test_checkpointing_grows_with_the_root_of_the_depth_or_better() -> None:
     """
     Given one shape at growing depth
     If the peak of a pass is measured with checkpointing and without
     I expect the share of the first in the second to fall at least as fast as one over the root.
     """
-    from bench.models import SHAPES, build, job
+    from bench.engine import peaks
+    from bench.models import SHAPES, build
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    peaks: dict[int, list[int]] = {}
+    found: dict[int, list[int]] = {}
     for depth in (4, 16, 64):
         loaded = build(dataclasses.replace(SHAPES["tiny"], layers=depth), torch.float32)
-        jobs = [job(list(range(100)))]
-        peaks[depth] = [
-            peak_bytes(loaded, lambda e=Engine(loaded, setting): e.run(jobs))  # type: ignore[misc]
-            for setting in ("off", "on")
-        ]
+        both = peaks(loaded, 100)
+        found[depth] = [both["off"], both["on"]]
     torch.set_num_threads(threads)
     for shallow, deep in ((4, 16), (16, 64), (4, 64)):
-        off, on = (peaks[deep][i] / peaks[shallow][i] for i in (0, 1))
+        off, on = (found[deep][i] / found[shallow][i] for i in (0, 1))
         assert off > 0.8 * deep / shallow
-        assert on <= 1.15 * (deep / shallow) ** 0.5, peaks
+        assert on <= 1.15 * (deep / shallow) ** 0.5, found
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(1, 1), (30, 2), (80, 3), (500, 7)])

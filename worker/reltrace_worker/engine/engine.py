@@ -12,7 +12,14 @@ from weakref import WeakKeyDictionary
 import torch
 
 from reltrace_worker.engine.capture import Capture
-from reltrace_worker.engine.memory import Budget, MemoryModel, in_gib, is_out_of_memory, measure
+from reltrace_worker.engine.memory import (
+    Budget,
+    MemoryModel,
+    head_size,
+    in_gib,
+    is_out_of_memory,
+    measure,
+)
 from reltrace_worker.engine.pack import Pack, Scalar
 from reltrace_worker.engine.passes import trace_checkpointed, trace_keeping
 from reltrace_worker.errors import EngineError
@@ -44,11 +51,6 @@ _LOCKS_LOCK = threading.Lock()
 def _lock_of(model: object) -> threading.RLock:
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, threading.RLock())
-
-
-def _head_size(loaded: LoadedModel) -> int:
-    config: Any = loaded.model.config
-    return int(getattr(config, "head_dim", None) or loaded.shape.hidden_size // loaded.shape.heads)
 
 
 class Engine:
@@ -91,7 +93,7 @@ class Engine:
     @property
     def attention(self) -> str:
         """Name of the attention kernel, for a result's provenance."""
-        return kernel_for(self._loaded.device, self._loaded.dtype, _head_size(self._loaded)).name
+        return kernel_for(self._loaded.device, self._loaded.dtype, head_size(self._loaded)).name
 
     def measure(self) -> MemoryModel:
         """Measure what passes over this model need, once, and plan passes by it from now on."""

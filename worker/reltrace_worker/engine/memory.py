@@ -22,7 +22,7 @@ from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel
 
 GIB = 1 << 30
-_PROBE_TOKENS = (32, 96)
+_PROBE_TOKENS = (8, 40)
 _MARGIN = 0.9
 """Share of what is free that a pass may count on: allocators lose some to fragments."""
 
@@ -135,6 +135,12 @@ def _peak_on_cuda(run: Callable[[], object], devices: Sequence[torch.device]) ->
     return sum(torch.cuda.max_memory_allocated(device) for device in devices) - before
 
 
+def head_size(loaded: LoadedModel) -> int:
+    """Return the values of one attention head."""
+    config: Any = loaded.model.config
+    return int(getattr(config, "head_dim", None) or loaded.shape.hidden_size // loaded.shape.heads)
+
+
 def devices_of(loaded: LoadedModel) -> list[torch.device]:
     """Return the devices that hold weights of a model."""
     return sorted({p.device for p in loaded.model.parameters()}, key=str)
@@ -171,7 +177,7 @@ def measure(loaded: LoadedModel, probe: Callable[[int, bool], object]) -> Memory
             points[1] = (0, 0)
         lines[checkpointing] = Line.through(points[1], points[0])
     shape = loaded.shape
-    wide = {"neuron": shape.intermediate_size}
+    wide = {"neuron": shape.intermediate_size, "head": shape.heads * head_size(loaded)}
     return MemoryModel(
         keeping=lines[False],
         checkpointed=lines[True],
