@@ -32,8 +32,8 @@ class Process:
     errors: Path
 
     @classmethod
-    def start(cls, folder: Path, module: str, *options: str) -> "Process":
-        """Start ``python -m MODULE OPTIONS``, with nothing of this process's settings."""
+    def start(cls, folder: Path, module: str, *options: str, **settings: str) -> "Process":
+        """Start ``python -m MODULE OPTIONS`` with `settings`, none of this process's own."""
         errors = folder / f"{module}-{time.monotonic_ns()}.err"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RELTRACE_")}
         with errors.open("w") as file:
@@ -42,7 +42,7 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env=environment,
+                env=environment | settings,
             )
         return cls(popen, errors)
 
@@ -75,8 +75,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Start commands that end with the test."""
     processes: list[Process] = []
 
-    def start(module: str, *options: str) -> Process:
-        processes.append(Process.start(tmp_path, module, *options))
+    def start(module: str, *options: str, **settings: str) -> Process:
+        processes.append(Process.start(tmp_path, module, *options, **settings))
         return processes[-1]
 
     yield start

@@ -97,7 +97,8 @@ def children(process: Process, module: str) -> list[psutil.Process]:
 
 
 def test_up_outlives_its_parts_and_takes_them_along(start: Start, tmp_path: Path) -> None:
-    service = start("reltrace", "up", "--port", "0", "--data", str(tmp_path / "data"))
+    options = ("--port", "0", "--data", str(tmp_path / "data"))
+    service = start("reltrace", "up", *options, RELTRACE_LEASE=str(LEASE))
     address = address_in(service.first_line())
     prompts = [f"I have {n} cats and 3 dogs. My cats love to play with my" for n in range(400)]
     with reltrace.Client(address) as client:
