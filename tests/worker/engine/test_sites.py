@@ -8,8 +8,10 @@ import pytest
 import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
+from reltrace_worker.engine.sites import Side, Site, Tap
 from reltrace_worker.jobs import JobSpec
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.session.convert import model_info
 
 
 def plain_gradient_times_input(
@@ -118,3 +120,40 @@ def test_a_residual_stream_is_the_sum_of_its_parts(checkpoints: Checkpoints) -> 
     assert float(resid[-1, :-1].abs().max()) == 0.0
     assert float(resid_mid.sum(-1)[-1]) == pytest.approx(result.targets[0].logit, rel=1e-4)
     assert float(mlp_out.abs().max()) > 0.0
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_a_further_site_is_one_entry(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, checkpointing: Any
+) -> None:
+    """
+    Given one more entry in the table of sites: the queries
+    If a job asks for it
+    I expect it to be announced, traced, and right.
+    """
+    queries = Site(
+        "query", lambda shape: shape.hidden_size, lambda _: Tap("self_attn.q_proj", Side.OUTPUT)
+    )
+    monkeypatch.setitem(SITES, "query", queries)
+    loaded = checkpoints.loaded("plain")
+    model: Any = loaded.model
+    assert "query" in model_info(loaded).sites
+
+    jobs = prepare(loaded, JobSpec(PROMPTS[0], ("query",), "full", rule="gradient"))
+    (result,) = run(Engine(loaded, checkpointing), jobs)
+
+    kept: list[torch.Tensor] = []
+
+    def keep(_: Any, __: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    handles = [layer.self_attn.q_proj.register_forward_hook(keep) for layer in model.model.layers]
+    embeddings = model.model.embed_tokens(torch.tensor([jobs[0].token_ids])).requires_grad_()
+    model(inputs_embeds=embeddings, use_cache=False).logits[0, -1].max().backward()
+    for handle in handles:
+        handle.remove()
+    wanted = torch.stack([(t * t.grad).detach()[0] for t in kept])
+    values = result.tensors[0].values
+    assert values.shape == wanted.shape
+    assert float((values - wanted).abs().max() / wanted.abs().max()) < 1e-5
