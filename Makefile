@@ -46,8 +46,9 @@ lint: $(VENV)/.setup-dev ## ruff, mypy and buf
 proto: $(VENV)/.setup-dev ## generate the stubs from the .proto files
 	@$(BIN)/python proto/generate.py
 
-bench: $(VENV)/.setup-dev ## measure the engine, as tests/bench/README.md says (minutes)
+bench: $(VENV)/.setup-dev ## measure speed and memory, as tests/bench/README.md says (minutes)
 	@$(BIN)/python tests/bench/engine.py
+	@$(BIN)/python tests/bench/service.py --prompts 24
 
 model: $(VENV)/.setup ## train the demo model again (minutes)
 	@$(BIN)/python -m reltrace_worker.demo.train
