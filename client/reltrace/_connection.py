@@ -62,12 +62,18 @@ class Deadline:
     ----------
     timeout : float or None
         Seconds from now; None: no end.
+
+    Attributes
+    ----------
+    cause : TraceError or None
+        Why the server does not answer at present, to be told when the time is over.
     """
 
     def __init__(self, timeout: float | None) -> None:
         if timeout is not None and not (_is_number(timeout) and timeout > 0):
             raise invalid("timeout", f"must be a number of seconds above 0, not {timeout!r}")
         self.timeout = timeout
+        self.cause: TraceError | None = None
         self._end = None if timeout is None else time.monotonic() + timeout
 
     def remaining(self) -> float | None:
@@ -76,7 +82,8 @@ class Deadline:
 
     def error(self) -> DeadlineExceeded:
         """Return the error to raise when the time is over."""
-        return DeadlineExceeded(f"not finished within the timeout of {self.timeout:g} s")
+        why = "" if self.cause is None else f": {self.cause}"
+        return DeadlineExceeded(f"not finished within the timeout of {self.timeout:g} s{why}")
 
     def check(self) -> None:
         """Raise `DeadlineExceeded` if the time is over."""
@@ -106,6 +113,7 @@ class Retries:
         """Note progress: patience starts anew."""
         self._failing_since = None
         self._failures = 0
+        self._deadline.cause = None
 
     async def after(self, status: RpcStatus) -> None:
         """Wait before the next call, or raise why there is none.
@@ -123,6 +131,7 @@ class Retries:
         elif status.code in _PASSING:
             if self._failing_since is None:
                 self._failing_since = now
+            self._deadline.cause = self._unavailable(status)
             left = self._failing_since + self._patience - now
             if left <= 0:
                 raise self._gave_up(status)
@@ -135,9 +144,11 @@ class Retries:
         await asyncio.sleep(delay if remaining is None else min(delay, remaining))
         self._deadline.check()
 
+    def _unavailable(self, status: RpcStatus) -> TraceError:
+        return from_status(RpcStatus(grpc.StatusCode.UNAVAILABLE, status.message), self._address)
+
     def _gave_up(self, status: RpcStatus) -> TraceError:
-        unavailable = RpcStatus(grpc.StatusCode.UNAVAILABLE, status.message)
-        error = from_status(unavailable, self._address)
+        error = self._unavailable(status)
         return type(error)(
             f"{error} (tried for {self._patience:g} s; is it running? `reltrace up` starts one, "
             f"and {ADDRESS_VARIABLE} names another)"

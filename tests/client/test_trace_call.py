@@ -137,7 +137,7 @@ def test_no_server_says_so_with_the_address() -> None:
 def test_the_timeout_ends_a_call_that_waits(server: FakeServer, client: reltrace.Client) -> None:
     ended = threading.Event()
     server.hold = lambda spec: (ended.wait(5), None)[1]
-    with pytest.raises(reltrace.DeadlineExceeded, match=r"timeout of 0\.2 s") as caught:
+    with pytest.raises(reltrace.DeadlineExceeded, match=r"timeout of 0\.2 s$") as caught:
         client.trace(PROMPT, timeout=0.2)
     ended.set()
     assert isinstance(caught.value, TimeoutError)
@@ -257,3 +257,11 @@ def test_a_server_of_another_kind() -> None:
             client.trace(PROMPT)
     finally:
         other.stop(None).wait(5)
+
+
+def test_a_timeout_without_a_server_says_so() -> None:
+    with (
+        reltrace.Client("127.0.0.1:1") as client,
+        pytest.raises(reltrace.DeadlineExceeded, match=r"timeout of 0\.5 s: .* at 127\.0\.0\.1:1"),
+    ):
+        client.trace("a", timeout=0.5)
