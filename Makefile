@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# No warnings of conflicts: lxt is installed without requirements that its rules do not use.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts --constraint constraints.txt
 PROJECTS := $(wildcard */pyproject.toml)
 
 .DEFAULT_GOAL := help
