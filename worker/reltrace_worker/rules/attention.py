@@ -58,8 +58,25 @@ class Packing:
         return [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
 
-def _repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:
+def repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:
+    """Repeat each key-value head for the heads that it serves."""
     return states.repeat_interleave(times, dim=1)
+
+
+def check_arguments(
+    attention_mask: torch.Tensor | None, dropout: float, softcap: float | None
+) -> None:
+    """Refuse what no kernel over a pack takes.
+
+    Raises
+    ------
+    ValueError
+        There is a mask, dropout, or a cap of the scores.
+    """
+    if attention_mask is not None or dropout != 0.0:
+        raise ValueError("packed attention takes neither a mask nor dropout")
+    if softcap is not None:
+        raise ValueError("packed attention does not cap the scores")
 
 
 def packed_attention(
@@ -105,15 +122,12 @@ def packed_attention(
     tuple
         [1, N, heads, head size], and None for the attention weights.
     """
-    if attention_mask is not None or dropout != 0.0:
-        raise ValueError("packed attention takes neither a mask nor dropout")
-    if softcap is not None:
-        raise ValueError("packed attention does not cap the scores")
+    check_arguments(attention_mask, dropout, softcap)
     heads, key_heads = query.shape[1], key.shape[1]
     grouped = heads != key_heads
     if grouped and not key.shape[-1] == value.shape[-1] <= _MAX_GROUPED_HEAD_SIZE:
-        key = _repeat_heads(key, heads // key_heads)
-        value = _repeat_heads(value, heads // key_heads)
+        key = repeat_heads(key, heads // key_heads)
+        value = repeat_heads(value, heads // key_heads)
         grouped = False
     runs = packing.runs
     sizes = [prompts * length for prompts, length in runs]

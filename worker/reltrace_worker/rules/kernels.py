@@ -24,7 +24,13 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from reltrace_worker.rules.attention import AttentionFunction, Packing, packed_attention
+from reltrace_worker.rules.attention import (
+    AttentionFunction,
+    Packing,
+    check_arguments,
+    packed_attention,
+    repeat_heads,
+)
 
 # What flash attention takes (torch 2.13, aten/src/ATen/native/transformers/cuda/flash_attn).
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
@@ -48,13 +54,6 @@ def _parameters(function: Callable[..., Any]) -> set[str]:
 
 
 varlen_attn = _find_varlen()
-
-
-def _check(attention_mask: torch.Tensor | None, dropout: float, softcap: float | None) -> None:
-    if attention_mask is not None or dropout != 0.0:
-        raise ValueError("packed attention takes neither a mask nor dropout")
-    if softcap is not None:
-        raise ValueError("packed attention does not cap the scores")
 
 
 def _boundaries(packing: Packing, device: torch.device) -> torch.Tensor:
@@ -112,11 +111,11 @@ def masked_attention(
     Parameters and result are those of :func:`reltrace_worker.rules.attention.packed_attention`;
     `sliding_window` counts the tokens that a token sees, itself included.
     """
-    _check(attention_mask, dropout, softcap)
+    check_arguments(attention_mask, dropout, softcap)
     group = query.shape[1] // key.shape[1]
     if group > 1:
         # With a mask, no fused CUDA kernel takes grouped heads.
-        key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
+        key, value = (repeat_heads(states, group) for states in (key, value))
     mask = block_mask(packing, sliding_window, query.device)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return output.transpose(1, 2), None
@@ -140,7 +139,7 @@ def varlen_attention(
 
     Parameters and result are those of :func:`masked_attention`.
     """
-    _check(attention_mask, dropout, softcap)
+    check_arguments(attention_mask, dropout, softcap)
     assert varlen_attn is not None
     options: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
@@ -149,7 +148,7 @@ def varlen_attention(
         else:
             # torch before 2.12.
             group = query.shape[1] // key.shape[1]
-            key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
+            key, value = (repeat_heads(states, group) for states in (key, value))
     boundaries, longest = _boundaries(packing, query.device), max(packing.lengths)
     output = varlen_attn(
         *(states[0].transpose(0, 1) for states in (query, key, value)),
