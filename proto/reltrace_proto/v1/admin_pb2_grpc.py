@@ -40,6 +40,26 @@ class AdminServiceStub:
                 request_serializer=reltrace_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=reltrace_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.ListDeadJobs = channel.unary_unary(
+                '/reltrace.v1.AdminService/ListDeadJobs',
+                request_serializer=reltrace_dot_v1_dot_admin__pb2.ListDeadJobsRequest.SerializeToString,
+                response_deserializer=reltrace_dot_v1_dot_admin__pb2.ListDeadJobsResponse.FromString,
+                _registered_method=True)
+        self.RequeueDeadJobs = channel.unary_unary(
+                '/reltrace.v1.AdminService/RequeueDeadJobs',
+                request_serializer=reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsRequest.SerializeToString,
+                response_deserializer=reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsResponse.FromString,
+                _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/reltrace.v1.AdminService/ListTenants',
+                request_serializer=reltrace_dot_v1_dot_admin__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=reltrace_dot_v1_dot_admin__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
+        self.SetTenant = channel.unary_unary(
+                '/reltrace.v1.AdminService/SetTenant',
+                request_serializer=reltrace_dot_v1_dot_admin__pb2.SetTenantRequest.SerializeToString,
+                response_deserializer=reltrace_dot_v1_dot_admin__pb2.SetTenantResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -52,6 +72,33 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDeadJobs(self, request, context):
+        """Jobs that were quarantined, latest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequeueDeadJobs(self, request, context):
+        """Queues quarantined jobs once more, as a submission of their tenant's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTenants(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTenant(self, request, context):
+        """Sets a tenant's weight and bounds; a field left out stays as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +106,26 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=reltrace_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=reltrace_dot_v1_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'ListDeadJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadJobs,
+                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.ListDeadJobsRequest.FromString,
+                    response_serializer=reltrace_dot_v1_dot_admin__pb2.ListDeadJobsResponse.SerializeToString,
+            ),
+            'RequeueDeadJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequeueDeadJobs,
+                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsRequest.FromString,
+                    response_serializer=reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsResponse.SerializeToString,
+            ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.ListTenantsRequest.FromString,
+                    response_serializer=reltrace_dot_v1_dot_admin__pb2.ListTenantsResponse.SerializeToString,
+            ),
+            'SetTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTenant,
+                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.SetTenantRequest.FromString,
+                    response_serializer=reltrace_dot_v1_dot_admin__pb2.SetTenantResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -89,6 +156,114 @@ class AdminService:
             '/reltrace.v1.AdminService/GetStatus',
             reltrace_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
             reltrace_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reltrace.v1.AdminService/ListDeadJobs',
+            reltrace_dot_v1_dot_admin__pb2.ListDeadJobsRequest.SerializeToString,
+            reltrace_dot_v1_dot_admin__pb2.ListDeadJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequeueDeadJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reltrace.v1.AdminService/RequeueDeadJobs',
+            reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsRequest.SerializeToString,
+            reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reltrace.v1.AdminService/ListTenants',
+            reltrace_dot_v1_dot_admin__pb2.ListTenantsRequest.SerializeToString,
+            reltrace_dot_v1_dot_admin__pb2.ListTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reltrace.v1.AdminService/SetTenant',
+            reltrace_dot_v1_dot_admin__pb2.SetTenantRequest.SerializeToString,
+            reltrace_dot_v1_dot_admin__pb2.SetTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,13 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
+    ListDeadJobs: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListDeadJobsRequest, _admin_pb2.ListDeadJobsResponse]
+    """Jobs that were quarantined, latest first."""
+    RequeueDeadJobs: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RequeueDeadJobsRequest, _admin_pb2.RequeueDeadJobsResponse]
+    """Queues quarantined jobs once more, as a submission of their tenant's."""
+    ListTenants: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListTenantsRequest, _admin_pb2.ListTenantsResponse]
+    SetTenant: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetTenantRequest, _admin_pb2.SetTenantResponse]
+    """Sets a tenant's weight and bounds; a field left out stays as it is."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -41,6 +48,13 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
+    ListDeadJobs: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListDeadJobsRequest, _admin_pb2.ListDeadJobsResponse]  # type: ignore[assignment]
+    """Jobs that were quarantined, latest first."""
+    RequeueDeadJobs: _aio.UnaryUnaryMultiCallable[_admin_pb2.RequeueDeadJobsRequest, _admin_pb2.RequeueDeadJobsResponse]  # type: ignore[assignment]
+    """Queues quarantined jobs once more, as a submission of their tenant's."""
+    ListTenants: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListTenantsRequest, _admin_pb2.ListTenantsResponse]  # type: ignore[assignment]
+    SetTenant: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetTenantRequest, _admin_pb2.SetTenantResponse]  # type: ignore[assignment]
+    """Sets a tenant's weight and bounds; a field left out stays as it is."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """What operators call."""
@@ -51,5 +65,36 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetStatusResponse, _abc.Awaitable[_admin_pb2.GetStatusResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListDeadJobs(
+        self,
+        request: _admin_pb2.ListDeadJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListDeadJobsResponse, _abc.Awaitable[_admin_pb2.ListDeadJobsResponse]]:
+        """Jobs that were quarantined, latest first."""
+
+    @_abc_1.abstractmethod
+    def RequeueDeadJobs(
+        self,
+        request: _admin_pb2.RequeueDeadJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RequeueDeadJobsResponse, _abc.Awaitable[_admin_pb2.RequeueDeadJobsResponse]]:
+        """Queues quarantined jobs once more, as a submission of their tenant's."""
+
+    @_abc_1.abstractmethod
+    def ListTenants(
+        self,
+        request: _admin_pb2.ListTenantsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListTenantsResponse, _abc.Awaitable[_admin_pb2.ListTenantsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SetTenant(
+        self,
+        request: _admin_pb2.SetTenantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SetTenantResponse, _abc.Awaitable[_admin_pb2.SetTenantResponse]]:
+        """Sets a tenant's weight and bounds; a field left out stays as it is."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -50,6 +50,11 @@ class TraceServiceStub:
                 request_serializer=reltrace_dot_v1_dot_trace__pb2.AcknowledgeResultsRequest.SerializeToString,
                 response_deserializer=reltrace_dot_v1_dot_trace__pb2.AcknowledgeResultsResponse.FromString,
                 _registered_method=True)
+        self.CancelJobs = channel.unary_unary(
+                '/reltrace.v1.TraceService/CancelJobs',
+                request_serializer=reltrace_dot_v1_dot_trace__pb2.CancelJobsRequest.SerializeToString,
+                response_deserializer=reltrace_dot_v1_dot_trace__pb2.CancelJobsResponse.FromString,
+                _registered_method=True)
         self.GetJobs = channel.unary_unary(
                 '/reltrace.v1.TraceService/GetJobs',
                 request_serializer=reltrace_dot_v1_dot_trace__pb2.GetJobsRequest.SerializeToString,
@@ -89,6 +94,14 @@ class TraceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelJobs(self, request, context):
+        """Ends jobs that have not ended: they get a result in the state CANCELLED. A worker
+        that is running one is told, and drops it before its next pass.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetJobs(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -118,6 +131,11 @@ def add_TraceServiceServicer_to_server(servicer, server):
                     servicer.AcknowledgeResults,
                     request_deserializer=reltrace_dot_v1_dot_trace__pb2.AcknowledgeResultsRequest.FromString,
                     response_serializer=reltrace_dot_v1_dot_trace__pb2.AcknowledgeResultsResponse.SerializeToString,
+            ),
+            'CancelJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelJobs,
+                    request_deserializer=reltrace_dot_v1_dot_trace__pb2.CancelJobsRequest.FromString,
+                    response_serializer=reltrace_dot_v1_dot_trace__pb2.CancelJobsResponse.SerializeToString,
             ),
             'GetJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJobs,
@@ -212,6 +230,33 @@ class TraceService:
             '/reltrace.v1.TraceService/AcknowledgeResults',
             reltrace_dot_v1_dot_trace__pb2.AcknowledgeResultsRequest.SerializeToString,
             reltrace_dot_v1_dot_trace__pb2.AcknowledgeResultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reltrace.v1.TraceService/CancelJobs',
+            reltrace_dot_v1_dot_trace__pb2.CancelJobsRequest.SerializeToString,
+            reltrace_dot_v1_dot_trace__pb2.CancelJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

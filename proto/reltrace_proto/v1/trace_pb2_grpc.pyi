@@ -42,6 +42,10 @@ class TraceServiceStub:
     """Streams the results of one submission as they finish, until all have ended."""
     AcknowledgeResults: _grpc.UnaryUnaryMultiCallable[_trace_pb2.AcknowledgeResultsRequest, _trace_pb2.AcknowledgeResultsResponse]
     """Frees results that the client has. Results that nobody acknowledges expire."""
+    CancelJobs: _grpc.UnaryUnaryMultiCallable[_trace_pb2.CancelJobsRequest, _trace_pb2.CancelJobsResponse]
+    """Ends jobs that have not ended: they get a result in the state CANCELLED. A worker
+    that is running one is told, and drops it before its next pass.
+    """
     GetJobs: _grpc.UnaryUnaryMultiCallable[_trace_pb2.GetJobsRequest, _trace_pb2.GetJobsResponse]
     ListModels: _grpc.UnaryUnaryMultiCallable[_trace_pb2.ListModelsRequest, _trace_pb2.ListModelsResponse]
 
@@ -59,6 +63,10 @@ class TraceServiceAsyncStub(TraceServiceStub):
     """Streams the results of one submission as they finish, until all have ended."""
     AcknowledgeResults: _aio.UnaryUnaryMultiCallable[_trace_pb2.AcknowledgeResultsRequest, _trace_pb2.AcknowledgeResultsResponse]  # type: ignore[assignment]
     """Frees results that the client has. Results that nobody acknowledges expire."""
+    CancelJobs: _aio.UnaryUnaryMultiCallable[_trace_pb2.CancelJobsRequest, _trace_pb2.CancelJobsResponse]  # type: ignore[assignment]
+    """Ends jobs that have not ended: they get a result in the state CANCELLED. A worker
+    that is running one is told, and drops it before its next pass.
+    """
     GetJobs: _aio.UnaryUnaryMultiCallable[_trace_pb2.GetJobsRequest, _trace_pb2.GetJobsResponse]  # type: ignore[assignment]
     ListModels: _aio.UnaryUnaryMultiCallable[_trace_pb2.ListModelsRequest, _trace_pb2.ListModelsResponse]  # type: ignore[assignment]
 
@@ -91,6 +99,16 @@ class TraceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trace_pb2.AcknowledgeResultsResponse, _abc.Awaitable[_trace_pb2.AcknowledgeResultsResponse]]:
         """Frees results that the client has. Results that nobody acknowledges expire."""
+
+    @_abc_1.abstractmethod
+    def CancelJobs(
+        self,
+        request: _trace_pb2.CancelJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trace_pb2.CancelJobsResponse, _abc.Awaitable[_trace_pb2.CancelJobsResponse]]:
+        """Ends jobs that have not ended: they get a result in the state CANCELLED. A worker
+        that is running one is told, and drops it before its next pass.
+        """
 
     @_abc_1.abstractmethod
     def GetJobs(

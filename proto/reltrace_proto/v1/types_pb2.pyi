@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -76,6 +77,30 @@ JOB_STATE_CANCELLED: JobState.ValueType  # 5
 JOB_STATE_QUARANTINED: JobState.ValueType  # 6
 """The job lost its lease too often: it may be what kills its workers."""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
+
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """Interactive."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody waits for it."""
+    PRIORITY_BATCH: _Priority.ValueType  # 2
+    """Leaves room for what is interactive."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Who goes first where jobs wait. Neither starves the other."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""Interactive."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody waits for it."""
+PRIORITY_BATCH: Priority.ValueType  # 2
+"""Leaves room for what is interactive."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
 class TokenRef(_message.Message):
@@ -219,6 +244,7 @@ class JobSpec(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a served model; empty: the only one, else an error that lists them."""
     prompt: _builtins.str
@@ -251,6 +277,12 @@ class JobSpec(_message.Message):
         Empty: all. A site without layers ("embed") does not look at it.
         """
 
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """Time from its acceptance within which the job must end; past it, it ends
+        FAILED with DEADLINE_EXCEEDED wherever it is. Unset: it may take for ever.
+        """
+
     def __init__(
         self,
         *,
@@ -264,10 +296,11 @@ class JobSpec(_message.Message):
         dtype: Global___ScalarType.ValueType = ...,
         layers: _abc.Iterable[_builtins.int] | None = ...,
         top_k: _builtins.int = ...,
+        timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "input_ids", b"input_ids", "prompt", b"prompt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "input_ids", b"input_ids", "prompt", b"prompt", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "input_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -450,6 +483,7 @@ class TraceHeader(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -460,6 +494,10 @@ class TraceHeader(_message.Message):
 
     @_builtins.property
     def provenance(self) -> Global___Provenance: ...
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The decoder layers that sites with a layer axis hold, in its order."""
+
     def __init__(
         self,
         *,
@@ -467,10 +505,11 @@ class TraceHeader(_message.Message):
         tokens: _abc.Iterable[_builtins.str] | None = ...,
         targets: _abc.Iterable[Global___ResolvedTarget] | None = ...,
         provenance: Global___Provenance | None = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "targets", b"targets", "token_ids", b"token_ids", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "provenance", b"provenance", "targets", b"targets", "token_ids", b"token_ids", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -555,6 +594,34 @@ class JobError(_message.Message):
 Global___JobError: _TypeAlias = JobError  # noqa: Y015
 
 @_typing.final
+class LostLease(_message.Message):
+    """A lease that its worker lost: it fell silent, or died."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    LOST_AT_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    worker_id: _builtins.str
+    @_builtins.property
+    def lost_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
+        lost_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lost_at", b"lost_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "lost_at", b"lost_at", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LostLease: _TypeAlias = LostLease  # noqa: Y015
+
+@_typing.final
 class JobEnd(_message.Message):
     """How a job ended."""
 
@@ -564,6 +631,7 @@ class JobEnd(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    LOST_LEASES_FIELD_NUMBER: _builtins.int
     state: Global___JobState.ValueType
     attempt: _builtins.int
     @_builtins.property
@@ -572,6 +640,10 @@ class JobEnd(_message.Message):
 
     @_builtins.property
     def timings(self) -> Global___Timings: ...
+    @_builtins.property
+    def lost_leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___LostLease]:
+        """Of a job that is quarantined: why."""
+
     def __init__(
         self,
         *,
@@ -579,10 +651,11 @@ class JobEnd(_message.Message):
         error: Global___JobError | None = ...,
         attempt: _builtins.int = ...,
         timings: Global___Timings | None = ...,
+        lost_leases: _abc.Iterable[Global___LostLease] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "state", b"state", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "lost_leases", b"lost_leases", "state", b"state", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,54 @@
+"""The caller of the RPC under way."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
+
+DEFAULT_TENANT = "default"
+"""Whom everything belongs to where nobody needs a token."""
+
+
+class Role(StrEnum):
+    """What a caller may do."""
+
+    CLIENT = "client"
+    """Submit jobs, and read and cancel those of its tenant."""
+    WORKER = "worker"
+    """Lease jobs of every tenant and store their results."""
+    OPERATOR = "operator"
+    """See and steer the whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A caller.
+
+    Parameters
+    ----------
+    name : str
+        Tells its token from others in the log.
+    tenant : str
+        Whose jobs it may submit, read and cancel.
+    roles : frozenset of Role
+        What it may call.
+    """
+
+    name: str
+    tenant: str
+    roles: frozenset[Role]
+
+
+LOCAL = Identity("local", DEFAULT_TENANT, frozenset(Role))
+"""Everybody, where no tokens are set."""
+
+_current: ContextVar[Identity] = ContextVar("identity", default=LOCAL)
+
+
+def current() -> Identity:
+    """Return the caller of the RPC that this task handles."""
+    return _current.get()
+
+
+def act_as(identity: Identity) -> None:
+    """Set the caller for the rest of this task: gRPC runs each RPC in a task of its own."""
+    _current.set(identity)
