@@ -16,11 +16,32 @@ class Settings:
     max_lost_leases: int = 3
     """A job that loses this many leases is quarantined."""
 
+    retry_delay: float = 1.0
+    """Seconds a job waits after its first failed attempt; twice as long after each further one."""
+
+    max_failures: int = 3
+    """Failed attempts after which a job is tried again; the next one is final."""
+
     max_jobs: int = 100_000
     """Jobs that may be queued or leased at a time."""
 
-    max_bytes: int = 1 << 30
-    """Bytes of their specifications."""
+    max_bytes: int = 4 << 30
+    """Bytes of their specifications, and of results that nobody has read."""
+
+    tenant_max_jobs: int = 50_000
+    """The same for each tenant that has no bound of its own."""
+
+    tenant_max_bytes: int = 1 << 30
+    """The same for each tenant that has no bound of its own."""
+
+    max_unread: int = 64 << 20
+    """Bytes of unread results at which a submission's further jobs wait for its reader."""
+
+    max_dead: int = 1000
+    """Quarantined jobs that are kept for an operator to look at."""
+
+    dead_ttl: float = 7 * 24 * 3600.0
+    """Seconds they are kept."""
 
     @property
     def heartbeat(self) -> float:

@@ -78,6 +78,16 @@ class UnknownSubmissionError(SchedulerError):
         super().__init__(f"{violation.field}: {violation.description}", violations=(violation,))
 
 
+class UnknownJobError(SchedulerError):
+    """A job that is named is not there."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+    def __init__(self, *violations: Violation) -> None:
+        message = "; ".join(f"{v.field}: {v.description}" for v in violations)
+        super().__init__(message, violations=violations)
+
+
 class QueueFullError(SchedulerError):
     """The bound on jobs or bytes is reached; nothing was accepted."""
 
@@ -85,6 +95,27 @@ class QueueFullError(SchedulerError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, retry_after=1.0)
+
+
+class IdempotencyError(SchedulerError):
+    """The idempotency key was used for other jobs."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, key: str) -> None:
+        violation = Violation(
+            "idempotency_key", f"{key!r} was used for other jobs; choose a new one per submission"
+        )
+        super().__init__(f"{violation.field}: {violation.description}", violations=(violation,))
+
+
+class SupersededError(SchedulerError):
+    """A worker has connected anew; what its former session asks for is void."""
+
+    code = grpc.StatusCode.ABORTED
+
+    def __init__(self, worker_id: str) -> None:
+        super().__init__(f"worker {worker_id!r} has connected anew; this session is over")
 
 
 class UnavailableError(SchedulerError):

@@ -36,6 +36,8 @@ from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.registry import Registry
 from reltrace_scheduler.store.results import Results
 from reltrace_scheduler.store.signals import Signals
+from reltrace_scheduler.store.tenants import Tenants
+from reltrace_scheduler.store.upkeep import Upkeep
 from reltrace_scheduler.tasks import end
 
 log = structlog.get_logger()
@@ -65,7 +67,8 @@ async def serving(connection: Connection, listen: str, settings: Settings) -> As
         The address can not be bound.
     """
     redis, keys = connection.redis, Keys()
-    queue, results = Queue(redis, settings, keys), Results(redis, keys)
+    queue, upkeep = Queue(redis, settings, keys), Upkeep(redis, settings, keys)
+    results, tenants = Results(redis, settings, keys), Tenants(redis, keys)
     registry, signals = Registry(redis, keys), Signals(redis, keys)
     models = ModelCache(registry, settings.lease)
     server = grpc.aio.server(
@@ -83,13 +86,13 @@ async def serving(connection: Connection, listen: str, settings: Settings) -> As
         ],
     )
     trace_pb2_grpc.add_TraceServiceServicer_to_server(
-        TraceService(queue, results, models, signals, keys), server
+        TraceService(queue, upkeep, results, models, signals, keys), server
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-        WorkerService(queue, registry, signals, settings, keys), server
+        WorkerService(queue, upkeep, registry, signals, settings, keys), server
     )
     admin_pb2_grpc.add_AdminServiceServicer_to_server(
-        AdminService(redis, queue, registry, settings), server
+        AdminService(redis, queue, upkeep, tenants, registry, settings), server
     )
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
@@ -101,7 +104,7 @@ async def serving(connection: Connection, listen: str, settings: Settings) -> As
     await server.start()
     tasks = [
         asyncio.create_task(signals.run()),
-        asyncio.create_task(Reaper(queue, registry, settings).run()),
+        asyncio.create_task(Reaper(queue, upkeep, registry, settings).run()),
         asyncio.create_task(_report_health(connection, status)),
     ]
     try:

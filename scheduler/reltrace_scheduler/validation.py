@@ -26,6 +26,9 @@ _RESULT_DTYPES = {
 }
 _MAX_KEY = 128
 
+# Redis counts milliseconds; nobody waits longer than a month.
+_MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 31 * 24 * 3600
+
 
 def check_submission(request: trace_pb2.SubmitJobsRequest, models: Models) -> list[NewJob]:
     """Check a request and return its jobs.
@@ -43,6 +46,8 @@ def check_submission(request: trace_pb2.SubmitJobsRequest, models: Models) -> li
         raise InvalidRequestError(
             Violation("idempotency_key", f"is longer than {_MAX_KEY} characters")
         )
+    if request.priority not in types_pb2.Priority.values():
+        raise InvalidRequestError(Violation("priority", "is not one of interactive, batch"))
     if not request.jobs:
         raise InvalidRequestError(Violation("jobs", "is empty; send at least one job"))
     if len(request.jobs) > MAX_JOBS_PER_REQUEST:
@@ -67,7 +72,8 @@ def check_submission(request: trace_pb2.SubmitJobsRequest, models: Models) -> li
         violations += [Violation(f"jobs[{index}].{v.field}", v.description) for v in faults]
         if not faults:
             spec.model = model.name
-            jobs.append(NewJob(model.name, spec.SerializeToString()))
+            timeout = spec.timeout.ToTimedelta().total_seconds()
+            jobs.append(NewJob(model.name, spec.SerializeToString(), timeout))
     if violations:
         raise InvalidRequestError(*violations)
     return jobs
@@ -91,6 +97,13 @@ def _faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Vio
         yield Violation("rule", _not_among(spec.rule, model.rules))
     if spec.reduction and spec.reduction not in model.reductions:
         yield Violation("reduction", _not_among(spec.reduction, model.reductions))
+    if (
+        spec.HasField("timeout")
+        and not _MIN_TIMEOUT <= spec.timeout.seconds + (spec.timeout.nanos / 1e9) <= _MAX_TIMEOUT
+    ):
+        yield Violation(
+            "timeout", f"must be {_MIN_TIMEOUT} to {_MAX_TIMEOUT} s; leave it out for none"
+        )
     if spec.dtype not in _RESULT_DTYPES:
         yield Violation("dtype", "is not one of float32, bfloat16, float16")
     if len(spec.targets) > MAX_TARGETS_PER_JOB:

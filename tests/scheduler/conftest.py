@@ -13,6 +13,8 @@ from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.registry import Registry
 from reltrace_scheduler.store.results import Results
+from reltrace_scheduler.store.upkeep import Upkeep
+from scheduler.driver import Driver
 from scheduler.fake_worker import FakeWorker
 
 
@@ -44,15 +46,13 @@ def keys() -> Keys:
 
 
 @pytest.fixture
-async def queue(store: redis.asyncio.Redis, settings: Settings, keys: Keys) -> Queue:
-    queue = Queue(store, settings, keys)
-    await queue.create("m")
-    return queue
+def driver(store: redis.asyncio.Redis, settings: Settings, keys: Keys) -> Driver:
+    return Driver(store, keys, Queue(store, settings, keys), Upkeep(store, settings, keys))
 
 
 @pytest.fixture
-def results(store: redis.asyncio.Redis, keys: Keys) -> Results:
-    return Results(store, keys)
+def results(store: redis.asyncio.Redis, settings: Settings, keys: Keys) -> Results:
+    return Results(store, settings, keys)
 
 
 @pytest.fixture

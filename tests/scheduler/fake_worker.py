@@ -25,6 +25,8 @@ class FakeWorker:
     async def connect(self) -> worker_pb2.Welcome:
         self.call = worker_pb2_grpc.WorkerServiceStub(self.channel).Work()
         await self.send(hello=worker_pb2.Hello(worker_id=self.worker_id, model=self.model))
+        # It holds nothing: until it has said so, nothing is leased to it.
+        await self.send(heartbeat=worker_pb2.Heartbeat())
         return (await self.receive("welcome")).welcome
 
     async def send(self, **message: object) -> None:

@@ -190,7 +190,7 @@ def _hello(worker_id: str | None, loaded: "LoadedModel") -> worker_pb2.Hello:
     from reltrace_worker.session.convert import model_info
 
     return worker_pb2.Hello(
-        worker_id=worker_id or f"{socket.gethostname()}-{secrets.token_hex(4)}",
+        worker_id=f"{worker_id or socket.gethostname()}-{secrets.token_hex(4)}",
         model=model_info(loaded),
         device=loaded.describe().device,
         version=__version__,

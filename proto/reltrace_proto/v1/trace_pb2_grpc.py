@@ -88,7 +88,8 @@ class TraceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AcknowledgeResults(self, request, context):
-        """Frees results that the client has. Results that nobody acknowledges expire.
+        """Frees results that the client has. Results that nobody acknowledges expire, and
+        where too many bytes of a submission's are unread, its further jobs wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,9 @@ class TraceServiceStub:
     StreamResults: _grpc.UnaryStreamMultiCallable[_trace_pb2.StreamResultsRequest, _trace_pb2.StreamResultsResponse]
     """Streams the results of one submission as they finish, until all have ended."""
     AcknowledgeResults: _grpc.UnaryUnaryMultiCallable[_trace_pb2.AcknowledgeResultsRequest, _trace_pb2.AcknowledgeResultsResponse]
-    """Frees results that the client has. Results that nobody acknowledges expire."""
+    """Frees results that the client has. Results that nobody acknowledges expire, and
+    where too many bytes of a submission's are unread, its further jobs wait.
+    """
     CancelJobs: _grpc.UnaryUnaryMultiCallable[_trace_pb2.CancelJobsRequest, _trace_pb2.CancelJobsResponse]
     """Ends jobs that have not ended: they get a result in the state CANCELLED. A worker
     that is running one is told, and drops it before its next pass.
@@ -62,7 +64,9 @@ class TraceServiceAsyncStub(TraceServiceStub):
     StreamResults: _aio.UnaryStreamMultiCallable[_trace_pb2.StreamResultsRequest, _trace_pb2.StreamResultsResponse]  # type: ignore[assignment]
     """Streams the results of one submission as they finish, until all have ended."""
     AcknowledgeResults: _aio.UnaryUnaryMultiCallable[_trace_pb2.AcknowledgeResultsRequest, _trace_pb2.AcknowledgeResultsResponse]  # type: ignore[assignment]
-    """Frees results that the client has. Results that nobody acknowledges expire."""
+    """Frees results that the client has. Results that nobody acknowledges expire, and
+    where too many bytes of a submission's are unread, its further jobs wait.
+    """
     CancelJobs: _aio.UnaryUnaryMultiCallable[_trace_pb2.CancelJobsRequest, _trace_pb2.CancelJobsResponse]  # type: ignore[assignment]
     """Ends jobs that have not ended: they get a result in the state CANCELLED. A worker
     that is running one is told, and drops it before its next pass.
@@ -98,7 +102,9 @@ class TraceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trace_pb2.AcknowledgeResultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trace_pb2.AcknowledgeResultsResponse, _abc.Awaitable[_trace_pb2.AcknowledgeResultsResponse]]:
-        """Frees results that the client has. Results that nobody acknowledges expire."""
+        """Frees results that the client has. Results that nobody acknowledges expire, and
+        where too many bytes of a submission's are unread, its further jobs wait.
+        """
 
     @_abc_1.abstractmethod
     def CancelJobs(

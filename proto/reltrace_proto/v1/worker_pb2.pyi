@@ -69,7 +69,7 @@ class Hello(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """Stays the same when the worker connects again."""
+    """Names one process: the same when it connects again, another after a restart."""
     device: _builtins.str
     version: _builtins.str
     @_builtins.property
@@ -136,7 +136,9 @@ Global___LeaseRef: _TypeAlias = LeaseRef  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Renews the leases named; the ones left out run out."""
+    """Renews the leases named; the ones left out run out. A worker sends one right after
+    Hello, with all that it holds: nothing is leased to it before.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

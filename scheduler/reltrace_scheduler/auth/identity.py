@@ -7,6 +7,9 @@ from enum import StrEnum
 DEFAULT_TENANT = "default"
 """Whom everything belongs to where nobody needs a token."""
 
+TENANT_NAME = r"[A-Za-z0-9_.-]{1,64}"
+"""A regular expression. A colon would run into the names of keys."""
+
 
 class Role(StrEnum):
     """What a caller may do."""

@@ -1,18 +1,22 @@
 """TraceService: what clients call."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
+from reltrace_scheduler.auth.identity import current
 from reltrace_scheduler.config import MAX_JOBS_PER_REQUEST
+from reltrace_scheduler.endings import cancelled
 from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
 from reltrace_scheduler.models import ModelCache
 from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.queue import Queue
-from reltrace_scheduler.store.results import Results
+from reltrace_scheduler.store.records import Priority
+from reltrace_scheduler.store.results import Progress, Results
 from reltrace_scheduler.store.signals import Signals, wait
+from reltrace_scheduler.store.upkeep import Upkeep
 from reltrace_scheduler.validation import check_submission
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -24,18 +28,27 @@ _LOOK_AGAIN = 1.0
 """Seconds between looks at the store while no signal comes."""
 
 
+_PRIORITIES = {
+    types_pb2.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
+    types_pb2.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    types_pb2.PRIORITY_BATCH: Priority.BATCH,
+}
+
+
 class TraceService(trace_pb2_grpc.TraceServiceServicer):
     """Accepts jobs and hands out their results."""
 
     def __init__(
         self,
         queue: Queue,
+        upkeep: Upkeep,
         results: Results,
         models: ModelCache,
         signals: Signals,
         keys: Keys,
     ) -> None:
         self._queue = queue
+        self._upkeep = upkeep
         self._results = results
         self._models = models
         self._signals = signals
@@ -46,7 +59,12 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     ) -> trace_pb2.SubmitJobsResponse:
         models = await self._models.get(*(job.model for job in request.jobs))
         jobs = check_submission(request, models)
-        submission = await self._queue.submit(jobs, request.idempotency_key)
+        submission = await self._queue.submit(
+            jobs,
+            tenant=current().tenant,
+            priority=_PRIORITIES[request.priority],
+            idempotency_key=request.idempotency_key,
+        )
         return trace_pb2.SubmitJobsResponse(
             submission_id=submission.id,
             job_ids=submission.job_ids,
@@ -60,9 +78,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         entry, chunk = request.after_entry, request.after_chunk
         with self._signals.listen(self._keys.done(submission)) as signal:
             while True:
-                progress = await self._results.progress(submission)
-                if progress is None:
-                    raise UnknownSubmissionError(submission)
+                progress = await self._progress(submission)
                 if progress.ended > entry:
                     async for message in self._messages(submission, entry, chunk):
                         yield message
@@ -72,6 +88,13 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                     return
                 else:
                     await wait(signal, _LOOK_AGAIN)
+
+    async def _progress(self, submission: str) -> Progress:
+        """Look a submission up; another tenant's does not exist for the caller."""
+        progress = await self._results.progress(submission)
+        if progress is None or progress.tenant != current().tenant:
+            raise UnknownSubmissionError(submission)
+        return progress
 
     async def _messages(
         self, submission: str, entry: int, chunk: int
@@ -90,17 +113,36 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     async def AcknowledgeResults(  # noqa: N802
         self, request: trace_pb2.AcknowledgeResultsRequest, context: Context
     ) -> trace_pb2.AcknowledgeResultsResponse:
+        try:
+            await self._progress(request.submission_id)
+        except UnknownSubmissionError:
+            # All of it was acknowledged before: the answer to that was lost.
+            return trace_pb2.AcknowledgeResultsResponse()
         await self._results.acknowledge(request.submission_id, request.through_entry)
         return trace_pb2.AcknowledgeResultsResponse()
+
+    async def CancelJobs(  # noqa: N802
+        self, request: trace_pb2.CancelJobsRequest, context: Context
+    ) -> trace_pb2.CancelJobsResponse:
+        if bool(request.submission_id) == bool(request.job_ids):
+            raise InvalidRequestError(
+                Violation("submission_id", "name either a submission or job_ids, not both or none")
+            )
+        if request.submission_id:
+            progress = await self._progress(request.submission_id)
+            job_ids = [f"{request.submission_id}-{index}" for index in range(progress.jobs)]
+        else:
+            _check_count(request.job_ids)
+            found = await self._queue.jobs(request.job_ids, tenant=current().tenant)
+            job_ids = [job.job_id for job in found if job]
+        ended = await self._upkeep.end([cancelled(job_id) for job_id in job_ids])
+        return trace_pb2.CancelJobsResponse(cancelled=sum(ended))
 
     async def GetJobs(  # noqa: N802
         self, request: trace_pb2.GetJobsRequest, context: Context
     ) -> trace_pb2.GetJobsResponse:
-        if len(request.job_ids) > MAX_JOBS_PER_REQUEST:
-            raise InvalidRequestError(
-                Violation("job_ids", f"names more than {MAX_JOBS_PER_REQUEST} jobs")
-            )
-        found = await self._queue.jobs(request.job_ids)
+        _check_count(request.job_ids)
+        found = await self._queue.jobs(request.job_ids, tenant=current().tenant)
         # A job that is unknown, expired or acknowledged has no state.
         return trace_pb2.GetJobsResponse(
             jobs=[
@@ -125,4 +167,11 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 trace_pb2.ServedModel(model=info, workers=models.workers.get(name, 0))
                 for name, info in models.known.items()
             ]
+        )
+
+
+def _check_count(job_ids: Sequence[str]) -> None:
+    if len(job_ids) > MAX_JOBS_PER_REQUEST:
+        raise InvalidRequestError(
+            Violation("job_ids", f"names more than {MAX_JOBS_PER_REQUEST} jobs")
         )

@@ -2,8 +2,9 @@
 
 import asyncio
 import re
+import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -12,13 +13,21 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
+from reltrace_scheduler import endings
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.store.keys import REAPER, Keys, submission_of
 from reltrace_scheduler.store.queue import LOST, STORED, Queue
-from reltrace_scheduler.store.records import Lease, NewChunk, WorkerRecord
+from reltrace_scheduler.store.records import (
+    Lease,
+    LeasedJob,
+    NewChunk,
+    Priority,
+    WorkerRecord,
+)
 from reltrace_scheduler.store.registry import Registry
 from reltrace_scheduler.store.signals import Signals, wait
+from reltrace_scheduler.store.upkeep import Upkeep
 from reltrace_scheduler.tasks import end
 
 log = structlog.get_logger()
@@ -29,6 +38,9 @@ _HELLO_DEADLINE = 10.0
 _LOOK_AGAIN = 1.0
 """Seconds between looks at the queue while no signal comes."""
 _LEASES_AT_ONCE = 256
+_LEASES_BYTES = 16 << 20
+_INTERACTIVE_SHARE = 4
+"""One of so many leases that a worker holds is never batch."""
 _MOST_CREDIT = 4096
 
 _END_STATES = {
@@ -41,9 +53,16 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     """Leases jobs to workers and stores what they send back."""
 
     def __init__(
-        self, queue: Queue, registry: Registry, signals: Signals, settings: Settings, keys: Keys
+        self,
+        queue: Queue,
+        upkeep: Upkeep,
+        registry: Registry,
+        signals: Signals,
+        settings: Settings,
+        keys: Keys,
     ) -> None:
         self._queue = queue
+        self._upkeep = upkeep
         self._registry = registry
         self._signals = signals
         self._settings = settings
@@ -54,7 +73,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.WorkResponse]:
         requests = aiter(request_iterator)
         hello = await _first(requests)
-        session = Session(hello, self._queue, self._registry, self._settings)
+        session = Session(hello, self._queue, self._upkeep, self._registry)
         await session.open()
         # Bounded: a worker that does not read stops being read.
         outgoing: asyncio.Queue[worker_pb2.WorkResponse | None] = asyncio.Queue(64)
@@ -66,38 +85,47 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 )
             )
         )
+        with (
+            self._signals.listen(self._keys.wake(session.model)) as wake,
+            self._signals.listen(self._keys.revoked(session.worker_id)) as revoked,
+        ):
 
-        async def receive() -> None:
-            async for request in requests:
-                for response in await session.handle(request):
-                    await outgoing.put(response)
-            # The worker closed its side in order: it holds nothing any more.
-            await session.close()
-            await outgoing.put(None)
+            async def receive() -> None:
+                async for request in requests:
+                    for response in await session.handle(request):
+                        await outgoing.put(response)
+                    # Room, or an empty hand, may be what a lease waited for.
+                    wake.set()
+                # The worker closed its side in order: it holds nothing any more.
+                await session.close()
+                await outgoing.put(None)
 
-        async def dispatch() -> None:
-            with self._signals.listen(self._keys.wake(session.model)) as signal:
+            async def dispatch() -> None:
                 while True:
-                    leases = await session.lease()
-                    if leases is not None:
-                        await outgoing.put(worker_pb2.WorkResponse(leases=leases))
-                    elif session.credit:
-                        await wait(signal, _LOOK_AGAIN)
-                    else:
-                        await wait(session.more_credit, _LOOK_AGAIN)
+                    for leases in (messages := await session.lease()):
+                        await outgoing.put(leases)
+                    if not messages:
+                        await wait(wake, _LOOK_AGAIN)
 
-        tasks = [asyncio.create_task(receive()), asyncio.create_task(dispatch())]
-        for task in tasks:
-            # A failure must reach the writer below, which waits on the queue.
-            task.add_done_callback(lambda done: _report(done, outgoing))
-        try:
-            while (response := await outgoing.get()) is not None:
-                yield response
+            async def revoke() -> None:
+                while True:
+                    # A signal that is missed is made up for by the next heartbeat.
+                    await wait(revoked, self._settings.heartbeat)
+                    for response in await session.check():
+                        await outgoing.put(response)
+
+            tasks = [asyncio.create_task(work()) for work in (receive, dispatch, revoke)]
             for task in tasks:
-                if task.done() and not task.cancelled():
-                    task.result()
-        finally:
-            await end(tasks)
+                # A failure must reach the writer below, which waits on the queue.
+                task.add_done_callback(lambda done: _report(done, outgoing))
+            try:
+                while (response := await outgoing.get()) is not None:
+                    yield response
+                for task in tasks:
+                    if task.done() and not task.cancelled():
+                        task.result()
+            finally:
+                await end(tasks)
 
 
 def _report(
@@ -135,21 +163,23 @@ class Session:
     """What one worker's stream may do: everything is checked against its leases."""
 
     def __init__(
-        self, hello: worker_pb2.Hello, queue: Queue, registry: Registry, settings: Settings
+        self, hello: worker_pb2.Hello, queue: Queue, upkeep: Upkeep, registry: Registry
     ) -> None:
         self.worker_id = hello.worker_id
         self.model = hello.model.name
-        self.credit = 0
-        self.more_credit = asyncio.Event()
         self._hello = hello
         self._queue = queue
+        self._upkeep = upkeep
         self._registry = registry
-        self._settings = settings
+        self._epoch = secrets.token_hex(8)
+        self._credit = 0
+        self._held: dict[Lease, str] = {}
+        """Leases that the worker is known to have, with the class of their queue."""
+        self._reconciled = False
 
     async def open(self) -> None:
         """Enter the worker and its model."""
         now = time.time()
-        await self._queue.create(self.model)
         await self._registry.add(
             WorkerRecord(
                 worker_id=self.worker_id,
@@ -159,57 +189,95 @@ class Session:
                 version=self._hello.version,
                 connected_at=now,
                 seen_at=now,
+                epoch=self._epoch,
             )
         )
         log.info("worker.connected", worker=self.worker_id, model=self.model)
 
     async def close(self) -> None:
         """Forget the worker: it left in order."""
-        await self._registry.forget(self.worker_id, self.model, unseen_since=None)
+        await self._registry.forget(self.worker_id, epoch=self._epoch)
         log.info("worker.left", worker=self.worker_id, model=self.model)
 
-    async def lease(self) -> worker_pb2.Leases | None:
-        """Lease queued jobs, as many as the worker has room for; None: nothing to do."""
-        if not self.credit:
-            return None
+    async def lease(self) -> list[worker_pb2.WorkResponse]:
+        """Lease queued jobs, as many as the worker has room for; empty: nothing to do."""
+        # What it holds from before must be known first: it is told by the first heartbeat.
+        if not self._credit or not self._reconciled:
+            return []
+        window = self._credit + len(self._held)
+        batch = sum(held == Priority.BATCH for held in self._held.values())
         jobs = await self._queue.lease(
-            self.model, self.worker_id, min(self.credit, _LEASES_AT_ONCE)
+            self.model,
+            self.worker_id,
+            self._epoch,
+            min(self._credit, _LEASES_AT_ONCE),
+            # Who waits for an interactive job must not wait for a window full of batch.
+            max(window - window // _INTERACTIVE_SHARE - batch, 0),
         )
-        if not jobs:
-            return None
-        self.credit -= len(jobs)
-        leases = worker_pb2.Leases()
-        for job in jobs:
-            lease = leases.leases.add(job_id=job.job_id, attempt=job.attempt)
-            lease.spec.MergeFromString(job.spec)
-            lease.queued_for.FromTimedelta(timedelta(seconds=max(time.time() - job.queued_at, 0)))
-        return leases
+        self._credit -= len(jobs)
+        self._held |= {Lease(job.job_id, job.attempt): job.queue_class for job in jobs}
+        return list(_lease_messages(jobs))
+
+    async def check(self) -> list[worker_pb2.WorkResponse]:
+        """Return what to tell the worker of leases that are not its own any more."""
+        return self._revoked(await self._queue.lost(self.worker_id, list(self._held)))
 
     async def handle(self, request: worker_pb2.WorkRequest) -> list[worker_pb2.WorkResponse]:
         """Act on a message; return what to answer."""
         match request.WhichOneof("message"):
             case "ready":
-                self.credit = min(self.credit + request.ready.jobs, _MOST_CREDIT)
-                self.more_credit.set()
+                self._credit = min(self._credit + request.ready.jobs, _MOST_CREDIT)
                 return []
             case "heartbeat":
-                await self._registry.seen(self.worker_id)
-                return _revoked(
-                    await self._queue.renew(
-                        self.model, self.worker_id, _leases(request.heartbeat.leases)
-                    )
-                )
+                return await self._heartbeat(_leases(request.heartbeat.leases))
             case "results":
                 return await self._store(request.results)
             case "release":
-                await self._queue.requeue(
-                    self.model, self.worker_id, _leases(request.release.leases)
-                )
+                await self._release(request.release)
                 return []
             case other:
                 raise InvalidRequestError(
                     Violation(other or "message", "is not allowed here: hello is sent once, first")
                 )
+
+    async def _heartbeat(self, leases: list[Lease]) -> list[worker_pb2.WorkResponse]:
+        await self._registry.seen(self.worker_id)
+        if not self._reconciled:
+            # Leases that went down with the last connection would cost their jobs a lease
+            # time. Nothing is on its way to the worker yet, so it names all that it has.
+            lost = await self._queue.reconcile(self.worker_id, leases)
+            if lost:
+                log.warning("leases.undelivered", worker=self.worker_id, jobs=lost)
+            self._held = dict.fromkeys(leases, "")
+            self._reconciled = True
+        return self._revoked(await self._queue.renew(self.worker_id, leases))
+
+    async def _release(self, release: worker_pb2.Release) -> None:
+        leases = _leases(release.leases)
+        if not release.HasField("error"):
+            await self._queue.release(self.worker_id, leases)
+        else:
+            exhausted = await self._queue.retry(self.worker_id, leases)
+            await self._upkeep.end([endings.exhausted(x, release.error) for x in exhausted])
+            log.warning(
+                "attempts.failed",
+                worker=self.worker_id,
+                jobs=len(leases),
+                final=len(exhausted),
+                error=release.error.message,
+            )
+        self._drop(leases)
+
+    def _drop(self, leases: Iterable[Lease]) -> None:
+        for lease in leases:
+            self._held.pop(lease, None)
+
+    def _revoked(self, leases: list[Lease]) -> list[worker_pb2.WorkResponse]:
+        if not leases:
+            return []
+        self._drop(leases)
+        refs = [worker_pb2.LeaseRef(job_id=x.job_id, attempt=x.attempt) for x in leases]
+        return [worker_pb2.WorkResponse(revoked=worker_pb2.Revoked(leases=refs))]
 
     async def _store(self, results: worker_pb2.Results) -> list[worker_pb2.WorkResponse]:
         chunks = [_new_chunk(index, chunk) for index, chunk in enumerate(results.chunks)]
@@ -222,9 +290,10 @@ class Session:
                         f"{chunks[index].number} is out of order",
                     )
                 )
+        self._drop(chunk.lease for chunk in chunks if chunk.end)
         lost = {c.lease for c, code in zip(chunks, outcome, strict=True) if code == LOST}
         return [
-            *_revoked(sorted(lost, key=lambda lease: lease.job_id)),
+            *self._revoked(sorted(lost, key=lambda lease: lease.job_id)),
             worker_pb2.WorkResponse(committed=worker_pb2.Committed(id=results.id)),
         ]
 
@@ -250,11 +319,26 @@ def _leases(refs: Any) -> list[Lease]:
     return [Lease(ref.job_id, ref.attempt) for ref in refs]
 
 
-def _revoked(leases: list[Lease]) -> list[worker_pb2.WorkResponse]:
-    if not leases:
-        return []
-    refs = [worker_pb2.LeaseRef(job_id=x.job_id, attempt=x.attempt) for x in leases]
-    return [worker_pb2.WorkResponse(revoked=worker_pb2.Revoked(leases=refs))]
+def _lease_messages(jobs: list[LeasedJob]) -> Iterator[worker_pb2.WorkResponse]:
+    message, size = worker_pb2.Leases(), 0
+    for job in jobs:
+        if size and size + len(job.spec) > _LEASES_BYTES:
+            yield worker_pb2.WorkResponse(leases=message)
+            message, size = worker_pb2.Leases(), 0
+        lease = message.leases.add(
+            job_id=job.job_id,
+            attempt=job.attempt,
+            queued_for=_duration(job.queued_for),
+            priority=(
+                types_pb2.PRIORITY_BATCH
+                if job.queue_class == Priority.BATCH
+                else types_pb2.PRIORITY_INTERACTIVE
+            ),
+        )
+        lease.spec.MergeFromString(job.spec)
+        size += len(job.spec)
+    if size:
+        yield worker_pb2.WorkResponse(leases=message)
 
 
 def _duration(seconds: float) -> Duration:

@@ -1,23 +1,22 @@
-"""Jobs from submission to their end: every transition is one Lua script."""
+"""Jobs on their way from clients to workers and back: every transition is one Lua script."""
 
+import hashlib
 import secrets
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.errors import QueueFullError
-from reltrace_scheduler.store.keys import GROUP, REAPER, Keys, submission_of
+from reltrace_scheduler.errors import IdempotencyError, QueueFullError, SupersededError
+from reltrace_scheduler.store.keys import GROUP, Keys, model_of, submission_of
 from reltrace_scheduler.store.records import (
-    Condemned,
     JobRecord,
     Lease,
     LeasedJob,
     NewChunk,
     NewJob,
+    Priority,
     QueueRecord,
     Submission,
 )
@@ -33,85 +32,123 @@ _COMMIT_AT_ONCE = 256
 
 
 class Queue:
-    """The state machine of jobs.
+    """The state machine of jobs, as clients and workers move it.
 
-    ``QUEUED -> LEASED -> SUCCEEDED | FAILED | QUARANTINED``, and from LEASED back to
-    QUEUED when a lease is lost or handed back.
+    ``QUEUED -> LEASED -> SUCCEEDED | FAILED``, and from LEASED back to QUEUED when a lease
+    is handed back. What time and operators do is in `Upkeep`.
     """
 
     def __init__(self, redis: Redis, settings: Settings, keys: Keys) -> None:
         self._redis = redis
         self._settings = settings
         self._keys = keys
-        self._scripts = Scripts(redis)
+        self._scripts = Scripts(redis, keys)
 
-    async def create(self, model: str) -> None:
-        """Make the queue of a model, if there is none."""
-        try:
-            await self._redis.xgroup_create(self._keys.queue(model), GROUP, id="0", mkstream=True)
-        except ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
-
-    async def submit(self, jobs: Sequence[NewJob], idempotency_key: str) -> Submission:
+    async def submit(
+        self,
+        jobs: Sequence[NewJob],
+        *,
+        tenant: str,
+        priority: Priority = Priority.INTERACTIVE,
+        idempotency_key: str = "",
+    ) -> Submission:
         """Accept jobs, all or none; they are stored when this returns.
 
         Raises
         ------
         QueueFullError
             The bounds on jobs or bytes would be passed; nothing was accepted.
+        IdempotencyError
+            The key was used for other jobs.
         """
-        submission = secrets.token_hex(10)
-        models = list(dict.fromkeys(job.model for job in jobs))
-        first_queue = 4
-        number = {model: first_queue + i for i, model in enumerate(models)}
+        submission, settings = secrets.token_hex(10), self._settings
         reply = await self._scripts(
             "submit",
             [
-                self._keys.idempotency(idempotency_key),
+                self._keys.idempotency(tenant, idempotency_key),
                 self._keys.submission(submission),
                 self._keys.load,
-                *(self._keys.queue(model) for model in models),
+                self._keys.tenant(tenant),
+                self._keys.tenants,
             ],
-            self._keys.prefix,
             submission,
-            _milliseconds(_IDEMPOTENCY_TTL) if idempotency_key else 0,
-            self._settings.max_jobs,
-            self._settings.max_bytes,
-            _milliseconds(time.time()),
-            *(part for job in jobs for part in (number[job.model], job.model, job.spec)),
+            tenant,
+            priority,
+            milliseconds(_IDEMPOTENCY_TTL) if idempotency_key else 0,
+            _digest(jobs, priority) if idempotency_key else "-",
+            settings.max_jobs,
+            settings.max_bytes,
+            settings.tenant_max_jobs,
+            settings.tenant_max_bytes,
+            *(part for job in jobs for part in (job.model, milliseconds(job.timeout), job.spec)),
         )
         match reply[0]:
             case b"seen":
                 return Submission(reply[1].decode(), int(reply[2]), deduplicated=True)
+            case b"differs":
+                raise IdempotencyError(idempotency_key)
             case b"full":
+                _, whose, held_jobs, held_bytes, max_jobs, max_bytes = reply
                 raise QueueFullError(
-                    f"the queue holds {reply[1]} jobs of {reply[2]} bytes; the bounds are "
-                    f"{self._settings.max_jobs} jobs and {self._settings.max_bytes} bytes"
+                    f"the queue {whose.decode()} holds {held_jobs} jobs and {held_bytes} bytes "
+                    f"(unread results among them); the bounds are {max_jobs} jobs and "
+                    f"{max_bytes} bytes"
                 )
         return Submission(submission, len(jobs), deduplicated=False)
 
-    async def lease(self, model: str, worker: str, count: int) -> list[LeasedJob]:
-        """Lease up to `count` queued jobs of a model to a worker."""
-        reply = await self._scripts(
-            "lease", [self._keys.queue(model)], self._keys.prefix, GROUP, worker, count
+    async def lease(
+        self, model: str, worker: str, epoch: str, count: int, most_batch: int
+    ) -> list[LeasedJob]:
+        """Lease up to `count` queued jobs of a model to a worker, `most_batch` of them batch.
+
+        Raises
+        ------
+        SupersededError
+            The worker has connected anew: `epoch` is not its session any more.
+        """
+        settings = self._settings
+        status, *jobs = await self._scripts(
+            "lease",
+            [
+                self._keys.worker(worker),
+                self._keys.held(worker),
+                self._keys.clock,
+                self._keys.load,
+            ],
+            worker,
+            model,
+            epoch,
+            count,
+            most_batch,
+            settings.max_unread,
+            settings.tenant_max_bytes,
+            settings.max_bytes,
         )
+        if status == b"superseded":
+            raise SupersededError(worker)
         return [
-            LeasedJob(job.decode(), int(attempt), spec, int(queued_at) / 1000)
-            for job, attempt, spec, queued_at in reply
+            LeasedJob(job.decode(), int(attempt), spec, int(waited) / 1000, queue_class.decode())
+            for job, attempt, spec, waited, queue_class in jobs
         ]
 
-    async def renew(self, model: str, worker: str, leases: Sequence[Lease]) -> list[Lease]:
+    async def renew(self, worker: str, leases: Sequence[Lease]) -> list[Lease]:
         """Renew leases; return those that the worker does not hold any more."""
-        reply = await self._scripts(
-            "renew",
-            [self._keys.queue(model)],
-            self._keys.prefix,
-            GROUP,
-            worker,
-            *(part for lease in leases for part in (lease.job_id, lease.attempt)),
-        )
+        if not leases:
+            return []
+        reply = await self._scripts("renew", [], worker, *_flat(leases))
         return [leases[int(number) - 1] for number in reply]
+
+    async def lost(self, worker: str, leases: Sequence[Lease]) -> list[Lease]:
+        """Return those leases that the worker does not hold any more; renew none."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for lease in leases:
+                pipe.hmget(self._keys.job(lease.job_id), "state", "worker", "attempt")
+            rows: list[Any] = await pipe.execute()
+        return [
+            lease
+            for lease, row in zip(leases, rows, strict=True)
+            if row != [b"LEASED", worker.encode(), str(lease.attempt).encode()]
+        ]
 
     async def commit(self, worker: str, chunks: Sequence[NewChunk]) -> list[int]:
         """Store chunks of results under their leases.
@@ -126,16 +163,13 @@ class Queue:
         for start in range(0, len(chunks), _COMMIT_AT_ONCE):
             outcome += await self._scripts(
                 "commit",
-                [self._keys.load, self._keys.ended],
-                self._keys.prefix,
-                GROUP,
+                [],
                 worker,
-                _milliseconds(self._settings.result_ttl),
+                milliseconds(self._settings.result_ttl),
                 *(
                     part
                     for chunk in chunks[start : start + _COMMIT_AT_ONCE]
                     for part in (
-                        submission_of(chunk.lease.job_id),
                         chunk.lease.job_id,
                         chunk.lease.attempt,
                         chunk.number,
@@ -146,75 +180,77 @@ class Queue:
             )
         return outcome
 
-    async def requeue(self, model: str, worker: str, leases: Sequence[Lease]) -> int:
+    async def release(self, worker: str, leases: Sequence[Lease]) -> int:
         """Queue leased jobs again at once; return how many were the worker's."""
-        reply = await self._scripts(
-            "requeue",
-            [self._keys.queue(model)],
-            self._keys.prefix,
-            GROUP,
-            worker,
-            model,
-            *(part for lease in leases for part in (lease.job_id, lease.attempt)),
-        )
-        return int(reply)
+        reply = await self._scripts("release", [], worker, "", 0, *_flat(leases))
+        return int(reply[0])
 
-    async def reap(self, model: str) -> tuple[int, list[Condemned]]:
-        """Take over lost leases.
+    async def retry(self, worker: str, leases: Sequence[Lease]) -> list[Lease]:
+        """Queue leased jobs again after a while, because their attempt failed.
 
         Returns
         -------
-        int
-            Jobs that were queued again.
-        list of Condemned
-            Jobs that lost too many leases. They are held under the name `REAPER`; the
-            caller ends them with `commit`.
+        list of Lease
+            Those that have failed too often: they are still leased, and the caller ends them.
         """
-        cursor, requeued, condemned = b"0-0", 0, []
-        while True:
-            cursor, count, jobs = await self._scripts(
-                "reap",
-                [self._keys.queue(model)],
-                self._keys.prefix,
-                GROUP,
-                REAPER,
-                model,
-                _milliseconds(self._settings.lease),
-                self._settings.max_lost_leases,
-                cursor,
-                100,
-                _milliseconds(time.time()),
-            )
-            requeued += int(count)
-            condemned += [
-                Condemned(job.decode(), int(attempt), tuple(history.decode().splitlines()))
-                for job, attempt, history in jobs
-            ]
-            if cursor == b"0-0":
-                return requeued, condemned
+        _, *exhausted = await self._scripts(
+            "release",
+            [],
+            worker,
+            milliseconds(self._settings.retry_delay),
+            self._settings.max_failures,
+            *_flat(leases),
+        )
+        return [Lease(job.decode(), int(attempt)) for job, attempt in exhausted]
 
-    async def jobs(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
-        """Look jobs up; None for one that is unknown, expired or acknowledged."""
+    async def reconcile(self, worker: str, leases: Sequence[Lease]) -> int:
+        """Queue again what is leased to a worker that knows only of `leases`."""
+        reply = await self._scripts("reconcile", [self._keys.held(worker)], worker, *_flat(leases))
+        return int(reply)
+
+    async def jobs(self, job_ids: Sequence[str], *, tenant: str) -> list[JobRecord | None]:
+        """Look jobs up; None for one that is unknown, another tenant's, expired or read."""
+        owners = await self._owners({submission_of(job_id) for job_id in job_ids})
         async with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
                 pipe.hmget(self._keys.job(job_id), "state", "attempt", "worker")
             rows = await pipe.execute()
         return [
             JobRecord(job_id, state.decode(), int(attempt), (worker or b"").decode())
-            if state
+            if state and owners[submission_of(job_id)] == tenant
             else None
             for job_id, (state, attempt, worker) in zip(job_ids, rows, strict=True)
         ]
 
-    async def depth(self, model: str) -> QueueRecord:
-        """Count the queued and the leased jobs of a model."""
-        queue = self._keys.queue(model)
-        # A stream holds queued and leased entries; ended ones are deleted.
-        length = int(await self._redis.xlen(queue))
-        pending = await self._redis.xpending(queue, GROUP)
-        leased = int(pending["pending"])
-        by_worker = {c["name"].decode(): int(c["pending"]) for c in pending["consumers"]}
-        return QueueRecord(model, max(length - leased, 0), leased, by_worker)
+    async def _owners(self, submissions: set[str]) -> dict[str, str]:
+        names = sorted(submissions)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hget(self._keys.submission(name), "tenant")
+            rows: list[Any] = await pipe.execute()
+        return {name: (tenant or b"").decode() for name, tenant in zip(names, rows, strict=True)}
+
+    async def names(self) -> list[str]:
+        """Return the names of all queues that exist."""
+        members: Any = await self._redis.smembers(self._keys.queues)
+        return sorted(name.decode() for name in members)
+
+    async def depths(self) -> dict[str, QueueRecord]:
+        """Count the queued and the leased jobs of each model that has any."""
+        names = await self.names()
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.xlen(self._keys.queue(name))
+                pipe.xpending(self._keys.queue(name), GROUP)
+            rows: list[Any] = await pipe.execute(raise_on_error=False)
+        totals: dict[str, tuple[int, int]] = {}
+        for name, length, pending in zip(names, rows[::2], rows[1::2], strict=True):
+            # A queue that became empty since its name was read is gone.
+            leased = 0 if isinstance(pending, Exception) else int(pending["pending"])
+            queued, all_leased = totals.get(model_of(name), (0, 0))
+            # A stream holds queued and leased entries; ended ones are deleted.
+            totals[model_of(name)] = (queued + int(length) - leased, all_leased + leased)
+        return {m: QueueRecord(m, queued, leased) for m, (queued, leased) in totals.items()}
 
     async def ended(self) -> dict[str, int]:
         """Count jobs that ended, by state, since the store was made."""
@@ -222,5 +258,18 @@ class Queue:
         return {state.decode(): int(count) for state, count in counts.items()}
 
 
-def _milliseconds(seconds: float) -> int:
+def milliseconds(seconds: float) -> int:
+    """Return seconds as Redis takes them."""
     return int(seconds * 1000)
+
+
+def _flat(leases: Sequence[Lease]) -> list[str | int]:
+    return [part for lease in leases for part in (lease.job_id, lease.attempt)]
+
+
+def _digest(jobs: Sequence[NewJob], priority: str) -> str:
+    digest = hashlib.blake2b(priority.encode(), digest_size=16)
+    for job in jobs:
+        digest.update(len(job.spec).to_bytes(8, "little"))
+        digest.update(job.spec)
+    return digest.hexdigest()

@@ -1,6 +1,14 @@
 """What the store takes and gives, free of Redis and protobuf."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Priority(StrEnum):
+    """Of a submission; also the class of the queues that its jobs start in."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,6 +18,8 @@ class NewJob:
     model: str
     spec: bytes
     """A serialized ``JobSpec``."""
+    timeout: float = 0.0
+    """Seconds within which it must end; 0: for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +43,10 @@ class LeasedJob:
     job_id: str
     attempt: int
     spec: bytes
-    queued_at: float
-    """Unix time in seconds."""
+    queued_for: float
+    """Seconds between its acceptance and this lease."""
+    queue_class: str
+    """Of the queue that it came from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +79,65 @@ class StoredChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class LostLease:
+    """A lease that was not renewed in time."""
+
+    attempt: int
+    worker: str
+    lost_at: float
+    """Unix time in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Condemned:
     """A job that lost too many leases."""
 
     job_id: str
     attempt: int
-    history: tuple[str, ...]
-    """One line per lost lease: attempt, worker, Unix time in milliseconds."""
+    lost: tuple[LostLease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a job is to be ended from outside."""
+
+    job_id: str
+    attempt: int | None
+    """Only if it is at this attempt; None: whatever it is doing."""
+    state: str
+    data: bytes
+    """A serialized ``ResultChunk``: its whole result."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadJob:
+    """A job that was quarantined."""
+
+    job_id: str
+    tenant: str
+    spec: bytes
+    lost: tuple[LostLease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a tenant may hold, and its share; None: the default, or left as it is."""
+
+    weight: float | None = None
+    max_jobs: int | None = None
+    max_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRecord:
+    """A tenant: its limits and what it holds."""
+
+    tenant: str
+    limits: Limits
+    jobs: int
+    """Queued and leased."""
+    bytes: int
+    """Of their specifications, and of results that nobody has read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +162,15 @@ class WorkerRecord:
     version: str
     connected_at: float
     seen_at: float
+    epoch: str = ""
+    """Names its session: a later one has another."""
+    leased: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class QueueRecord:
-    """Depth of one model's queue."""
+    """Depth of one model's queues, summed over tenants and classes."""
 
     model: str
     queued: int
     leased: int
-    leased_by: dict[str, int]
-    """Leases by worker id."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from reltrace_scheduler.store.keys import GROUP, Keys
+from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.records import WorkerRecord
 from reltrace_scheduler.store.scripts import Scripts
 
@@ -19,7 +19,7 @@ class Registry:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._keys = keys
-        self._scripts = Scripts(redis)
+        self._scripts = Scripts(redis, keys)
 
     async def add(self, worker: WorkerRecord) -> None:
         """Enter a worker and its model."""
@@ -33,6 +33,7 @@ class Registry:
                     "device": worker.device,
                     "version": worker.version,
                     "connected_at": repr(worker.connected_at),
+                    "epoch": worker.epoch,
                 },
             )
             pipe.zadd(self._keys.workers, {worker.worker_id: worker.seen_at})
@@ -46,13 +47,23 @@ class Registry:
         """Note that a worker is alive."""
         await self._redis.zadd(self._keys.workers, {worker_id: time.time()}, xx=True)
 
-    async def forget(self, worker_id: str, model: str, *, unseen_since: float | None) -> bool:
-        """Forget a worker, unless it was seen at or after `unseen_since` (Unix time)."""
+    async def forget(
+        self, worker_id: str, *, epoch: str = "", unseen_since: float | None = None
+    ) -> bool:
+        """Forget a worker.
+
+        Parameters
+        ----------
+        epoch : str
+            Only if this is its session; empty: whichever.
+        unseen_since : float or None
+            Only if it was not seen at or after this Unix time; None: anyway.
+        """
         reply = await self._scripts(
             "forget",
-            [self._keys.queue(model), self._keys.workers, self._keys.worker(worker_id)],
-            GROUP,
+            [self._keys.queues, self._keys.workers, self._keys.worker(worker_id)],
             worker_id,
+            epoch,
             "" if unseen_since is None else repr(unseen_since),
         )
         return bool(reply)
@@ -70,6 +81,7 @@ class Registry:
         async with self._redis.pipeline(transaction=False) as pipe:
             for worker_id, _ in seen:
                 pipe.hgetall(self._keys.worker(worker_id.decode()))
+                pipe.scard(self._keys.held(worker_id.decode()))
             rows = await pipe.execute()
         return [
             WorkerRecord(
@@ -80,7 +92,9 @@ class Registry:
                 version=row[b"version"].decode(),
                 connected_at=float(row[b"connected_at"]),
                 seen_at=float(score),
+                epoch=row[b"epoch"].decode(),
+                leased=int(leased),
             )
-            for (worker_id, score), row in zip(seen, rows, strict=True)
+            for (worker_id, score), row, leased in zip(seen, rows[::2], rows[1::2], strict=True)
             if row
         ]

@@ -6,6 +6,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.records import StoredChunk
 from reltrace_scheduler.store.scripts import Scripts
@@ -18,6 +19,7 @@ _PAGE = 128
 class Progress:
     """How far a submission is."""
 
+    tenant: str
     jobs: int
     ended: int
 
@@ -25,15 +27,18 @@ class Progress:
 class Results:
     """The results stream of each submission."""
 
-    def __init__(self, redis: Redis, keys: Keys) -> None:
+    def __init__(self, redis: Redis, settings: Settings, keys: Keys) -> None:
         self._redis = redis
+        self._settings = settings
         self._keys = keys
-        self._scripts = Scripts(redis)
+        self._scripts = Scripts(redis, keys)
 
     async def progress(self, submission_id: str) -> Progress | None:
         """Return how far a submission is; None when it is unknown."""
-        row: Any = await self._redis.hmget(self._keys.submission(submission_id), "jobs", "ended")
-        return Progress(int(row[0]), int(row[1])) if row[0] is not None else None
+        row: Any = await self._redis.hmget(
+            self._keys.submission(submission_id), "tenant", "jobs", "ended"
+        )
+        return Progress(row[0].decode(), int(row[1]), int(row[2])) if row[0] is not None else None
 
     async def read(
         self, submission_id: str, after_entry: int, after_chunk: int
@@ -77,8 +82,13 @@ class Results:
         """Free results up to and including an entry; return how many there were."""
         freed = await self._scripts(
             "acknowledge",
-            [self._keys.results(submission_id), self._keys.submission(submission_id)],
-            self._keys.prefix,
+            [
+                self._keys.results(submission_id),
+                self._keys.submission(submission_id),
+                self._keys.parked(submission_id),
+                self._keys.expiring,
+            ],
             through_entry,
+            self._settings.max_unread,
         )
         return int(freed)

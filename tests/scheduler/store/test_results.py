@@ -1,21 +1,21 @@
 import redis.asyncio
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.store.keys import Keys
-from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.records import Lease, NewChunk, NewJob, StoredChunk
 from reltrace_scheduler.store.results import Progress, Results
+from scheduler.driver import Driver
 
 
-async def finish(queue: Queue, sizes: list[list[int]]) -> str:
+async def finish(driver: Driver, sizes: list[list[int]]) -> str:
     """Submit and end one job per list: each number is the size of a chunk."""
-    submission = await queue.submit([NewJob("m", b"spec")] * len(sizes), "")
-    leased = await queue.lease("m", "w", len(sizes))
+    submission = await driver.submit([NewJob("m", b"spec")] * len(sizes))
+    leased = await driver.lease("w", len(sizes))
     for job, chunks in zip(leased, sizes, strict=True):
         for number, size in enumerate(chunks, 1):
             end = "SUCCEEDED" if number == len(chunks) else ""
             data = bytes([number]) * size
             chunk = NewChunk(Lease(job.job_id, job.attempt), number, end, data)
-            assert await queue.commit("w", [chunk]) == [1]
+            assert await driver.commit("w", [chunk]) == [1]
     return submission.id
 
 
@@ -23,8 +23,10 @@ async def read(results: Results, submission: str, entry: int = 0, chunk: int = 0
     return [stored async for stored in results.read(submission, entry, chunk)]
 
 
-async def test_chunks_come_in_order_and_the_same_every_time(queue: Queue, results: Results) -> None:
-    submission = await finish(queue, [[10], [5, 5, 5], [100_000], [1]])
+async def test_chunks_come_in_order_and_the_same_every_time(
+    driver: Driver, results: Results
+) -> None:
+    submission = await finish(driver, [[10], [5, 5, 5], [100_000], [1]])
 
     everything = await read(results, submission)
 
@@ -42,23 +44,23 @@ async def test_chunks_come_in_order_and_the_same_every_time(queue: Queue, result
         assert await read(results, submission, entry, chunk) == everything[skipped:]
 
 
-async def test_an_unfinished_job_shows_nothing(queue: Queue, results: Results) -> None:
-    submission = await queue.submit([NewJob("m", b"")], "")
-    (job,) = await queue.lease("m", "w", 1)
-    await queue.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "", b"half")])
+async def test_an_unfinished_job_shows_nothing(driver: Driver, results: Results) -> None:
+    submission = await driver.submit([NewJob("m", b"")])
+    (job,) = await driver.lease("w", 1)
+    await driver.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "", b"half")])
     assert await read(results, submission.id) == []
-    assert await results.progress(submission.id) == Progress(jobs=1, ended=0)
+    assert await results.progress(submission.id) == Progress(tenant="t", jobs=1, ended=0)
 
 
-async def test_more_entries_than_a_page(queue: Queue, results: Results) -> None:
-    total = [await finish(queue, [[3]] * 40) for _ in range(8)]
+async def test_more_entries_than_a_page(driver: Driver, results: Results) -> None:
+    total = [await finish(driver, [[3]] * 40) for _ in range(8)]
     assert [len(await read(results, submission)) for submission in total] == [40] * 8
 
 
 async def test_acknowledging_frees_what_was_read(
-    queue: Queue, results: Results, store: redis.asyncio.Redis
+    driver: Driver, results: Results, store: redis.asyncio.Redis
 ) -> None:
-    submission = await finish(queue, [[1], [2, 2], [3]])
+    submission = await finish(driver, [[1], [2, 2], [3]])
 
     assert await results.acknowledge(submission, 2) == 2
     assert await results.acknowledge(submission, 2) == 0
@@ -70,35 +72,60 @@ async def test_acknowledging_frees_what_was_read(
 
 
 async def test_acknowledging_early_does_not_end_a_submission(
-    queue: Queue, results: Results
+    driver: Driver, results: Results
 ) -> None:
-    submission = await queue.submit([NewJob("m", b"")] * 2, "")
-    first, second = await queue.lease("m", "w", 2)
-    await queue.commit("w", [NewChunk(Lease(first.job_id, 1), 1, "SUCCEEDED", b"a")])
+    submission = await driver.submit([NewJob("m", b"")] * 2)
+    first, second = await driver.lease("w", 2)
+    await driver.commit("w", [NewChunk(Lease(first.job_id, 1), 1, "SUCCEEDED", b"a")])
     await results.acknowledge(submission.id, 1)
-    await queue.commit("w", [NewChunk(Lease(second.job_id, 1), 1, "SUCCEEDED", b"b")])
+    await driver.commit("w", [NewChunk(Lease(second.job_id, 1), 1, "SUCCEEDED", b"b")])
     assert await read(results, submission.id, 1) == [StoredChunk(2, 1, b"b")]
 
 
 async def test_the_time_to_live_starts_when_all_jobs_have_ended(
-    queue: Queue, results: Results, store: redis.asyncio.Redis, settings: Settings, keys: Keys
+    driver: Driver, results: Results, store: redis.asyncio.Redis, settings: Settings, keys: Keys
 ) -> None:
-    submission = await queue.submit([NewJob("m", b"")] * 2, "")
-    first, second = await queue.lease("m", "w", 2)
-    await queue.commit("w", [NewChunk(Lease(first.job_id, 1), 1, "", b"a")])
-    await queue.commit("w", [NewChunk(Lease(first.job_id, 1), 2, "SUCCEEDED", b"a")])
-    held = [
-        keys.results(submission.id),
-        keys.submission(submission.id),
-        keys.job(first.job_id),
-        f"{keys.prefix}chunks:{first.job_id}:1",
-    ]
-    assert [await store.ttl(key) for key in held] == [-1] * 4
+    submission = await driver.submit([NewJob("m", b"")] * 2)
+    first, second = await driver.lease("w", 2)
+    await driver.commit("w", [NewChunk(Lease(first.job_id, 1), 1, "", b"a")])
+    await driver.commit("w", [NewChunk(Lease(first.job_id, 1), 2, "SUCCEEDED", b"a")])
+    assert await store.zcard(keys.expiring) == 0
 
-    await queue.commit("w", [NewChunk(Lease(second.job_id, 1), 1, "SUCCEEDED", b"b")])
+    await driver.commit("w", [NewChunk(Lease(second.job_id, 1), 1, "SUCCEEDED", b"b")])
 
-    left = [await store.ttl(key) for key in [*held, keys.job(second.job_id)]]
-    assert all(0 < seconds <= settings.result_ttl for seconds in left)
+    ((member, due),) = await store.zrange(keys.expiring, 0, -1, withscores=True)
+    seconds, _ = await store.time()
+    assert member.decode() == submission.id
+    assert 0 < due / 1000 - seconds <= settings.result_ttl + 1
+    assert await driver.upkeep.expire() == 0
+
+
+async def test_what_expires_leaves_nothing(
+    driver: Driver, results: Results, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    submission = await finish(driver, [[1], [2, 2], [70_000]])
+    await results.acknowledge(submission, 1)
+    await store.zadd(keys.expiring, {submission: 1})
+
+    assert await driver.upkeep.expire() == 1
+
+    assert await results.progress(submission) is None
+    assert not await store.keys("*job:*")
+    assert not await store.keys("*chunks:*")
+    assert await store.zcard(keys.expiring) == 0
+    assert int(await store.hget(keys.load, "results")) == 0
+
+
+async def test_unread_results_are_counted_until_they_are_freed(
+    driver: Driver, results: Results, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    submission = await finish(driver, [[10], [5, 5], [100_000]])
+    counts = [int(await store.hget(keys.load, "results"))]
+    for entry in (1, 2, 3):
+        await results.acknowledge(submission, entry)
+        counts.append(int(await store.hget(keys.load, "results")))
+    assert counts == [100_020, 100_010, 100_000, 0]
+    assert int(await store.hget(keys.tenant("t"), "results")) == 0
 
 
 async def test_an_unknown_submission(results: Results) -> None:

@@ -1,25 +1,52 @@
--- Frees results that the client has.
+-- Frees results that the client has, and lets jobs go on that waited for it to read.
 --
--- KEYS[1] results:<sub>            stream  entries up to `through` deleted
--- KEYS[2] submission:<sub>         hash    deleted with the last result
--- also: job:<job>                  hash    deleted
---       chunks:<job>:<attempt>     list    deleted
+-- KEYS[1] results:<sub>                   stream  entries up to `through` deleted
+-- KEYS[2] submission:<sub>                hash    stored; deleted with the last result
+-- KEYS[3] parked:<sub>                    list    jobs are queued again
+-- KEYS[4] expiring                        zset    the submission removed with the last result
+-- also: job:<job>                         hash    deleted
+--       chunks:<job>:<attempt>            list    deleted
+--       queue:<class>:<tenant>:<model>    stream  an entry per job that goes on
+--       load, tenant:<tenant>             hash    bytes of the results taken off
+-- publishes wake:<model>
 --
--- ARGV: prefix, through
+-- ARGV: prefix, group, through, bound on unread results of a submission (bytes)
 --
 -- Returns how many results were freed.
-local prefix, through = ARGV[1], ARGV[2]
+local through, max_unread = tonumber(ARGV[3]), tonumber(ARGV[4])
 local entries = redis.call("XRANGE", KEYS[1], "-", through .. "-0")
+if #entries == 0 then
+    return 0
+end
+local sub = submission_of(entries[1][2][2])
+local keys, bytes = {}, 0
 for _, entry in ipairs(entries) do
     local fields = entry[2]
-    redis.call("DEL", prefix .. "job:" .. fields[2])
+    keys[#keys + 1] = prefix .. "job:" .. fields[2]
     if fields[3] == "l" then
-        redis.call("DEL", fields[4])
+        keys[#keys + 1] = fields[4]
+        bytes = bytes + tonumber(fields[6])
+    else
+        bytes = bytes + #fields[4]
     end
-    redis.call("XDEL", KEYS[1], entry[1])
 end
-local held = redis.call("HMGET", KEYS[2], "jobs", "ended")
-if held[1] and held[1] == held[2] and redis.call("XLEN", KEYS[1]) == 0 then
+call_many({"DEL"}, keys)
+charge(sub.tenant, 0, 0, -bytes)
+if sub.ended == sub.jobs and through >= sub.ended then
     redis.call("DEL", KEYS[1], KEYS[2])
+    redis.call("ZREM", KEYS[4], sub.id)
+else
+    redis.call("XTRIM", KEYS[1], "MINID", "=", (through + 1) .. "-0")
+    sub.stored = sub.stored - bytes
+    sub.changed = true
+    -- As many as can not run over the bound by more than one lease's worth.
+    for _ = 1, sub.stored < max_unread and 64 or 0 do
+        local id = redis.call("LPOP", KEYS[3])
+        if not id then
+            break
+        end
+        requeue(read_job(id))
+    end
 end
+settle(0)
 return #entries

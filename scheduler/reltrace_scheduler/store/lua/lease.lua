@@ -1,35 +1,174 @@
--- Leases up to `count` queued jobs to a worker. The attempt counts up: it is the
--- fencing token of the lease.
+-- Leases queued jobs to a worker. The attempt counts up: it is the fencing token of the lease.
 --
--- KEYS[1] queue:<model>   stream  entries become pending for the worker
--- also: job:<job>         hash    state LEASED, attempt + 1, worker, entry
+-- Between priorities: where both wait, a tenth of the jobs is batch. Between tenants of a
+-- priority: the one with the lowest virtual time is next, and its time goes on by the
+-- bytes of its jobs over its weight (weighted fair queueing; start-time rule of
+-- Goyal, Vin & Cheng, 1997). A tenant whose results nobody reads is passed over.
 --
--- ARGV: prefix, group, worker, count
+-- A job that was leased when its worker fell silent may be what killed it. Such jobs are
+-- leased to a worker that holds nothing else: once in groups (class "suspect"), after the
+-- second loss one by one ("alone"), so that none of them is condemned for another's deed.
+-- They and all others take turns.
 --
--- Returns {{job id, attempt, spec, queued_at}, ...}
-local prefix, group, worker, count = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-local leased = {}
+-- KEYS[1] worker:<id>                 hash    epoch read; mode "isolated" set or deleted
+-- KEYS[2] held:<worker>               set     jobs added
+-- KEYS[3] clock                       hash    virtual times
+-- KEYS[4] load                        hash    read
+-- also: queue:<class>:<tenant>:<model> stream entries become pending for the worker
+--       turns:<class>:<model>         zset    tenants' virtual times
+--       tenant:<tenant>               hash    read
+--       job:<job>                     hash    state LEASED, attempt + 1, worker
+--       submission:<sub>              hash    read
+--       parked:<sub>                  list    jobs whose submission has too many unread results
+--
+-- ARGV: prefix, group, worker, model, epoch, most jobs, most jobs of batch, bound on unread
+--       results: of a submission, of a tenant, in all (bytes)
+--
+-- Returns {"superseded"}: another session has the worker's name; or
+--         {"leased", {job id, attempt, spec, milliseconds queued, class}, ...}
+local worker, model, epoch = ARGV[3], ARGV[4], ARGV[5]
+local count, most_batch = tonumber(ARGV[6]), tonumber(ARGV[7])
+local max_unread, max_tenant, max_all = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 
-while #leased < count do
-    local reply = redis.call("XREADGROUP", "GROUP", group, worker,
-        "COUNT", count - #leased, "STREAMS", KEYS[1], ">")
-    if not reply then
-        break
+-- Suspects leased together, and how many other jobs come between two groups of them.
+local GROUP, BETWEEN = 16, 64
+-- Entries read at a time, and bytes after which a call ends: what a script hands over is bounded.
+local AT_ONCE, MOST_BYTES = 16, 8388608
+
+local row = redis.call("HMGET", KEYS[1], "epoch", "mode")
+if row[1] ~= epoch then
+    return {"superseded"}
+end
+local isolated = row[2] == "isolated"
+local held = redis.call("SCARD", KEYS[2])
+if isolated and held > 0 then
+    return {"leased"}
+end
+
+local time = now()
+local leased, ids, bytes = {"leased"}, {}, 0
+local crowded = tonumber(redis.call("HGET", KEYS[4], "results") or 0) >= max_all
+
+local tenants = {}
+local function tenant_of(name)
+    local tenant = tenants[name]
+    if not tenant then
+        local fields = redis.call("HMGET", prefix .. "tenant:" .. name,
+            "weight", "results", "max_bytes")
+        local results = tonumber(fields[2] or 0)
+        tenant = {
+            weight = tonumber(fields[1] or 1),
+            -- Without results of its own it holds nothing that could be read.
+            full = results >= tonumber(fields[3] or max_tenant) or (crowded and results > 0),
+        }
+        tenants[name] = tenant
     end
-    for _, entry in ipairs(reply[1][2]) do
-        local id, job = entry[1], entry[2][2]
-        local key = prefix .. "job:" .. job
-        local held = redis.call("HMGET", key, "state", "spec", "queued_at")
-        if held[1] == "QUEUED" then
-            local attempt = redis.call("HINCRBY", key, "attempt", 1)
-            redis.call("HSET", key, "state", "LEASED", "worker", worker, "entry", id)
-            leased[#leased + 1] = {job, attempt, held[2], held[3]}
-        else
-            -- A tombstone: the job ended while it was queued. Deleting it before it
-            -- was delivered would have cost the group its lag.
-            redis.call("XACK", KEYS[1], group, id)
-            redis.call("XDEL", KEYS[1], id)
+    return tenant
+end
+
+local function turns_of(class)
+    return prefix .. "turns:" .. class .. ":" .. model
+end
+
+local function waits(class)
+    for _, name in ipairs(redis.call("ZRANGE", turns_of(class), 0, -1)) do
+        if not tenant_of(name).full then
+            return true
         end
     end
+    return false
 end
+
+-- Returns how many entries were read, how many jobs leased, and their bytes.
+local function take(class, tenant, most)
+    local queue = prefix .. "queue:" .. class .. ":" .. tenant .. ":" .. model
+    local reply = redis.call("XREADGROUP", "GROUP", group, worker, "COUNT", most,
+        "STREAMS", queue, ">")
+    if not reply then
+        return 0, 0, 0
+    end
+    local entries, taken, cost = reply[1][2], 0, 0
+    for _, entry in ipairs(entries) do
+        local id = entry[2][2]
+        local key = prefix .. "job:" .. id
+        local job = redis.call("HMGET", key, "attempt", "spec", "queued_at")
+        local sub = submission_of(id)
+        if sub.stored >= max_unread then
+            redis.call("XACK", queue, group, entry[1])
+            redis.call("XDEL", queue, entry[1])
+            redis.call("HDEL", key, "entry")
+            redis.call("RPUSH", prefix .. "parked:" .. sub.id, id)
+        else
+            local attempt = job[1] + 1
+            redis.call("HSET", key, "state", "LEASED", "worker", worker, "attempt", attempt)
+            leased[#leased + 1] = {id, attempt, job[2], time - job[3], class}
+            ids[#ids + 1] = id
+            taken, cost = taken + 1, cost + #job[2]
+        end
+    end
+    return #entries, taken, cost
+end
+
+-- Leases up to `want` jobs of a class.
+local function serve(class, want)
+    local turns, got, skip = turns_of(class), 0, 0
+    while got < want and bytes < MOST_BYTES do
+        local first = redis.call("ZRANGE", turns, skip, skip, "WITHSCORES")
+        if not first[1] then
+            break
+        end
+        local name, turn = first[1], tonumber(first[2])
+        local tenant = tenant_of(name)
+        if tenant.full then
+            skip = skip + 1
+        else
+            local waiting = redis.call("ZCARD", turns) - skip
+            local most = math.min(AT_ONCE, math.ceil((want - got) / waiting))
+            local read, taken, cost = take(class, name, most)
+            got, bytes = got + taken, bytes + cost
+            redis.call("HSET", KEYS[3], class .. ":" .. model, string.format("%.17g", turn))
+            if read < most then
+                redis.call("ZREM", turns, name)
+            else
+                redis.call("ZADD", turns, string.format("%.17g", turn + cost / tenant.weight), name)
+            end
+        end
+    end
+    return got
+end
+
+local function lease_by_priority()
+    most_batch = math.min(most_batch, count)
+    local share = 0
+    if most_batch > 0 and waits("interactive") and waits("batch") then
+        local before = redis.call("HINCRBY", KEYS[3], "both:" .. model, count) - count
+        share = math.floor((before + count) / 10) - math.floor(before / 10)
+    end
+    local batch = serve("batch", math.min(share, most_batch))
+    local interactive = serve("interactive", count - batch)
+    serve("batch", math.min(most_batch, count - interactive) - batch)
+end
+
+local suspects = waits("alone") or waits("suspect")
+if suspects and not (isolated and (waits("interactive") or waits("batch"))) then
+    if held > 0 then
+        return leased
+    end
+    if serve("alone", 1) == 0 then
+        serve("suspect", math.min(GROUP, count))
+    end
+    if #ids > 0 then
+        redis.call("HSET", KEYS[1], "mode", "isolated")
+    end
+end
+if #ids == 0 then
+    if suspects then
+        count = math.min(count, BETWEEN)
+    end
+    lease_by_priority()
+    if isolated then
+        redis.call("HDEL", KEYS[1], "mode")
+    end
+end
+call_many({"SADD", KEYS[2]}, ids)
 return leased

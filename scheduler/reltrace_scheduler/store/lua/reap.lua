@@ -1,54 +1,62 @@
--- Takes over leases that were not renewed in time. A job goes back into the queue; one
--- that lost too many leases is held under the reaper's name, to be quarantined by
--- commit.lua (which also writes its result entry). If the caller dies in between, the
--- entry grows old again and the next reaper finds it.
+-- Takes over leases of one queue that were not renewed in time. A job goes back into a
+-- queue; one that lost too many leases is held under the reaper's name, to be ended by
+-- end.lua (which also writes its result). If the caller dies in between, the entry grows
+-- old again and the next reaper finds it. A queue that is empty is deleted.
 --
--- KEYS[1] queue:<model>            stream  old entry deleted, new one added
--- also: job:<job>                  hash    state QUEUED, lost + 1, history
---       chunks:<job>:<attempt>     list    deleted: what was computed so far is void
+-- KEYS[1] queue:<class>:<tenant>:<model>  stream  old entries deleted
+-- KEYS[2] queues                          set     an empty queue removed
+-- also: job:<job>                         hash    state QUEUED, lost + 1, history
+--       queue:suspect:..., queue:alone:... stream new entries
+--       held:<worker>                     set     the jobs removed
+--       chunks:<job>:<attempt>            list    deleted: what was computed so far is void
+--       submission:<sub>, load, tenant:<tenant>  hash  bytes of those chunks taken off
+--       turns:<class>:<model>             zset    the tenant of an empty queue removed
 -- publishes wake:<model>
 --
--- ARGV: prefix, group, reaper, model, lease (ms), max lost, cursor, count, now (ms)
+-- ARGV: prefix, group, reaper, name of the queue, lease (ms), most lost leases, cursor, count
 --
 -- Returns {next cursor, number queued again, {{job id, attempt, history}, ...}}
-local prefix, group, reaper, model = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local lease, max_lost = ARGV[5], tonumber(ARGV[6])
-local cursor, count, now = ARGV[7], ARGV[8], ARGV[9]
+local reaper, name = ARGV[3], ARGV[4]
+local lease, max_lost, cursor, count = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8]
 
+if redis.call("EXISTS", KEYS[1]) == 0 then
+    redis.call("SREM", KEYS[2], name)
+    return {"0-0", 0, {}}
+end
 local reply = redis.call("XAUTOCLAIM", KEYS[1], group, reaper, lease, cursor, "COUNT", count)
+local time = now()
 local requeued, condemned = 0, {}
 for _, entry in ipairs(reply[2]) do
     -- Redis 6.2 lists deleted entries as nil; none of ours is deleted while pending.
-    if entry then
-        local id = entry[2][2]
-        local key = prefix .. "job:" .. id
-        local job = redis.call("HMGET", key, "state", "worker", "attempt", "lost", "history")
-        if job[1] == "LEASED" then
-            local lost, history = tonumber(job[4]), job[5] or ""
-            redis.call("DEL", prefix .. "chunks:" .. id .. ":" .. job[3])
-            if job[2] ~= reaper then
-                lost = lost + 1
-                history = history .. job[3] .. " " .. job[2] .. " " .. now .. "\n"
-                redis.call("HSET", key, "lost", lost, "history", history)
-            end
-            if lost >= max_lost then
-                redis.call("HSET", key, "worker", reaper)
-                condemned[#condemned + 1] = {id, job[3], history}
-            else
-                redis.call("XACK", KEYS[1], group, entry[1])
-                redis.call("XDEL", KEYS[1], entry[1])
-                redis.call("HSET", key, "state", "QUEUED")
-                redis.call("HDEL", key, "worker", "entry")
-                redis.call("XADD", KEYS[1], "*", "j", id)
-                requeued = requeued + 1
-            end
-        else
-            redis.call("XACK", KEYS[1], group, entry[1])
-            redis.call("XDEL", KEYS[1], entry[1])
+    local job = entry and read_job(entry[2][2])
+    if job and job.state == "LEASED" and job.entry == entry[1] then
+        local row = redis.call("HMGET", job.key, "lost", "history")
+        local lost, history = tonumber(row[1] or 0), row[2] or ""
+        drop_chunks(job)
+        job.stored = 0
+        if job.worker ~= reaper then
+            lost = lost + 1
+            history = history .. job.attempt .. " " .. job.worker .. " " .. time .. "\n"
+            redis.call("HSET", job.key, "lost", lost, "history", history)
         end
+        if lost >= max_lost then
+            append(dropped, job.worker, job.id)
+            redis.call("HSET", job.key, "worker", reaper)
+            condemned[#condemned + 1] = {job.id, job.attempt, history}
+        else
+            drop_lease(job)
+            requeue(job, lost == 1 and "suspect" or "alone")
+            requeued = requeued + 1
+        end
+    elseif entry then
+        append(gone, name, entry[1])
     end
 end
-if requeued > 0 then
-    redis.call("PUBLISH", prefix .. "wake:" .. model, "")
+settle(0)
+if redis.call("XLEN", KEYS[1]) == 0 then
+    local class, tenant, model = split(name)
+    redis.call("DEL", KEYS[1])
+    redis.call("SREM", KEYS[2], name)
+    redis.call("ZREM", prefix .. "turns:" .. class .. ":" .. model, tenant)
 end
 return {reply[1], requeued, condemned}

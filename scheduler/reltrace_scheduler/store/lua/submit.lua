@@ -1,26 +1,32 @@
 -- Accepts the jobs of one submission, all or none.
 --
--- KEYS[1] idempotency:<key>   string  read; set to the submission's id
--- KEYS[2] submission:<sub>    hash    created
--- KEYS[3] load                hash    jobs and bytes added
--- KEYS[4..] queue:<model>     stream  an entry per job
--- also: job:<job>             hash    created, one per job
+-- KEYS[1] idempotency:<tenant>:<key>  string  read; set to the submission's id
+-- KEYS[2] submission:<sub>            hash    created
+-- KEYS[3] load                        hash    jobs and bytes added
+-- KEYS[4] tenant:<tenant>             hash    jobs and bytes added
+-- KEYS[5] tenants                     set     the tenant added
+-- also: queue:<class>:<tenant>:<model> stream an entry per job; queues, turns:<...>
+--       job:<job>                     hash    created, one per job
+--       deadlines                     zset    jobs with a timeout
 -- publishes wake:<model>
 --
--- ARGV: prefix, submission id, idempotency ttl (ms; 0: no key given), max jobs, max bytes,
---       now (ms), then per job: index of its queue in KEYS, model, spec
+-- ARGV: prefix, group, submission id, tenant, class, idempotency ttl (ms; 0: no key given),
+--       digest of the jobs, bounds: jobs in all, bytes in all, the tenant's jobs, its
+--       bytes; then per job: model, timeout (ms; 0: none), spec
 --
--- Returns {"accepted"} | {"seen", submission id, number of jobs} |
---         {"full", queued jobs, queued bytes}
-local prefix, sub, ttl = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local max_jobs, max_bytes, now = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
-local first = 7
+-- Returns {"accepted"} | {"seen", submission id, number of jobs} | {"differs"} |
+--         {"full", "in all" or "of the tenant", jobs, bytes, bound on jobs, bound on bytes}
+local sub, tenant, class, ttl, digest = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6]), ARGV[7]
+local first = 12
 local count = (#ARGV - first + 1) / 3
 
 if ttl > 0 then
     local seen = redis.call("GET", KEYS[1])
     if seen then
-        local id, jobs = string.match(seen, "^(%S+) (%d+)$")
+        local id, jobs, had = string.match(seen, "^(%S+) (%d+) (%S+)$")
+        if had ~= digest then
+            return {"differs"}
+        end
         return {"seen", id, tonumber(jobs)}
     end
 end
@@ -29,30 +35,44 @@ local bytes = 0
 for i = 0, count - 1 do
     bytes = bytes + #ARGV[first + 3 * i + 2]
 end
-local load = redis.call("HMGET", KEYS[3], "jobs", "bytes")
-local held_jobs, held_bytes = tonumber(load[1] or 0), tonumber(load[2] or 0)
-if held_jobs + count > max_jobs or held_bytes + bytes > max_bytes then
-    return {"full", held_jobs, held_bytes}
+
+-- Results that wait to be read take memory as the jobs do.
+local function held(key, max_jobs, max_bytes)
+    local load = redis.call("HMGET", key, "jobs", "bytes", "results", "max_jobs", "max_bytes")
+    local jobs, held_bytes = tonumber(load[1] or 0), tonumber(load[2] or 0) + tonumber(load[3] or 0)
+    max_jobs, max_bytes = tonumber(load[4] or max_jobs), tonumber(load[5] or max_bytes)
+    local full = jobs + count > max_jobs or held_bytes + bytes > max_bytes
+    return full, jobs, held_bytes, max_jobs, max_bytes
 end
 
-local woken = {}
+local full, jobs, used, max_jobs, max_bytes = held(KEYS[4], ARGV[10], ARGV[11])
+if full then
+    return {"full", "of the tenant", jobs, used, max_jobs, max_bytes}
+end
+full, jobs, used, max_jobs, max_bytes = held(KEYS[3], ARGV[8], ARGV[9])
+if full then
+    return {"full", "in all", jobs, used, max_jobs, max_bytes}
+end
+
+local time = now()
 for i = 0, count - 1 do
     local at = first + 3 * i
-    local queue, model, spec = KEYS[tonumber(ARGV[at])], ARGV[at + 1], ARGV[at + 2]
-    local job = sub .. "-" .. i
-    redis.call("HSET", prefix .. "job:" .. job,
-        "state", "QUEUED", "attempt", 0, "lost", 0, "model", model,
-        "spec", spec, "bytes", #spec, "queued_at", now)
-    redis.call("XADD", queue, "*", "j", job)
-    woken[model] = true
+    local model, timeout, spec = ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2]
+    local id = sub .. "-" .. i
+    local name, entry = enqueue(id, class, tenant, model)
+    local key = prefix .. "job:" .. id
+    redis.call("HSET", key, "state", "QUEUED", "attempt", 0, "queue", name, "entry", entry,
+        "spec", spec, "bytes", #spec, "queued_at", time)
+    if timeout > 0 then
+        redis.call("HSET", key, "due", time + timeout)
+        redis.call("ZADD", prefix .. "deadlines", time + timeout, id)
+    end
 end
-redis.call("HSET", KEYS[2], "jobs", count, "ended", 0)
-redis.call("HINCRBY", KEYS[3], "jobs", count)
-redis.call("HINCRBY", KEYS[3], "bytes", bytes)
+redis.call("HSET", KEYS[2], "tenant", tenant, "jobs", count, "ended", 0)
+redis.call("SADD", KEYS[5], tenant)
+charge(tenant, count, bytes, 0)
 if ttl > 0 then
-    redis.call("SET", KEYS[1], sub .. " " .. count, "PX", ttl)
+    redis.call("SET", KEYS[1], sub .. " " .. count .. " " .. digest, "PX", ttl)
 end
-for model in pairs(woken) do
-    redis.call("PUBLISH", prefix .. "wake:" .. model, "")
-end
+settle(0)
 return {"accepted"}

@@ -1,0 +1,76 @@
+"""The results of jobs that end without a worker's doing."""
+
+from collections.abc import Sequence
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import code_pb2
+from reltrace_proto.v1 import types_pb2
+
+from reltrace_scheduler.store.records import Condemned, Ending, Lease, LostLease
+
+
+def cancelled(job_id: str) -> Ending:
+    """End a job that its client does not want any more."""
+    return _ending(job_id, None, "CANCELLED", code_pb2.CANCELLED, "was cancelled")
+
+
+def overdue(job_id: str) -> Ending:
+    """End a job that did not end within its timeout."""
+    message = "did not end within its timeout"
+    return _ending(job_id, None, "FAILED", code_pb2.DEADLINE_EXCEEDED, message)
+
+
+def quarantined(job: Condemned) -> Ending:
+    """End a job that lost too many leases."""
+    history = "; ".join(f"attempt {lost.attempt} on {lost.worker}" for lost in job.lost)
+    return _ending(
+        job.job_id,
+        job.attempt,
+        "QUARANTINED",
+        code_pb2.ABORTED,
+        f"lost its worker {len(job.lost)} times and is quarantined: {history}",
+        job.lost,
+    )
+
+
+def exhausted(lease: Lease, error: types_pb2.JobError) -> Ending:
+    """End a job whose attempts keep failing, with the error of the last one."""
+    chunk = types_pb2.ResultChunk(
+        job_id=lease.job_id,
+        number=1,
+        end=types_pb2.JobEnd(state=types_pb2.JOB_STATE_FAILED, attempt=lease.attempt, error=error),
+    )
+    return Ending(lease.job_id, lease.attempt, "FAILED", chunk.SerializeToString())
+
+
+def wire_losses(lost: Sequence[LostLease]) -> list[types_pb2.LostLease]:
+    """Return lost leases as they travel."""
+    losses = []
+    for lease in lost:
+        at = Timestamp()
+        at.FromMilliseconds(int(lease.lost_at * 1000))
+        losses.append(
+            types_pb2.LostLease(attempt=lease.attempt, worker_id=lease.worker, lost_at=at)
+        )
+    return losses
+
+
+def _ending(
+    job_id: str,
+    attempt: int | None,
+    state: str,
+    code: int,
+    message: str,
+    lost: Sequence[LostLease] = (),
+) -> Ending:
+    chunk = types_pb2.ResultChunk(
+        job_id=job_id,
+        number=1,
+        end=types_pb2.JobEnd(
+            state=types_pb2.JobState.Value(f"JOB_STATE_{state}"),
+            attempt=attempt or 0,
+            error=types_pb2.JobError(code=code, message=message),
+            lost_leases=wire_losses(lost),
+        ),
+    )
+    return Ending(job_id, attempt, state, chunk.SerializeToString())
