@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_LOOK_FOR_SIGNALS = 0.2
+"""Seconds. A signal that arrives just before a thread falls asleep on a lock does not wake it."""
+
 
 class LoopThread:
     """An event loop in a daemon thread, which all synchronous clients of a process share."""
@@ -25,14 +28,21 @@ class LoopThread:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for it, from any other thread.
 
-        An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine.
+        An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine. It is
+        noticed within `_LOOK_FOR_SIGNALS`, whichever thread the system gave the signal to.
         """
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a synchronous client can not be used on its own event loop")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result()
+            while True:
+                try:
+                    return future.result(_LOOK_FOR_SIGNALS)
+                except TimeoutError:
+                    # Ours, or the coroutine's own: that one is raised again.
+                    if future.done():
+                        return future.result()
         except BaseException:
             future.cancel()
             raise

@@ -164,15 +164,15 @@ def test_ctrl_c_ends_a_call(server: FakeServer) -> None:
         "    except KeyboardInterrupt:\n"
         "        print('interrupted')\n"
     )
-    process = subprocess.Popen(
+    # Leaving the block closes the pipe, however the test ends.
+    with subprocess.Popen(
         [sys.executable, "-c", code, server.address], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert started.wait(20)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=20)
-    finally:
-        ended.set()
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            assert started.wait(20)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=20)
+        finally:
+            ended.set()
+            process.kill()
     assert (out, process.returncode) == ("interrupted\n", 0)

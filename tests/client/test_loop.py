@@ -1,0 +1,44 @@
+"""The event loop behind the synchronous clients."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+
+import pytest
+from reltrace import _loop
+
+
+def test_an_interrupt_that_does_not_wake_the_waiting_thread_is_noticed() -> None:
+    """As when it arrives between the last look for signals and the sleep on a lock."""
+    ended = threading.Event()
+
+    async def interrupted() -> None:
+        try:
+            # The waiting thread is the main one: it is told, but it is not woken.
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        _loop.shared().run(interrupted())
+    assert ended.wait(5)
+
+
+def test_a_timeout_of_the_work_itself_is_raised() -> None:
+    async def late() -> None:
+        async with asyncio.timeout(2 * _loop._LOOK_FOR_SIGNALS):
+            await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError):
+        _loop.shared().run(late())
+
+
+def test_work_that_takes_longer_than_a_look_gives_its_result() -> None:
+    async def slow() -> int:
+        await asyncio.sleep(2.5 * _loop._LOOK_FOR_SIGNALS)
+        return 7
+
+    assert _loop.shared().run(slow()) == 7
