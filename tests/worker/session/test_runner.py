@@ -11,7 +11,8 @@ from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
 from reltrace_worker.jobs import PreparedJob
-from reltrace_worker.session.runner import LeaseKey, Runner
+from reltrace_worker.session.leases import LeaseKey
+from reltrace_worker.session.runner import Runner
 
 
 def lease(number: int, tokens: int, rule: str = "attnlrp", **fields: object) -> worker_pb2.Lease:

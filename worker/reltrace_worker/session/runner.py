@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,20 +31,11 @@ from reltrace_worker.session.convert import (
     result_dtype,
     scalar_type,
 )
+from reltrace_worker.session.leases import Chunks, LeaseKey
 
 log = structlog.get_logger()
 
-Chunks = Iterator[worker_pb2.LeasedChunk]
-
 VERSIONS = {name: version(name) for name in ("lxt", "torch", "transformers", "reltrace-worker")}
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseKey:
-    """Names a lease; the attempt is its fencing token."""
-
-    job_id: str
-    attempt: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import structlog
 from reltrace_proto.v1 import worker_pb2, worker_pb2_grpc
 
 from reltrace_worker.errors import WorkerError
-from reltrace_worker.session.runner import Chunks, LeaseKey, Runner
+from reltrace_worker.session.leases import Chunks, JobRunner, LeaseKey
 
 log = structlog.get_logger()
 
@@ -71,9 +71,11 @@ class Session:
         ``HOST:PORT`` of the scheduler.
     hello : worker_pb2.Hello
         Who this worker is and what it serves.
+    runner : JobRunner
+        What runs the jobs.
     """
 
-    def __init__(self, address: str, hello: worker_pb2.Hello, runner: Runner) -> None:
+    def __init__(self, address: str, hello: worker_pb2.Hello, runner: JobRunner) -> None:
         self._address = address
         self._hello = hello
         self._runner = runner

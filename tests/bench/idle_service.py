@@ -1,0 +1,117 @@
+"""Redis, a scheduler and the idle worker, as processes; nothing of the model is loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+import reltrace
+from reltrace_scheduler.embedded import find_server
+
+HERE = Path(__file__).parent
+_START = 30.0
+"""Seconds for a process to come up."""
+
+
+@dataclass(frozen=True)
+class IdleService:
+    """A service that is up.
+
+    Parameters
+    ----------
+    address : str
+        The scheduler's.
+    scheduler, worker, store : int
+        Process ids.
+    """
+
+    address: str
+    scheduler: int
+    worker: int
+    store: int
+
+
+@contextmanager
+def process(command: Sequence[str], **options: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a process for as long as the block lasts."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("RELTRACE_")}
+    running = subprocess.Popen(command, text=True, env=own, **options)  # type: ignore[call-overload]
+    with running:
+        try:
+            yield running
+        finally:
+            running.terminate()
+            try:
+                running.wait(20)
+            except subprocess.TimeoutExpired:
+                running.kill()
+
+
+@contextmanager
+def redis_server(appendfsync: str) -> Iterator[tuple[str, int]]:
+    """Run an empty Redis with an append-only file; gives its URL and process id."""
+    with tempfile.TemporaryDirectory() as folder:
+        socket = Path(folder) / "redis.sock"
+        command = [
+            str(find_server()), "--port", "0", "--unixsocket", str(socket), "--dir", folder,
+            "--appendonly", "yes", "--appendfsync", appendfsync, "--save", "",
+            "--maxmemory-policy", "noeviction",
+        ]  # fmt: skip
+        with process(command, stdout=subprocess.DEVNULL) as running:
+            _until_it_answers(socket)
+            yield f"unix://{socket}", running.pid
+
+
+def _until_it_answers(socket: Path) -> None:
+    end = time.monotonic() + _START
+    with redis.Redis(unix_socket_path=str(socket)) as client:
+        while True:
+            try:
+                client.ping()
+            except redis.ConnectionError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
+
+
+@contextmanager
+def idle_service(
+    appendfsync: str = "everysec", result_bytes: int = 1 << 20, chunk_bytes: Sequence[int] = ()
+) -> Iterator[IdleService]:
+    """Run the service around the idle worker until the block ends."""
+    with ExitStack() as stack:
+        url, store = stack.enter_context(redis_server(appendfsync))
+        scheduler = stack.enter_context(
+            process(
+                [sys.executable, "-m", "reltrace_scheduler", "--redis", url,
+                 "--listen", "127.0.0.1:0", "--log-level", "warning", "--max-jobs", "1000000"],
+                stdout=subprocess.PIPE,
+            )
+        )  # fmt: skip
+        assert scheduler.stdout is not None
+        line = scheduler.stdout.readline()
+        address = next(word for word in line.split() if word.startswith("127.0.0.1:"))
+        worker = stack.enter_context(
+            process(
+                [sys.executable, str(HERE / "idle_worker.py"), "--scheduler", address,
+                 "--result-bytes", str(result_bytes),
+                 "--chunk-bytes", *map(str, chunk_bytes)],
+            )
+        )  # fmt: skip
+        models = {"tiny", "parked", *(f"chunk-{size}" for size in chunk_bytes)}
+        with reltrace.Client(address) as client:
+            end = time.monotonic() + _START
+            while models - {model.name for model in client.models() if model.workers}:
+                assert time.monotonic() < end, "the worker did not come up"
+                time.sleep(0.05)
+        yield IdleService(address, scheduler.pid, worker.pid, store)
