@@ -67,12 +67,12 @@ def test_a_killed_worker_costs_no_job(start: Start, tmp_path: Path, slow_model: 
         wait_until(lambda: job().state == types_pb2.JOB_STATE_LEASED, "the job is leased")
         first = job()
         # Deep in the pass, as its CPU time shows: tokenizing alone takes far less.
-        busy = psutil.Process(workers[first.worker_id].popen.pid)
+        busy = psutil.Process(workers[first.worker_id.rpartition("-")[0]].popen.pid)
         began = busy.cpu_times().user
         wait_until(lambda: busy.cpu_times().user > began + 0.5, "the pass is under way")
         assert job().state == types_pb2.JOB_STATE_LEASED
         killed = time.monotonic()
-        workers.pop(first.worker_id).kill()
+        workers.pop(first.worker_id.rpartition("-")[0]).kill()
 
         wait_until(lambda: job().attempt == 2, "another worker has it")
         # Back in the queue within two lease times, and leased at once.

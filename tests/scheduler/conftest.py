@@ -37,7 +37,14 @@ async def store(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(lease=0.5, result_ttl=60, max_jobs=50, max_bytes=1 << 20)
+    return Settings(
+        lease=0.5,
+        result_ttl=60,
+        max_jobs=50,
+        max_bytes=1 << 20,
+        retry_delay=0.01,
+        max_failures=2,
+    )
 
 
 @pytest.fixture

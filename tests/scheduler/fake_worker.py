@@ -1,4 +1,5 @@
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -22,12 +23,17 @@ class FakeWorker:
     worker_id: str = "w1"
     model: types_pb2.ModelInfo = field(default_factory=lambda: MODEL)
 
-    async def connect(self) -> worker_pb2.Welcome:
+    async def greet(self) -> worker_pb2.Welcome:
         self.call = worker_pb2_grpc.WorkerServiceStub(self.channel).Work()
         await self.send(hello=worker_pb2.Hello(worker_id=self.worker_id, model=self.model))
-        # It holds nothing: until it has said so, nothing is leased to it.
-        await self.send(heartbeat=worker_pb2.Heartbeat())
         return (await self.receive("welcome")).welcome
+
+    async def connect(self, holding: Sequence[worker_pb2.Lease] = ()) -> worker_pb2.Welcome:
+        """Greet, and say what it holds: until then, nothing is leased to it."""
+        welcome = await self.greet()
+        refs = [worker_pb2.LeaseRef(job_id=x.job_id, attempt=x.attempt) for x in holding]
+        await self.send(heartbeat=worker_pb2.Heartbeat(leases=refs))
+        return welcome
 
     async def send(self, **message: object) -> None:
         await self.call.write(worker_pb2.WorkRequest(**message))

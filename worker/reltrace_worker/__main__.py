@@ -108,7 +108,10 @@ def worker(
         typer.Option(envvar="RELTRACE_THREADS", min=1, help="CPU threads; default: all cores."),
     ] = None,
     worker_id: Annotated[
-        str | None, typer.Option(envvar="RELTRACE_WORKER_ID", help="Default: host and a number.")
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_WORKER_ID", help="Name in logs and status; each start adds a number."
+        ),
     ] = None,
     log_level: Annotated[
         str, typer.Option(envvar="RELTRACE_LOG_LEVEL", help="debug, info, warning or error.")

@@ -47,4 +47,12 @@ class ModelError(WorkerError):
 
 
 class EngineError(WorkerError):
-    """A pass failed, or its numbers are not finite."""
+    """A job can not be computed: its numbers are not finite, or it does not fit."""
+
+
+class PassFailedError(EngineError):
+    """A pass broke off for a reason that may pass: another attempt is worth while."""
+
+
+class DeviceLostError(WorkerError):
+    """The device does not work any more for this process; only a new one may help."""

@@ -2,6 +2,7 @@ import asyncio
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -120,6 +121,95 @@ async def test_released_jobs_go_to_another_at_once(client, channel, worker: Fake
     other = FakeWorker(channel, "w2")
     await other.connect()
     assert {lease.attempt for lease in await other.lease(2)} == {2}
+
+
+async def test_a_failed_attempt_is_tried_again_and_then_final(client, channel) -> None:
+    worker = FakeWorker(channel)
+    await worker.connect()
+    answer = await submit(client, 1)
+    error = types_pb2.JobError(code=13, message="a broken kernel")
+    for attempt in range(1, 4):
+        (lease,) = await worker.lease(1)
+        assert lease.attempt == attempt
+        await worker.send(release=worker_pb2.Release(leases=refs([lease]), error=error))
+    (end,) = await ends(client, answer.submission_id)
+    assert (end.state, end.attempt) == (types_pb2.JOB_STATE_FAILED, 3)
+    assert end.error == error
+
+
+async def test_what_was_on_its_way_to_a_lost_connection_comes_at_once(
+    client, channel: grpc.aio.Channel
+) -> None:
+    worker = FakeWorker(channel)
+    await worker.connect()
+    await submit(client, 2)
+    received, _ = await worker.lease(2)
+    worker.call.cancel()
+    # It comes back, knowing of one of the two leases.
+    await worker.connect(holding=[received])
+    (again,) = await worker.lease(1)
+    assert (again.attempt, again.job_id != received.job_id) == (2, True)
+
+
+async def test_nothing_is_leased_before_the_first_heartbeat(client, channel) -> None:
+    worker = FakeWorker(channel)
+    await worker.greet()
+    await submit(client, 1)
+    await worker.send(ready=worker_pb2.Ready(jobs=1))
+    # Another is served meanwhile, so the scheduler had its chance.
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    assert await other.lease(1)
+
+
+async def test_a_second_connection_of_a_worker_ends_the_first(client, channel) -> None:
+    first = FakeWorker(channel)
+    await first.connect()
+    second = FakeWorker(channel)
+    await second.connect()
+    await submit(client, 1)
+    await first.send(ready=worker_pb2.Ready(jobs=1))
+    error = await refusal(first)
+    assert error.code() is grpc.StatusCode.ABORTED
+    assert await second.lease(1)
+
+
+async def test_a_cancelled_job_is_taken_from_its_worker_at_once(
+    client, channel, worker: FakeWorker
+) -> None:
+    answer = await submit(client, 2)
+    leases = await worker.lease(1)
+    request = trace_pb2.CancelJobsRequest(submission_id=answer.submission_id)
+    assert (await client.CancelJobs(request)).cancelled == 2
+    assert (await worker.receive("revoked")).revoked.leases == refs(leases)
+    states = [end.state for end in await ends(client, answer.submission_id)]
+    assert states == [types_pb2.JOB_STATE_CANCELLED] * 2
+    assert (await client.CancelJobs(request)).cancelled == 0
+
+
+async def test_a_job_past_its_timeout_fails_and_is_taken_from_its_worker(
+    client, worker: FakeWorker
+) -> None:
+    spec = JobSpec(prompt="a", timeout=Duration(nanos=50_000_000))
+    answer = await client.SubmitJobs(trace_pb2.SubmitJobsRequest(jobs=[spec, spec]))
+    leases = await worker.lease(1)
+    late = await ends(client, answer.submission_id)
+    assert [(end.state, end.error.code) for end in late] == [
+        (types_pb2.JOB_STATE_FAILED, grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
+    ] * 2
+    assert (await worker.receive("revoked")).revoked.leases == refs(leases)
+
+
+async def test_leases_say_their_priority(client, worker: FakeWorker) -> None:
+    for priority in (types_pb2.PRIORITY_UNSPECIFIED, types_pb2.PRIORITY_BATCH):
+        request = trace_pb2.SubmitJobsRequest(jobs=[JobSpec(prompt="a")], priority=priority)
+        await client.SubmitJobs(request)
+    # Room for one batch job takes four places: one of them is never batch.
+    leases = await worker.lease(2)
+    assert [lease.priority for lease in leases] == [
+        types_pb2.PRIORITY_INTERACTIVE,
+        types_pb2.PRIORITY_BATCH,
+    ]
 
 
 async def test_a_worker_that_leaves_in_order_is_forgotten(client, channel, worker) -> None:

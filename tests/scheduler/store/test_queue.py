@@ -2,11 +2,13 @@ import asyncio
 
 import pytest
 import redis.asyncio
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import IdempotencyError, QueueFullError, SupersededError
 from reltrace_scheduler.store.keys import GROUP, Keys
-from reltrace_scheduler.store.queue import LOST, STORED
+from reltrace_scheduler.store.queue import LOST, STORED, Queue
 from reltrace_scheduler.store.records import Lease, NewChunk, NewJob, Priority
 from reltrace_scheduler.store.results import Results
+from reltrace_scheduler.store.upkeep import Upkeep
 from scheduler.driver import EPOCH, MODEL, Driver, end, jobs, lease_of
 
 LEASE = 0.5  # seconds, as in the settings fixture
@@ -246,30 +248,36 @@ async def test_what_a_worker_does_not_know_of_is_queued_again(driver: Driver) ->
     assert {job.queue_class for job in again} == {"interactive"}
 
 
+@pytest.fixture
+def patient(store: redis.asyncio.Redis, keys: Keys) -> Driver:
+    settings = Settings(retry_delay=1.0, max_failures=3)
+    return Driver(store, keys, Queue(store, settings, keys), Upkeep(store, settings, keys))
+
+
 async def test_a_failed_attempt_waits_longer_each_time(
-    driver: Driver, store: redis.asyncio.Redis, keys: Keys
+    patient: Driver, store: redis.asyncio.Redis, keys: Keys
 ) -> None:
-    await driver.submit(jobs(1))
+    await patient.submit(jobs(1))
     waits = []
     for attempt in range(1, 4):
-        (job,) = await driver.lease("w", 1)
+        (job,) = await patient.lease("w", 1)
         assert job.attempt == attempt
-        assert await driver.queue.retry("w", [lease_of(job)]) == []
-        assert await driver.lease("w", 1) == []
+        assert await patient.queue.retry("w", [lease_of(job)]) == []
+        assert await patient.lease("w", 1) == []
         seconds, microseconds = await store.time()
         ((_, due),) = await store.zrange(keys.delayed, 0, -1, withscores=True)
         waits.append(due / 1000 - seconds - microseconds / 1e6)
         await store.zadd(keys.delayed, {job.job_id: 0})
-        assert await driver.upkeep.promote() == 1
+        assert await patient.upkeep.promote() == 1
     assert waits == pytest.approx([1.0, 2.0, 4.0], abs=0.5)
 
-    (job,) = await driver.lease("w", 1)
-    assert await driver.queue.retry("w", [lease_of(job)]) == [lease_of(job)]
-    assert await driver.depth() == (0, 1)
+    (job,) = await patient.lease("w", 1)
+    assert await patient.queue.retry("w", [lease_of(job)]) == [lease_of(job)]
+    assert await patient.depth() == (0, 1)
 
 
-async def test_a_wait_that_is_not_over_goes_on(driver: Driver) -> None:
-    await driver.submit(jobs(1))
-    (job,) = await driver.lease("w", 1)
-    await driver.queue.retry("w", [lease_of(job)])
-    assert await driver.upkeep.promote() == 0
+async def test_a_wait_that_is_not_over_goes_on(patient: Driver) -> None:
+    await patient.submit(jobs(1))
+    (job,) = await patient.lease("w", 1)
+    await patient.queue.retry("w", [lease_of(job)])
+    assert await patient.upkeep.promote() == 0

@@ -15,10 +15,16 @@ from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.session.runner import Runner
 
 
-def lease(number: int, tokens: int, rule: str = "attnlrp", **fields: object) -> worker_pb2.Lease:
+def lease(
+    number: int,
+    tokens: int,
+    rule: str = "attnlrp",
+    priority: types_pb2.Priority = types_pb2.PRIORITY_INTERACTIVE,
+    **fields: object,
+) -> worker_pb2.Lease:
     ids = types_pb2.TokenIds(ids=range(20, 20 + tokens))
     spec = types_pb2.JobSpec(input_ids=ids, rule=rule, **fields)
-    return worker_pb2.Lease(job_id=f"j-{number}", attempt=1, spec=spec)
+    return worker_pb2.Lease(job_id=f"j-{number}", attempt=1, spec=spec, priority=priority)
 
 
 class Watched:
@@ -126,6 +132,27 @@ async def test_what_is_dropped_or_taken_back_does_not_run(
     watched.gate.release()
     assert await waiting == ["j-4"]
     assert len(watched.passes) == 2
+
+
+async def test_interactive_jobs_go_before_batch_but_not_for_ever(
+    checkpoints: Checkpoints, engine: Engine, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("reltrace_worker.session.runner.time.monotonic", lambda: clock[0])
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=20)
+    batch = types_pb2.PRIORITY_BATCH
+    await runner.add([lease(0, 20)])
+    assert watched.begun.acquire(timeout=20)
+    # All of these wait for the pass that is under way.
+    await runner.add([lease(number, 20, priority=batch) for number in (1, 2)])
+    clock[0] += 1
+    await runner.add([lease(3, 20)])
+    clock[0] += 10
+    await runner.add([lease(4, 20)])
+    for _ in range(5):
+        watched.gate.release()
+    order = [job for _ in range(5) for job in await results(runner)]
+    assert order == ["j-0", "j-3", "j-1", "j-2", "j-4"]
 
 
 async def test_topk_and_layers_reach_the_wire(checkpoints: Checkpoints, engine: Engine) -> None:

@@ -7,10 +7,12 @@ from datetime import timedelta
 
 import grpc
 import pytest
+import torch
 from google.protobuf.duration_pb2 import Duration
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_worker.engine import Engine
+from reltrace_worker.errors import DeviceLostError, PassFailedError
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.session import RefusedError, Session
 
@@ -236,12 +238,14 @@ async def test_a_pass_that_breaks_costs_only_the_job_that_breaks_it(
     monkeypatch.setattr(engine, "run", breaks)
     connection = await scheduler.next()
     await connection.lease(spec("cats"), spec(sites=["mlp_out"]), spec("dogs"))
+    release = (await connection.receive("release")).release
+    assert [ref.job_id for ref in release.leases] == ["s-1"]
+    assert release.error.message == "no room"
     ends: dict[str, types_pb2.JobEnd] = {}
-    while len(ends) < 3:
+    while len(ends) < 2:
         results = (await connection.receive("results")).results
         ends |= {leased.chunk.job_id: leased.chunk.end for leased in results.chunks}
     assert ends["s-0"].state == ends["s-2"].state == types_pb2.JOB_STATE_SUCCEEDED
-    assert ends["s-1"].error.message == "no room"
 
 
 async def test_a_large_result_comes_in_order(scheduler: Scheduler, session: Session) -> None:
@@ -295,3 +299,49 @@ async def test_a_scheduler_that_refuses_ends_the_worker(
         with pytest.raises(RefusedError, match="not you"):
             async with asyncio.timeout(20):
                 await Session(address, worker_pb2.Hello(), runner).run()
+
+
+async def test_a_failed_attempt_is_handed_back_with_its_reason(
+    scheduler: Scheduler, session: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a pass that breaks off for one of two jobs, not for what the job asks
+    I expect its lease handed back with the reason, room for another, and the other's result.
+    """
+    run = engine.run
+
+    def broken(batch: list) -> object:
+        if any(job.token_ids[:2] == broken_ids[:2] for job in batch):
+            raise PassFailedError("a broken kernel")
+        return run(batch)
+
+    broken_ids = (20, 21, 22)
+    monkeypatch.setattr(engine, "run", broken)
+    connection = await scheduler.next()
+    await connection.receive("ready")
+    bad = types_pb2.JobSpec(input_ids=types_pb2.TokenIds(ids=broken_ids))
+    await connection.lease(bad, spec())
+
+    assert (await connection.receive("ready")).ready.jobs == 1
+    release = (await connection.receive("release")).release
+    assert [ref.job_id for ref in release.leases] == ["s-0"]
+    assert (release.error.code, release.error.message) == (13, "a broken kernel")
+    (leased,) = (await connection.receive("results")).results.chunks
+    assert leased.chunk.job_id == "s-1"
+
+
+async def test_a_lost_device_ends_the_session(
+    checkpoints: Checkpoints, scheduler: Scheduler, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine, "_pass", lost)
+    async with serving(scheduler) as address:
+        hello = worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="m"))
+        session = Session(address, hello, Runner(checkpoints.loaded("plain"), engine, 256))
+        working = asyncio.create_task(session.run())
+        await (await scheduler.next()).lease(spec(), spec())
+        with pytest.raises(DeviceLostError, match="illegal memory access"):
+            async with asyncio.timeout(20):
+                await working

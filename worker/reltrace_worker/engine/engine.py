@@ -22,7 +22,7 @@ from reltrace_worker.engine.memory import (
 )
 from reltrace_worker.engine.pack import Pack, Scalar
 from reltrace_worker.engine.passes import trace_checkpointed, trace_keeping
-from reltrace_worker.errors import EngineError
+from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
 from reltrace_worker.jobs import JobResult, PreparedJob, PreparedTarget, ResolvedTarget, Term
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
@@ -144,19 +144,25 @@ class Engine:
 
         Raises
         ------
-        EngineError
+        PassFailedError
             The pass itself failed, not for memory; no job of the batch has a result.
+        DeviceLostError
+            The device does not work any more for this process.
         """
         by_rule: dict[str, list[int]] = {}
         for index, job in enumerate(batch):
             by_rule.setdefault(job.rule, []).append(index)
         results: dict[int, Outcome] = {}
-        with self._lock:
-            if self._plans and batch:
-                self.measure()
-            for rule, indices in by_rule.items():
-                outcomes = self._run_jobs(rule, [batch[index] for index in indices])
-                results.update(zip(indices, outcomes, strict=True))
+        try:
+            with self._lock:
+                if self._plans and batch:
+                    self.measure()
+                for rule, indices in by_rule.items():
+                    outcomes = self._run_jobs(rule, [batch[index] for index in indices])
+                    results.update(zip(indices, outcomes, strict=True))
+        except torch.AcceleratorError as error:
+            # After such an error every further call of this process fails.
+            raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
         return [results[index] for index in range(len(batch))]
 
     def _run_jobs(self, rule: str, jobs: list[PreparedJob]) -> list[Outcome]:
@@ -209,8 +215,10 @@ class Engine:
             raise
         except Exception as error:
             if not is_out_of_memory(error):
+                if isinstance(error, torch.AcceleratorError):
+                    raise
                 tokens = sum(len(job.token_ids) for job in jobs)
-                raise EngineError(
+                raise PassFailedError(
                     f"the pass of {len(jobs)} jobs with {tokens} tokens failed: "
                     f"{type(error).__name__}: {error}"
                 ) from error

@@ -17,14 +17,22 @@ class LeaseKey:
     attempt: int
 
 
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """A job whose attempt broke off for a reason that may pass."""
+
+    key: LeaseKey
+    reason: str
+
+
 class JobRunner(Protocol):
     """Runs leased jobs. Everything is called on the session's event loop."""
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
         """Take jobs in; return the chunks of those that have failed already."""
 
-    async def next_results(self) -> list[Chunks]:
-        """Wait until jobs have ended; return an iterator of chunks per job."""
+    async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
+        """Wait until jobs have ended; return for each an iterator of chunks, or why not."""
 
     def drop(self, keys: set[LeaseKey]) -> None:
         """Forget jobs that have not begun."""

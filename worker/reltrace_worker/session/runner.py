@@ -16,7 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine
-from reltrace_worker.errors import EngineError, InvalidJob
+from reltrace_worker.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
 from reltrace_worker.jobs import JobResult, PreparedJob
 from reltrace_worker.model import JobPreparer, LoadedModel
 from reltrace_worker.rules import RULES
@@ -31,7 +31,7 @@ from reltrace_worker.session.convert import (
     result_dtype,
     scalar_type,
 )
-from reltrace_worker.session.leases import Chunks, LeaseKey
+from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 
 log = structlog.get_logger()
 
@@ -45,6 +45,8 @@ class _Ready:
     key: LeaseKey
     lease: worker_pb2.Lease
     job: PreparedJob
+    turn: float
+    """Monotonic time by which the jobs that wait are ordered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,9 @@ class _Done:
     results: Sequence[JobResult | EngineError]
     seconds: float
 
+
+_HANDICAPS = {types_pb2.PRIORITY_BATCH: 5.0}
+"""Seconds by which a job that came earlier lets an interactive one go first: not for ever."""
 
 _PASSES_AHEAD = 2
 """The pass under way and the one that follows it."""
@@ -100,7 +105,7 @@ class Runner:
         loop = asyncio.get_running_loop()
         ready, faulty = await loop.run_in_executor(self._text_thread, self._prepare, leases)
         with self._lock:
-            self._ready.extend(ready)
+            self._ready = deque(sorted([*self._ready, *ready], key=lambda job: job.turn))
         if ready:
             self._order_passes()
             self._arrived.set()
@@ -118,8 +123,14 @@ class Runner:
             self._ready.clear()
         return keys
 
-    async def next_results(self) -> list[Chunks]:
-        """Wait for the next pass; return an iterator of chunks per job."""
+    async def next_results(self) -> list[Chunks | FailedAttempt]:
+        """Wait for the next pass; return an iterator of chunks per job, or why there is none.
+
+        Raises
+        ------
+        DeviceLostError
+            This process can not run a pass any more.
+        """
         loop = asyncio.get_running_loop()
         while True:
             self._order_passes()
@@ -140,9 +151,9 @@ class Runner:
             self._passes.append(loop.run_in_executor(self._engine_thread, self._run))
 
     def _next_batch(self) -> list[_Ready]:
-        """Take what goes into one pass: the job that waits longest, and what goes with it.
+        """Take what goes into one pass: the job whose turn it is, and what goes with it.
 
-        That is, in the order of arrival, what has its rule (another would be another pass) and
+        That is, in the order of their turns, what has its rule (another would be another pass) and
         still fits. What is passed over stays in order, and comes first before long.
         """
         with self._lock:
@@ -166,6 +177,7 @@ class Runner:
     def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[_Ready], list[Chunks]]:
         ready: list[_Ready] = []
         faulty: list[Chunks] = []
+        now = time.monotonic()
         for lease in leases:
             try:
                 job = self._prepare_job.prepare(job_spec(lease.spec))
@@ -176,7 +188,8 @@ class Runner:
                 log.exception("job.prepare_failed", job=lease.job_id)
                 faulty.append(_broken(lease, error))
             else:
-                ready.append(_Ready(LeaseKey(lease.job_id, lease.attempt), lease, job))
+                key = LeaseKey(lease.job_id, lease.attempt)
+                ready.append(_Ready(key, lease, job, now + _HANDICAPS.get(lease.priority, 0.0)))
         return ready, faulty
 
     def _run(self) -> _Done | None:
@@ -193,9 +206,12 @@ class Runner:
         log.debug("pass.done", jobs=len(batch), tokens=tokens, seconds=round(seconds, 4))
         return _Done(batch, results, seconds)
 
-    def _encode(self, done: _Done) -> list[Chunks]:
-        encoded: list[Chunks] = []
+    def _encode(self, done: _Done) -> list[Chunks | FailedAttempt]:
+        encoded: list[Chunks | FailedAttempt] = []
         for job, result in zip(done.batch, done.results, strict=True):
+            if isinstance(result, PassFailedError):
+                encoded.append(FailedAttempt(job.key, str(result)))
+                continue
             try:
                 chunks_of = self._chunks(job, result, done.seconds)
                 # The first chunk, for most jobs the only one, is made here and not on the loop;
@@ -209,10 +225,12 @@ class Runner:
     def _run_engine(self, jobs: Sequence[PreparedJob]) -> Sequence[JobResult | EngineError]:
         try:
             return self._engine.run(jobs)
+        except DeviceLostError:
+            raise
         except Exception as error:
             if len(jobs) == 1:
                 log.exception("pass.failed")
-                return [error if isinstance(error, EngineError) else EngineError(str(error))]
+                return [error if isinstance(error, EngineError) else PassFailedError(str(error))]
             # One job must not cost its neighbours their results.
             log.warning("pass.split", jobs=len(jobs), error=str(error))
             return [result for job in jobs for result in self._run_engine([job])]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import grpc
 import structlog
-from reltrace_proto.v1 import worker_pb2, worker_pb2_grpc
+from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 from reltrace_worker.errors import WorkerError
-from reltrace_worker.session.leases import Chunks, JobRunner, LeaseKey
+from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey
 
 log = structlog.get_logger()
 
@@ -37,6 +37,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
+
+_INTERNAL: int = grpc.StatusCode.INTERNAL.value[0]
 
 # Coming again with the same greeting would be refused again.
 _FINAL = {
@@ -146,7 +148,16 @@ class Session:
 
     async def _compute(self) -> None:
         while True:
-            await self._finished.put(await self._runner.next_results())
+            results = await self._runner.next_results()
+            failed = [result for result in results if isinstance(result, FailedAttempt)]
+            for attempt in failed:
+                self._drop({attempt.key})
+                error = types_pb2.JobError(code=_INTERNAL, message=attempt.reason)
+                self._send_release({attempt.key}, error)
+            if len(failed) < len(results):
+                await self._finished.put(
+                    [result for result in results if not isinstance(result, FailedAttempt)]
+                )
 
     def _accept(self, leases: list[worker_pb2.Lease]) -> None:
         keys = {LeaseKey(lease.job_id, lease.attempt) for lease in leases}
@@ -172,9 +183,9 @@ class Session:
             self._drop(keys)
             self._send_release(keys)
 
-    def _send_release(self, keys: set[LeaseKey]) -> None:
-        refs = [_ref(key) for key in keys]
-        self._send(worker_pb2.WorkRequest(release=worker_pb2.Release(leases=refs)))
+    def _send_release(self, keys: set[LeaseKey], error: types_pb2.JobError | None = None) -> None:
+        release = worker_pb2.Release(leases=[_ref(key) for key in keys], error=error)
+        self._send(worker_pb2.WorkRequest(release=release))
 
     # -- uploads ----------------------------------------------------------------------
 
