@@ -7,9 +7,11 @@ from typing import Any
 import grpc
 import pytest
 import redis.asyncio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from reltrace_proto.v1 import admin_pb2, trace_pb2, types_pb2, worker_pb2
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.store.keys import Keys
 from scheduler.fake_worker import FakeWorker
 from scheduler.messages import messages
@@ -37,7 +39,7 @@ WORDS = st.one_of(
     st.text(max_size=20),
 )
 
-fuzz = settings(
+fuzz = examples(
     max_examples=60,
     deadline=None,
     # The server is one for all examples: that it lives on is what is tested.
@@ -45,10 +47,16 @@ fuzz = settings(
 )
 
 
+@pytest.fixture
+def settings() -> Settings:
+    # No lease runs out here, however busy the machine.
+    return Settings(lease=60, max_jobs=500)
+
+
 async def answer(channel: grpc.aio.Channel, path: str, request: bytes) -> grpc.StatusCode:
-    """Call a method with raw bytes; a stream is read to its end, or for a moment."""
+    """Call a method with raw bytes; return how it ended."""
     if path.endswith("StreamResults"):
-        call: Any = channel.unary_stream(path)(request, timeout=1)
+        call: Any = channel.unary_stream(path)(request, timeout=20)
     else:
         call = channel.unary_unary(path)(request, timeout=20)
     code = await call.code()
@@ -155,12 +163,8 @@ async def test_any_messages_of_a_worker_leave_the_leases_of_others(
 
     sent: list[list[bytes]] = []
     await asyncio.to_thread(run)
-    beat = worker_pb2.Heartbeat(
-        leases=[worker_pb2.LeaseRef(job_id=lease.job_id, attempt=lease.attempt)]
-    )
     for requests in sent:
         await asyncio.to_thread(send_all, server, requests)
-        await worker.send(heartbeat=beat)
     await worker.finish([lease], data=b"honest")
     await worker.receive("committed")
     stream = client.StreamResults(
