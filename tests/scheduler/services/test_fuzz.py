@@ -41,6 +41,8 @@ WORDS = st.one_of(
 
 fuzz = examples(
     max_examples=60,
+    derandomize=True,
+    database=None,
     deadline=None,
     # The server is one for all examples: that it lives on is what is tested.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
