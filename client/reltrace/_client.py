@@ -29,8 +29,8 @@ class Client:
         dies. Default: environment variable RELTRACE_SERVER, else "127.0.0.1:50051".
     token : str or Path, optional
         The token that a server asks for: the token itself, or a Path of a file that holds it,
-        which is read again when it changes. Default: environment variable RELTRACE_TOKEN, else
-        the file that RELTRACE_TOKEN_FILE names, else none; "": none.
+        which is read again when it changes. Default: the file that environment variable
+        RELTRACE_TOKEN_FILE names, else what RELTRACE_TOKEN holds, else none; "": none.
     tls : bool or TlsOptions, optional
         Whether to use TLS, and how. Default: TLS if one of the environment variables RELTRACE_TLS,
         RELTRACE_TLS_CA, RELTRACE_TLS_CERT, RELTRACE_TLS_KEY and RELTRACE_TLS_NAME is set; with

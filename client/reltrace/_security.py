@@ -91,7 +91,7 @@ class Security:
         self._metadata: tuple[tuple[str, str], ...] = ()
         if token is None:
             file = os.environ.get("RELTRACE_TOKEN_FILE")
-            token = os.environ.get("RELTRACE_TOKEN") or (Path(file) if file else "")
+            token = Path(file) if file else os.environ.get("RELTRACE_TOKEN", "")
         if isinstance(token, Path):
             self._file = token
         elif isinstance(token, str):
