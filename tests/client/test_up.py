@@ -33,7 +33,9 @@ class Up:
             [*command, "--port", "0", "--data", str(self.data), *options],
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(PARTS), os.environ.get("PYTHONPATH", "")]),
+                "PYTHONPATH": os.pathsep.join(
+                    filter(None, [str(PARTS), os.environ.get("PYTHONPATH")])
+                ),
                 "EVENTS": str(self.events_file),
                 **environment,
             },
