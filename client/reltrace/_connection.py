@@ -134,9 +134,11 @@ class Retries:
 
     def _gave_up(self, status: RpcStatus) -> TraceError:
         error = self._unavailable(status)
+        # What a server that speaks TLS does to a connection that does not, and says nothing.
+        tls = " Does it ask for TLS?" if "Socket closed" in status.message else ""
         return type(error)(
-            f"{error} (tried for {self._patience:g} s; is it running? `reltrace up` starts one, "
-            f"and {ADDRESS_VARIABLE} names another)"
+            f"{error} (tried for {self._patience:g} s; is it running?{tls} `reltrace up` starts "
+            f"one, and {ADDRESS_VARIABLE} names another)"
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from reltrace_scheduler.auth.identity import DEFAULT_TENANT, Identity, Role
+from reltrace_scheduler.auth.identity import DEFAULT_TENANT, TENANT_NAME, Identity, Role
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
 
 log = structlog.get_logger()
@@ -30,7 +30,6 @@ _LOOK_EVERY = 1.0
 _MAX_FILE_BYTES = 4 << 20
 _MAX_ENTRIES = 10_000
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NAME_RULE = "must be 1 to 64 letters, digits, or any of _.-"
 _FIELDS = {"name", "role", "tenant", "sha256"}
 
@@ -76,7 +75,7 @@ class Entry:
             A field has a value that is not allowed.
         """
         for field, value in (("name", self.name), ("tenant", self.tenant)):
-            if not _NAME.fullmatch(value):
+            if not re.fullmatch(TENANT_NAME, value):
                 raise TokenError(f"{field} {value!r}: {_NAME_RULE}")
         if self.role is Role.WORKER and self.tenant != DEFAULT_TENANT:
             raise TokenError(f"tenant {self.tenant!r}: a worker works for every tenant")
