@@ -30,6 +30,7 @@ from reltrace._errors import (
 )
 from reltrace._info import Model, Queue, Status, Worker
 from reltrace._origin import Provenance, ResolvedTarget, Timings
+from reltrace._security import TlsOptions
 from reltrace._target import Target
 from reltrace._trace import Failure, Trace
 
@@ -57,6 +58,7 @@ __all__ = [
     "Status",
     "Target",
     "Timings",
+    "TlsOptions",
     "Trace",
     "TraceError",
     "Unavailable",

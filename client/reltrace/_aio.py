@@ -17,6 +17,7 @@ from reltrace._errors import RpcStatus, TraceError, invalid
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._request import Arguments
+from reltrace._security import Security, Tls, Token
 from reltrace._source import open_source
 from reltrace._submission import Entry, Rejected, deliveries, submit
 from reltrace._target import Target, TargetLike
@@ -40,16 +41,29 @@ class AsyncClient:
     Parameters
     ----------
     address : str, optional
-        "host:port" of the server. Default: environment variable RELTRACE_SERVER, else
-        "127.0.0.1:50051".
+        "host:port" of the server; several with commas between, or "dns:///name:port" for every
+        address behind a name: calls are spread over them, and go on with the others when one
+        dies. Default: environment variable RELTRACE_SERVER, else "127.0.0.1:50051".
+    token : str or Path, optional
+        The token that a server asks for: the token itself, or a Path of a file that holds it,
+        which is read again when it changes. Default: the file that environment variable
+        RELTRACE_TOKEN_FILE names, else what RELTRACE_TOKEN holds, else none; "": none.
+    tls : bool or TlsOptions, optional
+        Whether to use TLS, and how. Default: TLS if one of the environment variables RELTRACE_TLS,
+        RELTRACE_TLS_CA, RELTRACE_TLS_CERT, RELTRACE_TLS_KEY and RELTRACE_TLS_NAME is set; with
+        True, too, they are the options.
+    insecure : bool, optional
+        Send the token in plaintext to another machine. Default: environment variable
+        RELTRACE_INSECURE, else no.
     retry_timeout : float, default 30
-        Seconds to keep calling a server that can not be reached or is not ready, both at the
-        first call and after a connection was lost.
+        Seconds to keep calling when no server can be reached or is ready, both at the first call
+        and after a connection was lost.
 
     Raises
     ------
     InvalidArgument
-        If the address is not of the form host:port.
+        If the address is of another form, a file of `token` or `tls` can not be read, or the
+        token would be sent in plaintext to another machine.
 
     Examples
     --------
@@ -57,13 +71,22 @@ class AsyncClient:
     ...     trace = await client.trace("My cats love to play with my")
     """
 
-    def __init__(self, address: str | None = None, *, retry_timeout: float = 30.0) -> None:
-        self._connection = Connection(address, retry_timeout)
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        token: Token = None,
+        tls: Tls = None,
+        insecure: bool | None = None,
+        retry_timeout: float = 30.0,
+    ) -> None:
+        security = Security(token, tls, insecure)
+        self._connection = Connection(address, retry_timeout, security)
         self._background: set[asyncio.Task[None]] = set()
 
     @property
     def address(self) -> str:
-        """The address of the server."""
+        """The address of the server, or of several."""
         return self._connection.address
 
     async def __aenter__(self) -> Self:
@@ -256,13 +279,15 @@ class AsyncClient:
     async def models(self) -> list[_info.Model]:
         """Return the models that can be traced. See `Client.models`."""
         answer = await self._query(
-            self._connection.traces.ListModels, trace_pb2.ListModelsRequest()
+            lambda server: server.traces.ListModels, trace_pb2.ListModelsRequest()
         )
         return _info.models(answer)
 
     async def status(self) -> _info.Status:
         """Return the state of the server. See `Client.status`."""
-        answer = await self._query(self._connection.admin.GetStatus, admin_pb2.GetStatusRequest())
+        answer = await self._query(
+            lambda server: server.admin.GetStatus, admin_pb2.GetStatusRequest()
+        )
         return _info.status(answer)
 
     async def _query(self, method: Any, request: Message) -> Any:

@@ -11,6 +11,7 @@ from reltrace._aio import AsyncClient, Item, Targets
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._request import Arguments
+from reltrace._security import Tls, Token
 from reltrace._target import TargetLike
 from reltrace._trace import Failure, Trace
 
@@ -23,16 +24,29 @@ class Client:
     Parameters
     ----------
     address : str, optional
-        "host:port" of the server. Default: environment variable RELTRACE_SERVER, else
-        "127.0.0.1:50051".
+        "host:port" of the server; several with commas between, or "dns:///name:port" for every
+        address behind a name: calls are spread over them, and go on with the others when one
+        dies. Default: environment variable RELTRACE_SERVER, else "127.0.0.1:50051".
+    token : str or Path, optional
+        The token that a server asks for: the token itself, or a Path of a file that holds it,
+        which is read again when it changes. Default: the file that environment variable
+        RELTRACE_TOKEN_FILE names, else what RELTRACE_TOKEN holds, else none; "": none.
+    tls : bool or TlsOptions, optional
+        Whether to use TLS, and how. Default: TLS if one of the environment variables RELTRACE_TLS,
+        RELTRACE_TLS_CA, RELTRACE_TLS_CERT, RELTRACE_TLS_KEY and RELTRACE_TLS_NAME is set; with
+        True, too, they are the options.
+    insecure : bool, optional
+        Send the token in plaintext to another machine. Default: environment variable
+        RELTRACE_INSECURE, else no.
     retry_timeout : float, default 30
-        Seconds to keep calling a server that can not be reached or is not ready, both at the
-        first call and after a connection was lost.
+        Seconds to keep calling when no server can be reached or is ready, both at the first call
+        and after a connection was lost.
 
     Raises
     ------
     InvalidArgument
-        If the address is not of the form host:port.
+        If the address is of another form, a file of `token` or `tls` can not be read, or the
+        token would be sent in plaintext to another machine.
 
     Examples
     --------
@@ -41,13 +55,23 @@ class Client:
     ...     trace.relevance.shape
     """
 
-    def __init__(self, address: str | None = None, *, retry_timeout: float = 30.0) -> None:
-        self._client = AsyncClient(address, retry_timeout=retry_timeout)
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        token: Token = None,
+        tls: Tls = None,
+        insecure: bool | None = None,
+        retry_timeout: float = 30.0,
+    ) -> None:
+        self._client = AsyncClient(
+            address, token=token, tls=tls, insecure=insecure, retry_timeout=retry_timeout
+        )
         self._loop = _loop.shared()
 
     @property
     def address(self) -> str:
-        """The address of the server."""
+        """The address of the server, or of several."""
         return self._client.address
 
     def __enter__(self) -> Self:

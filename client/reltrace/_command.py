@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,8 +16,9 @@ from rich.table import Table
 
 import reltrace
 from reltrace import _terminal, _up
-from reltrace._connection import ADDRESS_VARIABLE, DEFAULT_ADDRESS
+from reltrace._address import ADDRESS_VARIABLE, DEFAULT_ADDRESS
 from reltrace._errors import TraceError, invalid
+from reltrace._security import TlsOptions
 from reltrace._trace import Trace, check_plot_path
 
 app = typer.Typer(
@@ -30,7 +31,8 @@ Server = Annotated[
     str | None,
     typer.Option(
         envvar=ADDRESS_VARIABLE,
-        help=f"HOST:PORT of the server.  [default: {DEFAULT_ADDRESS}]",
+        help="HOST:PORT of the server, several with commas between, or dns:///NAME:PORT."
+        f"  [default: {DEFAULT_ADDRESS}]",
         show_default=False,
     ),
 ]
@@ -58,17 +60,82 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+@dataclass(frozen=True, slots=True)
+class _Access:
+    """What the options before the command say."""
+
+    token_file: Path | None
+    tls: TlsOptions | bool | None
+    insecure: bool | None
+
+    def client(self, server: str | None) -> reltrace.Client:
+        # An option wins over the environment, where the client looks for what is None.
+        return reltrace.Client(server, token=self.token_file, tls=self.tls, insecure=self.insecure)
+
+
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that holds the token for the server.  [env var: RELTRACE_TOKEN_FILE, or the "
+            "token itself in RELTRACE_TOKEN]",
+            show_default=False,
+        ),
+    ] = None,
+    tls: Annotated[
+        bool | None,
+        typer.Option(
+            "--tls/--no-tls",
+            help="Use TLS; every option below switches it on.  [env var: RELTRACE_TLS]",
+            show_default=False,
+        ),
+    ] = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RELTRACE_TLS_CA",
+            help="PEM file of the authorities to trust.  [default: the public ones]",
+            show_default=False,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(envvar="RELTRACE_TLS_CERT", help="PEM file of a certificate to show."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="RELTRACE_TLS_KEY", help="PEM file of its key.")
+    ] = None,
+    tls_name: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_TLS_NAME",
+            help="The name in the server's certificate.  [default: the host of the address]",
+            show_default=False,
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option(
+            "--insecure",
+            help="Send the token in plaintext to another machine.  [env var: RELTRACE_INSECURE]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    pass
+    options = TlsOptions(tls_ca, tls_cert, tls_key, tls_name)
+    context.obj = _Access(
+        token_file, options if tls is not False and options != TlsOptions() else tls, insecure
+    )
 
 
 @app.command()
 def run(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The text to trace.")],
     server: Server = None,
     model: Annotated[
@@ -123,7 +190,7 @@ def run(
     """Trace one prompt and show its tokens coloured by relevance."""
     if plot is not None:
         check_plot_path(plot)
-    with reltrace.Client(server) as client:
+    with _access(context).client(server) as client:
         trace = client.trace(
             prompt,
             model=model,
@@ -142,6 +209,12 @@ def run(
     if plot is not None:
         trace.plot(plot)
         typer.echo(f"wrote {plot}", err=True)
+
+
+def _access(context: typer.Context) -> _Access:
+    access = context.find_object(_Access)
+    assert access is not None
+    return access
 
 
 def _target(text: str) -> str | int:
@@ -163,9 +236,9 @@ def _show(trace: Trace) -> None:
 
 
 @app.command()
-def models(server: Server = None, as_json: AsJson = False) -> None:
+def models(context: typer.Context, server: Server = None, as_json: AsJson = False) -> None:
     """List the models that the server can trace."""
-    with reltrace.Client(server) as client:
+    with _access(context).client(server) as client:
         served = client.models()
     if as_json:
         typer.echo(json.dumps([asdict(model) for model in served]))
@@ -195,9 +268,9 @@ def models(server: Server = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def status(server: Server = None, as_json: AsJson = False) -> None:
+def status(context: typer.Context, server: Server = None, as_json: AsJson = False) -> None:
     """Show queues, workers and the store of the server."""
-    with reltrace.Client(server) as client:
+    with _access(context).client(server) as client:
         state = client.status()
         address = client.address
     if as_json:
@@ -227,6 +300,7 @@ def status(server: Server = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def up(
+    context: typer.Context,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -254,7 +328,9 @@ def up(
     redis: Annotated[
         str | None,
         typer.Option(
-            envvar="RELTRACE_REDIS", help="URL of a Redis to use instead of an embedded one."
+            envvar="RELTRACE_REDIS",
+            help="URL of a Redis to use instead of an embedded one; its "
+            "password belongs into RELTRACE_REDIS_PASSWORD, or with the URL into RELTRACE_REDIS.",
         ),
     ] = None,
     start_timeout: Annotated[
@@ -268,6 +344,9 @@ def up(
 
     Prints one line with the address once a job would be served. Ends cleanly on Ctrl-C or SIGTERM.
     """
+    source = context.get_parameter_source("redis")
+    if redis is not None and source is not None and source.name == "COMMANDLINE":
+        _up.check_redis_argument(redis)
     options = _up.UpOptions(
         models=tuple(dict.fromkeys(model or ["demo"])),
         port=port,

@@ -1,9 +1,8 @@
-"""One server: its address, its channel, and calls that are repeated until they get through."""
+"""The way to the servers: calls that are repeated until one of them answers."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -11,18 +10,15 @@ from typing import Protocol, TypeVar
 
 import grpc
 import grpc.aio
-from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc
 
+from reltrace._address import ADDRESS_VARIABLE, parse_addresses
 from reltrace._errors import DeadlineExceeded, RpcStatus, TraceError, from_status, invalid
-
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-ADDRESS_VARIABLE = "RELTRACE_SERVER"
+from reltrace._security import Security
+from reltrace._servers import Server, Servers
 
 # A server that neither answers nor refuses within this time is called again.
 _CALL_TIMEOUT = 30.0
 _LONGEST_RETRY_DELAY = 60.0
-
-_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
 # A server that goes away answers with one of these or not at all.
 _PASSING = (
@@ -31,20 +27,7 @@ _PASSING = (
     grpc.StatusCode.DEADLINE_EXCEEDED,
 )
 
-_OPTIONS = (
-    # Chunks are about 1 MiB, and a message may hold many.
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    ("grpc.max_send_message_length", 64 * 1024 * 1024),
-    # A stream may be silent for as long as a job takes: pings tell a slow server from a lost one.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # By default gRPC stops after two pings in a silence.
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
-
+Metadata = tuple[tuple[str, str], ...]
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
 
@@ -52,7 +35,9 @@ Response = TypeVar("Response", covariant=True)
 class Method(Protocol[Request, Response]):
     """A unary call of a stub."""
 
-    def __call__(self, request: Request, /, *, timeout: float) -> Awaitable[Response]: ...
+    def __call__(
+        self, request: Request, /, *, timeout: float, metadata: Metadata
+    ) -> Awaitable[Response]: ...
 
 
 class Deadline:
@@ -149,30 +134,42 @@ class Retries:
 
     def _gave_up(self, status: RpcStatus) -> TraceError:
         error = self._unavailable(status)
+        # What a server that speaks TLS does to a connection that does not, and says nothing.
+        tls = " Does it ask for TLS?" if "Socket closed" in status.message else ""
         return type(error)(
-            f"{error} (tried for {self._patience:g} s; is it running? `reltrace up` starts one, "
-            f"and {ADDRESS_VARIABLE} names another)"
+            f"{error} (tried for {self._patience:g} s; is it running?{tls} `reltrace up` starts "
+            f"one, and {ADDRESS_VARIABLE} names another)"
         )
 
 
 class Connection:
-    """A channel to one server, made at the first call, on the event loop of that call.
+    """Channels to one or several servers, made at the first call, on the event loop of that call.
 
     Parameters
     ----------
     address : str or None
-        "host:port"; None: environment variable RELTRACE_SERVER, else 127.0.0.1:50051.
+        See `parse_addresses`.
     retry_timeout : float
-        Seconds to keep calling a server that can not be reached.
+        Seconds to keep calling when no server can be reached.
+    security : Security
+        Token and TLS.
+
+    Raises
+    ------
+    InvalidArgument
+        If the address is malformed, or the token would be sent to it in plaintext.
     """
 
-    def __init__(self, address: str | None, retry_timeout: float) -> None:
-        self.address = resolve_address(address)
+    def __init__(self, address: str | None, retry_timeout: float, security: Security) -> None:
+        self.address, addresses = parse_addresses(address)
+        for one in addresses:
+            security.check(one)
         if not (_is_number(retry_timeout) and retry_timeout >= 0):
             raise invalid("retry_timeout", f"must be 0 or more seconds, not {retry_timeout!r}")
         self._retry_timeout = retry_timeout
         self._random = random.Random()
-        self._channel: grpc.aio.Channel | None = None
+        self._security = security
+        self._servers = Servers(addresses, security, self._random)
         self._closed = False
 
     def check_open(self) -> None:
@@ -185,21 +182,26 @@ class Connection:
         if self._closed and not (task and task.cancelling()):
             raise TraceError("the client is closed")
 
-    def _open(self) -> grpc.aio.Channel:
+    def server(self) -> Server:
+        """Return the server for the next call.
+
+        Raises
+        ------
+        TraceError
+            If this side has closed the connection.
+        """
         self.check_open()
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self.address, options=_options(self.address))
-        return self._channel
+        return self._servers.choose()
+
+    def failed(self, server: Server, status: RpcStatus) -> None:
+        """Note how a call to a server failed: the next one goes to another if it was away."""
+        if status.code in _PASSING:
+            self._servers.failed(server)
 
     @property
-    def traces(self) -> trace_pb2_grpc.TraceServiceAsyncStub:
-        """The stub of TraceService."""
-        return trace_pb2_grpc.TraceServiceStub(self._open())
-
-    @property
-    def admin(self) -> admin_pb2_grpc.AdminServiceAsyncStub:
-        """The stub of AdminService."""
-        return admin_pb2_grpc.AdminServiceStub(self._open())
+    def metadata(self) -> Metadata:
+        """What goes with each call."""
+        return self._security.metadata()
 
     def retries(self, deadline: Deadline) -> Retries:
         """Return the retry policy for one piece of work."""
@@ -207,7 +209,7 @@ class Connection:
 
     async def call(
         self,
-        method: Method[Request, Response],
+        method: Callable[[Server], Method[Request, Response]],
         request: Request,
         deadline: Deadline,
         *,
@@ -217,8 +219,8 @@ class Connection:
 
         Parameters
         ----------
-        method : Method
-            A call of a stub.
+        method : callable
+            From a server to the call of one of its stubs.
         request : Message
             Its request.
         deadline : Deadline
@@ -236,54 +238,27 @@ class Connection:
             deadline.check()
             remaining = deadline.remaining()
             timeout = _CALL_TIMEOUT if remaining is None else min(remaining, _CALL_TIMEOUT)
+            server = self.server()
             try:
-                return await method(request, timeout=timeout)
+                answer = await method(server)(request, timeout=timeout, metadata=self.metadata)
             except grpc.aio.AioRpcError as error:
                 status = RpcStatus.of(error)
+                self.failed(server, status)
             except asyncio.CancelledError:
                 self.check_open()
                 raise
+            else:
+                server.succeeded()
+                return answer
             if keep(status):
                 return status
             await retries.after(status)
 
     async def close(self) -> None:
-        """Close the channel; calls that are open end with an error."""
+        """Close the channels; calls that are open end with an error."""
         self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        await self._servers.close()
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _options(address: str) -> tuple[tuple[str, int], ...]:
-    """Return the options of the channel to an address."""
-    if address.startswith(_LOOPBACK):
-        # gRPC would look for this machine through the proxy that the environment names.
-        return (*_OPTIONS, ("grpc.enable_http_proxy", 0))
-    return _OPTIONS
-
-
-def resolve_address(address: str | None) -> str:
-    """Return the address to use, checked.
-
-    Raises
-    ------
-    InvalidArgument
-        If it is not of the form host:port.
-    """
-    if address is None:
-        address = os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
-    if not isinstance(address, str):
-        raise invalid("address", f"must be str, not {type(address).__name__}")
-    if address.startswith("unix:"):
-        return address
-    host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise invalid(
-            "address", f'must be "host:port", such as "{DEFAULT_ADDRESS}", not {address!r}'
-        )
-    return address

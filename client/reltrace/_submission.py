@@ -86,7 +86,10 @@ async def submit(
         idempotency_key=str(uuid.uuid4()), jobs=[entry.job.spec for entry in entries]
     )
     answer = await connection.call(
-        connection.traces.SubmitJobs, request, deadline, keep=lambda s: s.code in _REJECTIONS
+        lambda server: server.traces.SubmitJobs,
+        request,
+        deadline,
+        keep=lambda status: status.code in _REJECTIONS,
     )
     if isinstance(answer, RpcStatus):
         return _rejection(answer, entries, connection.address)
@@ -122,12 +125,13 @@ async def deliveries(
 ) -> AsyncGenerator[Delivery, None]:
     """Read the results of a submission as its jobs end, each once, and acknowledge them.
 
-    A connection that is lost is made again, and reading goes on after the last chunk seen.
+    A connection that is lost is made again, to another server if there are several, and reading
+    goes on after the last chunk seen.
 
     Parameters
     ----------
     connection : Connection
-        The server.
+        To the servers.
     accepted : Accepted
         The submission.
     entries : sequence of Entry
@@ -146,17 +150,20 @@ async def deliveries(
     acknowledger = _Acknowledger(connection, accepted.id)
     retries = connection.retries(deadline)
     while True:
-        call = connection.traces.StreamResults(
+        server = connection.server()
+        call = server.traces.StreamResults(
             trace_pb2.StreamResultsRequest(
                 submission_id=accepted.id,
                 after_entry=reader.last_entry,
                 after_chunk=reader.chunks_seen,
             ),
             timeout=deadline.remaining(),
+            metadata=connection.metadata,
         )
         try:
             async for response in call:
                 retries.succeeded()
+                server.succeeded()
                 for event in response.events:
                     if (delivery := reader.take(event)) is not None:
                         acknowledger.note(reader.last_entry, delivery.bytes)
@@ -164,7 +171,9 @@ async def deliveries(
                 if room is not None and reader.missing:
                     await room()
         except grpc.aio.AioRpcError as error:
-            await retries.after(RpcStatus.of(error))
+            status = RpcStatus.of(error)
+            connection.failed(server, status)
+            await retries.after(status)
             continue
         except asyncio.CancelledError:
             connection.check_open()
@@ -245,7 +254,7 @@ class _Acknowledger:
         )
         try:
             await self._connection.call(
-                self._connection.traces.AcknowledgeResults,
+                lambda server: server.traces.AcknowledgeResults,
                 request,
                 Deadline(_ACKNOWLEDGE_TIMEOUT),
             )

@@ -38,6 +38,20 @@ _DECIDED = (
     "RELTRACE_SCHEDULER",
     "RELTRACE_MODEL",
     "RELTRACE_WORKER_ID",
+    # Everything stays on this machine, where nobody needs a token; the token of a client's
+    # environment is for another server.
+    "RELTRACE_TOKENS",
+    "RELTRACE_TOKEN",
+    "RELTRACE_TOKEN_FILE",
+    "RELTRACE_LISTEN_TLS_CERT",
+    "RELTRACE_LISTEN_TLS_KEY",
+    "RELTRACE_LISTEN_TLS_CLIENT_CA",
+    "RELTRACE_TLS",
+    "RELTRACE_TLS_CA",
+    "RELTRACE_TLS_CERT",
+    "RELTRACE_TLS_KEY",
+    "RELTRACE_TLS_NAME",
+    "RELTRACE_REDIS_URL_FILE",
 )
 
 
@@ -160,7 +174,7 @@ async def _serving(options: UpOptions, address: str, report: Callable[[str], Non
     """Wait until every model has a worker."""
     began = said = time.monotonic()
     wanted = len(options.models)
-    async with AsyncClient(address, retry_timeout=0) as client:
+    async with AsyncClient(address, token="", tls=False, retry_timeout=0) as client:
         while True:
             try:
                 served = [model for model in await client.models() if model.workers]
@@ -187,6 +201,28 @@ def _ready_line(options: UpOptions, port: int, models: Sequence[Model]) -> str:
     store = f"data in {options.data}" if options.redis is None else _without_secrets(options.redis)
     kind = "model" if len(models) == 1 else "models"
     return f"reltrace is ready at {HOST}:{port} ({kind} {names}, {store})"
+
+
+def check_redis_argument(url: str) -> None:
+    """Check that the value of `--redis` tells nobody a password.
+
+    Raises
+    ------
+    InvalidArgument
+        If it holds one; every user of the machine can read it there.
+    """
+    try:
+        parsed = urlsplit(url)
+        seen = "@" in url if parsed.scheme != "unix" else parsed.password is not None
+        seen = seen or "password" in parsed.query
+    except ValueError:
+        seen = True
+    if seen:
+        raise invalid(
+            "redis",
+            "every user of this machine can read a password on the command line; put the URL into "
+            "RELTRACE_REDIS, or the password into RELTRACE_REDIS_PASSWORD",
+        )
 
 
 def _without_secrets(url: str) -> str:
@@ -270,7 +306,8 @@ def _free_port(port: int) -> int:
 def _own_folder(data: Path) -> Iterator[None]:
     """Hold the folder: two stores on one append-only file would destroy it."""
     try:
-        data.mkdir(parents=True, exist_ok=True)
+        # Prompts are in it.
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (data / "up.lock").open("a")
     except OSError as error:
         raise invalid("data", f"{data} can not be used: {error.strerror}") from None

@@ -9,19 +9,29 @@ from typing import Annotated
 import structlog
 import typer
 
+from reltrace_scheduler.auth.access import Access
+from reltrace_scheduler.auth.identity import DEFAULT_TENANT, Role
+from reltrace_scheduler.auth.rates import Rates
+from reltrace_scheduler.auth.tls import ServerTls
+from reltrace_scheduler.auth.tokens import TokenError, Tokens, append, make
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.embedded import EmbeddedRedis
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.server import serving, until_asked_to_stop
+from reltrace_scheduler.store.address import RedisAddress, redis_address
 from reltrace_scheduler.store.connection import connect
 from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.registry import Registry
 
+TOKENS_VARIABLE = "RELTRACE_TOKENS"
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+# A callback, so that the scheduler itself needs no subcommand.
+@app.callback(invoke_without_command=True)
 def scheduler(
+    context: typer.Context,
     listen: Annotated[
         str, typer.Option(envvar="RELTRACE_LISTEN", help="HOST:PORT to serve on; port 0: any.")
     ] = "127.0.0.1:50051",
@@ -31,6 +41,28 @@ def scheduler(
             envvar="RELTRACE_REDIS",
             help="URL of a Redis, 6.2 or newer: redis://, rediss:// or unix://. "
             "Without it, one of the scheduler's own keeps its data under --data.",
+        ),
+    ] = None,
+    redis_url_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RELTRACE_REDIS_URL_FILE", help="File that holds the URL, password and all."
+        ),
+    ] = None,
+    redis_password_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RELTRACE_REDIS_PASSWORD_FILE",
+            help="File that holds the password of the Redis; "
+            "or put the password into RELTRACE_REDIS_PASSWORD.",
+        ),
+    ] = None,
+    redis_ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RELTRACE_REDIS_CA",
+            help="With rediss://: PEM file of the authorities to trust.  [default: the system's]",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[
@@ -56,11 +88,64 @@ def scheduler(
     max_jobs: Annotated[
         int, typer.Option(envvar="RELTRACE_MAX_JOBS", min=1, help="Jobs that may wait.")
     ] = Settings.max_jobs,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=TOKENS_VARIABLE,
+            help="File of the tokens that callers need, as `reltrace-scheduler token` writes it. "
+            "Without it, everybody may do everything.",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RELTRACE_LISTEN_TLS_CERT", help="PEM file of the server's certificate."
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(envvar="RELTRACE_LISTEN_TLS_KEY", help="PEM file of its key."),
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RELTRACE_LISTEN_TLS_CLIENT_CA",
+            help="PEM file of the authorities whose clients may connect (mutual TLS).",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            envvar="RELTRACE_LISTEN_INSECURE",
+            help="Serve other machines without TLS or without tokens.",
+        ),
+    ] = False,
+    max_requests_per_second: Annotated[
+        float | None,
+        typer.Option(
+            envvar="RELTRACE_MAX_REQUESTS_PER_SECOND",
+            min=0.001,
+            help="Calls of one token, at this scheduler.  [default: no limit]",
+            show_default=False,
+        ),
+    ] = None,
+    max_jobs_per_second: Annotated[
+        float | None,
+        typer.Option(
+            envvar="RELTRACE_MAX_JOBS_PER_SECOND",
+            min=0.001,
+            help="Jobs that one token submits, at this scheduler.  [default: no limit]",
+            show_default=False,
+        ),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(envvar="RELTRACE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
 ) -> None:
     """Queue trace jobs in Redis and lease them to workers."""
+    if context.invoked_subcommand is not None:
+        return
     level = logging.getLevelNamesMapping().get(log_level.upper())
     if level is None:
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error")
@@ -68,26 +153,97 @@ def scheduler(
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    if (redis is None) == (data is None):
-        raise typer.BadParameter("name either a Redis by --redis, or a folder by --data")
+    if (tls_cert is None) != (tls_key is None):
+        raise typer.BadParameter("--tls-cert and --tls-key go together")
+    if tls_client_ca is not None and tls_cert is None:
+        raise typer.BadParameter("--tls-client-ca needs --tls-cert and --tls-key")
     settings = Settings(lease=lease, result_ttl=result_ttl, max_jobs=max_jobs)
     try:
-        asyncio.run(_run(listen, redis, data, settings))
+        address = redis_address(
+            redis,
+            url_file=redis_url_file,
+            password_file=redis_password_file,
+            ca=redis_ca,
+            on_command_line=_is_argument(context, "redis"),
+        )
+        if (address is None) == (data is None):
+            raise typer.BadParameter(
+                "name either a Redis by --redis or --redis-url-file, or a folder by --data"
+            )
+        access = Access(
+            tokens=None if tokens is None else Tokens(tokens),
+            tls=None
+            if tls_cert is None or tls_key is None
+            else ServerTls(tls_cert, tls_key, tls_client_ca),
+            rates=Rates(max_requests_per_second, max_jobs_per_second),
+            insecure=insecure,
+        )
+        # Before Redis is bothered.
+        access.check(listen)
+        asyncio.run(_run(listen, address, data, settings, access))
     except StartError as error:
         typer.echo(f"reltrace-scheduler: {error}", err=True)
         raise typer.Exit(1) from None
 
 
-async def _run(listen: str, url: str | None, data: Path | None, settings: Settings) -> None:
+def _is_argument(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+@app.command()
+def token(
+    name: Annotated[
+        str, typer.Option(help="Tells this token from others, in the file and in the log.")
+    ],
+    role: Annotated[
+        Role, typer.Option(help="What its holder may do; an operator may do what a client may.")
+    ],
+    tenant: Annotated[
+        str, typer.Option(help="Whose jobs its holder submits, reads and cancels.")
+    ] = DEFAULT_TENANT,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=TOKENS_VARIABLE,
+            help="File to add the entry to, made if missing; without it, the entry is printed.",
+        ),
+    ] = None,
+) -> None:
+    """Make a token: it goes to standard output, once, and only its hash is kept."""
+    try:
+        text, entry = make(name, role, tenant)
+        if file is not None:
+            append(file, entry)
+    except TokenError as error:
+        typer.echo(f"reltrace-scheduler token: {error}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(f"reltrace-scheduler token: --file {file}: {error.strerror}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(text)
+    if file is None:
+        typer.echo(f"# Into the file named by --tokens:\n{entry.to_toml()}", err=True, nl=False)
+    else:
+        typer.echo(f"added to {file}; this is the only time that the token is shown", err=True)
+
+
+async def _run(
+    listen: str,
+    address: RedisAddress | None,
+    data: Path | None,
+    settings: Settings,
+    access: Access,
+) -> None:
     own = EmbeddedRedis(data) if data is not None else None
     try:
-        connection = await connect(await own.start() if own else url or "")
+        connection = await connect(await own.start() if own else address or "")
         try:
             if own is not None:
                 # Nobody else serves this store: who was connected before is not any more.
                 await Registry(connection.redis, Keys()).forget_all()
-            async with serving(connection, listen, settings) as address:
-                print(f"reltrace-scheduler is listening on {address}", flush=True)
+            async with serving(connection, listen, settings, access) as bound:
+                print(f"reltrace-scheduler is listening on {bound}", flush=True)
                 await _until_over(own)
         finally:
             await connection.redis.aclose()

@@ -92,7 +92,7 @@ class EmbeddedRedis:
         """
         binary = find_server()
         try:
-            self._data.mkdir(parents=True, exist_ok=True)
+            self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = (self._data / "redis.lock").open("a")
         except OSError as error:
             raise StartError(f"--data {self._data}: {error.strerror}") from error
@@ -119,6 +119,8 @@ class EmbeddedRedis:
                     # Ctrl-C in a terminal reaches the whole process group; the server must
                     # outlive the scheduler's own orderly end.
                     start_new_session=True,
+                    # The file holds prompts: whatever the folder's mode, they are this user's.
+                    umask=0o077,
                     preexec_fn=_end_with_parent(os.getpid()) if sys.platform == "linux" else None,
                 )
         await self._answering(socket)

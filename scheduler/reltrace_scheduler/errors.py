@@ -118,6 +118,27 @@ class SupersededError(SchedulerError):
         super().__init__(f"worker {worker_id!r} has connected anew; this session is over")
 
 
+class UnauthenticatedError(SchedulerError):
+    """The caller presents no token, or none that holds."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class ForbiddenError(SchedulerError):
+    """The caller's role does not allow the call."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+class TooFastError(SchedulerError):
+    """The caller is over its rate."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message, retry_after=retry_after)
+
+
 class UnavailableError(SchedulerError):
     """Redis is away, or no worker has connected yet: the same call may succeed later."""
 

@@ -46,8 +46,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """Wrap a handler of ours; leave gRPC's own services as they are."""
-        handler = await continuation(handler_call_details)
         method = handler_call_details.method
+        try:
+            handler = await continuation(handler_call_details)
+        except SchedulerError as error:
+            return _refusal(error, method)
         if handler is None or not method.startswith("/reltrace."):
             return handler
         parse = _parser(handler.request_deserializer, limited="WorkerService" not in method)
@@ -68,6 +71,19 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "stream_unary": grpc.stream_unary_rpc_method_handler,
     "stream_stream": grpc.stream_stream_rpc_method_handler,
 }
+
+
+def _refusal(error: SchedulerError, method: str) -> Any:
+    """Return a handler that answers with an error before it reads the request."""
+
+    async def call(
+        requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[bytes]:
+        await _abort(context, error, method)
+        yield b""  # Never reached; it makes this a handler of streams.
+
+    # On the wire a stream is any method's shape, and only a stream is not read by gRPC itself.
+    return grpc.stream_stream_rpc_method_handler(call)
 
 
 def _parser(

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import grpc
@@ -22,6 +22,9 @@ from reltrace_proto.v1 import (
     worker_pb2_grpc,
 )
 
+from reltrace_scheduler.auth.access import Access
+from reltrace_scheduler.auth.interceptor import AuthInterceptor
+from reltrace_scheduler.auth.rates import UNLIMITED, RateInterceptor
 from reltrace_scheduler.config import MAX_TRANSPORT_BYTES, Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.interceptor import ErrorInterceptor
@@ -58,22 +61,39 @@ _HEALTH_PERIOD = 1.0
 
 
 @asynccontextmanager
-async def serving(connection: Connection, listen: str, settings: Settings) -> AsyncIterator[str]:
+async def serving(
+    connection: Connection, listen: str, settings: Settings, access: Access | None = None
+) -> AsyncIterator[str]:
     """Serve until the block ends; gives the address that clients use.
+
+    Parameters
+    ----------
+    connection : Connection
+        The store.
+    listen : str
+        ``HOST:PORT``; port 0: any free one.
+    settings : Settings
+        Bounds and times.
+    access : Access, optional
+        Who gets in; default: everybody on this machine.
 
     Raises
     ------
     StartError
-        The address can not be bound.
+        The address can not be bound, or may not be served like this.
     """
+    access = access or Access()
+    access.check(listen)
     redis, keys = connection.redis, Keys()
     queue, upkeep = Queue(redis, settings, keys), Upkeep(redis, settings, keys)
     results, tenants = Results(redis, settings, keys), Tenants(redis, keys)
     registry, signals = Registry(redis, keys), Signals(redis, keys)
     models = ModelCache(registry, settings.lease)
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
+        interceptors=[*_interceptors(access)],
         options=[
+            # gRPC unpacks a compressed message to any length before it looks at the limit.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
             ("grpc.max_receive_message_length", MAX_TRANSPORT_BYTES),
             ("grpc.max_send_message_length", MAX_TRANSPORT_BYTES),
             # Two schedulers on one port would share its connections at random.
@@ -98,7 +118,11 @@ async def serving(connection: Connection, listen: str, settings: Settings) -> As
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     reflection.enable_server_reflection([*SERVICES, HEALTH_NAME, reflection.SERVICE_NAME], server)
     try:
-        port = server.add_insecure_port(listen)
+        port = (
+            server.add_insecure_port(listen)
+            if access.tls is None
+            else server.add_secure_port(listen, access.tls.credentials())
+        )
     except RuntimeError as error:
         raise StartError(f"--listen {listen}: the address is in use or not ours") from error
     await server.start()
@@ -113,6 +137,15 @@ async def serving(connection: Connection, listen: str, settings: Settings) -> As
         await status.enter_graceful_shutdown()
         await end(tasks)
         await server.stop(_STOP_GRACE)
+
+
+def _interceptors(access: Access) -> Iterator[grpc.aio.ServerInterceptor]:
+    """Give the interceptors, the outermost first."""
+    yield ErrorInterceptor()
+    if access.tokens is not None:
+        yield AuthInterceptor(access.tokens)
+    if access.rates != UNLIMITED:
+        yield RateInterceptor(access.rates)
 
 
 async def _report_health(connection: Connection, status: health.HealthServicer) -> None:

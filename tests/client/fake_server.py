@@ -176,6 +176,12 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         Jobs end in the reverse order.
     hold
         Jobs wait for this before they end.
+    credentials
+        Serve TLS with these.
+    token
+        Callers must present it.
+    presented
+        What the calls presented, in order.
     """
 
     piece_bytes: int = 1 << 20
@@ -189,7 +195,10 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     reverse: bool = False
     hold: Callable[[types_pb2.JobSpec], None] = lambda spec: None
     truncate: bool = False
+    credentials: grpc.ServerCredentials | None = None
+    token: str | None = None
 
+    presented: list[str] = field(default_factory=list)
     requests: list[trace_pb2.SubmitJobsRequest] = field(default_factory=list)
     streams: list[trace_pb2.StreamResultsRequest] = field(default_factory=list)
     submissions: dict[str, Submission] = field(default_factory=dict)
@@ -208,11 +217,16 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
 
     def start(self) -> None:
         """Serve; after `stop`, at the same address and with all that was submitted."""
-        self._server = grpc.server(futures.ThreadPoolExecutor(32))
+        self._server = grpc.server(futures.ThreadPoolExecutor(32), interceptors=[_Guard(self)])
         trace_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
-        port = self._server.add_insecure_port(self.address or "127.0.0.1:0")
-        self.address = f"127.0.0.1:{port}"
+        address = self.address or "127.0.0.1:0"
+        port = (
+            self._server.add_secure_port(address, self.credentials)
+            if self.credentials
+            else self._server.add_insecure_port(address)
+        )
+        self.address = f"{address.rpartition(':')[0]}:{port}"
         self._server.start()
 
     def stop(self) -> None:
@@ -335,6 +349,24 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         worker.model.name = "fake"
         worker.connected_at.FromSeconds(1_700_000_000)
         return response
+
+
+class _Guard(grpc.ServerInterceptor):
+    """Asks for the token, as the scheduler does."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self._server = server
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        presented = dict(details.invocation_metadata).get("authorization", "")
+        self._server.presented.append(presented)
+        if self._server.token is None or presented == f"Bearer {self._server.token}":
+            return continuation(details)
+
+        def refuse(requests: Any, context: Any) -> Any:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is not known here")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 __all__ = ["FakeServer", "code_pb2"]

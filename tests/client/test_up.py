@@ -33,7 +33,9 @@ class Up:
             [*command, "--port", "0", "--data", str(self.data), *options],
             env={
                 **os.environ,
-                "PYTHONPATH": str(PARTS),
+                "PYTHONPATH": os.pathsep.join(
+                    filter(None, [str(PARTS), os.environ.get("PYTHONPATH")])
+                ),
                 "EVENTS": str(self.events_file),
                 **environment,
             },
@@ -212,11 +214,18 @@ def test_what_the_parts_are_told(start: Callable[..., Up]) -> None:
         RELTRACE_REDIS="redis://user:secret@127.0.0.1:7/0",
         RELTRACE_LISTEN="wrong",
         RELTRACE_MODEL="wrong",
+        # For another server: on this machine nobody needs a token.
+        RELTRACE_TOKENS="/missing",
+        RELTRACE_TOKEN="rlt_secret",
+        RELTRACE_TLS_CA="/missing",
+        RELTRACE_LISTEN_TLS_CERT="/missing",
+        RELTRACE_LEASE="7",
     )
     assert up.ready().endswith("(model demo, Redis at 127.0.0.1:7)\n")
     assert up.end()[0] == 0
     log = (up.data / "logs" / "scheduler.log").read_text()
     assert "redis redis://user:secret@127.0.0.1:7/0" in log
+    assert log.rpartition("told ")[2].split() == ["RELTRACE_LEASE", "RELTRACE_REDIS"]
     arguments = log.split("arguments", 1)[1].split("redis", 1)[0]
     assert re.fullmatch(r" \['--listen', '127\.0\.0\.1:\d+'\] ", arguments)
 

@@ -22,9 +22,10 @@ class FakeWorker:
     channel: grpc.aio.Channel
     worker_id: str = "w1"
     model: types_pb2.ModelInfo = field(default_factory=lambda: MODEL)
+    metadata: tuple[tuple[str, str], ...] = ()
 
     async def greet(self) -> worker_pb2.Welcome:
-        self.call = worker_pb2_grpc.WorkerServiceStub(self.channel).Work()
+        self.call = worker_pb2_grpc.WorkerServiceStub(self.channel).Work(metadata=self.metadata)
         await self.send(hello=worker_pb2.Hello(worker_id=self.worker_id, model=self.model))
         return (await self.receive("welcome")).welcome
 

@@ -1,5 +1,6 @@
 import asyncio
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -141,3 +142,23 @@ def test_no_server_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     with pytest.raises(StartError, match="--redis URL"):
         find_server()
+
+
+async def test_nobody_else_can_read_the_data(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    # A folder that lets others in was somebody's choice; the files are not for them all the same.
+    for mode in (None, 0o755):
+        if mode is not None:
+            data.mkdir(mode)
+            data.chmod(mode)
+        server = EmbeddedRedis(data)
+        url = await server.start()
+        with redis.Redis.from_url(url) as client:
+            client.set("prompt", "secret")
+        await server.stop()
+        if mode is None:
+            assert data.stat().st_mode & 0o777 == 0o700
+        files = [file for file in data.rglob("appendonly*") if file.is_file()]
+        assert any(b"secret" in file.read_bytes() for file in files)
+        assert not any(file.stat().st_mode & 0o077 for file in files)
+        shutil.rmtree(data)

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import structlog
@@ -16,6 +17,7 @@ from reltrace_proto.v1 import worker_pb2
 
 from reltrace_worker import __version__
 from reltrace_worker.errors import WorkerError
+from reltrace_worker.session.endpoint import Access, Endpoints, Tls
 
 if TYPE_CHECKING:
     from reltrace_worker.model import LoadedModel
@@ -40,7 +42,11 @@ class Checkpointing(StrEnum):
 @app.command()
 def worker(
     scheduler: Annotated[
-        str, typer.Option(envvar="RELTRACE_SCHEDULER", help="HOST:PORT of the scheduler.")
+        str,
+        typer.Option(
+            envvar="RELTRACE_SCHEDULER",
+            help="HOST:PORT of the scheduler, several with commas between, or dns:///NAME:PORT.",
+        ),
     ],
     model: Annotated[
         str,
@@ -113,6 +119,50 @@ def worker(
             envvar="RELTRACE_WORKER_ID", help="Name in logs and status; each start adds a number."
         ),
     ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RELTRACE_TOKEN_FILE",
+            help="File that holds the worker's token; or put the token into RELTRACE_TOKEN.",
+        ),
+    ] = None,
+    tls: Annotated[
+        bool,
+        typer.Option(
+            "--tls", envvar="RELTRACE_TLS", help="Use TLS; so does every option that follows."
+        ),
+    ] = False,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RELTRACE_TLS_CA",
+            help="PEM file of the authorities to trust.  [default: the public ones]",
+            show_default=False,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(envvar="RELTRACE_TLS_CERT", help="PEM file of a certificate to show."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="RELTRACE_TLS_KEY", help="PEM file of its key.")
+    ] = None,
+    tls_name: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_TLS_NAME",
+            help="The name in the scheduler's certificate.  [default: the host of the address]",
+            show_default=False,
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            envvar="RELTRACE_INSECURE",
+            help="Send the token in plaintext to another machine.",
+        ),
+    ] = False,
     log_level: Annotated[
         str, typer.Option(envvar="RELTRACE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
@@ -129,6 +179,8 @@ def worker(
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    options = Tls(tls_ca, tls_cert, tls_key, tls_name)
+    access = Access(token_file, options if tls or options != Tls() else None, insecure)
     # Only now: torch and transformers take seconds to import, and --help should not.
     from reltrace_worker.engine import Engine
     from reltrace_worker.model import load_model
@@ -136,6 +188,8 @@ def worker(
     from reltrace_worker.session.runner import Runner
 
     try:
+        # Before a model is loaded for minutes.
+        Endpoints(scheduler, access)
         if threads is not None:
             import torch
 
@@ -162,7 +216,7 @@ def worker(
         log.info("memory.measured", tokens_per_pass=budget, checkpointing=checkpointing.value)
         hello = _hello(worker_id, loaded)
         log.info("model.loaded", model=loaded.name, revision=loaded.revision, device=hello.device)
-        asyncio.run(_run(scheduler, hello, Runner(loaded, engine, budget)))
+        asyncio.run(_run(scheduler, access, hello, Runner(loaded, engine, budget)))
     except WorkerError as error:
         typer.echo(f"reltrace-worker: {error}", err=True)
         raise typer.Exit(1) from None
@@ -171,10 +225,10 @@ def worker(
     os._exit(0)
 
 
-async def _run(scheduler: str, hello: worker_pb2.Hello, runner: "Runner") -> None:
+async def _run(scheduler: str, access: Access, hello: worker_pb2.Hello, runner: "Runner") -> None:
     from reltrace_worker.session.session import Session
 
-    session = Session(scheduler, hello, runner)
+    session = Session(scheduler, hello, runner, access=access)
     loop, asked = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
@@ -9,6 +10,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import AuthenticationError, RedisError
 
 from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.store.address import PASSWORD_VARIABLE, RedisAddress
 
 OLDEST = (6, 2)
 """XAUTOCLAIM and XTRIM MINID came with Redis 6.2."""
@@ -24,8 +26,13 @@ class Connection:
     version: str
 
 
-async def connect(url: str) -> Connection:
+async def connect(address: str | RedisAddress) -> Connection:
     """Connect and check the version.
+
+    Parameters
+    ----------
+    address : str or RedisAddress
+        A URL, or one with what else it takes.
 
     Raises
     ------
@@ -33,10 +40,15 @@ async def connect(url: str) -> Connection:
         The URL is malformed, nothing answers, the password is wrong, or the server is
         older than 6.2. The message shows the URL without its password.
     """
-    shown = re.sub(r"(?<=:)[^:/@]+(?=@)", "***", url)
+    if isinstance(address, str):
+        address = RedisAddress(address)
+    shown = address.shown
+    extra: dict[str, Any] = {}
+    if address.ca is not None:
+        extra["ssl_ca_certs"] = str(address.ca)
     try:
         client = redis.asyncio.Redis.from_url(
-            url,
+            address.url,
             decode_responses=False,
             # RESP3 begins with a command that a Redis too old for us does not know: it would
             # fail before its version could be read.
@@ -46,14 +58,25 @@ async def connect(url: str) -> Connection:
             health_check_interval=15,
             # One quick try again: a longer wait belongs to the caller, who is told.
             retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 1),
+            **extra,
         )
-    except ValueError as error:
-        raise StartError(f"--redis {shown}: {error}") from error
+    except ValueError:
+        # Its text may quote a part of the password.
+        raise StartError(
+            f"--redis {shown}: must be redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH; "
+            "in a password, write / as %2F, ? as %3F, # as %23, % as %25 and @ as %40"
+        ) from None
+    if address.password is not None:
+        # What the URL says would win over an argument.
+        client.connection_pool.connection_kwargs["password"] = address.password
     try:
         info = await client.info("server")
     except AuthenticationError as error:
         await client.aclose()
-        raise StartError(f"--redis {shown}: {error}") from error
+        raise StartError(
+            f"--redis {shown}: {error} (a password goes into {PASSWORD_VARIABLE} "
+            "or a file named by --redis-password-file)"
+        ) from error
     except (RedisError, OSError) as error:
         await client.aclose()
         raise StartError(f"Redis at {shown} can not be reached: {error}") from error

@@ -1,9 +1,13 @@
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from certificates import Certificates, make_certificates
 from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.store.address import RedisAddress, has_password, without_secrets
 from reltrace_scheduler.store.connection import connect, parse_version
 
 
@@ -72,3 +76,58 @@ async def test_no_url() -> None:
 )
 def test_versions(text: str, expected: tuple[int, int]) -> None:
     assert parse_version(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:1/0", "redis://h:1/0"),
+        ("redis://app:pw@h:1/0", "redis://app:***@h:1/0"),
+        ("redis://pw@h", "redis://***@h"),
+        ("redis://:p/w?p#w@h:1", "redis://:***@h:1"),
+        ("redis://:p@w://p@w@h", "redis://:***@h"),
+        ("redis://h?password=pw&db=1", "redis://h?..."),
+        ("unix:///tmp/a@b.sock", "unix:///tmp/a@b.sock"),
+        ("unix:///tmp/r.sock?password=pw", "unix:///tmp/r.sock?..."),
+        ("user:pw@h", "user:***@h"),
+        ("", ""),
+    ],
+)
+def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown
+    assert has_password(url) == (url != shown)
+    assert shown in repr(RedisAddress(url, password="secret"))
+    assert "secret" not in repr(RedisAddress(url, password="secret"))
+
+
+@pytest.fixture
+async def tls_redis(redis_url: str, tmp_path: Path) -> AsyncIterator[tuple[int, Certificates]]:
+    """The test run's Redis, behind TLS: the binary that comes along speaks none itself."""
+    certificates = make_certificates(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates.server_cert, certificates.server_key)
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inside = await asyncio.open_unix_connection(redis_url.removeprefix("unix://"))
+        await asyncio.gather(pump(reader, inside[1]), pump(inside[0], writer))
+
+    server = await asyncio.start_server(forward, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield server.sockets[0].getsockname()[1], certificates
+
+
+async def test_a_redis_behind_tls(tls_redis: tuple[int, Certificates], tmp_path: Path) -> None:
+    port, certificates = tls_redis
+    connection = await connect(RedisAddress(f"rediss://127.0.0.1:{port}", ca=certificates.ca))
+    assert await connection.redis.ping()
+    await connection.redis.aclose()
+    other = make_certificates(tmp_path / "other")
+    for ca in (None, other.ca):
+        with pytest.raises(StartError, match=r"can not be reached: .*[Cc]ertificate"):
+            await connect(RedisAddress(f"rediss://127.0.0.1:{port}", ca=ca))

@@ -10,6 +10,7 @@ import structlog
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 from reltrace_worker.errors import WorkerError
+from reltrace_worker.session.endpoint import Access, EndpointError, Endpoints
 from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey
 
 log = structlog.get_logger()
@@ -23,20 +24,6 @@ _UNCOMMITTED_MESSAGES = 32
 
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.1, 5.0
 _WELCOME_DEADLINE = 10.0
-
-_CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    # Finds a scheduler that vanished without closing.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    # The scheduler is near: a proxy for the web must not stand between.
-    ("grpc.enable_http_proxy", 0),
-    # Our own backoff decides when to connect again.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-]
 
 _INTERNAL: int = grpc.StatusCode.INTERNAL.value[0]
 
@@ -70,15 +57,35 @@ class Session:
     Parameters
     ----------
     address : str
-        ``HOST:PORT`` of the scheduler.
+        ``HOST:PORT`` of the scheduler, or of several with commas between: one of them, and the
+        next when that one is away.
     hello : worker_pb2.Hello
         Who this worker is and what it serves.
     runner : JobRunner
         What runs the jobs.
+    access : Access, optional
+        Token and TLS; default: the token of the environment, over plaintext.
+    seed : int, optional
+        Of the choice between several schedulers.
+
+    Raises
+    ------
+    EndpointError
+        The address, the token or a certificate can not be used.
     """
 
-    def __init__(self, address: str, hello: worker_pb2.Hello, runner: JobRunner) -> None:
-        self._address = address
+    def __init__(
+        self,
+        address: str,
+        hello: worker_pb2.Hello,
+        runner: JobRunner,
+        *,
+        access: Access | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self._endpoints = Endpoints(address, access or Access(), seed)
+        # Addresses that failed since a scheduler last took us.
+        self._failed_in_a_row = 0
         self._hello = hello
         self._runner = runner
         self._held: set[LeaseKey] = set()
@@ -221,30 +228,50 @@ class Session:
 
     async def _stay_connected(self) -> None:
         while True:
+            address = self._endpoints.current
             try:
-                async with grpc.aio.insecure_channel(
-                    self._address, options=_CHANNEL_OPTIONS
-                ) as channel:
-                    await self._connection(worker_pb2_grpc.WorkerServiceStub(channel))
+                await self._connect()
             except grpc.aio.AioRpcError as error:
-                if error.code() in _FINAL:
-                    raise RefusedError(
-                        f"the scheduler at {self._address} refuses this worker: {error.details()}"
-                    ) from error
-                log.warning("scheduler.away", address=self._address, error=error.details())
+                log.warning("scheduler.away", address=address, error=error.details())
             except TimeoutError:
-                log.warning("scheduler.silent", address=self._address)
+                log.warning("scheduler.silent", address=address)
+            except EndpointError as error:
+                # It was usable at the start: its file is being replaced.
+                log.warning("endpoint.unusable", address=address, error=str(error))
             finally:
                 self._outgoing = None
             if self._draining:
                 return
+            self._endpoints.move_on()
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row < len(self._endpoints):
+                # Another one may be there at once.
+                continue
             await asyncio.sleep(self._backoff)
             self._backoff = min(2 * self._backoff, _LAST_BACKOFF)
 
-    async def _connection(self, stub: "worker_pb2_grpc.WorkerServiceAsyncStub") -> None:
-        """Live through one connection."""
+    async def _connect(self) -> None:
+        """Live through one connection to the current address."""
+        token = self._endpoints.token()
+        try:
+            async with self._endpoints.open() as channel:
+                await self._connection(worker_pb2_grpc.WorkerServiceStub(channel), token)
+        except grpc.aio.AioRpcError as error:
+            # A token that was replaced while we were connected is no reason to leave.
+            outdated = (
+                error.code() is grpc.StatusCode.UNAUTHENTICATED and token != self._endpoints.token()
+            )
+            if error.code() not in _FINAL or outdated:
+                raise
+            raise RefusedError(
+                f"the scheduler at {self._endpoints.current} refuses this worker: {error.details()}"
+            ) from error
+
+    async def _connection(self, stub: "worker_pb2_grpc.WorkerServiceAsyncStub", token: str) -> None:
+        """Greet, and handle what comes until the stream ends."""
         outgoing: Outgoing = asyncio.Queue()
-        call = stub.Work(_requests(outgoing))
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        call = stub.Work(_requests(outgoing), metadata=metadata)
         try:
             outgoing.put_nowait(worker_pb2.WorkRequest(hello=self._hello))
             async with asyncio.timeout(_WELCOME_DEADLINE):
@@ -252,8 +279,9 @@ class Session:
             if not isinstance(welcome, worker_pb2.WorkResponse):
                 await _raise_status(call)
                 return
-            log.info("scheduler.connected", address=self._address)
+            log.info("scheduler.connected", address=self._endpoints.current)
             self._backoff = _FIRST_BACKOFF
+            self._failed_in_a_row = 0
             self._resume(outgoing)
             period = welcome.welcome.heartbeat.ToTimedelta().total_seconds()
             beat = asyncio.create_task(self._heartbeat(outgoing, period))

@@ -40,6 +40,7 @@ def main() -> None:
     server.start()
     signal.signal(signal.SIGTERM, lambda *_: (note("stop"), os._exit(0)))
     print("arguments", sys.argv[1:], "redis", os.environ.get("RELTRACE_REDIS"), flush=True)
+    print("told", *sorted(name for name in os.environ if name.startswith("RELTRACE_")), flush=True)
     server.wait_for_termination()
 
 

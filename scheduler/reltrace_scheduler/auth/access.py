@@ -1,0 +1,70 @@
+"""What guards the gRPC port, and what may be left unguarded."""
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+
+from reltrace_scheduler.auth.rates import UNLIMITED, Rates
+from reltrace_scheduler.auth.tls import ServerTls
+from reltrace_scheduler.auth.tokens import Tokens
+from reltrace_scheduler.errors import StartError
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who gets in.
+
+    Parameters
+    ----------
+    tokens : Tokens or None
+        None: everybody may do everything.
+    tls : ServerTls or None
+        None: plaintext.
+    rates : Rates
+        How fast a caller may call.
+    insecure : bool
+        Serve without TLS or tokens on other addresses than this machine's own.
+    """
+
+    tokens: Tokens | None = None
+    tls: ServerTls | None = None
+    rates: Rates = UNLIMITED
+    insecure: bool = False
+
+    def check(self, listen: str) -> None:
+        """Check that an address may be served like this.
+
+        Raises
+        ------
+        StartError
+            Others than this machine could reach it, without TLS or without tokens.
+        """
+        lacking = [
+            option
+            for option, given in (
+                ("--tls-cert and --tls-key", self.tls),
+                ("--tokens", self.tokens),
+            )
+            if given is None
+        ]
+        if lacking and not self.insecure and not is_loopback(listen):
+            raise StartError(
+                f"--listen {listen}: other machines can reach this address; add "
+                f"{' and '.join(lacking)}, listen on 127.0.0.1, or say --insecure if the "
+                "network keeps strangers out"
+            )
+
+
+def is_loopback(listen: str) -> bool:
+    """Return whether only this machine can reach an address, ``HOST:PORT`` or ``unix:PATH``."""
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    if not host:
+        return False
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        # Binding fails too, and says why.
+        return False
+    return all(ipaddress.ip_address(str(entry[4][0]).split("%")[0]).is_loopback for entry in found)

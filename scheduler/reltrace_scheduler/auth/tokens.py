@@ -1,0 +1,276 @@
+"""Tokens: made here, kept as hashes in a file, found again by what a caller presents."""
+
+import fcntl
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from reltrace_scheduler.auth.identity import DEFAULT_TENANT, TENANT_NAME, Identity, Role
+from reltrace_scheduler.errors import StartError, UnauthenticatedError
+
+log = structlog.get_logger()
+
+_PREFIX = "rlt_"
+"""Lets scanners for leaked secrets know one."""
+
+_SECRET_BYTES = 32
+_LOOK_EVERY = 1.0
+"""Seconds between looks at the file."""
+
+_MAX_FILE_BYTES = 4 << 20
+_MAX_ENTRIES = 10_000
+
+_NAME_RULE = "must be 1 to 64 letters, digits, or any of _.-"
+_FIELDS = {"name", "role", "tenant", "sha256"}
+
+_MAY = {
+    Role.CLIENT: frozenset({Role.CLIENT}),
+    Role.WORKER: frozenset({Role.WORKER}),
+    # An operator may also do what a client does, for its own tenant.
+    Role.OPERATOR: frozenset({Role.OPERATOR, Role.CLIENT}),
+}
+
+
+class TokenError(ValueError):
+    """An entry or a file of tokens is not as it must be; the message says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One token, as the file knows it.
+
+    Parameters
+    ----------
+    name : str
+        Unique in its file.
+    role : Role
+        What its holder may do.
+    tenant : str
+        Whose jobs its holder sees.
+    sha256 : str
+        Of the token's text, in hexadecimal.
+    """
+
+    name: str
+    role: Role
+    tenant: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises
+        ------
+        TokenError
+            A field has a value that is not allowed.
+        """
+        for field, value in (("name", self.name), ("tenant", self.tenant)):
+            if not re.fullmatch(TENANT_NAME, value):
+                raise TokenError(f"{field} {value!r}: {_NAME_RULE}")
+        if self.role is Role.WORKER and self.tenant != DEFAULT_TENANT:
+            raise TokenError(f"tenant {self.tenant!r}: a worker works for every tenant")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise TokenError("sha256: must be 64 digits 0-9a-f")
+
+    @property
+    def identity(self) -> Identity:
+        """Who a caller with this token is."""
+        return Identity(self.name, self.tenant, _MAY[self.role])
+
+    def to_toml(self) -> str:
+        """Return the entry as it stands in a file."""
+        # All values are of characters that TOML takes as they are.
+        tenant = "" if self.role is Role.WORKER else f'tenant = "{self.tenant}"\n'
+        return (
+            f'[[token]]\nname = "{self.name}"\nrole = "{self.role}"\n{tenant}'
+            f'sha256 = "{self.sha256}"\n'
+        )
+
+
+def make(name: str, role: Role, tenant: str = DEFAULT_TENANT) -> tuple[str, Entry]:
+    """Make a token of 256 random bits.
+
+    Returns
+    -------
+    token : str
+        What its holder presents. It is nowhere else.
+    entry : Entry
+        What the scheduler keeps.
+
+    Raises
+    ------
+    TokenError
+        The name or the tenant is not allowed.
+    """
+    token = _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+    # One round is enough: no dictionary holds 256 random bits.
+    return token, Entry(name, role, tenant, hashlib.sha256(token.encode()).hexdigest())
+
+
+def parse(text: str) -> tuple[Entry, ...]:
+    """Read a file of tokens.
+
+    Raises
+    ------
+    TokenError
+        It is not TOML, or an entry is not as it must be.
+    """
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise TokenError(f"is not TOML: {error}") from None
+    tables = content.pop("token", [])
+    if content:
+        raise TokenError(f"{min(content)!r}: only [[token]] tables are allowed")
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise TokenError("token: must be [[token]] tables")
+    if len(tables) > _MAX_ENTRIES:
+        raise TokenError(f"holds {len(tables)} tokens; at most {_MAX_ENTRIES} are allowed")
+    entries: dict[str, Entry] = {}
+    for number, table in enumerate(tables, start=1):
+        try:
+            entry = _entry(table)
+        except TokenError as error:
+            raise TokenError(f"token {number}: {error}") from None
+        if entry.name in entries:
+            raise TokenError(f"token {number}: name {entry.name!r} is there twice")
+        entries[entry.name] = entry
+    return tuple(entries.values())
+
+
+def _entry(table: dict[str, Any]) -> Entry:
+    if unknown := sorted(table.keys() - _FIELDS):
+        raise TokenError(f"{unknown[0]!r} is none of {', '.join(sorted(_FIELDS))}")
+    for field in sorted(_FIELDS):
+        if not isinstance(table.get(field, "" if field == "tenant" else None), str):
+            raise TokenError(f"{field}: must be a string")
+    try:
+        role = Role(table["role"])
+    except ValueError:
+        allowed = ", ".join(Role)
+        raise TokenError(f"role {table['role']!r}: must be one of {allowed}") from None
+    return Entry(table["name"], role, table.get("tenant", DEFAULT_TENANT), table["sha256"])
+
+
+def append(path: Path, entry: Entry) -> None:
+    """Add an entry to a file, which is made if it is missing, for its owner only.
+
+    Raises
+    ------
+    TokenError
+        The file is broken, or has an entry of that name.
+    OSError
+        It can not be written.
+    """
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        text = file.read()
+        if any(known.name == entry.name for known in parse(text)):
+            raise TokenError(
+                f"name {entry.name!r} is in {path} already: choose another, or delete that entry"
+            )
+        gap = "" if not text else "\n" if text.endswith("\n") else "\n\n"
+        file.write(gap + entry.to_toml())
+
+
+class Tokens:
+    """The tokens of a file, which is read again when it changes.
+
+    A new content that is broken is logged, and the old tokens stay.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    clock : callable
+        Seconds that rise; for tests.
+
+    Raises
+    ------
+    StartError
+        The file can not be read, is broken, or holds no token.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._looked_at = clock()
+        self.generation = 0
+        """Rises when other tokens hold than before."""
+        try:
+            self._seen = self._signature()
+            self._entries = self._read()
+        except OSError as error:
+            raise StartError(f"--tokens {path}: {error.strerror}") from error
+        except TokenError as error:
+            raise StartError(f"--tokens {path}: {error}") from error
+        if not self._entries:
+            raise StartError(
+                f"--tokens {path}: holds no token; "
+                f"`reltrace-scheduler token --file {path} ...` makes one"
+            )
+
+    def find(self, token: str) -> Identity:
+        """Return who presents a token.
+
+        Raises
+        ------
+        UnauthenticatedError
+            Nobody has it.
+        """
+        self.look()
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        found = None
+        # To the end, whatever matches: the time tells nothing about where.
+        for entry in self._entries:
+            if hmac.compare_digest(entry.sha256, digest):
+                found = entry
+        if found is None:
+            raise UnauthenticatedError(
+                "the token is not known here, or was withdrawn: ask the operator for a new one"
+            )
+        return found.identity
+
+    def look(self) -> None:
+        """Read the file again if it has changed; at most once a second."""
+        now = self._clock()
+        if now - self._looked_at < _LOOK_EVERY:
+            return
+        self._looked_at = now
+        try:
+            signature = self._signature()
+            if signature == self._seen:
+                return
+            self._seen = signature
+            self._entries = self._read()
+        except (OSError, TokenError) as error:
+            # A file that is away for a moment is being replaced; it has no signature to keep.
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            log.error("tokens.unreadable", file=str(self._path), error=reason, kept="old tokens")
+            return
+        self.generation += 1
+        log.info("tokens.read", file=str(self._path), tokens=len(self._entries))
+
+    def _signature(self) -> tuple[int, int, int]:
+        state = self._path.stat()
+        return state.st_mtime_ns, state.st_size, state.st_ino
+
+    def _read(self) -> tuple[Entry, ...]:
+        with self._path.open("rb") as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
+            raise TokenError(f"is longer than {_MAX_FILE_BYTES} bytes")
+        try:
+            return parse(content.decode())
+        except UnicodeDecodeError:
+            raise TokenError("is not UTF-8") from None

@@ -1,0 +1,214 @@
+import hashlib
+import math
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reltrace_scheduler.auth.identity import Role
+from reltrace_scheduler.auth.rates import Buckets
+from reltrace_scheduler.auth.tokens import Entry, TokenError, Tokens, append, make, parse
+from reltrace_scheduler.errors import StartError, UnauthenticatedError
+from structlog.testing import capture_logs
+
+HASH = "0" * 64
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "tokens.toml"
+
+
+def add(file: Path, name: str, role: Role = Role.CLIENT, tenant: str = "default") -> str:
+    token, entry = make(name, role, tenant)
+    append(file, entry)
+    return token
+
+
+def test_a_token_is_found_by_its_hash_and_is_not_in_the_file(file: Path) -> None:
+    alice = add(file, "alice", Role.CLIENT, "team-a")
+    worker = add(file, "w1", Role.WORKER)
+    root = add(file, "root", Role.OPERATOR, "ops")
+    tokens = Tokens(file)
+
+    found = tokens.find(alice)
+    assert (found.name, found.tenant, found.roles) == ("alice", "team-a", {Role.CLIENT})
+    assert tokens.find(worker).roles == {Role.WORKER}
+    assert tokens.find(root).roles == {Role.OPERATOR, Role.CLIENT}
+
+    content = file.read_text()
+    assert not any(token in content for token in (alice, worker, root))
+    assert hashlib.sha256(alice.encode()).hexdigest() in content
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_token_has_256_random_bits() -> None:
+    made = {make("a", Role.CLIENT)[0] for _ in range(1000)}
+    assert len(made) == 1000
+    # base64 carries six bits a character.
+    assert {math.floor(len(token.removeprefix("rlt_")) * 6 / 8) for token in made} == {32}
+
+
+@pytest.mark.parametrize("wrong", ["", "rlt_", "x" * 47, "rlt_" + "A" * 43])
+def test_a_token_that_nobody_has(file: Path, wrong: str) -> None:
+    add(file, "alice")
+    with pytest.raises(UnauthenticatedError, match="not known here"):
+        Tokens(file).find(wrong)
+
+
+@given(
+    st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True),
+    st.sampled_from(Role),
+    st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True),
+)
+def test_what_is_written_is_what_is_read(name: str, role: Role, tenant: str) -> None:
+    _, entry = make(name, role, "default" if role is Role.WORKER else tenant)
+    assert parse(entry.to_toml()) == (entry,)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[token]", "is not TOML"),
+        ("token = 3", "must be"),
+        ("other = 3", "'other': only"),
+        (f'[[token]]\nname="a"\nrole="king"\nsha256="{HASH}"', "role 'king': must be one of"),
+        (f'[[token]]\nname="a b"\nrole="client"\nsha256="{HASH}"', "name 'a b': must be 1 to 64"),
+        (f'[[token]]\nname="a"\nrole="client"\ntenant=""\nsha256="{HASH}"', "tenant ''"),
+        (f'[[token]]\nname="a"\nrole="worker"\ntenant="t"\nsha256="{HASH}"', "every tenant"),
+        ('[[token]]\nname="a"\nrole="client"\nsha256="abc"', "sha256: must be 64"),
+        ('[[token]]\nname="a"\nrole="client"', "sha256: must be a string"),
+        ('[[token]]\nname=3\nrole="client"', "name: must be a string"),
+        (f'[[token]]\nname="a"\nrole="client"\nsha256="{HASH}"\nx=1', "'x' is none of"),
+        (f'[[token]]\nname="a"\nrole="client"\nsha256="{HASH}"\n' * 2, "'a' is there twice"),
+    ],
+)
+def test_a_broken_file_says_where(text: str, said: str, file: Path) -> None:
+    with pytest.raises(TokenError, match=said):
+        parse(text)
+    file.write_text(text)
+    with pytest.raises(StartError, match=f"--tokens {file}"):
+        Tokens(file)
+
+
+def test_a_file_without_tokens_lets_nobody_in_and_is_refused(file: Path) -> None:
+    file.write_text("# none yet\n")
+    with pytest.raises(StartError, match="holds no token"):
+        Tokens(file)
+    with pytest.raises(StartError, match="No such file"):
+        Tokens(file.with_name("missing"))
+
+
+def test_two_tokens_of_one_name_are_refused_and_the_file_stays(file: Path) -> None:
+    add(file, "alice")
+    before = file.read_text()
+    with pytest.raises(TokenError, match="'alice' is in"):
+        add(file, "alice")
+    assert file.read_text() == before
+
+
+def test_an_entry_follows_a_file_without_a_last_newline(file: Path) -> None:
+    file.write_text("# by hand")
+    token = add(file, "alice")
+    assert Tokens(file).find(token).name == "alice"
+
+
+def test_a_change_of_the_file_is_seen_at_most_a_second_later(file: Path) -> None:
+    clock = Clock()
+    alice = add(file, "alice")
+    tokens = Tokens(file, clock)
+    bob = add(file, "bob")
+    clock.now += 0.9
+    with pytest.raises(UnauthenticatedError):
+        tokens.find(bob)
+    clock.now += 0.2
+    assert tokens.find(bob).name == "bob"
+
+    # alice is withdrawn.
+    entries = parse(file.read_text())
+    file.write_text("\n".join(e.to_toml() for e in entries if e.name == "bob"))
+    clock.now += 1.1
+    with pytest.raises(UnauthenticatedError):
+        tokens.find(alice)
+    assert tokens.find(bob).name == "bob"
+
+
+@pytest.mark.parametrize("broken", ["[[token", None, b"\xff\xfe", "x" * (4 << 20) + "x"])
+def test_a_broken_new_file_keeps_the_old_tokens(file: Path, broken: str | bytes | None) -> None:
+    clock = Clock()
+    alice = add(file, "alice")
+    tokens = Tokens(file, clock)
+    good = file.read_text()
+    if broken is None:
+        file.unlink()
+    else:
+        file.write_bytes(broken if isinstance(broken, bytes) else broken.encode())
+    with capture_logs() as logs:
+        for _ in range(3):
+            clock.now += 1.1
+            assert tokens.find(alice).name == "alice"
+    assert logs[0]["event"] == "tokens.unreadable"
+    # Once per content; a missing file is looked for again.
+    assert len(logs) == (3 if broken is None else 1)
+
+    # A repaired file holds, also one that looks as it did before.
+    file.write_text(good)
+    os.utime(file, ns=(1, 1))
+    bob = add(file, "bob")
+    clock.now += 1.1
+    assert tokens.find(bob).name == "bob"
+
+
+def test_entries_show_no_more_than_the_file() -> None:
+    token, entry = make("alice", Role.CLIENT)
+    assert token not in repr(entry)
+    assert isinstance(entry, Entry)
+
+
+class TestBuckets:
+    def test_a_burst_then_the_rate(self) -> None:
+        clock = Clock()
+        buckets = Buckets(10.0, clock)
+        assert [buckets.take("a", 1) for _ in range(20)] == [0.0] * 20
+        wait = buckets.take("a", 1)
+        assert wait == pytest.approx(0.1)
+        # Who was refused took nothing.
+        clock.now += wait
+        assert buckets.take("a", 1) == 0.0
+        assert buckets.take("b", 1) == 0.0
+
+    def test_a_large_message_passes_and_is_paid_for_afterwards(self) -> None:
+        clock = Clock()
+        buckets = Buckets(10.0, clock)
+        assert buckets.take("a", 1000) == 0.0
+        wait = buckets.take("a", 1)
+        assert wait == pytest.approx(98.1)
+        clock.now += wait
+        assert buckets.take("a", 1) == 0.0
+
+    @given(st.lists(st.tuples(st.floats(0, 3), st.integers(1, 50)), max_size=60))
+    def test_no_more_than_the_rate_in_the_long_run(self, calls: list[tuple[float, int]]) -> None:
+        clock = Clock()
+        buckets = Buckets(5.0, clock)
+        passed = [0]
+        for pause, units in calls:
+            clock.now += pause
+            if buckets.take("a", units) == 0.0:
+                passed.append(units)
+        most = 10.0 + 5.0 * (clock.now - 100.0) + max(passed)
+        assert sum(passed) <= most + 1e-6
+
+    def test_the_number_of_buckets_is_bounded(self) -> None:
+        buckets = Buckets(1.0, Clock())
+        for number in range(5000):
+            buckets.take(str(number), 1)
+        assert len(buckets) == 4096
