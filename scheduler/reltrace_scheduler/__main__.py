@@ -15,7 +15,7 @@ from reltrace_scheduler.auth.rates import Rates
 from reltrace_scheduler.auth.tls import ServerTls
 from reltrace_scheduler.auth.tokens import TokenError, Tokens, append, make
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.embedded import EmbeddedRedis
+from reltrace_scheduler.embedded import EmbeddedRedis, Fsync
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.server import serving, until_asked_to_stop
 from reltrace_scheduler.store.address import RedisAddress, redis_address
@@ -69,6 +69,13 @@ def scheduler(
         Path | None,
         typer.Option(envvar="RELTRACE_DATA", help="Folder of the scheduler's own Redis."),
     ] = None,
+    fsync: Annotated[
+        Fsync,
+        typer.Option(
+            envvar="RELTRACE_FSYNC",
+            help="When the scheduler's own Redis has its file written to the disk.",
+        ),
+    ] = Fsync.EVERYSEC,
     lease: Annotated[
         float,
         typer.Option(
@@ -85,9 +92,41 @@ def scheduler(
             help="Seconds that results nobody fetched are kept.",
         ),
     ] = Settings.result_ttl,
+    max_lost_leases: Annotated[
+        int,
+        typer.Option(
+            envvar="RELTRACE_MAX_LOST_LEASES",
+            min=1,
+            help="Lost leases after which a job is quarantined.",
+        ),
+    ] = Settings.max_lost_leases,
     max_jobs: Annotated[
         int, typer.Option(envvar="RELTRACE_MAX_JOBS", min=1, help="Jobs that may wait.")
     ] = Settings.max_jobs,
+    max_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar="RELTRACE_MAX_BYTES",
+            min=1,
+            help="Bytes of jobs that wait, and of results that nobody has read.",
+        ),
+    ] = Settings.max_bytes,
+    tenant_max_jobs: Annotated[
+        int,
+        typer.Option(
+            envvar="RELTRACE_TENANT_MAX_JOBS",
+            min=1,
+            help="The same for each tenant that has no bound of its own.",
+        ),
+    ] = Settings.tenant_max_jobs,
+    tenant_max_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar="RELTRACE_TENANT_MAX_BYTES",
+            min=1,
+            help="The same for each tenant that has no bound of its own.",
+        ),
+    ] = Settings.tenant_max_bytes,
     tokens: Annotated[
         Path | None,
         typer.Option(
@@ -157,7 +196,15 @@ def scheduler(
         raise typer.BadParameter("--tls-cert and --tls-key go together")
     if tls_client_ca is not None and tls_cert is None:
         raise typer.BadParameter("--tls-client-ca needs --tls-cert and --tls-key")
-    settings = Settings(lease=lease, result_ttl=result_ttl, max_jobs=max_jobs)
+    settings = Settings(
+        lease=lease,
+        result_ttl=result_ttl,
+        max_lost_leases=max_lost_leases,
+        max_jobs=max_jobs,
+        max_bytes=max_bytes,
+        tenant_max_jobs=tenant_max_jobs,
+        tenant_max_bytes=tenant_max_bytes,
+    )
     try:
         address = redis_address(
             redis,
@@ -180,7 +227,8 @@ def scheduler(
         )
         # Before Redis is bothered.
         access.check(listen)
-        asyncio.run(_run(listen, address, data, settings, access))
+        own = None if data is None else EmbeddedRedis(data, fsync)
+        asyncio.run(_run(listen, address, own, settings, access))
     except StartError as error:
         typer.echo(f"reltrace-scheduler: {error}", err=True)
         raise typer.Exit(1) from None
@@ -231,11 +279,10 @@ def token(
 async def _run(
     listen: str,
     address: RedisAddress | None,
-    data: Path | None,
+    own: EmbeddedRedis | None,
     settings: Settings,
     access: Access,
 ) -> None:
-    own = EmbeddedRedis(data) if data is not None else None
     try:
         connection = await connect(await own.start() if own else address or "")
         try:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ def find_server() -> Path:
     return Path(binary)
 
 
+class Fsync(StrEnum):
+    """When the embedded Redis has its file written to the disk (Redis' `appendfsync`)."""
+
+    ALWAYS = "always"
+    """Before each answer: a machine that loses power loses nothing that was accepted."""
+    EVERYSEC = "everysec"
+    """Each second: a machine that loses power loses at most the last two seconds."""
+    NO = "no"
+    """When the system does: up to half a minute."""
+
+
 class EmbeddedRedis:
     """A `redis-server` child process with its data in a folder.
 
@@ -76,8 +88,9 @@ class EmbeddedRedis:
         Folder of the append-only file; made if missing. One scheduler at a time.
     """
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, fsync: Fsync = Fsync.EVERYSEC) -> None:
         self._data = data
+        self._fsync = fsync
         self._process: subprocess.Popen[bytes] | None = None
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
 
@@ -106,7 +119,7 @@ class EmbeddedRedis:
                         *("--port", "0"),
                         *("--unixsocket", str(socket), "--unixsocketperm", "700"),
                         *("--dir", str(self._data)),
-                        *("--appendonly", "yes", "--appendfsync", "everysec"),
+                        *("--appendonly", "yes", "--appendfsync", self._fsync),
                         *("--save", ""),
                         # Jobs must never be evicted to make room.
                         *("--maxmemory-policy", "noeviction"),
