@@ -12,16 +12,12 @@ from pathlib import Path
 import pytest
 import reltrace
 from reference.checkpoints import GROUPED, LLAMA3_ROPE, TIED, save_checkpoint
+from waiting import wait_until
+
+__all__ = ["Process", "address_in", "wait_until"]
 
 START = 120.0
 """Seconds for a service to come up on two busy cores."""
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:.0f} s"
-        time.sleep(0.02)
 
 
 @dataclass

@@ -1,0 +1,137 @@
+"""What has to be true when the dust has settled."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import redis
+from chaos import journal, sdk_client, standin
+from reltrace_scheduler.store.keys import GROUP, Keys
+
+
+@dataclass
+class Tally:
+    """What clients saw, counted; all faults in words."""
+
+    accepted: int = 0
+    delivered: int = 0
+    chunks: int = 0
+    lost: int = 0
+    duplicates: int = 0
+    differing: int = 0
+    reread: int = 0
+    attempts: Counter[int] = field(default_factory=Counter)
+    states: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def fault(self, where: object, what: str) -> None:
+        self.faults.append(f"{where}: {what}")
+
+
+def raw(path: Path, tally: Tally) -> None:
+    """Check the journal of a `raw_client`: every chunk of every job once, and the right one."""
+    works: dict[int, list[standin.Work]] = {}
+    seen: dict[tuple[int, int], list[tuple[int, str]]] = {}
+    ended: Counter[tuple[int, int]] = Counter()
+    entries: dict[int, list[int]] = {}
+    open_ = None
+    for line in journal.read(path):
+        n = line["n"]
+        if "works" in line:
+            works[n], open_ = [standin.Work(*work) for work in line["works"]], n
+        elif "submission" in line:
+            tally.accepted += len(line["ids"])
+            if len(set(line["ids"])) != len(works[n]):
+                tally.fault(n, "job ids are not one per job")
+        elif "entry" in line:
+            job = n, line["job"]
+            tally.chunks += 1
+            seen.setdefault(job, []).append((line["number"], line["digest"]))
+            if line["state"] is not None:
+                ended[job] += 1
+                entries.setdefault(n, []).append(line["entry"])
+                tally.states[line["state"]] += 1
+                tally.attempts[line["attempt"]] += 1
+        elif "again" in line:
+            tally.reread += 1
+            if line["again"]:
+                tally.differing += line["again"]
+                tally.fault(n, f"{line['again']} chunks differ when they are read again")
+        elif "done" in line:
+            open_ = None
+    if open_ is not None:
+        tally.fault(path.name, f"submission {open_} was not finished")
+    for n, jobs in works.items():
+        if entries.get(n, []) != list(range(1, len(jobs) + 1)):
+            tally.fault(n, f"entries {entries.get(n)} for {len(jobs)} jobs")
+        for index, work in enumerate(jobs):
+            job = n, index
+            chunks = seen.get(job, [])
+            numbers = [number for number, _ in chunks]
+            if not ended[job]:
+                tally.lost += 1
+                tally.fault(job, "did not end")
+                continue
+            tally.delivered += 1
+            if ended[job] > 1 or len(numbers) != len(set(numbers)):
+                tally.duplicates += 1
+                tally.fault(job, f"chunks {numbers}, ended {ended[job]} times")
+            elif chunks != list(enumerate(standin.expected(work), 1)):
+                tally.differing += 1
+                tally.fault(job, f"is not what an undisturbed run gives: chunks {numbers}")
+
+
+def sdk(path: Path, tally: Tally) -> None:
+    """Check the journal of an `sdk_client`: a trace per item, and the right one."""
+    works: dict[int, standin.Work] = {}
+    results: Counter[int] = Counter()
+    for line in journal.read(path):
+        if "work" in line:
+            work = standin.Work(*line["work"])
+            works[work.number] = work
+            tally.accepted += 1
+        elif "error" in line:
+            results[line["id"]] += 1
+            tally.states["FAILURE"] += 1
+            tally.fault(line["id"], line["error"])
+        else:
+            results[line["id"]] += 1
+            tally.states["TRACE"] += 1
+            if line["data"] != sdk_client.digest(works[line["id"]].data):
+                tally.differing += 1
+                tally.fault(line["id"], "is not what an undisturbed run gives")
+    for number in works:
+        if not results[number]:
+            tally.lost += 1
+            tally.fault(number, "has no result")
+        elif results[number] > 1:
+            tally.duplicates += 1
+            tally.fault(number, f"has {results[number]} results")
+    tally.delivered += sum(1 for number in works if results[number])
+
+
+def remaining_keys(store: redis.Redis, workers: set[str]) -> list[str]:
+    """Name the keys that should not be there when everything is acknowledged."""
+    keys, model = Keys(), standin.MODEL.name
+    allowed = {keys.queue(model), keys.load, keys.ended, keys.models, keys.workers}
+    allowed |= {keys.worker(worker) for worker in workers}
+    found = {key.decode() for key in store.scan_iter(count=1000)}
+    # A key that names a submission is remembered for a day, so that it is not accepted twice.
+    remembered = re.compile(re.escape(keys.idempotency("")) + ".+")
+    return sorted(key for key in found - allowed if not remembered.fullmatch(key))
+
+
+def balance(store: redis.Redis) -> dict[str, int]:
+    """Count what the store still holds, and what has ended by state."""
+    keys, model = Keys(), standin.MODEL.name
+    load = {name.decode(): int(count) for name, count in store.hgetall(keys.load).items()}
+    ended = {name.decode(): int(count) for name, count in store.hgetall(keys.ended).items()}
+    return {
+        "queued": store.xlen(keys.queue(model)),
+        "leased": store.xpending(keys.queue(model), GROUP)["pending"],
+        **load,
+        **ended,
+    }

@@ -1,0 +1,308 @@
+"""A whole service as processes that can be killed, paused and started again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import grpc
+import redis
+from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
+from reltrace_scheduler.embedded import find_server
+from waiting import wait_until
+
+TESTS = Path(__file__).parent.parent
+
+START = 60.0
+"""Seconds for everything to come up on two busy cores."""
+
+_AGAIN = 0.1
+"""Seconds before a process that ended is started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A process that ended without having been asked or killed."""
+
+    part: str
+    code: int
+    last_words: str
+
+
+class Part:
+    """A process that is started again whenever it ends, unless in order.
+
+    Parameters
+    ----------
+    name
+        For messages, and of the log file.
+    command
+        Program and arguments.
+    folder
+        Of the log file.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+        self.name = name
+        self.deaths: list[Death] = []
+        self.log = folder / f"{name}.log"
+        self._command = list(command)
+        self._lock = threading.Lock()
+        self._killed = False
+        self._stopping = threading.Event()
+        self._process = self._start()
+        self._keeper = threading.Thread(target=self._keep_running, name=f"keep {name}")
+        self._keeper.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._keeper.is_alive():
+            self._end(signal.SIGKILL)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> bool:
+        """SIGKILL: no chance to clean up; it is started again at once. False: it was dead."""
+        with self._lock:
+            if self._process.poll() is not None:
+                return False
+            self._killed = True
+            self._process.kill()
+            return True
+
+    def stop(self, seconds: float = 30.0) -> int:
+        """SIGTERM, and wait for the end in order; return the exit code."""
+        return self._end(signal.SIGTERM, seconds)
+
+    def finish(self, seconds: float) -> int:
+        """Wait until the process has ended in order by itself; return its exit code, 0."""
+        self._keeper.join(seconds)
+        assert not self._keeper.is_alive(), f"{self.name} goes on: {self.last_words()}"
+        return self._process.wait()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """SIGSTOP until the block ends: it is there, and does not answer."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Ended in order, and started again when the block ends."""
+        code = self.stop()
+        assert code == 0, f"{self.name} ended with {code}: {self.last_words()}"
+        try:
+            yield
+        finally:
+            self._stopping.clear()
+            self._process = self._start()
+            self._keeper = threading.Thread(target=self._keep_running, name=f"keep {self.name}")
+            self._keeper.start()
+
+    def _end(self, number: signal.Signals, seconds: float = 10.0) -> int:
+        with self._lock:
+            self._stopping.set()
+            self._process.send_signal(number)
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+        finally:
+            self._keeper.join()
+        return code
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        own = {key: value for key, value in os.environ.items() if not key.startswith("RELTRACE_")}
+        paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=own | {"PYTHONPATH": os.pathsep.join(paths)},
+            )
+
+    def _keep_running(self) -> None:
+        while True:
+            code = self._process.wait()
+            with self._lock:
+                if self._stopping.is_set():
+                    return
+                if code == 0:
+                    return
+                if not self._killed:
+                    self.deaths.append(Death(self.name, code, self.last_words()))
+                self._killed = False
+            if self._stopping.wait(_AGAIN):
+                return
+            with self._lock:
+                if self._stopping.is_set():
+                    return
+                self._process = self._start()
+
+    def last_words(self) -> str:
+        return " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])
+
+
+class Cluster:
+    """Redis, schedulers and workers, each of which may die at any moment.
+
+    Parameters
+    ----------
+    folder
+        Of logs and of Redis's append-only file.
+    schedulers, workers
+        How many of each.
+    lease
+        Seconds.
+    fsync
+        Redis's `appendfsync`.
+    jobs_per_pass
+        Of the stand-in engine.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        schedulers: int = 2,
+        workers: int = 2,
+        lease: float = 1.0,
+        fsync: str = "always",
+        jobs_per_pass: int = 16,
+    ) -> None:
+        self.folder = folder
+        self.lease = lease
+        self._jobs_per_pass = jobs_per_pass
+        self._parts = ExitStack()
+        # A socket's path has to be short.
+        sockets = Path(tempfile.mkdtemp(prefix="reltrace-chaos-"))
+        self._parts.callback(shutil.rmtree, sockets)
+        self._socket = sockets / "redis.sock"
+        self._fsync = fsync
+        self._ports = _free_ports(schedulers)
+        self._workers = workers
+        self.schedulers: list[Part] = []
+        self.workers: list[Part] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self.redis = self.start("redis", self._redis_command())
+            with self.store() as store:
+                wait_until(lambda: _answers(store), "Redis answers", START)
+            for index, port in enumerate(self._ports):
+                self.schedulers.append(
+                    self.start_module(
+                        f"scheduler{index}", "reltrace_scheduler",
+                        "--listen", f"127.0.0.1:{port}", "--redis", f"unix://{self._socket}",
+                        "--lease", str(self.lease),
+                    )
+                )  # fmt: skip
+            for index in range(self._workers):
+                self.add_worker(f"worker{index}", first=index)
+            wait_until(lambda: self.connected() == self._workers, "all workers connect", START)
+        except BaseException:
+            self._parts.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._parts.close()
+
+    def _redis_command(self) -> list[str]:
+        data = self.folder / "redis"
+        data.mkdir(parents=True, exist_ok=True)
+        return [
+            str(find_server()),
+            *("--port", "0", "--unixsocket", str(self._socket), "--dir", str(data)),
+            *("--appendonly", "yes", "--appendfsync", self._fsync, "--save", ""),
+            *("--maxmemory-policy", "noeviction"),
+        ]
+
+    def start(self, name: str, command: Sequence[str]) -> Part:
+        """Start a process that ends with the cluster."""
+        return self._parts.enter_context(Part(name, command, self.folder))
+
+    def start_module(self, name: str, module: str, *options: str) -> Part:
+        """Start ``python -m MODULE OPTIONS``."""
+        return self.start(name, [sys.executable, "-m", module, *options])
+
+    def add_worker(self, name: str, first: int = 0) -> Part:
+        """Start a stand-in worker."""
+        part = self.start_module(
+            name, "chaos.worker",
+            "--scheduler", self.address(first), "--worker-id", name,
+            "--jobs-per-pass", str(self._jobs_per_pass),
+        )  # fmt: skip
+        self.workers.append(part)
+        return part
+
+    def address(self, first: int = 0) -> str:
+        """All schedulers as one address, tried in turn from the `first`."""
+        ports = [*self._ports[first % len(self._ports) :], *self._ports[: first % len(self._ports)]]
+        return "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
+
+    @property
+    def deaths(self) -> list[Death]:
+        """What ended by itself."""
+        return [death for part in self.parts for death in part.deaths]
+
+    @property
+    def parts(self) -> list[Part]:
+        return [self.redis, *self.schedulers, *self.workers]
+
+    @contextmanager
+    def store(self) -> Iterator[redis.Redis]:
+        """Connect to Redis, to look into it."""
+        with redis.Redis(unix_socket_path=str(self._socket), socket_timeout=10) as client:
+            yield client
+
+    @contextmanager
+    def client(self) -> Iterator[trace_pb2_grpc.TraceServiceStub]:
+        """Connect to the schedulers."""
+        with grpc.insecure_channel(self.address()) as channel:
+            yield trace_pb2_grpc.TraceServiceStub(channel)
+
+    def connected(self) -> int:
+        """Count workers that the service knows at present; 0 when it does not answer."""
+        with self.client() as client:
+            try:
+                answer = client.ListModels(trace_pb2.ListModelsRequest(), timeout=5)
+            except grpc.RpcError:
+                return 0
+        return sum(model.workers for model in answer.models)
+
+
+def _answers(store: redis.Redis) -> bool:
+    try:
+        return bool(store.ping())
+    except redis.ConnectionError:
+        return False
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]

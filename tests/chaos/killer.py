@@ -1,0 +1,75 @@
+"""Kills at random, by seed."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from chaos.cluster import Part
+
+_PROGRESS = 60.0
+"""Seconds within which something has to be delivered after a kill."""
+
+_LONGEST_PAUSE = 0.4
+_TWO_AT_ONCE = 0.15
+
+
+class Killer:
+    """SIGKILL to one part after another, sometimes two at once.
+
+    Parameters
+    ----------
+    victims
+        Parts by kind.
+    weights
+        How often each kind is hit, against the others.
+    progress
+        A number that grows as results are delivered: the next kill waits until it did, so that a
+        run is work with kills in it and not kills alone. When exactly is drawn.
+    seed
+        Of the draws.
+    """
+
+    def __init__(
+        self,
+        victims: Mapping[str, Sequence[Part]],
+        weights: Mapping[str, float],
+        progress: Callable[[], int],
+        seed: int,
+    ) -> None:
+        self.kills: Counter[str] = Counter()
+        self.longest_stall = 0.0
+        self._victims = victims
+        self._weights = weights
+        self._progress = progress
+        self._random = random.Random(seed)
+
+    def run(self, kills: int) -> None:
+        """Kill so often.
+
+        Raises
+        ------
+        AssertionError
+            Nothing was delivered for a minute.
+        """
+        never = threading.Event()
+        while self.kills.total() < kills:
+            before, since = self._progress(), time.monotonic()
+            while self._progress() == before:
+                stall = time.monotonic() - since
+                assert stall < _PROGRESS, f"nothing delivered after {dict(self.kills)} kills"
+                never.wait(0.01)
+            self.longest_stall = max(self.longest_stall, time.monotonic() - since)
+            # Not a wait for anything: the moment of the kill is drawn.
+            never.wait(self._random.uniform(0, _LONGEST_PAUSE))
+            for _ in range(2 if self._random.random() < _TWO_AT_ONCE else 1):
+                self._kill()
+
+    def _kill(self) -> None:
+        kinds = list(self._weights)
+        (kind,) = self._random.choices(kinds, [self._weights[kind] for kind in kinds])
+        if self._random.choice(self._victims[kind]).kill():
+            self.kills[kind] += 1
