@@ -21,11 +21,23 @@ class Tally:
     chunks: int = 0
     lost: int = 0
     duplicates: int = 0
+    condemned: int = 0
     differing: int = 0
     reread: int = 0
     attempts: Counter[int] = field(default_factory=Counter)
-    states: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+
+    keys_left: list[str] = field(default_factory=list)
+
+    def balance(self, store: redis.Redis) -> None:
+        """Compare with what the store has counted, and name what it still holds."""
+        held = balance(store)
+        calm = {"queued": 0, "leased": 0, "jobs": 0, "bytes": 0, "SUCCEEDED": self.accepted}
+        if held != calm:
+            self.fault("store", f"holds {held} and not {calm}")
+        self.keys_left = remaining_keys(store)
+        if self.keys_left:
+            self.fault("store", f"{len(self.keys_left)} keys are left: {self.keys_left[:5]}")
 
     def fault(self, where: object, what: str) -> None:
         self.faults.append(f"{where}: {what}")
@@ -36,6 +48,7 @@ def raw(path: Path, tally: Tally) -> None:
     works: dict[int, list[standin.Work]] = {}
     seen: dict[tuple[int, int], list[tuple[int, str]]] = {}
     ended: Counter[tuple[int, int]] = Counter()
+    errors: dict[tuple[int, int], str] = {}
     entries: dict[int, list[int]] = {}
     open_ = None
     for line in journal.read(path):
@@ -53,8 +66,9 @@ def raw(path: Path, tally: Tally) -> None:
             if line["state"] is not None:
                 ended[job] += 1
                 entries.setdefault(n, []).append(line["entry"])
-                tally.states[line["state"]] += 1
                 tally.attempts[line["attempt"]] += 1
+                if line["state"] != "JOB_STATE_SUCCEEDED":
+                    errors[job] = f"{line['state']}: {line['error']}"
         elif "again" in line:
             tally.reread += 1
             if line["again"]:
@@ -79,6 +93,9 @@ def raw(path: Path, tally: Tally) -> None:
             if ended[job] > 1 or len(numbers) != len(set(numbers)):
                 tally.duplicates += 1
                 tally.fault(job, f"chunks {numbers}, ended {ended[job]} times")
+            elif job in errors:
+                tally.condemned += 1
+                tally.fault(job, errors[job])
             elif chunks != list(enumerate(standin.expected(work), 1)):
                 tally.differing += 1
                 tally.fault(job, f"is not what an undisturbed run gives: chunks {numbers}")
@@ -95,11 +112,10 @@ def sdk(path: Path, tally: Tally) -> None:
             tally.accepted += 1
         elif "error" in line:
             results[line["id"]] += 1
-            tally.states["FAILURE"] += 1
+            tally.condemned += 1
             tally.fault(line["id"], line["error"])
         else:
             results[line["id"]] += 1
-            tally.states["TRACE"] += 1
             if line["data"] != sdk_client.digest(works[line["id"]].data):
                 tally.differing += 1
                 tally.fault(line["id"], "is not what an undisturbed run gives")
@@ -113,11 +129,12 @@ def sdk(path: Path, tally: Tally) -> None:
     tally.delivered += sum(1 for number in works if results[number])
 
 
-def remaining_keys(store: redis.Redis, workers: set[str]) -> list[str]:
+def remaining_keys(store: redis.Redis) -> list[str]:
     """Name the keys that should not be there when everything is acknowledged."""
     keys, model = Keys(), standin.MODEL.name
     allowed = {keys.queue(model), keys.load, keys.ended, keys.models, keys.workers}
-    allowed |= {keys.worker(worker) for worker in workers}
+    # Workers that live, or died a few leases ago.
+    allowed |= {keys.worker(worker.decode()) for worker in store.zrange(keys.workers, 0, -1)}
     found = {key.decode() for key in store.scan_iter(count=1000)}
     # A key that names a submission is remembered for a day, so that it is not accepted twice.
     remembered = re.compile(re.escape(keys.idempotency("")) + ".+")

@@ -251,7 +251,7 @@ class Cluster:
         """Start a stand-in worker."""
         part = self.start_module(
             name, "chaos.worker",
-            "--scheduler", self.address(first), "--worker-id", name,
+            "--scheduler", self.address(first), "--name", name,
             "--jobs-per-pass", str(self._jobs_per_pass),
         )  # fmt: skip
         self.workers.append(part)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from chaos.cluster import Part
 
@@ -41,6 +42,7 @@ class Killer:
         seed: int,
     ) -> None:
         self.kills: Counter[str] = Counter()
+        self.log: list[tuple[float, str]] = []
         self.longest_stall = 0.0
         self._victims = victims
         self._weights = weights
@@ -68,8 +70,14 @@ class Killer:
             for _ in range(2 if self._random.random() < _TWO_AT_ONCE else 1):
                 self._kill()
 
+    def write_log(self, path: Path) -> None:
+        """Write when what was killed, to be read beside the logs of the parts."""
+        path.write_text("".join(f"{at:.3f} {name}\n" for at, name in self.log))
+
     def _kill(self) -> None:
         kinds = list(self._weights)
         (kind,) = self._random.choices(kinds, [self._weights[kind] for kind in kinds])
-        if self._random.choice(self._victims[kind]).kill():
+        victim = self._random.choice(self._victims[kind])
+        if victim.kill():
             self.kills[kind] += 1
+            self.log.append((time.time(), victim.name))

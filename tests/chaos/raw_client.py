@@ -1,6 +1,6 @@
 """A client that speaks gRPC itself, notes every chunk it sees, and may be killed.
 
-    python -m chaos.raw_client --server ADDRESS --journal FILE --seed N --until FILE
+    python -m chaos.raw_client --server ADDRESS --journal FILE --seed N --first N --until FILE
 
 Submits, reads, reads again, acknowledges, until there is a file of the name given. What it
 does follows from the seed alone, and where it is stands in its journal: started again, it goes on
@@ -8,7 +8,8 @@ there. Lines of the journal, in this order for each submission `n`:
 
     {"n", "works"}                      before it is submitted
     {"n", "submission", "ids"}          accepted
-    {"n", "entry", "job", "number", "state", "attempt", "digest", "bytes"}   a chunk, seen
+    {"n", "entry", "job", "number", "state", "attempt", "error", "digest", "bytes"}
+                                        a chunk, seen
     {"n", "again"}                      read once more from the start: chunks that differed
     {"n", "done"}                       acknowledged
 """
@@ -76,11 +77,15 @@ class RawClient:
         Where it is.
     seed
         What it does.
+    first
+        Number of its first job.
     most_jobs
         In one submission.
     """
 
-    def __init__(self, server: str, journal: Journal, seed: int, most_jobs: int) -> None:
+    def __init__(
+        self, server: str, journal: Journal, seed: int, first: int, most_jobs: int
+    ) -> None:
         self._client = trace_pb2_grpc.TraceServiceStub(
             grpc.insecure_channel(
                 server,
@@ -93,6 +98,7 @@ class RawClient:
         )
         self._journal = journal
         self._seed = seed
+        self._first = first
         self._most_jobs = most_jobs
 
     def run(self, until: Path) -> None:
@@ -130,7 +136,7 @@ class RawClient:
 
     def _new(self, number: int) -> Open:
         source = self._source(number)
-        first = self._seed * 10_000_000 + number * 1000
+        first = self._first + number * 1000
         works = standin.drawn(range(first, first + source.randint(1, self._most_jobs)), source)
         self._journal.write(n=number, works=[work.ids[:3] for work in works])
         return Open(number, works)
@@ -159,7 +165,7 @@ class RawClient:
 
     def _submit(self, current: Open) -> None:
         request = trace_pb2.SubmitJobsRequest(
-            idempotency_key=f"chaos-{self._seed}-{current.number}",
+            idempotency_key=f"chaos-{self._first}-{current.number}",
             jobs=[work.spec for work in current.works],
         )
         answer = self._patiently(lambda: self._client.SubmitJobs(request, timeout=5))
@@ -180,6 +186,7 @@ class RawClient:
                 number=chunk.number,
                 state=types_pb2.JobState.Name(chunk.end.state) if end else None,
                 attempt=chunk.end.attempt if end else None,
+                error=chunk.end.error.message,
                 digest=standin.digest(chunk),
                 bytes=whole,
             )
@@ -235,11 +242,12 @@ def main() -> None:
     parser.add_argument("--server", required=True)
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--first", type=int, required=True, help="number of the first job")
     parser.add_argument("--until", type=Path, required=True)
     parser.add_argument("--most-jobs", type=int, default=60)
     given = parser.parse_args()
     journal = Journal(given.journal)
-    RawClient(given.server, journal, given.seed, given.most_jobs).run(given.until)
+    RawClient(given.server, journal, given.seed, given.first, given.most_jobs).run(given.until)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from chaos import checks
-from chaos.cluster import Cluster, Part
+from chaos.clients import Clients
+from chaos.cluster import Cluster
 from chaos.killer import Killer
-from waiting import wait_until
 
 WEIGHTS = {"worker": 0.4, "scheduler": 0.25, "redis": 0.15, "client": 0.2}
-
-_FINISH = 60.0
-"""Seconds for the clients to finish what they began, once the killing is over."""
 
 
 @dataclass
@@ -41,6 +37,7 @@ class Report:
     chunks: int
     lost: int
     duplicates: int
+    condemned: int
     differing: int
     submissions_read_twice: int
     attempts: dict[int, int]
@@ -62,52 +59,21 @@ def run(
     """Run a service in a folder and kill its parts."""
     began = time.monotonic()
     with Cluster(folder, workers=workers, lease=lease, fsync=fsync) as cluster:
-        journals: dict[str, Path] = {}
-        until = folder / "until"
-
-        def client(kind: str, index: int) -> Part:
-            name = f"{kind}{index}"
-            journals[name] = folder / f"{name}.jsonl"
-            return cluster.start_module(
-                name, f"chaos.{kind}",
-                "--server", cluster.address(index), "--journal", str(journals[name]),
-                "--seed", str(seed * 100 + len(journals)), "--until", str(until),
-            )  # fmt: skip
-
-        raw = [client("raw_client", index) for index in range(raw_clients)]
-        sdk = client("sdk_client", raw_clients)
+        clients = Clients(cluster, seed, raw_clients)
         killer = Killer(
             {
                 "worker": cluster.workers,
                 "scheduler": cluster.schedulers,
                 "redis": [cluster.redis],
-                "client": raw,
+                "client": clients.raw,
             },
             WEIGHTS,
-            lambda: sum(path.stat().st_size for path in journals.values() if path.exists()),
+            clients.progress,
             seed,
         )
         killer.run(kills)
-        until.touch()
-        tally = checks.Tally()
-        for part in (*raw, sdk):
-            if (code := part.finish(_FINISH)) != 0:
-                tally.fault(part.name, f"ended with {code}: {part.last_words()}")
-        wait_until(lambda: cluster.connected() == workers, "all workers come back", _FINISH)
-        for name, path in journals.items():
-            (checks.raw if name.startswith("raw") else checks.sdk)(path, tally)
-        for death in (*cluster.deaths, *(death for part in (*raw, sdk) for death in part.deaths)):
-            # A scheduler that starts while Redis is away says so and ends.
-            if "can not be reached" not in death.last_words:
-                tally.fault(death.part, f"ended by itself with {death.code}: {death.last_words}")
-        with cluster.store() as store:
-            left = checks.remaining_keys(store, {part.name for part in cluster.workers})
-            balance = checks.balance(store)
-        calm = {"queued": 0, "leased": 0, "jobs": 0, "bytes": 0, "SUCCEEDED": tally.accepted}
-        if balance != calm:
-            tally.fault("store", f"holds {balance} and not {calm}")
-        if left:
-            tally.fault("store", f"{len(left)} keys are left: {left[:5]}")
+        tally = clients.finish()
+        killer.write_log(folder / "kills.log")
     return Report(
         seed=seed,
         seconds=round(time.monotonic() - began, 1),
@@ -119,11 +85,12 @@ def run(
         chunks=tally.chunks,
         lost=tally.lost,
         duplicates=tally.duplicates,
+        condemned=tally.condemned,
         differing=tally.differing,
         submissions_read_twice=tally.reread,
         attempts=dict(sorted(tally.attempts.items())),
         longest_wait_for_a_result=round(killer.longest_stall, 1),
-        keys_left=left,
+        keys_left=tally.keys_left,
         faults=tally.faults,
     )
 

@@ -1,6 +1,6 @@
 """A client as people write one: the SDK, and not a word about what may go wrong.
 
-    python -m chaos.sdk_client --server ADDRESS --journal FILE --seed N --until FILE
+    python -m chaos.sdk_client --server ADDRESS --journal FILE --seed N --first N --until FILE
 
 Feeds `trace_many` until there is a file of the name given, then takes what is still on its way.
 Lines of the journal:
@@ -30,8 +30,8 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def items(journal: Journal, seed: int, until: Path) -> Iterator[dict[str, Any]]:
-    source, number = random.Random(seed), seed * 10_000_000
+def items(journal: Journal, seed: int, first: int, until: Path) -> Iterator[dict[str, Any]]:
+    source, number = random.Random(seed), first
     while not until.exists():
         (work,) = standin.drawn(range(number, number + 1), source)
         number += 1
@@ -44,12 +44,13 @@ def main() -> None:
     parser.add_argument("--server", required=True)
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--first", type=int, required=True, help="number of the first job")
     parser.add_argument("--until", type=Path, required=True)
     parser.add_argument("--in-flight", type=int, default=120)
     given = parser.parse_args()
     journal = Journal(given.journal)
     with reltrace.Client(given.server, retry_timeout=PATIENCE) as client:
-        source = items(journal, given.seed, given.until)
+        source = items(journal, given.seed, given.first, given.until)
         for result in client.trace_many(source, max_in_flight=given.in_flight):
             if isinstance(result, reltrace.Failure):
                 journal.write(id=result.id, error=str(result.error))

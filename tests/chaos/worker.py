@@ -1,6 +1,6 @@
 """A worker process without a model: the real session over an engine that knows its results.
 
-python -m chaos.worker --scheduler ADDRESS --worker-id NAME
+python -m chaos.worker --scheduler ADDRESS --name NAME
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class StandInRunner:
 
 
 def _run(works: list[standin.Work]) -> None:
+    for work in works:
+        if work.milliseconds:
+            print(f"runs {work.number}", flush=True)
     if any(work.deadly for work in works):
         os.kill(os.getpid(), signal.SIGKILL)
     # Not a wait for anything: this is how long the pass takes.
@@ -66,7 +69,9 @@ def _key(lease: worker_pb2.Lease) -> LeaseKey:
     return LeaseKey(lease.job_id, lease.attempt)
 
 
-async def _work(scheduler: str, worker_id: str, jobs_per_pass: int) -> None:
+async def _work(scheduler: str, name: str, jobs_per_pass: int) -> None:
+    # A worker's id names one process: a lease of the one that was killed is not ours.
+    worker_id = f"{name}.{os.getpid()}"
     hello = worker_pb2.Hello(worker_id=worker_id, model=standin.MODEL, device="none", version="0")
     session = Session(scheduler, hello, StandInRunner(jobs_per_pass))
     asked = asyncio.Event()
@@ -84,14 +89,14 @@ async def _work(scheduler: str, worker_id: str, jobs_per_pass: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scheduler", required=True)
-    parser.add_argument("--worker-id", required=True)
+    parser.add_argument("--name", required=True)
     parser.add_argument("--jobs-per-pass", type=int, default=16)
     given = parser.parse_args()
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    asyncio.run(_work(given.scheduler, given.worker_id, given.jobs_per_pass))
+    asyncio.run(_work(given.scheduler, given.name, given.jobs_per_pass))
 
 
 if __name__ == "__main__":
