@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import redis
 from chaos import journal, sdk_client, standin
-from reltrace_scheduler.store.keys import GROUP, Keys
+from reltrace_scheduler.auth.identity import DEFAULT_TENANT
+from reltrace_scheduler.store.keys import Keys
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Tally:
     def balance(self, store: redis.Redis) -> None:
         """Compare with what the store has counted, and name what it still holds."""
         held = balance(store)
-        calm = {"queued": 0, "leased": 0, "jobs": 0, "bytes": 0, "SUCCEEDED": self.accepted}
+        calm = {"jobs": 0, "bytes": 0, "results": 0, "SUCCEEDED": self.accepted}
         if held != calm:
             self.fault("store", f"holds {held} and not {calm}")
         self.keys_left = remaining_keys(store)
@@ -131,24 +131,29 @@ def sdk(path: Path, tally: Tally) -> None:
 
 def remaining_keys(store: redis.Redis) -> list[str]:
     """Name the keys that should not be there when everything is acknowledged."""
-    keys, model = Keys(), standin.MODEL.name
-    allowed = {keys.queue(model), keys.load, keys.ended, keys.models, keys.workers}
+    keys = Keys()
+    allowed = {
+        keys.clock,
+        keys.load,
+        keys.ended,
+        keys.models,
+        keys.workers,
+        keys.tenants,
+        keys.tenant(DEFAULT_TENANT),
+    }
     # Workers that live, or died a few leases ago.
     allowed |= {keys.worker(worker.decode()) for worker in store.zrange(keys.workers, 0, -1)}
+    # A queue that is empty goes when leases are looked after next.
+    queues = [keys.queue(name.decode()) for name in store.smembers(keys.queues)]
+    allowed |= {keys.queues, *(queue for queue in queues if store.xlen(queue) == 0)}
     found = {key.decode() for key in store.scan_iter(count=1000)}
     # A key that names a submission is remembered for a day, so that it is not accepted twice.
-    remembered = re.compile(re.escape(keys.idempotency("")) + ".+")
-    return sorted(key for key in found - allowed if not remembered.fullmatch(key))
+    remembered = keys.idempotency(DEFAULT_TENANT, "")
+    return sorted(key for key in found - allowed if not key.startswith(remembered))
 
 
 def balance(store: redis.Redis) -> dict[str, int]:
     """Count what the store still holds, and what has ended by state."""
-    keys, model = Keys(), standin.MODEL.name
-    load = {name.decode(): int(count) for name, count in store.hgetall(keys.load).items()}
-    ended = {name.decode(): int(count) for name, count in store.hgetall(keys.ended).items()}
-    return {
-        "queued": store.xlen(keys.queue(model)),
-        "leased": store.xpending(keys.queue(model), GROUP)["pending"],
-        **load,
-        **ended,
-    }
+    keys = Keys()
+    load, ended = store.hgetall(keys.load), store.hgetall(keys.ended)
+    return {name.decode(): int(count) for name, count in (load | ended).items()}

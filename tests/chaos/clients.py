@@ -1,0 +1,78 @@
+"""Clients that keep submitting, each in a process of its own, and the proof that they leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chaos import checks
+from chaos.cluster import Cluster, Part
+from waiting import wait_until
+
+_FINISH = 60.0
+"""Seconds for the clients to finish what they began."""
+
+_NUMBERS = 100_000_000
+"""Numbers of jobs that each client has for itself."""
+
+
+class Clients:
+    """Some that speak gRPC themselves and may be killed, and one with the SDK.
+
+    Parameters
+    ----------
+    cluster
+        Which they call.
+    seed
+        Of what they submit.
+    raw
+        How many of the first kind.
+    """
+
+    def __init__(self, cluster: Cluster, seed: int, raw: int = 2) -> None:
+        self._cluster = cluster
+        self._seed = seed
+        self._until = cluster.folder / "until"
+        self._until.unlink(missing_ok=True)
+        self._journals: dict[str, Path] = {}
+        self.raw = [self._start("raw_client", index) for index in range(raw)]
+        self.sdk = self._start("sdk_client", raw)
+
+    def _start(self, kind: str, index: int) -> Part:
+        name = f"{kind}{index}"
+        journal = self._journals[name] = self._cluster.folder / f"{name}.jsonl"
+        return self._cluster.start_module(
+            name, f"chaos.{kind}", "--server", self._cluster.address(index),
+            "--journal", str(journal), "--seed", str(self._seed * 100 + index),
+            "--first", str(index * _NUMBERS), "--until", str(self._until),
+        )  # fmt: skip
+
+    def progress(self) -> int:
+        """Return a number that grows with every result that a client has."""
+        return sum(path.stat().st_size for path in self._journals.values() if path.exists())
+
+    def wait_for_progress(self, seconds: float = 60.0) -> None:
+        """Wait until every client has had something more."""
+        before = {path: path.stat().st_size for path in self._journals.values() if path.exists()}
+        for path in self._journals.values():
+            wait_until(
+                lambda path=path: path.exists() and path.stat().st_size > before.get(path, 0),
+                f"{path.stem} gets a result",
+                seconds,
+            )
+
+    def finish(self) -> checks.Tally:
+        """Let them finish what they began; return what they saw, and what was wrong with it."""
+        tally = checks.Tally()
+        self._until.touch()
+        for part in (*self.raw, self.sdk):
+            part.finish(_FINISH)
+        for name, path in self._journals.items():
+            (checks.raw if name.startswith("raw") else checks.sdk)(path, tally)
+        for part in (*self._cluster.parts, *self.raw, self.sdk):
+            for death in part.deaths:
+                # A scheduler that starts while Redis is away says so and ends.
+                if "can not be reached" not in death.last_words:
+                    tally.fault(part.name, f"ended by itself with {death.code}: {death.last_words}")
+        with self._cluster.store() as store:
+            tally.balance(store)
+        return tally

@@ -1,0 +1,63 @@
+"""Redis is away for a while: everyone waits and goes on."""
+
+import time
+from collections.abc import Callable
+
+from chaos.clients import Clients
+from chaos.cluster import Cluster
+from chaos.standin import Work
+from chaos.submitting import submit
+from reltrace_proto.v1 import types_pb2
+from waiting import wait_until
+
+Start = Callable[..., Cluster]
+
+LEASE = 1.0
+
+
+def test_redis_does_not_answer_for_longer_than_a_lease(start: Start) -> None:
+    cluster = start(lease=LEASE)
+    clients = Clients(cluster, seed=4, raw=1)
+    clients.wait_for_progress()
+    with cluster.redis.paused():
+        # Not a wait for anything: this is how long Redis is away.
+        time.sleep(2.5 * LEASE)
+    clients.wait_for_progress()
+    tally = clients.finish()
+    assert tally.faults == []
+    assert tally.delivered == tally.accepted > 50
+
+
+def test_redis_is_ended_in_order_and_started_again(start: Start) -> None:
+    cluster = start(lease=LEASE)
+    clients = Clients(cluster, seed=5, raw=1)
+    for _ in range(2):
+        clients.wait_for_progress()
+        with cluster.redis.down():
+            time.sleep(1.5 * LEASE)
+    clients.wait_for_progress()
+    tally = clients.finish()
+    assert tally.faults == []
+    assert tally.delivered == tally.accepted > 50
+
+
+def test_an_outage_is_not_held_against_the_jobs_that_run(start: Start) -> None:
+    """
+    Given a job that runs for long, on a worker that lives all the time
+    If Redis is away three times, each time for longer than a lease
+    I expect the job to succeed: no worker was lost, so the job has lost none.
+    """
+    cluster = start(lease=LEASE)
+    with cluster.client() as client:
+        long = submit(client, [Work(1, milliseconds=12_000)])
+        wait_until(lambda: long.states() == ["LEASED"], "the job is leased")
+        for _ in range(3):
+            with cluster.redis.paused():
+                time.sleep(1.5 * LEASE)
+            with cluster.store() as store:
+                wait_until(store.ping, "Redis answers")
+        wait_until(lambda: cluster.connected() == 2, "the workers are seen")
+        (end,) = submit(client, [Work(2)]).ends()
+        assert end.state == types_pb2.JOB_STATE_SUCCEEDED
+        (end,) = long.ends()
+    assert end.state == types_pb2.JOB_STATE_SUCCEEDED, end
