@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,122 +13,149 @@ from chaos import journal, sdk_client, standin
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT
 from reltrace_scheduler.store.keys import Keys
 
+LOSSES = 3
+"""Lost leases after which a job is quarantined."""
+
+_LOSS = re.compile(r"attempt \d+ on ([\w.-]+)")
+
 
 @dataclass
 class Tally:
-    """What clients saw, counted; all faults in words."""
+    """What clients saw, counted; all faults in words.
 
+    A job that was leased to three workers that were killed is quarantined, and rightly so: by what
+    can be seen it may be what kills them. One that was leased to a worker that lived is a fault.
+    """
+
+    killed: Set[str] = frozenset()
+    """Processes of workers that were killed, by the ids that they had."""
     accepted: int = 0
     delivered: int = 0
     chunks: int = 0
     lost: int = 0
     duplicates: int = 0
-    condemned: int = 0
     differing: int = 0
+    quarantined: int = 0
     reread: int = 0
     attempts: Counter[int] = field(default_factory=Counter)
+    keys_left: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    keys_left: list[str] = field(default_factory=list)
+    def fault(self, where: object, what: str) -> None:
+        self.faults.append(f"{where}: {what}")
+
+    def no_success(self, where: object, error: str) -> None:
+        """Note a job that did not succeed."""
+        workers = _LOSS.findall(error)
+        if len(workers) == LOSSES and self.killed.issuperset(workers):
+            self.quarantined += 1
+        else:
+            self.fault(where, error)
 
     def balance(self, store: redis.Redis) -> None:
-        """Compare with what the store has counted, and name what it still holds."""
-        held = balance(store)
-        calm = {"jobs": 0, "bytes": 0, "results": 0, "SUCCEEDED": self.accepted}
-        if held != calm:
+        """Compare with what the store has counted, and name what it should not hold any more."""
+        keys = Keys()
+        counted = store.hgetall(keys.load) | store.hgetall(keys.ended)
+        held = {name.decode(): int(count) for name, count in counted.items() if int(count)}
+        calm = {"SUCCEEDED": self.accepted - self.quarantined, "QUARANTINED": self.quarantined}
+        if held != {state: count for state, count in calm.items() if count}:
             self.fault("store", f"holds {held} and not {calm}")
         self.keys_left = remaining_keys(store)
         if self.keys_left:
             self.fault("store", f"{len(self.keys_left)} keys are left: {self.keys_left[:5]}")
 
-    def fault(self, where: object, what: str) -> None:
-        self.faults.append(f"{where}: {what}")
+
+class _Submission:
+    """One submission as a `raw_client` noted it."""
+
+    def __init__(self, works: list[standin.Work]) -> None:
+        self.works = works
+        self.done = False
+        self.entries: list[int] = []
+        self.ended: Counter[int] = Counter()
+        self.errors: dict[int, str] = {}
+        self.chunks: defaultdict[int, list[tuple[int, str]]] = defaultdict(list)
+
+    def judge(self, n: int, tally: Tally) -> None:
+        if not self.done:
+            tally.fault(n, "was not finished")
+        if self.entries != list(range(1, len(self.works) + 1)):
+            tally.fault(n, f"entries {self.entries} for {len(self.works)} jobs")
+        for index, work in enumerate(self.works):
+            where, chunks = (n, index), self.chunks[index]
+            numbers = [number for number, _ in chunks]
+            if not self.ended[index]:
+                tally.lost += 1
+                tally.fault(where, "did not end")
+                continue
+            tally.delivered += 1
+            if self.ended[index] > 1 or len(numbers) != len(set(numbers)):
+                tally.duplicates += 1
+                tally.fault(where, f"chunks {numbers}, ended {self.ended[index]} times")
+            elif index in self.errors:
+                tally.no_success(where, self.errors[index])
+            elif chunks != list(enumerate(standin.expected(work), 1)):
+                tally.differing += 1
+                tally.fault(where, f"is not what an undisturbed run gives: chunks {numbers}")
 
 
 def raw(path: Path, tally: Tally) -> None:
     """Check the journal of a `raw_client`: every chunk of every job once, and the right one."""
-    works: dict[int, list[standin.Work]] = {}
-    seen: dict[tuple[int, int], list[tuple[int, str]]] = {}
-    ended: Counter[tuple[int, int]] = Counter()
-    errors: dict[tuple[int, int], str] = {}
-    entries: dict[int, list[int]] = {}
-    open_ = None
+    submissions: dict[int, _Submission] = {}
     for line in journal.read(path):
         n = line["n"]
         if "works" in line:
-            works[n], open_ = [standin.Work(*work) for work in line["works"]], n
+            submissions[n] = _Submission([standin.Work(*work) for work in line["works"]])
         elif "submission" in line:
             tally.accepted += len(line["ids"])
-            if len(set(line["ids"])) != len(works[n]):
+            if len(set(line["ids"])) != len(submissions[n].works):
                 tally.fault(n, "job ids are not one per job")
         elif "entry" in line:
-            job = n, line["job"]
             tally.chunks += 1
-            seen.setdefault(job, []).append((line["number"], line["digest"]))
+            submission, job = submissions[n], line["job"]
+            submission.chunks[job].append((line["number"], line["digest"]))
             if line["state"] is not None:
-                ended[job] += 1
-                entries.setdefault(n, []).append(line["entry"])
+                submission.ended[job] += 1
+                submission.entries.append(line["entry"])
                 tally.attempts[line["attempt"]] += 1
                 if line["state"] != "JOB_STATE_SUCCEEDED":
-                    errors[job] = f"{line['state']}: {line['error']}"
+                    submission.errors[job] = f"{line['state']}: {line['error']}"
         elif "again" in line:
             tally.reread += 1
             if line["again"]:
                 tally.differing += line["again"]
                 tally.fault(n, f"{line['again']} chunks differ when they are read again")
         elif "done" in line:
-            open_ = None
-    if open_ is not None:
-        tally.fault(path.name, f"submission {open_} was not finished")
-    for n, jobs in works.items():
-        if entries.get(n, []) != list(range(1, len(jobs) + 1)):
-            tally.fault(n, f"entries {entries.get(n)} for {len(jobs)} jobs")
-        for index, work in enumerate(jobs):
-            job = n, index
-            chunks = seen.get(job, [])
-            numbers = [number for number, _ in chunks]
-            if not ended[job]:
-                tally.lost += 1
-                tally.fault(job, "did not end")
-                continue
-            tally.delivered += 1
-            if ended[job] > 1 or len(numbers) != len(set(numbers)):
-                tally.duplicates += 1
-                tally.fault(job, f"chunks {numbers}, ended {ended[job]} times")
-            elif job in errors:
-                tally.condemned += 1
-                tally.fault(job, errors[job])
-            elif chunks != list(enumerate(standin.expected(work), 1)):
-                tally.differing += 1
-                tally.fault(job, f"is not what an undisturbed run gives: chunks {numbers}")
+            submissions[n].done = True
+    for n, submission in submissions.items():
+        submission.judge(n, tally)
 
 
 def sdk(path: Path, tally: Tally) -> None:
-    """Check the journal of an `sdk_client`: a trace per item, and the right one."""
+    """Check the journal of an `sdk_client`: one trace per item, and the right one."""
     works: dict[int, standin.Work] = {}
     results: Counter[int] = Counter()
     for line in journal.read(path):
         if "work" in line:
             work = standin.Work(*line["work"])
             works[work.number] = work
-            tally.accepted += 1
-        elif "error" in line:
-            results[line["id"]] += 1
-            tally.condemned += 1
-            tally.fault(line["id"], line["error"])
-        else:
-            results[line["id"]] += 1
-            if line["data"] != sdk_client.digest(works[line["id"]].data):
-                tally.differing += 1
-                tally.fault(line["id"], "is not what an undisturbed run gives")
+            continue
+        results[line["id"]] += 1
+        if "error" in line:
+            tally.no_success(line["id"], line["error"])
+        elif line["data"] != sdk_client.digest(works[line["id"]].data):
+            tally.differing += 1
+            tally.fault(line["id"], "is not what an undisturbed run gives")
+    tally.accepted += len(works)
     for number in works:
         if not results[number]:
             tally.lost += 1
             tally.fault(number, "has no result")
-        elif results[number] > 1:
+        else:
+            tally.delivered += 1
+        if results[number] > 1:
             tally.duplicates += 1
             tally.fault(number, f"has {results[number]} results")
-    tally.delivered += sum(1 for number in works if results[number])
 
 
 def remaining_keys(store: redis.Redis) -> list[str]:
@@ -142,18 +171,17 @@ def remaining_keys(store: redis.Redis) -> list[str]:
         keys.tenant(DEFAULT_TENANT),
     }
     # Workers that live, or died a few leases ago.
-    allowed |= {keys.worker(worker.decode()) for worker in store.zrange(keys.workers, 0, -1)}
+    allowed |= {keys.worker(worker) for worker in _members(store.zrange(keys.workers, 0, -1))}
+    # What was quarantined is kept for an operator to look at.
+    allowed |= {keys.dead, *map(keys.dead_job, _members(store.zrange(keys.dead, 0, -1)))}
     # A queue that is empty goes when leases are looked after next.
-    queues = [keys.queue(name.decode()) for name in store.smembers(keys.queues)]
+    queues = map(keys.queue, _members(store.smembers(keys.queues)))
     allowed |= {keys.queues, *(queue for queue in queues if store.xlen(queue) == 0)}
-    found = {key.decode() for key in store.scan_iter(count=1000)}
+    found = set(_members(store.scan_iter(count=1000)))
     # A key that names a submission is remembered for a day, so that it is not accepted twice.
     remembered = keys.idempotency(DEFAULT_TENANT, "")
     return sorted(key for key in found - allowed if not key.startswith(remembered))
 
 
-def balance(store: redis.Redis) -> dict[str, int]:
-    """Count what the store still holds, and what has ended by state."""
-    keys = Keys()
-    load, ended = store.hgetall(keys.load), store.hgetall(keys.ended)
-    return {name.decode(): int(count) for name, count in (load | ended).items()}
+def _members(found: object) -> list[str]:
+    return [name.decode() for name in found]  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
 from chaos import checks
@@ -60,9 +61,15 @@ class Clients:
                 seconds,
             )
 
-    def finish(self) -> checks.Tally:
-        """Let them finish what they began; return what they saw, and what was wrong with it."""
-        tally = checks.Tally()
+    def finish(self, killed: Set[str] = frozenset()) -> checks.Tally:
+        """Let them finish what they began; return what they saw, and what was wrong with it.
+
+        Parameters
+        ----------
+        killed
+            Processes that were killed, as `Killer.killed` names them.
+        """
+        tally = checks.Tally(killed)
         self._until.touch()
         for part in (*self.raw, self.sdk):
             part.finish(_FINISH)

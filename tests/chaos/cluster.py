@@ -76,14 +76,20 @@ class Part:
     def pid(self) -> int:
         return self._process.pid
 
-    def kill(self) -> bool:
-        """SIGKILL: no chance to clean up; it is started again at once. False: it was dead."""
+    def kill(self) -> int | None:
+        """SIGKILL: no chance to clean up; it is started again at once.
+
+        Returns
+        -------
+        int or None
+            Process id of the one that was killed; None: it was dead already.
+        """
         with self._lock:
             if self._process.poll() is not None:
-                return False
+                return None
             self._killed = True
             self._process.kill()
-            return True
+            return self._process.pid
 
     def stop(self, seconds: float = 30.0) -> int:
         """SIGTERM, and wait for the end in order; return the exit code."""

@@ -42,7 +42,7 @@ class Killer:
         seed: int,
     ) -> None:
         self.kills: Counter[str] = Counter()
-        self.log: list[tuple[float, str]] = []
+        self._log: list[tuple[float, str]] = []
         self.longest_stall = 0.0
         self._victims = victims
         self._weights = weights
@@ -68,16 +68,22 @@ class Killer:
             # Not a wait for anything: the moment of the kill is drawn.
             never.wait(self._random.uniform(0, _LONGEST_PAUSE))
             for _ in range(2 if self._random.random() < _TWO_AT_ONCE else 1):
-                self._kill()
+                self.kill()
+
+    @property
+    def killed(self) -> set[str]:
+        """The processes, as ``<name>.<pid>``: so stand-in workers call themselves."""
+        return {process for _, process in self._log}
 
     def write_log(self, path: Path) -> None:
         """Write when what was killed, to be read beside the logs of the parts."""
-        path.write_text("".join(f"{at:.3f} {name}\n" for at, name in self.log))
+        path.write_text("".join(f"{at:.3f} {name}\n" for at, name in self._log))
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """Kill one part, drawn."""
         kinds = list(self._weights)
         (kind,) = self._random.choices(kinds, [self._weights[kind] for kind in kinds])
         victim = self._random.choice(self._victims[kind])
-        if victim.kill():
+        if (pid := victim.kill()) is not None:
             self.kills[kind] += 1
-            self.log.append((time.time(), victim.name))
+            self._log.append((time.time(), f"{victim.name}.{pid}"))

@@ -37,7 +37,7 @@ class Report:
     chunks: int
     lost: int
     duplicates: int
-    condemned: int
+    quarantined: int
     differing: int
     submissions_read_twice: int
     attempts: dict[int, int]
@@ -72,7 +72,7 @@ def run(
             seed,
         )
         killer.run(kills)
-        tally = clients.finish()
+        tally = clients.finish(killer.killed)
         killer.write_log(folder / "kills.log")
     return Report(
         seed=seed,
@@ -85,7 +85,7 @@ def run(
         chunks=tally.chunks,
         lost=tally.lost,
         duplicates=tally.duplicates,
-        condemned=tally.condemned,
+        quarantined=tally.quarantined,
         differing=tally.differing,
         submissions_read_twice=tally.reread,
         attempts=dict(sorted(tally.attempts.items())),
