@@ -34,6 +34,9 @@ _START_DEADLINE = 60.0
 _LONGEST_SOCKET_PATH = 100
 """Bytes; the kernel's limit is 108 on Linux and 104 elsewhere."""
 
+_CUT = "short read while loading the AOF"
+"""What a server says that found half a command at the end of its file."""
+
 _LOCK_DEADLINE = 15.0
 """Seconds for the server of a scheduler that was killed to write its file and leave."""
 
@@ -137,6 +140,7 @@ class EmbeddedRedis:
                     preexec_fn=_end_with_parent(os.getpid()) if sys.platform == "linux" else None,
                 )
         await self._answering(socket)
+        await self._mended(socket)
         return f"unix://{socket}"
 
     def _socket(self) -> Path:
@@ -178,6 +182,32 @@ class EmbeddedRedis:
                             f"{self._last_lines()}"
                         ) from None
                 await asyncio.sleep(0.02)
+
+    async def _mended(self, socket: Path) -> None:
+        """Have a file written anew that was cut inside a transaction.
+
+        A server that was killed in the middle of a write finds half a command at the end of its
+        file and cuts it off, but not the transaction that the command belonged to: what was written
+        next would, at the start after, be read as a part of that, and half of it be run or lost
+        (https://github.com/valkey-io/valkey/pull/4342). Nobody writes yet; so now is the time.
+        """
+        if _CUT not in (self._data / "redis.log").read_text(errors="replace"):
+            return
+        deadline = time.monotonic() + _START_DEADLINE
+        with contextlib.closing(redis.Redis(unix_socket_path=str(socket))) as server:
+            server.bgrewriteaof()
+            while (state := server.info("persistence"))["aof_rewrite_in_progress"] or state[
+                "aof_rewrite_scheduled"
+            ]:
+                if time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(0.02)
+        if state["aof_rewrite_in_progress"] or state["aof_last_bgrewrite_status"] != "ok":
+            await self.stop()
+            raise StartError(
+                "the append-only file of the embedded Redis was cut off by a crash and could not "
+                f"be written anew: {self._last_lines()}"
+            )
 
     def _last_lines(self) -> str:
         lines = (self._data / "redis.log").read_text(errors="replace").splitlines()
