@@ -52,6 +52,7 @@ class Reaper:
             await asyncio.sleep(period)
 
     async def _reap(self) -> None:
+        await self._upkeep.look()
         for name in await self._queue.names():
             requeued, condemned = await self._upkeep.reap(name)
             if requeued:

@@ -168,6 +168,7 @@ def remaining_keys(store: redis.Redis) -> list[str]:
         keys.models,
         keys.workers,
         keys.tenants,
+        keys.watch,
         keys.tenant(DEFAULT_TENANT),
     }
     # Workers that live, or died a few leases ago.

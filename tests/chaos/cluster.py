@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +51,22 @@ class Part:
         Program and arguments.
     folder
         Of the log file.
+    prepare
+        Called before every start.
     """
 
-    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        folder: Path,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
         self.name = name
         self.deaths: list[Death] = []
         self.log = folder / f"{name}.log"
         self._command = list(command)
+        self._prepare = prepare
         self._lock = threading.Lock()
         self._killed = False
         self._stopping = threading.Event()
@@ -139,6 +148,7 @@ class Part:
     def _start(self) -> subprocess.Popen[bytes]:
         own = {key: value for key, value in os.environ.items() if not key.startswith("RELTRACE_")}
         paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._prepare()
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 self._command,
@@ -213,7 +223,9 @@ class Cluster:
 
     def __enter__(self) -> Self:
         try:
-            self.redis = self.start("redis", self._redis_command())
+            self.redis = self._parts.enter_context(
+                Part("redis", self._redis_command(), self.folder, self._mend)
+            )
             with self.store() as store:
                 wait_until(lambda: _answers(store), "Redis answers", START)
             for index, port in enumerate(self._ports):
@@ -244,6 +256,26 @@ class Cluster:
             *("--appendonly", "yes", "--appendfsync", self._fsync, "--save", ""),
             *("--maxmemory-policy", "noeviction"),
         ]
+
+    def _mend(self) -> None:
+        """Do what an operator has to do before Redis starts after a crash.
+
+        A SIGKILL in the middle of a write leaves half a transaction at the end of the file. Redis
+        cuts off its last command only, and what is written next is read as a part of it at the
+        start after (https://github.com/valkey-io/valkey/pull/4342). `EmbeddedRedis` sees to that
+        by itself.
+        """
+        file = self.folder / "redis" / "appendonly.aof"
+        if file.exists():
+            # The server is this tool too, under another name.
+            subprocess.run(
+                ["redis-check-aof", "--fix", str(file)],
+                executable=find_server(),
+                input=b"y\n",
+                stdout=subprocess.DEVNULL,
+                timeout=60,
+                check=True,
+            )
 
     def start(self, name: str, command: Sequence[str]) -> Part:
         """Start a process that ends with the cluster."""

@@ -32,6 +32,8 @@ key                              type     holds
 ``tenant:<tenant>``              hash     its load, as above; weight, max_jobs, max_bytes
 ``dead``                         zset     jobs that were quarantined, by when
 ``dead:<job>``                   hash     tenant, spec, history
+``watch``                        hash     when leases were last looked after, and until
+                                          when none is taken to be lost
 ``ended``                        hash     how many jobs ended, by state
 ``models``                       hash     ``ModelInfo`` of every model ever served
 ``workers``                      zset     worker ids by the time they were last seen
@@ -103,6 +105,10 @@ class Keys:
     @property
     def expiring(self) -> str:
         return f"{self.prefix}expiring"
+
+    @property
+    def watch(self) -> str:
+        return f"{self.prefix}watch"
 
     @property
     def dead(self) -> str:

@@ -30,6 +30,14 @@ class Upkeep:
         self._keys = keys
         self._scripts = Scripts(redis, keys)
 
+    async def look(self) -> None:
+        """Note that leases are being looked after, before each round of `reap`.
+
+        After a gap (Redis or all schedulers were away for half a lease) no lease is taken to be
+        lost for one lease's time: those who live could not renew theirs.
+        """
+        await self._scripts("look", [self._keys.watch], milliseconds(self._settings.lease))
+
     async def reap(self, queue: str) -> tuple[int, list[Condemned]]:
         """Take over the leases of one queue that were lost.
 
@@ -50,7 +58,7 @@ class Upkeep:
         while True:
             cursor, count, jobs = await self._scripts(
                 "reap",
-                [self._keys.queue(queue), self._keys.queues],
+                [self._keys.queue(queue), self._keys.queues, self._keys.watch],
                 REAPER,
                 queue,
                 milliseconds(self._settings.lease),

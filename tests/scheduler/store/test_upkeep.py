@@ -1,6 +1,7 @@
 import asyncio
 
 import redis.asyncio
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.endings import cancelled, quarantined
 from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.queue import LOST
@@ -211,3 +212,28 @@ async def test_lost_chunks_are_not_counted_as_results(
     assert int(await store.hget(keys.load, "results")) == 5
     await driver.reap_until(requeued=1)
     assert int(await store.hget(keys.load, "results")) == 0
+
+
+async def test_nobody_looked_for_a_while(driver: Driver, settings: Settings) -> None:
+    """
+    Given a lease that ran out while nobody looked after leases (Redis was away, say)
+    If they are looked after again
+    I expect the lease not to be lost for as long as a worker has to renew it, and then to be.
+    """
+    await driver.submit(jobs(1))
+    await driver.upkeep.look()
+    await driver.lease("w", 1)
+    await asyncio.sleep(1.2 * settings.lease)  # this long nobody looks
+    (queue,) = await driver.queue.names()
+    # A call that was on its way when Redis went comes first.
+    assert await driver.upkeep.reap(queue) == (0, [])
+    await driver.upkeep.look()
+    began = asyncio.get_running_loop().time()
+    while True:
+        await driver.upkeep.look()
+        requeued, _ = await driver.upkeep.reap(queue)
+        if requeued:
+            break
+        await asyncio.sleep(settings.lease / 10)
+    waited = asyncio.get_running_loop().time() - began
+    assert 0.8 * settings.lease < waited < 2 * settings.lease

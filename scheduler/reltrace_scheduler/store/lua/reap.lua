@@ -5,6 +5,7 @@
 --
 -- KEYS[1] queue:<class>:<tenant>:<model>  stream  old entries deleted
 -- KEYS[2] queues                          set     an empty queue removed
+-- KEYS[3] watch                           hash    read
 -- also: job:<job>                         hash    state QUEUED, lost + 1, history
 --       queue:suspect:..., queue:alone:... stream new entries
 --       held:<worker>                     set     the jobs removed
@@ -19,12 +20,17 @@
 local reaper, name = ARGV[3], ARGV[4]
 local lease, max_lost, cursor, count = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8]
 
+local time = now()
+local watch = redis.call("HMGET", KEYS[3], "seen", "grace")
+-- This may be a call that waited while Redis was away: then no look has come since.
+if watch[1] and (time - watch[1] > lease / 2 or time < tonumber(watch[2])) then
+    return {"0-0", 0, {}}
+end
 if redis.call("EXISTS", KEYS[1]) == 0 then
     redis.call("SREM", KEYS[2], name)
     return {"0-0", 0, {}}
 end
 local reply = redis.call("XAUTOCLAIM", KEYS[1], group, reaper, lease, cursor, "COUNT", count)
-local time = now()
 local requeued, condemned = 0, {}
 for _, entry in ipairs(reply[2]) do
     -- Redis 6.2 lists deleted entries as nil; none of ours is deleted while pending.
