@@ -93,6 +93,7 @@ class Session:
         # results by _UNCOMMITTED_MESSAGES, everything else is a few bytes per message.
         self._outgoing: Outgoing | None = None
         self._backoff = _FIRST_BACKOFF
+        self._longest_backoff = _LAST_BACKOFF
         self._arrived: asyncio.Queue[list[worker_pb2.Lease]] = asyncio.Queue(_WINDOW_JOBS)
         self._finished: asyncio.Queue[list[Chunks]] = asyncio.Queue(2)
         self._uncommitted: dict[int, worker_pb2.Results] = {}
@@ -248,7 +249,7 @@ class Session:
                 # Another one may be there at once.
                 continue
             await asyncio.sleep(self._backoff)
-            self._backoff = min(2 * self._backoff, _LAST_BACKOFF)
+            self._backoff = min(2 * self._backoff, self._longest_backoff)
 
     async def _connect(self) -> None:
         """Live through one connection to the current address."""
@@ -284,6 +285,8 @@ class Session:
             self._failed_in_a_row = 0
             self._resume(outgoing)
             period = welcome.welcome.heartbeat.ToTimedelta().total_seconds()
+            # Whoever is away for longer than the scheduler may lose its leases over it.
+            self._longest_backoff = min(_LAST_BACKOFF, max(period, _FIRST_BACKOFF))
             beat = asyncio.create_task(self._heartbeat(outgoing, period))
             try:
                 while isinstance(response := await call.read(), worker_pb2.WorkResponse):
