@@ -14,7 +14,7 @@ from chaos.cluster import Part
 _PROGRESS = 60.0
 """Seconds within which something has to be delivered after a kill."""
 
-_LONGEST_PAUSE = 0.4
+_LONGEST_PAUSE = 0.8
 _TWO_AT_ONCE = 0.15
 
 

@@ -53,7 +53,7 @@ def run(
     seed: int,
     fsync: str = "always",
     lease: float = 1.0,
-    workers: int = 2,
+    workers: int = 3,
     raw_clients: int = 2,
 ) -> Report:
     """Run a service in a folder and kill its parts."""
