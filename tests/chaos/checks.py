@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,29 +11,18 @@ from chaos import journal, sdk_client, standin
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT
 from reltrace_scheduler.store.keys import Keys
 
-LOSSES = 3
-"""Lost leases after which a job is quarantined."""
-
-_LOSS = re.compile(r"attempt \d+ on ([\w.-]+)")
-
 
 @dataclass
 class Tally:
-    """What clients saw, counted; all faults in words.
+    """What clients saw, counted; all faults in words."""
 
-    A job that was leased to three workers that were killed is quarantined, and rightly so: by what
-    can be seen it may be what kills them. One that was leased to a worker that lived is a fault.
-    """
-
-    killed: Set[str] = frozenset()
-    """Processes of workers that were killed, by the ids that they had."""
     accepted: int = 0
     delivered: int = 0
     chunks: int = 0
     lost: int = 0
     duplicates: int = 0
     differing: int = 0
-    quarantined: int = 0
+    failed: int = 0
     reread: int = 0
     attempts: Counter[int] = field(default_factory=Counter)
     keys_left: list[str] = field(default_factory=list)
@@ -45,20 +32,17 @@ class Tally:
         self.faults.append(f"{where}: {what}")
 
     def no_success(self, where: object, error: str) -> None:
-        """Note a job that did not succeed."""
-        workers = _LOSS.findall(error)
-        if len(workers) == LOSSES and self.killed.issuperset(workers):
-            self.quarantined += 1
-        else:
-            self.fault(where, error)
+        """Note a job that did not succeed: there is no reason why one should not."""
+        self.failed += 1
+        self.fault(where, error)
 
     def balance(self, store: redis.Redis) -> None:
         """Compare with what the store has counted, and name what it should not hold any more."""
         keys = Keys()
         counted = store.hgetall(keys.load) | store.hgetall(keys.ended)
         held = {name.decode(): int(count) for name, count in counted.items() if int(count)}
-        calm = {"SUCCEEDED": self.accepted - self.quarantined, "QUARANTINED": self.quarantined}
-        if held != {state: count for state, count in calm.items() if count}:
+        calm = {"SUCCEEDED": self.accepted}
+        if held != calm:
             self.fault("store", f"holds {held} and not {calm}")
         self.keys_left = remaining_keys(store)
         if self.keys_left:
@@ -173,8 +157,6 @@ def remaining_keys(store: redis.Redis) -> list[str]:
     }
     # Workers that live, or died a few leases ago.
     allowed |= {keys.worker(worker) for worker in _members(store.zrange(keys.workers, 0, -1))}
-    # What was quarantined is kept for an operator to look at.
-    allowed |= {keys.dead, *map(keys.dead_job, _members(store.zrange(keys.dead, 0, -1)))}
     # A queue that is empty goes when leases are looked after next.
     queues = map(keys.queue, _members(store.smembers(keys.queues)))
     allowed |= {keys.queues, *(queue for queue in queues if store.xlen(queue) == 0)}

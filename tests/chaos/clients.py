@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
 from pathlib import Path
 
 from chaos import checks
@@ -42,7 +41,7 @@ class Clients:
         name = f"{kind}{index}"
         journal = self._journals[name] = self._cluster.folder / f"{name}.jsonl"
         return self._cluster.start_module(
-            name, f"chaos.{kind}", "--server", self._cluster.address(index),
+            name, f"chaos.{kind}", "--server", self._cluster.address,
             "--journal", str(journal), "--seed", str(self._seed * 100 + index),
             "--first", str(index * _NUMBERS), "--until", str(self._until),
         )  # fmt: skip
@@ -61,15 +60,9 @@ class Clients:
                 seconds,
             )
 
-    def finish(self, killed: Set[str] = frozenset()) -> checks.Tally:
-        """Let them finish what they began; return what they saw, and what was wrong with it.
-
-        Parameters
-        ----------
-        killed
-            Processes that were killed, as `Killer.killed` names them.
-        """
-        tally = checks.Tally(killed)
+    def finish(self) -> checks.Tally:
+        """Let them finish what they began; return what they saw, and what was wrong with it."""
+        tally = checks.Tally()
         self._until.touch()
         for part in (*self.raw, self.sdk):
             part.finish(_FINISH)

@@ -193,6 +193,8 @@ class Cluster:
         Seconds.
     fsync
         Redis's `appendfsync`.
+    max_lost_leases
+        After which a job is quarantined.
     jobs_per_pass
         Of the stand-in engine.
     """
@@ -205,10 +207,12 @@ class Cluster:
         workers: int = 2,
         lease: float = 1.0,
         fsync: str = "always",
+        max_lost_leases: int = 3,
         jobs_per_pass: int = 16,
     ) -> None:
         self.folder = folder
         self.lease = lease
+        self._max_lost_leases = max_lost_leases
         self._jobs_per_pass = jobs_per_pass
         self._parts = ExitStack()
         # A socket's path has to be short.
@@ -234,10 +238,11 @@ class Cluster:
                         f"scheduler{index}", "reltrace_scheduler",
                         "--listen", f"127.0.0.1:{port}", "--redis", f"unix://{self._socket}",
                         "--lease", str(self.lease),
+                        "--max-lost-leases", str(self._max_lost_leases),
                     )
                 )  # fmt: skip
             for index in range(self._workers):
-                self.add_worker(f"worker{index}", first=index)
+                self.add_worker(f"worker{index}")
             wait_until(lambda: self.connected() == self._workers, "all workers connect", START)
         except BaseException:
             self._parts.close()
@@ -285,20 +290,20 @@ class Cluster:
         """Start ``python -m MODULE OPTIONS``."""
         return self.start(name, [sys.executable, "-m", module, *options])
 
-    def add_worker(self, name: str, first: int = 0) -> Part:
+    def add_worker(self, name: str) -> Part:
         """Start a stand-in worker."""
         part = self.start_module(
             name, "chaos.worker",
-            "--scheduler", self.address(first), "--name", name,
+            "--scheduler", self.address, "--name", name,
             "--jobs-per-pass", str(self._jobs_per_pass),
         )  # fmt: skip
         self.workers.append(part)
         return part
 
-    def address(self, first: int = 0) -> str:
-        """All schedulers as one address, tried in turn from the `first`."""
-        ports = [*self._ports[first % len(self._ports) :], *self._ports[: first % len(self._ports)]]
-        return "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
+    @property
+    def address(self) -> str:
+        """All schedulers, as clients and workers take them."""
+        return ",".join(f"127.0.0.1:{port}" for port in self._ports)
 
     @property
     def deaths(self) -> list[Death]:
@@ -318,7 +323,7 @@ class Cluster:
     @contextmanager
     def client(self) -> Iterator[trace_pb2_grpc.TraceServiceStub]:
         """Connect to the schedulers."""
-        with grpc.insecure_channel(self.address()) as channel:
+        with grpc.insecure_channel(f"ipv4:{self.address}") as channel:
             yield trace_pb2_grpc.TraceServiceStub(channel)
 
     def connected(self) -> int:

@@ -70,11 +70,6 @@ class Killer:
             for _ in range(2 if self._random.random() < _TWO_AT_ONCE else 1):
                 self.kill()
 
-    @property
-    def killed(self) -> set[str]:
-        """The processes, as ``<name>.<pid>``: so stand-in workers call themselves."""
-        return {process for _, process in self._log}
-
     def write_log(self, path: Path) -> None:
         """Write when what was killed, to be read beside the logs of the parts."""
         path.write_text("".join(f"{at:.3f} {name}\n" for at, name in self._log))

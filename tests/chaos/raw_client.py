@@ -72,7 +72,7 @@ class RawClient:
     Parameters
     ----------
     server
-        Address.
+        Addresses, with commas between: the next one where one is away.
     journal
         Where it is.
     seed
@@ -88,7 +88,7 @@ class RawClient:
     ) -> None:
         self._client = trace_pb2_grpc.TraceServiceStub(
             grpc.insecure_channel(
-                server,
+                f"ipv4:{server}",
                 options=[
                     ("grpc.initial_reconnect_backoff_ms", 100),
                     ("grpc.max_reconnect_backoff_ms", 500),

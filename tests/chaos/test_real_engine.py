@@ -30,13 +30,13 @@ def test_traces_are_those_of_an_undisturbed_run(start: Start) -> None:
     cluster = start(workers=0, lease=2.0)
     workers = [
         cluster.start_module(
-            name, "reltrace_worker", "--scheduler", cluster.address(index), "--model", "demo",
+            name, "reltrace_worker", "--scheduler", cluster.address, "--model", "demo",
             "--threads", "1", "--max-tokens", "512", "--worker-id", name,
         )
-        for index, name in enumerate(("real0", "real1"))
+        for name in ("real0", "real1")
     ]  # fmt: skip
     wait_until(lambda: cluster.connected() == 2, "the workers connect", 100)
-    with reltrace.Client(cluster.address(), retry_timeout=60) as client:
+    with reltrace.Client(cluster.address, retry_timeout=60) as client:
         undisturbed = list(client.trace_many(PROMPTS, ordered=True, timeout=100))
         taken: list[reltrace.Trace] = []
         killer = Killer(
