@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-war
 PROJECTS := $(wildcard */pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint proto bench model clean
+.PHONY: help setup setup-dev demo test lint proto bench chaos model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ proto: $(VENV)/.setup-dev ## generate the stubs from the .proto files
 bench: $(VENV)/.setup-dev ## measure speed and memory, as tests/bench/README.md says (minutes)
 	@$(BIN)/python tests/bench/engine.py
 	@$(BIN)/python tests/bench/service.py --prompts 24
+
+chaos: $(VENV)/.setup-dev ## kill everything at random, 200 times, and watch Redis' memory (minutes)
+	@$(BIN)/python tests/chaos/run.py
 
 model: $(VENV)/.setup ## train the demo model again (minutes)
 	@$(BIN)/python -m reltrace_worker.demo.train

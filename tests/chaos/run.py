@@ -1,4 +1,4 @@
-"""Keeps submitting while everything is killed; prints one JSON object.
+"""Keeps submitting while everything is killed, then watches Redis' memory; prints one JSON object.
 
 python tests/chaos/run.py                       # 200 kills: minutes
 python tests/chaos/run.py --kills 20 --seed 7
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from chaos.clients import Clients
 from chaos.cluster import Cluster
 from chaos.killer import Killer
+from chaos.memory import measure
 
 WEIGHTS = {"worker": 0.4, "scheduler": 0.25, "redis": 0.15, "client": 0.2}
 
@@ -105,16 +106,18 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--memory-jobs", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--fsync", choices=("always", "everysec", "no"), default="always")
     parser.add_argument("--folder", type=Path, help="keeps logs and journals")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         given_folder = given.folder or Path(folder)
-        given_folder.mkdir(parents=True, exist_ok=True)
-        report = run(given_folder, kills=given.kills, seed=given.seed, fsync=given.fsync)
-    print(json.dumps(asdict(report), indent=2))
-    sys.exit(bool(report.faults))
+        report = run(given_folder / "kills", kills=given.kills, seed=given.seed, fsync=given.fsync)
+        with Cluster(given_folder / "memory", schedulers=1) as cluster:
+            memory = measure(cluster, given.memory_jobs)
+    print(json.dumps(asdict(report) | {"memory": asdict(memory)}, indent=2))
+    sys.exit(bool(report.faults or not memory.flat))
 
 
 if __name__ == "__main__":
