@@ -171,6 +171,7 @@ class Connection:
         self._security = security
         self._servers = Servers(addresses, security, self._random)
         self._closed = False
+        self._kept: set[asyncio.Task[None]] = set()
 
     def check_open(self) -> None:
         """Raise `TraceError` if this side has closed the connection.
@@ -254,9 +255,16 @@ class Connection:
                 return status
             await retries.after(status)
 
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Let a task go on that nobody waits for, until it is over or the connection is closed."""
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+
     async def close(self) -> None:
         """Close the channels; calls that are open end with an error."""
         self._closed = True
+        for task in self._kept:
+            task.cancel()
         await self._servers.close()
 
 

@@ -25,7 +25,8 @@ from reltrace._trace import Trace
 
 # Results are freed on the server in steps of this size, and at the end.
 _ACKNOWLEDGE_BYTES = 4 * 1024 * 1024
-_ACKNOWLEDGE_TIMEOUT = 5.0
+# Nobody is kept waiting for longer at the end; the acknowledgement itself goes on.
+_ACKNOWLEDGE_WAIT = 5.0
 
 _REJECTIONS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
@@ -244,8 +245,13 @@ class _Acknowledger:
             self._sending = asyncio.create_task(self._send())
 
     async def finish(self) -> None:
-        if self._sending is not None:
-            await self._sending
+        task = asyncio.create_task(self._send_last(self._sending))
+        self._connection.keep(task)
+        await asyncio.wait({task}, timeout=_ACKNOWLEDGE_WAIT)
+
+    async def _send_last(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await before
         await self._send()
 
     async def _send(self) -> None:
@@ -256,7 +262,7 @@ class _Acknowledger:
             await self._connection.call(
                 lambda server: server.traces.AcknowledgeResults,
                 request,
-                Deadline(_ACKNOWLEDGE_TIMEOUT),
+                Deadline(None),
             )
         except TraceError:
             # The results are here; what is not acknowledged expires on the server by itself.

@@ -210,6 +210,7 @@ class Cluster:
         max_lost_leases: int = 3,
         jobs_per_pass: int = 16,
     ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.lease = lease
         self._max_lost_leases = max_lost_leases
@@ -254,7 +255,7 @@ class Cluster:
 
     def _redis_command(self) -> list[str]:
         data = self.folder / "redis"
-        data.mkdir(parents=True, exist_ok=True)
+        data.mkdir(exist_ok=True)
         return [
             str(find_server()),
             *("--port", "0", "--unixsocket", str(self._socket), "--dir", str(data)),
@@ -270,8 +271,12 @@ class Cluster:
         start after (https://github.com/valkey-io/valkey/pull/4342). `EmbeddedRedis` sees to that
         by itself.
         """
-        file = self.folder / "redis" / "appendonly.aof"
-        if file.exists():
+        files = [
+            # Redis 7 and later; before.
+            self.folder / "redis" / "appendonlydir" / "appendonly.aof.manifest",
+            self.folder / "redis" / "appendonly.aof",
+        ]
+        for file in filter(Path.exists, files):
             # The server is this tool too, under another name.
             subprocess.run(
                 ["redis-check-aof", "--fix", str(file)],

@@ -1,7 +1,7 @@
 """Keeps submitting while everything is killed, then watches Redis' memory; prints one JSON object.
 
-python tests/chaos/run.py                       # 200 kills: minutes
-python tests/chaos/run.py --kills 20 --seed 7
+python tests/chaos/run.py                       # 200 kills, 50,000 jobs: minutes
+python tests/chaos/run.py --kills 20 --memory-jobs 1000 --seed 7
 """
 
 from __future__ import annotations

@@ -162,6 +162,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     ----------
     submit_errors, stream_errors
         Statuses that the next calls are answered with, one each.
+    acknowledge_errors
+        So many acknowledgements are refused first.
     faults
         From a job to its violations: such a job rejects its submission.
     rejection
@@ -187,6 +189,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     piece_bytes: int = 1 << 20
     submit_errors: deque[status_pb2.Status] = field(default_factory=deque)
     stream_errors: deque[status_pb2.Status] = field(default_factory=deque)
+    acknowledge_errors: int = 0
     faults: Callable[[types_pb2.JobSpec], list[tuple[str, str]]] = lambda spec: []
     rejection: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT
     lose_answer: bool = False
@@ -319,6 +322,9 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         self, request: trace_pb2.AcknowledgeResultsRequest, context: Any
     ) -> trace_pb2.AcknowledgeResultsResponse:
         with self.changed:
+            if self.acknowledge_errors:
+                self.acknowledge_errors -= 1
+                context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
             self.acknowledged[request.submission_id] = request.through_entry
             self.changed.notify_all()
         return trace_pb2.AcknowledgeResultsResponse()
