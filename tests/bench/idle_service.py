@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 import reltrace
@@ -40,10 +41,12 @@ class IdleService:
 
 
 @contextmanager
-def process(command: Sequence[str], **options: object) -> Iterator[subprocess.Popen[str]]:
+def process(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """Run a process for as long as the block lasts."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith("RELTRACE_")}
-    running = subprocess.Popen(command, text=True, env=own, **options)  # type: ignore[call-overload]
+    environment = options.pop("env", os.environ)
+    # The developer's own settings must not reach what is measured.
+    own = {key: value for key, value in environment.items() if not key.startswith("RELTRACE_")}
+    running = subprocess.Popen(command, text=True, env=own, **options)
     with running:
         try:
             yield running
