@@ -106,7 +106,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         raw_client.through(service.address, 300)
         for rival in rivals:
             rival.run(50)
-        sdk, raw, submitted = [], [], []
+        sdk, raw = [], []
         others: dict[str, list[dict[str, float]]] = {rival.library: [] for rival in rivals}
         cpu: list[dict[str, float]] = []
         for _ in range(given.rounds):
@@ -137,10 +137,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                 "sdk_is_faster_by": round(statistics.median(ratios), 2),
             }
         report["round_trip_ms"] = round_trips(client, given.round_trips)
-        for _ in range(given.rounds):
-            submitted.append(
-                seconds(lambda: raw_client.submit_only(service.address, given.jobs))
-            )
+        submitted = [
+            seconds(lambda: raw_client.submit_only(service.address, given.jobs))
+            for _ in range(given.rounds)
+        ]
         report["submit_only"] = rates(given.jobs, submitted)
     return report
 
