@@ -34,7 +34,7 @@ async def main() -> None:
     await serve_async(
         "arq",
         lambda: pool.enqueue_job("idle", [1, 2, 3, 4]),
-        lambda job: job.result(timeout=60, poll_delay=0.01),
+        lambda job: job.result(timeout=60, poll_delay=0.1),
     )
 
 

@@ -25,7 +25,7 @@ async def main() -> None:
     await broker.startup()
 
     async def fetch(task: object) -> object:
-        result = await task.wait_result(check_interval=0.01, timeout=60)
+        result = await task.wait_result(check_interval=0.1, timeout=60)
         result.raise_for_error()
         return result.return_value
 
