@@ -97,7 +97,8 @@ def idle_service(
         scheduler = stack.enter_context(
             process(
                 [sys.executable, "-m", "reltrace_scheduler", "--redis", url,
-                 "--listen", "127.0.0.1:0", "--log-level", "warning", "--max-jobs", "1000000"],
+                 "--listen", "127.0.0.1:0", "--log-level", "warning", "--max-jobs", "1000000",
+                 "--tenant-max-jobs", "1000000"],
                 stdout=subprocess.PIPE,
             )
         )  # fmt: skip
