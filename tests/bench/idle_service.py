@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ def _until_it_answers(socket: Path) -> None:
 
 @contextmanager
 def idle_service(
-    appendfsync: str = "everysec", result_bytes: int = 1 << 20, chunk_bytes: Sequence[int] = ()
+    appendfsync: str = "everysec", result_bytes: int = 1 << 20, chunk_bytes: Collection[int] = ()
 ) -> Iterator[IdleService]:
     """Run the service around the idle worker until the block ends."""
     with ExitStack() as stack:

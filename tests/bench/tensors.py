@@ -142,7 +142,7 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     sizes = [1024 * size for size in given.chunk_kib]
     with (
-        idle_service(given.appendfsync, given.result_mib * MIB, sizes) as service,
+        idle_service(given.appendfsync, given.result_mib * MIB, {*sizes, MIB}) as service,
         reltrace.Client(service.address) as client,
     ):
         report = {
@@ -152,7 +152,8 @@ def main() -> None:
             "result_mib": given.result_mib,
             "goal_mb_per_second": 500,
             "by_chunk_kib": speed(service, client, sizes, given),
-            "slow_reader": slow_reader(service, client, f"chunk-{sizes[-1]}", given),
+            # In chunks as workers make them.
+            "slow_reader": slow_reader(service, client, f"chunk-{MIB}", given),
         }
     report["load_after"] = [round(x, 2) for x in os.getloadavg()]
     print(json.dumps(report, indent=2))
