@@ -47,9 +47,19 @@ lint: $(VENV)/.setup-dev ## ruff, mypy and buf
 proto: $(VENV)/.setup-dev ## generate the stubs from the .proto files
 	@$(BIN)/python proto/generate.py
 
-bench: $(VENV)/.setup-dev ## measure speed and memory, as tests/bench/README.md says (minutes)
+# Other task queues, to compare with; never part of what reltrace itself runs on.
+RIVALS := $(VENV)/rivals
+$(RIVALS)/.setup: tests/bench/requirements.txt $(VENV)/.setup
+	@test -x $(RIVALS)/bin/python || $(PYTHON) -m venv $(RIVALS)
+	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement tests/bench/requirements.txt
+	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps arq==0.28.0
+	@touch $@
+
+bench: $(VENV)/.setup-dev $(RIVALS)/.setup ## measure speed and memory, as tests/bench/README.md says (minutes)
 	@$(BIN)/python tests/bench/engine.py
 	@$(BIN)/python tests/bench/service.py --prompts 24
+	@$(BIN)/python tests/bench/jobs.py --rivals $(RIVALS)/bin/python
+	@$(BIN)/python tests/bench/tensors.py
 
 chaos: $(VENV)/.setup-dev ## kill everything at random, 200 times, and watch Redis' memory (minutes)
 	@$(BIN)/python tests/chaos/run.py

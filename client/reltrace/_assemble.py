@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,29 +48,38 @@ class _Tensor:
     filled: int = 0
 
     @classmethod
-    def for_piece(cls, piece: types_pb2.TensorPiece) -> _Tensor:
+    def from_piece(cls, piece: types_pb2.TensorPiece) -> _Tensor:
+        """Begin with a tensor's first piece, for most tensors the only one."""
         if piece.dtype not in _FORMATS:
             raise ProtocolError(f"site {piece.site!r}: number format {piece.dtype} is unknown")
         shape = tuple(piece.shape)
         size = math.prod(shape) * _FORMATS[piece.dtype].itemsize
         if size > _MAX_TENSOR_BYTES:
             raise ProtocolError(f"site {piece.site!r}: a tensor of {size} bytes is announced")
-        return cls(piece.dtype, shape, np.empty(size, np.uint8))
+        tensor = cls(piece.dtype, shape, np.empty(size, np.uint8))
+        tensor._append(piece)
+        return tensor
 
     def add(self, piece: types_pb2.TensorPiece) -> None:
-        data = np.frombuffer(piece.data, np.uint8)
+        """Take the next piece."""
+        if tuple(piece.shape) != self.shape or piece.dtype != self.format:
+            raise ProtocolError(
+                f"site {piece.site!r}: a piece of shape {tuple(piece.shape)} and format "
+                f"{format_name(piece.dtype)} follows one of {self.shape} and "
+                f"{format_name(self.format)}"
+            )
+        self._append(piece)
+
+    def _append(self, piece: types_pb2.TensorPiece) -> None:
+        # Once: every look at the field copies it.
+        data = piece.data
         end = self.filled + len(data)
-        if (
-            piece.offset != self.filled
-            or end > len(self.buffer)
-            or tuple(piece.shape) != self.shape
-            or piece.dtype != self.format
-        ):
+        if piece.offset != self.filled or end > len(self.buffer):
             raise ProtocolError(
                 f"site {piece.site!r}: a piece of {len(data)} bytes at {piece.offset} does not "
                 f"follow the {self.filled} bytes of {len(self.buffer)} that are there"
             )
-        self.buffer[self.filled : end] = data
+        self.buffer[self.filled : end] = np.frombuffer(data, np.uint8)
         self.filled = end
 
     def finished(self, site: str) -> Array:
@@ -99,9 +109,13 @@ class Assembler:
     job: Job
     id: str | int | None
     chunks: int = 0
-    bytes: int = 0
     _header: types_pb2.TraceHeader | None = None
     _tensors: dict[tuple[int, str, str], _Tensor] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Size of what has come of the tensors."""
+        return sum(tensor.filled for tensor in self._tensors.values())
 
     def add(self, chunk: types_pb2.ResultChunk) -> list[Trace] | TraceError | None:
         """Take the next chunk.
@@ -128,9 +142,9 @@ class Assembler:
             key = (piece.trace, piece.site, piece.part)
             tensor = self._tensors.get(key)
             if tensor is None:
-                tensor = self._tensors[key] = _Tensor.for_piece(piece)
-            tensor.add(piece)
-            self.bytes += len(piece.data)
+                self._tensors[key] = _Tensor.from_piece(piece)
+            else:
+                tensor.add(piece)
         if not chunk.HasField("end"):
             return None
         if chunk.end.state != types_pb2.JOB_STATE_SUCCEEDED:
@@ -143,7 +157,8 @@ class Assembler:
             raise ProtocolError("a job succeeded without a header")
         if not header.targets or (not self.job.several and len(header.targets) != 1):
             raise ProtocolError(f"a job came back with {len(header.targets)} targets")
-        provenance = _provenance(header.provenance)
+        # Thousands of results in a row have the same origin.
+        provenance = _provenance(header.provenance.SerializeToString())
         by_trace: list[dict[str, dict[str, Array]]] = [
             {site: {} for site in self.job.sites} for _ in header.targets
         ]
@@ -155,6 +170,7 @@ class Assembler:
             for site, parts in sites.items():
                 if not parts:
                     raise ProtocolError(f"trace {trace} came back without site {site!r}")
+        times = _timings(timings)
         return [
             Trace(
                 tokens=list(header.tokens),
@@ -163,7 +179,7 @@ class Assembler:
                 provenance=provenance,
                 arrays=arrays,
                 id=self.id,
-                timings=_timings(timings),
+                timings=times,
             )
             for target, arrays in zip(header.targets, by_trace, strict=True)
         ]
@@ -171,8 +187,8 @@ class Assembler:
 
 def _timings(wire: types_pb2.Timings) -> Timings:
     return Timings(
-        queued=wire.queued.ToTimedelta().total_seconds(),
-        engine=wire.engine.ToTimedelta().total_seconds(),
+        queued=wire.queued.seconds + 1e-9 * wire.queued.nanos,
+        engine=wire.engine.seconds + 1e-9 * wire.engine.nanos,
     )
 
 
@@ -190,7 +206,9 @@ def _resolved(target: types_pb2.ResolvedTarget) -> ResolvedTarget:
     )
 
 
-def _provenance(wire: types_pb2.Provenance) -> Provenance:
+@lru_cache(maxsize=256)
+def _provenance(data: bytes) -> Provenance:
+    wire = types_pb2.Provenance.FromString(data)
     return Provenance(
         model=wire.model,
         revision=wire.revision,
@@ -200,5 +218,6 @@ def _provenance(wire: types_pb2.Provenance) -> Provenance:
         attention=wire.attention,
         checkpointing=wire.checkpointing,
         device=wire.device,
+        # Shared by all traces that it is the origin of.
         versions=dict(wire.versions),
     )

@@ -6,12 +6,36 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 _LOOK_FOR_SIGNALS = 0.2
 """Seconds. A signal that arrives just before a thread falls asleep on a lock does not wake it."""
+
+
+class _Call(Generic[T]):
+    """A coroutine that can be cancelled whether it has begun or not.
+
+    An interruption may come before there is a future that could be cancelled.
+    """
+
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+        self._work = work
+        self._task: asyncio.Task[Any] | None = None
+        self._cancelled = False
+
+    async def run(self) -> T:
+        if self._cancelled:
+            self._work.close()
+            raise asyncio.CancelledError
+        self._task = asyncio.current_task()
+        return await self._work
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 class LoopThread:
@@ -34,8 +58,9 @@ class LoopThread:
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a synchronous client can not be used on its own event loop")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        call = _Call(work)
         try:
+            future = asyncio.run_coroutine_threadsafe(call.run(), self._loop)
             while True:
                 try:
                     return future.result(_LOOK_FOR_SIGNALS)
@@ -44,7 +69,7 @@ class LoopThread:
                     if future.done():
                         return future.result()
         except BaseException:
-            future.cancel()
+            self._loop.call_soon_threadsafe(call.cancel)
             raise
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from reltrace._connection import Connection, Deadline
 from reltrace._errors import InvalidArgument, NotFound, TraceError, invalid, with_item
-from reltrace._request import Arguments
+from reltrace._request import Arguments, JobMaker
 from reltrace._source import Source
 from reltrace._submission import Entry, Rejected, deliveries, submit
 from reltrace._trace import Failure, Trace
@@ -84,7 +84,7 @@ class ManyRun:
     ) -> None:
         self._connection = connection
         self._source = source
-        self._defaults = defaults
+        self._jobs = JobMaker(defaults)
         self._ordered = ordered
         self._limit = max_in_flight
         self._deadline = deadline
@@ -198,7 +198,7 @@ class ManyRun:
         try:
             if isinstance(item, Mapping):
                 name = _item_id(item, index)
-            job = self._defaults.with_item(item).job()
+            job = self._jobs.job(item)
         except TraceError as error:
             self._emit(index, Failure(name, with_item(error, name)), 0)
             return None

@@ -120,27 +120,76 @@ class Arguments:
             spec.layers.extend(_layers(self.layers))
         if self.top_k is not None or self.reduce == "topk":
             spec.top_k = _top_k(self.top_k, self.reduce)
-        self._set_input(spec)
-        if spec.ByteSize() > MAX_JOB_BYTES:
-            given = "prompt" if self.prompt is not None else "input_ids"
-            raise invalid(
-                given,
-                f"makes a job of {spec.ByteSize()} bytes; the limit is {MAX_JOB_BYTES}",
-            )
+        _set_input(spec, self.prompt, self.input_ids)
         return Job(spec, sites, _target.is_several(self.target), self.target)
 
-    def _set_input(self, spec: types_pb2.JobSpec) -> None:
-        if self.prompt is not None and self.input_ids is not None:
-            raise invalid("prompt", "excludes input_ids; give one of the two")
-        if self.input_ids is not None:
-            spec.input_ids.ids.extend(_target.token_ids(self.input_ids, "input_ids"))
-            return
-        if self.prompt is None:
-            raise invalid("prompt", "is missing; give prompt or input_ids")
-        if not isinstance(self.prompt, str):
-            raise invalid("prompt", f"must be str, not {type(self.prompt).__name__}")
-        _target.check_text(self.prompt, "prompt")
-        spec.prompt = self.prompt
+
+_OWN_TO_AN_ITEM = frozenset({"id", "prompt", "input_ids", "model"})
+
+
+class JobMaker:
+    """Builds the jobs of many items. What they share is checked and built once.
+
+    Parameters
+    ----------
+    defaults : Arguments
+        What an item does not say; no prompt and no input_ids.
+    """
+
+    def __init__(self, defaults: Arguments) -> None:
+        self._defaults = defaults
+        # The last model's job, without its input.
+        self._model: object = None
+        self._shared: Job | None = None
+
+    def job(self, item: object) -> Job:
+        """Check an item and build its job.
+
+        Raises
+        ------
+        InvalidArgument
+            Naming the argument and what is allowed.
+        """
+        defaults = self._defaults
+        prompt: object
+        input_ids: object
+        if isinstance(item, str):
+            prompt, input_ids, model = item, None, defaults.model
+        elif isinstance(item, Mapping) and item.keys() <= _OWN_TO_AN_ITEM:
+            prompt, input_ids = item.get("prompt"), item.get("input_ids")
+            model = item.get("model", defaults.model)
+        else:
+            return defaults.with_item(item).job()
+        shared = self._shared
+        if shared is None or model != self._model:
+            shared = replace(defaults, prompt="shared", model=model).job()
+            shared.spec.ClearField("prompt")
+            self._shared, self._model = shared, model
+        spec = types_pb2.JobSpec()
+        spec.CopyFrom(shared.spec)
+        _set_input(spec, prompt, input_ids)
+        return Job(spec, shared.sites, shared.several, shared.target)
+
+
+def _set_input(spec: types_pb2.JobSpec, prompt: object, input_ids: object) -> None:
+    """Set the last field of a job, and check the job's size."""
+    if prompt is not None and input_ids is not None:
+        raise invalid("prompt", "excludes input_ids; give one of the two")
+    if input_ids is not None:
+        spec.input_ids.ids.extend(_target.token_ids(input_ids, "input_ids"))
+    elif prompt is None:
+        raise invalid("prompt", "is missing; give prompt or input_ids")
+    elif not isinstance(prompt, str):
+        raise invalid("prompt", f"must be str, not {type(prompt).__name__}")
+    else:
+        _target.check_text(prompt, "prompt")
+        spec.prompt = prompt
+    size = spec.ByteSize()
+    if size > MAX_JOB_BYTES:
+        raise invalid(
+            "prompt" if prompt is not None else "input_ids",
+            f"makes a job of {size} bytes; the limit is {MAX_JOB_BYTES}",
+        )
 
 
 def _name(value: object, argument: str) -> str:

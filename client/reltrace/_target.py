@@ -114,6 +114,9 @@ def token_ids(ids: Any, field: str) -> tuple[int, ...]:
         raise invalid(field, f"must be a sequence of token ids, not {type(ids).__name__}")
     if not ids:
         raise invalid(field, "must not be empty")
+    if all(type(number) is int for number in ids) and min(ids) >= 0 and max(ids) <= _MAX_ID:
+        return tuple(ids)
+    # Something is wrong, or of another type of whole number: one by one.
     return tuple(
         whole_number(number, f"{field}[{index}]", range(_MAX_ID + 1))
         for index, number in enumerate(ids)

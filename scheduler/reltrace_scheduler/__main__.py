@@ -8,6 +8,7 @@ from typing import Annotated
 
 import structlog
 import typer
+import uvloop
 
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT, Role
@@ -228,7 +229,7 @@ def scheduler(
         # Before Redis is bothered.
         access.check(listen)
         own = None if data is None else EmbeddedRedis(data, fsync)
-        asyncio.run(_run(listen, address, own, settings, access))
+        uvloop.run(_run(listen, address, own, settings, access))
     except StartError as error:
         typer.echo(f"reltrace-scheduler: {error}", err=True)
         raise typer.Exit(1) from None

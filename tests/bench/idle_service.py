@@ -7,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 import reltrace
@@ -40,10 +41,12 @@ class IdleService:
 
 
 @contextmanager
-def process(command: Sequence[str], **options: object) -> Iterator[subprocess.Popen[str]]:
+def process(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """Run a process for as long as the block lasts."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith("RELTRACE_")}
-    running = subprocess.Popen(command, text=True, env=own, **options)  # type: ignore[call-overload]
+    environment = options.pop("env", os.environ)
+    # The developer's own settings must not reach what is measured.
+    own = {key: value for key, value in environment.items() if not key.startswith("RELTRACE_")}
+    running = subprocess.Popen(command, text=True, env=own, **options)
     with running:
         try:
             yield running
@@ -86,7 +89,7 @@ def _until_it_answers(socket: Path) -> None:
 
 @contextmanager
 def idle_service(
-    appendfsync: str = "everysec", result_bytes: int = 1 << 20, chunk_bytes: Sequence[int] = ()
+    appendfsync: str = "everysec", result_bytes: int = 1 << 20, chunk_bytes: Collection[int] = ()
 ) -> Iterator[IdleService]:
     """Run the service around the idle worker until the block ends."""
     with ExitStack() as stack:
@@ -94,7 +97,8 @@ def idle_service(
         scheduler = stack.enter_context(
             process(
                 [sys.executable, "-m", "reltrace_scheduler", "--redis", url,
-                 "--listen", "127.0.0.1:0", "--log-level", "warning", "--max-jobs", "1000000"],
+                 "--listen", "127.0.0.1:0", "--log-level", "warning", "--max-jobs", "1000000",
+                 "--tenant-max-jobs", "1000000"],
                 stdout=subprocess.PIPE,
             )
         )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import random
 import signal
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import structlog
+import uvloop
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.session.leases import Chunks, LeaseKey
 from reltrace_worker.session.session import Session
@@ -151,9 +154,13 @@ def main() -> None:
     }
     for size in given.chunk_bytes:
         results[f"chunk-{size}"] = _result(given.result_bytes, size)
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     assert "torch" not in sys.modules, "the session must not need torch"
-    # The real worker makes its session inside its loop too.
-    asyncio.run(_serve(given.scheduler, results))
+    # Loop and session as the real worker makes them.
+    uvloop.run(_serve(given.scheduler, results))
 
 
 async def _serve(scheduler: str, results: dict[str, list[types_pb2.ResultChunk]]) -> None:

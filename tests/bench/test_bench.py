@@ -6,8 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 HERE = Path(__file__).parent
+RIVALS = HERE.parents[1] / ".venv/rivals/bin/python"
+
+
+def run(script: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 def test_the_engine_benchmark_gives_its_figures() -> None:
@@ -48,3 +60,40 @@ def test_the_service_benchmark_gives_its_figures() -> None:
     assert report["speedup"]["median"] > 0
     assert report["largest_difference_per_layer"] < 1e-4
     assert report["round_trip_above_engine_ms"]["median"] > 0
+
+
+def test_the_benchmark_of_tiny_jobs_gives_its_figures() -> None:
+    report = run("jobs.py", "--jobs", "300", "--rounds", "1", "--round-trips", "5")
+    assert report["cores"] <= 2
+    for side in ("sdk", "raw", "submit_only"):
+        assert report[side]["jobs"] == 300
+        assert report[side]["per_second"] > 0
+    assert set(report["sdk"]["cpu_microseconds_per_job"]) == {
+        "client", "scheduler", "worker", "redis",
+    }  # fmt: skip
+    assert 0 < report["round_trip_ms"]["median"] <= report["round_trip_ms"]["p99"]
+
+
+@pytest.mark.parametrize("library", ["dramatiq", "arq", "taskiq"])
+def test_the_benchmark_of_tiny_jobs_beside_another_queue(library: str) -> None:
+    if not RIVALS.exists():
+        pytest.skip("`make bench` installs what this needs")
+    report = run(
+        "jobs.py", "--jobs", "100", "--rounds", "1", "--round-trips", "5",
+        "--rivals", str(RIVALS), "--libraries", library, "--rival-jobs", "20",
+    )  # fmt: skip
+    assert report[library]["jobs"] == 20
+    assert report[library]["sdk_is_faster_by"] > 0
+
+
+def test_the_benchmark_of_large_results_gives_its_figures() -> None:
+    report = run(
+        "tensors.py", "--chunk-kib", "64", "1024", "--result-mib", "2", "--results", "3",
+        "--rounds", "1",
+    )  # fmt: skip
+    assert set(report["by_chunk_kib"]) == {"64", "1024"}
+    for figures in report["by_chunk_kib"].values():
+        assert figures["mb_per_second"] > 0
+    assert report["slow_reader"]["mib"] == 6
+    # What piles up stays in Redis: three results are no more than the client may hold.
+    assert report["slow_reader"]["scheduler_growth_mib"] < 64

@@ -8,7 +8,7 @@ import pytest
 import reltrace
 from hypothesis import given
 from hypothesis import strategies as st
-from reltrace._request import MAX_JOB_BYTES, Arguments
+from reltrace._request import MAX_JOB_BYTES, Arguments, JobMaker
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,47 @@ def test_the_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("RELTRACE_SERVER", "node7:1234")
     assert reltrace.AsyncClient().address == "node7:1234"
     assert reltrace.AsyncClient("other:1").address == "other:1"
+
+
+def test_many_items_make_the_jobs_that_each_makes_alone() -> None:
+    defaults = Arguments(model="a", sites=("embed", "resid"), target=["cats", 7], layers=[1, 0])
+    maker = JobMaker(defaults)
+    items: list[Any] = [
+        "text",
+        {"prompt": "text", "id": 3},
+        {"input_ids": [1, 2]},
+        {"input_ids": [3], "model": "b"},
+        {"prompt": "text", "model": None},
+        {"prompt": "text"},
+        {"prompt": "text", "rule": "gradient", "target": "max"},
+        {"prompt": "text", "input_ids": None},
+    ]
+    for item in [*items, *reversed(items)]:
+        assert maker.job(item) == defaults.with_item(item).job()
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        5,
+        "",
+        {},
+        {"prompt": ""},
+        {"prompt": "a", "input_ids": [1]},
+        {"input_ids": [1, True]},
+        {"input_ids": [1, 2**32]},
+        {"prompt": "a", "model": 5},
+        {"prompt": "a", "model": []},
+        {"prompt": "a", "modle": "b"},
+        {"prompt": "x" * (MAX_JOB_BYTES + 1)},
+    ],
+)
+def test_many_items_are_refused_as_each_is_alone(item: Any) -> None:
+    defaults = Arguments(model="a")
+    with pytest.raises(reltrace.InvalidArgument) as alone:
+        defaults.with_item(item).job()
+    maker = JobMaker(defaults)
+    maker.job("fine")
+    with pytest.raises(reltrace.InvalidArgument) as among_many:
+        maker.job(item)
+    assert str(among_many.value) == str(alone.value)

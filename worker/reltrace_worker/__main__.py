@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import structlog
 import typer
+import uvloop
 from reltrace_proto.v1 import worker_pb2
 
 from reltrace_worker import __version__
@@ -216,7 +217,7 @@ def worker(
         log.info("memory.measured", tokens_per_pass=budget, checkpointing=checkpointing.value)
         hello = _hello(worker_id, loaded)
         log.info("model.loaded", model=loaded.name, revision=loaded.revision, device=hello.device)
-        asyncio.run(_run(scheduler, access, hello, Runner(loaded, engine, budget)))
+        uvloop.run(_run(scheduler, access, hello, Runner(loaded, engine, budget)))
     except WorkerError as error:
         typer.echo(f"reltrace-worker: {error}", err=True)
         raise typer.Exit(1) from None

@@ -157,13 +157,18 @@ async def test_heartbeats_name_what_is_held(
         runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=256)
         task = asyncio.create_task(Session(address, hello, runner).run())
         connection = await scheduler.next()
-        await connection.lease(spec(), spec())
-        while True:
-            leases = (await connection.receive("heartbeat")).heartbeat.leases
-            if leases:
-                break
-        # Held until committed, though the passes may be over.
+        with engine._lock:  # the pass waits here
+            await connection.lease(spec(), spec())
+            while True:
+                leases = (await connection.receive("heartbeat")).heartbeat.leases
+                if leases:
+                    break
         assert {(lease.job_id, lease.attempt) for lease in leases} == {("s-0", 1), ("s-1", 1)}
+        # A beat that comes after the result must not ask for a lease that ended with it.
+        uploaded = 0
+        while uploaded < 2:
+            uploaded += len((await connection.receive("results")).results.chunks)
+        assert not (await connection.receive("heartbeat")).heartbeat.leases
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task

@@ -212,13 +212,7 @@ class Session:
         if message is None:
             return
         self._room.release()
-        self._drop(
-            {
-                LeaseKey(leased.chunk.job_id, leased.attempt)
-                for leased in message.chunks
-                if leased.chunk.HasField("end")
-            }
-        )
+        self._drop(_ended(message))
 
     # -- the connection ---------------------------------------------------------------
 
@@ -300,7 +294,7 @@ class Session:
     def _resume(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
         # Leases that ran out meanwhile come back as revoked.
-        self._send(self._beat())
+        self._send(_beat(self._held))
         for message in self._uncommitted.values():
             self._send(worker_pb2.WorkRequest(results=message))
         if self._draining:
@@ -309,14 +303,12 @@ class Session:
             room = _WINDOW_JOBS - len(self._held)
             self._send(worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=room)))
 
-    def _beat(self) -> worker_pb2.WorkRequest:
-        refs = [_ref(key) for key in self._held]
-        return worker_pb2.WorkRequest(heartbeat=worker_pb2.Heartbeat(leases=refs))
-
     async def _heartbeat(self, outgoing: Outgoing, period: float) -> None:
         while True:
             await asyncio.sleep(period)
-            outgoing.put_nowait(self._beat())
+            # What has ended on its way up is no lease any more once the beat comes after it.
+            ended = set[LeaseKey]().union(*map(_ended, self._uncommitted.values()))
+            outgoing.put_nowait(_beat(self._held - ended))
 
     def _handle(self, response: worker_pb2.WorkResponse) -> None:
         match response.WhichOneof("message"):
@@ -345,6 +337,20 @@ async def _raise_status(call: "Call") -> None:
             await call.trailing_metadata(),
             details=await call.details(),
         )
+
+
+def _beat(keys: set[LeaseKey]) -> worker_pb2.WorkRequest:
+    refs = [_ref(key) for key in keys]
+    return worker_pb2.WorkRequest(heartbeat=worker_pb2.Heartbeat(leases=refs))
+
+
+def _ended(message: worker_pb2.Results) -> set[LeaseKey]:
+    """Return the leases that end with a message."""
+    return {
+        LeaseKey(leased.chunk.job_id, leased.attempt)
+        for leased in message.chunks
+        if leased.chunk.HasField("end")
+    }
 
 
 def _ref(key: LeaseKey) -> worker_pb2.LeaseRef:
