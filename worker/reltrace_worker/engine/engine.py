@@ -28,6 +28,7 @@ from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
 from reltrace_worker.rules import RULES, apply_rule
 from reltrace_worker.rules.kernels import kernel_for
+from reltrace_worker.rules.linear import linear_layers, through_onednn
 
 Checkpointing = Literal["auto", "on", "off"]
 _CHECKPOINTING = ("auto", "on", "off")
@@ -89,6 +90,7 @@ class Engine:
         self._plans = checkpointing == "auto" or memory_bytes is not None
         self._memory: MemoryModel | None = None
         self._lock = _lock_of(loaded.model)
+        self._linears = linear_layers(loaded.model)
 
     @property
     def attention(self) -> str:
@@ -224,7 +226,7 @@ class Engine:
         pack = Pack.of(jobs)
         trace = trace_checkpointed if checkpointing else trace_keeping
         capture = Capture(self._loaded, pack)
-        with apply_rule(self._loaded.model, RULES[rule]):
+        with apply_rule(self._loaded.model, RULES[rule]), through_onednn(self._linears):
             scalars = trace(self._loaded, pack, capture)
         capture.finish()
         by_job: list[list[Scalar]] = [[] for _ in jobs]
