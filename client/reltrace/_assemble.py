@@ -12,7 +12,7 @@ from reltrace_proto.v1 import types_pb2
 from reltrace._errors import ProtocolError, TraceError, from_job_end
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._request import Job
-from reltrace._trace import Array, Trace
+from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
 # No trace is larger: the full neuron trace of a 70B model over 2000 tokens is half of it.
 _MAX_TENSOR_BYTES = 16 * 1024**3
@@ -143,7 +143,7 @@ class Assembler:
             raise ProtocolError("a job succeeded without a header")
         if not header.targets or (not self.job.several and len(header.targets) != 1):
             raise ProtocolError(f"a job came back with {len(header.targets)} targets")
-        provenance = _provenance(header.provenance)
+        provenance, layers = _provenance(header.provenance), tuple(header.layers)
         by_trace: list[dict[str, dict[str, Array]]] = [
             {site: {} for site in self.job.sites} for _ in header.targets
         ]
@@ -155,6 +155,9 @@ class Assembler:
             for site, parts in sites.items():
                 if not parts:
                     raise ProtocolError(f"trace {trace} came back without site {site!r}")
+                rows = {array.shape[:1] for array in parts.values()}
+                if layers and site not in SITES_WITHOUT_LAYERS and rows != {(len(layers),)}:
+                    raise ProtocolError(f"site {site!r} does not have {len(layers)} layers")
         return [
             Trace(
                 tokens=list(header.tokens),
@@ -163,6 +166,7 @@ class Assembler:
                 provenance=provenance,
                 arrays=arrays,
                 id=self.id,
+                layers=layers,
                 timings=_timings(timings),
             )
             for target, arrays in zip(header.targets, by_trace, strict=True)
