@@ -13,7 +13,7 @@ from reltrace_proto.v1 import types_pb2
 from reltrace._errors import ProtocolError, TraceError, from_job_end
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._request import Job
-from reltrace._trace import Array, Trace
+from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
 # No trace is larger: the full neuron trace of a 70B model over 2000 tokens is half of it.
 _MAX_TENSOR_BYTES = 16 * 1024**3
@@ -159,6 +159,7 @@ class Assembler:
             raise ProtocolError(f"a job came back with {len(header.targets)} targets")
         # Thousands of results in a row have the same origin.
         provenance = _provenance(header.provenance.SerializeToString())
+        layers = tuple(header.layers)
         by_trace: list[dict[str, dict[str, Array]]] = [
             {site: {} for site in self.job.sites} for _ in header.targets
         ]
@@ -170,6 +171,9 @@ class Assembler:
             for site, parts in sites.items():
                 if not parts:
                     raise ProtocolError(f"trace {trace} came back without site {site!r}")
+                rows = {array.shape[:1] for array in parts.values()}
+                if layers and site not in SITES_WITHOUT_LAYERS and rows != {(len(layers),)}:
+                    raise ProtocolError(f"site {site!r} does not have {len(layers)} layers")
         times = _timings(timings)
         return [
             Trace(
@@ -179,6 +183,7 @@ class Assembler:
                 provenance=provenance,
                 arrays=arrays,
                 id=self.id,
+                layers=layers,
                 timings=times,
             )
             for target, arrays in zip(header.targets, by_trace, strict=True)

@@ -76,7 +76,7 @@ def token_values(trace: Trace, site: str | None = None) -> TokenValues:
     """Return the values that colour the text of the tokens.
 
     What a reader wants to see on the text is the relevance of the input. That is the site
-    "embed"; of the residual stream, the first layer, which is nearest to it (later layers have
+    "embed"; of the residual stream, the lowest layer, which is nearest to it (later layers have
     moved it to the last token); of the sites that add to the stream, the sum over layers.
 
     Parameters
@@ -97,8 +97,15 @@ def token_values(trace: Trace, site: str | None = None) -> TokenValues:
     if site in SITES_WITHOUT_LAYERS:
         return TokenValues(values, f"site {site}")
     if site in _STREAM_SITES:
-        return TokenValues(values[0], f"site {site}, layer 0")
+        numbers = layer_numbers(trace, len(values))
+        first = min(numbers)
+        return TokenValues(values[numbers.index(first)], f"site {site}, layer {first}")
     return TokenValues(values.sum(axis=0), f"site {site}, sum over layers")
+
+
+def layer_numbers(trace: Trace, count: int) -> tuple[int, ...]:
+    """Return the numbers of the `count` layers of a site: counted from 0 if nobody said."""
+    return trace.layers or tuple(range(count))
 
 
 def scaled(values: Array) -> NDArray[np.float32]:

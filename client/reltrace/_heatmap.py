@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from reltrace._display import readable
+from reltrace._display import layer_numbers, readable
 from reltrace._trace import SITES_WITHOUT_LAYERS, Trace
 
 
@@ -59,7 +59,7 @@ def heatmap(trace: Trace, site: str, *, normalize: bool) -> Heatmap:
         shown = np.divide(raw, np.where(largest == 0, np.float32(1), largest), dtype=np.float32)
     finite = np.abs(shown[np.isfinite(shown)])
     limit = float(finite.max()) if finite.size else 0.0
-    columns = [str(layer) for layer in range(raw.shape[1])] if layered else [site]
+    columns = [str(layer) for layer in layer_numbers(trace, raw.shape[1])] if layered else [site]
     divided = "each layer divided by its largest |R|" if layered else "divided by the largest |R|"
     return Heatmap(
         raw=raw,

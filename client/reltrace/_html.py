@@ -13,7 +13,7 @@ import numpy as np
 
 from reltrace._display import NEGATIVE, POSITIVE, ZERO, readable_all, token_values
 from reltrace._heatmap import heatmap
-from reltrace._trace import Trace
+from reltrace._trace import SITES_WITHOUT_LAYERS, Trace
 
 
 def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
@@ -41,6 +41,7 @@ def page(trace: Trace, *, site: str, normalize: bool) -> str:
         "tokens": table.tokens,
         "words": readable_all(trace.tokens),
         "columns": table.columns,
+        "layered": site not in SITES_WITHOUT_LAYERS,
         "raw": _numbers(table.raw),
         "shown": _numbers(table.shown),
         "limit": table.limit,

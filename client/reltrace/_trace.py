@@ -51,6 +51,9 @@ class Trace:
         ``trace[site]``.
     id : str or int or None
         The item's id in `trace_many`; None for `trace`.
+    layers : tuple of int
+        Numbers of the decoder layers that the layer axis of the sites holds, in its order, counted
+        from 0. Empty if what made the trace did not say.
     timings : Timings or None
         Where the job's time went; not saved, so None after `load`.
     """
@@ -61,6 +64,7 @@ class Trace:
     provenance: Provenance
     arrays: Mapping[str, Mapping[str, Array]]
     id: str | int | None = None
+    layers: tuple[int, ...] = ()
     timings: Timings | None = None
 
     @property
@@ -207,6 +211,7 @@ class Trace:
             "id": self.id,
             "tokens": self.tokens,
             "token_ids": self.token_ids,
+            "layers": list(self.layers),
             "target": target,
             "relevance": relevance,
             "provenance": {**asdict(self.provenance), "versions": dict(self.provenance.versions)},
@@ -327,6 +332,8 @@ def _from_dict(about: dict[str, Any], tensors: Mapping[str, Array]) -> Trace:
         provenance=Provenance(**about["provenance"]),
         arrays=arrays,
         id=about["id"],
+        # Older files do not say.
+        layers=tuple(about.get("layers", ())),
     )
 
 

@@ -35,6 +35,7 @@ from reltrace_worker.engine.pack import Pack, Readout
 from reltrace_worker.jobs import JobResult, PreparedJob
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.rules import RULES, apply_rule
+from reltrace_worker.rules.linear import linear_layers, through_onednn
 
 Row = dict[str, Any]
 
@@ -121,8 +122,9 @@ def against_forward(loaded: LoadedModel, inputs: list[list[int]], rounds: int) -
     pack = Pack.of(jobs)
 
     def forward() -> None:
-        # The untouched functions, the same packing, and logits at the same positions.
-        with torch.no_grad(), apply_rule(loaded.model, RULES["gradient"]):
+        # The untouched functions, the same products and packing, logits at the same positions.
+        onednn = through_onednn(linear_layers(loaded.model))
+        with torch.no_grad(), apply_rule(loaded.model, RULES["gradient"]), onednn:
             loaded.model(
                 input_ids=pack.token_ids(loaded.device),
                 position_ids=pack.position_ids(loaded.device),

@@ -16,6 +16,7 @@ def make_trace(
     tokens: list[str] | None = None,
     reduction: str = "token",
     id: str | int | None = None,  # noqa: A002 - as in Trace
+    layers: tuple[int, ...] = (),
 ) -> reltrace.Trace:
     rng = np.random.default_rng(0)
     tokens = tokens or TOKENS
@@ -39,4 +40,5 @@ def make_trace(
             for site, shape in (shapes or {"resid": (3, 5)}).items()
         },
         id=id,
+        layers=layers,
     )

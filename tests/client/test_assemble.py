@@ -33,6 +33,21 @@ def test_pieces_become_arrays() -> None:
     assert trace.id == "a"
 
 
+def test_the_layers_are_named() -> None:
+    chunks = chunks_of(JOB.spec, "j", 10)
+    assert assemble(chunks)[0].layers == ()
+    chunks = chunks_of(JOB.spec, "j", 10)
+    chunks[0].header.layers.extend(range(LAYERS, 0, -1))
+    assert assemble(chunks)[0].layers == tuple(range(LAYERS, 0, -1))
+
+
+def test_layers_that_are_not_the_tensors() -> None:
+    chunks = chunks_of(JOB.spec, "j", 10)
+    chunks[0].header.layers.extend(range(LAYERS + 1))
+    with pytest.raises(reltrace.TraceError, match=f"'resid' does not have {LAYERS + 1} layers"):
+        assemble(chunks)
+
+
 def test_timings_come_in_seconds() -> None:
     chunks = chunks_of(JOB.spec, "j", 10)
     chunks[-1].end.timings.queued.FromMilliseconds(1500)

@@ -15,6 +15,7 @@ import reltrace
 from make_trace import make_trace
 from PIL import Image
 from reltrace import _display, _terminal
+from reltrace._heatmap import heatmap
 from rich.console import Console
 
 
@@ -42,6 +43,22 @@ def test_png_shows_positive_red_and_negative_blue(tmp_path: Path) -> None:
     # Half of the cells each; the colour bar adds a little to both.
     assert red > 0.2
     assert 0.9 < red / blue < 1.1
+
+
+def test_layers_have_their_numbers(tmp_path: Path) -> None:
+    """
+    Given a trace of two layers, the higher one first
+    If it is drawn
+    I expect columns under their numbers, and the text coloured by the lower layer.
+    """
+    trace = make_trace({"resid": (2, 5)}, layers=(7, 3))
+    assert heatmap(trace, "resid", normalize=True).columns == ["7", "3"]
+    assert heatmap(make_trace({"resid": (2, 5)}), "resid", normalize=True).columns == ["0", "1"]
+    text = _display.token_values(trace, "resid")
+    assert text.title == "site resid, layer 3"
+    np.testing.assert_array_equal(text.values, trace.relevance[1])
+    page = trace.plot(tmp_path / "a.html").read_text(encoding="utf-8")
+    assert '"columns": ["7", "3"]' in page
 
 
 def test_zero_is_white(tmp_path: Path) -> None:

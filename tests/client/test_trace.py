@@ -112,6 +112,17 @@ def test_files_that_are_no_traces(tmp_path: Path) -> None:
         reltrace.Trace.load(tmp_path / "none")
 
 
+def test_layers_are_saved_and_older_files_load(tmp_path: Path) -> None:
+    trace = make_trace({"resid": (2, 5)}, layers=(7, 3))
+    assert reltrace.Trace.load(trace.save(tmp_path / "a.safetensors")).layers == (7, 3)
+    about = {**trace.to_dict(), "order": ["resid"]}
+    assert about.pop("layers") == [7, 3]
+    del about["relevance"]
+    metadata = {"format": "reltrace-trace-1", "trace": json.dumps(about)}
+    save_file({"resid": trace.relevance}, tmp_path / "b.safetensors", metadata)
+    assert reltrace.Trace.load(tmp_path / "b.safetensors").layers == ()
+
+
 def test_to_dict_is_json_even_with_nan() -> None:
     trace = make_trace({"resid": (3, 5), "embed": (5,)})
     trace.relevance[1, 2] = np.nan

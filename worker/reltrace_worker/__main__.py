@@ -95,6 +95,15 @@ def worker(
             "auto: where a pass would not fit otherwise.",
         ),
     ] = Checkpointing.AUTO,
+    compile_rules: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            envvar="RELTRACE_COMPILE",
+            help="Compile the rules' element-wise functions at start (torch.compile; needs a C++ "
+            "compiler, or Triton on CUDA).",
+        ),
+    ] = False,
     max_tokens: Annotated[
         str,
         typer.Option(
@@ -211,7 +220,7 @@ def worker(
         for rule in RULES.values():
             verify_rule(loaded.model, rule)
         limit = None if memory_gib is None else int(memory_gib * 2**30)
-        engine = Engine(loaded, checkpointing.value, limit)
+        engine = Engine(loaded, checkpointing.value, limit, compile=compile_rules)
         engine.measure()
         budget = engine.token_budget() if max_tokens == "auto" else int(max_tokens)
         log.info("memory.measured", tokens_per_pass=budget, checkpointing=checkpointing.value)

@@ -164,11 +164,21 @@ async def test_topk_and_layers_reach_the_wire(checkpoints: Checkpoints, engine: 
     pieces = {piece.part: piece for piece in leased.chunk.tensors}
     assert list(pieces) == ["values", "token", "feature"]
     assert [list(piece.shape) for piece in pieces.values()] == [[2, 4]] * 3
+    assert leased.chunk.header.layers == [2, 0]
     assert [piece.dtype for piece in pieces.values()] == [
         types_pb2.SCALAR_TYPE_FLOAT32,
         types_pb2.SCALAR_TYPE_INT32,
         types_pb2.SCALAR_TYPE_INT32,
     ]
+
+
+async def test_a_result_names_its_layers(checkpoints: Checkpoints, engine: Engine) -> None:
+    loaded = checkpoints.loaded("plain")
+    runner = Runner(loaded, engine, max_tokens=50)
+    assert await runner.add([lease(0, 6)]) == []
+    (chunks,) = await runner.next_results()
+    (leased,) = chunks
+    assert leased.chunk.header.layers == list(range(loaded.shape.layers))
 
 
 async def test_a_bad_layer_is_named(checkpoints: Checkpoints, engine: Engine) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -26,8 +26,10 @@ from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
 from reltrace_worker.jobs import JobResult, PreparedJob, PreparedTarget, ResolvedTarget, Term
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
-from reltrace_worker.rules import RULES, apply_rule
+from reltrace_worker.rules import RULES, Rule, apply_rule
+from reltrace_worker.rules.compiled import check_compiler, compiled_rule
 from reltrace_worker.rules.kernels import kernel_for
+from reltrace_worker.rules.linear import linear_layers, through_onednn
 
 Checkpointing = Literal["auto", "on", "off"]
 _CHECKPOINTING = ("auto", "on", "off")
@@ -66,11 +68,15 @@ class Engine:
         off where the pass fits into memory, else on. The numbers are the same.
     memory_bytes
         Bytes that a pass may use; None: what is free on CUDA, half of what is free on a CPU.
+    compile
+        Compile the rules' element-wise functions with ``torch.compile`` in the first passes.
 
     Raises
     ------
     ValueError
         `checkpointing` is none of these.
+    ModelError
+        torch can not compile on this machine.
     """
 
     def __init__(
@@ -78,6 +84,8 @@ class Engine:
         loaded: LoadedModel,
         checkpointing: Checkpointing = "auto",
         memory_bytes: int | None = None,
+        *,
+        compile: bool = False,  # noqa: A002 - as torch and the command call it
     ) -> None:
         if checkpointing not in _CHECKPOINTING:
             raise ValueError(f"checkpointing is 'auto', 'on' or 'off', not {checkpointing!r}")
@@ -89,6 +97,11 @@ class Engine:
         self._plans = checkpointing == "auto" or memory_bytes is not None
         self._memory: MemoryModel | None = None
         self._lock = _lock_of(loaded.model)
+        self._rules: Callable[[str], Rule] = RULES.__getitem__
+        if compile:
+            check_compiler(loaded.device, loaded.dtype)
+            self._rules = compiled_rule
+        self._linears = linear_layers(loaded.model)
 
     @property
     def attention(self) -> str:
@@ -232,7 +245,7 @@ class Engine:
         pack = Pack.of(jobs)
         trace = trace_checkpointed if checkpointing else trace_keeping
         capture = Capture(self._loaded, pack)
-        with apply_rule(self._loaded.model, RULES[rule]):
+        with apply_rule(self._loaded.model, self._rules(rule)), through_onednn(self._linears):
             scalars = trace(self._loaded, pack, capture)
         capture.finish()
         by_job: list[list[Scalar]] = [[] for _ in jobs]

@@ -8,7 +8,9 @@ every byte of a CUDA device, and its profiler every allocation on a CPU. What a 
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,10 @@ GIB = 1 << 30
 _PROBE_TOKENS = (8, 40)
 _MARGIN = 0.9
 """Share of what is free that a pass may count on: allocators lose some to fragments."""
+
+
+_FRESH = 0.5
+"""Seconds for which a reading of a CPU's free memory counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +251,16 @@ class Budget:
         if limit is None and loaded.device.type != "cuda":
             limit = free_bytes(loaded) // 2
         self._limit = limit
+        self._read_at = -math.inf
+        self._free = 0
 
     def available(self) -> int:
-        """Return the bytes that a pass may use now."""
-        free = int(_MARGIN * free_bytes(self._loaded))
+        """Return the bytes that a pass may use now; on a CPU, half a second ago at most."""
+        # Three files of the kernel's: a good part of a short prompt's pass.
+        now = time.monotonic()
+        if self._loaded.device.type == "cuda" or now - self._read_at > _FRESH:
+            self._free, self._read_at = free_bytes(self._loaded), now
+        free = int(_MARGIN * self._free)
         return free if self._limit is None else min(free, self._limit)
 
 

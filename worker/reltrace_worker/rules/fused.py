@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,21 +65,49 @@ def activation_name(function: nn.Module) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What an autograd function computes: on plain tensors, so that it can be compiled.
+
+    Parameters
+    ----------
+    forward, backward
+        From the inputs, and from the outer gradient and what was kept.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+def _gated_forward(gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
+    return RATIOS[name][0](gate).mul_(up)
+
+
+def _gated_backward(
+    outer: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # d/d gate = ratio * up / 2 and d/d up = ratio * gate / 2: the activation is not needed.
+    common = RATIOS[name][1](gate).mul_(outer).mul_(0.5)
+    return common * up, common.mul_(gate)
+
+
+GATED_PRODUCT = Kernels(_gated_forward, _gated_backward)
+
+
 class _GatedProduct(torch.autograd.Function):
     """act(gate) * up under AttnLRP: identity rule on act, uniform rule on the product."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, name: str, kernels: Kernels
+    ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.name = name
-        return RATIOS[name][0](gate).mul_(up)
+        ctx.name, ctx.kernels = name, kernels
+        return kernels.forward(gate, up, name)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, *outer: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
-        gate, up = ctx.saved_tensors
-        # d/d gate = ratio * up / 2 and d/d up = ratio * gate / 2: the activation is not needed.
-        common = RATIOS[ctx.name][1](gate).mul_(outer[0]).mul_(0.5)
-        return common * up, common.mul_(gate), None
+    def backward(ctx: Any, *outer: Any) -> tuple[Any, ...]:
+        return (*ctx.kernels.backward(outer[0], *ctx.saved_tensors, ctx.name), None, None)
 
 
 class _GateStopped(torch.autograd.Function):
@@ -95,7 +124,9 @@ class _GateStopped(torch.autograd.Function):
         return None, outer[0] * factor
 
 
-def gated_product(gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
+def gated_product(
+    gate: torch.Tensor, up: torch.Tensor, name: str, kernels: Kernels = GATED_PRODUCT
+) -> torch.Tensor:
     """Return act(gate) * up with the gradients of AttnLRP.
 
     Parameters
@@ -104,11 +135,15 @@ def gated_product(gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tens
         The two projections, of one shape.
     name
         The activation, one of ``RATIOS``.
+    kernels
+        ``GATED_PRODUCT``, or what it compiles to.
     """
-    return _GatedProduct.apply(gate, up, name)  # type: ignore[no-any-return,no-untyped-call]
+    return _GatedProduct.apply(gate, up, name, kernels)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def gated_mlp_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+def gated_mlp_forward(
+    module: Any, hidden: torch.Tensor, kernels: Kernels = GATED_PRODUCT
+) -> torch.Tensor:
     """Run a gated MLP under AttnLRP: lxt's ``gated_mlp_forward``.
 
     An activation whose ratio is not known takes lxt's own function.
@@ -116,7 +151,7 @@ def gated_mlp_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     name = activation_name(module.act_fn)
     if name is None:
         return lxt.gated_mlp_forward(module, hidden)  # type: ignore[no-any-return]
-    weighted = gated_product(module.gate_proj(hidden), module.up_proj(hidden), name)
+    weighted = gated_product(module.gate_proj(hidden), module.up_proj(hidden), name, kernels)
     return module.down_proj(weighted)  # type: ignore[no-any-return]
 
 
@@ -127,25 +162,42 @@ def cp_gated_mlp_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return module.down_proj(_GateStopped.apply(factor, module.up_proj(hidden)))  # type: ignore[no-any-return,no-untyped-call]
 
 
-class _RMSNorm(torch.autograd.Function):
-    """RMSNorm whose inverse norm is a constant: keeps one number per row."""
+def _rms_forward(
+    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    exact = hidden.float()
+    inverse = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
+    # Rounded to the model's dtype before the weight, as the model itself does.
+    return (exact * inverse).to(hidden.dtype).mul_(weight), inverse
+
+
+def _rms_backward(outer: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (outer * weight).float().mul_(inverse).to(outer.dtype)
+
+
+RMS_NORM = Kernels(_rms_forward, _rms_backward)
+
+
+class _Norm(torch.autograd.Function):
+    """A norm whose inverse is a constant: keeps one number per row."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> Any:
-        exact = hidden.float()
-        inverse = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, kernels: Kernels
+    ) -> Any:
+        value, inverse = kernels.forward(hidden, weight, epsilon)
         ctx.save_for_backward(inverse, weight)
-        ctx.dtype = hidden.dtype
-        # Rounded to the model's dtype before the weight, as the model itself does.
-        return (exact * inverse).to(hidden.dtype).mul_(weight)
+        ctx.kernels = kernels
+        return value
 
     @staticmethod
-    def backward(ctx: Any, *outer: Any) -> tuple[torch.Tensor, None, None]:
-        inverse, weight = ctx.saved_tensors
-        return (outer[0] * weight).float().mul_(inverse).to(ctx.dtype), None, None
+    def backward(ctx: Any, *outer: Any) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.kernels.backward(outer[0], *ctx.saved_tensors), None, None, None
 
 
-def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def normalize(
+    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, kernels: Kernels = RMS_NORM
+) -> torch.Tensor:
     """Normalize under the identity rule: the gradient passes as if the inverse norm were fixed.
 
     Parameters
@@ -156,13 +208,17 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torc
         [width], in the model's dtype; takes no gradient.
     epsilon
         Added to the mean square.
+    kernels
+        ``RMS_NORM`` or those of another norm, or what they compile to.
     """
-    return _RMSNorm.apply(hidden, weight, epsilon)  # type: ignore[no-any-return,no-untyped-call]
+    return _Norm.apply(hidden, weight, epsilon, kernels)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def rms_norm_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+def rms_norm_forward(
+    module: Any, hidden: torch.Tensor, kernels: Kernels = RMS_NORM
+) -> torch.Tensor:
     """Run a LLaMA RMSNorm under the identity rule: lxt's ``rms_norm_forward``."""
-    return rms_norm(hidden, module.weight, module.variance_epsilon)
+    return normalize(hidden, module.weight, module.variance_epsilon, kernels)
 
 
 class _DivideGradients(torch.autograd.Function):

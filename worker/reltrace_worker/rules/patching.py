@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -24,55 +24,58 @@ from reltrace_worker.rules.attention import (
 from reltrace_worker.rules.kernels import attention
 from reltrace_worker.rules.rule import Rule
 
+_MISSING = object()
+
+Patch = tuple[nn.Module, str, Callable[..., Any]]
+"""A module, one of its attributes, and the function that it is to be."""
+
 
 @contextmanager
-def instance_forward(
-    module: nn.Module, forward: Callable[..., Any], attribute: str = "forward"
-) -> Iterator[None]:
-    """Give one module another ``forward``, as an instance attribute, until the block ends.
+def instance_forwards(patches: Iterable[Patch]) -> Iterator[None]:
+    """Give modules other functions, as instance attributes, until the block ends.
 
     What stood there before comes back: the class's method, or an instance attribute that
     somebody else had set.
     """
-    attributes = vars(module)
-    missing = object()
-    before = attributes.get(attribute, missing)
-    attributes[attribute] = forward
+    before: list[tuple[dict[str, Any], str, Any]] = []
     try:
+        for module, attribute, function in patches:
+            attributes = vars(module)
+            before.append((attributes, attribute, attributes.get(attribute, _MISSING)))
+            attributes[attribute] = function
         yield
     finally:
-        if before is missing:
-            del attributes[attribute]
-        else:
-            attributes[attribute] = before
+        for attributes, attribute, function in reversed(before):
+            if function is _MISSING:
+                del attributes[attribute]
+            else:
+                attributes[attribute] = function
 
 
-def _patched(module: nn.Module, function: Callable[..., Any]) -> AbstractContextManager[None]:
+def instance_forward(
+    module: nn.Module, forward: Callable[..., Any]
+) -> AbstractContextManager[None]:
+    """Give one module another ``forward``, as :func:`instance_forwards` does."""
+    return instance_forwards([(module, "forward", forward)])
+
+
+def _patch(module: nn.Module, function: Callable[..., Any]) -> Patch:
     # In a model that is split over devices, accelerate's own forward moves the inputs and calls
     # what it has put aside under this name.
-    split = hasattr(module, "_hf_hook")
-    return instance_forward(
-        module, MethodType(function, module), "_old_forward" if split else "forward"
-    )
+    split = "_hf_hook" in vars(module)
+    return module, "_old_forward" if split else "forward", MethodType(function, module)
 
 
 @contextmanager
-def _attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    # The configs of the attention modules choose the kernel, the decoder's chooses the mask;
-    # in most models they are one object.
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None:
-            found[id(config)] = config
-    before = {key: config._attn_implementation for key, config in found.items()}
+def _attention_implementation(configs: Iterable[Any], name: str) -> Iterator[None]:
+    before = [(config, config._attn_implementation) for config in configs]
     try:
-        for config in found.values():
+        for config, _ in before:
             config._attn_implementation = name
         yield
     finally:
-        for key, config in found.items():
-            config._attn_implementation = before[key]
+        for config, implementation in before:
+            config._attn_implementation = implementation
 
 
 @contextmanager
@@ -99,13 +102,23 @@ def apply_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
     family = family_of(model)
     register_attention(rule.attention_name, rule.wrap_attention(attention))
     norm = rule.norm_of(family)
-    with ExitStack() as patches:
-        for module in model.modules():
-            if norm is not None and isinstance(module, family.norm):
-                patches.enter_context(_patched(module, norm))
-            elif rule.gated_mlp is not None and isinstance(module, family.gated_mlp):
-                patches.enter_context(_patched(module, rule.gated_mlp))
-        patches.enter_context(_attention_implementation(model, rule.attention_name))
+    patches: list[Patch] = []
+    # The configs of the attention modules choose the kernel, the decoder's chooses the mask;
+    # in most models they are one object.
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if norm is not None and isinstance(module, family.norm):
+            patches.append(_patch(module, norm))
+        elif rule.gated_mlp is not None and isinstance(module, family.gated_mlp):
+            patches.append(_patch(module, rule.gated_mlp))
+        # Not getattr: where a module has none, nn.Module searches long.
+        config = vars(module).get("config")
+        if config is not None:
+            configs[id(config)] = config
+    with (
+        instance_forwards(patches),
+        _attention_implementation(configs.values(), rule.attention_name),
+    ):
         yield
 
 

@@ -103,14 +103,18 @@ def result_dtype(spec: types_pb2.JobSpec) -> torch.dtype:
 
 
 def header(
-    job: PreparedJob, targets: tuple[ResolvedTarget, ...], provenance: types_pb2.Provenance
+    job: PreparedJob,
+    targets: tuple[ResolvedTarget, ...],
+    provenance: types_pb2.Provenance,
+    layers: int,
 ) -> types_pb2.TraceHeader:
-    """Write everything of a result but its tensors."""
+    """Write everything of a result but its tensors, for a model of so many layers."""
     return types_pb2.TraceHeader(
         token_ids=job.token_ids,
         tokens=job.tokens,
         targets=[_resolved(target) for target in targets],
         provenance=provenance,
+        layers=job.layers or range(layers),
     )
 
 

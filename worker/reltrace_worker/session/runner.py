@@ -249,7 +249,12 @@ class Runner:
         return chunks(
             lease.job_id,
             lease.attempt,
-            header(job.job, result.targets, self._provenance(job.job, result)),
+            header(
+                job.job,
+                result.targets,
+                self._provenance(job.job, result),
+                self._model.shape.layers,
+            ),
             tensors,
             types_pb2.Timings(queued=lease.queued_for, engine=engine_time),
         )
