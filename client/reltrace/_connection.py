@@ -204,6 +204,10 @@ class Connection:
         """What goes with each call."""
         return self._security.metadata()
 
+    def outdated(self, status: RpcStatus, metadata: Metadata) -> bool:
+        """Return whether a call failed for a token that has been replaced since."""
+        return status.code is grpc.StatusCode.UNAUTHENTICATED and metadata != self.metadata
+
     def retries(self, deadline: Deadline) -> Retries:
         """Return the retry policy for one piece of work."""
         return Retries(self._retry_timeout, self.address, deadline, self._random)
@@ -239,9 +243,9 @@ class Connection:
             deadline.check()
             remaining = deadline.remaining()
             timeout = _CALL_TIMEOUT if remaining is None else min(remaining, _CALL_TIMEOUT)
-            server = self.server()
+            server, metadata = self.server(), self.metadata
             try:
-                answer = await method(server)(request, timeout=timeout, metadata=self.metadata)
+                answer = await method(server)(request, timeout=timeout, metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 status = RpcStatus.of(error)
                 self.failed(server, status)
@@ -253,6 +257,8 @@ class Connection:
                 return answer
             if keep(status):
                 return status
+            if self.outdated(status, metadata):
+                continue
             await retries.after(status)
 
     def keep(self, task: asyncio.Task[None]) -> None:

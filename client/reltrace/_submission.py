@@ -151,7 +151,7 @@ async def deliveries(
     acknowledger = _Acknowledger(connection, accepted.id)
     retries = connection.retries(deadline)
     while True:
-        server = connection.server()
+        server, metadata = connection.server(), connection.metadata
         call = server.traces.StreamResults(
             trace_pb2.StreamResultsRequest(
                 submission_id=accepted.id,
@@ -159,7 +159,7 @@ async def deliveries(
                 after_chunk=reader.chunks_seen,
             ),
             timeout=deadline.remaining(),
-            metadata=connection.metadata,
+            metadata=metadata,
         )
         try:
             async for response in call:
@@ -174,7 +174,8 @@ async def deliveries(
         except grpc.aio.AioRpcError as error:
             status = RpcStatus.of(error)
             connection.failed(server, status)
-            await retries.after(status)
+            if not connection.outdated(status, metadata):
+                await retries.after(status)
             continue
         except asyncio.CancelledError:
             connection.check_open()

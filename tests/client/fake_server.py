@@ -182,6 +182,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         Serve TLS with these.
     token
         Callers must present it.
+    before
+        Called with the name of each method, before its token is looked at.
     presented
         What the calls presented, in order.
     """
@@ -200,6 +202,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     truncate: bool = False
     credentials: grpc.ServerCredentials | None = None
     token: str | None = None
+    before: Callable[[str], None] = lambda method: None
 
     presented: list[str] = field(default_factory=list)
     requests: list[trace_pb2.SubmitJobsRequest] = field(default_factory=list)
@@ -366,6 +369,7 @@ class _Guard(grpc.ServerInterceptor):
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         presented = dict(details.invocation_metadata).get("authorization", "")
         self._server.presented.append(presented)
+        self._server.before(details.method.rpartition("/")[2])
         if self._server.token is None or presented == f"Bearer {self._server.token}":
             return continuation(details)
 

@@ -88,6 +88,39 @@ def test_a_token_file_is_read_again_when_it_changes(server: FakeServer, tmp_path
     assert server.presented == ["Bearer first", "Bearer second", "Bearer second"]
 
 
+METHODS = ["SubmitJobs", "StreamResults", "AcknowledgeResults"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_token_that_is_replaced_during_a_call_is_presented_anew(
+    server: FakeServer, tmp_path: Path, method: str
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("old")
+    server.token = "old"
+
+    def before(called: str) -> None:
+        if called == method and server.token == "old":
+            server.token = "new"
+            file.write_text("new")
+
+    server.before = before
+    with reltrace.Client(server.address, token=file) as client:
+        assert client.trace("a b").tokens == ["<s>", "a", "b"]
+        server.wait_acknowledged()
+    assert server.presented.count("Bearer old") == 1 + METHODS.index(method)
+
+    # One that was not replaced is refused, once.
+    server.token = "other"
+    asked = len(server.presented)
+    with (
+        reltrace.Client(server.address, token=file) as client,
+        pytest.raises(reltrace.PermissionDenied),
+    ):
+        client.models()
+    assert len(server.presented) == asked + 1
+
+
 @pytest.mark.parametrize("token", ["two words", "line\nbreak", "ümlaut", "nul\0"])
 def test_a_token_that_can_not_be_sent_is_not_shown(token: str, tmp_path: Path) -> None:
     file = tmp_path / "token"
@@ -144,7 +177,7 @@ def test_tls(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> Non
         ) as client:
             assert client.trace("a b").tokens == ["<s>", "a", "b"]
         # The public authorities do not vouch for it, and plaintext is not spoken there.
-        for tls, said in ((True, "certificate verify failed"), (False, "Does it ask for TLS")):
+        for tls, said in ((True, "certificate_verify_failed"), (False, "Does it ask for TLS")):
             with (
                 reltrace.Client(server.address, token=TOKEN, tls=tls, retry_timeout=0) as client,
                 pytest.raises(reltrace.Unavailable, match=f"(?i){said}"),

@@ -1,6 +1,7 @@
 """Who may call what: every RPC of ours passes here before anything of it is read."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -75,12 +76,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
             generation = self._tokens.generation
-            async for response in behaviour(request, context):
-                self._tokens.look()
-                if self._tokens.generation != generation:
-                    generation = self._tokens.generation
-                    self._tokens.find(token)
-                yield response
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    self._tokens.look()
+                    if self._tokens.generation != generation:
+                        generation = self._tokens.generation
+                        self._tokens.find(token)
+                    yield response
 
         return call
 
