@@ -24,7 +24,7 @@ def test_an_interrupt_that_does_not_wake_the_waiting_thread_is_noticed() -> None
 
     with pytest.raises(KeyboardInterrupt):
         _loop.shared().run(interrupted())
-    assert ended.wait(5)
+    assert ended.wait(30)
 
 
 def test_a_timeout_of_the_work_itself_is_raised() -> None:
