@@ -77,7 +77,8 @@ class Fsync(StrEnum):
     ALWAYS = "always"
     """Before each answer: a machine that loses power loses nothing that was accepted."""
     EVERYSEC = "everysec"
-    """Each second: a machine that loses power loses at most the last two seconds."""
+    """Each second: at most the last two seconds are lost, by a machine that loses power, or
+    by a server that is killed while its disk is slow."""
     NO = "no"
     """When the system does: up to half a minute."""
 

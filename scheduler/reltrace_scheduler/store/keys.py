@@ -18,7 +18,8 @@ key                              type     holds
 ``held:<worker>``                set      jobs that a worker has leased
 ``delayed``                      zset     jobs that wait for another attempt, by time
 ``deadlines``                    zset     jobs that have a timeout, by the time it ends
-``submission:<sub>``             hash     tenant, jobs, ended, stored (bytes of results)
+``submission:<sub>``             hash     tenant, jobs, ended, stored (bytes of results),
+                                          key (name of its idempotency key)
 ``parked:<sub>``                 list     jobs that wait until results are read
 ``results:<sub>``                stream   an entry ``<n>-0`` per ended job, n = 1, 2, ...:
                                           ``j`` = job id and ``c`` = the only chunk, or

@@ -11,6 +11,9 @@ from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.records import StoredChunk
 from reltrace_scheduler.store.scripts import Scripts
 
+_KEY_OUTLIVES_RESULTS = 600_000
+"""Milliseconds: longer than a client goes on repeating one call."""
+
 _PAGE = 128
 """Entries read at a time; inline chunks are at most 64 KiB, so a page is at most 8 MiB."""
 
@@ -90,5 +93,6 @@ class Results:
             ],
             through_entry,
             self._settings.max_unread,
+            _KEY_OUTLIVES_RESULTS,
         )
         return int(freed)

@@ -71,6 +71,18 @@ async def test_acknowledging_frees_what_was_read(
     assert await results.progress(submission) is None
 
 
+async def test_an_idempotency_key_of_what_was_read_is_soon_forgotten(
+    driver: Driver, results: Results, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    submission = await driver.submit([NewJob("m", b"")], "key")
+    key = keys.idempotency("t", "key")
+    assert await store.pttl(key) > 23 * 3600_000
+    (job,) = await driver.lease("w", 1)
+    await driver.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "SUCCEEDED", b"a")])
+    await results.acknowledge(submission.id, 1)
+    assert 0 < await store.pttl(key) <= 600_000
+
+
 async def test_acknowledging_early_does_not_end_a_submission(
     driver: Driver, results: Results
 ) -> None:

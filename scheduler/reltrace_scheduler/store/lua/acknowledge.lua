@@ -8,9 +8,11 @@
 --       chunks:<job>:<attempt>            list    deleted
 --       queue:<class>:<tenant>:<model>    stream  an entry per job that goes on
 --       load, tenant:<tenant>             hash    bytes of the results taken off
+--       idempotency:<tenant>:<key>        string  expires sooner, with the last result
 -- publishes wake:<model>
 --
--- ARGV: prefix, group, through, bound on unread results of a submission (bytes)
+-- ARGV: prefix, group, through, bound on unread results of a submission (bytes), time that
+--       the idempotency key is kept after the last result (ms)
 --
 -- Returns how many results were freed.
 local through, max_unread = tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -33,6 +35,11 @@ end
 call_many({"DEL"}, keys)
 charge(sub.tenant, 0, 0, -bytes)
 if sub.ended == sub.jobs and through >= sub.ended then
+    -- Who has read all of it does not send it again, but for a call that is still repeated.
+    local key = redis.call("HGET", KEYS[2], "key")
+    if key then
+        redis.call("PEXPIRE", key, ARGV[5])
+    end
     redis.call("DEL", KEYS[1], KEYS[2])
     redis.call("ZREM", KEYS[4], sub.id)
 else

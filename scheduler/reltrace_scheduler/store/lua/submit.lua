@@ -73,6 +73,7 @@ redis.call("SADD", KEYS[5], tenant)
 charge(tenant, count, bytes, 0)
 if ttl > 0 then
     redis.call("SET", KEYS[1], sub .. " " .. count .. " " .. digest, "PX", ttl)
+    redis.call("HSET", KEYS[2], "key", KEYS[1])
 end
 settle(0)
 return {"accepted"}
