@@ -209,7 +209,9 @@ Global___Results: _TypeAlias = Results  # noqa: Y015
 
 @_typing.final
 class Release(_message.Message):
-    """Hands leases back unfinished: the jobs are queued again at once."""
+    """Hands leases back unfinished: the jobs are queued again at once. Room that was
+    offered before is taken back, unless an error is given.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -255,6 +255,8 @@ class Session:
     async def _release(self, release: worker_pb2.Release) -> None:
         leases = _leases(release.leases)
         if not release.HasField("error"):
+            # Before the jobs are queued: they must not come back to the one that leaves.
+            self._credit = 0
             await self._queue.release(self.worker_id, leases)
         else:
             exhausted = await self._queue.retry(self.worker_id, leases)

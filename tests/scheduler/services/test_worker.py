@@ -123,6 +123,18 @@ async def test_released_jobs_go_to_another_at_once(client, channel, worker: Fake
     assert {lease.attempt for lease in await other.lease(2)} == {2}
 
 
+async def test_who_hands_jobs_back_is_leased_nothing_more(client, channel) -> None:
+    worker = FakeWorker(channel)
+    await worker.connect()
+    await submit(client, 2)
+    leases = await worker.lease(2)
+    await worker.send(ready=worker_pb2.Ready(jobs=10))
+    await worker.send(release=worker_pb2.Release(leases=refs(leases)))
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    assert {lease.attempt for lease in await other.lease(2)} == {2}
+
+
 async def test_a_failed_attempt_is_tried_again_and_then_final(client, channel) -> None:
     worker = FakeWorker(channel)
     await worker.connect()
