@@ -157,7 +157,9 @@ def test_ctrl_c_ends_a_call(server: FakeServer) -> None:
     started = threading.Event()
     server.hold = lambda spec: (started.set(), ended.wait(20), None)[2]
     code = (
-        "import reltrace, sys\n"
+        "import reltrace, signal, sys\n"
+        # A shell in the background has it ignored, and so have its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with reltrace.Client(sys.argv[1]) as client:\n"
         "    try:\n"
         "        client.trace('slow')\n"

@@ -92,12 +92,13 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
 
             async def receive() -> None:
                 async for request in requests:
+                    if request.HasField("leave"):
+                        await session.leave()
+                        break
                     for response in await session.handle(request):
                         await outgoing.put(response)
                     # Room, or an empty hand, may be what a lease waited for.
                     wake.set()
-                # The worker closed its side in order: it holds nothing any more.
-                await session.close()
                 await outgoing.put(None)
 
             async def dispatch() -> None:
@@ -176,6 +177,8 @@ class Session:
         self._held: dict[Lease, str] = {}
         """Leases that the worker is known to have, with the class of their queue."""
         self._reconciled = False
+        # Whoever leaves must not be leased to at the same moment.
+        self._leasing = asyncio.Lock()
 
     async def open(self) -> None:
         """Enter the worker and its model."""
@@ -194,13 +197,20 @@ class Session:
         )
         log.info("worker.connected", worker=self.worker_id, model=self.model)
 
-    async def close(self) -> None:
-        """Forget the worker: it left in order."""
+    async def leave(self) -> None:
+        """Forget the worker, and queue again what crossed its leaving."""
+        self._credit = 0
+        async with self._leasing:
+            await self._queue.reconcile(self.worker_id, [])
         await self._registry.forget(self.worker_id, epoch=self._epoch)
         log.info("worker.left", worker=self.worker_id, model=self.model)
 
     async def lease(self) -> list[worker_pb2.WorkResponse]:
         """Lease queued jobs, as many as the worker has room for; empty: nothing to do."""
+        async with self._leasing:
+            return await self._lease()
+
+    async def _lease(self) -> list[worker_pb2.WorkResponse]:
         # What it holds from before must be known first: it is told by the first heartbeat.
         if not self._credit or not self._reconciled:
             return []

@@ -52,7 +52,9 @@ async def status_of(
     request: bytes = b"",
 ) -> tuple[grpc.StatusCode, str]:
     """Call a method with an empty message, whatever its shape."""
-    call = channel.stream_stream(method)([request], metadata=metadata, timeout=DEADLINE)
+    # On the wire this is a stream of one message too. As one, grpc's asyncio client can
+    # say INTERNAL itself where the server answers before it has read.
+    call = channel.unary_stream(method)(request, metadata=metadata, timeout=DEADLINE)
     try:
         while await call.read() is not grpc.aio.EOF:
             pass

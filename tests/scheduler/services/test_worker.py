@@ -135,6 +135,37 @@ async def test_who_hands_jobs_back_is_leased_nothing_more(client, channel) -> No
     assert {lease.attempt for lease in await other.lease(2)} == {2}
 
 
+async def test_what_crosses_a_workers_leaving_is_queued_at_once(client, channel) -> None:
+    worker = FakeWorker(channel)
+    await worker.connect()
+    await submit(client, 2)
+    # Leased, and never read.
+    await worker.lease(2)
+    await worker.send(leave=worker_pb2.Leave())
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    again = await other.lease(2)
+    assert {lease.attempt for lease in again} == {2}
+    await other.finish(again)
+    await other.receive("committed")
+    # Nobody was lost: neither had to wait for a lease to run out, nor is a suspect.
+    status = await admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest())
+    assert [w.worker_id for w in status.workers] == ["w2"]
+
+
+async def test_a_stream_that_ends_without_leave_keeps_its_leases(client, channel) -> None:
+    worker = FakeWorker(channel)
+    await worker.connect()
+    await submit(client, 1)
+    (lease,) = await worker.lease(1)
+    await worker.call.done_writing()
+    async with asyncio.timeout(10):
+        assert await worker.call.read() is grpc.aio.EOF
+    await worker.connect(holding=[lease])
+    await worker.finish([lease])
+    await worker.receive("committed")
+
+
 async def test_a_failed_attempt_is_tried_again_and_then_final(client, channel) -> None:
     worker = FakeWorker(channel)
     await worker.connect()
@@ -225,7 +256,7 @@ async def test_leases_say_their_priority(client, worker: FakeWorker) -> None:
 
 
 async def test_a_worker_that_leaves_in_order_is_forgotten(client, channel, worker) -> None:
-    await worker.call.done_writing()
+    await worker.send(leave=worker_pb2.Leave())
     async with asyncio.timeout(10):
         assert await worker.call.read() is grpc.aio.EOF
     status = await admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest())

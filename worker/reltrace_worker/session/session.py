@@ -140,8 +140,7 @@ class Session:
                 await self._idle.wait()
         self._release(set(self._held))
         if self._outgoing is not None:
-            # Closing our side tells the scheduler that we left in order.
-            self._outgoing.put_nowait(None)
+            _leave(self._outgoing)
 
     # -- the pass ---------------------------------------------------------------------
 
@@ -298,7 +297,7 @@ class Session:
         for message in self._uncommitted.values():
             self._send(worker_pb2.WorkRequest(results=message))
         if self._draining:
-            self._outgoing.put_nowait(None)
+            _leave(outgoing)
         else:
             room = _WINDOW_JOBS - len(self._held)
             self._send(worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=room)))
@@ -337,6 +336,11 @@ async def _raise_status(call: "Call") -> None:
             await call.trailing_metadata(),
             details=await call.details(),
         )
+
+
+def _leave(outgoing: Outgoing) -> None:
+    outgoing.put_nowait(worker_pb2.WorkRequest(leave=worker_pb2.Leave()))
+    outgoing.put_nowait(None)
 
 
 def _beat(keys: set[LeaseKey]) -> worker_pb2.WorkRequest:
