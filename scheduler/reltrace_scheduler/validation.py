@@ -66,28 +66,47 @@ def check_submission(request: trace_pb2.SubmitJobsRequest, models: Models) -> li
     if unknown:
         raise UnknownModelError(*unknown)
     jobs, violations = [], []
+    # The jobs of a message mostly differ in their input only.
+    sound: set[bytes] = set()
     for index, spec in enumerate(request.jobs):
         model = models.known[spec.model or models.default or ""]
-        faults = list(_faults(spec, model))
-        violations += [Violation(f"jobs[{index}].{v.field}", v.description) for v in faults]
-        if not faults:
-            spec.model = model.name
-            timeout = spec.timeout.ToTimedelta().total_seconds()
-            jobs.append(NewJob(model.name, spec.SerializeToString(), timeout))
+        faults = [*_input_faults(spec, model), *_position_faults(spec)]
+        settings = _settings(spec)
+        if settings not in sound:
+            found = list(_settings_faults(spec, model))
+            faults += found
+            if not found:
+                sound.add(settings)
+        if faults:
+            violations += [Violation(f"jobs[{index}].{v.field}", v.description) for v in faults]
+            continue
+        spec.model = model.name
+        timeout = spec.timeout.ToTimedelta().total_seconds() if spec.HasField("timeout") else 0.0
+        jobs.append(NewJob(model.name, spec.SerializeToString(), timeout))
     if violations:
         raise InvalidRequestError(*violations)
     return jobs
 
 
 def _model_fault(name: str, models: Models) -> str:
+    if name in models.known or (not name and models.default):
+        return ""
     served = ", ".join(models.workers or models.known)
     if not name:
-        return "" if models.default else f"is empty, and several models are served: {served}"
-    return "" if name in models.known else f"{name!r} is not served; served: {served}"
+        return f"is empty, and several models are served: {served}"
+    return f"{name!r} is not served; served: {served}"
 
 
-def _faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
-    yield from _input_faults(spec, model)
+def _settings(spec: types_pb2.JobSpec) -> bytes:
+    """Everything of a job but its input."""
+    settings = types_pb2.JobSpec()
+    settings.CopyFrom(spec)
+    settings.ClearField("prompt")
+    settings.ClearField("input_ids")
+    return settings.SerializeToString(deterministic=True)
+
+
+def _settings_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
     for index, site in enumerate(spec.sites):
         if site not in model.sites:
             yield Violation(f"sites[{index}]", _not_among(site, model.sites))
@@ -111,7 +130,7 @@ def _faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Vio
             "targets", f"has {len(spec.targets)}; at most {MAX_TARGETS_PER_JOB} are allowed"
         )
     for index, target in enumerate(spec.targets):
-        for fault in _target_faults(target, spec, model):
+        for fault in _target_faults(target, model):
             yield Violation(f"targets[{index}].{fault.field}", fault.description)
 
 
@@ -140,9 +159,7 @@ def _input_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterat
             yield Violation("prompt", "is missing: give a prompt or input_ids")
 
 
-def _target_faults(
-    target: types_pb2.Target, spec: types_pb2.JobSpec, model: types_pb2.ModelInfo
-) -> Iterator[Violation]:
+def _target_faults(target: types_pb2.Target, model: types_pb2.ModelInfo) -> Iterator[Violation]:
     for field in ("token", "contrast"):
         if target.HasField(field):
             ref: types_pb2.TokenRef = getattr(target, field)
@@ -169,11 +186,16 @@ def _target_faults(
                 yield Violation("continuation", "is empty")
             case None:
                 yield Violation("continuation", "names no tokens: give their text or their ids")
+
+
+def _position_faults(spec: types_pb2.JobSpec) -> Iterator[Violation]:
     length = len(spec.input_ids.ids)
-    if length and target.HasField("position") and not -length <= target.position < length:
-        yield Violation(
-            "position", f"{target.position} is outside of the {length} tokens of input_ids"
-        )
+    for index, target in enumerate(spec.targets):
+        if length and target.HasField("position") and not -length <= target.position < length:
+            yield Violation(
+                f"targets[{index}].position",
+                f"{target.position} is outside of the {length} tokens of input_ids",
+            )
 
 
 def _out_of_range(token: int, model: types_pb2.ModelInfo) -> str:

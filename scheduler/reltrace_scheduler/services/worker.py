@@ -97,8 +97,10 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                         break
                     for response in await session.handle(request):
                         await outgoing.put(response)
-                    # Room, or an empty hand, may be what a lease waited for.
-                    wake.set()
+                    # Room, or an empty hand, may be what a lease waited for. Results bring
+                    # neither: the room that they make is told when they are committed.
+                    if not request.HasField("results"):
+                        wake.set()
                 await outgoing.put(None)
 
             async def dispatch() -> None:

@@ -4,7 +4,7 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from grpc_status import rpc_status
-from reltrace_proto.v1 import trace_pb2, types_pb2
+from reltrace_proto.v1 import trace_pb2, types_pb2, worker_pb2
 from reltrace_scheduler.config import MAX_REQUEST_BYTES
 from scheduler.fake_worker import MODEL, FakeWorker
 
@@ -198,7 +198,7 @@ async def test_a_model_must_be_named_where_there_are_two(
 async def test_a_job_without_a_model_takes_the_one_that_has_a_worker(
     client, channel: grpc.aio.Channel, worker: FakeWorker
 ) -> None:
-    await worker.call.done_writing()
+    await worker.send(leave=worker_pb2.Leave())
     async with asyncio.timeout(10):
         assert await worker.call.read() is grpc.aio.EOF
     other = FakeWorker(channel, "w2", types_pb2.ModelInfo(name="n", sites=["resid"]))
