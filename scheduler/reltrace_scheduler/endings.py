@@ -11,36 +11,26 @@ from reltrace_scheduler.store.records import Condemned, Ending, Lease, LostLease
 
 def cancelled(job_id: str) -> Ending:
     """End a job that its client does not want any more."""
-    return _ending(job_id, None, "CANCELLED", code_pb2.CANCELLED, "was cancelled")
+    return _ending(job_id, None, "CANCELLED", _error(code_pb2.CANCELLED, "was cancelled"))
 
 
 def overdue(job_id: str) -> Ending:
     """End a job that did not end within its timeout."""
-    message = "did not end within its timeout"
-    return _ending(job_id, None, "FAILED", code_pb2.DEADLINE_EXCEEDED, message)
+    error = _error(code_pb2.DEADLINE_EXCEEDED, "did not end within its timeout")
+    return _ending(job_id, None, "FAILED", error)
 
 
 def quarantined(job: Condemned) -> Ending:
     """End a job that lost too many leases."""
     history = "; ".join(f"attempt {lost.attempt} on {lost.worker}" for lost in job.lost)
-    return _ending(
-        job.job_id,
-        job.attempt,
-        "QUARANTINED",
-        code_pb2.ABORTED,
-        f"lost its worker {len(job.lost)} times and is quarantined: {history}",
-        job.lost,
-    )
+    message = f"lost its worker {len(job.lost)} times and is quarantined: {history}"
+    error = _error(code_pb2.ABORTED, message)
+    return _ending(job.job_id, job.attempt, "QUARANTINED", error, job.lost)
 
 
 def exhausted(lease: Lease, error: types_pb2.JobError) -> Ending:
     """End a job whose attempts keep failing, with the error of the last one."""
-    chunk = types_pb2.ResultChunk(
-        job_id=lease.job_id,
-        number=1,
-        end=types_pb2.JobEnd(state=types_pb2.JOB_STATE_FAILED, attempt=lease.attempt, error=error),
-    )
-    return Ending(lease.job_id, lease.attempt, "FAILED", chunk.SerializeToString())
+    return _ending(lease.job_id, lease.attempt, "FAILED", error)
 
 
 def wire_losses(lost: Sequence[LostLease]) -> list[types_pb2.LostLease]:
@@ -55,12 +45,15 @@ def wire_losses(lost: Sequence[LostLease]) -> list[types_pb2.LostLease]:
     return losses
 
 
+def _error(code: int, message: str) -> types_pb2.JobError:
+    return types_pb2.JobError(code=code, message=message)
+
+
 def _ending(
     job_id: str,
     attempt: int | None,
     state: str,
-    code: int,
-    message: str,
+    error: types_pb2.JobError,
     lost: Sequence[LostLease] = (),
 ) -> Ending:
     chunk = types_pb2.ResultChunk(
@@ -69,7 +62,7 @@ def _ending(
         end=types_pb2.JobEnd(
             state=types_pb2.JobState.Value(f"JOB_STATE_{state}"),
             attempt=attempt or 0,
-            error=types_pb2.JobError(code=code, message=message),
+            error=error,
             lost_leases=wire_losses(lost),
         ),
     )

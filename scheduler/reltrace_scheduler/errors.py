@@ -45,47 +45,44 @@ class SchedulerError(Exception):
         self.retry_after = retry_after
 
 
-class InvalidRequestError(SchedulerError):
+class FaultyRequestError(SchedulerError):
+    """Base of errors that faults of the request say all about."""
+
+    def __init__(self, *violations: Violation) -> None:
+        message = "; ".join(f"{v.field}: {v.description}" for v in violations)
+        super().__init__(message, violations=violations)
+
+
+class InvalidRequestError(FaultyRequestError):
     """The request is malformed; `violations` names every fault."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
-    def __init__(self, *violations: Violation) -> None:
-        message = "; ".join(f"{v.field}: {v.description}" for v in violations)
-        super().__init__(message, violations=violations)
 
-
-class UnknownModelError(SchedulerError):
+class UnknownModelError(FaultyRequestError):
     """No worker has ever served a model of that name."""
 
     code = grpc.StatusCode.NOT_FOUND
 
-    def __init__(self, *violations: Violation) -> None:
-        message = "; ".join(f"{v.field}: {v.description}" for v in violations)
-        super().__init__(message, violations=violations)
 
-
-class UnknownSubmissionError(SchedulerError):
+class UnknownSubmissionError(FaultyRequestError):
     """The submission never was, has expired, or was acknowledged whole."""
 
     code = grpc.StatusCode.NOT_FOUND
 
     def __init__(self, submission_id: str) -> None:
-        violation = Violation(
-            "submission_id",
-            f"no submission {submission_id!r}: unknown, expired or acknowledged",
+        super().__init__(
+            Violation(
+                "submission_id",
+                f"no submission {submission_id!r}: unknown, expired or acknowledged",
+            )
         )
-        super().__init__(f"{violation.field}: {violation.description}", violations=(violation,))
 
 
-class UnknownJobError(SchedulerError):
+class UnknownJobError(FaultyRequestError):
     """A job that is named is not there."""
 
     code = grpc.StatusCode.NOT_FOUND
-
-    def __init__(self, *violations: Violation) -> None:
-        message = "; ".join(f"{v.field}: {v.description}" for v in violations)
-        super().__init__(message, violations=violations)
 
 
 class QueueFullError(SchedulerError):
@@ -97,16 +94,18 @@ class QueueFullError(SchedulerError):
         super().__init__(message, retry_after=1.0)
 
 
-class IdempotencyError(SchedulerError):
+class IdempotencyError(FaultyRequestError):
     """The idempotency key was used for other jobs."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
     def __init__(self, key: str) -> None:
-        violation = Violation(
-            "idempotency_key", f"{key!r} was used for other jobs; choose a new one per submission"
+        super().__init__(
+            Violation(
+                "idempotency_key",
+                f"{key!r} was used for other jobs; choose a new one per submission",
+            )
         )
-        super().__init__(f"{violation.field}: {violation.description}", violations=(violation,))
 
 
 class SupersededError(SchedulerError):

@@ -4,7 +4,7 @@ What only the tokenizer can tell (is the prompt too long, is the target one toke
 checked by the worker; the job then fails with the same kind of violations.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
@@ -86,6 +86,20 @@ def check_submission(request: trace_pb2.SubmitJobsRequest, models: Models) -> li
     if violations:
         raise InvalidRequestError(*violations)
     return jobs
+
+
+def check_job_ids(job_ids: Sequence[str]) -> None:
+    """Check how many jobs a request names.
+
+    Raises
+    ------
+    InvalidRequestError
+        They are more than one request may name.
+    """
+    if len(job_ids) > MAX_JOBS_PER_REQUEST:
+        raise InvalidRequestError(
+            Violation("job_ids", f"names more than {MAX_JOBS_PER_REQUEST} jobs")
+        )
 
 
 def _model_fault(name: str, models: Models) -> str:

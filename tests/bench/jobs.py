@@ -107,7 +107,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         for rival in rivals:
             rival.run(50)
         sdk, raw = [], []
-        others: dict[str, list[dict[str, float]]] = {rival.library: [] for rival in rivals}
+        others: dict[str, list[dict[str, float]]] = {rival.name: [] for rival in rivals}
         cpu: list[dict[str, float]] = []
         for _ in range(given.rounds):
             before = cpu_seconds(service)
@@ -116,7 +116,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             cpu.append({name: after[name] - before[name] for name in after})
             raw.append(seconds(lambda: raw_client.through(service.address, given.jobs)))
             for rival in rivals:
-                others[rival.library].append(rival.run(given.rival_jobs))
+                others[rival.name].append(rival.run(given.rival_jobs))
         report["sdk"] = rates(given.jobs, sdk) | {
             # What two cores can do at most is 2,000,000 over the sum of these.
             "cpu_microseconds_per_job": {
@@ -126,12 +126,12 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         }
         report["raw"] = rates(given.jobs, raw)
         for rival in rivals:
-            times = [answer["seconds"] for answer in others[rival.library]]
+            times = [answer["seconds"] for answer in others[rival.name]]
             ratios = [
                 (given.jobs / ours) / (given.rival_jobs / theirs)
                 for ours, theirs in zip(sdk, times, strict=True)
             ]
-            report[rival.library] = {
+            report[rival.name] = {
                 "version": rival.version,
                 **rates(given.rival_jobs, times),
                 "sdk_is_faster_by": round(statistics.median(ratios), 2),

@@ -10,10 +10,8 @@ from reltrace_scheduler.embedded import EmbeddedRedis
 from reltrace_scheduler.server import serving
 from reltrace_scheduler.store.connection import Connection
 from reltrace_scheduler.store.keys import Keys
-from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.registry import Registry
 from reltrace_scheduler.store.results import Results
-from reltrace_scheduler.store.upkeep import Upkeep
 from scheduler.driver import Driver
 from scheduler.fake_worker import FakeWorker
 
@@ -54,7 +52,7 @@ def keys() -> Keys:
 
 @pytest.fixture
 def driver(store: redis.asyncio.Redis, settings: Settings, keys: Keys) -> Driver:
-    return Driver(store, keys, Queue(store, settings, keys), Upkeep(store, settings, keys))
+    return Driver.over(store, keys, settings)
 
 
 @pytest.fixture

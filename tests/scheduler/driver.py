@@ -1,8 +1,10 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from redis.asyncio import Redis
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.records import (
@@ -42,6 +44,10 @@ class Driver:
     keys: Keys
     queue: Queue
     upkeep: Upkeep
+
+    @classmethod
+    def over(cls, redis: Redis, keys: Keys, settings: Settings) -> Self:
+        return cls(redis, keys, Queue(redis, settings, keys), Upkeep(redis, settings, keys))
 
     async def submit(
         self,

@@ -10,6 +10,9 @@ DEFAULT_TENANT = "default"
 TENANT_NAME = r"[A-Za-z0-9_.-]{1,64}"
 """A regular expression. A colon would run into the names of keys."""
 
+TENANT_RULE = "must be 1 to 64 letters, digits, or any of _.-"
+"""The same for a person."""
+
 
 class Role(StrEnum):
     """What a caller may do."""

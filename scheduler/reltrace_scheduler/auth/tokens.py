@@ -15,7 +15,13 @@ from typing import Any
 
 import structlog
 
-from reltrace_scheduler.auth.identity import DEFAULT_TENANT, TENANT_NAME, Identity, Role
+from reltrace_scheduler.auth.identity import (
+    DEFAULT_TENANT,
+    TENANT_NAME,
+    TENANT_RULE,
+    Identity,
+    Role,
+)
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
 
 log = structlog.get_logger()
@@ -30,7 +36,6 @@ _LOOK_EVERY = 1.0
 _MAX_FILE_BYTES = 4 << 20
 _MAX_ENTRIES = 10_000
 
-_NAME_RULE = "must be 1 to 64 letters, digits, or any of _.-"
 _FIELDS = {"name", "role", "tenant", "sha256"}
 
 _MAY = {
@@ -76,7 +81,7 @@ class Entry:
         """
         for field, value in (("name", self.name), ("tenant", self.tenant)):
             if not re.fullmatch(TENANT_NAME, value):
-                raise TokenError(f"{field} {value!r}: {_NAME_RULE}")
+                raise TokenError(f"{field} {value!r}: {TENANT_RULE}")
         if self.role is Role.WORKER and self.tenant != DEFAULT_TENANT:
             raise TokenError(f"tenant {self.tenant!r}: a worker works for every tenant")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):

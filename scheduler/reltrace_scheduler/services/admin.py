@@ -11,8 +11,8 @@ from redis.asyncio import Redis
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, types_pb2
 
 from reltrace_scheduler import __version__
-from reltrace_scheduler.auth.identity import TENANT_NAME
-from reltrace_scheduler.config import MAX_JOBS_PER_REQUEST, Settings
+from reltrace_scheduler.auth.identity import TENANT_NAME, TENANT_RULE
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.endings import wire_losses
 from reltrace_scheduler.errors import InvalidRequestError, UnknownJobError, Violation
 from reltrace_scheduler.store.queue import Queue
@@ -20,6 +20,7 @@ from reltrace_scheduler.store.records import Limits, NewJob, QueueRecord, Tenant
 from reltrace_scheduler.store.registry import Registry
 from reltrace_scheduler.store.tenants import Tenants
 from reltrace_scheduler.store.upkeep import Upkeep
+from reltrace_scheduler.validation import check_job_ids
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -98,10 +99,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def RequeueDeadJobs(  # noqa: N802
         self, request: admin_pb2.RequeueDeadJobsRequest, context: Context
     ) -> admin_pb2.RequeueDeadJobsResponse:
-        if len(request.job_ids) > MAX_JOBS_PER_REQUEST:
-            raise InvalidRequestError(
-                Violation("job_ids", f"names more than {MAX_JOBS_PER_REQUEST} jobs")
-            )
+        check_job_ids(request.job_ids)
         found = await self._upkeep.dead_jobs(request.job_ids)
         unknown = [
             Violation(f"job_ids[{index}]", f"no dead job {request.job_ids[index]!r}")
@@ -139,9 +137,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.SetTenantRequest, context: Context
     ) -> admin_pb2.SetTenantResponse:
         if not re.fullmatch(TENANT_NAME, request.tenant):
-            raise InvalidRequestError(
-                Violation("tenant", "must be 1 to 64 letters, digits, or any of ._-")
-            )
+            raise InvalidRequestError(Violation("tenant", TENANT_RULE))
         if request.HasField("weight") and not _LEAST_WEIGHT <= request.weight <= _MOST_WEIGHT:
             raise InvalidRequestError(
                 Violation("weight", f"must be {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}")

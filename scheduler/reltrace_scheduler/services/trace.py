@@ -1,13 +1,12 @@
 """TraceService: what clients call."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 from reltrace_scheduler.auth.identity import current
-from reltrace_scheduler.config import MAX_JOBS_PER_REQUEST
 from reltrace_scheduler.endings import cancelled
 from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
 from reltrace_scheduler.models import ModelCache
@@ -17,7 +16,7 @@ from reltrace_scheduler.store.records import Priority
 from reltrace_scheduler.store.results import Progress, Results
 from reltrace_scheduler.store.signals import Signals, wait
 from reltrace_scheduler.store.upkeep import Upkeep
-from reltrace_scheduler.validation import check_submission
+from reltrace_scheduler.validation import check_job_ids, check_submission
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -132,7 +131,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             progress = await self._progress(request.submission_id)
             job_ids = [f"{request.submission_id}-{index}" for index in range(progress.jobs)]
         else:
-            _check_count(request.job_ids)
+            check_job_ids(request.job_ids)
             found = await self._queue.jobs(request.job_ids, tenant=current().tenant)
             job_ids = [job.job_id for job in found if job]
         ended = await self._upkeep.end([cancelled(job_id) for job_id in job_ids])
@@ -141,7 +140,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     async def GetJobs(  # noqa: N802
         self, request: trace_pb2.GetJobsRequest, context: Context
     ) -> trace_pb2.GetJobsResponse:
-        _check_count(request.job_ids)
+        check_job_ids(request.job_ids)
         found = await self._queue.jobs(request.job_ids, tenant=current().tenant)
         # A job that is unknown, expired or acknowledged has no state.
         return trace_pb2.GetJobsResponse(
@@ -167,11 +166,4 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 trace_pb2.ServedModel(model=info, workers=models.workers.get(name, 0))
                 for name, info in models.known.items()
             ]
-        )
-
-
-def _check_count(job_ids: Sequence[str]) -> None:
-    if len(job_ids) > MAX_JOBS_PER_REQUEST:
-        raise InvalidRequestError(
-            Violation("job_ids", f"names more than {MAX_JOBS_PER_REQUEST} jobs")
         )

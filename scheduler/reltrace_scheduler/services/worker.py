@@ -112,10 +112,10 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
 
             async def revoke() -> None:
                 while True:
-                    # A signal that is missed is made up for by the next heartbeat.
-                    await wait(revoked, self._settings.heartbeat)
-                    for response in await session.check():
-                        await outgoing.put(response)
+                    # A signal that is missed is made up for by the worker's next heartbeat.
+                    if await wait(revoked, self._settings.heartbeat):
+                        for response in await session.check():
+                            await outgoing.put(response)
 
             tasks = [asyncio.create_task(work()) for work in (receive, dispatch, revoke)]
             for task in tasks:

@@ -66,11 +66,12 @@ def _set_all(events: set[asyncio.Event]) -> None:
         event.set()
 
 
-async def wait(event: asyncio.Event, timeout: float) -> None:
-    """Wait for a signal, but at most `timeout` seconds; then clear it."""
+async def wait(event: asyncio.Event, timeout: float) -> bool:
+    """Wait for a signal, but at most `timeout` seconds; clear it, and return whether it came."""
     try:
         async with asyncio.timeout(timeout):
             await event.wait()
     except TimeoutError:
-        pass
+        return False
     event.clear()
+    return True

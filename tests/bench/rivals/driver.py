@@ -25,7 +25,7 @@ class Rival:
 
     Parameters
     ----------
-    library : str
+    name : str
         One of `LIBRARIES`.
     python : str
         Interpreter that has it.
@@ -33,8 +33,8 @@ class Rival:
         As in Redis' configuration.
     """
 
-    def __init__(self, library: str, python: str, appendfsync: str) -> None:
-        self.library = library
+    def __init__(self, name: str, python: str, appendfsync: str) -> None:
+        self.name = name
         self.version = ""
         self._python = python
         self._appendfsync = appendfsync
@@ -43,7 +43,7 @@ class Rival:
     def __enter__(self) -> Self:
         url, _ = self._stack.enter_context(redis_server(self._appendfsync))
         environment = os.environ | {"BENCH_REDIS": url}
-        module = f"{self.library}_side"
+        module = f"{self.name}_side"
         folder = Path(self._python).parent
         worker = {
             "dramatiq": [
@@ -54,7 +54,7 @@ class Rival:
                 str(folder / "taskiq"), "worker", f"{module}:broker", "--workers", "1",
                 "--ack-type", "when_saved",
             ],
-        }[self.library]  # fmt: skip
+        }[self.name]  # fmt: skip
         options: dict[str, Any] = {"cwd": HERE, "env": environment}
         self._stack.enter_context(
             process(worker, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
@@ -83,6 +83,6 @@ class Rival:
     def _answer(self) -> dict[str, Any]:
         assert self._submitter.stdout is not None
         line = self._submitter.stdout.readline()
-        assert line, f"the submitter of {self.library} ended"
+        assert line, f"the submitter of {self.name} ended"
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -6,11 +6,9 @@ from reltrace_scheduler.config import Settings
 from reltrace_scheduler.endings import cancelled
 from reltrace_scheduler.errors import QueueFullError
 from reltrace_scheduler.store.keys import Keys
-from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.records import LeasedJob, Limits, NewChunk, NewJob, Priority
 from reltrace_scheduler.store.results import Results
 from reltrace_scheduler.store.tenants import Tenants
-from reltrace_scheduler.store.upkeep import Upkeep
 from scheduler.driver import Driver, end, jobs, lease_of
 
 
@@ -171,7 +169,7 @@ async def test_results_past_the_bound_in_all_stop_those_who_hold_them(
     store: redis.asyncio.Redis, keys: Keys
 ) -> None:
     settings = Settings(max_bytes=1000)
-    driver = Driver(store, keys, Queue(store, settings, keys), Upkeep(store, settings, keys))
+    driver = Driver.over(store, keys, settings)
     await driver.submit(jobs(2), tenant="holder")
     (job,) = await driver.lease("w", 1)
     await driver.submit(jobs(1), tenant="new")

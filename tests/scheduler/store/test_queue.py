@@ -5,10 +5,9 @@ import redis.asyncio
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import IdempotencyError, QueueFullError, SupersededError
 from reltrace_scheduler.store.keys import GROUP, Keys
-from reltrace_scheduler.store.queue import LOST, STORED, Queue
+from reltrace_scheduler.store.queue import LOST, STORED
 from reltrace_scheduler.store.records import Lease, NewChunk, NewJob, Priority
 from reltrace_scheduler.store.results import Results
-from reltrace_scheduler.store.upkeep import Upkeep
 from scheduler.driver import EPOCH, MODEL, Driver, end, jobs, lease_of
 
 LEASE = 0.5  # seconds, as in the settings fixture
@@ -251,7 +250,7 @@ async def test_what_a_worker_does_not_know_of_is_queued_again(driver: Driver) ->
 @pytest.fixture
 def patient(store: redis.asyncio.Redis, keys: Keys) -> Driver:
     settings = Settings(retry_delay=1.0, max_failures=3)
-    return Driver(store, keys, Queue(store, settings, keys), Upkeep(store, settings, keys))
+    return Driver.over(store, keys, settings)
 
 
 async def test_a_failed_attempt_waits_longer_each_time(

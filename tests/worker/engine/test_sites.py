@@ -6,56 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from reference.gradient import plain_gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine.sites import Side, Site, Tap
 from reltrace_worker.jobs import JobSpec
-from reltrace_worker.model import LoadedModel
 from reltrace_worker.session.convert import model_info
-
-
-def plain_gradient_times_input(
-    loaded: LoadedModel, token_ids: tuple[int, ...]
-) -> dict[str, torch.Tensor]:
-    """Full traces of one prompt by ``retain_grad``, without anything of the engine.
-
-    Returns float32 [L, T, F] per site, ``embed`` [T, F].
-    """
-    model: Any = loaded.model
-    kept: dict[str, list[torch.Tensor]] = {name: [] for name in SITES}
-
-    def keep(name: str) -> Any:
-        def hook(_: Any, args: Any, output: Any = None) -> None:
-            tensor = args[0] if output is None else output
-            tensor = tensor[0] if isinstance(tensor, tuple) else tensor
-            tensor.retain_grad()
-            kept[name].append(tensor)
-
-        return hook
-
-    handles = []
-    for layer in model.model.layers:
-        handles += [
-            layer.register_forward_hook(keep("resid")),
-            layer.post_attention_layernorm.register_forward_pre_hook(keep("resid_mid")),
-            layer.self_attn.register_forward_hook(keep("attn_out")),
-            layer.mlp.register_forward_hook(keep("mlp_out")),
-            layer.self_attn.o_proj.register_forward_pre_hook(keep("head")),
-            layer.mlp.down_proj.register_forward_pre_hook(keep("neuron")),
-        ]
-    embeddings = model.model.embed_tokens(torch.tensor([token_ids])).requires_grad_()
-    kept["embed"].append(embeddings)
-    model(inputs_embeds=embeddings, use_cache=False).logits[0, -1].max().backward()
-    for handle in handles:
-        handle.remove()
-    traces = {}
-    for name, tensors in kept.items():
-        relevance = torch.stack([(t * t.grad).detach()[0] for t in tensors])
-        if name == "head":
-            relevance = relevance.unflatten(-1, (model.config.num_attention_heads, -1)).sum(-1)
-        traces[name] = relevance[0] if name == "embed" else relevance
-    return traces
-
 
 REDUCED = {
     "token": lambda full: full.sum(-1),

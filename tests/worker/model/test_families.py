@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from reference.checkpoints import FAMILY_RECIPES, RECIPES
+from reference.gradient import plain_gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.jobs import JobResult, JobSpec, SiteTensor, TargetSpec
@@ -16,10 +17,6 @@ from reltrace_worker.model.families import family_of
 from reltrace_worker.rules import RULES, verify_rule
 
 TARGETS = (TargetSpec(), TargetSpec(token=5, contrast=9), TargetSpec(position=0, logprob=True))
-
-# Where a layer of Gemma 3 and of all others has the outputs of attention and MLP.
-SANDWICHED = ("post_attention_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm")
-PLAIN = ("self_attn", "mlp", "post_attention_layernorm")
 
 families = pytest.mark.parametrize("name", FAMILY_RECIPES)
 rules = pytest.mark.parametrize("rule", RULES)
@@ -114,47 +111,6 @@ def test_checkpointing_changes_no_bit(checkpoints: Checkpoints, name: str, rule:
         assert off.targets == on.targets
         for left, right in zip(off.tensors, on.tensors, strict=True):
             assert torch.equal(left.values, right.values), left.site
-
-
-def plain_gradient_times_input(
-    loaded: LoadedModel, token_ids: tuple[int, ...]
-) -> dict[str, torch.Tensor]:
-    """Full traces of one prompt by ``retain_grad``, on the model as transformers runs it."""
-    model: Any = loaded.model
-    kept: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
-
-    def keep(site: str) -> Any:
-        def hook(_: Any, args: Any, output: Any = None) -> None:
-            tensor = args[0] if output is None else output
-            tensor = tensor[0] if isinstance(tensor, tuple) else tensor
-            tensor.retain_grad()
-            kept[site].append(tensor)
-
-        return hook
-
-    attention, mlp, reader = SANDWICHED if model.config.model_type == "gemma3_text" else PLAIN
-    handles = []
-    for layer in model.model.layers:
-        handles += [
-            layer.register_forward_hook(keep("resid")),
-            getattr(layer, reader).register_forward_pre_hook(keep("resid_mid")),
-            getattr(layer, attention).register_forward_hook(keep("attn_out")),
-            getattr(layer, mlp).register_forward_hook(keep("mlp_out")),
-            layer.self_attn.o_proj.register_forward_pre_hook(keep("head")),
-            layer.mlp.down_proj.register_forward_pre_hook(keep("neuron")),
-        ]
-    embeddings = model.model.embed_tokens(torch.tensor([token_ids])).requires_grad_()
-    kept["embed"].append(embeddings)
-    model(inputs_embeds=embeddings, use_cache=False).logits[0, -1].max().backward()
-    for handle in handles:
-        handle.remove()
-    traces = {}
-    for site, tensors in kept.items():
-        relevance = torch.stack([(t * t.grad).detach()[0] for t in tensors])
-        if site == "head":
-            relevance = relevance.unflatten(-1, (model.config.num_attention_heads, -1)).sum(-1)
-        traces[site] = relevance[0] if site == "embed" else relevance
-    return traces
 
 
 @families

@@ -23,14 +23,7 @@ end
 local sub = submission_of(entries[1][2][2])
 local keys, bytes = {}, 0
 for _, entry in ipairs(entries) do
-    local fields = entry[2]
-    keys[#keys + 1] = prefix .. "job:" .. fields[2]
-    if fields[3] == "l" then
-        keys[#keys + 1] = fields[4]
-        bytes = bytes + tonumber(fields[6])
-    else
-        bytes = bytes + #fields[4]
-    end
+    bytes = bytes + entry_keys(entry, keys)
 end
 call_many({"DEL"}, keys)
 charge(sub.tenant, 0, 0, -bytes)

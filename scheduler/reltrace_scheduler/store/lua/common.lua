@@ -130,7 +130,18 @@ end
 
 -- Ends a job whose result is stored: the result becomes visible, whole, as the next
 -- entry of results:<sub>. `list` names its chunks where they are not in `chunk` alone.
+-- `entry_keys` names what an entry keeps alive, and gives the bytes of its result.
 local states, done = {}, {}
+
+local function entry_keys(entry, keys)
+    local fields = entry[2]
+    keys[#keys + 1] = prefix .. "job:" .. fields[2]
+    if fields[3] == "l" then
+        keys[#keys + 1] = fields[4]
+        return tonumber(fields[6])
+    end
+    return #fields[4]
+end
 
 local function finish(job, state, chunk, list, bytes)
     local sub = submission_of(job.id)
@@ -166,7 +177,6 @@ local function settle(ttl)
             end
         end
     end
-    local jobs, bytes, results = 0, 0, 0
     for tenant, load in pairs(loads) do
         local key = prefix .. "tenant:" .. tenant
         for i, field in ipairs({"jobs", "bytes", "results"}) do

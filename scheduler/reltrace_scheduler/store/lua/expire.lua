@@ -18,10 +18,7 @@ for _, id in ipairs(ids) do
     while true do
         local page = redis.call("XRANGE", results, from, "+", "COUNT", 50)
         for _, entry in ipairs(page) do
-            keys[#keys + 1] = prefix .. "job:" .. entry[2][2]
-            if entry[2][3] == "l" then
-                keys[#keys + 1] = entry[2][4]
-            end
+            entry_keys(entry, keys)
             from = "(" .. entry[1]
         end
         if #page < 50 then

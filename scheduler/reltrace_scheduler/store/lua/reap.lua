@@ -39,7 +39,6 @@ for _, entry in ipairs(reply[2]) do
         local row = redis.call("HMGET", job.key, "lost", "history")
         local lost, history = tonumber(row[1] or 0), row[2] or ""
         drop_chunks(job)
-        job.stored = 0
         if job.worker ~= reaper then
             lost = lost + 1
             history = history .. job.attempt .. " " .. job.worker .. " " .. time .. "\n"
