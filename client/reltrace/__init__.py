@@ -30,9 +30,9 @@ from reltrace._errors import (
 )
 from reltrace._info import Model, Queue, Status, Worker
 from reltrace._origin import Provenance, ResolvedTarget, Timings
-from reltrace._security import TlsOptions
 from reltrace._target import Target
 from reltrace._trace import Failure, Trace
+from reltrace._transport.security import TlsOptions
 
 __version__ = _version("reltrace")
 

@@ -12,16 +12,16 @@ from google.protobuf.message import Message
 from reltrace_proto.v1 import admin_pb2, trace_pb2
 
 from reltrace import _info
-from reltrace._connection import Connection, Deadline
 from reltrace._errors import RpcStatus, TraceError, invalid
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._request import Arguments
-from reltrace._security import Security, Tls, Token
 from reltrace._source import open_source
-from reltrace._submission import Entry, Rejected, deliveries, submit
 from reltrace._target import Target, TargetLike
 from reltrace._trace import Failure, Trace
+from reltrace._transport.connection import Connection, Deadline
+from reltrace._transport.security import Security, Tls, Token
+from reltrace._transport.submission import Entry, Rejected, deliveries, submit
 
 Targets: TypeAlias = (
     list[TargetLike] | list[str] | list[int] | list[Target] | tuple[TargetLike, ...]

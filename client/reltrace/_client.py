@@ -11,9 +11,9 @@ from reltrace._aio import AsyncClient, Item, Targets
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._request import Arguments
-from reltrace._security import Tls, Token
 from reltrace._target import TargetLike
 from reltrace._trace import Failure, Trace
+from reltrace._transport.security import Tls, Token
 
 
 class Client:

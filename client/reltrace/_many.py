@@ -9,12 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from reltrace._connection import Connection, Deadline
 from reltrace._errors import InvalidArgument, NotFound, TraceError, invalid, with_item
 from reltrace._request import Arguments, JobMaker
 from reltrace._source import Source
-from reltrace._submission import Entry, Rejected, deliveries, submit
 from reltrace._trace import Failure, Trace
+from reltrace._transport.connection import Connection, Deadline
+from reltrace._transport.submission import Entry, Rejected, deliveries, submit
 
 Result: TypeAlias = Trace | list[Trace] | Failure
 

@@ -185,13 +185,13 @@ class Trace:
         """
         path = check_plot_path(path)
         if path.suffix.lower() in _PAGES:
-            from reltrace import _html
+            from reltrace._pictures import html_page
 
-            _html.write(self, path, site=self._site(site), normalize=normalize)
+            html_page.write(self, path, site=self._site(site), normalize=normalize)
         else:
-            from reltrace import _plot
+            from reltrace._pictures import plot
 
-            _plot.write(self, path, site=self._site(site), normalize=normalize)
+            plot.write(self, path, site=self._site(site), normalize=normalize)
         return path
 
     def to_dict(self) -> dict[str, Any]:

@@ -275,7 +275,7 @@ def test_an_acknowledgement_goes_on_when_nobody_waits_for_it(
     If it is away for longer than a caller is kept waiting for the acknowledgement
     I expect the trace at once, and the result to be acknowledged when the store is back.
     """
-    monkeypatch.setattr("reltrace._submission._ACKNOWLEDGE_WAIT", 0.05)
+    monkeypatch.setattr("reltrace._transport.submission._ACKNOWLEDGE_WAIT", 0.05)
     server.acknowledge_errors = 5
     assert client.trace(PROMPT).tokens == TOKENS
     assert not server.acknowledged

@@ -221,7 +221,7 @@ class Part:
 
 def _guarded(command: Sequence[str]) -> list[str]:
     """Return the command behind the program that ties it to this process's life."""
-    guard = str(Path(__file__).with_name("_child.py"))
+    guard = str(Path(__file__).with_name("child.py"))
     return [sys.executable, "-I", "-S", guard, str(os.getpid()), *command]
 
 

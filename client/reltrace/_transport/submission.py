@@ -11,8 +11,6 @@ import grpc
 import grpc.aio
 from reltrace_proto.v1 import trace_pb2
 
-from reltrace._assemble import Assembler
-from reltrace._connection import Connection, Deadline
 from reltrace._errors import (
     ProtocolError,
     RpcStatus,
@@ -22,6 +20,8 @@ from reltrace._errors import (
 )
 from reltrace._request import Job
 from reltrace._trace import Trace
+from reltrace._transport.assemble import Assembler
+from reltrace._transport.connection import Connection, Deadline
 
 # Results are freed on the server in steps of this size, and at the end.
 _ACKNOWLEDGE_BYTES = 4 * 1024 * 1024

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import grpc.aio
 from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc
 
-from reltrace._address import Address
-from reltrace._security import Security
+from reltrace._transport.address import Address
+from reltrace._transport.security import Security
 
 _FIRST_AVOIDANCE, _LAST_AVOIDANCE = 0.5, 15.0
 

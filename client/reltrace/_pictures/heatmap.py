@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from reltrace._display import layer_numbers, readable
+from reltrace._pictures.display import layer_numbers, readable
 from reltrace._trace import SITES_WITHOUT_LAYERS, Trace
 
 

@@ -14,8 +14,8 @@ import pytest
 import reltrace
 from make_trace import make_trace
 from PIL import Image
-from reltrace import _display, _terminal
-from reltrace._heatmap import heatmap
+from reltrace._pictures import display, terminal
+from reltrace._pictures.heatmap import heatmap
 from rich.console import Console
 
 
@@ -54,7 +54,7 @@ def test_layers_have_their_numbers(tmp_path: Path) -> None:
     trace = make_trace({"resid": (2, 5)}, layers=(7, 3))
     assert heatmap(trace, "resid", normalize=True).columns == ["7", "3"]
     assert heatmap(make_trace({"resid": (2, 5)}), "resid", normalize=True).columns == ["0", "1"]
-    text = _display.token_values(trace, "resid")
+    text = display.token_values(trace, "resid")
     assert text.title == "site resid, layer 3"
     np.testing.assert_array_equal(text.values, trace.relevance[1])
     page = trace.plot(tmp_path / "a.html").read_text(encoding="utf-8")
@@ -142,30 +142,30 @@ def test_a_page_with_nan(tmp_path: Path) -> None:
     [("Ġcats", " cats"), ("▁cats", " cats"), ("Ċ", "↵"), ("a\x1b[0m", "a\\x1b[0m"), ("ü", "ü")],
 )
 def test_readable(token: str, shown: str) -> None:
-    assert _display.readable(token) == shown
+    assert display.readable(token) == shown
 
 
 def test_what_colours_the_text() -> None:
     trace = make_trace({"attn_out": (3, 5), "resid": (3, 5), "embed": (5,)})
-    np.testing.assert_array_equal(_display.token_values(trace).values, trace["embed"])
-    np.testing.assert_array_equal(_display.token_values(trace, "resid").values, trace["resid"][0])
-    summed = _display.token_values(trace, "attn_out")
+    np.testing.assert_array_equal(display.token_values(trace).values, trace["embed"])
+    np.testing.assert_array_equal(display.token_values(trace, "resid").values, trace["resid"][0])
+    summed = display.token_values(trace, "attn_out")
     np.testing.assert_array_equal(summed.values, trace["attn_out"].sum(axis=0))
     assert summed.title == "site attn_out, sum over layers"
 
 
 def test_colours() -> None:
-    assert _display.colour(0) == _display.ZERO
-    assert _display.colour(1) == _display.colour(7) == _display.POSITIVE
-    assert _display.colour(-1) == _display.NEGATIVE
-    assert _display.ink(_display.ZERO) == (0, 0, 0)
-    assert _display.ink(_display.POSITIVE) == _display.ink(_display.NEGATIVE) == (255, 255, 255)
-    np.testing.assert_array_equal(_display.scaled(np.zeros(3, np.float32)), 0)
+    assert display.colour(0) == display.ZERO
+    assert display.colour(1) == display.colour(7) == display.POSITIVE
+    assert display.colour(-1) == display.NEGATIVE
+    assert display.ink(display.ZERO) == (0, 0, 0)
+    assert display.ink(display.POSITIVE) == display.ink(display.NEGATIVE) == (255, 255, 255)
+    np.testing.assert_array_equal(display.scaled(np.zeros(3, np.float32)), 0)
 
 
 def shown(trace: reltrace.Trace, **options: Any) -> str:
     file = io.StringIO()
-    _terminal.show(trace, Console(file=file, width=100, **options))
+    terminal.show(trace, Console(file=file, width=100, **options))
     return file.getvalue()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import reltrace
-from reltrace import _supervise, _up
+from reltrace._up import service, supervise
 
 PARTS = Path(__file__).parent / "fake_parts"
 SECONDS = 20.0
@@ -28,7 +28,7 @@ class Up:
         self.events_file = folder / "events"
         self.events_file.touch()
         self.data = folder / "data"
-        command = [sys.executable, "-c", "from reltrace._command import main; main()", "up"]
+        command = [sys.executable, "-c", "from reltrace._command.app import main; main()", "up"]
         self.process = subprocess.Popen(
             [*command, "--port", "0", "--data", str(self.data), *options],
             env={
@@ -233,23 +233,23 @@ def test_what_the_parts_are_told(start: Callable[..., Up]) -> None:
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import asyncio
 
-    monkeypatch.setattr(_up, "find_spec", lambda name: None if "worker" in name else object())
-    options = _up.UpOptions(("demo",), 0, tmp_path, 1, None, 5)
+    monkeypatch.setattr(service, "find_spec", lambda name: None if "worker" in name else object())
+    options = service.UpOptions(("demo",), 0, tmp_path, 1, None, 5)
     with pytest.raises(reltrace.MissingDependency, match=r"pip install reltrace-worker$"):
-        asyncio.run(_up.up(options, announce=print, report=print))
+        asyncio.run(service.up(options, announce=print, report=print))
 
 
 def test_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", "/somewhere")
-    assert _up.default_data() == Path("/somewhere/reltrace")
+    assert service.default_data() == Path("/somewhere/reltrace")
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setattr(sys, "platform", "linux")
-    assert _up.default_data() == Path.home() / ".local" / "share" / "reltrace"
+    assert service.default_data() == Path.home() / ".local" / "share" / "reltrace"
 
 
 def test_a_log_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_supervise, "_LOG_BYTES", 100)
-    log = _supervise.LogFile(tmp_path / "a.log")
+    monkeypatch.setattr(supervise, "_LOG_BYTES", 100)
+    log = supervise.LogFile(tmp_path / "a.log")
     for number in range(50):
         log.write(f"line {number}\n".encode())
     log.close()

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from reltrace._aio import AsyncClient
 from reltrace._errors import MissingDependency, TraceError, Unavailable, invalid
 from reltrace._info import Model
-from reltrace._supervise import Part
+from reltrace._up.supervise import Part
 
 HOST = "127.0.0.1"
 

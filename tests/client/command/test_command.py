@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import reltrace
 from fake_server import FakeServer
-from reltrace import _command
+from reltrace._command import app
 
 PROMPT = "My cats love to play with my"
 
@@ -26,7 +26,7 @@ class Run:
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
         self._monkeypatch.setattr(sys, "argv", ["reltrace", *arguments])
         with pytest.raises(SystemExit) as caught:
-            _command.main()
+            app.main()
         out, err = self._capsys.readouterr()
         return int(caught.value.code or 0), out, err
 

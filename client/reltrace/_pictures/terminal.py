@@ -10,8 +10,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from reltrace._display import colour, ink, readable, readable_all, scaled, token_values
-from reltrace._heatmap import describe_target
+from reltrace._pictures.display import colour, ink, readable, readable_all, scaled, token_values
+from reltrace._pictures.heatmap import describe_target
 from reltrace._trace import Trace
 
 _LEGEND_CELLS = 25

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from reltrace._errors import MissingDependency
-from reltrace._heatmap import heatmap
+from reltrace._pictures.heatmap import heatmap
 from reltrace._trace import Trace
 
 # Inches. Past the largest height, rows get thinner and labels rarer.

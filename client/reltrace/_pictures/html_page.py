@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from reltrace._display import NEGATIVE, POSITIVE, ZERO, readable_all, token_values
-from reltrace._heatmap import heatmap
+from reltrace._pictures.display import NEGATIVE, POSITIVE, ZERO, readable_all, token_values
+from reltrace._pictures.heatmap import heatmap
 from reltrace._trace import SITES_WITHOUT_LAYERS, Trace
 
 
@@ -50,7 +50,7 @@ def page(trace: Trace, *, site: str, normalize: bool) -> str:
         "normalized": normalize,
         "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
     }
-    template = files("reltrace").joinpath("_page.html").read_text(encoding="utf-8")
+    template = files("reltrace._pictures").joinpath("page.html").read_text(encoding="utf-8")
     values = {
         "TITLE": html.escape(table.title),
         "SUBTITLE": html.escape(table.scale),

@@ -11,8 +11,8 @@ from typing import TypeAlias
 import grpc
 import grpc.aio
 
-from reltrace._address import Address
 from reltrace._errors import InvalidArgument, invalid
+from reltrace._transport.address import Address
 
 Tls: TypeAlias = "bool | TlsOptions | None"
 Token: TypeAlias = "str | Path | None"

@@ -4,7 +4,7 @@ On Linux it asks the kernel to kill this process when its parent dies (prctl(2),
 PR_SET_PDEATHSIG), which stays in force across the exec that follows. Elsewhere it only execs: a
 part then outlives a `reltrace up` that was killed with SIGKILL.
 
-Usage: _child.py PARENT_PID PROGRAM ARGUMENT...
+Usage: child.py PARENT_PID PROGRAM ARGUMENT...
 """
 
 import ctypes

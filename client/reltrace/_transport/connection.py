@@ -11,10 +11,10 @@ from typing import Protocol, TypeVar
 import grpc
 import grpc.aio
 
-from reltrace._address import ADDRESS_VARIABLE, parse_addresses
 from reltrace._errors import DeadlineExceeded, RpcStatus, TraceError, from_status, invalid
-from reltrace._security import Security
-from reltrace._servers import Server, Servers
+from reltrace._transport.address import ADDRESS_VARIABLE, parse_addresses
+from reltrace._transport.security import Security
+from reltrace._transport.servers import Server, Servers
 
 # A server that neither answers nor refuses within this time is called again.
 _CALL_TIMEOUT = 30.0

@@ -1,0 +1,1 @@
+"""The `reltrace` command, one module per group of commands."""

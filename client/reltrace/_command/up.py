@@ -1,0 +1,75 @@
+"""`reltrace up`: the whole service on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reltrace._up import service
+
+
+def up(
+    context: typer.Context,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="RELTRACE_UP_MODEL",
+            help="Folder or hub id of a LLaMA checkpoint; may be repeated.  [default: the small "
+            "trained model that comes with reltrace-worker]",
+            show_default=False,
+        ),
+    ] = None,
+    port: Annotated[
+        int,
+        typer.Option(envvar="RELTRACE_PORT", min=0, max=65535, help="0: any free one."),
+    ] = 50051,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RELTRACE_DATA",
+            help="Folder of the store and the logs.  [default: reltrace in the user's data folder]",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(envvar="RELTRACE_WORKERS", min=1, help="Workers per model.")
+    ] = 1,
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_REDIS",
+            help="URL of a Redis to use instead of an embedded one; its "
+            "password belongs into RELTRACE_REDIS_PASSWORD, or with the URL into RELTRACE_REDIS.",
+        ),
+    ] = None,
+    start_timeout: Annotated[
+        float,
+        typer.Option(
+            envvar="RELTRACE_START_TIMEOUT", min=1, help="Seconds until models must be loaded."
+        ),
+    ] = 1800,
+) -> None:
+    """Run the whole service on this machine: a store, a scheduler and workers.
+
+    Prints one line with the address once a job would be served. Ends cleanly on Ctrl-C or SIGTERM.
+    """
+    source = context.get_parameter_source("redis")
+    if redis is not None and source is not None and source.name == "COMMANDLINE":
+        service.check_redis_argument(redis)
+    options = service.UpOptions(
+        models=tuple(dict.fromkeys(model or ["demo"])),
+        port=port,
+        data=(data or service.default_data()).absolute(),
+        workers=workers,
+        redis=redis,
+        start_timeout=start_timeout,
+    )
+
+    def report(line: str) -> None:
+        print(f"reltrace up: {line}", file=sys.stderr, flush=True)
+
+    asyncio.run(service.up(options, announce=lambda line: print(line, flush=True), report=report))

@@ -1,0 +1,1 @@
+"""Pictures of a trace: files, pages, coloured text. Loaded when one is asked for."""

@@ -1,0 +1,1 @@
+"""`reltrace up`: the whole service on one machine."""
