@@ -27,7 +27,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._shown:
-            from tqdm.auto import tqdm  # type: ignore[import-untyped]
+            from tqdm.auto import tqdm
 
             self._bar = tqdm(total=self._total, unit="trace", smoothing=0.1)
         return self
