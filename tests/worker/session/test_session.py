@@ -295,6 +295,36 @@ async def test_draining_hands_back_what_has_not_begun(
         await draining
 
 
+async def test_a_drained_worker_waits_for_a_scheduler_that_is_away(
+    scheduler: Scheduler, session: Session, engine: Engine
+) -> None:
+    """
+    Given a worker that drains while its pass runs, and a scheduler that goes away meanwhile
+    I expect the result at the connection after it, no offer of room, and a farewell there.
+    """
+    connection = await scheduler.next()
+    with engine._lock:  # the pass waits here
+        await connection.lease(spec())
+        while not session._runner.running:
+            await asyncio.sleep(0.005)
+        draining = asyncio.create_task(session.drain(20))
+        await connection.cut()
+        connection = await scheduler.next()
+        beat = (await connection.receive("heartbeat")).heartbeat
+        assert [lease.job_id for lease in beat.leases] == ["s-0"]
+    results = (await connection.requests.get()).results
+    assert [leased.chunk.job_id for leased in results.chunks] == ["s-0"]
+    await connection.cut()
+    connection = await scheduler.next()
+    await connection.receive("heartbeat")
+    again = (await connection.requests.get()).results
+    assert again == results
+    await connection.commit(again.id)
+    async with asyncio.timeout(10):
+        await draining
+        await connection.receive("leave")
+
+
 async def test_a_scheduler_that_refuses_ends_the_worker(
     scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine
 ) -> None:

@@ -100,6 +100,8 @@ class Session:
         self._room = asyncio.Semaphore(_UNCOMMITTED_MESSAGES)
         self._next_id = 1
         self._draining = False
+        # Drained: all that is left to do is to say so.
+        self._leaving = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -131,7 +133,8 @@ class Session:
         Parameters
         ----------
         grace : float
-            Seconds; what is not stored by then is handed back too.
+            Seconds; what is not stored by then is handed back too. A scheduler that is away
+            meanwhile is waited for.
         """
         self._draining = True
         self._release(set(self._runner.take_back()))
@@ -139,6 +142,7 @@ class Session:
             async with asyncio.timeout(grace):
                 await self._idle.wait()
         self._release(set(self._held))
+        self._leaving = True
         if self._outgoing is not None:
             _leave(self._outgoing)
 
@@ -225,6 +229,8 @@ class Session:
             address = self._endpoints.current
             try:
                 await self._connect()
+                if self._leaving:
+                    return
             except grpc.aio.AioRpcError as error:
                 log.warning("scheduler.away", address=address, error=error.details())
             except TimeoutError:
@@ -234,8 +240,6 @@ class Session:
                 log.warning("endpoint.unusable", address=address, error=str(error))
             finally:
                 self._outgoing = None
-            if self._draining:
-                return
             self._endpoints.move_on()
             self._failed_in_a_row += 1
             if self._failed_in_a_row < len(self._endpoints):
@@ -296,9 +300,9 @@ class Session:
         self._send(_beat(self._held))
         for message in self._uncommitted.values():
             self._send(worker_pb2.WorkRequest(results=message))
-        if self._draining:
+        if self._leaving:
             _leave(outgoing)
-        else:
+        elif not self._draining:
             room = _WINDOW_JOBS - len(self._held)
             self._send(worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=room)))
 
