@@ -109,7 +109,7 @@ async def serving(
         TraceService(queue, upkeep, results, models, signals, keys), server
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-        WorkerService(queue, upkeep, registry, signals, settings, keys), server
+        WorkerService(queue, upkeep, registry, models, signals, settings, keys), server
     )
     admin_pb2_grpc.add_AdminServiceServicer_to_server(
         AdminService(redis, queue, upkeep, tenants, registry, settings), server

@@ -64,11 +64,11 @@ class Driver:
         await self.redis.hset(self.keys.worker(worker), "epoch", EPOCH)
 
     async def lease(
-        self, worker: str, count: int, *, most_batch: int | None = None
+        self, worker: str, count: int, *, most_batch: int | None = None, workers: int = 1
     ) -> list[LeasedJob]:
         await self.enter(worker)
         batch = count if most_batch is None else most_batch
-        return await self.queue.lease(MODEL, worker, EPOCH, count, batch)
+        return await self.queue.lease(MODEL, worker, EPOCH, count, batch, workers)
 
     async def commit(self, worker: str, chunks: Sequence[NewChunk]) -> list[int]:
         return await self.queue.commit(worker, chunks)

@@ -16,6 +16,7 @@ from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_scheduler import endings
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import InvalidRequestError, Violation
+from reltrace_scheduler.models import ModelCache
 from reltrace_scheduler.store.keys import REAPER, Keys, submission_of
 from reltrace_scheduler.store.queue import LOST, STORED, Queue
 from reltrace_scheduler.store.records import (
@@ -57,6 +58,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         queue: Queue,
         upkeep: Upkeep,
         registry: Registry,
+        models: ModelCache,
         signals: Signals,
         settings: Settings,
         keys: Keys,
@@ -64,6 +66,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._queue = queue
         self._upkeep = upkeep
         self._registry = registry
+        self._models = models
         self._signals = signals
         self._settings = settings
         self._keys = keys
@@ -73,7 +76,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.WorkResponse]:
         requests = aiter(request_iterator)
         hello = await _first(requests)
-        session = Session(hello, self._queue, self._upkeep, self._registry)
+        session = Session(hello, self._queue, self._upkeep, self._registry, self._models)
         await session.open()
         # Bounded: a worker that does not read stops being read.
         outgoing: asyncio.Queue[worker_pb2.WorkResponse | None] = asyncio.Queue(64)
@@ -166,7 +169,12 @@ class Session:
     """What one worker's stream may do: everything is checked against its leases."""
 
     def __init__(
-        self, hello: worker_pb2.Hello, queue: Queue, upkeep: Upkeep, registry: Registry
+        self,
+        hello: worker_pb2.Hello,
+        queue: Queue,
+        upkeep: Upkeep,
+        registry: Registry,
+        models: ModelCache,
     ) -> None:
         self.worker_id = hello.worker_id
         self.model = hello.model.name
@@ -174,6 +182,7 @@ class Session:
         self._queue = queue
         self._upkeep = upkeep
         self._registry = registry
+        self._models = models
         self._epoch = secrets.token_hex(8)
         self._credit = 0
         self._held: dict[Lease, str] = {}
@@ -225,6 +234,7 @@ class Session:
             min(self._credit, _LEASES_AT_ONCE),
             # Who waits for an interactive job must not wait for a window full of batch.
             max(window - window // _INTERACTIVE_SHARE - batch, 0),
+            (await self._models.get()).workers.get(self.model, 1),
         )
         self._credit -= len(jobs)
         self._held |= {Lease(job.job_id, job.attempt): job.queue_class for job in jobs}

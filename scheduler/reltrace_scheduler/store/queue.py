@@ -97,9 +97,11 @@ class Queue:
         return Submission(submission, len(jobs), deduplicated=False)
 
     async def lease(
-        self, model: str, worker: str, epoch: str, count: int, most_batch: int
+        self, model: str, worker: str, epoch: str, count: int, most_batch: int, workers: int = 1
     ) -> list[LeasedJob]:
         """Lease up to `count` queued jobs of a model to a worker, `most_batch` of them batch.
+
+        Where several workers serve the model, it comes to hold no more than its share.
 
         Raises
         ------
@@ -123,6 +125,7 @@ class Queue:
             settings.max_unread,
             settings.tenant_max_bytes,
             settings.max_bytes,
+            workers,
         )
         if status == b"superseded":
             raise SupersededError(worker)

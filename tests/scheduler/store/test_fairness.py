@@ -177,3 +177,33 @@ async def test_results_past_the_bound_in_all_stop_those_who_hold_them(
     (leased,) = await driver.lease("w", 5)
     assert leased.job_id != job.job_id
     assert (await driver.queue.jobs([leased.job_id], tenant="new"))[0] is not None
+
+
+async def test_workers_share_what_waits(driver: Driver) -> None:
+    """
+    Given 100 jobs and two workers with room for all of them
+    I expect 50 for each, and more for one of them as it ends some.
+    """
+    await driver.submit(jobs(60, "a"), tenant="a")
+    await driver.submit(jobs(40, "b"), tenant="b", priority=Priority.BATCH)
+
+    first = await driver.lease("w1", 256, workers=2)
+    assert len(first) == 50
+    assert await driver.lease("w1", 256, workers=2) == []
+    assert len(await driver.lease("w2", 256, workers=2)) == 50
+
+    await driver.submit(jobs(60, "a"), tenant="a")
+    await driver.commit("w1", [end(job, b"") for job in first])
+    assert len(await driver.lease("w1", 256, workers=2)) > 30
+
+
+async def test_a_share_is_enough_to_fill_a_pass(driver: Driver) -> None:
+    await driver.submit(jobs(20))
+    assert len(await driver.lease("w1", 256, workers=8)) == 16
+    assert len(await driver.lease("w2", 256, workers=8)) == 4
+
+
+async def test_a_worker_that_is_left_alone_gets_the_rest(driver: Driver) -> None:
+    await driver.submit(jobs(100))
+    assert len(await driver.lease("w1", 256, workers=2)) == 50
+    assert len(await driver.lease("w1", 256, workers=1)) == 50

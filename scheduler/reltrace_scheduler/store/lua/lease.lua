@@ -10,6 +10,9 @@
 -- second loss one by one ("alone"), so that none of them is condemned for another's deed.
 -- They and all others take turns.
 --
+-- Between workers: while several serve the model, none is leased more than its share of what has
+-- not ended; the rest is for those that ask next.
+--
 -- KEYS[1] worker:<id>                 hash    epoch read; mode "isolated" set or deleted
 -- KEYS[2] held:<worker>               set     jobs added
 -- KEYS[3] clock                       hash    virtual times
@@ -22,18 +25,21 @@
 --       parked:<sub>                  list    jobs whose submission has too many unread results
 --
 -- ARGV: prefix, group, worker, model, epoch, most jobs, most jobs of batch, bound on unread
---       results: of a submission, of a tenant, in all (bytes)
+--       results: of a submission, of a tenant, in all (bytes), workers of the model
 --
 -- Returns {"superseded"}: another session has the worker's name; or
 --         {"leased", {job id, attempt, spec, milliseconds queued, class}, ...}
 local worker, model, epoch = ARGV[3], ARGV[4], ARGV[5]
 local count, most_batch = tonumber(ARGV[6]), tonumber(ARGV[7])
 local max_unread, max_tenant, max_all = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
+local workers = tonumber(ARGV[11])
 
 -- Suspects leased together, and how many other jobs come between two groups of them.
 local GROUP, BETWEEN = 16, 64
 -- Entries read at a time, and bytes after which a call ends: what a script hands over is bounded.
 local AT_ONCE, MOST_BYTES = 16, 8388608
+-- What a worker may hold in any case, so that passes are filled; and tenants that are counted.
+local LEAST_SHARE, COUNTED = 16, 64
 
 local row = redis.call("HMGET", KEYS[1], "epoch", "mode")
 if row[1] ~= epoch then
@@ -137,7 +143,24 @@ local function serve(class, want)
     return got
 end
 
+-- Returns how many jobs more the worker may hold: streams hold what waits and what is leased.
+local function share()
+    local jobs = 0
+    for _, class in ipairs({"interactive", "batch"}) do
+        for _, name in ipairs(redis.call("ZRANGE", turns_of(class), 0, COUNTED - 1)) do
+            jobs = jobs + redis.call("XLEN", prefix .. "queue:" .. class .. ":" .. name .. ":" .. model)
+        end
+    end
+    return math.max(LEAST_SHARE, math.ceil(jobs / workers)) - held
+end
+
 local function lease_by_priority()
+    if workers > 1 then
+        count = math.min(count, share())
+        if count <= 0 then
+            return
+        end
+    end
     most_batch = math.min(most_batch, count)
     local share = 0
     if most_batch > 0 and waits("interactive") and waits("batch") then
