@@ -103,6 +103,9 @@ class IdleRunner:
     def drop(self, keys: set[LeaseKey]) -> None:
         self._waiting = deque(key for key in self._waiting if key not in keys)
 
+    def waiting(self) -> int:
+        return len(self._waiting)
+
     def take_back(self) -> list[LeaseKey]:
         keys = list(self._waiting)
         self._waiting.clear()

@@ -244,6 +244,8 @@ class Cluster:
                 )  # fmt: skip
             for index in range(self._workers):
                 self.add_worker(f"worker{index}")
+            # One of them is enough for the workers; a test may stop the other in order.
+            wait_until(lambda: all(map(_listens, self._ports)), "all schedulers serve", START)
             wait_until(lambda: self.connected() == self._workers, "all workers connect", START)
         except BaseException:
             self._parts.close()
@@ -346,6 +348,11 @@ def _answers(store: redis.Redis) -> bool:
         return bool(store.ping())
     except redis.ConnectionError:
         return False
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _free_ports(count: int) -> list[int]:

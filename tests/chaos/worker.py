@@ -40,6 +40,9 @@ class StandInRunner:
     def drop(self, keys: set[LeaseKey]) -> None:
         self._ready = deque(lease for lease in self._ready if _key(lease) not in keys)
 
+    def waiting(self) -> int:
+        return len(self._ready)
+
     def take_back(self) -> list[LeaseKey]:
         keys = [_key(lease) for lease in self._ready]
         self._ready.clear()

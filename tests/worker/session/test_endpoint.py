@@ -31,6 +31,9 @@ class Idle:
     def drop(self, keys: object) -> None:
         pass
 
+    def waiting(self) -> int:
+        return 0
+
     def take_back(self) -> list[object]:
         return []
 

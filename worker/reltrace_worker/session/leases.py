@@ -8,6 +8,10 @@ from reltrace_proto.v1 import worker_pb2
 
 Chunks = Iterator[worker_pb2.LeasedChunk]
 
+_LEAST_LEASES, _MOST_LEASES = 16, 256
+_PASSES = 3
+"""The one under way, the one after it, and what comes while results are on their way up."""
+
 
 @dataclass(frozen=True, slots=True)
 class LeaseKey:
@@ -25,6 +29,39 @@ class FailedAttempt:
     reason: str
 
 
+class Window:
+    """How many leases a worker asks for: enough to fill the passes to come, and no more.
+
+    What it holds beyond that waits here while another worker may be idle. Prompts are leased before
+    their length is known, so the size follows what the last pass took of what it could have taken.
+    """
+
+    def __init__(self) -> None:
+        self.size = _MOST_LEASES
+        self._offered = 0
+
+    def connected(self) -> None:
+        """Begin anew: a connection knows nothing of what was offered before it."""
+        self._offered = 0
+
+    def leased(self, jobs: int) -> None:
+        """Note that leases came."""
+        self._offered = max(0, self._offered - jobs)
+
+    def passed(self, jobs: int, waiting: int) -> None:
+        """Note a pass over so many jobs, and how many wait while the next one runs."""
+        if waiting:
+            self.size = min(max(_PASSES * jobs, _LEAST_LEASES), _MOST_LEASES)
+        else:
+            self.size = min(2 * self.size, _MOST_LEASES)
+
+    def offer(self, held: int) -> int:
+        """Return for how many further jobs there is room, which then count as offered."""
+        room = max(0, self.size - held - self._offered)
+        self._offered += room
+        return room
+
+
 class JobRunner(Protocol):
     """Runs leased jobs. Everything is called on the session's event loop."""
 
@@ -33,6 +70,9 @@ class JobRunner(Protocol):
 
     async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
         """Wait until jobs have ended; return for each an iterator of chunks, or why not."""
+
+    def waiting(self) -> int:
+        """Return how many jobs no pass has taken yet."""
 
     def drop(self, keys: set[LeaseKey]) -> None:
         """Forget jobs that have not begun."""

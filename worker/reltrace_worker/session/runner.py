@@ -111,6 +111,10 @@ class Runner:
             self._arrived.set()
         return faulty
 
+    def waiting(self) -> int:
+        """Return how many jobs no pass has taken yet."""
+        return len(self._ready)
+
     def drop(self, keys: set[LeaseKey]) -> None:
         """Forget jobs that wait for a pass."""
         with self._lock:

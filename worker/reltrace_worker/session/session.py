@@ -11,12 +11,12 @@ from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 from reltrace_worker.errors import WorkerError
 from reltrace_worker.session.endpoint import Access, EndpointError, Endpoints
-from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey
+from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey, Window
 
 log = structlog.get_logger()
 
-_WINDOW_JOBS = 256
-"""Leases held at a time: the pass under way and what waits for the next."""
+_MOST_ARRIVED = 256
+"""Messages of leases, which hold one job at least."""
 
 _MESSAGE_BYTES = 1 << 20
 _UNCOMMITTED_MESSAGES = 32
@@ -89,12 +89,13 @@ class Session:
         self._hello = hello
         self._runner = runner
         self._held: set[LeaseKey] = set()
+        self._window = Window()
         # None while there is no connection. What is in it is bounded by the protocol:
         # results by _UNCOMMITTED_MESSAGES, everything else is a few bytes per message.
         self._outgoing: Outgoing | None = None
         self._backoff = _FIRST_BACKOFF
         self._longest_backoff = _LAST_BACKOFF
-        self._arrived: asyncio.Queue[list[worker_pb2.Lease]] = asyncio.Queue(_WINDOW_JOBS)
+        self._arrived: asyncio.Queue[list[worker_pb2.Lease]] = asyncio.Queue(_MOST_ARRIVED)
         self._finished: asyncio.Queue[list[Chunks]] = asyncio.Queue(2)
         self._uncommitted: dict[int, worker_pb2.Results] = {}
         self._room = asyncio.Semaphore(_UNCOMMITTED_MESSAGES)
@@ -160,6 +161,7 @@ class Session:
     async def _compute(self) -> None:
         while True:
             results = await self._runner.next_results()
+            self._window.passed(len(results), self._runner.waiting())
             failed = [result for result in results if isinstance(result, FailedAttempt)]
             for attempt in failed:
                 self._drop({attempt.key})
@@ -176,18 +178,23 @@ class Session:
             self._send_release(keys)
             return
         self._held |= keys
+        self._window.leased(len(keys))
         self._idle.clear()
         # Never full: the scheduler leases no more than there is room for.
         self._arrived.put_nowait(leases)
 
     def _drop(self, keys: set[LeaseKey]) -> None:
         """Forget leases, and tell the scheduler that there is room for others."""
-        count = len(keys & self._held)
         self._held -= keys
         if not self._held:
             self._idle.set()
-        if count and not self._draining:
-            self._send(worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=count)))
+        self._offer()
+
+    def _offer(self) -> None:
+        if self._outgoing is None or self._draining:
+            return
+        if room := self._window.offer(len(self._held)):
+            self._send(worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=room)))
 
     def _release(self, keys: set[LeaseKey]) -> None:
         if keys:
@@ -302,9 +309,8 @@ class Session:
             self._send(worker_pb2.WorkRequest(results=message))
         if self._leaving:
             _leave(outgoing)
-        elif not self._draining:
-            room = _WINDOW_JOBS - len(self._held)
-            self._send(worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=room)))
+        self._window.connected()
+        self._offer()
 
     async def _heartbeat(self, outgoing: Outgoing, period: float) -> None:
         while True:
