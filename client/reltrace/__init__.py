@@ -17,6 +17,7 @@ from reltrace._errors import (
     DeadlineExceeded,
     InvalidArgument,
     JobFailed,
+    LostLease,
     MissingDependency,
     ModelNotFound,
     NotFound,
@@ -28,7 +29,7 @@ from reltrace._errors import (
     Unavailable,
     Violation,
 )
-from reltrace._info import Model, Queue, Status, Worker
+from reltrace._info import JobStatus, Model, Queue, Status, Worker
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._target import Target
 from reltrace._trace import Failure, Trace
@@ -44,6 +45,8 @@ __all__ = [
     "Failure",
     "InvalidArgument",
     "JobFailed",
+    "JobStatus",
+    "LostLease",
     "MissingDependency",
     "Model",
     "ModelNotFound",

@@ -8,17 +8,15 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeAlias, overload
 
-from google.protobuf.message import Message
-from reltrace_proto.v1 import admin_pb2, trace_pb2
-
-from reltrace import _info
-from reltrace._errors import RpcStatus, TraceError, invalid
+from reltrace._errors import TraceError, invalid
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
-from reltrace._request import Arguments
+from reltrace._queries import AsyncQueries
+from reltrace._request import Arguments, Priority, wire_priority
 from reltrace._source import open_source
 from reltrace._target import Target, TargetLike
 from reltrace._trace import Failure, Trace
+from reltrace._transport.abandon import abandon_all
 from reltrace._transport.connection import Connection, Deadline
 from reltrace._transport.security import Security, Tls, Token
 from reltrace._transport.submission import Entry, Rejected, deliveries, submit
@@ -28,11 +26,10 @@ Targets: TypeAlias = (
 )
 Item: TypeAlias = str | Mapping[str, Any]
 
-_QUERY_TIMEOUT = 60.0
 _CLOSE_TIMEOUT = 5.0
 
 
-class AsyncClient:
+class AsyncClient(AsyncQueries):
     """A client of a reltrace server for asyncio code.
 
     The methods of `Client`, awaitable; `trace_many` is an async iterator. A client belongs to
@@ -101,11 +98,15 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection. Calls that are open end with a `TraceError`."""
+        """Close the connection.
+
+        Calls that are open end with a `TraceError`; what they left on the server is cancelled.
+        """
         if self._background:
             await asyncio.wait(self._background, timeout=_CLOSE_TIMEOUT)
         for task in self._background:
             task.cancel()
+        await abandon_all(self._connection)
         await self._connection.close()
 
     @overload
@@ -122,6 +123,7 @@ class AsyncClient:
         dtype: str = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace: ...
     @overload
@@ -138,6 +140,7 @@ class AsyncClient:
         dtype: str = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> list[Trace]: ...
     async def trace(
@@ -153,20 +156,23 @@ class AsyncClient:
         dtype: str = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace | list[Trace]:
         """Trace one prompt. See `Client.trace`."""
         arguments = Arguments(
             prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k
         )
-        return await self.run_trace(arguments, timeout)
+        return await self.run_trace(arguments, priority, timeout)
 
-    async def run_trace(self, arguments: Arguments, timeout: float | None) -> Trace | list[Trace]:
+    async def run_trace(
+        self, arguments: Arguments, priority: Priority, timeout: float | None
+    ) -> Trace | list[Trace]:
         """Do what `trace` does with its arguments; for the clients' own use."""
         deadline = Deadline(timeout)
         job = arguments.job()
         entries = [Entry(job, None)]
-        answer = await submit(self._connection, entries, deadline)
+        answer = await submit(self._connection, entries, deadline, wire_priority(priority))
         if isinstance(answer, Rejected):
             raise answer.errors[0]
         stream = deliveries(self._connection, answer, entries, deadline)
@@ -195,6 +201,7 @@ class AsyncClient:
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> AsyncIterator[Trace | Failure]: ...
     @overload
@@ -213,6 +220,7 @@ class AsyncClient:
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> AsyncIterator[list[Trace] | Failure]: ...
     def trace_many(
@@ -230,6 +238,7 @@ class AsyncClient:
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> AsyncIterator[Any]:
         """Trace many prompts; results come as they finish. See `Client.trace_many`.
@@ -238,7 +247,12 @@ class AsyncClient:
         """
         defaults = Arguments(None, None, model, sites, reduce, target, rule, dtype, layers, top_k)
         run = self.start_many(
-            items, defaults, ordered=ordered, max_in_flight=max_in_flight, timeout=timeout
+            items,
+            defaults,
+            ordered=ordered,
+            max_in_flight=max_in_flight,
+            priority=priority,
+            timeout=timeout,
         )
         return self._iterate(run, Progress(items, shown=progress))
 
@@ -249,6 +263,7 @@ class AsyncClient:
         *,
         ordered: bool,
         max_in_flight: int,
+        priority: Priority,
         timeout: float | None,
     ) -> ManyRun:
         """Check the arguments of `trace_many` and make its run; for the clients' own use."""
@@ -263,6 +278,7 @@ class AsyncClient:
             defaults,
             ordered=ordered,
             max_in_flight=max_in_flight,
+            priority=wire_priority(priority),
             deadline=Deadline(timeout),
         )
 
@@ -275,25 +291,6 @@ class AsyncClient:
                         yield result
         finally:
             await run.close()
-
-    async def models(self) -> list[_info.Model]:
-        """Return the models that can be traced. See `Client.models`."""
-        answer = await self._query(
-            lambda server: server.traces.ListModels, trace_pb2.ListModelsRequest()
-        )
-        return _info.models(answer)
-
-    async def status(self) -> _info.Status:
-        """Return the state of the server. See `Client.status`."""
-        answer = await self._query(
-            lambda server: server.admin.GetStatus, admin_pb2.GetStatusRequest()
-        )
-        return _info.status(answer)
-
-    async def _query(self, method: Any, request: Message) -> Any:
-        answer = await self._connection.call(method, request, Deadline(_QUERY_TIMEOUT))
-        assert not isinstance(answer, RpcStatus)
-        return answer
 
 
 async def _drain(stream: Any) -> None:

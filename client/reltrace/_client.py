@@ -6,17 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, overload
 
-from reltrace import _info, _loop
+from reltrace import _loop
 from reltrace._aio import AsyncClient, Item, Targets
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
-from reltrace._request import Arguments
+from reltrace._queries import Queries
+from reltrace._request import Arguments, Priority
 from reltrace._target import TargetLike
 from reltrace._trace import Failure, Trace
 from reltrace._transport.security import Tls, Token
 
 
-class Client:
+class Client(Queries):
     """A client of a reltrace server.
 
     It may be used from several threads at once, in a notebook, and as a context manager.
@@ -55,6 +56,8 @@ class Client:
     ...     trace.relevance.shape
     """
 
+    _client: AsyncClient
+
     def __init__(
         self,
         address: str | None = None,
@@ -86,7 +89,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection. Calls that are open in other threads end with a `TraceError`."""
+        """Close the connection.
+
+        Calls that are open in other threads end with a `TraceError`; what they left on the server
+        is cancelled.
+        """
         self._loop.run(self._client.close())
 
     @overload
@@ -103,6 +110,7 @@ class Client:
         dtype: str = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace: ...
     @overload
@@ -119,6 +127,7 @@ class Client:
         dtype: str = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> list[Trace]: ...
     def trace(
@@ -134,6 +143,7 @@ class Client:
         dtype: str = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace | list[Trace]:
         """Trace one prompt.
@@ -164,6 +174,8 @@ class Client:
             Decoder layers that the result has, in this order, counted from 0; default: all.
         top_k : int, optional
             With ``reduce="topk"``: values per layer, 1 to 4096; a layer with fewer gives all.
+        priority : {"interactive", "batch"}
+            Who goes first where jobs wait: "batch" leaves room for what is interactive.
         timeout : float, optional
             Seconds for the whole call; default: as long as the server takes.
 
@@ -188,12 +200,13 @@ class Client:
 
         Notes
         -----
-        While the server's queue is full the call waits for as long as the server asks.
+        While the server's queue is full the call waits for as long as the server asks. A call that
+        is given up (its `timeout` is over, or Ctrl-C) cancels its job on the server.
         """
         arguments = Arguments(
             prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k
         )
-        return self._loop.run(self._client.run_trace(arguments, timeout))
+        return self._loop.run(self._client.run_trace(arguments, priority, timeout))
 
     @overload
     def trace_many(
@@ -211,6 +224,7 @@ class Client:
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Iterator[Trace | Failure]: ...
     @overload
@@ -229,6 +243,7 @@ class Client:
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Iterator[list[Trace] | Failure]: ...
     def trace_many(
@@ -246,6 +261,7 @@ class Client:
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,
+        priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Iterator[Any]:
         """Trace many prompts; results come as they finish.
@@ -264,6 +280,8 @@ class Client:
             As in `trace`, for the items that do not say otherwise.
         max_in_flight : int, default 1024
             Most items pulled from `items` whose results have not been handed out.
+        priority : {"interactive", "batch"}
+            As in `trace`.
         timeout : float, optional
             Seconds for the whole run; default: as long as it takes.
 
@@ -287,11 +305,14 @@ class Client:
 
         Notes
         -----
-        Leaving the loop early stops pulling and reading; jobs that the server has accepted are
-        still worked on. Results are acknowledged, and freed on the server, once they are here.
+        Leaving the loop early stops pulling and reading, and cancels on the server what has not
+        ended there; so do `timeout`, an error and Ctrl-C. Results are acknowledged, and freed on
+        the server, once they are here.
         """
         defaults = Arguments(None, None, model, sites, reduce, target, rule, dtype, layers, top_k)
-        run = self._loop.run(self._start(items, defaults, ordered, max_in_flight, timeout))
+        run = self._loop.run(
+            self._start(items, defaults, ordered, max_in_flight, priority, timeout)
+        )
         return self._iterate(run, Progress(items, shown=progress))
 
     async def _start(
@@ -300,10 +321,16 @@ class Client:
         defaults: Arguments,
         ordered: bool,
         max_in_flight: int,
+        priority: Priority,
         timeout: float | None,
     ) -> ManyRun:
         return self._client.start_many(
-            items, defaults, ordered=ordered, max_in_flight=max_in_flight, timeout=timeout
+            items,
+            defaults,
+            ordered=ordered,
+            max_in_flight=max_in_flight,
+            priority=priority,
+            timeout=timeout,
         )
 
     def _iterate(self, run: ManyRun, progress: Progress) -> Iterator[Result]:
@@ -314,24 +341,4 @@ class Client:
                         progress.count(result)
                         yield result
         finally:
-            self._loop.run(run.close())
-
-    def models(self) -> list[_info.Model]:
-        """Return the models that can be traced, with the workers that serve them.
-
-        Raises
-        ------
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        """
-        return self._loop.run(self._client.models())
-
-    def status(self) -> _info.Status:
-        """Return the state of the server: queues, workers, ended jobs, store.
-
-        Raises
-        ------
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        """
-        return self._loop.run(self._client.status())
+            self._loop.finish(run.close())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import grpc
 import grpc.aio
@@ -43,11 +44,16 @@ class TraceError(Exception):
     ----------
     violations : tuple of Violation
         The faults of the request, where the error is about its fields; else empty.
+    job_id : str or None
+        The job that ended with it, as the server's logs name it; None where there was none.
     """
 
-    def __init__(self, message: str, *, violations: Iterable[Violation] = ()) -> None:
+    def __init__(
+        self, message: str, *, violations: Iterable[Violation] = (), job_id: str | None = None
+    ) -> None:
         super().__init__(message)
         self.violations = tuple(violations)
+        self.job_id = job_id
 
 
 class InvalidArgument(TraceError, ValueError):
@@ -86,8 +92,35 @@ class JobFailed(TraceError):
     """The worker could not finish the job, through no fault of the arguments."""
 
 
+@dataclass(frozen=True, slots=True)
+class LostLease:
+    """A worker that fell silent, or died, while it had the job.
+
+    Attributes
+    ----------
+    attempt : int
+        Which attempt at the job it was, counted from 1.
+    worker : str
+        The worker's id.
+    lost_at : datetime.datetime or None
+        When the server gave it up, in UTC.
+    """
+
+    attempt: int
+    worker: str
+    lost_at: datetime | None
+
+
 class Quarantined(JobFailed):
-    """The job lost its worker too often and was set aside."""
+    """The job lost its worker too often and was set aside.
+
+    Attributes
+    ----------
+    lost_leases : tuple of LostLease
+        The workers that it lost.
+    """
+
+    lost_leases: tuple[LostLease, ...] = ()
 
 
 class ProtocolError(TraceError):
@@ -106,7 +139,9 @@ def invalid(field: str, description: str) -> InvalidArgument:
 
 def with_item(error: TraceError, item: str | int) -> TraceError:
     """Return `error` with the id of the `trace_many` item in front of its message."""
-    named = type(error)(f"item {item!r}: {error}", violations=error.violations)
+    named = type(error)(f"item {item!r}: {error}", violations=error.violations, job_id=error.job_id)
+    if isinstance(named, Quarantined) and isinstance(error, Quarantined):
+        named.lost_leases = error.lost_leases
     named.__cause__ = error.__cause__
     return named
 
@@ -210,20 +245,41 @@ def from_rejection(
     return kind("; ".join(map(str, named)), violations=named)
 
 
-def from_job_end(end: types_pb2.JobEnd, rename: Callable[[str], str]) -> TraceError:
+def from_job_end(end: types_pb2.JobEnd, rename: Callable[[str], str], job_id: str) -> TraceError:
     """Return the error for a job that ended without success."""
     error = end.error
     named = tuple(Violation(rename(v.field), v.description) for v in error.violations)
     message = "; ".join(map(str, named)) or error.message or "the job failed without a reason"
+    about_model = any(violation.field == "model" for violation in named)
+    found = _kind_of(end, about_model)(message, violations=named, job_id=job_id)
+    if isinstance(found, Quarantined):
+        found.lost_leases = lost_leases(end.lost_leases)
+    return found
+
+
+def _kind_of(end: types_pb2.JobEnd, about_model: bool) -> type[TraceError]:
     if end.state == types_pb2.JOB_STATE_CANCELLED:
-        return Cancelled(message, violations=named)
+        return Cancelled
     if end.state == types_pb2.JOB_STATE_QUARANTINED:
-        return Quarantined(message, violations=named)
-    if error.code in (code_pb2.INVALID_ARGUMENT, code_pb2.OUT_OF_RANGE):
-        return InvalidArgument(message, violations=named)
-    if error.code == code_pb2.NOT_FOUND:
-        about_model = any(v.field == "model" for v in named)
-        return (ModelNotFound if about_model else NotFound)(message, violations=named)
-    if error.code == code_pb2.DEADLINE_EXCEEDED:
-        return DeadlineExceeded(message, violations=named)
-    return JobFailed(message, violations=named)
+        return Quarantined
+    match end.error.code:
+        case code_pb2.INVALID_ARGUMENT | code_pb2.OUT_OF_RANGE:
+            return InvalidArgument
+        case code_pb2.NOT_FOUND:
+            return ModelNotFound if about_model else NotFound
+        case code_pb2.DEADLINE_EXCEEDED:
+            return DeadlineExceeded
+        case _:
+            return JobFailed
+
+
+def lost_leases(wire: Iterable[types_pb2.LostLease]) -> tuple[LostLease, ...]:
+    """Translate the history of a job that lost its workers."""
+    return tuple(
+        LostLease(
+            lost.attempt,
+            lost.worker_id,
+            lost.lost_at.ToDatetime(UTC) if lost.HasField("lost_at") else None,
+        )
+        for lost in wire
+    )

@@ -88,6 +88,29 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
+class JobStatus:
+    """A job, as the server has it.
+
+    Attributes
+    ----------
+    id : str
+        The job's id.
+    state : {"queued", "leased", "succeeded", "failed", "cancelled", "quarantined"} or None
+        None: the server does not know it, because its result was read or has expired, or because
+        there never was such a job.
+    attempt : int
+        How often it was given to a worker.
+    worker : str
+        The worker that has it or had it last.
+    """
+
+    id: str
+    state: str | None
+    attempt: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """The state of a server.
 
@@ -139,6 +162,21 @@ def model(wire: types_pb2.ModelInfo, workers: int) -> Model:
 def models(wire: trace_pb2.ListModelsResponse) -> list[Model]:
     """Translate a list of models."""
     return [model(served.model, served.workers) for served in wire.models]
+
+
+def jobs(wire: trace_pb2.GetJobsResponse) -> list[JobStatus]:
+    """Translate the states of jobs."""
+    return [
+        JobStatus(
+            id=job.job_id,
+            state=types_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()
+            if job.state
+            else None,
+            attempt=job.attempt,
+            worker=job.worker_id,
+        )
+        for job in wire.jobs
+    ]
 
 
 def status(wire: admin_pb2.GetStatusResponse) -> Status:

@@ -6,9 +6,13 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+_GIVE_UP = 2.0
+"""Seconds in which work that is interrupted may end in order."""
 
 _LOOK_FOR_SIGNALS = 0.2
 """Seconds. A signal that arrives just before a thread falls asleep on a lock does not wake it."""
@@ -47,18 +51,21 @@ class LoopThread:
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="reltrace-client", daemon=True
         )
+        self._finishing: set[asyncio.Task[None]] = set()
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for it, from any other thread.
 
-        An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine. It is
-        noticed within `_LOOK_FOR_SIGNALS`, whichever thread the system gave the signal to.
+        An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine, and is raised
+        once that has ended, which takes `_GIVE_UP` at most. It is noticed within
+        `_LOOK_FOR_SIGNALS`, whichever thread the system gave the signal to.
         """
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a synchronous client can not be used on its own event loop")
         call = _Call(work)
+        future: Future[T] | None = None
         try:
             future = asyncio.run_coroutine_threadsafe(call.run(), self._loop)
             while True:
@@ -69,8 +76,24 @@ class LoopThread:
                     if future.done():
                         return future.result()
         except BaseException:
-            self._loop.call_soon_threadsafe(call.cancel)
+            if future is None or not future.done():
+                self._loop.call_soon_threadsafe(call.cancel)
+            if future is not None:
+                wait([future], _GIVE_UP)
             raise
+
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that ends something, and wait for it if this thread can.
+
+        An iterator that nobody uses any more is closed by whichever thread collects garbage, and
+        that may be the loop's own.
+        """
+        if threading.current_thread() is self._thread:
+            task = self._loop.create_task(work)
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
+        else:
+            self.run(work)
 
 
 _lock = threading.Lock()

@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from reltrace_proto.v1 import types_pb2
+
 from reltrace._errors import InvalidArgument, NotFound, TraceError, invalid, with_item
 from reltrace._request import Arguments, JobMaker
 from reltrace._source import Source
@@ -68,6 +70,8 @@ class ManyRun:
         Results in the order of the items.
     max_in_flight : int
         Most items pulled from the source whose results have not been taken.
+    priority : Priority
+        Of all jobs, as on the wire.
     deadline : Deadline
         For the whole run.
     """
@@ -80,6 +84,7 @@ class ManyRun:
         *,
         ordered: bool,
         max_in_flight: int,
+        priority: types_pb2.Priority.ValueType,
         deadline: Deadline,
     ) -> None:
         self._connection = connection
@@ -87,6 +92,7 @@ class ManyRun:
         self._jobs = JobMaker(defaults)
         self._ordered = ordered
         self._limit = max_in_flight
+        self._priority = priority
         self._deadline = deadline
         self._slots = asyncio.Semaphore(_OPEN_SUBMISSIONS)
         self._feeder: asyncio.Task[None] | None = None
@@ -217,7 +223,7 @@ class ManyRun:
         while pending:
             entries = [item.entry for item in pending]
             try:
-                answer = await submit(self._connection, entries, self._deadline)
+                answer = await submit(self._connection, entries, self._deadline, self._priority)
             except InvalidArgument as error:
                 # About the submission as a whole: no job of it can be told from the others.
                 answer = Rejected(dict.fromkeys(range(len(pending)), error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from reltrace_proto.v1 import types_pb2
 
@@ -19,6 +19,11 @@ DTYPES = {
     "float32": types_pb2.SCALAR_TYPE_FLOAT32,
     "bfloat16": types_pb2.SCALAR_TYPE_BFLOAT16,
     "float16": types_pb2.SCALAR_TYPE_FLOAT16,
+}
+Priority: TypeAlias = Literal["interactive", "batch"]
+_PRIORITIES: dict[str, types_pb2.Priority.ValueType] = {
+    "interactive": types_pb2.PRIORITY_INTERACTIVE,
+    "batch": types_pb2.PRIORITY_BATCH,
 }
 _INDEXED = re.compile(r"^(\w+)(?:\[(\d+)\])?")
 _CALLER_NAMES = {"reduction": "reduce"}
@@ -122,6 +127,19 @@ class Arguments:
             spec.top_k = _top_k(self.top_k, self.reduce)
         _set_input(spec, self.prompt, self.input_ids)
         return Job(spec, sites, _target.is_several(self.target), self.target)
+
+
+def wire_priority(priority: object) -> types_pb2.Priority.ValueType:
+    """Translate a `priority` argument.
+
+    Raises
+    ------
+    InvalidArgument
+        If there is no such priority.
+    """
+    if not isinstance(priority, str) or priority not in _PRIORITIES:
+        raise invalid("priority", f"must be one of {', '.join(_PRIORITIES)}, not {priority!r}")
+    return _PRIORITIES[priority]
 
 
 _OWN_TO_AN_ITEM = frozenset({"id", "prompt", "input_ids", "model"})

@@ -56,6 +56,8 @@ class Trace:
         from 0. Empty if what made the trace did not say.
     timings : Timings or None
         Where the job's time went; not saved, so None after `load`.
+    job_id : str or None
+        The job, as the server's logs name it; not saved either.
     """
 
     tokens: list[str]
@@ -66,6 +68,7 @@ class Trace:
     id: str | int | None = None
     layers: tuple[int, ...] = ()
     timings: Timings | None = None
+    job_id: str | None = None
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -168,6 +168,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         From a job to its violations: such a job rejects its submission.
     rejection
         The code of such a rejection.
+    before_answer
+        Called when a submission is stored, before it is answered.
     lose_answer
         The next submission is stored, but its answer is lost.
     drop_at
@@ -177,7 +179,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     reverse
         Jobs end in the reverse order.
     hold
-        Jobs wait for this before they end.
+        Jobs wait for this before they end. One that is cancelled meanwhile ends CANCELLED.
     credentials
         Serve TLS with these.
     token
@@ -194,6 +196,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     acknowledge_errors: int = 0
     faults: Callable[[types_pb2.JobSpec], list[tuple[str, str]]] = lambda spec: []
     rejection: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT
+    before_answer: Callable[[], None] = lambda: None
     lose_answer: bool = False
     drop_at: set[int] = field(default_factory=set)
     run: Callable[[types_pb2.JobSpec, str], list[types_pb2.ResultChunk]] | None = None
@@ -209,6 +212,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     streams: list[trace_pb2.StreamResultsRequest] = field(default_factory=list)
     submissions: dict[str, Submission] = field(default_factory=dict)
     acknowledged: dict[str, int] = field(default_factory=dict)
+    cancelled: list[str] = field(default_factory=list)
     sent: int = 0
     address: str = ""
 
@@ -280,7 +284,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
                 submission = Submission(
                     id=f"s{number}",
                     key=request.idempotency_key,
-                    job_ids=[f"s{number}j{i}" for i in range(len(request.jobs))],
+                    job_ids=[f"s{number}-{i}" for i in range(len(request.jobs))],
                     specs=list(request.jobs),
                 )
                 self.submissions[submission.id] = submission
@@ -288,6 +292,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             if self.lose_answer:
                 self.lose_answer = False
                 context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+        self.before_answer()
         return trace_pb2.SubmitJobsResponse(submission_id=submission.id, job_ids=submission.job_ids)
 
     def StreamResults(
@@ -310,6 +315,9 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             chunks = (
                 self.run(spec, job_id) if self.run else chunks_of(spec, job_id, self.piece_bytes)
             )
+            if job_id in self.cancelled:
+                state = types_pb2.JOB_STATE_CANCELLED
+                chunks = [failed_chunk(job_id, state, code_pb2.CANCELLED, "cancelled")]
             seen = request.after_chunk if entry == request.after_entry + 1 else 0
             for chunk in chunks[seen:]:
                 with self._lock:
@@ -332,8 +340,39 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             self.changed.notify_all()
         return trace_pb2.AcknowledgeResultsResponse()
 
-    def GetJobs(self, request: Any, context: Any) -> Any:
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "not part of these tests")
+    def CancelJobs(
+        self, request: trace_pb2.CancelJobsRequest, context: Any
+    ) -> trace_pb2.CancelJobsResponse:
+        with self.changed:
+            ids = list(request.job_ids)
+            if request.submission_id:
+                if request.submission_id not in self.submissions:
+                    context.abort(grpc.StatusCode.NOT_FOUND, "no such submission")
+                ids = self.submissions[request.submission_id].job_ids
+            known = {one for s in self.submissions.values() for one in s.job_ids}
+            ended = [one for one in ids if one in known and one not in self.cancelled]
+            self.cancelled += ended
+            self.changed.notify_all()
+        return trace_pb2.CancelJobsResponse(cancelled=len(ended))
+
+    def wait_cancelled(self, *job_ids: str, timeout: float = 5) -> None:
+        """Wait until these jobs are cancelled, and no others."""
+        with self.changed:
+            done = self.changed.wait_for(lambda: set(job_ids) <= set(self.cancelled), timeout)
+        assert done, f"cancelled: {self.cancelled}"
+        assert sorted(self.cancelled) == sorted(job_ids)
+
+    def GetJobs(self, request: trace_pb2.GetJobsRequest, context: Any) -> trace_pb2.GetJobsResponse:
+        known = {one for s in self.submissions.values() for one in s.job_ids}
+        response = trace_pb2.GetJobsResponse()
+        for job_id in request.job_ids:
+            status = response.jobs.add(job_id=job_id)
+            if job_id in self.cancelled:
+                status.state = types_pb2.JOB_STATE_CANCELLED
+            elif job_id in known:
+                status.state, status.attempt = types_pb2.JOB_STATE_LEASED, 1
+                status.worker_id = "w1"
+        return response
 
     def ListModels(
         self, request: trace_pb2.ListModelsRequest, context: Any

@@ -52,3 +52,23 @@ def test_work_that_takes_longer_than_a_look_gives_its_result() -> None:
         return 7
 
     assert _loop.shared().run(slow()) == 7
+
+
+def test_what_ends_on_the_loops_own_thread_is_not_waited_for() -> None:
+    """As when an iterator is closed by the garbage collector, which runs in any thread."""
+    loop = _loop.shared()
+    ended = threading.Event()
+
+    async def end() -> None:
+        await asyncio.sleep(0)
+        ended.set()
+
+    async def collect() -> None:
+        loop.finish(end())
+        assert not ended.is_set()
+
+    loop.run(collect())
+    assert ended.wait(5)
+    ended.clear()
+    loop.finish(end())
+    assert ended.is_set()

@@ -148,10 +148,10 @@ class Assembler:
         if not chunk.HasField("end"):
             return None
         if chunk.end.state != types_pb2.JOB_STATE_SUCCEEDED:
-            return from_job_end(chunk.end, self.job.rename)
-        return self._traces(chunk.end.timings)
+            return from_job_end(chunk.end, self.job.rename, chunk.job_id)
+        return self._traces(chunk.end.timings, chunk.job_id)
 
-    def _traces(self, timings: types_pb2.Timings) -> list[Trace]:
+    def _traces(self, timings: types_pb2.Timings, job_id: str) -> list[Trace]:
         header = self._header
         if header is None:
             raise ProtocolError("a job succeeded without a header")
@@ -185,6 +185,7 @@ class Assembler:
                 id=self.id,
                 layers=layers,
                 timings=times,
+                job_id=job_id,
             )
             for target, arrays in zip(header.targets, by_trace, strict=True)
         ]

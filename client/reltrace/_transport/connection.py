@@ -154,6 +154,13 @@ class Connection:
     security : Security
         Token and TLS.
 
+    Attributes
+    ----------
+    reading : set of str
+        Submissions whose results are being read.
+    closing : bool
+        This side is about to close: calls are still possible, results are read no more.
+
     Raises
     ------
     InvalidArgument
@@ -170,6 +177,8 @@ class Connection:
         self._random = random.Random()
         self._security = security
         self._servers = Servers(addresses, security, self._random)
+        self.closing = False
+        self.reading: set[str] = set()
         self._closed = False
         self._kept: set[asyncio.Task[None]] = set()
 
@@ -260,6 +269,11 @@ class Connection:
             if self.outdated(status, metadata):
                 continue
             await retries.after(status)
+
+    async def finish(self, timeout: float) -> None:
+        """Wait for the tasks that nobody waits for, at most `timeout` seconds."""
+        if self._kept:
+            await asyncio.wait(self._kept, timeout=timeout)
 
     def keep(self, task: asyncio.Task[None]) -> None:
         """Let a task go on that nobody waits for, until it is over or the connection is closed."""

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 
 import grpc
 import grpc.aio
-from reltrace_proto.v1 import trace_pb2
+from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace._errors import (
+    DeadlineExceeded,
+    NotFound,
     ProtocolError,
     RpcStatus,
     TraceError,
+    Unavailable,
     from_rejection,
     from_status,
 )
 from reltrace._request import Job
 from reltrace._trace import Trace
+from reltrace._transport.abandon import abandon_request, abandon_submission
 from reltrace._transport.assemble import Assembler
 from reltrace._transport.connection import Connection, Deadline
 
@@ -27,6 +31,11 @@ from reltrace._transport.connection import Connection, Deadline
 _ACKNOWLEDGE_BYTES = 4 * 1024 * 1024
 # Nobody is kept waiting for longer at the end; the acknowledgement itself goes on.
 _ACKNOWLEDGE_WAIT = 5.0
+
+# By so much the server is more patient than the caller, whose own deadline tells best.
+_SLACK = 5.0
+# The longest that a server takes.
+_LONGEST_TIMEOUT = 31 * 24 * 3600.0
 
 _REJECTIONS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
@@ -74,9 +83,15 @@ class Accepted:
 
 
 async def submit(
-    connection: Connection, entries: Sequence[Entry], deadline: Deadline
+    connection: Connection,
+    entries: Sequence[Entry],
+    deadline: Deadline,
+    priority: types_pb2.Priority.ValueType,
 ) -> Accepted | Rejected:
     """Hand in jobs; repeated under one idempotency key until there is an answer.
+
+    Where there is a deadline, the server knows of it too: what a client that was killed leaves
+    behind does not run past it.
 
     Raises
     ------
@@ -84,14 +99,24 @@ async def submit(
         If the server can not be reached, or refuses for a reason that is no single job's.
     """
     request = trace_pb2.SubmitJobsRequest(
-        idempotency_key=str(uuid.uuid4()), jobs=[entry.job.spec for entry in entries]
+        idempotency_key=str(uuid.uuid4()),
+        jobs=[entry.job.spec for entry in entries],
+        priority=priority,
     )
-    answer = await connection.call(
-        lambda server: server.traces.SubmitJobs,
-        request,
-        deadline,
-        keep=lambda status: status.code in _REJECTIONS,
-    )
+    remaining = deadline.remaining()
+    if remaining is not None:
+        for job in request.jobs:
+            job.timeout.FromMilliseconds(int(1000 * min(remaining + _SLACK, _LONGEST_TIMEOUT)))
+    try:
+        answer = await connection.call(
+            lambda server: server.traces.SubmitJobs,
+            request,
+            deadline,
+            keep=lambda status: status.code in _REJECTIONS,
+        )
+    except (asyncio.CancelledError, DeadlineExceeded, Unavailable):
+        await abandon_request(connection, request)
+        raise
     if isinstance(answer, RpcStatus):
         return _rejection(answer, entries, connection.address)
     if len(answer.job_ids) != len(entries):
@@ -126,6 +151,8 @@ async def deliveries(
 ) -> AsyncGenerator[Delivery, None]:
     """Read the results of a submission as its jobs end, each once, and acknowledge them.
 
+    Whoever stops before the end gives up the rest: it is cancelled on the server.
+
     A connection that is lost is made again, to another server if there are several, and reading
     goes on after the last chunk seen.
 
@@ -150,44 +177,54 @@ async def deliveries(
     reader = _Reader(accepted, entries)
     acknowledger = _Acknowledger(connection, accepted.id)
     retries = connection.retries(deadline)
-    while True:
-        server, metadata = connection.server(), connection.metadata
-        call = server.traces.StreamResults(
-            trace_pb2.StreamResultsRequest(
-                submission_id=accepted.id,
-                after_entry=reader.last_entry,
-                after_chunk=reader.chunks_seen,
-            ),
-            timeout=deadline.remaining(),
-            metadata=metadata,
-        )
-        try:
-            async for response in call:
-                retries.succeeded()
-                server.succeeded()
-                for event in response.events:
-                    if (delivery := reader.take(event)) is not None:
-                        acknowledger.note(reader.last_entry, delivery.bytes)
-                        yield delivery
-                if room is not None and reader.missing:
-                    await room()
-        except grpc.aio.AioRpcError as error:
-            status = RpcStatus.of(error)
-            connection.failed(server, status)
-            if not connection.outdated(status, metadata):
-                await retries.after(status)
-            continue
-        except asyncio.CancelledError:
-            connection.check_open()
-            raise
-        finally:
-            call.cancel()
-        if reader.missing:
-            raise ProtocolError(
-                f"the server ended the results with {reader.missing} of {len(entries)} missing"
+    connection.reading.add(accepted.id)
+    try:
+        while reader.missing:
+            server, metadata = connection.server(), connection.metadata
+            call = server.traces.StreamResults(
+                trace_pb2.StreamResultsRequest(
+                    submission_id=accepted.id,
+                    after_entry=reader.last_entry,
+                    after_chunk=reader.chunks_seen,
+                ),
+                timeout=deadline.remaining(),
+                metadata=metadata,
             )
-        await acknowledger.finish()
-        return
+            try:
+                async for response in call:
+                    retries.succeeded()
+                    server.succeeded()
+                    if connection.closing:
+                        raise TraceError("the client is closed")
+                    for event in response.events:
+                        if (delivery := reader.take(event)) is not None:
+                            acknowledger.note(reader.last_entry, delivery.bytes)
+                            yield delivery
+                    if room is not None and reader.missing:
+                        await room()
+            except grpc.aio.AioRpcError as error:
+                status = RpcStatus.of(error)
+                connection.failed(server, status)
+                if not connection.outdated(status, metadata):
+                    await retries.after(status)
+                continue
+            except asyncio.CancelledError:
+                connection.check_open()
+                raise
+            finally:
+                call.cancel()
+            if reader.missing:
+                raise ProtocolError(
+                    f"the server ended the results with {reader.missing} of {len(entries)} missing"
+                )
+    except NotFound:
+        reader.forget()
+        raise
+    finally:
+        connection.reading.discard(accepted.id)
+        if reader.missing and not connection.closing:
+            await abandon_submission(connection, accepted.id)
+    await acknowledger.finish()
 
 
 class _Reader:
@@ -207,6 +244,10 @@ class _Reader:
     @property
     def missing(self) -> int:
         return len(self._positions)
+
+    def forget(self) -> None:
+        """Wait for nothing any more: the server does not know of it."""
+        self._positions.clear()
 
     def take(self, event: trace_pb2.ResultEvent) -> Delivery | None:
         chunk = event.chunk
