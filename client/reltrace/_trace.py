@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,8 +18,6 @@ Array: TypeAlias = NDArray[Any]
 
 # Sites without a layer axis: their relevance exists once, not once per layer.
 SITES_WITHOUT_LAYERS = frozenset({"embed"})
-
-_FORMAT = "reltrace-trace-1"
 
 _PAGES = (".html", ".htm")
 _PICTURES = (".png", ".svg", ".pdf")
@@ -208,17 +204,9 @@ class Trace:
             else {part: _plain(array) for part, array in parts.items()}
             for site, parts in self.arrays.items()
         }
-        target = asdict(self.target)
-        target["logit"] = _plain(np.float64(self.target.logit))
-        return {
-            "id": self.id,
-            "tokens": self.tokens,
-            "token_ids": self.token_ids,
-            "layers": list(self.layers),
-            "target": target,
-            "relevance": relevance,
-            "provenance": {**asdict(self.provenance), "versions": dict(self.provenance.versions)},
-        }
+        from reltrace import _files
+
+        return {**_files.describe(self), "relevance": relevance}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the trace to a safetensors file that `Trace.load` reads.
@@ -226,28 +214,9 @@ class Trace:
         The file holds one tensor per site ("site/part" where a site has parts) and, as
         metadata, everything else. It replaces an older file in one step.
         """
-        from safetensors.numpy import save
+        from reltrace import _files
 
-        path = Path(path)
-        about = self.to_dict()
-        del about["relevance"]
-        tensors = {
-            f"{site}/{part}" if part else site: np.ascontiguousarray(array)
-            for site, parts in self.arrays.items()
-            for part, array in parts.items()
-        }
-        # safetensors sorts by name; the order of the sites is the caller's.
-        about["order"] = list(tensors)
-        content = save(tensors, {"format": _FORMAT, "trace": json.dumps(about)})
-        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            with unfinished.open("xb") as file:
-                file.write(content)
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        return path
+        return _files.save(self, Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
@@ -260,22 +229,9 @@ class Trace:
         OSError
             If it can not be read.
         """
-        from safetensors import SafetensorError, safe_open
+        from reltrace import _files
 
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
-        try:
-            with safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise invalid("path", f"{os.fspath(path)!r} was not written by Trace.save")
-                about = json.loads(metadata["trace"])
-                tensors = {name: file.get_tensor(name) for name in about["order"]}
-            return _from_dict(about, tensors)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise invalid(
-                "path", f"{os.fspath(path)!r} is not a trace that Trace.save wrote: {error}"
-            ) from error
+        return _files.load(Path(path))
 
     def _site(self, site: str | None) -> str:
         if site is None:
@@ -317,27 +273,6 @@ def _plain(values: Any) -> Any:
     boxed = np.asarray(values, dtype=object)
     boxed[~np.isfinite(values)] = None
     return boxed.tolist()
-
-
-def _from_dict(about: dict[str, Any], tensors: Mapping[str, Array]) -> Trace:
-    arrays: dict[str, dict[str, Array]] = {}
-    for name, array in tensors.items():
-        site, _, part = name.partition("/")
-        arrays.setdefault(site, {})[part] = array
-    target = dict(about["target"])
-    target["continuation_ids"] = tuple(target["continuation_ids"])
-    if target["logit"] is None:
-        target["logit"] = float("nan")
-    return Trace(
-        tokens=about["tokens"],
-        token_ids=about["token_ids"],
-        target=ResolvedTarget(**target),
-        provenance=Provenance(**about["provenance"]),
-        arrays=arrays,
-        id=about["id"],
-        # Older files do not say.
-        layers=tuple(about.get("layers", ())),
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,114 @@
+"""Traces in safetensors files: tensors by name, and everything else as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reltrace._errors import invalid
+from reltrace._origin import Provenance, ResolvedTarget
+from reltrace._trace import Array, Trace
+
+_FORMAT = "reltrace-trace-1"
+
+
+def describe(trace: Trace) -> dict[str, Any]:
+    """Return everything of a trace but its tensors, as JSON holds it.
+
+    A logit that is not finite, which JSON does not know, becomes None.
+    """
+    target = asdict(trace.target)
+    if not math.isfinite(trace.target.logit):
+        target["logit"] = None
+    return {
+        "id": trace.id,
+        "tokens": trace.tokens,
+        "token_ids": trace.token_ids,
+        "layers": list(trace.layers),
+        "target": target,
+        "provenance": {**asdict(trace.provenance), "versions": dict(trace.provenance.versions)},
+    }
+
+
+def tensors_of(trace: Trace) -> dict[str, Array]:
+    """Return the tensors of a trace by name: the site, or "site/part" where it has parts."""
+    return {
+        f"{site}/{part}" if part else site: np.ascontiguousarray(array)
+        for site, parts in trace.arrays.items()
+        for part, array in parts.items()
+    }
+
+
+def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
+    """Return the trace that `describe` and `tensors_of` were taken from.
+
+    Raises
+    ------
+    KeyError, TypeError
+        If something is missing or of another form.
+    """
+    arrays: dict[str, dict[str, Array]] = {}
+    for name, array in tensors.items():
+        site, _, part = name.partition("/")
+        arrays.setdefault(site, {})[part] = array
+    target = dict(about["target"])
+    target["continuation_ids"] = tuple(target["continuation_ids"])
+    if target["logit"] is None:
+        target["logit"] = float("nan")
+    return Trace(
+        tokens=about["tokens"],
+        token_ids=about["token_ids"],
+        target=ResolvedTarget(**target),
+        provenance=Provenance(**about["provenance"]),
+        arrays=arrays,
+        id=about["id"],
+        # Older files do not say.
+        layers=tuple(about.get("layers", ())),
+    )
+
+
+def save(trace: Trace, path: Path) -> Path:
+    """Write a trace. See `Trace.save`."""
+    from safetensors.numpy import save as encode
+
+    tensors = tensors_of(trace)
+    # safetensors sorts by name; the order of the sites is the caller's.
+    about = {**describe(trace), "order": list(tensors)}
+    content = encode(tensors, {"format": _FORMAT, "trace": json.dumps(about)})
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(content)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load(path: Path) -> Trace:
+    """Read a trace. See `Trace.load`."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise invalid("path", f"{os.fspath(path)!r} was not written by Trace.save")
+            about = json.loads(metadata["trace"])
+            tensors = {name: file.get_tensor(name) for name in about["order"]}
+        return restore(about, tensors)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise invalid(
+            "path", f"{os.fspath(path)!r} is not a trace that Trace.save wrote: {error}"
+        ) from error
