@@ -8,7 +8,11 @@ Start with `Client`:
 ...     trace.relevance  # float32 [layers, tokens]
 """
 
+from __future__ import annotations as _annotations
+
 from importlib.metadata import version as _version
+from os import PathLike as _PathLike
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from reltrace._aio import AsyncClient
 from reltrace._client import Client
@@ -35,7 +39,35 @@ from reltrace._target import Target
 from reltrace._trace import Failure, Trace
 from reltrace._transport.security import TlsOptions
 
+if _TYPE_CHECKING:
+    from reltrace._batch.load import Batch as _Batch
+
 __version__ = _version("reltrace")
+
+
+def load_batch(folder: str | _PathLike[str]) -> _Batch:
+    """Read a folder that `reltrace batch` wrote.
+
+    Parameters
+    ----------
+    folder : path
+        The folder.
+
+    Returns
+    -------
+    Batch
+        An iterable of `Trace`, each with its `id`, in the order of the prompts; with `len`,
+        ``batch[i]``, ``.errors``, ``.manifest`` and ``.rows()``. Traces are read when asked for.
+
+    Raises
+    ------
+    InvalidArgument
+        If the folder holds no batch, or it is damaged.
+    """
+    from reltrace._batch.load import Batch
+
+    return Batch(folder)
+
 
 __all__ = [
     "AsyncClient",
@@ -68,4 +100,5 @@ __all__ = [
     "Violation",
     "Worker",
     "__version__",
+    "load_batch",
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import reltrace
-from reltrace._command import cluster, tracing, up
+from reltrace._command import batch, cluster, tracing, up
 from reltrace._command.options import Access
 from reltrace._errors import TraceError
 from reltrace._transport.security import TlsOptions
@@ -20,6 +20,7 @@ app = typer.Typer(
     help="Relevance traces of LLaMA-family language models.",
 )
 app.command()(tracing.run)
+app.command()(batch.batch)
 app.command()(cluster.models)
 app.command()(cluster.status)
 app.command()(up.up)

@@ -9,8 +9,11 @@ from typing import Annotated
 import typer
 
 import reltrace
+from reltrace._errors import invalid
 from reltrace._transport.address import ADDRESS_VARIABLE, DEFAULT_ADDRESS
 from reltrace._transport.security import TlsOptions
+
+_ID_PREFIX = "id:"
 
 Server = Annotated[
     str | None,
@@ -19,6 +22,55 @@ Server = Annotated[
         help="HOST:PORT of the server, several with commas between, or dns:///NAME:PORT."
         f"  [default: {DEFAULT_ADDRESS}]",
         show_default=False,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(envvar="RELTRACE_MODEL", help="Name of a served model; default: the only one."),
+]
+TargetText = Annotated[
+    str,
+    typer.Option(
+        envvar="RELTRACE_TARGET",
+        help='What is explained: "max" (the largest logit), a token\'s text, or id:N.',
+    ),
+]
+Rule = Annotated[str, typer.Option(envvar="RELTRACE_RULE", help="Propagation rule.")]
+Sites = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--site",
+        envvar="RELTRACE_SITE",
+        help="Where relevance is read; may be repeated.  [default: resid]",
+        show_default=False,
+    ),
+]
+Reduce = Annotated[
+    str,
+    typer.Option(
+        envvar="RELTRACE_REDUCE",
+        help="What is summed: token leaves a value per token, feature one per feature, full "
+        "everything; topk keeps the --top-k largest of each layer.",
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(envvar="RELTRACE_TOP_K", help="With --reduce topk: values per layer."),
+]
+Layers = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--layer",
+        envvar="RELTRACE_LAYER",
+        help="A decoder layer to keep, from 0; may be repeated.  [default: all]",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        envvar="RELTRACE_RESULT_DTYPE",
+        help="Number format in which relevance travels: float32, bfloat16, float16.",
     ),
 ]
 AsJson = Annotated[
@@ -34,9 +86,16 @@ class Access:
     tls: TlsOptions | bool | None
     insecure: bool | None
 
-    def client(self, server: str | None) -> reltrace.Client:
+    def client(self, server: str | None, retry_timeout: float = 30.0) -> reltrace.Client:
+        """Return a client; it waits so many seconds for a server that is away."""
         # An option wins over the environment, where the client looks for what is None.
-        return reltrace.Client(server, token=self.token_file, tls=self.tls, insecure=self.insecure)
+        return reltrace.Client(
+            server,
+            token=self.token_file,
+            tls=self.tls,
+            insecure=self.insecure,
+            retry_timeout=retry_timeout,
+        )
 
 
 def access_of(context: typer.Context) -> Access:
@@ -44,3 +103,19 @@ def access_of(context: typer.Context) -> Access:
     access = context.find_object(Access)
     assert access is not None
     return access
+
+
+def target_of(text: str) -> str | int:
+    """Return the `target` argument that an option stands for.
+
+    Raises
+    ------
+    InvalidArgument
+        If it is an id that is none.
+    """
+    if not text.startswith(_ID_PREFIX):
+        return text
+    number = text.removeprefix(_ID_PREFIX)
+    if not (number.isascii() and number.isdigit()):
+        raise invalid("target", f"after {_ID_PREFIX} comes a token id, not {number!r}")
+    return int(number)

@@ -9,45 +9,35 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from reltrace._command.options import Server, access_of
-from reltrace._errors import invalid
+from reltrace._command.options import (
+    Dtype,
+    Layers,
+    Model,
+    Reduce,
+    Rule,
+    Server,
+    Sites,
+    TargetText,
+    TopK,
+    access_of,
+    target_of,
+)
 from reltrace._pictures import terminal
 from reltrace._trace import Trace, check_plot_path
-
-_ID_PREFIX = "id:"
 
 
 def run(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The text to trace.")],
     server: Server = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RELTRACE_MODEL", help="Name of a served model; default: the only one."
-        ),
-    ] = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            envvar="RELTRACE_TARGET",
-            help='What is explained: "max" (the largest logit), a token\'s text, or id:N.',
-        ),
-    ] = "max",
-    rule: Annotated[
-        str, typer.Option(envvar="RELTRACE_RULE", help="Propagation rule.")
-    ] = "attnlrp",
-    site: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="RELTRACE_SITE",
-            help="Where relevance is read; may be repeated.  [default: resid]",
-            show_default=False,
-        ),
-    ] = None,
-    reduce: Annotated[
-        str, typer.Option(envvar="RELTRACE_REDUCE", help="What is summed: token, feature, full.")
-    ] = "token",
+    model: Model = None,
+    target: TargetText = "max",
+    rule: Rule = "attnlrp",
+    site: Sites = None,
+    reduce: Reduce = "token",
+    top_k: TopK = None,
+    layer: Layers = None,
+    dtype: Dtype = "float32",
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -79,8 +69,11 @@ def run(
             model=model,
             sites=site or ["resid"],
             reduce=reduce,
-            target=_target(target),
+            target=target_of(target),
             rule=rule,
+            dtype=dtype,
+            layers=layer or None,
+            top_k=top_k,
             timeout=timeout,
         )
     if json_file == "-":
@@ -92,15 +85,6 @@ def run(
     if plot is not None:
         trace.plot(plot)
         typer.echo(f"wrote {plot}", err=True)
-
-
-def _target(text: str) -> str | int:
-    if not text.startswith(_ID_PREFIX):
-        return text
-    number = text.removeprefix(_ID_PREFIX)
-    if not (number.isascii() and number.isdigit()):
-        raise invalid("target", f"after {_ID_PREFIX} comes a token id, not {number!r}")
-    return int(number)
 
 
 def _show(trace: Trace) -> None:

@@ -1,0 +1,49 @@
+"""Changes of a folder that are there whole or not at all, whatever the moment of a crash."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# What a crash leaves unfinished has this ending, and is removed by the next run.
+UNFINISHED = ".unfinished"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one step: readers see the old one or the new one, and so does a crash."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    finish(unfinished, path)
+
+
+def finish(unfinished: Path, path: Path) -> None:
+    """Give a file that is complete and synced its name, durably."""
+    unfinished.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def append_durably(path: Path, line: bytes) -> None:
+    """Append to a file; a crash may leave a part of `line`, which has no end of line."""
+    with path.open("ab") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut(path: Path, size: int) -> None:
+    """Cut a file off after `size` bytes, durably."""
+    with path.open("r+b") as file:
+        file.truncate(size)
+        os.fsync(file.fileno())

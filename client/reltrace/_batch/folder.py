@@ -1,0 +1,222 @@
+"""The folder of a batch: whose it is, with which settings, and what is in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import reltrace
+from reltrace._batch.disk import UNFINISHED, write_whole
+from reltrace._batch.journal import NAME as JOURNAL
+from reltrace._errors import TraceError, invalid
+from reltrace._origin import Provenance
+
+MANIFEST = "manifest.json"
+ERRORS = "errors.jsonl"
+_FORMAT = "reltrace-batch-1"
+_SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
+
+# What may not change between the traces of one batch.
+_SAME = ("model", "revision", "rule", "reduction", "dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides the numbers of a batch, and how they are kept; it does not change.
+
+    Attributes
+    ----------
+    model, sites, reduce, target, rule, dtype, layers, top_k
+        Arguments of `trace`, as JSON holds them, for prompts that do not say otherwise.
+    format : str
+        Of the files of traces.
+    input_format, column, id_column
+        How the input is read.
+    shards : int
+        Over how many machines the prompts are spread.
+    """
+
+    model: str | None
+    sites: list[str]
+    reduce: str
+    target: Any
+    rule: str
+    dtype: str
+    layers: list[int] | None
+    top_k: int | None
+    format: str
+    input_format: str
+    column: str | None
+    id_column: str | None
+    shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The folder of a batch, or one machine's part of it.
+
+    Attributes
+    ----------
+    root : Path
+        Of the whole batch; the manifest is in it.
+    own : Path
+        Where this machine writes: `root`, or a folder in it.
+    """
+
+    root: Path
+    own: Path
+
+    @classmethod
+    def of(cls, root: Path, shard: tuple[int, int]) -> Folder:
+        """Return the folder for a machine: its number, from 1, and how many there are."""
+        number, count = shard
+        return cls(root, root if count == 1 else root / f"shard-{number}-of-{count}")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder: one process at a time writes to it.
+
+        Raises
+        ------
+        TraceError
+            If another does, or the folder can not be used.
+        """
+        try:
+            self.own.mkdir(parents=True, exist_ok=True)
+            lock = (self.own / ".lock").open("a")
+        except OSError as error:
+            raise invalid("out", f"{self.own} can not be used: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TraceError(
+                    f"another `reltrace batch` writes to {self.own}; stop it, or choose another "
+                    "folder"
+                ) from None
+            yield
+
+    def enter(self, settings: Settings, input_name: str) -> None:
+        """Write the manifest, or check that the one that is there has the same settings.
+
+        Raises
+        ------
+        InvalidArgument
+            If the folder holds something else, or a batch with other settings.
+        """
+        path = self.root / MANIFEST
+        if not path.exists():
+            strangers = [
+                entry.name
+                for entry in self.own.iterdir()
+                if entry.name != ".lock" and not entry.name.endswith(UNFINISHED)
+            ]
+            if strangers:
+                raise invalid(
+                    "out",
+                    f"{self.root} holds {sorted(strangers)[0]!r} and no batch; choose a new folder",
+                )
+            manifest = {
+                "format": _FORMAT,
+                "settings": asdict(settings),
+                "input": input_name,
+                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": {"reltrace": reltrace.__version__, "python": platform.python_version()},
+                "provenance": None,
+            }
+            write_whole(path, _json(manifest))
+            return
+        before = read_manifest(self.root)["settings"]
+        changed = [
+            f"{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in asdict(settings).items()
+            if before.get(name) != value
+        ]
+        if changed:
+            raise invalid(
+                "out",
+                f"{self.root} holds a batch with other settings ({'; '.join(changed)}); use the "
+                "same, or another folder",
+            )
+
+    def check_origin(self, provenance: Provenance) -> None:
+        """Check that a trace was made as those before it were; the first one sets how.
+
+        Raises
+        ------
+        TraceError
+            If the server's model is another one by now.
+        """
+        manifest = read_manifest(self.root)
+        known = manifest["provenance"]
+        if known is None:
+            manifest["provenance"] = {
+                **asdict(provenance), "versions": dict(provenance.versions)
+            }  # fmt: skip
+            write_whole(self.root / MANIFEST, _json(manifest))
+            return
+        check_same(known, provenance)
+
+    def clean(self, parts: set[str]) -> None:
+        """Remove what a crash left: unfinished files, and traces that were not committed."""
+        for entry in self.own.iterdir():
+            stray = entry.name.startswith("part-") and entry.name not in parts
+            if entry.name.endswith(UNFINISHED) or stray:
+                entry.unlink()
+
+
+def check_same(known: dict[str, Any], provenance: Provenance) -> None:
+    """Check that a trace was made as the manifest says.
+
+    Raises
+    ------
+    TraceError
+        If not; versions and devices may differ, and each trace names its own.
+    """
+    for name in _SAME:
+        if known[name] != getattr(provenance, name):
+            raise TraceError(
+                f"the server's {name} is {getattr(provenance, name)!r}; this batch was begun with "
+                f"{known[name]!r}, and mixes nothing: use another folder"
+            )
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Read the manifest of a batch.
+
+    Raises
+    ------
+    InvalidArgument
+        If the folder holds no batch.
+    """
+    path = root / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise invalid("out", f"{root} holds no batch: there is no {MANIFEST}") from None
+    except ValueError as error:
+        raise invalid("out", f"{path} is damaged: {error}") from error
+    if manifest.get("format") != _FORMAT:
+        raise invalid("out", f"{path} is of format {manifest.get('format')!r}, not {_FORMAT!r}")
+    return manifest
+
+
+def folders_of(root: Path) -> list[Path]:
+    """Return the folders of a batch that have a journal: its own, or one per machine."""
+    found = [
+        entry for entry in [root, *root.iterdir()]
+        if (entry is root or _SHARD.fullmatch(entry.name)) and (entry / JOURNAL).exists()
+    ]  # fmt: skip
+    return sorted(found)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"

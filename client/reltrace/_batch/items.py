@@ -1,0 +1,309 @@
+"""The prompts of a file, one by one: JSON lines, plain text, CSV, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from reltrace._errors import InvalidArgument, MissingDependency, invalid
+from reltrace._request import Arguments
+from reltrace._target import Target
+
+FORMATS = ("jsonl", "text", "csv", "parquet")
+_ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+# Of one line; a job is no larger either.
+_MOST_LINE_BYTES = 16 * 1024 * 1024
+_PARQUET_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A prompt of a file.
+
+    Attributes
+    ----------
+    index : int
+        Its place among the prompts, from 0: what a batch knows it by.
+    line : int
+        Where it begins in the file, from 1: a line, or the row of a Parquet file.
+    id : str or int
+        What the file calls it, else `index`.
+    arguments : dict
+        Arguments of `trace`; empty where there is a fault.
+    fault : InvalidArgument or None
+        Why it is no prompt.
+    content : bytes
+        What of the file decides it, to tell whether it has changed.
+    """
+
+    index: int
+    line: int
+    id: str | int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    fault: InvalidArgument | None = None
+    content: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFormat:
+    """How a file of prompts is read.
+
+    Attributes
+    ----------
+    name : str
+        One of `FORMATS`.
+    column, id_column : str or None
+        Of CSV and Parquet; None: "prompt", and "id" if there is such a column.
+    compressed : bool
+        By gzip.
+    """
+
+    name: str
+    column: str | None = None
+    id_column: str | None = None
+    compressed: bool = False
+
+    @classmethod
+    def of(
+        cls, path: Path | None, name: str | None, column: str | None, id_column: str | None
+    ) -> InputFormat:
+        """Return the format of a file, from its ending or as it was named.
+
+        Parameters
+        ----------
+        path : Path or None
+            None: standard input, whose format must be named.
+
+        Raises
+        ------
+        InvalidArgument
+            If it can not be told, or `column` is given for a format without columns.
+        """
+        suffixes = [] if path is None else [suffix.lower() for suffix in path.suffixes]
+        compressed = suffixes[-1:] == [".gz"]
+        if name is None:
+            ending = (suffixes[:-1] if compressed else suffixes)[-1:]
+            name = _ENDINGS.get(ending[0]) if ending else None
+            if name is None:
+                what = "standard input" if path is None else f"{path.name!r}"
+                raise invalid(
+                    "input-format",
+                    f"of {what} can not be told; endings are {', '.join(_ENDINGS)} (and .gz), "
+                    f"formats {', '.join(FORMATS)}",
+                )
+        if name not in FORMATS:
+            raise invalid("input-format", f"must be one of {', '.join(FORMATS)}, not {name!r}")
+        for field_name, value in (("column", column), ("id-column", id_column)):
+            if value is not None and name not in ("csv", "parquet"):
+                raise invalid(field_name, f"is for csv and parquet; {name} has no columns")
+        if name == "parquet" and (path is None or compressed):
+            raise invalid("input-format", "parquet is read from a file that is not compressed")
+        return cls(name, column, id_column, compressed)
+
+
+def read_items(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
+    """Read the prompts of a file in order; what is held of it is one line, or some rows.
+
+    Raises
+    ------
+    InvalidArgument
+        If the file as a whole can not be read. A single prompt that is wrong is an item with a
+        fault.
+    """
+    if input_format.compressed:
+        file = io.BufferedReader(gzip.GzipFile(fileobj=file))
+    readers: Mapping[str, Callable[[BinaryIO, InputFormat], Iterator[Item]]] = {
+        "jsonl": _jsonl,
+        "text": _text,
+        "csv": _csv,
+        "parquet": _parquet,
+    }
+    try:
+        yield from readers[input_format.name](file, input_format)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise invalid("input", f"is no complete gzip file: {error}") from error
+
+
+def count_items(file: BinaryIO, input_format: InputFormat) -> int:
+    """Return how many prompts a file has, which takes a pass over it."""
+    if input_format.name == "parquet":
+        return int(_parquet_file(file).metadata.num_rows)
+    if input_format.name == "csv":
+        return sum(1 for _ in _csv(_opened(file, input_format), input_format))
+    return sum(1 for line in _opened(file, input_format) if line.strip())
+
+
+def _opened(file: BinaryIO, input_format: InputFormat) -> BinaryIO:
+    return io.BufferedReader(gzip.GzipFile(fileobj=file)) if input_format.compressed else file
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Return lines that are not blank, with their numbers; one that is too long is cut."""
+    number = 0
+    while line := file.readline(_MOST_LINE_BYTES + 1):
+        number += 1
+        rest = line
+        while len(rest) > _MOST_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(_MOST_LINE_BYTES + 1)
+        if content := line.rstrip(b"\r\n"):
+            if number == 1:
+                content = content.removeprefix(b"\xef\xbb\xbf")
+            if content.strip():
+                yield number, content
+
+
+def _jsonl(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
+    for index, (line, content) in enumerate(_lines(file)):
+        try:
+            yield _from_json(index, line, content)
+        except InvalidArgument as error:
+            yield Item(index, line, index, fault=error, content=content)
+
+
+def _from_json(index: int, line: int, content: bytes) -> Item:
+    if len(content) > _MOST_LINE_BYTES:
+        raise invalid("line", f"is longer than {_MOST_LINE_BYTES} bytes")
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise invalid("line", f"is not JSON: {error}") from None
+    if isinstance(value, str):
+        value = {"prompt": value}
+    if not isinstance(value, dict):
+        raise invalid("line", f"must be a JSON object, not {type(value).__name__}")
+    name = value.pop("id", None)
+    arguments = {key: part for key, part in value.items() if part is not None}
+    try:
+        if isinstance(name, bool) or not isinstance(name, str | int | None):
+            raise invalid("id", f"must be text or a whole number, not {name!r}")
+        if "target" in arguments:
+            arguments["target"] = _target(arguments["target"])
+        # Unknown arguments; the rest is checked where the job is made.
+        Arguments().with_item(arguments)
+    except InvalidArgument as error:
+        known = isinstance(name, str | int) and not isinstance(name, bool)
+        return Item(index, line, name if known else index, fault=error, content=content)
+    return Item(index, line, index if name is None else name, arguments, content=content)
+
+
+def _target(value: Any) -> Any:
+    """Return the `target` argument that a JSON value stands for."""
+    if isinstance(value, list):
+        return [_target(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    known = Target.__dataclass_fields__
+    for key in value:
+        if key not in known:
+            raise invalid(f"target.{key}", f"is no field of a target; allowed: {', '.join(known)}")
+    return Target(**value)
+
+
+def _text(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
+    for index, (line, content) in enumerate(_lines(file)):
+        try:
+            if len(content) > _MOST_LINE_BYTES:
+                raise invalid("line", f"is longer than {_MOST_LINE_BYTES} bytes")
+            yield Item(index, line, index, {"prompt": content.decode()}, content=content)
+        except UnicodeDecodeError as error:
+            fault = invalid("line", f"is not UTF-8 at byte {error.start}")
+            yield Item(index, line, index, fault=fault, content=content)
+        except InvalidArgument as error:
+            yield Item(index, line, index, fault=error, content=content)
+
+
+def _csv(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    line = 1
+    csv.field_size_limit(_MOST_LINE_BYTES)
+    try:
+        reader = csv.DictReader(text, strict=True)
+        names = _columns(reader.fieldnames or [], input_format)
+        line = reader.line_num + 1
+        for index, row in enumerate(reader):
+            yield _from_row(index, line, row, names)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise invalid("input", f"the row at line {line} is not CSV: {error}") from error
+    except UnicodeDecodeError as error:
+        raise invalid("input", f"is not UTF-8 at byte {error.start} or near it") from error
+    finally:
+        text.detach()
+
+
+def _parquet(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
+    parquet = _parquet_file(file)
+    names = _columns(parquet.schema_arrow.names, input_format)
+    index = 0
+    wanted = [name for name in names if name is not None]
+    for batch in parquet.iter_batches(_PARQUET_ROWS, columns=wanted):
+        for row in batch.to_pylist():
+            yield _from_row(index, index + 1, row, names)
+            index += 1
+
+
+def _parquet_file(file: BinaryIO) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependency(
+            "Parquet files need pyarrow: pip install 'reltrace[parquet]'"
+        ) from error
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise invalid("input", f"is no Parquet file: {error}") from error
+
+
+def _columns(there: list[str] | Any, input_format: InputFormat) -> tuple[str, str | None]:
+    """Return the columns of the prompt and of the id."""
+    column = input_format.column or "prompt"
+    if column not in there:
+        raise invalid("column", f"{column!r} is not in the file; it has {', '.join(there)}")
+    id_column = input_format.id_column
+    if id_column is not None and id_column not in there:
+        raise invalid("id-column", f"{id_column!r} is not in the file; it has {', '.join(there)}")
+    return column, id_column or ("id" if "id" in there else None)
+
+
+def _from_row(index: int, line: int, row: Mapping[str, Any], names: tuple[str, str | None]) -> Item:
+    prompt = row.get(names[0])
+    name = index if names[1] is None else row.get(names[1])
+    content = repr((prompt, name)).encode(errors="surrogatepass")
+    if name is None or isinstance(name, bool) or not isinstance(name, str | int):
+        name = index
+    if not isinstance(prompt, str):
+        fault = invalid(names[0], f"must be text, not {type(prompt).__name__}")
+        return Item(index, line, name, fault=fault, content=content)
+    return Item(index, line, name, {"prompt": prompt}, content=content)
+
+
+class Fingerprint:
+    """Tells whether the prompts of a file are the same as before, up to some number of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, item: Item) -> None:
+        """Take the next prompt."""
+        self._hash.update(len(item.content).to_bytes(8, "little"))
+        self._hash.update(item.content)
+        self.count += 1
+
+    def digest(self) -> str:
+        """Return the digest of the prompts so far."""
+        return self._hash.copy().hexdigest()

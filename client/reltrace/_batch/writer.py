@@ -1,0 +1,235 @@
+"""Results on their way to disk, in a thread of their own: the network does not wait for a sync."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from reltrace._batch import parts
+from reltrace._batch.disk import UNFINISHED, append_durably, finish, write_whole
+from reltrace._batch.folder import ERRORS, Folder
+from reltrace._batch.journal import Commit, Failed, Journal, ranges
+from reltrace._trace import Trace
+
+# Of results that wait to be written: more of them make the reader wait.
+_WAITING_BYTES = 64 * 1024 * 1024
+# Of one part, and of failures in one line of the journal.
+_PART_BYTES = 64 * 1024 * 1024
+_FAILURES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A prompt and its traces."""
+
+    index: int
+    traces: tuple[Trace, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(
+            array.nbytes
+            for trace in self.traces
+            for arrays in trace.arrays.values()
+            for array in arrays.values()
+        )
+
+
+class Writer:
+    """Collects results and commits them: many at a time, and none later than after some seconds.
+
+    Parameters
+    ----------
+    folder : Folder
+        Where to; it is held.
+    part_format : str
+        One of `parts.FORMATS`.
+    first_part : int
+        Number of the next part.
+    read : callable
+        Returns how many prompts have been read, and their digest.
+    most_traces : int
+        Of one part.
+    most_seconds : float
+        That a result may wait for its commit.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        part_format: str,
+        first_part: int,
+        read: Callable[[], tuple[int, str]],
+        *,
+        most_traces: int,
+        most_seconds: float,
+    ) -> None:
+        self._folder = folder
+        self._format = part_format
+        self._number = first_part
+        self._read = read
+        self._most_traces = most_traces
+        self._most_seconds = most_seconds
+        self._journal = Journal(folder.own)
+        self._changed = threading.Condition()
+        self._waiting: deque[Traced | Failed] = deque()
+        self._waiting_bytes = 0
+        self._closing = False
+        self._error: BaseException | None = None
+        # Only the thread's own.
+        self._traced: list[Traced] = []
+        self._failed: list[Failed] = []
+        self._traces = self._bytes = 0
+        self._oldest = 0.0
+        self._origins: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name="reltrace-batch-writer")
+        self._thread.start()
+
+    def put(self, result: Traced | Failed) -> None:
+        """Hand a result over; waits while too much is waiting already.
+
+        Raises
+        ------
+        Exception
+            What made an earlier commit fail.
+        """
+        size = result.bytes if isinstance(result, Traced) else 0
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._error or not self._waiting_bytes
+                or self._waiting_bytes + size <= _WAITING_BYTES
+            )  # fmt: skip
+            if self._error is not None:
+                raise self._error
+            self._waiting.append(result)
+            self._waiting_bytes += size
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Commit what was handed over, and stop.
+
+        Raises
+        ------
+        Exception
+            What made a commit fail.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while True:
+                taken, last = self._take()
+                for result in taken:
+                    self._collect(result)
+                    if self._full():
+                        self._commit()
+                if last or (
+                    self._pending() and time.monotonic() - self._oldest >= self._most_seconds
+                ):
+                    self._commit()
+                if last:
+                    return
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _take(self) -> tuple[list[Traced | Failed], bool]:
+        """Wait for results, or for the time of the next commit."""
+        patience = None
+        if self._pending():
+            patience = max(0.0, self._oldest + self._most_seconds - time.monotonic())
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing, patience)
+            taken = list(self._waiting)
+            self._waiting.clear()
+            self._waiting_bytes = 0
+            self._changed.notify_all()
+            return taken, self._closing
+
+    def _is_time(self) -> bool:
+        return self._pending() and time.monotonic() - self._oldest >= self._most_seconds
+
+    def _pending(self) -> bool:
+        return bool(self._traced or self._failed)
+
+    def _full(self) -> bool:
+        return (
+            self._traces >= self._most_traces
+            or self._bytes >= _PART_BYTES
+            or len(self._failed) >= _FAILURES
+        )
+
+    def _collect(self, result: Traced | Failed) -> None:
+        if not self._pending():
+            self._oldest = time.monotonic()
+        if isinstance(result, Failed):
+            self._failed.append(result)
+            return
+        for trace in result.traces:
+            # Thousands of traces share the object that says where they come from.
+            if id(trace.provenance) not in self._origins:
+                self._folder.check_origin(trace.provenance)
+                self._origins.add(id(trace.provenance))
+        self._traced.append(result)
+        self._traces += len(result.traces)
+        self._bytes += result.bytes
+
+    def _commit(self) -> None:
+        """Make the collected results durable: the traces first, then the line that names them."""
+        if not self._pending():
+            return
+        traced = sorted(self._traced, key=lambda one: one.index)
+        name = self._write_part(traced) if traced else None
+        counts = [len(one.traces) for one in traced]
+        read, digest = self._read()
+        self._journal.append(
+            Commit(
+                part=name,
+                done=ranges(one.index for one in traced),
+                traces=counts if any(count != 1 for count in counts) else [],
+                failed=self._failed,
+                read=read,
+                digest=digest,
+            )
+        )
+        if self._failed:
+            append_durably(self._folder.own / ERRORS, error_lines(self._failed))
+        if traced:
+            self._number += 1
+        self._traced, self._failed = [], []
+        self._traces = self._bytes = 0
+        # What is gone may have made room for another object with its number.
+        self._origins.clear()
+
+    def _write_part(self, traced: list[Traced]) -> str:
+        path = self._folder.own / parts.name_of(self._number, self._format)
+        unfinished = path.with_name(path.name + UNFINISHED)
+        parts.write(unfinished, [(one.index, trace) for one in traced for trace in one.traces])
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        finish(unfinished, path)
+        return path.name
+
+
+def write_errors(folder: Folder, failed: list[Failed]) -> None:
+    """Write the file of failed prompts anew."""
+    path = folder.own / ERRORS
+    if failed or path.exists():
+        write_whole(path, error_lines(failed))
+
+
+def error_lines(failed: list[Failed]) -> bytes:
+    """Return one line of JSON per failed prompt."""
+    return b"".join(json.dumps(asdict(one), ensure_ascii=False).encode() + b"\n" for one in failed)

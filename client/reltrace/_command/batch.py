@@ -1,0 +1,287 @@
+"""`reltrace batch`: a file of prompts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reltrace._batch.folder import Settings
+from reltrace._batch.items import FORMATS as INPUT_FORMATS
+from reltrace._batch.items import InputFormat, count_items
+from reltrace._batch.parts import FORMATS as PART_FORMATS
+from reltrace._batch.parts import pyarrow_modules
+from reltrace._batch.run import Options, Run, Summary
+from reltrace._command.options import (
+    AsJson,
+    Dtype,
+    Layers,
+    Model,
+    Reduce,
+    Rule,
+    Server,
+    Sites,
+    TargetText,
+    TopK,
+    access_of,
+    target_of,
+)
+from reltrace._errors import invalid
+
+_INTERRUPTED, _TERMINATED = 130, 143
+# A log is no terminal: a line now and then is enough.
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+def batch(
+    context: typer.Context,
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="File of prompts; -: standard input.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT_DIR", help="Folder of the traces; made if need be.")
+    ],
+    server: Server = None,
+    model: Model = None,
+    target: TargetText = "max",
+    rule: Rule = "attnlrp",
+    site: Sites = None,
+    reduce: Reduce = "token",
+    top_k: TopK = None,
+    layer: Layers = None,
+    dtype: Dtype = "float32",
+    part_format: Annotated[
+        str,
+        typer.Option(
+            "--format", envvar="RELTRACE_FORMAT", help=f"Of the traces: {', '.join(PART_FORMATS)}."
+        ),
+    ] = "safetensors",
+    input_format: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_INPUT_FORMAT",
+            help=f"{', '.join(INPUT_FORMATS)}.  [default: by the ending; of standard input: jsonl]",
+            show_default=False,
+        ),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_COLUMN",
+            help="Column of the prompts, in CSV and Parquet.  [default: prompt]",
+            show_default=False,
+        ),
+    ] = None,
+    id_column: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_ID_COLUMN",
+            help="Column of their ids.  [default: id, if there is one]",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(envvar="RELTRACE_LIMIT", min=1, help="Only the first N prompts of the file."),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_SHARD",
+            metavar="I/N",
+            help="Only this machine's part of the prompts: 1/4, 2/4, ... into the same OUT_DIR.",
+        ),
+    ] = None,
+    retry_failed: Annotated[
+        bool,
+        typer.Option(
+            "--retry-failed",
+            envvar="RELTRACE_RETRY_FAILED",
+            help="Try prompts again that the server found fault with.",
+        ),
+    ] = False,
+    max_in_flight: Annotated[
+        int,
+        typer.Option(
+            envvar="RELTRACE_MAX_IN_FLIGHT", min=1, help="Prompts on their way at a time."
+        ),
+    ] = 1024,
+    part_traces: Annotated[
+        int, typer.Option(envvar="RELTRACE_PART_TRACES", min=1, help="Traces in one file.")
+    ] = 1024,
+    part_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="RELTRACE_PART_SECONDS", min=0.1, help="Most seconds until a trace is on disk."
+        ),
+    ] = 10.0,
+    retry_timeout: Annotated[
+        float,
+        typer.Option(
+            envvar="RELTRACE_RETRY_TIMEOUT",
+            min=0,
+            help="Seconds to wait for a server that is away.",
+        ),
+    ] = 600.0,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", envvar="RELTRACE_QUIET", help="Show no progress.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Trace a file of prompts. The same command again goes on where it was left.
+
+    Exit code: 0 if every prompt has its trace, 1 if some failed (OUT_DIR/errors.jsonl says which
+    and why) or the run broke off, 130 or 143 if it was interrupted.
+    """
+    path = None if source == "-" else Path(source)
+    if path is not None and not path.is_file():
+        raise invalid("input", f"there is no file {source!r}")
+    if part_format not in PART_FORMATS:
+        raise invalid("format", f"must be one of {', '.join(PART_FORMATS)}, not {part_format!r}")
+    if part_format == "parquet":
+        pyarrow_modules()
+    reading = InputFormat.of(
+        path, input_format or ("jsonl" if path is None else None), column, id_column
+    )
+    part = _shard(shard)
+    options = Options(
+        path,
+        out,
+        limit=limit,
+        shard=part,
+        retry_failed=retry_failed,
+        max_in_flight=max_in_flight,
+        part_traces=part_traces,
+        part_seconds=part_seconds,
+    )
+    wanted = target_of(target)
+    settings = Settings(
+        model=model,
+        sites=site or ["resid"],
+        reduce=reduce,
+        target=wanted,
+        rule=rule,
+        dtype=dtype,
+        layers=layer or None,
+        top_k=top_k,
+        format=part_format,
+        input_format=reading.name,
+        column=column,
+        id_column=id_column,
+        shards=part[1],
+    )
+    with (
+        access_of(context).client(server, retry_timeout) as client,
+        _Bar(_total(path, reading, limit, part), quiet) as bar,
+        _stopped_in_order(out),
+    ):
+        summary = Run(client, settings, reading, options, sys.stdin.buffer, bar).run(wanted)
+    _report(summary, out, as_json)
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    number, slash, count = text.partition("/")
+    if slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    raise invalid("shard", f"must be I/N with I from 1 to N, such as 2/8, not {text!r}")
+
+
+def _total(
+    path: Path | None, reading: InputFormat, limit: int | None, shard: tuple[int, int]
+) -> int | None:
+    """Return how many prompts there are for this machine; None where only reading them tells."""
+    if path is None:
+        return limit
+    with path.open("rb") as file:
+        count = count_items(file, reading)
+    count = count if limit is None else min(count, limit)
+    number, machines = shard
+    return max(0, count - number + machines) // machines
+
+
+class _Stop(BaseException):
+    """SIGTERM."""
+
+
+@contextmanager
+def _stopped_in_order(out: Path) -> Iterator[None]:
+    """On Ctrl-C and SIGTERM say that nothing is lost, and how it goes on."""
+
+    def stop(*_: object) -> None:
+        raise _Stop
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (KeyboardInterrupt, _Stop) as error:
+        typer.echo(
+            f"reltrace: interrupted; what has come is in {out}, and the same command goes on "
+            "from there",
+            err=True,
+        )
+        code = _TERMINATED if isinstance(error, _Stop) else _INTERRUPTED
+        raise typer.Exit(code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Bar:
+    """A progress bar on standard error; in a log, a line now and then."""
+
+    def __init__(self, total: int | None, quiet: bool) -> None:
+        self._total = total
+        self._quiet = quiet
+        self._failed = 0
+        self._bar: Any = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self, done: int) -> None:
+        """Show the bar, with what is done already."""
+        if self._quiet:
+            return
+        from tqdm import tqdm
+
+        interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+        self._bar = tqdm(
+            total=self._total, initial=done, unit="prompt", mininterval=interval, smoothing=0.05
+        )
+
+    def result(self, failed: bool) -> None:
+        """Count a prompt; from whichever thread."""
+        if self._bar is None:
+            return
+        with self._lock:
+            if failed:
+                self._failed += 1
+                self._bar.set_postfix(failed=self._failed, refresh=False)
+            self._bar.update()
+
+
+def _report(summary: Summary, out: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({**asdict(summary), "out": str(out)}))
+        return
+    failed = f", {summary.failed:,} failed (see errors.jsonl)" if summary.failed else ""
+    typer.echo(
+        f"{out}: {summary.traced:,} prompts traced{failed}; {summary.new:,} in this run, "
+        f"{summary.seconds:.1f} s"
+    )

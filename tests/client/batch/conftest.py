@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reltrace
+from fake_server import FakeServer
+from reltrace._batch.folder import Settings
+from reltrace._batch.items import InputFormat
+from reltrace._batch.run import Options, Run, Summary
+
+SETTINGS = Settings(
+    model=None, sites=["resid"], reduce="token", target="max", rule="attnlrp", dtype="float32",
+    layers=None, top_k=None, format="safetensors", input_format="text", column=None,
+    id_column=None, shards=1,
+)  # fmt: skip
+
+
+class Seen:
+    """What a watcher is told."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.results: list[bool] = []
+
+    def begin(self, done: int) -> None:
+        self.done = done
+
+    def result(self, failed: bool) -> None:
+        self.results.append(failed)
+
+
+@pytest.fixture
+def batch(server: FakeServer, tmp_path: Path) -> Callable[..., Summary]:
+    """Run a batch of lines of text; keyword arguments are settings or options."""
+
+    def run(
+        lines: Sequence[str] | bytes, out: str = "out", watcher: Seen | None = None, **given: Any
+    ) -> Summary:
+        names = Settings.__dataclass_fields__
+        settings = replace(SETTINGS, **{k: v for k, v in given.items() if k in names})
+        rest = {k: v for k, v in given.items() if k not in names}
+        source, stdin = None, io.BytesIO(lines if isinstance(lines, bytes) else b"")
+        if not isinstance(lines, bytes):
+            source = tmp_path / f"in.{settings.input_format}"
+            source.write_text("".join(line + "\n" for line in lines))
+        options = Options(source, tmp_path / out, **rest)
+        settings = replace(settings, shards=options.shard[1])
+        reading = InputFormat(settings.input_format)
+        with reltrace.Client(server.address) as client:
+            run = Run(client, settings, reading, options, stdin, watcher or Seen())
+            return run.run(settings.target)
+
+    return run

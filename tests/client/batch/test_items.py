@@ -1,0 +1,189 @@
+"""Files of prompts, of every kind and fault."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import reltrace
+from hypothesis import given
+from hypothesis import strategies as st
+from reltrace._batch.items import Fingerprint, InputFormat, Item, count_items, read_items
+
+
+def read(content: str | bytes, name: str, **options: str) -> list[Item]:
+    data = content if isinstance(content, bytes) else content.encode()
+    return list(read_items(io.BytesIO(data), InputFormat(name, **options)))
+
+
+def prompts(items: list[Item]) -> list[object]:
+    return [item.arguments.get("prompt", item.fault and str(item.fault)) for item in items]
+
+
+def test_json_lines() -> None:
+    first, second, third = read(
+        '{"id": "a", "prompt": "x"}\n\n"just text"\n'
+        '{"input_ids": [1, 2], "target": {"token": 5, "position": 1}, "rule": "cp_lrp"}\n',
+        "jsonl",
+    )
+    assert (first.index, first.line, first.id, first.arguments) == (0, 1, "a", {"prompt": "x"})
+    assert (second.index, second.line, second.id) == (1, 3, 1)
+    assert second.arguments == {"prompt": "just text"}
+    assert third.arguments == {
+        "input_ids": [1, 2],
+        "target": reltrace.Target(token=5, position=1),
+        "rule": "cp_lrp",
+    }
+
+
+FAULTS = {
+    "{nope": "line: is not JSON",
+    "[1]": "line: must be a JSON object, not list",
+    '{"prompt": "x", "colour": 1}': "colour: is not an argument",
+    '{"prompt": "x", "id": 1.5}': "id: must be text or a whole number",
+    '{"prompt": "x", "id": true}': "id: must be text or a whole number",
+    '{"prompt": "x", "target": {"tokn": 1}}': "target.tokn: is no field of a target",
+    '{"prompt": "x", "target": [{"position": "y"}]}': "position: must be a whole number",
+    "[" * 100_000: "line: is not JSON",
+}
+
+
+@pytest.mark.parametrize("line", FAULTS, ids=lambda line: line[:30])
+def test_a_line_that_is_wrong_is_a_fault_of_its_own(line: str) -> None:
+    before, wrong, after = read(f'{{"prompt": "a"}}\n{line}\n{{"prompt": "b"}}\n', "jsonl")
+    assert before.fault is after.fault is None
+    assert FAULTS[line] in str(wrong.fault)
+    assert wrong.index == 1
+
+
+def test_a_fault_keeps_the_id() -> None:
+    (item,) = read('{"id": "q7", "prompt": "x", "target": {"tokn": 1}}', "jsonl")
+    assert item.id == "q7"
+    assert item.fault is not None
+
+
+def test_a_line_that_is_too_long_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reltrace._batch.items._MOST_LINE_BYTES", 100)
+    for name in ("jsonl", "text"):
+        items = read(b'"ok"\n"' + b"x" * 1000 + b'"\n"ok"', name)
+        assert [item.fault is None for item in items] == [True, False, True]
+        assert "longer than 100 bytes" in str(items[1].fault)
+        assert len(items[1].content) <= 101
+
+
+def test_plain_text() -> None:
+    items = read(b"\xef\xbb\xbfone \r\n\n   \n two\nb\xffd\nlast", "text")
+    assert prompts(items) == ["one ", " two", "line: is not UTF-8 at byte 1", "last"]
+    assert [item.line for item in items] == [1, 4, 5, 6]
+
+
+def test_csv() -> None:
+    items = read('id,prompt,note\na,"two\nlines, and ""quotes""",n\n7,x,\n', "csv")
+    assert prompts(items) == ['two\nlines, and "quotes"', "x"]
+    assert [(item.id, item.line) for item in items] == [("a", 2), ("7", 4)]
+    items = read("text;x\n", "csv", column="text;x")
+    assert items == []
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("a,b\n1,2\n", {}, "column: 'prompt' is not in the file; it has a, b"),
+        ("prompt\nx\n", {"id_column": "k"}, "id-column: 'k' is not in the file; it has prompt"),
+        ('prompt\n"x\n', {}, "input: the row at line 2 is not CSV"),
+        (b"prompt\n\xff\n", {}, "input: is not UTF-8"),
+        ("", {}, "column: 'prompt' is not in the file"),
+    ],
+)
+def test_a_csv_file_that_is_wrong(
+    content: str | bytes, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match=message):
+        read(content, "csv", **options)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["x", None, "z"], "key": [5, 6, None]})
+    pyarrow.parquet.write_table(table, path)
+    reading = InputFormat("parquet", "text", "key")
+    with path.open("rb") as file:
+        items = list(read_items(file, reading))
+    with path.open("rb") as file:
+        assert count_items(file, reading) == 3
+    assert prompts(items) == ["x", "text: must be text, not NoneType", "z"]
+    assert [item.id for item in items] == [5, 6, 2]
+    with pytest.raises(reltrace.InvalidArgument, match="input: is no Parquet file"):
+        read("hello", "parquet")
+
+
+def test_compressed() -> None:
+    data = gzip.compress(b'"a"\n\n"b"\n')
+    reading = InputFormat("jsonl", compressed=True)
+    assert prompts(list(read_items(io.BytesIO(data), reading))) == ["a", "b"]
+    assert count_items(io.BytesIO(data), reading) == 2
+    for broken in (data[:-4], b"plain"):
+        with pytest.raises(reltrace.InvalidArgument, match="input: is no complete gzip file"):
+            list(read_items(io.BytesIO(broken), reading))
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("a.jsonl", InputFormat("jsonl")),
+        ("a.b.TXT", InputFormat("text")),
+        ("a.csv.gz", InputFormat("csv", compressed=True)),
+        ("a.parquet", InputFormat("parquet")),
+    ],
+)
+def test_the_ending_tells_the_format(path: str, expected: InputFormat) -> None:
+    assert InputFormat.of(Path(path), None, None, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("a", {}, "input-format: of 'a' can not be told"),
+        ("a.gz", {}, "input-format: of 'a.gz' can not be told"),
+        ("a.txt", {"name": "xml"}, "input-format: must be one of jsonl, text"),
+        ("a.txt", {"column": "x"}, "column: is for csv and parquet; text has no columns"),
+        ("a.jsonl", {"id_column": "x"}, "id-column: is for csv and parquet"),
+        ("a.parquet.gz", {}, "parquet is read from a file that is not compressed"),
+        (None, {"name": "parquet"}, "parquet is read from a file"),
+        (None, {}, "of standard input can not be told"),
+    ],
+)
+def test_a_format_that_does_not_fit(
+    path: str | None, options: dict[str, str], message: str
+) -> None:
+    values = {"name": None, "column": None, "id_column": None} | options
+    with pytest.raises(reltrace.InvalidArgument, match=message):
+        InputFormat.of(None if path is None else Path(path), **values)
+
+
+texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=20)
+
+
+@given(texts)
+def test_what_is_written_as_json_lines_is_read(values: list[str]) -> None:
+    content = "".join(json.dumps({"prompt": value, "id": value}) + "\n" for value in values)
+    items = read(content, "jsonl")
+    assert prompts(items) == values
+    assert [item.id for item in items] == values
+    assert count_items(io.BytesIO(content.encode()), InputFormat("jsonl")) == len(values)
+
+
+@given(texts, texts)
+def test_a_fingerprint_tells_prompts_apart(first: list[str], second: list[str]) -> None:
+    def digest(values: list[str]) -> str:
+        fingerprint = Fingerprint()
+        for item in read("".join(json.dumps(value) + "\n" for value in values), "jsonl"):
+            fingerprint.add(item)
+        return fingerprint.digest()
+
+    assert (digest(first) == digest(second)) == (first == second)

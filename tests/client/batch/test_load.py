@@ -1,0 +1,106 @@
+"""Batches read back."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import reltrace
+from reltrace._batch.run import Summary
+
+Batch = Callable[..., Summary]
+
+LINES = [f"prompt {number}" for number in range(30)]
+
+
+def test_traces_by_their_place(batch: Batch, tmp_path: Path) -> None:
+    batch(LINES, part_traces=4)
+    loaded = reltrace.load_batch(tmp_path / "out")
+    assert len(loaded) == 30
+    assert loaded[0].id == 0
+    assert loaded[-1].id == 29
+    for wrong in (30, -31):
+        with pytest.raises(IndexError, match="has 30 traces"):
+            loaded[wrong]
+    assert [trace.id for trace in loaded] == list(range(30))
+    # No file stays open for every part that was read.
+    assert len(loaded._open) <= 8
+    assert repr(loaded) == "Batch(30 traces in 8 files, 0 errors)"
+
+
+def test_a_folder_that_holds_none(tmp_path: Path) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match="holds no batch"):
+        reltrace.load_batch(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "other"}')
+    with pytest.raises(reltrace.InvalidArgument, match="of format 'other'"):
+        reltrace.load_batch(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(reltrace.InvalidArgument, match="is damaged"):
+        reltrace.load_batch(tmp_path)
+
+
+def test_a_part_that_is_damaged(batch: Batch, tmp_path: Path) -> None:
+    for part_format in ("safetensors", "parquet"):
+        batch(LINES, out=part_format, format=part_format)
+        (tmp_path / part_format / f"part-000000.{part_format}").write_bytes(b"nonsense")
+        with pytest.raises(reltrace.InvalidArgument, match="is no part of a batch"):
+            reltrace.load_batch(tmp_path / part_format)[0]
+
+
+@pytest.mark.parametrize("part_format", ["safetensors", "parquet"])
+@pytest.mark.parametrize("reduce", ["token", "full"])
+def test_numbers_are_those_of_trace(
+    batch: Batch, client: reltrace.Client, tmp_path: Path, part_format: str, reduce: str
+) -> None:
+    import reltrace._batch.run
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # The fake server announces one reduction, and does several.
+        monkeypatch.setattr(reltrace._batch.run, "check_served", lambda *_: None)
+        batch(LINES, format=part_format, reduce=reduce, sites=["embed", "resid"])
+    for line, loaded in zip(LINES, reltrace.load_batch(tmp_path / "out"), strict=True):
+        trace = client.trace(line, sites=["embed", "resid"], reduce=reduce)
+        assert loaded.sites == ("embed", "resid")
+        for site in trace.sites:
+            np.testing.assert_array_equal(loaded[site], trace[site])
+            assert loaded[site].dtype == trace[site].dtype
+        assert loaded.tokens == trace.tokens
+        assert loaded.target == trace.target
+        assert loaded.provenance == trace.provenance
+
+
+def test_into_datasets(batch: Batch, tmp_path: Path) -> None:
+    batch(LINES, part_traces=7)
+    loaded = reltrace.load_batch(tmp_path / "out")
+    dataset = datasets.Dataset.from_generator(loaded.rows, cache_dir=str(tmp_path / "cache"))
+    assert len(dataset) == 30
+    np.testing.assert_array_equal(np.float32(dataset[3]["resid"]), loaded[3].relevance)
+    assert dataset[3]["tokens"] == loaded[3].tokens
+
+
+def test_parquet_is_read_by_others(batch: Batch, tmp_path: Path) -> None:
+    batch(LINES, format="parquet", part_traces=7)
+    loaded = reltrace.load_batch(tmp_path / "out")
+    files = sorted(map(str, (tmp_path / "out").glob("part-*.parquet")))
+    dataset = datasets.load_dataset(
+        "parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    frame = pd.concat(map(pd.read_parquet, files)).sort_values("index")
+    assert len(dataset) == len(frame) == 30
+    row = frame.iloc[3]
+    resid = row["resid"].reshape(row["resid.shape"])
+    np.testing.assert_array_equal(resid, loaded[3].relevance)
+    assert list(row["tokens"]) == loaded[3].tokens
+    assert row["id"] == "3"
+
+
+def test_a_batch_travels_between_processes(batch: Batch, tmp_path: Path) -> None:
+    batch(LINES)
+    loaded = reltrace.load_batch(tmp_path / "out")
+    first = loaded[0]
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(loaded))[0].relevance, first.relevance)
