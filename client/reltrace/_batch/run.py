@@ -150,7 +150,7 @@ class Run:
         """
         began = time.monotonic()
         check_served(self._settings, self._client.models())
-        with self._folder.held():
+        with self._folder.held(), closing(self._input):
             self._folder.enter(self._settings, str(self._options.source or "-"))
             self._recover()
             self._watcher.begin(self._done.traced + self._done.failed)
@@ -165,10 +165,7 @@ class Run:
             try:
                 self._trace(writer, target)
             finally:
-                try:
-                    writer.close()
-                finally:
-                    self._input.close()
+                writer.close()
             return self._summary(time.monotonic() - began)
 
     def _recover(self) -> None:

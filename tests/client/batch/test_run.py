@@ -213,7 +213,7 @@ def test_another_model_is_not_mixed_in(batch: Batch, server: FakeServer, tmp_pat
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
     manifest["provenance"]["revision"] = "r0"
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(reltrace.TraceError, match="revision is 'r1'; this batch was .* 'r0'"):
+    with pytest.raises(reltrace.TraceError, match=r"revision is 'r1'; this batch was .* 'r0'"):
         batch(LINES)
     assert len(reltrace.load_batch(tmp_path / "out")) == 10
 
