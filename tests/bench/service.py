@@ -36,7 +36,7 @@ ROUND_TRIPS = 100
 
 
 @contextmanager
-def serving(checkpoint: Path, threads: int) -> Iterator[str]:
+def serving(checkpoint: Path | str, threads: int) -> Iterator[str]:
     """Run `reltrace up` with one model; gives its address."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("RELTRACE_")}
     with tempfile.TemporaryDirectory() as data:
