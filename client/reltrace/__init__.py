@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from reltrace._aio import AsyncClient
 from reltrace._client import Client
+from reltrace._entries import Entry
 from reltrace._errors import (
     Cancelled,
     DeadlineExceeded,
@@ -74,6 +75,7 @@ __all__ = [
     "Cancelled",
     "Client",
     "DeadlineExceeded",
+    "Entry",
     "Failure",
     "InvalidArgument",
     "JobFailed",

@@ -6,13 +6,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reltrace._errors import TraceError, invalid
 from reltrace._origin import Provenance, ResolvedTarget, Timings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from reltrace._entries import Entry
 
 Array: TypeAlias = NDArray[Any]
 
@@ -193,6 +198,54 @@ class Trace:
             plot.write(self, path, site=self._site(site), normalize=normalize)
         return path
 
+    def top(self, k: int = 10, site: str | None = None) -> list[Entry]:
+        """Return the entries with the largest |R|, whatever the reduction left.
+
+        Parameters
+        ----------
+        k : int, default 10
+            How many; a trace with fewer gives all.
+        site : str, optional
+            One of `sites`; default as in `relevance`.
+
+        Returns
+        -------
+        list of Entry
+            The largest first, each with its layer, token and feature, so far as the reduction has
+            not summed over them.
+
+        Raises
+        ------
+        InvalidArgument
+            If `k` is not a whole number from 1 on, or the site was not requested.
+        """
+        from reltrace import _entries
+
+        return _entries.strongest(self, k, self._site(site))
+
+    def to_pandas(self, site: str | None = None) -> pd.DataFrame:
+        """Return the relevance at a site as a data frame with one row per value.
+
+        Parameters
+        ----------
+        site : str, optional
+            One of `sites`; default as in `relevance`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns "layer", "position", "token", "feature", so far as the reduction has not summed
+            over them, and "relevance".
+
+        Raises
+        ------
+        MissingDependency
+            If pandas is missing.
+        """
+        from reltrace import _entries
+
+        return _entries.frame(self, self._site(site))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the trace as plain lists and numbers, ready for `json.dumps`.
 
@@ -239,6 +292,12 @@ class Trace:
         if site not in self.arrays:
             raise invalid("site", f"{site!r} was not requested; there are {', '.join(self.sites)}")
         return site
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from reltrace._pictures.fragment import trace_fragment
+
+        return trace_fragment(self)
 
     def __repr__(self) -> str:
         shapes = ", ".join(

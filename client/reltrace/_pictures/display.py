@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,13 +21,36 @@ POSITIVE = (178, 24, 43)
 _WHITE_SPACE = {"\u2581": " ", "\u0120": " ", "\u010a": "↵", "\u0109": "→", "\n": "↵", "\t": "→"}
 
 # Sites whose first layer is nearest to the input; the others add to the stream layer by layer.
-_STREAM_SITES = frozenset({"resid", "resid_mid"})
+STREAM_SITES = frozenset({"resid", "resid_mid"})
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the bytes that the characters of byte-level tokenizers stand for.
+
+    Bytes that print are themselves, the others are counted on from U+0100: GPT-2's `encoder.py`.
+    """
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    shifted = {chr(0x100 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printed} | shifted
+
+
+_BYTES = _byte_alphabet()
+
+
+def _decoded(token: str) -> str:
+    """Return the text of a byte-level token; any other token, or a part of a character, as it is."""
+    try:
+        return bytes(_BYTES[char] for char in token).decode()
+    except (KeyError, UnicodeDecodeError):
+        return token
 
 
 def readable(token: str) -> str:
     """Return a token as people read it: white space as such, no control characters."""
     return "".join(
-        _WHITE_SPACE.get(char, char if char.isprintable() else repr(char)[1:-1]) for char in token
+        _WHITE_SPACE.get(char, char if char.isprintable() else repr(char)[1:-1])
+        for char in _decoded(token)
     )
 
 
@@ -37,6 +61,21 @@ def readable_all(tokens: Sequence[str]) -> list[str]:
     """
     words = [readable(token) for token in tokens]
     return words if any(" " in word for word in words) else [f"{word} " for word in words]
+
+
+# What tokenizers put around a prompt, and single bytes: "<s>", "<|begin_of_text|>", "<0x0A>".
+_SPECIAL = re.compile(r"<[^<>\s]{1,40}>|\[[A-Z]{2,10}\]")
+
+
+def is_special(token: str) -> bool:
+    """Tell whether a token looks like one that stands for no text."""
+    return _SPECIAL.fullmatch(token) is not None
+
+
+def label(token: str) -> str:
+    """Return a token as a name in a table: white space alone is made visible."""
+    word = readable(token)
+    return word if word.strip() else word.replace(" ", "␣")
 
 
 def colour(value: float) -> tuple[int, int, int]:
@@ -96,7 +135,7 @@ def token_values(trace: Trace, site: str | None = None) -> TokenValues:
     values = trace.by_token(site).astype(np.float32)
     if site in SITES_WITHOUT_LAYERS:
         return TokenValues(values, f"site {site}")
-    if site in _STREAM_SITES:
+    if site in STREAM_SITES:
         numbers = layer_numbers(trace, len(values))
         first = min(numbers)
         return TokenValues(values[numbers.index(first)], f"site {site}, layer {first}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from reltrace._pictures.display import layer_numbers, readable
+from reltrace._pictures.display import label, layer_numbers, readable
 from reltrace._trace import SITES_WITHOUT_LAYERS, Trace
 
 
@@ -65,16 +65,11 @@ def heatmap(trace: Trace, site: str, *, normalize: bool) -> Heatmap:
         raw=raw,
         shown=shown,
         limit=limit or 1.0,
-        tokens=[_label(token) for token in trace.tokens],
+        tokens=[label(token) for token in trace.tokens],
         columns=columns,
         title=f"Relevance of {describe_target(trace)}",
         scale=f"site {site}, {divided if normalize else 'raw relevance'}",
     )
-
-
-def _label(token: str) -> str:
-    word = readable(token)
-    return word if word.strip() else word.replace(" ", "␣")
 
 
 def describe_target(trace: Trace) -> str:

@@ -1,7 +1,8 @@
-"""The heatmap as one self-contained page."""
+"""One trace as a page: everything in one file, which loads nothing from anywhere."""
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
@@ -11,13 +12,28 @@ from typing import Any
 
 import numpy as np
 
-from reltrace._pictures.display import NEGATIVE, POSITIVE, ZERO, readable_all, token_values
-from reltrace._pictures.heatmap import heatmap
-from reltrace._trace import SITES_WITHOUT_LAYERS, Trace
+from reltrace._errors import invalid
+from reltrace._pictures.display import (
+    NEGATIVE,
+    POSITIVE,
+    STREAM_SITES,
+    ZERO,
+    is_special,
+    label,
+    layer_numbers,
+    readable_all,
+)
+from reltrace._pictures.heatmap import describe_target
+from reltrace._pictures.strongest import Strongest, strongest_of
+from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
+
+# Of the strongest features of all sites together: about 1.3 MB of the page.
+_MOST_ENTRIES = 60_000
+_FEATURES = {"head": "head", "neuron": "neuron"}
 
 
 def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
-    """Write the page. It loads nothing, from nowhere: its own policy forbids it.
+    """Write the page.
 
     Raises
     ------
@@ -29,43 +45,87 @@ def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
 
 def page(trace: Trace, *, site: str, normalize: bool) -> str:
     """Return the page's text."""
-    table = heatmap(trace, site, normalize=normalize)
-    text = token_values(trace, site)
-    provenance = trace.provenance
-    versions = ", ".join(f"{name} {number}" for name, number in sorted(provenance.versions.items()))
-    about = (
-        f"Model {provenance.model}, rule {provenance.rule}, {provenance.dtype} on "
-        f"{provenance.device}" + (f"; {versions}" if versions else "")
-    )
+    if trace.provenance.reduction == "feature":
+        raise invalid(
+            "reduce", '"feature" leaves no value per token; use "token", "topk" or "full"'
+        )
+    budget = _MOST_ENTRIES // len(trace.sites)
     data = {
-        "tokens": table.tokens,
+        "tokens": [label(token) for token in trace.tokens],
         "words": readable_all(trace.tokens),
-        "columns": table.columns,
-        "layered": site not in SITES_WITHOUT_LAYERS,
-        "raw": _numbers(table.raw),
-        "shown": _numbers(table.shown),
-        "limit": table.limit,
-        "text": _numbers(text.values),
-        "textTitle": text.title,
+        "special": [is_special(token) for token in trace.tokens],
+        "sites": [_site(trace, name, budget) for name in trace.sites],
+        "first": trace.sites.index(site),
         "normalized": normalize,
         "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
     }
-    template = files("reltrace._pictures").joinpath("page.html").read_text(encoding="utf-8")
+    folder = files("reltrace._pictures") / "page"
+    texts = {name: folder.joinpath(name).read_text("utf-8") for name in _FILES}
     values = {
-        "TITLE": html.escape(table.title),
-        "SUBTITLE": html.escape(table.scale),
-        "ABOUT": html.escape(about),
+        "TITLE": html.escape(f"Relevance of {describe_target(trace)}"),
+        "ABOUT": html.escape(_about(trace)),
+        "STYLE": texts["page.css"],
+        "SCRIPT": texts["page.js"],
         "DATA": _script_safe(json.dumps(data, ensure_ascii=False, allow_nan=False)),
     }
     # In one pass: what a prompt says is not looked at for further placeholders.
-    return re.sub("%%([A-Z]+)%%", lambda match: values[match.group(1)], template)
+    return re.sub("%%([A-Z]+)%%", lambda match: values[match.group(1)], texts["page.html"])
 
 
-def _numbers(values: Any) -> Any:
-    """Return numbers with 7 significant digits, which is float32's precision; None for NaN."""
-    if values.ndim > 1:
-        return [_numbers(row) for row in values]
-    return [float(f"{value:.7g}") if np.isfinite(value) else None for value in values]
+_FILES = ("page.html", "page.css", "page.js")
+
+
+def _about(trace: Trace) -> str:
+    provenance = trace.provenance
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(provenance.versions.items()))
+    return (
+        f"Model {provenance.model}, rule {provenance.rule}, {provenance.dtype} on "
+        f"{provenance.device}" + (f"; {versions}" if versions else "")
+    )
+
+
+def _site(trace: Trace, site: str, budget: int) -> dict[str, Any]:
+    """Return what the page knows of a site: values by token and layer, and strongest features."""
+    found = strongest_of(trace, site, budget)
+    layered = site not in SITES_WITHOUT_LAYERS
+    if found is not None and found.sums is not None:
+        values, what = found.sums, f", sum of the {found.kept:,} values that were kept"
+    else:
+        values, what = trace.by_token(site), ""
+    values = values.astype(np.float32)
+    table = values.T if layered else values[:, None]
+    numbers = layer_numbers(trace, table.shape[1]) if layered else ()
+    text_column = numbers.index(min(numbers)) if site in STREAM_SITES else -1 if layered else 0
+    return {
+        "name": site,
+        "what": what,
+        "layered": layered,
+        "columns": list(map(str, numbers)) if layered else [site],
+        "values": _base64(table),
+        # What colours the text while no layer is chosen: a column, or -1 for their sum.
+        "textColumn": text_column,
+        "feature": _FEATURES.get(site, "unit"),
+        "entries": "" if found is None else _base64_entries(found),
+        "note": _note(found),
+    }
+
+
+def _note(found: Strongest | None) -> str:
+    if found is None or found.kept == found.all:
+        return ""
+    return f"Of {found.all:,} values the page holds the {found.kept:,} strongest."
+
+
+def _base64(values: Array) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, "<f4").tobytes()).decode()
+
+
+def _base64_entries(found: Strongest) -> str:
+    """Return (row of the layer, token, feature, value) of each, four bytes a number."""
+    words = np.empty((found.kept, 4), "<i4")
+    words[:, 0], words[:, 1], words[:, 2] = found.rows, found.tokens, found.features
+    words[:, 3] = found.values.astype("<f4").view("<i4")
+    return base64.b64encode(words.tobytes()).decode()
 
 
 def _script_safe(text: str) -> str:

@@ -1,0 +1,159 @@
+"""What a notebook shows of a trace: HTML without scripts, in light and in dark surroundings."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reltrace._entries import Entry
+from reltrace._pictures.display import (
+    colour,
+    ink,
+    is_special,
+    label,
+    layer_numbers,
+    readable_all,
+    scaled,
+    token_values,
+)
+from reltrace._pictures.heatmap import describe_target
+from reltrace._trace import SITES_WITHOUT_LAYERS, Trace
+
+# Of a long prompt, this many tokens at either end; a notebook keeps what it shows.
+_END_TOKENS = 300
+# Past these a heatmap is no help in a notebook: `Trace.plot` writes one.
+_MAP_TOKENS, _MAP_LAYERS = 80, 80
+_STRONGEST = 10
+
+_BOX = (
+    "font-family:system-ui,sans-serif;font-size:13px;line-height:1.5;color:#1a1a1a;"
+    "background:#fff;padding:10px 12px;border:1px solid #ddd;border-radius:4px"
+)
+
+
+def trace_fragment(trace: Trace) -> str:
+    """Return the target, the coloured tokens, a small heatmap or the strongest entries.
+
+    Every colour is set, so that it reads the same in a dark notebook; nothing leaks out of it.
+    """
+    target = html.escape(describe_target(trace))
+    parts = [f'<div style="{_BOX}"><div>Relevance of <b>{target}</b></div>']
+    if trace.provenance.reduction in ("feature", "topk"):
+        parts.append(_entries(trace.top(_STRONGEST)))
+    else:
+        parts.append(_text(trace))
+        parts.append(_map(trace))
+    shapes = html.escape(", ".join(_shapes(trace)))
+    origin = html.escape(f"{trace.provenance.model}, rule {trace.provenance.rule}")
+    parts.append(f'<div style="color:#666;font-size:11px">{shapes}; model {origin}</div></div>')
+    return "".join(parts)
+
+
+def _shapes(trace: Trace) -> Sequence[str]:
+    return [
+        f"{site}{f'/{part}' if part else ''} {list(array.shape)}"
+        for site, arrays in trace.arrays.items()
+        for part, array in arrays.items()
+    ]
+
+
+def _text(trace: Trace) -> str:
+    shown = token_values(trace)
+    words, shares = readable_all(trace.tokens), scaled(shown.values)
+    count = len(words)
+    spans = []
+    for position in range(count):
+        if _END_TOKENS <= position < count - _END_TOKENS:
+            if position == _END_TOKENS:
+                spans.append(f"<i> … {count - 2 * _END_TOKENS} tokens … </i>")
+            continue
+        background = colour(float(shares[position]))
+        style = f"background:{_css(background)};color:{_css(ink(background))};border-radius:3px"
+        if is_special(trace.tokens[position]):
+            style += ";font-size:10px"
+        title = html.escape(f"{position}: {shown.values[position]:+.4g}", quote=True)
+        spans.append(f'<span style="{style}" title="{title}">{html.escape(words[position])}</span>')
+    return (
+        '<div style="margin:6px 0 2px;font-size:15px;line-height:1.9;white-space:pre-wrap;'
+        f'overflow-wrap:anywhere">{"".join(spans)}</div>'
+        f'<div style="color:#666;font-size:11px">Text coloured by {html.escape(shown.title)}; '
+        "red speaks for the target, blue against it.</div>"
+    )
+
+
+def _map(trace: Trace) -> str:
+    """Return tokens by layers as a table of colours, if it is small enough to read."""
+    site = "resid" if "resid" in trace.sites else trace.sites[0]
+    if site in SITES_WITHOUT_LAYERS:
+        return ""
+    values = trace.by_token(site).astype(np.float32)
+    layers, tokens = values.shape
+    if tokens > _MAP_TOKENS or layers > _MAP_LAYERS:
+        return (
+            f'<div style="color:#666">{layers} layers × {tokens} tokens: '
+            "trace.plot(&quot;trace.html&quot;) shows them.</div>"
+        )
+    numbers = layer_numbers(trace, layers)
+    head = "".join(f'<th style="{_TH}">{number}</th>' for number in numbers)
+    rows = [
+        _row(label(trace.tokens[token]), numbers, values[:, token], shares[:, token])
+        for shares in [np.stack([scaled(layer) for layer in values])]
+        for token in range(tokens)
+    ]
+    return (
+        '<details style="margin:6px 0"><summary style="cursor:pointer">Layers by tokens '
+        f"(site {site}, each layer divided by its largest |R|)</summary>"
+        '<table style="border-collapse:collapse;border:0;margin:4px 0">'
+        f'<tr style="background:none"><th style="{_TH}"></th>{head}</tr>{"".join(rows)}</table>'
+        "</details>"
+    )
+
+
+_TH = "padding:0 3px;font-weight:400;font-size:11px;color:#444;border:0;background:none"
+
+
+def _row(
+    name: str,
+    numbers: Sequence[int],
+    values: NDArray[np.float32],
+    shares: NDArray[np.float32],
+) -> str:
+    cells = "".join(
+        f'<td style="width:18px;height:14px;padding:0;border:0;background:{_css(colour(share))}"'
+        f' title="layer {number}: {value:+.4g}"></td>'
+        for number, value, share in zip(numbers, values, shares.tolist(), strict=True)
+    )
+    style = f"{_TH};text-align:right;white-space:pre;max-width:160px;overflow:hidden"
+    return f'<tr style="background:none"><th style="{style}">{html.escape(name)}</th>{cells}</tr>'
+
+
+def _entries(entries: Sequence[Entry]) -> str:
+    """Return a table of single values."""
+    fields = [
+        name
+        for name in ("layer", "position", "token", "feature")
+        if entries and getattr(entries[0], name) is not None
+    ]
+    style = "padding:1px 12px 1px 0;text-align:left;border:0;background:none;color:#1a1a1a"
+    head = "".join(f'<th style="{style};font-weight:400">{name}</th>' for name in [*fields, "R"])
+    rows = []
+    for entry in entries:
+        cells = [label(str(getattr(entry, name))) for name in fields]
+        texts = "".join(
+            f'<td style="{style};white-space:pre">{html.escape(cell)}</td>'
+            for cell in [*cells, f"{entry.value:+.4g}"]
+        )
+        rows.append(f'<tr style="background:none">{texts}</tr>')
+    site = html.escape(entries[0].site) if entries else ""
+    return (
+        f'<div style="color:#666;margin-top:4px">Strongest entries of site {site}</div>'
+        '<table style="border-collapse:collapse;border:0;margin:4px 0;font-size:13px">'
+        f"<tr>{head}</tr>{''.join(rows)}</table>"
+    )
+
+
+def _css(shade: tuple[int, int, int]) -> str:
+    return f"#{shade[0]:02x}{shade[1]:02x}{shade[2]:02x}"
