@@ -39,7 +39,7 @@ _BYTES = _byte_alphabet()
 
 
 def _decoded(token: str) -> str:
-    """Return the text of a byte-level token; any other token, or a part of a character, as it is."""
+    """Return the text of a byte-level token; anything else, or part of a character, as it is."""
     try:
         return bytes(_BYTES[char] for char in token).decode()
     except (KeyError, UnicodeDecodeError):
