@@ -71,6 +71,7 @@ class Client(Queries):
             address, token=token, tls=tls, insecure=insecure, retry_timeout=retry_timeout
         )
         self._loop = _loop.shared()
+        self._loop.at_exit(self._client)
 
     @property
     def address(self) -> str:

@@ -53,7 +53,15 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The jobs of one model that have not ended: waiting, and with a worker."""
+    """The jobs of one model that have not ended.
+
+    Attributes
+    ----------
+    model : str
+        The model.
+    queued, leased : int
+        Jobs that wait, and jobs that a worker has.
+    """
 
     model: str
     queued: int

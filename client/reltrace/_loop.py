@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import Future, wait
-from typing import Any, Generic, TypeVar
+import weakref
+from collections.abc import Coroutine, Sequence
+from concurrent import futures
+from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
-_GIVE_UP = 2.0
-"""Seconds in which work that is interrupted may end in order."""
-
 _LOOK_FOR_SIGNALS = 0.2
 """Seconds. A signal that arrives just before a thread falls asleep on a lock does not wake it."""
+
+
+_TIDY_UP = 2.0
+"""Seconds that somebody who leaves is kept while the server is told."""
+
+
+class Closing(Protocol):
+    """What can be closed on the loop."""
+
+    async def close(self) -> None:
+        """Close it."""
+        ...
 
 
 class _Call(Generic[T]):
@@ -51,21 +62,27 @@ class LoopThread:
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="reltrace-client", daemon=True
         )
-        self._finishing: set[asyncio.Task[None]] = set()
         self._thread.start()
+        self._ended = False
+        self._closing: weakref.WeakSet[Closing] = weakref.WeakSet()
+        self._finishing: set[asyncio.Task[None]] = set()
+        atexit.register(self.end)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for it, from any other thread.
 
-        An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine, and is raised
-        once that has ended, which takes `_GIVE_UP` at most. It is noticed within
+        An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine, which has
+        `_TIDY_UP` to leave in order; a second interruption ends that wait. It is noticed within
         `_LOOK_FOR_SIGNALS`, whichever thread the system gave the signal to.
         """
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a synchronous client can not be used on its own event loop")
+        if self._ended:
+            work.close()
+            raise RuntimeError("the process is ending: a synchronous client can not be used now")
         call = _Call(work)
-        future: Future[T] | None = None
+        future: futures.Future[T] | None = None
         try:
             future = asyncio.run_coroutine_threadsafe(call.run(), self._loop)
             while True:
@@ -78,22 +95,40 @@ class LoopThread:
         except BaseException:
             if future is None or not future.done():
                 self._loop.call_soon_threadsafe(call.cancel)
-            if future is not None:
-                wait([future], _GIVE_UP)
+                if future is not None:
+                    futures.wait((future,), _TIDY_UP)
             raise
 
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine that ends something, and wait for it if this thread can.
+        """Run what ends something: from any thread, also as the process ends.
 
-        An iterator that nobody uses any more is closed by whichever thread collects garbage, and
-        that may be the loop's own.
+        A generator that nobody holds any more may be closed on the loop's own thread, which can
+        not wait for itself, or after the loop has ended.
         """
-        if threading.current_thread() is self._thread:
+        if self._ended:
+            work.close()
+        elif threading.current_thread() is self._thread:
             task = self._loop.create_task(work)
             self._finishing.add(task)
             task.add_done_callback(self._finishing.discard)
         else:
             self.run(work)
+
+    def at_exit(self, closing: Closing) -> None:
+        """Note a client to be closed when the process ends, if it still exists then."""
+        self._closing.add(closing)
+
+    def end(self) -> None:
+        """Close what is open, for at most `_TIDY_UP`; nothing runs on the loop from then on."""
+        left = [client.close() for client in tuple(self._closing)]
+        if left and os.getpid() == self.pid:
+            future = asyncio.run_coroutine_threadsafe(_all(left), self._loop)
+            futures.wait((future,), _TIDY_UP)
+        self._ended = True
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, None]]) -> None:
+    await asyncio.gather(*work, return_exceptions=True)
 
 
 _lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sized
 from typing import Any, Self
 
@@ -9,7 +10,7 @@ from reltrace._trace import Failure
 
 
 class Progress:
-    """Counts results on a tqdm bar.
+    """Counts results on a tqdm bar, with their rate, and how many failed.
 
     Parameters
     ----------
@@ -27,9 +28,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._shown:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=self._total, unit="trace", smoothing=0.1)
+            self._bar = _tqdm()(total=self._total, unit="trace", smoothing=0.1)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -44,3 +43,14 @@ class Progress:
             self._failures += 1
             self._bar.set_postfix(failed=self._failures, refresh=False)
         self._bar.update()
+
+
+def _tqdm() -> Any:
+    """Return the bar for where we are: a widget in a notebook that has widgets, else text."""
+    from tqdm import TqdmWarning
+
+    with warnings.catch_warnings():
+        # A notebook without ipywidgets gets the bar as text, which is all there is to say.
+        warnings.simplefilter("ignore", TqdmWarning)
+        from tqdm.auto import tqdm
+    return tqdm

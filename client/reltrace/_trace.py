@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -348,3 +349,11 @@ class Failure:
 
     id: str | int
     error: TraceError
+
+    def __str__(self) -> str:
+        return f"{type(self.error).__name__}: {self.error}"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the kind of error and its message, which names the item."""
+        kind, message = type(self.error).__name__, escape(str(self.error))
+        return f"<div><strong>{kind}</strong>: <code>{message}</code></div>"
