@@ -14,6 +14,7 @@ from importlib.metadata import version as _version
 from os import PathLike as _PathLike
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from reltrace._admin import DeadJob, Requeued, Tenant
 from reltrace._aio import AsyncClient
 from reltrace._client import Client
 from reltrace._entries import Entry
@@ -74,6 +75,7 @@ __all__ = [
     "AsyncClient",
     "Cancelled",
     "Client",
+    "DeadJob",
     "DeadlineExceeded",
     "Entry",
     "Failure",
@@ -90,10 +92,12 @@ __all__ = [
     "Provenance",
     "Quarantined",
     "Queue",
+    "Requeued",
     "ResolvedTarget",
     "ResourceExhausted",
     "Status",
     "Target",
+    "Tenant",
     "Timings",
     "TlsOptions",
     "Trace",

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from reltrace_proto.v1 import admin_pb2, trace_pb2
 
 from reltrace import _info
+from reltrace._admin import Admin, AsyncAdmin
 from reltrace._errors import RpcStatus, invalid
 from reltrace._loop import LoopThread
 from reltrace._transport.abandon import cancel_submission
@@ -29,6 +30,11 @@ class AsyncQueries:
     """The queries of `AsyncClient`; see `Queries`."""
 
     _connection: Connection
+
+    @property
+    def admin(self) -> AsyncAdmin:
+        """The operator's calls; see `Client.admin`."""
+        return AsyncAdmin(self._connection)
 
     async def models(self) -> list[_info.Model]:
         """Return the models that can be traced. See `Client.models`."""
@@ -81,6 +87,11 @@ class Queries:
 
     _client: AsyncQueries
     _loop: LoopThread
+
+    @property
+    def admin(self) -> Admin:
+        """The operator's calls: quarantined jobs, tenants."""
+        return Admin(self._client.admin, self._loop)
 
     def models(self) -> list[_info.Model]:
         """Return the models that can be traced, with the workers that serve them.

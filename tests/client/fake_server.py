@@ -398,6 +398,46 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         worker.connected_at.FromSeconds(1_700_000_000)
         return response
 
+    dead: list[admin_pb2.DeadJob] = field(default_factory=list)
+    tenants: dict[str, admin_pb2.Tenant] = field(default_factory=dict)
+
+    def ListDeadJobs(
+        self, request: admin_pb2.ListDeadJobsRequest, context: Any
+    ) -> admin_pb2.ListDeadJobsResponse:
+        return admin_pb2.ListDeadJobsResponse(jobs=self.dead[: request.limit])
+
+    def RequeueDeadJobs(
+        self, request: admin_pb2.RequeueDeadJobsRequest, context: Any
+    ) -> admin_pb2.RequeueDeadJobsResponse:
+        known = {job.job_id for job in self.dead}
+        for index, job_id in enumerate(request.job_ids):
+            if job_id not in known:
+                fault = error_details_pb2.BadRequest.FieldViolation(
+                    field=f"job_ids[{index}]", description=f"no dead job {job_id!r}"
+                )
+                bad = error_details_pb2.BadRequest(field_violations=[fault])
+                code = grpc.StatusCode.NOT_FOUND
+                context.abort_with_status(rpc_status.to_status(status_with(code, "unknown", bad)))
+        self.dead = [job for job in self.dead if job.job_id not in request.job_ids]
+        response = admin_pb2.RequeueDeadJobsResponse()
+        for job_id in request.job_ids:
+            response.jobs.add(dead_job_id=job_id, submission_id="again", job_id=f"again-{job_id}")
+        return response
+
+    def ListTenants(
+        self, request: admin_pb2.ListTenantsRequest, context: Any
+    ) -> admin_pb2.ListTenantsResponse:
+        return admin_pb2.ListTenantsResponse(tenants=self.tenants.values())
+
+    def SetTenant(
+        self, request: admin_pb2.SetTenantRequest, context: Any
+    ) -> admin_pb2.SetTenantResponse:
+        tenant = self.tenants.setdefault(request.tenant, admin_pb2.Tenant(tenant=request.tenant))
+        for name in ("weight", "max_jobs", "max_bytes"):
+            if request.HasField(name):
+                setattr(tenant, name, getattr(request, name))
+        return admin_pb2.SetTenantResponse(tenant=tenant)
+
 
 class _Guard(grpc.ServerInterceptor):
     """Asks for the token, as the scheduler does."""

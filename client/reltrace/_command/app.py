@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -9,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import reltrace
-from reltrace._command import batch, cluster, tracing, up
+from reltrace._command import batch, cluster, operating, tracing, up
 from reltrace._command.options import Access
 from reltrace._errors import TraceError
 from reltrace._transport.security import TlsOptions
@@ -19,17 +20,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Relevance traces of LLaMA-family language models.",
 )
-app.command()(tracing.run)
-app.command()(batch.batch)
-app.command()(cluster.models)
-app.command()(cluster.status)
-app.command()(up.up)
+_TRACES, _SERVER = "Traces", "Server"
+app.command(rich_help_panel=_TRACES)(tracing.run)
+app.command(rich_help_panel=_TRACES)(batch.batch)
+app.command(rich_help_panel=_TRACES)(cluster.cancel)
+app.command(rich_help_panel=_SERVER)(up.up)
+app.command(rich_help_panel=_SERVER)(cluster.models)
+app.command(rich_help_panel=_SERVER)(cluster.status)
+app.command(rich_help_panel=_SERVER)(cluster.workers)
+app.add_typer(operating.dead, name="dead", rich_help_panel=_SERVER)
+app.add_typer(operating.tenants, name="tenants", rich_help_panel=_SERVER)
 
 
 def main() -> NoReturn:
     """Run the command; an error of ours is one line and exit code 1."""
     try:
         app()
+    except BrokenPipeError:
+        # Whoever reads has enough (`reltrace models | head -1`); nothing is flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (TraceError, OSError) as error:
         typer.echo(f"reltrace: {error}", err=True)
         sys.exit(1)
@@ -53,8 +63,8 @@ def _common(
     token_file: Annotated[
         Path | None,
         typer.Option(
-            help="File that holds the token for the server.  [env var: RELTRACE_TOKEN_FILE, or the "
-            "token itself in RELTRACE_TOKEN]",
+            help="File that holds the token for the server. (env var: RELTRACE_TOKEN_FILE, or the "
+            "token itself in RELTRACE_TOKEN)",
             show_default=False,
         ),
     ] = None,
@@ -62,7 +72,7 @@ def _common(
         bool | None,
         typer.Option(
             "--tls/--no-tls",
-            help="Use TLS; every option below switches it on.  [env var: RELTRACE_TLS]",
+            help="Use TLS; every option below switches it on. (env var: RELTRACE_TLS)",
             show_default=False,
         ),
     ] = None,
@@ -70,7 +80,7 @@ def _common(
         Path | None,
         typer.Option(
             envvar="RELTRACE_TLS_CA",
-            help="PEM file of the authorities to trust.  [default: the public ones]",
+            help="PEM file of the authorities to trust. (default: the public ones)",
             show_default=False,
         ),
     ] = None,
@@ -85,7 +95,7 @@ def _common(
         str | None,
         typer.Option(
             envvar="RELTRACE_TLS_NAME",
-            help="The name in the server's certificate.  [default: the host of the address]",
+            help="The name in the server's certificate. (default: the host of the address)",
             show_default=False,
         ),
     ] = None,
@@ -93,7 +103,7 @@ def _common(
         bool | None,
         typer.Option(
             "--insecure",
-            help="Send the token in plaintext to another machine.  [env var: RELTRACE_INSECURE]",
+            help="Send the token in plaintext to another machine. (env var: RELTRACE_INSECURE)",
             show_default=False,
         ),
     ] = None,

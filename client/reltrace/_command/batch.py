@@ -68,7 +68,7 @@ def batch(
         str | None,
         typer.Option(
             envvar="RELTRACE_INPUT_FORMAT",
-            help=f"{', '.join(INPUT_FORMATS)}.  [default: by the ending; of standard input: jsonl]",
+            help=f"{', '.join(INPUT_FORMATS)}. (default: by the ending; of standard input: jsonl)",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +76,7 @@ def batch(
         str | None,
         typer.Option(
             envvar="RELTRACE_COLUMN",
-            help="Column of the prompts, in CSV and Parquet.  [default: prompt]",
+            help="Column of the prompts, in CSV and Parquet. (default: prompt)",
             show_default=False,
         ),
     ] = None,
@@ -84,7 +84,7 @@ def batch(
         str | None,
         typer.Option(
             envvar="RELTRACE_ID_COLUMN",
-            help="Column of their ids.  [default: id, if there is one]",
+            help="Column of their ids. (default: id, if there is one)",
             show_default=False,
         ),
     ] = None,

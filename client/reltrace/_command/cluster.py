@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from datetime import datetime
-from typing import Any
+from datetime import UTC, datetime
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from reltrace._command.options import AsJson, Server, access_of
+from reltrace._command.options import AsJson, Server, access_of, echo_json
 
 
 def models(context: typer.Context, server: Server = None, as_json: AsJson = False) -> None:
@@ -19,7 +18,7 @@ def models(context: typer.Context, server: Server = None, as_json: AsJson = Fals
     with access_of(context).client(server) as client:
         served = client.models()
     if as_json:
-        typer.echo(json.dumps([asdict(model) for model in served]))
+        echo_json([asdict(model) for model in served])
         return
     if not served:
         typer.echo("no models: no worker has connected yet")
@@ -46,12 +45,12 @@ def models(context: typer.Context, server: Server = None, as_json: AsJson = Fals
 
 
 def status(context: typer.Context, server: Server = None, as_json: AsJson = False) -> None:
-    """Show queues, workers and the store of the server."""
+    """Show the queues and the store of the server, and how many workers it has."""
     with access_of(context).client(server) as client:
         state = client.status()
         address = client.address
     if as_json:
-        typer.echo(json.dumps(asdict(state), default=_json_time))
+        echo_json(asdict(state))
         return
     ended = ", ".join(f"{count:,} {name.lower()}" for name, count in sorted(state.ended.items()))
     typer.echo(
@@ -63,19 +62,64 @@ def status(context: typer.Context, server: Server = None, as_json: AsJson = Fals
         queues.add_row(queue.model, f"{queue.queued:,}", f"{queue.leased:,}")
     if state.queues:
         Console().print(queues)
-    workers = Table("worker", "model", "device", "version", "leased", "seen")
-    for worker in state.workers:
-        seen = "" if worker.seen_at is None else f"{worker.seen_at:%Y-%m-%d %H:%M:%S} UTC"
-        workers.add_row(
-            worker.id, worker.model, worker.device, worker.version, str(worker.leased), seen
-        )
-    if state.workers:
-        Console().print(workers)
-    else:
+    typer.echo(f"{len(state.workers)} workers" if len(state.workers) != 1 else "1 worker")
+
+
+def workers(context: typer.Context, server: Server = None, as_json: AsJson = False) -> None:
+    """List the workers that are connected."""
+    with access_of(context).client(server) as client:
+        connected = client.status().workers
+    if as_json:
+        echo_json([asdict(worker) for worker in connected])
+        return
+    if not connected:
         typer.echo("no workers")
+        return
+    table = Table("worker", "model", "device", "version", "leased", "connected", "seen")
+    table.columns[4].justify = "right"
+    table.columns[0].overflow = "fold"
+    now = datetime.now(UTC)
+    for worker in connected:
+        table.add_row(
+            worker.id,
+            worker.model,
+            worker.device,
+            worker.version,
+            str(worker.leased),
+            _since(worker.connected_at, now),
+            _since(worker.seen_at, now),
+        )
+    Console().print(table)
 
 
-def _json_time(value: Any) -> str:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+def cancel(
+    context: typer.Context,
+    ids: Annotated[
+        list[str],
+        typer.Argument(metavar="JOB...", help="Ids of jobs, or of submissions for all their jobs."),
+    ],
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cancel jobs: what waits never runs, what runs is dropped before its next pass.
+
+    Exit code 1 if there was nothing to cancel: they had ended, or there are no such jobs.
+    """
+    with access_of(context).client(server) as client:
+        cancelled = client.cancel(*ids)
+    if as_json:
+        echo_json({"cancelled": cancelled})
+    else:
+        typer.echo(f"cancelled {cancelled} job{'' if cancelled == 1 else 's'}")
+    if not cancelled:
+        raise typer.Exit(1)
+
+
+def _since(when: datetime | None, now: datetime) -> str:
+    if when is None:
+        return ""
+    seconds = max(0, round((now - when).total_seconds()))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit} ago"
+    return f"{seconds} s ago"

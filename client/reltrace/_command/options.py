@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +22,7 @@ Server = Annotated[
     typer.Option(
         envvar=ADDRESS_VARIABLE,
         help="HOST:PORT of the server, several with commas between, or dns:///NAME:PORT."
-        f"  [default: {DEFAULT_ADDRESS}]",
+        f" (default: {DEFAULT_ADDRESS})",
         show_default=False,
     ),
 ]
@@ -41,7 +43,7 @@ Sites = Annotated[
     typer.Option(
         "--site",
         envvar="RELTRACE_SITE",
-        help="Where relevance is read; may be repeated.  [default: resid]",
+        help="Where relevance is read; may be repeated. (default: resid)",
         show_default=False,
     ),
 ]
@@ -62,7 +64,7 @@ Layers = Annotated[
     typer.Option(
         "--layer",
         envvar="RELTRACE_LAYER",
-        help="A decoder layer to keep, from 0; may be repeated.  [default: all]",
+        help="A decoder layer to keep, from 0; may be repeated. (default: all)",
         show_default=False,
     ),
 ]
@@ -105,7 +107,7 @@ def access_of(context: typer.Context) -> Access:
     return access
 
 
-def target_of(text: str) -> str | int:
+def target_of(text: str, field: str = "target") -> str | int:
     """Return the `target` argument that an option stands for.
 
     Raises
@@ -117,5 +119,16 @@ def target_of(text: str) -> str | int:
         return text
     number = text.removeprefix(_ID_PREFIX)
     if not (number.isascii() and number.isdigit()):
-        raise invalid("target", f"after {_ID_PREFIX} comes a token id, not {number!r}")
+        raise invalid(field, f"after {_ID_PREFIX} comes a token id, not {number!r}")
     return int(number)
+
+
+def echo_json(value: Any) -> None:
+    """Print a value as one line of JSON; times in ISO 8601."""
+    typer.echo(json.dumps(value, default=_plain))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

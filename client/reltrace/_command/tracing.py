@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +23,18 @@ from reltrace._command.options import (
     access_of,
     target_of,
 )
+from reltrace._errors import invalid
 from reltrace._pictures import terminal
+from reltrace._target import Target
 from reltrace._trace import Trace, check_plot_path
 
 
 def run(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="The text to trace.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The text to trace; -: standard input.", show_default=False),
+    ] = None,
     server: Server = None,
     model: Model = None,
     target: TargetText = "max",
@@ -38,6 +44,42 @@ def run(
     top_k: TopK = None,
     layer: Layers = None,
     dtype: Dtype = "float32",
+    position: Annotated[
+        int,
+        typer.Option(
+            envvar="RELTRACE_POSITION",
+            help="Of the token whose next token is explained; negative: from the end.",
+        ),
+    ] = -1,
+    contrast: Annotated[
+        str | None,
+        typer.Option(envvar="RELTRACE_CONTRAST", help="Subtract this token (a text, or id:N)."),
+    ] = None,
+    continuation: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_CONTINUATION",
+            help="Explain these tokens after the prompt instead of --target.",
+        ),
+    ] = None,
+    logprob: Annotated[
+        bool,
+        typer.Option(
+            "--logprob", envvar="RELTRACE_LOGPROB", help="Log-probability instead of logit."
+        ),
+    ] = False,
+    input_ids: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_INPUT_IDS",
+            metavar="N,N,...",
+            help="Token ids instead of PROMPT, used as they are.",
+        ),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(envvar="RELTRACE_SAVE", help="Write the trace to a .safetensors file."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -61,15 +103,25 @@ def run(
     ] = None,
 ) -> None:
     """Trace one prompt and show its tokens coloured by relevance."""
+    if prompt is None and input_ids is None:
+        raise typer.BadParameter("give a prompt, or --input-ids", param_hint="PROMPT")
     if plot is not None:
         check_plot_path(plot)
+    asked = Target(
+        target_of(target),
+        position,
+        None if contrast is None else target_of(contrast, "contrast"),
+        continuation,
+        logprob,
+    )
     with access_of(context).client(server) as client:
         trace = client.trace(
-            prompt,
+            sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt,
+            input_ids=None if input_ids is None else _ids(input_ids),
             model=model,
             sites=site or ["resid"],
             reduce=reduce,
-            target=target_of(target),
+            target=asked,
             rule=rule,
             dtype=dtype,
             layers=layer or None,
@@ -82,15 +134,25 @@ def run(
         _show(trace)
         if json_file is not None:
             Path(json_file).write_text(json.dumps(trace.to_dict(), allow_nan=False) + "\n")
+    if save is not None:
+        trace.save(save)
+        typer.echo(f"wrote {save}", err=True)
     if plot is not None:
         trace.plot(plot)
         typer.echo(f"wrote {plot}", err=True)
 
 
+def _ids(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise invalid("input-ids", f"must be token ids with commas between, not {text!r}")
+    return [int(part) for part in parts]
+
+
 def _show(trace: Trace) -> None:
     console = Console()
-    if trace.provenance.reduction == "feature":
-        # Nothing in it belongs to a token.
-        console.print(repr(trace), markup=False, highlight=False)
+    if trace.provenance.reduction in ("feature", "topk"):
+        # No value belongs to a token alone.
+        terminal.show_entries(trace, console)
     else:
         terminal.show(trace, console)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from reltrace._command.options import AsJson
 from reltrace._up import service
 
 
@@ -18,8 +21,8 @@ def up(
         list[str] | None,
         typer.Option(
             envvar="RELTRACE_UP_MODEL",
-            help="Folder or hub id of a LLaMA checkpoint; may be repeated.  [default: the small "
-            "trained model that comes with reltrace-worker]",
+            help="Folder or hub id of a LLaMA checkpoint; may be repeated. (default: the small "
+            "trained model that comes with reltrace-worker)",
             show_default=False,
         ),
     ] = None,
@@ -31,7 +34,7 @@ def up(
         Path | None,
         typer.Option(
             envvar="RELTRACE_DATA",
-            help="Folder of the store and the logs.  [default: reltrace in the user's data folder]",
+            help="Folder of the store and the logs. (default: reltrace in the user's data folder)",
             show_default=False,
         ),
     ] = None,
@@ -52,6 +55,7 @@ def up(
             envvar="RELTRACE_START_TIMEOUT", min=1, help="Seconds until models must be loaded."
         ),
     ] = 1800,
+    as_json: AsJson = False,
 ) -> None:
     """Run the whole service on this machine: a store, a scheduler and workers.
 
@@ -72,4 +76,7 @@ def up(
     def report(line: str) -> None:
         print(f"reltrace up: {line}", file=sys.stderr, flush=True)
 
-    asyncio.run(service.up(options, announce=lambda line: print(line, flush=True), report=report))
+    def announce(ready: service.Ready) -> None:
+        print(json.dumps(asdict(ready)) if as_json else ready, flush=True)
+
+    asyncio.run(service.up(options, announce=announce, report=report))

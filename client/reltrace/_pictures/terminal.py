@@ -43,6 +43,29 @@ def show(trace: Trace, console: Console) -> None:
     console.print(_legend(float(finite.max()) if finite.size else 0.0))
 
 
+def show_entries(trace: Trace, console: Console, count: int = 10) -> None:
+    """Print the strongest entries of each site, for reductions that leave no value per token."""
+    console.print(Text.assemble("Relevance of ", (describe_target(trace), "bold")))
+    for site in trace.sites:
+        entries = trace.top(count, site)
+        fields = [
+            name
+            for name in ("layer", "position", "token", "feature")
+            if entries and getattr(entries[0], name) is not None
+        ]
+        console.print(f"strongest entries of site {site}")
+        table = Table(*fields, "relevance", box=None, pad_edge=False)
+        table.columns[-1].justify = "right"
+        for entry in entries:
+            cells = [
+                Text(repr(readable(entry.token)) if name == "token" and entry.token else str(value))
+                for name in fields
+                for value in [getattr(entry, name)]
+            ]
+            table.add_row(*cells, f"{entry.value:+.4g}")
+        console.print(table)
+
+
 def _style(share: float) -> Style:
     background = colour(share)
     return Style(bgcolor=Color.from_rgb(*background), color=Color.from_rgb(*ink(background)))

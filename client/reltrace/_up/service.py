@@ -83,6 +83,36 @@ class UpOptions:
     start_timeout: float
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What has been started, and serves jobs.
+
+    Attributes
+    ----------
+    address : str
+        Of the scheduler.
+    models : tuple of str
+        Names of what is served.
+    workers : int
+        How many there are, of all models together.
+    store : str
+        Where the jobs are kept, without secrets.
+    logs : str
+        Folder of the logs.
+    """
+
+    address: str
+    models: tuple[str, ...]
+    workers: int
+    store: str
+    logs: str
+
+    def __str__(self) -> str:
+        kind = "model" if len(self.models) == 1 else "models"
+        names = ", ".join(self.models)
+        return f"reltrace is ready at {self.address} ({kind} {names}, {self.store})"
+
+
 def default_data() -> Path:
     """Return the folder for data of this user: under XDG_DATA_HOME, or the platform's own."""
     if configured := os.environ.get("XDG_DATA_HOME"):
@@ -93,7 +123,7 @@ def default_data() -> Path:
 
 
 async def up(
-    options: UpOptions, *, announce: Callable[[str], None], report: Callable[[str], None]
+    options: UpOptions, *, announce: Callable[[Ready], None], report: Callable[[str], None]
 ) -> None:
     """Run the service until SIGINT or SIGTERM.
 
@@ -102,7 +132,7 @@ async def up(
     options : UpOptions
         What to start.
     announce : callable
-        Takes the one line that says that jobs are served, and where.
+        Takes what serves jobs, once it does.
     report : callable
         Takes messages on the way.
 
@@ -126,7 +156,7 @@ async def _supervise(
     options: UpOptions,
     port: int,
     parts: Sequence[Part],
-    announce: Callable[[str], None],
+    announce: Callable[[Ready], None],
     report: Callable[[str], None],
 ) -> None:
     stop = asyncio.Event()
@@ -152,7 +182,7 @@ async def _supervise(
             models = serving.result()
             for part in parts:
                 part.settled = True
-            announce(_ready_line(options, port, models))
+            announce(_ready(options, port, models))
             done, _ = await asyncio.wait([stopped, *running], return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
@@ -196,11 +226,15 @@ async def _serving(options: UpOptions, address: str, report: Callable[[str], Non
             await asyncio.sleep(_POLL)
 
 
-def _ready_line(options: UpOptions, port: int, models: Sequence[Model]) -> str:
-    names = ", ".join(model.name for model in models)
-    store = f"data in {options.data}" if options.redis is None else _without_secrets(options.redis)
-    kind = "model" if len(models) == 1 else "models"
-    return f"reltrace is ready at {HOST}:{port} ({kind} {names}, {store})"
+def _ready(options: UpOptions, port: int, models: Sequence[Model]) -> Ready:
+    redis = options.redis
+    return Ready(
+        address=f"{HOST}:{port}",
+        models=tuple(model.name for model in models),
+        workers=sum(model.workers for model in models),
+        store=f"data in {options.data}" if redis is None else _without_secrets(redis),
+        logs=str(options.data / "logs"),
+    )
 
 
 def check_redis_argument(url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,33 +11,10 @@ from typing import Any
 
 import pytest
 import reltrace
+from command.conftest import Run
 from fake_server import FakeServer
-from reltrace._command import app
 
 PROMPT = "My cats love to play with my"
-
-
-class Run:
-    """Calls the command in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["reltrace", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            app.main()
-        out, err = self._capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-
-@pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: FakeServer
-) -> Run:
-    monkeypatch.setenv("RELTRACE_SERVER", server.address)
-    return Run(monkeypatch, capsys)
 
 
 def test_run_shows_the_tokens(command: Run) -> None:
@@ -78,6 +56,42 @@ def test_run_prints_json_and_nothing_else(command: Run, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_run_takes_every_kind_of_target(command: Run, server: FakeServer) -> None:
+    options = ("--target", "cats", "--position", "2", "--contrast", "id:7", "--logprob")
+    assert command("run", PROMPT, *options)[0] == 0
+    assert command("run", PROMPT, "--continuation", " with dogs")[0] == 0
+    first, second = (request.jobs[0].targets[0] for request in server.requests)
+    assert (first.token.text, first.position, first.contrast.id, first.logprob) == (
+        "cats", 2, 7, True,
+    )  # fmt: skip
+    assert second.continuation.text == " with dogs"
+    code, _, err = command("run", PROMPT, "--target", "cats", "--continuation", "x")
+    assert (code, err) == (1, "reltrace: continuation: excludes token, position and contrast\n")
+
+
+def test_run_takes_token_ids(command: Run, server: FakeServer) -> None:
+    assert command("run", "--input-ids", "3, 5,7")[0] == 0
+    assert list(server.requests[0].jobs[0].input_ids.ids) == [3, 5, 7]
+    code, _, err = command("run", "--input-ids", "3,x")
+    assert (code, err[:38]) == (1, "reltrace: input-ids: must be token ids")
+    assert command("run", PROMPT, "--input-ids", "3")[0] == 1
+
+
+def test_run_reads_standard_input(
+    command: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("My cats\n"))
+    assert command("run", "-")[0] == 0
+    assert server.requests[0].jobs[0].prompt == "My cats"
+
+
+def test_run_saves_a_trace(command: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    code, _, err = command("run", PROMPT, "--save", str(path), "--layer", "1", "--layer", "0")
+    assert (code, err) == (0, f"wrote {path}\n")
+    assert reltrace.Trace.load(path).tokens == ["<s>", *PROMPT.split()]
+
+
 def test_run_writes_files(command: Run, tmp_path: Path) -> None:
     page, data = tmp_path / "a.html", tmp_path / "a.json"
     code, out, err = command("run", PROMPT, "--plot", str(page), "--json", str(data))
@@ -91,7 +105,8 @@ def test_run_writes_files(command: Run, tmp_path: Path) -> None:
 def test_run_without_a_value_per_token(command: Run) -> None:
     code, out, _ = command("run", PROMPT, "--reduce", "feature")
     assert code == 0
-    assert "resid [4, 6]" in out
+    assert "strongest entries of site resid" in out
+    assert "feature" in out
 
 
 @pytest.mark.parametrize(
@@ -130,7 +145,7 @@ def test_status(command: Run) -> None:
     code, out, _ = command("status")
     assert code == 0
     assert "Redis 7.2, 1.0 MB; ended: 5 succeeded" in out
-    assert "w1" in out
+    assert "1 worker" in out
     state: Any = json.loads(command("status", "--json")[1])
     assert state["queues"] == [{"model": "fake", "queued": 3, "leased": 1}]
     assert state["workers"][0]["connected_at"] == "2023-11-14T22:13:20+00:00"

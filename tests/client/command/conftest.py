@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+from fake_server import FakeServer
+from reltrace._command import app
+
+
+class Run:
+    """Calls the command in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["reltrace", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            app.main()
+        out, err = self._capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: FakeServer
+) -> Run:
+    monkeypatch.setenv("RELTRACE_SERVER", server.address)
+    return Run(monkeypatch, capsys)

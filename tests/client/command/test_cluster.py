@@ -1,0 +1,77 @@
+"""Commands for those who look after a server."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from command.conftest import Run
+from fake_server import FakeServer
+from reltrace_proto.v1 import admin_pb2, types_pb2
+
+
+@pytest.fixture
+def dead(server: FakeServer) -> None:
+    for name in ("a-0", "b-0"):
+        spec = types_pb2.JobSpec(model="m", prompt=f"[red]{name} " + "x" * 100)
+        job = admin_pb2.DeadJob(job_id=name, tenant="team-a", spec=spec)
+        job.lost_leases.add(attempt=2, worker_id="gpu-1").lost_at.FromSeconds(1_700_000_000)
+        server.dead.append(job)
+
+
+def test_workers(command: Run) -> None:
+    code, out, _ = command("workers")
+    assert code == 0
+    assert "w1" in out
+    (worker,) = json.loads(command("workers", "--json")[1])
+    assert (worker["id"], worker["model"], worker["leased"]) == ("w1", "fake", 1)
+
+
+def test_cancel(command: Run, server: FakeServer) -> None:
+    command("run", "a b")
+    assert command("cancel", "s0-0", "s7-1") == (0, "cancelled 1 job\n", "")
+    assert server.cancelled == ["s0-0"]
+    assert command("cancel", "s0-0") == (1, "cancelled 0 jobs\n", "")
+    assert command("cancel", "s0-0", "--json") == (1, '{"cancelled": 0}\n', "")
+    assert command("cancel", "a b")[2].startswith("reltrace: ids[0]: must be ")
+    assert command("cancel", "s9") == (1, "", "reltrace: no such submission\n")
+    assert command("cancel")[0] == 2
+
+
+@pytest.mark.usefixtures("dead")
+def test_dead_jobs(command: Run, server: FakeServer) -> None:
+    code, out, _ = command("dead", "list")
+    assert code == 0
+    assert "[red]" in out
+    jobs = json.loads(command("dead", "list", "--json", "--limit", "1")[1])
+    assert [job["id"] for job in jobs] == ["a-0"]
+    code, out, _ = command("dead", "show", "b-0")
+    assert "attempt 2 was lost by worker gpu-1 at 2023-11-14 22:13:20 UTC" in out
+    assert "x" * 100 in out
+    assert json.loads(command("dead", "show", "b-0", "--json")[1])["tenant"] == "team-a"
+    code, _, err = command("dead", "show", "c-0")
+    assert (code, err) == (1, "reltrace: no dead job 'c-0'; `reltrace dead list` lists them\n")
+
+
+@pytest.mark.usefixtures("dead")
+def test_dead_jobs_are_queued_again(command: Run, server: FakeServer) -> None:
+    assert command("dead", "requeue", "a-0") == (0, "a-0 is queued as again-a-0\n", "")
+    assert command("dead", "requeue", "--all", "--json")[1] == (
+        '[{"dead_id": "b-0", "id": "again-b-0"}]\n'
+    )
+    assert command("dead", "requeue", "--all") == (0, "no dead jobs\n", "")
+    assert command("dead", "list") == (0, "no dead jobs\n", "")
+    assert command("dead", "requeue", "z-0")[0] == 1
+    assert command("dead", "requeue")[0] == 2
+    assert command("dead", "requeue", "a-0", "--all")[0] == 2
+
+
+def test_tenants(command: Run) -> None:
+    assert command("tenants", "list") == (0, "no tenants\n", "")
+    assert command("tenants", "set", "team-a", "--weight", "2.5")[0] == 0
+    out = command("tenants", "set", "team-a", "--max-jobs", "7", "--json")[1]
+    assert json.loads(out)["max_jobs"] == 7
+    assert "2.5" in command("tenants", "list")[1]
+    (tenant,) = json.loads(command("tenants", "list", "--json")[1])
+    assert (tenant["weight"], tenant["max_jobs"], tenant["max_bytes"]) == (2.5, 7, None)
+    assert command("tenants", "set", "team-a", "--max-jobs", "-1")[0] == 2

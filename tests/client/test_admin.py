@@ -1,0 +1,68 @@
+"""What operators ask."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+import reltrace
+from fake_server import FakeServer
+from reltrace_proto.v1 import admin_pb2, types_pb2
+
+
+def dead_job(job_id: str, **spec: object) -> admin_pb2.DeadJob:
+    job = admin_pb2.DeadJob(job_id=job_id, tenant="team-a", spec=types_pb2.JobSpec(**spec))
+    lost = job.lost_leases.add(attempt=2, worker_id="gpu-1")
+    lost.lost_at.FromSeconds(1_700_000_000)
+    return job
+
+
+def test_dead_jobs_with_their_history(server: FakeServer, client: reltrace.Client) -> None:
+    ids = types_pb2.TokenIds(ids=[5, 6])
+    server.dead = [dead_job("a-0", prompt="x", model="m"), dead_job("b-0", input_ids=ids)]
+    first, second = client.admin.dead_jobs()
+    assert (first.id, first.tenant, first.model) == ("a-0", "team-a", "m")
+    assert (first.prompt, first.input_ids) == ("x", ())
+    assert (second.prompt, second.input_ids) == (None, (5, 6))
+    when = datetime.fromtimestamp(1_700_000_000, UTC)
+    assert first.lost_leases == (reltrace.LostLease(2, "gpu-1", when),)
+    assert len(client.admin.dead_jobs(limit=1)) == 1
+
+
+def test_dead_jobs_are_queued_again(server: FakeServer, client: reltrace.Client) -> None:
+    server.dead = [dead_job("a-0", prompt="x"), dead_job("b-0", prompt="y")]
+    assert client.admin.requeue("b-0") == [reltrace.Requeued("b-0", "again-b-0")]
+    assert [job.id for job in client.admin.dead_jobs()] == ["a-0"]
+    with pytest.raises(reltrace.NotFound, match=r"job_ids\[1\]: no dead job 'c-0'"):
+        client.admin.requeue("a-0", "c-0")
+
+
+def test_tenants(client: reltrace.Client) -> None:
+    assert client.admin.tenants() == []
+    tenant = client.admin.set_tenant("team-a", weight=2.5)
+    assert (tenant.name, tenant.weight, tenant.max_jobs) == ("team-a", 2.5, None)
+    client.admin.set_tenant("team-a", max_jobs=10, max_bytes=1 << 20)
+    (tenant,) = client.admin.tenants()
+    assert (tenant.weight, tenant.max_jobs, tenant.max_bytes) == (2.5, 10, 1 << 20)
+
+
+async def test_awaitable(server: FakeServer) -> None:
+    server.dead = [dead_job("a-0", prompt="x")]
+    async with reltrace.AsyncClient(server.address) as client:
+        assert len(await client.admin.dead_jobs()) == 1
+        assert len(await client.admin.requeue("a-0")) == 1
+        assert (await client.admin.set_tenant("t", weight=1)).weight == 1
+        assert len(await client.admin.tenants()) == 1
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, None, 2**40])
+def test_a_limit_that_is_none(client: reltrace.Client, limit: object) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match="limit: must be a whole number from 1 on"):
+        client.admin.dead_jobs(limit)  # type: ignore[arg-type]
+
+
+def test_values_that_are_none(client: reltrace.Client) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match=r"job_ids\[0\]: must be str, not int"):
+        client.admin.requeue(7)  # type: ignore[arg-type]
+    with pytest.raises(reltrace.InvalidArgument, match="tenant: "):
+        client.admin.set_tenant("a", max_jobs=-1)
