@@ -16,7 +16,6 @@ from reltrace._request import Arguments, Priority, wire_priority
 from reltrace._source import open_source
 from reltrace._target import Target, TargetLike
 from reltrace._trace import Failure, Trace
-from reltrace._transport.abandon import abandon_all
 from reltrace._transport.connection import Connection, Deadline
 from reltrace._transport.security import Security, Tls, Token
 from reltrace._transport.submission import Entry, Rejected, deliveries, submit
@@ -106,7 +105,6 @@ class AsyncClient(AsyncQueries):
             await asyncio.wait(self._background, timeout=_CLOSE_TIMEOUT)
         for task in self._background:
             task.cancel()
-        await abandon_all(self._connection)
         await self._connection.close()
 
     @overload

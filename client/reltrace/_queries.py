@@ -13,7 +13,6 @@ from reltrace import _info
 from reltrace._admin import Admin, AsyncAdmin
 from reltrace._errors import RpcStatus, invalid
 from reltrace._loop import LoopThread
-from reltrace._transport.abandon import cancel_submission
 from reltrace._transport.connection import Connection, Deadline
 
 _TIMEOUT = 60.0
@@ -66,13 +65,18 @@ class AsyncQueries:
         _check_ids(
             ids, re.compile(f"{_SUBMISSION.pattern}|{_JOB.pattern}"), "a job's or submission's id"
         )
+        requests = [
+            trace_pb2.CancelJobsRequest(submission_id=one)
+            for one in ids
+            if _SUBMISSION.fullmatch(one)
+        ]
+        requests += (
+            trace_pb2.CancelJobsRequest(job_ids=some)
+            for some in _portions([one for one in ids if _JOB.fullmatch(one)])
+        )
         cancelled = 0
-        for submission in (one for one in ids if _SUBMISSION.fullmatch(one)):
-            cancelled += await cancel_submission(self._connection, submission, Deadline(_TIMEOUT))
-        for some in _portions([one for one in ids if _JOB.fullmatch(one)]):
-            answer = await self._query(
-                lambda server: server.traces.CancelJobs, trace_pb2.CancelJobsRequest(job_ids=some)
-            )
+        for request in requests:
+            answer = await self._query(lambda server: server.traces.CancelJobs, request)
             cancelled += answer.cancelled
         return cancelled
 

@@ -350,6 +350,11 @@ class Failure:
     id: str | int
     error: TraceError
 
+    @property
+    def job_id(self) -> str | None:
+        """The job that failed, as the server's logs name it; None where there was none."""
+        return self.error.job_id
+
     def __str__(self) -> str:
         return f"{type(self.error).__name__}: {self.error}"
 

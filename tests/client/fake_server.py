@@ -179,7 +179,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     reverse
         Jobs end in the reverse order.
     hold
-        Jobs wait for this before they end. One that is cancelled meanwhile ends CANCELLED.
+        Jobs wait for this before they end; one that is cancelled meanwhile ends CANCELLED.
     credentials
         Serve TLS with these.
     token
@@ -188,6 +188,10 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         Called with the name of each method, before its token is looked at.
     presented
         What the calls presented, in order.
+    cancelled
+        The jobs that were cancelled before they ended.
+    ended
+        The states of the jobs that have ended.
     """
 
     piece_bytes: int = 1 << 20
@@ -213,6 +217,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     submissions: dict[str, Submission] = field(default_factory=dict)
     acknowledged: dict[str, int] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
+    ended: dict[str, types_pb2.JobState.ValueType] = field(default_factory=dict)
     sent: int = 0
     address: str = ""
 
@@ -311,13 +316,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         for entry, (job_id, spec) in enumerate(jobs, start=1):
             if entry <= request.after_entry:
                 continue
-            self.hold(spec)
-            chunks = (
-                self.run(spec, job_id) if self.run else chunks_of(spec, job_id, self.piece_bytes)
-            )
-            if job_id in self.cancelled:
-                state = types_pb2.JOB_STATE_CANCELLED
-                chunks = [failed_chunk(job_id, state, code_pb2.CANCELLED, "cancelled")]
+            chunks = self._finish(spec, job_id)
             seen = request.after_chunk if entry == request.after_entry + 1 else 0
             for chunk in chunks[seen:]:
                 with self._lock:
@@ -328,6 +327,24 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
                 yield trace_pb2.StreamResultsResponse(
                     events=[trace_pb2.ResultEvent(entry=entry, chunk=chunk)]
                 )
+
+    def _finish(self, spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
+        with self._lock:
+            held = job_id not in self.ended
+        if held:
+            self.hold(spec)
+        with self.changed:
+            if self.ended.get(job_id) == types_pb2.JOB_STATE_CANCELLED:
+                message = "cancelled by its submitter"
+                return [
+                    failed_chunk(job_id, types_pb2.JOB_STATE_CANCELLED, code_pb2.CANCELLED, message)
+                ]
+            chunks = (
+                self.run(spec, job_id) if self.run else chunks_of(spec, job_id, self.piece_bytes)
+            )
+            self.ended[job_id] = chunks[-1].end.state
+            self.changed.notify_all()
+        return chunks
 
     def AcknowledgeResults(
         self, request: trace_pb2.AcknowledgeResultsRequest, context: Any
@@ -344,16 +361,29 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         self, request: trace_pb2.CancelJobsRequest, context: Any
     ) -> trace_pb2.CancelJobsResponse:
         with self.changed:
-            ids = list(request.job_ids)
             if request.submission_id:
                 if request.submission_id not in self.submissions:
-                    context.abort(grpc.StatusCode.NOT_FOUND, "no such submission")
-                ids = self.submissions[request.submission_id].job_ids
-            known = {one for s in self.submissions.values() for one in s.job_ids}
-            ended = [one for one in ids if one in known and one not in self.cancelled]
+                    context.abort(grpc.StatusCode.NOT_FOUND, "the submission is not known here")
+                named = self.submissions[request.submission_id].job_ids
+            else:
+                known = {name for s in self.submissions.values() for name in s.job_ids}
+                named = [name for name in request.job_ids if name in known]
+            ended = [name for name in named if name not in self.ended]
             self.cancelled += ended
+            self.ended.update(dict.fromkeys(ended, types_pb2.JOB_STATE_CANCELLED))
             self.changed.notify_all()
         return trace_pb2.CancelJobsResponse(cancelled=len(ended))
+
+    def GetJobs(self, request: trace_pb2.GetJobsRequest, context: Any) -> trace_pb2.GetJobsResponse:
+        response = trace_pb2.GetJobsResponse()
+        with self._lock:
+            known = {name for s in self.submissions.values() for name in s.job_ids}
+            for name in request.job_ids:
+                status = response.jobs.add(job_id=name)
+                if name in known:
+                    status.state = self.ended.get(name, types_pb2.JOB_STATE_LEASED)
+                    status.attempt, status.worker_id = 1, "w1"
+        return response
 
     def wait_cancelled(self, *job_ids: str, timeout: float = 5) -> None:
         """Wait until these jobs are cancelled, and no others."""
@@ -361,18 +391,6 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             done = self.changed.wait_for(lambda: set(job_ids) <= set(self.cancelled), timeout)
         assert done, f"cancelled: {self.cancelled}"
         assert sorted(self.cancelled) == sorted(job_ids)
-
-    def GetJobs(self, request: trace_pb2.GetJobsRequest, context: Any) -> trace_pb2.GetJobsResponse:
-        known = {one for s in self.submissions.values() for one in s.job_ids}
-        response = trace_pb2.GetJobsResponse()
-        for job_id in request.job_ids:
-            status = response.jobs.add(job_id=job_id)
-            if job_id in self.cancelled:
-                status.state = types_pb2.JOB_STATE_CANCELLED
-            elif job_id in known:
-                status.state, status.attempt = types_pb2.JOB_STATE_LEASED, 1
-                status.worker_id = "w1"
-        return response
 
     def ListModels(
         self, request: trace_pb2.ListModelsRequest, context: Any

@@ -78,13 +78,13 @@ def test_leaving_a_loop_cancels_what_has_not_come(
     for result in client.trace_many(PROMPTS):
         assert result.id == 0
         break
-    stuck.wait_cancelled("s0-0", "s0-1", "s0-2")
+    stuck.wait_cancelled("s0-1", "s0-2")
 
 
 def test_a_run_whose_time_is_over_cancels(stuck: FakeServer, client: reltrace.Client) -> None:
     with pytest.raises(reltrace.DeadlineExceeded):
         list(client.trace_many(PROMPTS, timeout=0.5))
-    stuck.wait_cancelled("s0-0", "s0-1", "s0-2")
+    stuck.wait_cancelled("s0-1", "s0-2")
 
 
 def test_a_source_that_raises_lets_its_items_finish(
@@ -115,8 +115,6 @@ def test_closing_the_client_cancels_what_others_wait_for(stuck: FakeServer) -> N
     waiting.start()
     with stuck.changed:
         assert stuck.changed.wait_for(lambda: stuck.submissions, 5)
-    while not client._client._connection.reading:
-        assert waiting.is_alive()
     client.close()
     stuck.wait_cancelled("s0-0")
     waiting.join(5)
@@ -126,7 +124,7 @@ def test_closing_the_client_cancels_what_others_wait_for(stuck: FakeServer) -> N
 async def test_a_task_that_is_cancelled_cancels(stuck: FakeServer) -> None:
     async with reltrace.AsyncClient(stuck.address) as client:
         call = asyncio.create_task(client.trace("stuck"))
-        while not client._connection.reading:
+        while not stuck.streams:
             await asyncio.sleep(0.005)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -171,7 +169,7 @@ def test_jobs_by_their_ids(stuck: FakeServer, client: reltrace.Client) -> None:
     states = [job.state for job in client.jobs("s1-1", "s7-0")]
     assert states == ["leased", None]
     assert client.cancel("s1-1", "s7-0") == 1
-    assert client.cancel("s1") == 2
+    assert client.cancel("s1") == 1
     assert [job.state for job in client.jobs("s1-1")] == ["cancelled"]
     with pytest.raises(reltrace.NotFound):
         client.cancel("s7")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ import grpc.aio
 
 from reltrace._errors import DeadlineExceeded, RpcStatus, TraceError, from_status, invalid
 from reltrace._transport.address import ADDRESS_VARIABLE, parse_addresses
+from reltrace._transport.leaving import Leftovers
 from reltrace._transport.security import Security
 from reltrace._transport.servers import Server, Servers
 
@@ -20,8 +22,9 @@ from reltrace._transport.servers import Server, Servers
 _CALL_TIMEOUT = 30.0
 _LONGEST_RETRY_DELAY = 60.0
 
-# A server that goes away answers with one of these or not at all.
-_PASSING = (
+# A server that goes away answers with one of these or not at all. It may have done what it was
+# asked.
+PASSING = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -59,7 +62,16 @@ class Deadline:
             raise invalid("timeout", f"must be a number of seconds above 0, not {timeout!r}")
         self.timeout = timeout
         self.cause: TraceError | None = None
-        self._end = None if timeout is None else time.monotonic() + timeout
+        # gRPC takes an infinite timeout for one that is over.
+        if timeout is None or timeout == math.inf:
+            self._end: float | None = None
+        else:
+            self._end = time.monotonic() + timeout
+
+    @property
+    def away(self) -> bool:
+        """Whether the server does not answer at present."""
+        return self.cause is not None
 
     def remaining(self) -> float | None:
         """Return the seconds left, at least 0; None: no end."""
@@ -113,7 +125,7 @@ class Retries:
         if status.code is grpc.StatusCode.RESOURCE_EXHAUSTED and status.retry_after is not None:
             self.succeeded()
             delay = min(max(status.retry_after, 0.01), _LONGEST_RETRY_DELAY)
-        elif status.code in _PASSING:
+        elif status.code in PASSING:
             if self._failing_since is None:
                 self._failing_since = now
             self._deadline.cause = self._unavailable(status)
@@ -154,13 +166,6 @@ class Connection:
     security : Security
         Token and TLS.
 
-    Attributes
-    ----------
-    reading : set of str
-        Submissions whose results are being read.
-    closing : bool
-        This side is about to close: calls are still possible, results are read no more.
-
     Raises
     ------
     InvalidArgument
@@ -177,10 +182,9 @@ class Connection:
         self._random = random.Random()
         self._security = security
         self._servers = Servers(addresses, security, self._random)
-        self.closing = False
-        self.reading: set[str] = set()
         self._closed = False
         self._kept: set[asyncio.Task[None]] = set()
+        self.leftovers = Leftovers(self)
 
     def check_open(self) -> None:
         """Raise `TraceError` if this side has closed the connection.
@@ -205,7 +209,7 @@ class Connection:
 
     def failed(self, server: Server, status: RpcStatus) -> None:
         """Note how a call to a server failed: the next one goes to another if it was away."""
-        if status.code in _PASSING:
+        if status.code in PASSING:
             self._servers.failed(server)
 
     @property
@@ -228,6 +232,7 @@ class Connection:
         deadline: Deadline,
         *,
         keep: Callable[[RpcStatus], bool] = lambda status: False,
+        closing: bool = False,
     ) -> Response | RpcStatus:
         """Call until there is an answer. All unary calls of the service may be repeated.
 
@@ -241,6 +246,8 @@ class Connection:
             When to give up.
         keep : callable
             Says which failures the caller handles: these are returned instead of raised.
+        closing : bool
+            Call even while the connection is being closed.
 
         Raises
         ------
@@ -252,7 +259,8 @@ class Connection:
             deadline.check()
             remaining = deadline.remaining()
             timeout = _CALL_TIMEOUT if remaining is None else min(remaining, _CALL_TIMEOUT)
-            server, metadata = self.server(), self.metadata
+            server = self._servers.choose() if closing else self.server()
+            metadata = self.metadata
             try:
                 answer = await method(server)(request, timeout=timeout, metadata=metadata)
             except grpc.aio.AioRpcError as error:
@@ -270,10 +278,17 @@ class Connection:
                 continue
             await retries.after(status)
 
-    async def finish(self, timeout: float) -> None:
-        """Wait for the tasks that nobody waits for, at most `timeout` seconds."""
-        if self._kept:
-            await asyncio.wait(self._kept, timeout=timeout)
+    async def call_last(
+        self, method: Callable[[Server], Method[Request, Response]], request: Request
+    ) -> Response | RpcStatus:
+        """Call for a caller who has left: also while closing, and any refusal is an answer."""
+        return await self.call(
+            method,
+            request,
+            Deadline(None),
+            keep=lambda status: status.code not in PASSING,
+            closing=True,
+        )
 
     def keep(self, task: asyncio.Task[None]) -> None:
         """Let a task go on that nobody waits for, until it is over or the connection is closed."""
@@ -281,8 +296,9 @@ class Connection:
         task.add_done_callback(self._kept.discard)
 
     async def close(self) -> None:
-        """Close the channels; calls that are open end with an error."""
+        """Close the channels; calls that are open end with an error, their jobs are cancelled."""
         self._closed = True
+        await self.leftovers.close()
         for task in self._kept:
             task.cancel()
         await self._servers.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -13,29 +14,28 @@ from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace._errors import (
     DeadlineExceeded,
-    NotFound,
     ProtocolError,
     RpcStatus,
     TraceError,
-    Unavailable,
     from_rejection,
     from_status,
 )
 from reltrace._request import Job
 from reltrace._trace import Trace
-from reltrace._transport.abandon import abandon_request, abandon_submission
 from reltrace._transport.assemble import Assembler
-from reltrace._transport.connection import Connection, Deadline
+from reltrace._transport.connection import PASSING, Connection, Deadline, Method
+from reltrace._transport.leaving import Open
+from reltrace._transport.servers import Server
 
 # Results are freed on the server in steps of this size, and at the end.
 _ACKNOWLEDGE_BYTES = 4 * 1024 * 1024
 # Nobody is kept waiting for longer at the end; the acknowledgement itself goes on.
 _ACKNOWLEDGE_WAIT = 5.0
 
-# By so much the server is more patient than the caller, whose own deadline tells best.
-_SLACK = 5.0
+# The caller's own clock ends a call first; the server's is for callers that were killed.
+_GRACE = 1
 # The longest that a server takes.
-_LONGEST_TIMEOUT = 31 * 24 * 3600.0
+_LONGEST_TIMEOUT = 31 * 24 * 3600
 
 _REJECTIONS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
@@ -80,6 +80,7 @@ class Accepted:
 
     id: str
     positions: dict[str, int]
+    open: Open
 
 
 async def submit(
@@ -90,39 +91,54 @@ async def submit(
 ) -> Accepted | Rejected:
     """Hand in jobs; repeated under one idempotency key until there is an answer.
 
-    Where there is a deadline, the server knows of it too: what a client that was killed leaves
-    behind does not run past it.
+    Left early, it is cancelled on the server, also where the answer was not seen.
 
     Raises
     ------
     TraceError
         If the server can not be reached, or refuses for a reason that is no single job's.
     """
+    _limit_time(entries, deadline)
     request = trace_pb2.SubmitJobsRequest(
         idempotency_key=str(uuid.uuid4()),
         jobs=[entry.job.spec for entry in entries],
         priority=priority,
     )
-    remaining = deadline.remaining()
-    if remaining is not None:
-        for job in request.jobs:
-            job.timeout.FromMilliseconds(int(1000 * min(remaining + _SLACK, _LONGEST_TIMEOUT)))
+    submission = connection.leftovers.open(request)
+
+    def send(server: Server) -> Method[trace_pb2.SubmitJobsRequest, trace_pb2.SubmitJobsResponse]:
+        submission.sent = True
+        return server.traces.SubmitJobs
+
+    def refused(status: RpcStatus) -> bool:
+        # No room, or an error: the server has said that it did not take the jobs.
+        submission.sent = status.code in PASSING
+        return status.code in _REJECTIONS
+
     try:
-        answer = await connection.call(
-            lambda server: server.traces.SubmitJobs,
-            request,
-            deadline,
-            keep=lambda status: status.code in _REJECTIONS,
-        )
-    except (asyncio.CancelledError, DeadlineExceeded, Unavailable):
-        await abandon_request(connection, request)
+        answer = await connection.call(send, request, deadline, keep=refused)
+    except BaseException:
+        await connection.leftovers.leave(submission, away=deadline.away)
         raise
     if isinstance(answer, RpcStatus):
+        connection.leftovers.done(submission)
         return _rejection(answer, entries, connection.address)
+    submission.id = answer.submission_id
     if len(answer.job_ids) != len(entries):
+        await connection.leftovers.leave(submission, away=False)
         raise ProtocolError(f"{len(entries)} jobs were accepted as {len(answer.job_ids)}")
     positions = {job_id: index for index, job_id in enumerate(answer.job_ids)}
-    return Accepted(answer.submission_id, positions)
+    return Accepted(answer.submission_id, positions, submission)
+
+
+def _limit_time(entries: Sequence[Entry], deadline: Deadline) -> None:
+    """Let the server end the jobs of a caller who did not live to cancel them."""
+    remaining = deadline.remaining()
+    if remaining is None:
+        return
+    seconds = math.ceil(min(remaining + _GRACE, _LONGEST_TIMEOUT))
+    for entry in entries:
+        entry.job.spec.timeout.seconds = seconds
 
 
 def _rejection(status: RpcStatus, entries: Sequence[Entry], address: str) -> Rejected:
@@ -151,10 +167,9 @@ async def deliveries(
 ) -> AsyncGenerator[Delivery, None]:
     """Read the results of a submission as its jobs end, each once, and acknowledge them.
 
-    Whoever stops before the end gives up the rest: it is cancelled on the server.
-
     A connection that is lost is made again, to another server if there are several, and reading
-    goes on after the last chunk seen.
+    goes on after the last chunk seen. Whatever ends the reading early, an error or the caller,
+    cancels on the server the jobs that have not ended.
 
     Parameters
     ----------
@@ -177,9 +192,9 @@ async def deliveries(
     reader = _Reader(accepted, entries)
     acknowledger = _Acknowledger(connection, accepted.id)
     retries = connection.retries(deadline)
-    connection.reading.add(accepted.id)
+    expired = False
     try:
-        while reader.missing:
+        while True:
             server, metadata = connection.server(), connection.metadata
             call = server.traces.StreamResults(
                 trace_pb2.StreamResultsRequest(
@@ -192,18 +207,20 @@ async def deliveries(
             )
             try:
                 async for response in call:
+                    # While it closes, what it cancelled itself would look like a result.
+                    connection.check_open()
                     retries.succeeded()
                     server.succeeded()
-                    if connection.closing:
-                        raise TraceError("the client is closed")
                     for event in response.events:
                         if (delivery := reader.take(event)) is not None:
+                            _check_time(delivery, deadline)
                             acknowledger.note(reader.last_entry, delivery.bytes)
                             yield delivery
                     if room is not None and reader.missing:
                         await room()
             except grpc.aio.AioRpcError as error:
                 status = RpcStatus.of(error)
+                expired = status.code is grpc.StatusCode.NOT_FOUND
                 connection.failed(server, status)
                 if not connection.outdated(status, metadata):
                     await retries.after(status)
@@ -217,14 +234,20 @@ async def deliveries(
                 raise ProtocolError(
                     f"the server ended the results with {reader.missing} of {len(entries)} missing"
                 )
-    except NotFound:
-        reader.forget()
-        raise
+            connection.leftovers.done(accepted.open)
+            await acknowledger.finish()
+            return
     finally:
-        connection.reading.discard(accepted.id)
-        if reader.missing and not connection.closing:
-            await abandon_submission(connection, accepted.id)
-    await acknowledger.finish()
+        if reader.missing and not expired:
+            await connection.leftovers.leave(accepted.open, away=deadline.away)
+        else:
+            connection.leftovers.done(accepted.open)
+
+
+def _check_time(delivery: Delivery, deadline: Deadline) -> None:
+    """Raise the caller's own error if the server was the first to see that its time is over."""
+    if deadline.timeout is not None and isinstance(delivery.outcome, DeadlineExceeded):
+        raise deadline.error()
 
 
 class _Reader:
@@ -244,10 +267,6 @@ class _Reader:
     @property
     def missing(self) -> int:
         return len(self._positions)
-
-    def forget(self) -> None:
-        """Wait for nothing any more: the server does not know of it."""
-        self._positions.clear()
 
     def take(self, event: trace_pb2.ResultEvent) -> Delivery | None:
         chunk = event.chunk

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from command.conftest import Run
-from fake_server import FakeServer
+from fake_server import FakeServer, Submission
 from reltrace_proto.v1 import admin_pb2, types_pb2
 
 
@@ -28,13 +28,13 @@ def test_workers(command: Run) -> None:
 
 
 def test_cancel(command: Run, server: FakeServer) -> None:
-    command("run", "a b")
+    server.submissions["s0"] = Submission("s0", "key", ["s0-0"], [types_pb2.JobSpec(prompt="a")])
     assert command("cancel", "s0-0", "s7-1") == (0, "cancelled 1 job\n", "")
     assert server.cancelled == ["s0-0"]
     assert command("cancel", "s0-0") == (1, "cancelled 0 jobs\n", "")
     assert command("cancel", "s0-0", "--json") == (1, '{"cancelled": 0}\n', "")
     assert command("cancel", "a b")[2].startswith("reltrace: ids[0]: must be ")
-    assert command("cancel", "s9") == (1, "", "reltrace: no such submission\n")
+    assert command("cancel", "s9") == (1, "", "reltrace: the submission is not known here\n")
     assert command("cancel")[0] == 2
 
 
