@@ -1,48 +1,164 @@
-"""The README's Python runs as printed."""
+"""What the READMEs and the notebook show runs as it is printed."""
 
+import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
 from e2e.conftest import Process, address_in
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "client/README.md"]
+PAGES = ["README.md", "client/README.md", "client/NUMBERS.md", "client/BATCH.md"]
+PYTHON = [
+    (page, number, snippet)
+    for page in PAGES
+    for number, snippet in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    )
+]
+# Without the default port, which another test may hold, they need a host, a hub, or a JOB.
+NOT_HERE = re.compile(r"\breltrace up\b|10\.0\.0|meta-llama|PATH_OR_HUB_ID|JOB|TENANT|node1|\.\.\.")
+PROMPTS = '{"id": "a", "prompt": "I have 2 birds and 4 fish. My birds"}\n"We have a dog"\n'
 
 
-@pytest.fixture
-def default_server(start: Callable[..., Process], tmp_path: Path) -> None:
+def environment() -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RELTRACE_")}
+    return own | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the snippets of a page are pasted, one after another."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "prompts.jsonl").write_text(PROMPTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """`reltrace up` as the README says it: on the default port, with the demo model."""
-    service = start("reltrace", "up", "--data", str(tmp_path / "data"))
-    assert address_in(service.first_line()) == "127.0.0.1:50051"
+    data = tmp_path_factory.mktemp("data")
+    service = Process.start(data, "reltrace", "up", "--data", str(data / "data"))
+    try:
+        assert address_in(service.first_line()) == "127.0.0.1:50051"
+        yield
+    finally:
+        service.stop()
+
+
+def shell(command: str, folder: Path, timeout: float = 90) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def commands(page: str) -> list[str]:
+    """Return the indented commands of a page, with those of several lines joined."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    return re.findall(r"^    (reltrace .*)$", text, re.MULTILINE)
+
+
+SHELL = [
+    (page, command)
+    for page in PAGES
+    for command in commands(page)
+    if not NOT_HERE.search(command.partition("#")[0])
+    and not command.startswith(("reltrace --token-file", "reltrace-"))
+]
+
+
+def test_there_is_something_to_paste() -> None:
+    assert {page for page, *_ in PYTHON} == set(PAGES)
+    assert len(SHELL) > 10
 
 
 @pytest.mark.usefixtures("default_server")
-def test_snippets_run_as_printed(tmp_path: Path) -> None:
-    for page in PAGES:
-        snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-        assert snippets, page
-        for number, snippet in enumerate(snippets):
-            folder = tmp_path / f"{page.replace('/', '-')}-{number}"
-            folder.mkdir()
-            done = subprocess.run(
-                [sys.executable, "-c", snippet],
-                cwd=folder,
-                env={k: v for k, v in os.environ.items() if not k.startswith("RELTRACE_")},
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-            assert done.returncode == 0, done.stderr
-            if "trace.plot(" in snippet:
-                assert (folder / "trace.png").read_bytes().startswith(b"\x89PNG")
-                assert (folder / "trace.safetensors").stat().st_size > 0
-            if page == "README.md":
-                assert "dogs" in done.stdout
+@pytest.mark.parametrize(("page", "command"), SHELL)
+def test_a_command_runs_as_printed(page: str, command: str, folder: Path) -> None:
+    if command.startswith("reltrace batch") and "--shard" in command:
+        command = command.replace(" traces ", " sharded ")
+    out = shell(command, folder)
+    if "--plot trace.html" in command:
+        assert (folder / "trace.html").read_text().startswith("<!DOCTYPE html>")
+    if command.startswith("reltrace batch"):
+        assert "failed" not in out
+
+
+@pytest.mark.usefixtures("default_server")
+@pytest.mark.parametrize(("page", "number", "snippet"), PYTHON)
+def test_a_snippet_runs_as_printed(page: str, number: int, snippet: str, folder: Path) -> None:
+    if "load_batch" in snippet:
+        shell("reltrace batch prompts.jsonl traces --quiet", folder)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=folder,
+        env=environment() | {"HF_HOME": str(folder / "hf")},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    if "trace.plot(" in snippet:
+        assert (folder / "trace.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / "trace.safetensors").stat().st_size > 0
+    if (page, number) == ("README.md", 0):
+        assert "dogs" in done.stdout
+    if page == "client/NUMBERS.md":
+        printed = re.findall(r"^# (\w+: .*)$", snippet, re.MULTILINE)
+        assert done.stdout.splitlines() == printed
+
+
+@pytest.mark.usefixtures("default_server")
+def test_the_notebook_runs(folder: Path) -> None:
+    book = nbformat.read(ROOT / "client" / "notebook.ipynb", as_version=4)
+    assert all(cell.get("outputs", []) == [] for cell in book.cells), "it is kept without outputs"
+    resources = {"metadata": {"path": str(folder)}}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in [name for name in os.environ if name.startswith("RELTRACE_")]:
+            monkeypatch.delenv(name)
+        NotebookClient(book, timeout=60, kernel_name="python3", resources=resources).execute()
+    shown = json.dumps(book)
+    assert "Warning" not in shown
+    assert "' dogs' (logit" in shown.replace("&#x27;", "'")
+    assert "Failure" in shown or "InvalidArgument" in shown
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the README's commands use openssl")
+def test_tokens_and_tls_as_printed(tmp_path: Path) -> None:
+    """
+    Given the README's commands for a scheduler with tokens and TLS, a worker and a client
+    If they are pasted one by one, those that go on running each in a terminal of its own
+    I expect a trace, and the operator's status.
+    """
+    section = (ROOT / "README.md").read_text().partition("## Tokens and TLS")[2]
+    section = section.partition("\n## ")[0].replace("\\\n", " ")
+    lines = re.findall(r"^    (.*)$", section, re.MULTILINE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = ["set -e", "trap 'kill $(jobs -p)' EXIT"]
+    for line in lines:
+        goes_on = re.match(r"reltrace-(worker|scheduler (?!token))", line)
+        script.append(line.replace("50051", str(port)) + (" >>log 2>&1 &" if goes_on else ""))
+    assert sum(line.endswith("&") for line in script) == 2
+    out = shell("\n".join(script), tmp_path, timeout=110)
+    assert "Relevance of" in out
+    assert "1 worker" in out
 
 
 def test_commands_named_in_the_readme_exist() -> None:
@@ -51,8 +167,9 @@ def test_commands_named_in_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert targets == {"demo", "test"}
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
-    help_text = subprocess.run(
-        [sys.executable, "-m", "reltrace", "--help"], capture_output=True, text=True, timeout=60
-    ).stdout
-    for command in set(re.findall(r"^    reltrace (\w+)", text, re.MULTILINE)):
-        assert command in help_text
+    help_text = shell("reltrace --help", ROOT)
+    for page in PAGES:
+        for command in commands(page):
+            name = command.replace("reltrace --token-file alice.token --tls-ca ca.pem", "reltrace")
+            word = name.split()[1]
+            assert word.startswith("-") or word in help_text, command
