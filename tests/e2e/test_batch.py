@@ -1,0 +1,72 @@
+"""A batch against the real service: killed, taken up again, and equal to single traces."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reltrace
+from e2e.conftest import wait_until
+from reltrace_worker.demo import DEMO_MODEL
+from reltrace_worker.demo.corpus import held_out
+
+COUNT = 1500
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("batch") / "prompts.jsonl"
+    rows = [{"id": f"s{i}", "prompt": one.prompt} for i, one in enumerate(held_out(COUNT, 0))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def start(source: Path, out: Path, address: str, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "reltrace", "batch", str(source), str(out), "--server", address,
+         "--model", DEMO_MODEL, "--quiet", "--json", "--part-traces", "128", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("part_format", ["safetensors", "parquet"])
+def test_a_batch_that_is_killed_gives_every_trace_once(
+    source: Path, address: str, client: reltrace.Client, tmp_path: Path, part_format: str
+) -> None:
+    out = tmp_path / "out"
+    first = start(source, out, address, "--format", part_format)
+    try:
+        wait_until(lambda: (out / "journal.jsonl").exists(), "the first commit", 60)
+    finally:
+        first.kill()
+        first.communicate()
+    before = len(reltrace.load_batch(out))
+    assert 0 < before < COUNT
+
+    second = start(source, out, address, "--format", part_format)
+    said, errors = second.communicate(timeout=90)
+    assert second.returncode == 0, errors
+    summary = json.loads(said)
+    assert (summary["traced"], summary["failed"], summary["new"]) == (COUNT, 0, COUNT - before)
+
+    batch = reltrace.load_batch(out)
+    assert [trace.id for trace in batch] == [f"s{number}" for number in range(COUNT)]
+    prompts = [json.loads(line)["prompt"] for line in source.read_text().splitlines()]
+    for number in range(0, COUNT, 150):
+        alone = client.trace(prompts[number], model=DEMO_MODEL)
+        assert batch[number].tokens == alone.tokens
+        assert batch[number].target.token_id == alone.target.token_id
+        # Packed with others, sums are made in another order.
+        scale = np.abs(alone.relevance).max(axis=1, keepdims=True)
+        np.testing.assert_allclose(
+            batch[number].relevance / scale, alone.relevance / scale, atol=1e-5
+        )
+
+
+def test_the_service_is_left_clean(source: Path, address: str, client: reltrace.Client) -> None:
+    """What a killed batch left on its way ends by itself, and nothing of it waits for ever."""
+    wait_until(lambda: sum(q.queued + q.leased for q in client.status().queues) == 0, "rest", 60)
