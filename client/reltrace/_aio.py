@@ -12,7 +12,7 @@ from reltrace._errors import TraceError, invalid
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._queries import AsyncQueries
-from reltrace._request import Arguments, Priority, wire_priority
+from reltrace._request import Arguments, Dtype, Priority, wire_priority
 from reltrace._source import open_source
 from reltrace._target import Target, TargetLike
 from reltrace._trace import Failure, Trace
@@ -118,7 +118,7 @@ class AsyncClient(AsyncQueries):
         reduce: str = "token",
         target: TargetLike = "max",
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         priority: Priority = "interactive",
@@ -135,7 +135,7 @@ class AsyncClient(AsyncQueries):
         reduce: str = "token",
         target: Targets,
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         priority: Priority = "interactive",
@@ -151,7 +151,7 @@ class AsyncClient(AsyncQueries):
         reduce: str = "token",
         target: TargetLike | Targets = "max",
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         priority: Priority = "interactive",
@@ -195,7 +195,7 @@ class AsyncClient(AsyncQueries):
         reduce: str = "token",
         target: TargetLike = "max",
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,
@@ -214,7 +214,7 @@ class AsyncClient(AsyncQueries):
         reduce: str = "token",
         target: Targets,
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,
@@ -232,7 +232,7 @@ class AsyncClient(AsyncQueries):
         reduce: str = "token",
         target: TargetLike | Targets = "max",
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,

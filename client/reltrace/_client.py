@@ -11,7 +11,7 @@ from reltrace._aio import AsyncClient, Item, Targets
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._queries import Queries
-from reltrace._request import Arguments, Priority
+from reltrace._request import Arguments, Dtype, Priority
 from reltrace._target import TargetLike
 from reltrace._trace import Failure, Trace
 from reltrace._transport.security import Tls, Token
@@ -108,7 +108,7 @@ class Client(Queries):
         reduce: str = "token",
         target: TargetLike = "max",
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         priority: Priority = "interactive",
@@ -125,7 +125,7 @@ class Client(Queries):
         reduce: str = "token",
         target: Targets,
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         priority: Priority = "interactive",
@@ -141,7 +141,7 @@ class Client(Queries):
         reduce: str = "token",
         target: TargetLike | Targets = "max",
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         priority: Priority = "interactive",
@@ -221,7 +221,7 @@ class Client(Queries):
         reduce: str = "token",
         target: TargetLike = "max",
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,
@@ -240,7 +240,7 @@ class Client(Queries):
         reduce: str = "token",
         target: Targets,
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,
@@ -258,7 +258,7 @@ class Client(Queries):
         reduce: str = "token",
         target: TargetLike | Targets = "max",
         rule: str = "attnlrp",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         max_in_flight: int = 1024,

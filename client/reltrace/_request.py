@@ -20,6 +20,7 @@ DTYPES = {
     "bfloat16": types_pb2.SCALAR_TYPE_BFLOAT16,
     "float16": types_pb2.SCALAR_TYPE_FLOAT16,
 }
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Priority: TypeAlias = Literal["interactive", "batch"]
 _PRIORITIES: dict[str, types_pb2.Priority.ValueType] = {
     "interactive": types_pb2.PRIORITY_INTERACTIVE,
@@ -77,7 +78,7 @@ class Arguments:
     reduce: str = "token"
     target: Any = "max"
     rule: str = "attnlrp"
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     layers: Sequence[int] | None = None
     top_k: int | None = None
 

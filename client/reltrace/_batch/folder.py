@@ -16,8 +16,10 @@ from typing import Any
 import reltrace
 from reltrace._batch.disk import UNFINISHED, write_whole
 from reltrace._batch.journal import NAME as JOURNAL
+from reltrace._batch.parts import PartFormat
 from reltrace._errors import TraceError, invalid
 from reltrace._origin import Provenance
+from reltrace._request import Dtype
 
 MANIFEST = "manifest.json"
 ERRORS = "errors.jsonl"
@@ -49,10 +51,10 @@ class Settings:
     reduce: str
     target: Any
     rule: str
-    dtype: str
+    dtype: Dtype
     layers: list[int] | None
     top_k: int | None
-    format: str
+    format: PartFormat
     input_format: str
     column: str | None
     id_column: str | None
@@ -132,7 +134,7 @@ class Folder:
                 "versions": {"reltrace": reltrace.__version__, "python": platform.python_version()},
                 "provenance": None,
             }
-            write_whole(path, _json(manifest))
+            write_whole(path, [_json(manifest)])
             return
         before = read_manifest(self.root)["settings"]
         changed = [
@@ -161,7 +163,7 @@ class Folder:
             manifest["provenance"] = {
                 **asdict(provenance), "versions": dict(provenance.versions)
             }  # fmt: skip
-            write_whole(self.root / MANIFEST, _json(manifest))
+            write_whole(self.root / MANIFEST, [_json(manifest)])
             return
         check_same(known, provenance)
 

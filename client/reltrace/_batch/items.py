@@ -10,13 +10,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
 from reltrace._errors import InvalidArgument, MissingDependency, invalid
 from reltrace._request import Arguments
 from reltrace._target import Target
 
-FORMATS = ("jsonl", "text", "csv", "parquet")
+InputName: TypeAlias = Literal["jsonl", "text", "csv", "parquet"]
+FORMATS = get_args(InputName)
 _ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

@@ -8,7 +8,8 @@ both.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,17 @@ def ranges(indices: Iterable[int]) -> list[tuple[int, int]]:
     return found
 
 
+def _put(states: array[int] | bytearray, index: int, state: int) -> None:
+    """Set an element; those that are missing before it become 0."""
+    if index >= len(states):
+        missing = index + 1 - len(states)
+        if isinstance(states, bytearray):
+            states.extend(bytes(missing))
+        else:
+            states.extend([0] * missing)
+    states[index] = state
+
+
 class Journal:
     """The journal of a folder.
 
@@ -176,6 +188,20 @@ class Journal:
         if whole < self._path.stat().st_size:
             cut(self._path, whole)
 
+    def failures(self) -> Iterator[Failed]:
+        """Read which prompts failed, and were not traced since: the last failure of each.
+
+        In two passes, so that what is held is four bytes per prompt, however many failed.
+        """
+        last = array("i")
+        for number, commit in enumerate(self.commits(), start=1):
+            for index in commit.indices():
+                _put(last, index, 0)
+            for failed in commit.failed:
+                _put(last, failed.index, number)
+        for number, commit in enumerate(self.commits(), start=1):
+            yield from (failed for failed in commit.failed if last[failed.index] == number)
+
     def append(self, commit: Commit) -> None:
         """Commit."""
         append_durably(self._path, commit.to_line())
@@ -195,14 +221,9 @@ class Done:
     def add(self, commit: Commit) -> None:
         """Take the next commit."""
         for index in commit.indices():
-            self._set(index, self._DONE)
+            _put(self._states, index, self._DONE)
         for failed in commit.failed:
-            self._set(failed.index, self._FINAL if failed.final else self._FAILED)
-
-    def _set(self, index: int, state: int) -> None:
-        if index >= len(self._states):
-            self._states.extend(bytes(index + 1 - len(self._states)))
-        self._states[index] = state
+            _put(self._states, failed.index, self._FINAL if failed.final else self._FAILED)
 
     def wants(self, index: int, *, retry_failed: bool) -> bool:
         """Return whether a prompt is to be traced.
@@ -226,15 +247,3 @@ class Done:
     def failed(self) -> int:
         """How many prompts failed, and were not traced since."""
         return self._states.count(self._FINAL) + self._states.count(self._FAILED)
-
-
-def failures(commits: Sequence[Commit] | Iterator[Commit]) -> dict[int, Failed]:
-    """Return the prompts that failed and were not traced since, by index."""
-    found: dict[int, Failed] = {}
-    for commit in commits:
-        for failed in commit.failed:
-            found[failed.index] = failed
-        if found:
-            for index in commit.indices():
-                found.pop(index, None)
-    return found

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from reltrace._batch.folder import folders_of, read_manifest
-from reltrace._batch.journal import Failed, Journal, failures
+from reltrace._batch.journal import Failed, Journal
 from reltrace._batch.parts import Part, open_part
 from reltrace._trace import Trace
 
@@ -68,10 +68,8 @@ class Batch:
     @property
     def errors(self) -> list[Failed]:
         """The prompts that failed, in their order."""
-        found: dict[int, Failed] = {}
-        for own in self._folders:
-            found |= failures(Journal(own).commits())
-        return [found[index] for index in sorted(found)]
+        found = [failed for own in self._folders for failed in Journal(own).failures()]
+        return sorted(found, key=lambda failed: failed.index)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from reltrace._errors import MissingDependency, invalid
 from reltrace._files import describe, restore, tensors_of
 from reltrace._trace import Array, Trace
 
-FORMATS = ("safetensors", "parquet")
+PartFormat: TypeAlias = Literal["safetensors", "parquet"]
 _FORMAT = "reltrace-batch-part-1"
 
 
@@ -26,7 +26,7 @@ class Part(Protocol):
         ...
 
 
-def name_of(number: int, part_format: str) -> str:
+def name_of(number: int, part_format: PartFormat) -> str:
     """Return the name of the file with a number."""
     return f"part-{number:06d}.{part_format}"
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Protocol, cast
 from reltrace._batch import parts
 from reltrace._batch.folder import Folder, Settings
 from reltrace._batch.items import Fingerprint, InputFormat, Item, read_items
-from reltrace._batch.journal import Done, Failed, Journal, failures
+from reltrace._batch.journal import Done, Failed, Journal
 from reltrace._batch.served import check_served
 from reltrace._batch.writer import Traced, Writer, write_errors
 from reltrace._client import Client
@@ -182,7 +182,7 @@ class Run:
                 read, digest = commit.read, commit.digest
         self._folder.clean(named)
         self._next_part = 1 + max((parts.number_of(name) for name in named), default=-1)
-        write_errors(self._folder, sorted(failures(journal.commits()).values(), key=_by_index))
+        write_errors(self._folder, journal.failures())
         if read:
             self._check_input(read, digest)
 
@@ -275,12 +275,8 @@ class Run:
         journal = Journal(self._folder.own)
         for commit in journal.commits():
             done.add(commit)
-        write_errors(self._folder, sorted(failures(journal.commits()).values(), key=_by_index))
+        write_errors(self._folder, journal.failures())
         return Summary(done.traced, done.failed, self._new, seconds)
-
-
-def _by_index(failed: Failed) -> int:
-    return failed.index
 
 
 class _File:

@@ -7,8 +7,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 from reltrace._batch import parts
 from reltrace._batch.disk import UNFINISHED, append_durably, finish, write_whole
@@ -49,7 +50,7 @@ class Writer:
     folder : Folder
         Where to; it is held.
     part_format : str
-        One of `parts.FORMATS`.
+        Of the files of traces.
     first_part : int
         Number of the next part.
     read : callable
@@ -63,7 +64,7 @@ class Writer:
     def __init__(
         self,
         folder: Folder,
-        part_format: str,
+        part_format: parts.PartFormat,
         first_part: int,
         read: Callable[[], tuple[int, str]],
         *,
@@ -205,7 +206,7 @@ class Writer:
             )
         )
         if self._failed:
-            append_durably(self._folder.own / ERRORS, error_lines(self._failed))
+            append_durably(self._folder.own / ERRORS, b"".join(map(error_line, self._failed)))
         if traced:
             self._number += 1
         self._traced, self._failed = [], []
@@ -223,13 +224,16 @@ class Writer:
         return path.name
 
 
-def write_errors(folder: Folder, failed: list[Failed]) -> None:
-    """Write the file of failed prompts anew."""
-    path = folder.own / ERRORS
-    if failed or path.exists():
-        write_whole(path, error_lines(failed))
+def write_errors(folder: Folder, failed: Iterable[Failed]) -> None:
+    """Write the file of failed prompts anew; where none has ever failed, there is no file."""
+    path, failed = folder.own / ERRORS, iter(failed)
+    first = next(failed, None)
+    if first is not None:
+        write_whole(path, map(error_line, chain([first], failed)))
+    elif path.exists():
+        write_whole(path, [])
 
 
-def error_lines(failed: list[Failed]) -> bytes:
-    """Return one line of JSON per failed prompt."""
-    return b"".join(json.dumps(asdict(one), ensure_ascii=False).encode() + b"\n" for one in failed)
+def error_line(failed: Failed) -> bytes:
+    """Return a line of JSON."""
+    return json.dumps(asdict(failed), ensure_ascii=False).encode() + b"\n"

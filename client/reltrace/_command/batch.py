@@ -15,10 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from reltrace._batch.folder import Settings
-from reltrace._batch.items import FORMATS as INPUT_FORMATS
-from reltrace._batch.items import InputFormat, count_items
-from reltrace._batch.parts import FORMATS as PART_FORMATS
-from reltrace._batch.parts import pyarrow_modules
+from reltrace._batch.items import InputFormat, InputName, count_items
+from reltrace._batch.parts import PartFormat, pyarrow_modules
 from reltrace._batch.run import Options, Run, Summary
 from reltrace._command.options import (
     AsJson,
@@ -59,16 +57,13 @@ def batch(
     layer: Layers = None,
     dtype: Dtype = "float32",
     part_format: Annotated[
-        str,
-        typer.Option(
-            "--format", envvar="RELTRACE_FORMAT", help=f"Of the traces: {', '.join(PART_FORMATS)}."
-        ),
+        PartFormat, typer.Option("--format", envvar="RELTRACE_FORMAT", help="Of the traces.")
     ] = "safetensors",
     input_format: Annotated[
-        str | None,
+        InputName | None,
         typer.Option(
             envvar="RELTRACE_INPUT_FORMAT",
-            help=f"{', '.join(INPUT_FORMATS)}. (default: by the ending; of standard input: jsonl)",
+            help="Of the prompts. (default: by the ending; of standard input: jsonl)",
             show_default=False,
         ),
     ] = None,
@@ -144,8 +139,6 @@ def batch(
     path = None if source == "-" else Path(source)
     if path is not None and not path.is_file():
         raise invalid("input", f"there is no file {source!r}")
-    if part_format not in PART_FORMATS:
-        raise invalid("format", f"must be one of {', '.join(PART_FORMATS)}, not {part_format!r}")
     if part_format == "parquet":
         pyarrow_modules()
     reading = InputFormat.of(

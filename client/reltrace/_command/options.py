@@ -12,6 +12,7 @@ import typer
 
 import reltrace
 from reltrace._errors import invalid
+from reltrace._request import Dtype as DtypeName
 from reltrace._transport.address import ADDRESS_VARIABLE, DEFAULT_ADDRESS
 from reltrace._transport.security import TlsOptions
 
@@ -69,11 +70,8 @@ Layers = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str,
-    typer.Option(
-        envvar="RELTRACE_RESULT_DTYPE",
-        help="Number format in which relevance travels: float32, bfloat16, float16.",
-    ),
+    DtypeName,
+    typer.Option(envvar="RELTRACE_RESULT_DTYPE", help="Number format in which relevance travels."),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", envvar="RELTRACE_JSON", help="Print JSON for machines.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -114,20 +114,21 @@ def run(
         continuation,
         logprob,
     )
+    # A type checker gives up on so many arguments that may be None, each in two overloads.
+    options: dict[str, Any] = {
+        "input_ids": None if input_ids is None else _ids(input_ids),
+        "model": model,
+        "sites": site or ["resid"],
+        "reduce": reduce,
+        "rule": rule,
+        "dtype": dtype,
+        "layers": layer or None,
+        "top_k": top_k,
+        "timeout": timeout,
+    }
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     with access_of(context).client(server) as client:
-        trace = client.trace(
-            sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt,
-            input_ids=None if input_ids is None else _ids(input_ids),
-            model=model,
-            sites=site or ["resid"],
-            reduce=reduce,
-            target=asked,
-            rule=rule,
-            dtype=dtype,
-            layers=layer or None,
-            top_k=top_k,
-            timeout=timeout,
-        )
+        trace = client.trace(text, target=asked, **options)
     if json_file == "-":
         typer.echo(json.dumps(trace.to_dict(), allow_nan=False))
     else:

@@ -114,6 +114,26 @@ def test_what_failed_for_another_reason_is_tried_again(
     check(tmp_path / "out", LINES)
 
 
+def test_of_several_failures_the_last_one_counts(
+    batch: Batch, server: FakeServer, tmp_path: Path
+) -> None:
+    def broken(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
+        state, reason = types_pb2.JOB_STATE_FAILED, f"try {job_id}"
+        return [failed_chunk(job_id, state, code_pb2.INTERNAL, reason)]
+
+    server.run = broken
+    for _ in range(2):
+        assert batch(LINES[:3]).failed == 3
+    errors = reltrace.load_batch(tmp_path / "out").errors
+    assert [error.message for error in errors] == ["try s1-0", "try s1-1", "try s1-2"]
+    lines = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["message"] for line in lines) == [
+        "try s1-0",
+        "try s1-1",
+        "try s1-2",
+    ]
+
+
 def test_lines_that_are_no_prompts_are_noted_once(batch: Batch, tmp_path: Path) -> None:
     lines = ['"a"', "{", '"b"', '{"id": "q", "color": 1}']
     for retry in (False, True):

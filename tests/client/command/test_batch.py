@@ -72,14 +72,11 @@ ERRORS = {
     ("nowhere.txt",): "input: there is no file 'nowhere.txt'",
     ("IN", "--shard", "3/2"): "shard: must be I/N with I from 1 to N, such as 2/8, not '3/2'",
     ("IN", "--shard", "x"): "shard: must be I/N",
-    ("IN", "--format", "xml"): "format: must be one of safetensors, parquet, not 'xml'",
-    ("IN", "--input-format", "xml"): "input-format: must be one of jsonl, text, csv, parquet",
     ("IN", "--input-format", "csv"): "column: 'prompt' is not in the file; it has one a",
     ("IN", "--column", "x"): "column: is for csv and parquet; text has no columns",
     ("IN", "--rule", "x"): "rule: 'x' is not served; fake has attnlrp",
     ("IN", "--model", "x"): "model: 'x' is not served; served: fake",
     ("IN", "--target", "id:x"): "target: after id: comes a token id",
-    ("IN", "--dtype", "x"): "dtype: must be one of float32, bfloat16, float16, not 'x'",
     ("IN", "--reduce", "token", "--top-k", "3"): 'top_k: is for reduce="topk"',
 }
 
@@ -93,6 +90,14 @@ def test_errors_are_one_line(
     assert code == 1
     assert err.startswith(f"reltrace: {ERRORS[arguments]}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--format", "--input-format", "--dtype", "--limit"])
+def test_wrong_usage_exits_with_2(command: Run, source: Path, tmp_path: Path, option: str) -> None:
+    code, _, err = command("batch", str(source), str(tmp_path / "out"), option, "x")
+    assert code == 2
+    assert option in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

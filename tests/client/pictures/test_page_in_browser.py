@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import reltrace
 from make_trace import make_trace
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -20,7 +22,7 @@ OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-GUTTER, HEAD, ROW, COLUMN = "gutter", 22, 20, 26
+HEAD, ROW, COLUMN = 22, 20, 26
 
 TOKENS = ["<s>", "ĠMy", "Ġcats", "</script>", "Ġ\u05e9\u05dc\u05d5\u05dd"]
 SHAPES = {"resid": (3, 5, 8), "neuron": (3, 5, 40), "head": (3, 5, 4), "embed": (5, 8)}
@@ -274,3 +276,22 @@ def test_a_narrow_window(show: Open, trace: reltrace.Trace) -> None:
     assert re.fullmatch(r"\d+px", page.evaluate("canvas.style.width"))
     point(page, 1, 1)
     assert "token 1" in readout(page)
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+def test_a_screenshot_shows_the_heatmap(show: Open, trace: reltrace.Trace, width: int) -> None:
+    """What is seen, not what is drawn: each cell in its colour, and nothing beyond the window."""
+    page = show(trace)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    picture = Image.open(io.BytesIO(page.locator("#canvas").screenshot())).convert("RGB")
+    gutter = page.evaluate("gutter")
+    values = trace.by_token("resid")
+    shares = values / np.abs(values).max(axis=1, keepdims=True)
+    for token in range(5):
+        for layer in range(3):
+            place = (gutter + layer * COLUMN + 4, HEAD + token * ROW + 4)
+            seen = picture.getpixel(place)
+            assert isinstance(seen, tuple)
+            assert close_to(seen, expected_colour(shares[layer, token]))
+    assert picture.width <= width
