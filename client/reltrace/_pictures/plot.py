@@ -16,6 +16,13 @@ _HEIGHTS = (2.5, 40.0)
 _WIDTHS = (6.0, 36.0)
 _LABELS_PER_INCH = 5.5
 
+# Fonts of the usual systems for Chinese, Japanese, Korean and Indic scripts.
+_OTHER_SCRIPTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei",
+    "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
+    "Arial Unicode MS", "Noto Sans Devanagari", "Nirmala UI",
+)  # fmt: skip
+
 
 def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
     """Write the heatmap of a site as PNG, SVG or PDF.
@@ -60,7 +67,9 @@ def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
     axes.set_xlabel("Layers")
     axes.set_ylabel("Tokens")
     axes.set_title(f"{table.title}\n{table.scale}", fontsize="medium")
+    families = _families()
     for text in (axes.title, *axes.get_yticklabels()):
+        text.set_fontfamily(families)
         # A "$" in a token is a dollar, not a formula.
         text.set_parse_math(False)
     bar = figure.colorbar(image, ax=axes, fraction=min(0.05, 0.6 / width), aspect=4 * height)
@@ -69,6 +78,15 @@ def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
         # A token in a script that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, dpi=150)
+
+
+def _families() -> list[str]:
+    """Return matplotlib's own font, and what is installed for the scripts that it lacks."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return [*rcParams["font.family"], *(name for name in _OTHER_SCRIPTS if name in installed)]
 
 
 def _every(labels: int, inches: float) -> int:
