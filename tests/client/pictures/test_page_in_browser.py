@@ -28,8 +28,9 @@ TOKENS = ["<s>", "ĠMy", "Ġcats", "</script>", "Ġ\u05e9\u05dc\u05d5\u05dd"]
 SHAPES = {"resid": (3, 5, 8), "neuron": (3, 5, 40), "head": (3, 5, 4), "embed": (5, 8)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """One browser for all; no longer, because its driver keeps an event loop in this thread."""
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         assert not os.environ.get("CI"), "CI must have a browser: apt-get install chromium"
