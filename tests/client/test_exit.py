@@ -13,7 +13,12 @@ from contextlib import contextmanager
 import pytest
 from fake_server import FakeServer
 
-START = "import sys, reltrace\nclient = reltrace.Client(sys.argv[1])\n"
+# With Python's own SIGINT: a shell in the background has it ignored.
+START = (
+    "import signal, sys, reltrace\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "client = reltrace.Client(sys.argv[1])\n"
+)
 
 
 @pytest.fixture

@@ -15,10 +15,13 @@ JOBS = 256
 
 # A run that says when its first result has come.
 CHILD = """
+import signal
 import sys
 import numpy as np
 import reltrace
 
+# A shell in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 address, model, tokens, jobs = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 ids = np.random.default_rng(0).integers(10, 200, (jobs, tokens)).tolist()
 client = reltrace.Client(address)
