@@ -16,7 +16,6 @@ from reltrace._batch import parts
 from reltrace._batch.folder import Folder, Settings
 from reltrace._batch.items import Fingerprint, InputFormat, Item, read_items
 from reltrace._batch.journal import Done, Failed, Journal
-from reltrace._batch.served import check_served
 from reltrace._batch.writer import Traced, Writer, write_errors
 from reltrace._client import Client
 from reltrace._errors import invalid
@@ -149,7 +148,6 @@ class Run:
             If the server can not be reached, or refuses. What came before is committed.
         """
         began = time.monotonic()
-        check_served(self._settings, self._client.models())
         with self._folder.held(), closing(self._input):
             self._folder.enter(self._settings, str(self._options.source or "-"))
             self._recover()

@@ -18,6 +18,7 @@ from reltrace._batch.folder import Settings
 from reltrace._batch.items import InputFormat, InputName, count_items
 from reltrace._batch.parts import PartFormat, pyarrow_modules
 from reltrace._batch.run import Options, Run, Summary
+from reltrace._batch.served import check_served
 from reltrace._command.options import (
     AsJson,
     Dtype,
@@ -171,6 +172,9 @@ def batch(
         id_column=id_column,
         shards=part[1],
     )
+    # With the usual patience: a wrong address is told at once, and only then waited for.
+    with access_of(context).client(server) as client:
+        check_served(settings, client.models())
     with (
         access_of(context).client(server, retry_timeout) as client,
         _Bar(_total(path, reading, limit, part), quiet) as bar,

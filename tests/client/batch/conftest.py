@@ -12,6 +12,7 @@ from fake_server import FakeServer
 from reltrace._batch.folder import Settings
 from reltrace._batch.items import InputFormat
 from reltrace._batch.run import Options, Run, Summary
+from reltrace._batch.served import check_served
 
 SETTINGS = Settings(
     model=None, sites=["resid"], reduce="token", target="max", rule="attnlrp", dtype="float32",
@@ -39,7 +40,12 @@ def batch(server: FakeServer, tmp_path: Path) -> Callable[..., Summary]:
     """Run a batch of lines of text; keyword arguments are settings or options."""
 
     def run(
-        lines: Sequence[str] | bytes, out: str = "out", watcher: Seen | None = None, **given: Any
+        lines: Sequence[str] | bytes,
+        out: str = "out",
+        watcher: Seen | None = None,
+        *,
+        checked: bool = True,
+        **given: Any,
     ) -> Summary:
         names = Settings.__dataclass_fields__
         settings = replace(SETTINGS, **{k: v for k, v in given.items() if k in names})
@@ -52,6 +58,8 @@ def batch(server: FakeServer, tmp_path: Path) -> Callable[..., Summary]:
         settings = replace(settings, shards=options.shard[1])
         reading = InputFormat(settings.input_format)
         with reltrace.Client(server.address) as client:
+            if checked:
+                check_served(settings, client.models())
             run = Run(client, settings, reading, options, stdin, watcher or Seen())
             return run.run(settings.target)
 
