@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,3 +33,12 @@ def server() -> Iterator[FakeServer]:
 def client(server: FakeServer) -> Iterator[reltrace.Client]:
     with reltrace.Client(server.address) as connected:
         yield connected
+
+
+@pytest.fixture
+def stuck(server: FakeServer) -> Iterator[FakeServer]:
+    """A server whose jobs do not end, but for those of the prompt "quick"."""
+    release = threading.Event()
+    server.hold = lambda spec: None if spec.prompt == "quick" else (release.wait(30), None)[1]
+    yield server
+    release.set()

@@ -5,12 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
 from fake_server import FakeServer
 
 # With Python's own SIGINT: a shell in the background has it ignored.
@@ -19,15 +17,6 @@ START = (
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "client = reltrace.Client(sys.argv[1])\n"
 )
-
-
-@pytest.fixture
-def stuck(server: FakeServer) -> Iterator[FakeServer]:
-    """A server whose jobs do not end, but for those of the prompt "quick"."""
-    release = threading.Event()
-    server.hold = lambda spec: None if spec.prompt == "quick" else (release.wait(30), None)[1]
-    yield server
-    release.set()
 
 
 @contextmanager

@@ -16,15 +16,6 @@ from fake_server import FakeServer, queue_full, status_with
 PROMPTS = ["quick", "slow", "slow"]
 
 
-@pytest.fixture
-def stuck(server: FakeServer) -> Iterator[FakeServer]:
-    """A server whose jobs do not end, but for those of the prompt "quick"."""
-    release = threading.Event()
-    server.hold = lambda spec: None if spec.prompt == "quick" else (release.wait(30), None)[1]
-    yield server
-    release.set()
-
-
 def wait_submitted(server: FakeServer) -> None:
     with server.changed:
         assert server.changed.wait_for(lambda: server.submissions, 5)
@@ -179,3 +170,46 @@ def test_the_server_is_told_of_the_timeout(server: FakeServer, client: reltrace.
     # The longest that a server takes.
     assert jobs[3].timeout.ToTimedelta().days == 31
     assert not jobs[4].HasField("timeout")
+
+
+def test_a_timeout_of_months_is_as_long_as_the_server_takes(
+    server: FakeServer, client: reltrace.Client
+) -> None:
+    client.trace("x", timeout=1e9)
+    assert server.requests[0].jobs[0].timeout.ToTimedelta().days == 31
+
+
+def test_a_submission_without_an_answer_is_looked_up_and_cancelled(
+    server: FakeServer, client: reltrace.Client
+) -> None:
+    """
+    Given a server that stores a submission and answers too late
+    I expect the same key to be asked for again, and its jobs to be cancelled.
+    """
+    late = threading.Event()
+
+    def first_is_late() -> None:
+        if len(server.requests) == 1:
+            late.wait(20)
+
+    server.before_answer = first_is_late
+    with pytest.raises(reltrace.DeadlineExceeded):
+        client.trace("x", timeout=0.3)
+    server.wait_cancelled("s0-0")
+    late.set()
+    first, second = server.requests
+    assert first == second
+
+
+def test_a_source_that_raises_lets_its_items_finish(
+    server: FakeServer, client: reltrace.Client
+) -> None:
+    def items() -> Iterator[str]:
+        yield from PROMPTS
+        raise KeyError("the file broke off")
+
+    seen = []
+    with pytest.raises(KeyError, match="broke off"):
+        seen.extend(client.trace_many(items()))
+    assert server.jobs_submitted() == 3
+    assert server.cancelled == []
