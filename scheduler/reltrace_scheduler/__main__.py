@@ -62,7 +62,7 @@ def scheduler(
         Path | None,
         typer.Option(
             envvar="RELTRACE_REDIS_CA",
-            help="With rediss://: PEM file of the authorities to trust.  [default: the system's]",
+            help="With rediss://: PEM file of the authorities to trust. (default: the system's)",
             show_default=False,
         ),
     ] = None,
@@ -166,7 +166,7 @@ def scheduler(
         typer.Option(
             envvar="RELTRACE_MAX_REQUESTS_PER_SECOND",
             min=0.001,
-            help="Calls of one token, at this scheduler.  [default: no limit]",
+            help="Calls of one token, at this scheduler. (default: no limit)",
             show_default=False,
         ),
     ] = None,
@@ -175,7 +175,16 @@ def scheduler(
         typer.Option(
             envvar="RELTRACE_MAX_JOBS_PER_SECOND",
             min=0.001,
-            help="Jobs that one token submits, at this scheduler.  [default: no limit]",
+            help="Jobs that one token submits, at this scheduler. (default: no limit)",
+            show_default=False,
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_METRICS",
+            metavar="HOST:PORT",
+            help="Where Prometheus reads metrics, over plain HTTP. (default: nowhere)",
             show_default=False,
         ),
     ] = None,
@@ -229,7 +238,7 @@ def scheduler(
         # Before Redis is bothered.
         access.check(listen)
         own = None if data is None else EmbeddedRedis(data, fsync)
-        uvloop.run(_run(listen, address, own, settings, access))
+        uvloop.run(_run(listen, address, own, settings, access, metrics))
     except StartError as error:
         typer.echo(f"reltrace-scheduler: {error}", err=True)
         raise typer.Exit(1) from None
@@ -283,6 +292,7 @@ async def _run(
     own: EmbeddedRedis | None,
     settings: Settings,
     access: Access,
+    metrics: str | None,
 ) -> None:
     try:
         connection = await connect(await own.start() if own else address or "")
@@ -290,7 +300,7 @@ async def _run(
             if own is not None:
                 # Nobody else serves this store: who was connected before is not any more.
                 await Registry(connection.redis, Keys()).forget_all()
-            async with serving(connection, listen, settings, access) as bound:
+            async with serving(connection, listen, settings, access, metrics) as bound:
                 print(f"reltrace-scheduler is listening on {bound}", flush=True)
                 await _until_over(own)
         finally:

@@ -58,14 +58,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         name = ("stream" if handler.request_streaming else "unary") + (
             "_stream" if handler.response_streaming else "_unary"
         )
-        return _HANDLERS[name](
+        return HANDLERS[name](
             wrap(getattr(handler, name), handler.request_streaming, method),
             request_deserializer=parse,
             response_serializer=handler.response_serializer,
         )
 
 
-_HANDLERS: dict[str, Callable[..., Any]] = {
+HANDLERS: dict[str, Callable[..., Any]] = {
     "unary_unary": grpc.unary_unary_rpc_method_handler,
     "unary_stream": grpc.unary_stream_rpc_method_handler,
     "stream_unary": grpc.stream_unary_rpc_method_handler,

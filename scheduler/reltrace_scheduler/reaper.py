@@ -8,6 +8,8 @@ from redis.exceptions import RedisError
 
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.endings import overdue, quarantined
+from reltrace_scheduler.metrics.counts import Counts
+from reltrace_scheduler.store.keys import model_of
 from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.registry import Registry
 from reltrace_scheduler.store.upkeep import Upkeep
@@ -22,12 +24,18 @@ class Reaper:
     """Runs in every scheduler: each change is one atomic script, so they do not collide."""
 
     def __init__(
-        self, queue: Queue, upkeep: Upkeep, registry: Registry, settings: Settings
+        self,
+        queue: Queue,
+        upkeep: Upkeep,
+        registry: Registry,
+        settings: Settings,
+        counts: Counts,
     ) -> None:
         self._queue = queue
         self._upkeep = upkeep
         self._registry = registry
         self._settings = settings
+        self._counts = counts
 
     async def run(self) -> None:
         """Work until cancelled.
@@ -55,10 +63,12 @@ class Reaper:
         await self._upkeep.look()
         for name in await self._queue.names():
             requeued, condemned = await self._upkeep.reap(name)
+            self._counts.lost.labels(model_of(name)).inc(requeued + len(condemned))
             if requeued:
                 log.warning("leases.lost", queue=name, jobs=requeued)
             if condemned:
                 await self._upkeep.end([quarantined(job) for job in condemned])
+                self._counts.ended.labels(model_of(name), "quarantined").inc(len(condemned))
             for job in condemned:
                 log.error("job.quarantined", job=job.job_id, losses=len(job.lost))
 

@@ -28,12 +28,16 @@ from reltrace_scheduler.auth.rates import UNLIMITED, RateInterceptor
 from reltrace_scheduler.config import MAX_TRANSPORT_BYTES, Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.interceptor import ErrorInterceptor
+from reltrace_scheduler.metrics.counts import Counts
+from reltrace_scheduler.metrics.export import exporting
+from reltrace_scheduler.metrics.interceptor import MetricsInterceptor
 from reltrace_scheduler.models import ModelCache
 from reltrace_scheduler.reaper import Reaper
 from reltrace_scheduler.services.admin import AdminService
 from reltrace_scheduler.services.trace import TraceService
 from reltrace_scheduler.services.worker import WorkerService
 from reltrace_scheduler.store.connection import Connection
+from reltrace_scheduler.store.gauges import Gauges
 from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.registry import Registry
@@ -62,7 +66,11 @@ _HEALTH_PERIOD = 1.0
 
 @asynccontextmanager
 async def serving(
-    connection: Connection, listen: str, settings: Settings, access: Access | None = None
+    connection: Connection,
+    listen: str,
+    settings: Settings,
+    access: Access | None = None,
+    metrics: str | None = None,
 ) -> AsyncIterator[str]:
     """Serve until the block ends; gives the address that clients use.
 
@@ -76,6 +84,8 @@ async def serving(
         Bounds and times.
     access : Access, optional
         Who gets in; default: everybody on this machine.
+    metrics : str, optional
+        ``HOST:PORT`` at which Prometheus reads; default: nowhere.
 
     Raises
     ------
@@ -88,9 +98,9 @@ async def serving(
     queue, upkeep = Queue(redis, settings, keys), Upkeep(redis, settings, keys)
     results, tenants = Results(redis, settings, keys), Tenants(redis, keys)
     registry, signals = Registry(redis, keys), Signals(redis, keys)
-    models = ModelCache(registry, settings.lease)
+    models, counts = ModelCache(registry, settings.lease), Counts()
     server = grpc.aio.server(
-        interceptors=[*_interceptors(access)],
+        interceptors=[MetricsInterceptor(counts), *_interceptors(access)],
         options=[
             # gRPC unpacks a compressed message to any length before it looks at the limit.
             ("grpc.compression_enabled_algorithms_bitset", 1),
@@ -106,10 +116,10 @@ async def serving(
         ],
     )
     trace_pb2_grpc.add_TraceServiceServicer_to_server(
-        TraceService(queue, upkeep, results, models, signals, keys), server
+        TraceService(queue, upkeep, results, models, signals, keys, counts), server
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-        WorkerService(queue, upkeep, registry, models, signals, settings, keys), server
+        WorkerService(queue, upkeep, registry, models, signals, settings, keys, counts), server
     )
     admin_pb2_grpc.add_AdminServiceServicer_to_server(
         AdminService(redis, queue, upkeep, tenants, registry, settings), server
@@ -125,14 +135,20 @@ async def serving(
         )
     except RuntimeError as error:
         raise StartError(f"--listen {listen}: the address is in use or not ours") from error
+    exporter = (
+        exporting(metrics, counts, Gauges(redis, queue, registry, keys, settings.lease))
+        if metrics
+        else contextlib.nullcontext()
+    )
     await server.start()
     tasks = [
         asyncio.create_task(signals.run()),
-        asyncio.create_task(Reaper(queue, upkeep, registry, settings).run()),
+        asyncio.create_task(Reaper(queue, upkeep, registry, settings, counts).run()),
         asyncio.create_task(_report_health(connection, status)),
     ]
     try:
-        yield f"{listen.rpartition(':')[0]}:{port}"
+        async with exporter:
+            yield f"{listen.rpartition(':')[0]}:{port}"
     finally:
         await status.enter_graceful_shutdown()
         await end(tasks)

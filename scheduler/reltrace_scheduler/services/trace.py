@@ -9,6 +9,7 @@ from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 from reltrace_scheduler.auth.identity import current
 from reltrace_scheduler.endings import cancelled
 from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
+from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
 from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.queue import Queue
@@ -45,6 +46,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         models: ModelCache,
         signals: Signals,
         keys: Keys,
+        counts: Counts,
     ) -> None:
         self._queue = queue
         self._upkeep = upkeep
@@ -52,18 +54,19 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self._models = models
         self._signals = signals
         self._keys = keys
+        self._counts = counts
 
     async def SubmitJobs(  # noqa: N802
         self, request: trace_pb2.SubmitJobsRequest, context: Context
     ) -> trace_pb2.SubmitJobsResponse:
         models = await self._models.get(*(job.model for job in request.jobs))
         jobs = check_submission(request, models)
+        tenant, priority = current().tenant, _PRIORITIES[request.priority]
         submission = await self._queue.submit(
-            jobs,
-            tenant=current().tenant,
-            priority=_PRIORITIES[request.priority],
-            idempotency_key=request.idempotency_key,
+            jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key
         )
+        if not submission.deduplicated:
+            self._counts.submitted.labels(tenant, priority).inc(len(jobs))
         return trace_pb2.SubmitJobsResponse(
             submission_id=submission.id,
             job_ids=submission.job_ids,

@@ -4,6 +4,7 @@ import asyncio
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,7 @@ from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_scheduler import endings
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import InvalidRequestError, Violation
+from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
 from reltrace_scheduler.store.keys import REAPER, Keys, submission_of
 from reltrace_scheduler.store.queue import LOST, STORED, Queue
@@ -62,6 +64,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         signals: Signals,
         settings: Settings,
         keys: Keys,
+        counts: Counts,
     ) -> None:
         self._queue = queue
         self._upkeep = upkeep
@@ -70,13 +73,16 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._signals = signals
         self._settings = settings
         self._keys = keys
+        self._counts = counts
 
     async def Work(  # noqa: N802
         self, request_iterator: AsyncIterator[worker_pb2.WorkRequest], context: Context
     ) -> AsyncIterator[worker_pb2.WorkResponse]:
         requests = aiter(request_iterator)
         hello = await _first(requests)
-        session = Session(hello, self._queue, self._upkeep, self._registry, self._models)
+        session = Session(
+            hello, self._queue, self._upkeep, self._registry, self._models, self._counts
+        )
         await session.open()
         # Bounded: a worker that does not read stops being read.
         outgoing: asyncio.Queue[worker_pb2.WorkResponse | None] = asyncio.Queue(64)
@@ -175,6 +181,7 @@ class Session:
         upkeep: Upkeep,
         registry: Registry,
         models: ModelCache,
+        counts: Counts,
     ) -> None:
         self.worker_id = hello.worker_id
         self.model = hello.model.name
@@ -183,6 +190,7 @@ class Session:
         self._upkeep = upkeep
         self._registry = registry
         self._models = models
+        self._counts = counts
         self._epoch = secrets.token_hex(8)
         self._credit = 0
         self._held: dict[Lease, str] = {}
@@ -237,6 +245,8 @@ class Session:
             (await self._models.get()).workers.get(self.model, 1),
         )
         self._credit -= len(jobs)
+        if jobs:
+            self._counts.leased.labels(self.model).inc(len(jobs))
         self._held |= {Lease(job.job_id, job.attempt): job.queue_class for job in jobs}
         return list(_lease_messages(jobs))
 
@@ -283,6 +293,9 @@ class Session:
         else:
             exhausted = await self._queue.retry(self.worker_id, leases)
             await self._upkeep.end([endings.exhausted(x, release.error) for x in exhausted])
+            self._counts.retried.labels(self.model).inc(len(leases))
+            if exhausted:
+                self._counts.ended.labels(self.model, "failed").inc(len(exhausted))
             log.warning(
                 "attempts.failed",
                 worker=self.worker_id,
@@ -315,11 +328,18 @@ class Session:
                     )
                 )
         self._drop(chunk.lease for chunk in chunks if chunk.end)
+        self._count(chunks, outcome)
         lost = {c.lease for c, code in zip(chunks, outcome, strict=True) if code == LOST}
         return [
             *self._revoked(sorted(lost, key=lambda lease: lease.job_id)),
             worker_pb2.WorkResponse(committed=worker_pb2.Committed(id=results.id)),
         ]
+
+    def _count(self, chunks: list[NewChunk], outcome: list[int]) -> None:
+        stored = [c for c, code in zip(chunks, outcome, strict=True) if code == STORED]
+        self._counts.result_bytes.labels(self.model).inc(sum(len(c.data) for c in stored))
+        for state, count in Counter(c.end for c in stored if c.end).items():
+            self._counts.ended.labels(self.model, state.lower()).inc(count)
 
 
 def _new_chunk(index: int, leased: worker_pb2.LeasedChunk) -> NewChunk:

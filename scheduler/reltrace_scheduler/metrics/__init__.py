@@ -1,0 +1,1 @@
+"""What Prometheus reads of a scheduler; README.md lists the names."""
