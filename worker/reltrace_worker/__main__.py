@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -173,6 +174,15 @@ def worker(
             help="Send the token in plaintext to another machine.",
         ),
     ] = False,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_WORKER_METRICS",
+            metavar="HOST:PORT",
+            help="Where Prometheus reads metrics, over plain HTTP. (default: nowhere)",
+            show_default=False,
+        ),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(envvar="RELTRACE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
@@ -226,13 +236,27 @@ def worker(
         log.info("memory.measured", tokens_per_pass=budget, checkpointing=checkpointing.value)
         hello = _hello(worker_id, loaded)
         log.info("model.loaded", model=loaded.name, revision=loaded.revision, device=hello.device)
-        uvloop.run(_run(scheduler, access, hello, Runner(loaded, engine, budget)))
+        runner = Runner(loaded, engine, budget)
+        with _exporting(metrics, runner, loaded):
+            uvloop.run(_run(scheduler, access, hello, runner))
     except WorkerError as error:
         typer.echo(f"reltrace-worker: {error}", err=True)
         raise typer.Exit(1) from None
     # A pass that outlasted its grace was handed back; its thread must not hold us here.
     sys.stderr.flush()
     os._exit(0)
+
+
+def _exporting(
+    listen: str | None, runner: "Runner", loaded: "LoadedModel"
+) -> AbstractContextManager[object]:
+    """Serve metrics, if somebody asked for them."""
+    if listen is None:
+        return nullcontext()
+    from reltrace_worker.engine.memory import device_memory
+    from reltrace_worker.metrics import WorkerCollector, exporting
+
+    return exporting(listen, WorkerCollector(runner.stats, lambda: device_memory(loaded.devices)))
 
 
 async def _run(scheduler: str, access: Access, hello: worker_pb2.Hello, runner: "Runner") -> None:

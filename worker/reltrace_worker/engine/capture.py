@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from reltrace_worker.engine.clock import PassClock
 from reltrace_worker.engine.pack import Pack
 from reltrace_worker.engine.reductions import REDUCTIONS, Extent, Reduction, Span
 from reltrace_worker.engine.sites import SITES, Side, Site, Tap
@@ -114,10 +115,13 @@ class Capture:
         The lowest decoder layer through which gradients must flow: at its input they can stop.
         0 where a job asks for the embeddings; the number of layers where the output of the last
         layer is all that is wanted.
+    clock
+        Times the phases of the pass.
     """
 
     def __init__(self, loaded: LoadedModel, pack: Pack) -> None:
         self.target = 0
+        self.clock = PassClock(loaded.device)
         self._pack = pack
         self._shape = loaded.shape
         self._device = loaded.device

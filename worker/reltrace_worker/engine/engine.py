@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from reltrace_worker.engine.capture import Capture
+from reltrace_worker.engine.clock import PHASES
 from reltrace_worker.engine.memory import (
     Budget,
     MemoryModel,
@@ -102,6 +103,8 @@ class Engine:
             check_compiler(loaded.device, loaded.dtype)
             self._rules = compiled_rule
         self._linears = linear_layers(loaded.model)
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        """What all passes took, by phase; checkpointing's second forward is backward here."""
 
     @property
     def attention(self) -> str:
@@ -245,9 +248,13 @@ class Engine:
         pack = Pack.of(jobs)
         trace = trace_checkpointed if checkpointing else trace_keeping
         capture = Capture(self._loaded, pack)
+        capture.clock.begins("forward")
         with apply_rule(self._loaded.model, self._rules(rule)), through_onednn(self._linears):
             scalars = trace(self._loaded, pack, capture)
+        capture.clock.begins("transfer")
         capture.finish()
+        for phase, seconds in capture.clock.seconds().items():
+            self.seconds[phase] += seconds
         by_job: list[list[Scalar]] = [[] for _ in jobs]
         for scalar in scalars:
             by_job[scalar.job].append(scalar)

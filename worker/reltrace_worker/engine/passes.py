@@ -99,6 +99,7 @@ def trace_keeping(loaded: LoadedModel, pack: Pack, capture: Capture) -> list[Sca
         hooks.enter_context(capture.attached(capture.bottom, len(layers)))
         scalars = _forward(loaded, pack, Readout(pack), embeddings)
     (root,) = roots
+    capture.clock.begins("backward")
     starts = _starts(scalars, pack.passes)
     for index, start in enumerate(starts):
         capture.target = index
@@ -209,6 +210,7 @@ def trace_checkpointed(loaded: LoadedModel, pack: Pack, capture: Capture) -> lis
         top_hook = layers[-1].register_forward_hook(keep_top)
         patches.callback(top_hook.remove)
         scalars = _forward(loaded, pack, Readout(pack), embeddings)
+    capture.clock.begins("backward")
     starts = _starts(scalars, pack.passes)
     root = tops.pop()
     gradients = [

@@ -18,6 +18,7 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine
 from reltrace_worker.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
 from reltrace_worker.jobs import JobResult, PreparedJob
+from reltrace_worker.metrics import PassStats
 from reltrace_worker.model import JobPreparer, LoadedModel
 from reltrace_worker.rules import RULES
 from reltrace_worker.session.chunks import chunks
@@ -91,6 +92,7 @@ class Runner:
         self._ready: deque[_Ready] = deque()
         self._passes: deque[asyncio.Future[_Done | None]] = deque()
         self._arrived = asyncio.Event()
+        self.stats = PassStats(seconds=engine.seconds)
         self.running: frozenset[LeaseKey] = frozenset()
         """Leases in the pass that is under way."""
 
@@ -207,6 +209,13 @@ class Runner:
             self.running = frozenset()
         seconds = time.perf_counter() - started
         tokens = sum(len(job.job.token_ids) for job in batch)
+        self.stats.passes += 1
+        self.stats.tokens += tokens
+        # A longer prompt is a pass of its own.
+        self.stats.capacity += max(tokens, self._max_tokens)
+        failed = sum(isinstance(result, EngineError) for result in results)
+        self.stats.failed += failed
+        self.stats.jobs += len(batch) - failed
         log.debug("pass.done", jobs=len(batch), tokens=tokens, seconds=round(seconds, 4))
         return _Done(batch, results, seconds)
 

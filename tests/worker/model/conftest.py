@@ -1,3 +1,0 @@
-from reference.loaded import checkpoints
-
-__all__ = ["checkpoints"]

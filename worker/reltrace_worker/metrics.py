@@ -1,0 +1,114 @@
+"""What Prometheus reads of a worker; README.md lists the names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from reltrace_worker.errors import WorkerError
+
+
+class MetricsError(WorkerError):
+    """The address for metrics can not be served."""
+
+
+@dataclass(slots=True)
+class PassStats:
+    """What a worker's passes have done since it started.
+
+    Attributes
+    ----------
+    passes, jobs, failed : int
+        Passes, and the jobs that they ended: well, and not.
+    tokens, capacity : int
+        Tokens that they took, and that they had room for.
+    seconds : dict of str to float
+        By phase of the pass.
+    """
+
+    passes: int = 0
+    jobs: int = 0
+    failed: int = 0
+    tokens: int = 0
+    capacity: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class WorkerCollector(Collector):
+    """Gives the statistics of the passes, as they are when Prometheus asks.
+
+    Parameters
+    ----------
+    stats : PassStats
+        Changed by another thread.
+    memory : callable
+        Returns bytes of device memory by kind.
+    """
+
+    def __init__(self, stats: PassStats, memory: Callable[[], dict[str, int]]) -> None:
+        self._stats = stats
+        self._memory = memory
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the metrics."""
+        stats = self._stats
+
+        def counter(name: str, what: str, value: float) -> Metric:
+            return CounterMetricFamily(f"reltrace_worker_{name}", what, value)
+
+        yield counter("passes", "Passes that ran.", stats.passes)
+        yield counter("tokens", "Tokens that passes took.", stats.tokens)
+        yield counter("capacity_tokens", "Tokens that they had room for.", stats.capacity)
+        jobs = CounterMetricFamily(
+            "reltrace_worker_jobs", "Jobs that passes ended.", labels=["outcome"]
+        )
+        jobs.add_metric(["succeeded"], stats.jobs)
+        jobs.add_metric(["failed"], stats.failed)
+        seconds = CounterMetricFamily(
+            "reltrace_worker_seconds", "Time of passes.", labels=["phase"]
+        )
+        for phase, value in dict(stats.seconds).items():
+            seconds.add_metric([phase], value)
+        memory = GaugeMetricFamily(
+            "reltrace_worker_device_memory_bytes", "Memory of the GPU.", labels=["kind"]
+        )
+        for kind, count in self._memory().items():
+            memory.add_metric([kind], count)
+        yield from (jobs, seconds, memory)
+
+
+@contextmanager
+def exporting(listen: str, collector: Collector) -> Iterator[str]:
+    """Serve metrics over HTTP until the block ends; gives the address.
+
+    Parameters
+    ----------
+    listen : str
+        ``HOST:PORT``; port 0: any free one.
+
+    Raises
+    ------
+    MetricsError
+        The address is none, or can not be bound.
+    """
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal():
+        raise MetricsError(f"--metrics {listen}: must be HOST:PORT, such as 127.0.0.1:9465")
+    registry = CollectorRegistry()
+    registry.register(collector)
+    ProcessCollector(registry=registry)
+    try:
+        server, thread = start_http_server(int(port), host.strip("[]"), registry)
+    except OSError as error:
+        raise MetricsError(f"--metrics {listen}: {error.strerror or error}") from error
+    try:
+        yield f"{host}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
