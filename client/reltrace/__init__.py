@@ -10,6 +10,7 @@ Start with `Client`:
 
 from __future__ import annotations as _annotations
 
+import logging as _logging
 from importlib.metadata import version as _version
 from os import PathLike as _PathLike
 from typing import TYPE_CHECKING as _TYPE_CHECKING
@@ -45,6 +46,9 @@ if _TYPE_CHECKING:
     from reltrace._batch.load import Batch as _Batch
 
 __version__ = _version("reltrace")
+
+# Who listens to "reltrace" hears of servers that are away; nobody else does.
+_logging.getLogger("reltrace").addHandler(_logging.NullHandler())
 
 
 def load_batch(folder: str | _PathLike[str]) -> _Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import threading
@@ -179,6 +180,7 @@ def batch(
         access_of(context).client(server, retry_timeout) as client,
         _Bar(_total(path, reading, limit, part), quiet) as bar,
         _stopped_in_order(out),
+        _said_aloud(),
     ):
         summary = Run(client, settings, reading, options, sys.stdin.buffer, bar).run(wanted)
     _report(summary, out, as_json)
@@ -232,6 +234,26 @@ def _stopped_in_order(out: Path) -> Iterator[None]:
         raise typer.Exit(code) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _Aloud(logging.Handler):
+    """Says what the client logs beside the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"reltrace: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def _said_aloud() -> Iterator[None]:
+    """Tell that the server is away: otherwise a run that waits for it looks stuck."""
+    handler = _Aloud(logging.WARNING)
+    logging.getLogger("reltrace").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("reltrace").removeHandler(handler)
 
 
 class _Bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
 import time
@@ -17,6 +18,10 @@ from reltrace._transport.address import ADDRESS_VARIABLE, parse_addresses
 from reltrace._transport.leaving import Leftovers
 from reltrace._transport.security import Security
 from reltrace._transport.servers import Server, Servers
+
+log = logging.getLogger("reltrace")
+# Silence of this length is worth a word to those who listen to the log.
+_WORTH_A_WORD = 3.0
 
 # A server that neither answers nor refuses within this time is called again.
 _CALL_TIMEOUT = 30.0
@@ -88,6 +93,32 @@ class Deadline:
             raise self.error()
 
 
+class Outage:
+    """Tells the log once that no server answers, however many calls wait, and once that it is over.
+
+    Parameters
+    ----------
+    address : str
+        Of the servers.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._said = False
+
+    def goes_on(self, cause: TraceError, left: float) -> None:
+        """Note that a call has waited for a while, and how long it will go on."""
+        if not self._said:
+            self._said = True
+            log.warning("%s; trying again for %.0f s", cause, left)
+
+    def over(self) -> None:
+        """Note an answer."""
+        if self._said:
+            self._said = False
+            log.warning("the reltrace server at %s answers again", self._address)
+
+
 class Retries:
     """Decides after each failed call whether to call again, and waits until then.
 
@@ -97,18 +128,25 @@ class Retries:
     """
 
     def __init__(
-        self, patience: float, address: str, deadline: Deadline, random_source: random.Random
+        self,
+        patience: float,
+        address: str,
+        deadline: Deadline,
+        random_source: random.Random,
+        outage: Outage,
     ) -> None:
         self._patience = patience
         self._address = address
         self._deadline = deadline
         self._random = random_source
+        self._outage = outage
         self._failing_since: float | None = None
         self._failures = 0
 
     def succeeded(self) -> None:
         """Note progress: patience starts anew."""
         self._failing_since = None
+        self._outage.over()
         self._failures = 0
         self._deadline.cause = None
 
@@ -132,6 +170,8 @@ class Retries:
             left = self._failing_since + self._patience - now
             if left <= 0:
                 raise self._gave_up(status)
+            if now - self._failing_since >= _WORTH_A_WORD:
+                self._outage.goes_on(self._deadline.cause, left)
             ceiling = min(2.0, 0.05 * 2 ** min(self._failures, 10))
             delay = min(self._random.uniform(ceiling / 2, ceiling), left)
             self._failures += 1
@@ -182,6 +222,7 @@ class Connection:
         self._random = random.Random()
         self._security = security
         self._servers = Servers(addresses, security, self._random)
+        self._outage = Outage(self.address)
         self._closed = False
         self._kept: set[asyncio.Task[None]] = set()
         self.leftovers = Leftovers(self)
@@ -223,7 +264,7 @@ class Connection:
 
     def retries(self, deadline: Deadline) -> Retries:
         """Return the retry policy for one piece of work."""
-        return Retries(self._retry_timeout, self.address, deadline, self._random)
+        return Retries(self._retry_timeout, self.address, deadline, self._random, self._outage)
 
     async def call(
         self,

@@ -149,3 +149,24 @@ def test_standard_input(stuck: FakeServer, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert [trace.id for trace in reltrace.load_batch(out)] == ["x", 1]
+
+
+def test_a_server_that_is_away_is_told_beside_the_bar(
+    server: FakeServer, command: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reltrace._transport.connection._WORTH_A_WORD", 0.2)
+    away = threading.Thread(target=server.stop)
+
+    def hold(spec: object) -> None:
+        if not away.ident:
+            away.start()
+            away.join(10)
+
+    server.hold = hold
+    out = tmp_path / "out"
+    code, _, err = command("batch", str(source), str(out), "--retry-timeout", "1", "--quiet")
+    assert code == 1
+    first, last = err.splitlines()
+    assert first.startswith("reltrace: no answer from the reltrace server at")
+    assert "; trying again for " in first
+    assert "(tried for 1 s; is it running?" in last
