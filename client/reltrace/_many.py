@@ -23,6 +23,9 @@ Result: TypeAlias = Trace | list[Trace] | Failure
 # A submission is one message, one stream and one acknowledgement for all of its jobs.
 _BATCH_JOBS = 256
 _BATCH_BYTES = 1024 * 1024
+# With as many in flight as may be, the next submission waits so long for more jobs: each costs the
+# server as much as dozens of jobs. No longer, for the next result in order may be among them.
+_LINGER = 0.02
 # A source that trickles makes small submissions: past this many, they grow instead.
 _OPEN_SUBMISSIONS = 64
 # Finished results that nobody has taken: past this, streams are not read on.
@@ -172,10 +175,8 @@ class ManyRun:
         while True:
             room = self._limit - self._open
             if room <= 0:
-                batch = await self._flush(batch)
-                self._room.clear()
-                if self._open >= self._limit:
-                    await self._room.wait()
+                if not await self._has_room(_LINGER if batch.pending else None):
+                    batch = await self._flush(batch)
                 continue
             try:
                 items = await self._source.take(min(room, _BATCH_JOBS), wait=not batch.pending)
@@ -198,6 +199,17 @@ class ManyRun:
                 batch.add(pending)
             if len(batch.pending) >= _BATCH_JOBS:
                 batch = await self._flush(batch)
+
+    async def _has_room(self, patience: float | None) -> bool:
+        """Wait until something of what is on its way has been taken; return whether it was."""
+        self._room.clear()
+        if self._open < self._limit:
+            return True
+        try:
+            await asyncio.wait_for(self._room.wait(), patience)
+        except TimeoutError:
+            return False
+        return True
 
     def _prepare(self, index: int, item: object) -> _Pending | None:
         name: str | int = index

@@ -77,6 +77,7 @@ class IdleRunner:
         self._result = result
         self._waiting: deque[LeaseKey] = deque()
         self._arrived = asyncio.Event()
+        self._crowded = False
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
         self._waiting.extend(LeaseKey(lease.job_id, lease.attempt) for lease in leases)
@@ -89,6 +90,7 @@ class IdleRunner:
             await self._arrived.wait()
         count = min(len(self._waiting), _AT_ONCE)
         batch = [self._waiting.popleft() for _ in range(count)]
+        self._crowded = bool(self._waiting)
         if len(self._result) > 1:
             return [self._chunks(key) for key in batch]
         # As the engine's runner does: a result of one chunk is made before it is asked for.
@@ -103,8 +105,8 @@ class IdleRunner:
     def drop(self, keys: set[LeaseKey]) -> None:
         self._waiting = deque(key for key in self._waiting if key not in keys)
 
-    def waiting(self) -> int:
-        return len(self._waiting)
+    def crowded(self) -> bool:
+        return self._crowded
 
     def take_back(self) -> list[LeaseKey]:
         keys = list(self._waiting)

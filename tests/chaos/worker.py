@@ -31,6 +31,7 @@ class StandInRunner:
         self._jobs_per_pass = jobs_per_pass
         self._ready: deque[worker_pb2.Lease] = deque()
         self._arrived = asyncio.Event()
+        self._crowded = False
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
         self._ready.extend(leases)
@@ -40,8 +41,8 @@ class StandInRunner:
     def drop(self, keys: set[LeaseKey]) -> None:
         self._ready = deque(lease for lease in self._ready if _key(lease) not in keys)
 
-    def waiting(self) -> int:
-        return len(self._ready)
+    def crowded(self) -> bool:
+        return self._crowded
 
     def take_back(self) -> list[LeaseKey]:
         keys = [_key(lease) for lease in self._ready]
@@ -53,6 +54,7 @@ class StandInRunner:
             self._arrived.clear()
             await self._arrived.wait()
         batch = [self._ready.popleft() for _ in range(min(len(self._ready), self._jobs_per_pass))]
+        self._crowded = bool(self._ready)
         works = [standin.Work.of(lease.spec) for lease in batch]
         await asyncio.to_thread(_run, works)
         return [standin.chunks(work, lease) for work, lease in zip(works, batch, strict=True)]

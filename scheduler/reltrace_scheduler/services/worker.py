@@ -44,6 +44,8 @@ _LEASES_AT_ONCE = 256
 _LEASES_BYTES = 16 << 20
 _INTERACTIVE_SHARE = 4
 """One of so many leases that a worker holds is never batch."""
+_LEAST_BATCH = 48
+"""Fewer jobs of batch are not leased while a worker has others: a lease costs as much as dozens."""
 _MOST_CREDIT = 4096
 
 _END_STATES = {
@@ -106,9 +108,10 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                         break
                     for response in await session.handle(request):
                         await outgoing.put(response)
-                    # Room, or an empty hand, may be what a lease waited for. Results bring
-                    # neither: the room that they make is told when they are committed.
-                    if not request.HasField("results"):
+                    # Room, or an empty hand, may be what a lease waited for. The room that results
+                    # make is told by the worker; but where some was left, a bound on what it holds
+                    # (its share, or that of batch) kept jobs from it, and now it holds less.
+                    if not request.HasField("results") or session.has_room:
                         wake.set()
                 await outgoing.put(None)
 
@@ -199,6 +202,19 @@ class Session:
         # Whoever leaves must not be leased to at the same moment.
         self._leasing = asyncio.Lock()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room for more jobs than it got, also of batch."""
+        return self._credit > 0 and self._batch_room() > 0
+
+    def _batch_room(self) -> int:
+        """Return how many jobs of batch the worker may be given; 0 where a few are not worth it."""
+        window = self._credit + len(self._held)
+        # Who waits for an interactive job must not wait for a window full of batch.
+        most = window - window // _INTERACTIVE_SHARE
+        room = most - sum(held == Priority.BATCH for held in self._held.values())
+        return room if room >= min(_LEAST_BATCH, max(1, most // 4)) else 0
+
     async def open(self) -> None:
         """Enter the worker and its model."""
         now = time.time()
@@ -233,15 +249,12 @@ class Session:
         # What it holds from before must be known first: it is told by the first heartbeat.
         if not self._credit or not self._reconciled:
             return []
-        window = self._credit + len(self._held)
-        batch = sum(held == Priority.BATCH for held in self._held.values())
         jobs = await self._queue.lease(
             self.model,
             self.worker_id,
             self._epoch,
             min(self._credit, _LEASES_AT_ONCE),
-            # Who waits for an interactive job must not wait for a window full of batch.
-            max(window - window // _INTERACTIVE_SHARE - batch, 0),
+            self._batch_room(),
             (await self._models.get()).workers.get(self.model, 1),
         )
         self._credit -= len(jobs)

@@ -31,8 +31,8 @@ class Idle:
     def drop(self, keys: object) -> None:
         pass
 
-    def waiting(self) -> int:
-        return 0
+    def crowded(self) -> bool:
+        return False
 
     def take_back(self) -> list[object]:
         return []

@@ -48,9 +48,9 @@ class Window:
         """Note that leases came."""
         self._offered = max(0, self._offered - jobs)
 
-    def passed(self, jobs: int, waiting: int) -> None:
-        """Note a pass over so many jobs, and how many wait while the next one runs."""
-        if waiting:
+    def passed(self, jobs: int, *, crowded: bool) -> None:
+        """Note a pass over so many jobs, and whether it left some behind for want of room."""
+        if crowded:
             self.size = min(max(_PASSES * jobs, _LEAST_LEASES), _MOST_LEASES)
         else:
             self.size = min(2 * self.size, _MOST_LEASES)
@@ -71,8 +71,11 @@ class JobRunner(Protocol):
     async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
         """Wait until jobs have ended; return for each an iterator of chunks, or why not."""
 
-    def waiting(self) -> int:
-        """Return how many jobs no pass has taken yet."""
+    def crowded(self) -> bool:
+        """Tell whether the pass of the last results left jobs behind for want of room.
+
+        As it was when the pass took its jobs: what came later says nothing of its size.
+        """
 
     def drop(self, keys: set[LeaseKey]) -> None:
         """Forget jobs that have not begun."""

@@ -52,11 +52,12 @@ class _Ready:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A pass that is over."""
+    """A pass that is over; crowded: it left jobs behind when it took these."""
 
     batch: list[_Ready]
     results: Sequence[JobResult | EngineError]
     seconds: float
+    crowded: bool
 
 
 _HANDICAPS = {types_pb2.PRIORITY_BATCH: 5.0}
@@ -92,6 +93,7 @@ class Runner:
         self._ready: deque[_Ready] = deque()
         self._passes: deque[asyncio.Future[_Done | None]] = deque()
         self._arrived = asyncio.Event()
+        self._crowded = False
         self.stats = PassStats(seconds=engine.seconds)
         self.running: frozenset[LeaseKey] = frozenset()
         """Leases in the pass that is under way."""
@@ -113,9 +115,9 @@ class Runner:
             self._arrived.set()
         return faulty
 
-    def waiting(self) -> int:
-        """Return how many jobs no pass has taken yet."""
-        return len(self._ready)
+    def crowded(self) -> bool:
+        """Tell whether the pass of the last results left jobs behind for want of room."""
+        return self._crowded
 
     def drop(self, keys: set[LeaseKey]) -> None:
         """Forget jobs that wait for a pass."""
@@ -147,6 +149,7 @@ class Runner:
             done = await self._passes.popleft()
             # Nothing: what this pass was ordered for went into the one before, or was dropped.
             if done is not None:
+                self._crowded = done.crowded
                 self._order_passes()
                 return await loop.run_in_executor(self._encode_thread, self._encode, done)
 
@@ -202,6 +205,7 @@ class Runner:
         batch = self._next_batch()
         if not batch:
             return None
+        crowded = bool(self._ready)
         started = time.perf_counter()
         try:
             results = self._run_engine([job.job for job in batch])
@@ -217,7 +221,7 @@ class Runner:
         self.stats.failed += failed
         self.stats.jobs += len(batch) - failed
         log.debug("pass.done", jobs=len(batch), tokens=tokens, seconds=round(seconds, 4))
-        return _Done(batch, results, seconds)
+        return _Done(batch, results, seconds, crowded)
 
     def _encode(self, done: _Done) -> list[Chunks | FailedAttempt]:
         encoded: list[Chunks | FailedAttempt] = []

@@ -161,7 +161,7 @@ class Session:
     async def _compute(self) -> None:
         while True:
             results = await self._runner.next_results()
-            self._window.passed(len(results), self._runner.waiting())
+            self._window.passed(len(results), crowded=self._runner.crowded())
             failed = [result for result in results if isinstance(result, FailedAttempt)]
             for attempt in failed:
                 self._drop({attempt.key})
