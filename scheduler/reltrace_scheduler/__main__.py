@@ -1,12 +1,9 @@
 """The `reltrace-scheduler` command."""
 
 import asyncio
-import logging
-import sys
 from pathlib import Path
 from typing import Annotated
 
-import structlog
 import typer
 import uvloop
 
@@ -18,6 +15,7 @@ from reltrace_scheduler.auth.tokens import TokenError, Tokens, append, make
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.embedded import EmbeddedRedis, Fsync
 from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.logs import LogFormat, configure, level_of
 from reltrace_scheduler.server import serving, until_asked_to_stop
 from reltrace_scheduler.store.address import RedisAddress, redis_address
 from reltrace_scheduler.store.connection import connect
@@ -128,6 +126,16 @@ def scheduler(
             help="The same for each tenant that has no bound of its own.",
         ),
     ] = Settings.tenant_max_bytes,
+    shards: Annotated[
+        int,
+        typer.Option(
+            envvar="RELTRACE_SHARDS",
+            min=1,
+            max=1000,
+            help="Parts of the queue, each in a slot of its own of a Redis Cluster; "
+            "the same for all schedulers. Each has an equal part of all bounds.",
+        ),
+    ] = Settings.shards,
     tokens: Annotated[
         Path | None,
         typer.Option(
@@ -191,17 +199,18 @@ def scheduler(
     log_level: Annotated[
         str, typer.Option(envvar="RELTRACE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(envvar="RELTRACE_LOG_FORMAT", help="For people, or one JSON object a line."),
+    ] = LogFormat.CONSOLE,
 ) -> None:
     """Queue trace jobs in Redis and lease them to workers."""
     if context.invoked_subcommand is not None:
         return
-    level = logging.getLevelNamesMapping().get(log_level.upper())
+    level = level_of(log_level)
     if level is None:
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error")
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    configure(level, log_format)
     if (tls_cert is None) != (tls_key is None):
         raise typer.BadParameter("--tls-cert and --tls-key go together")
     if tls_client_ca is not None and tls_cert is None:
@@ -214,6 +223,7 @@ def scheduler(
         max_bytes=max_bytes,
         tenant_max_jobs=tenant_max_jobs,
         tenant_max_bytes=tenant_max_bytes,
+        shards=shards,
     )
     try:
         address = redis_address(
@@ -299,7 +309,7 @@ async def _run(
         try:
             if own is not None:
                 # Nobody else serves this store: who was connected before is not any more.
-                await Registry(connection.redis, Keys()).forget_all()
+                await Registry(connection.redis, [Keys()]).forget_all()
             async with serving(connection, listen, settings, access, metrics) as bound:
                 print(f"reltrace-scheduler is listening on {bound}", flush=True)
                 await _until_over(own)

@@ -34,6 +34,9 @@ class Settings:
     tenant_max_bytes: int = 1 << 30
     """The same for each tenant that has no bound of its own."""
 
+    shards: int = 1
+    """Parts of the queue; each may be on a node of its own of a Redis Cluster."""
+
     max_unread: int = 64 << 20
     """Bytes of unread results at which a submission's further jobs wait for its reader."""
 

@@ -85,6 +85,12 @@ class UnknownJobError(FaultyRequestError):
     code = grpc.StatusCode.NOT_FOUND
 
 
+class UnknownWorkerError(FaultyRequestError):
+    """A worker that is named is not connected."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
 class QueueFullError(SchedulerError):
     """The bound on jobs or bytes is reached; nothing was accepted."""
 

@@ -1,7 +1,7 @@
 """The models that are known, read from Redis at most once a second."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from reltrace_proto.v1 import types_pb2
@@ -17,15 +17,25 @@ class Models:
     """What is known of models at one moment."""
 
     known: Mapping[str, types_pb2.ModelInfo] = field(default_factory=dict)
-    """Every model that was ever served, by name: jobs for it wait for its next worker."""
+    """Every model that was ever served, by route: jobs for it wait for its next worker.
+
+    A route is its name, which stands for the revision that came last, or NAME@REVISION."""
 
     workers: Mapping[str, int] = field(default_factory=dict)
-    """How many workers have it loaded at present; models without one are left out."""
+    """How many workers have it loaded at present; routes without one are left out."""
+
+    def names(self, routes: Iterable[str]) -> list[str]:
+        """Return those routes that name no revision."""
+        return [route for route in routes if "@" not in route]
+
+    def revisions(self, name: str) -> list[str]:
+        """Return the routes of those revisions of a model that are served."""
+        return [route for route in self.workers if route.startswith(f"{name}@")]
 
     @property
     def default(self) -> str | None:
         """The model of a job that names none: the only one that is served, or known."""
-        names = self.workers or self.known
+        names = self.names(self.workers) or self.names(self.known)
         return next(iter(names)) if len(names) == 1 else None
 
 
@@ -44,25 +54,23 @@ class ModelCache:
         self._models = Models()
         self._read_at = float("-inf")
 
-    async def get(self, *names: str) -> Models:
+    async def get(self, *routes: str) -> Models:
         """Return what is known.
 
-        Read again when the copy is old, or lacks one of `names`: a worker that has just
+        Read again when the copy is old, or lacks one of `routes`: a worker that has just
         announced its model must not be told that it does not exist.
         """
         age = time.monotonic() - self._read_at
         known = self._models.known
-        if age > _FRESH or not known or any(name and name not in known for name in names):
+        if age > _FRESH or not known or any(route and route not in known for route in routes):
             self._models = await self._read()
             self._read_at = time.monotonic()
         return self._models
 
     async def _read(self) -> Models:
         infos = await self._registry.models()
-        workers: dict[str, int] = {}
-        for worker in await self._registry.workers(seen_since=time.time() - self._lease):
-            workers[worker.model] = workers.get(worker.model, 0) + 1
+        alive = time.time() - self._lease
         return Models(
-            {name: types_pb2.ModelInfo.FromString(info) for name, info in sorted(infos.items())},
-            workers,
+            {route: types_pb2.ModelInfo.FromString(info) for route, info in sorted(infos.items())},
+            await self._registry.serving(sorted(infos), seen_since=alive),
         )

@@ -38,13 +38,8 @@ from reltrace_scheduler.services.trace import TraceService
 from reltrace_scheduler.services.worker import WorkerService
 from reltrace_scheduler.store.connection import Connection
 from reltrace_scheduler.store.gauges import Gauges
-from reltrace_scheduler.store.keys import Keys
-from reltrace_scheduler.store.queue import Queue
-from reltrace_scheduler.store.registry import Registry
-from reltrace_scheduler.store.results import Results
 from reltrace_scheduler.store.signals import Signals
-from reltrace_scheduler.store.tenants import Tenants
-from reltrace_scheduler.store.upkeep import Upkeep
+from reltrace_scheduler.store.store import Store
 from reltrace_scheduler.tasks import end
 
 log = structlog.get_logger()
@@ -94,11 +89,9 @@ async def serving(
     """
     access = access or Access()
     access.check(listen)
-    redis, keys = connection.redis, Keys()
-    queue, upkeep = Queue(redis, settings, keys), Upkeep(redis, settings, keys)
-    results, tenants = Results(redis, settings, keys), Tenants(redis, keys)
-    registry, signals = Registry(redis, keys), Signals(redis, keys)
-    models, counts = ModelCache(registry, settings.lease), Counts()
+    store, signals = Store(connection.redis, settings), Signals(connection.redis)
+    await store.open()
+    models, counts = ModelCache(store.registry, settings.lease), Counts()
     server = grpc.aio.server(
         interceptors=[MetricsInterceptor(counts), *_interceptors(access)],
         options=[
@@ -116,13 +109,13 @@ async def serving(
         ],
     )
     trace_pb2_grpc.add_TraceServiceServicer_to_server(
-        TraceService(queue, upkeep, results, models, signals, keys, counts), server
+        TraceService(store, models, signals, counts), server
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-        WorkerService(queue, upkeep, registry, models, signals, settings, keys, counts), server
+        WorkerService(store, models, signals, counts), server
     )
     admin_pb2_grpc.add_AdminServiceServicer_to_server(
-        AdminService(redis, queue, upkeep, tenants, registry, settings), server
+        AdminService(store, connection.version), server
     )
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
@@ -135,15 +128,11 @@ async def serving(
         )
     except RuntimeError as error:
         raise StartError(f"--listen {listen}: the address is in use or not ours") from error
-    exporter = (
-        exporting(metrics, counts, Gauges(redis, queue, registry, keys, settings.lease))
-        if metrics
-        else contextlib.nullcontext()
-    )
+    exporter = exporting(metrics, counts, Gauges(store)) if metrics else contextlib.nullcontext()
     await server.start()
     tasks = [
         asyncio.create_task(signals.run()),
-        asyncio.create_task(Reaper(queue, upkeep, registry, settings, counts).run()),
+        asyncio.create_task(Reaper(store, counts).run()),
         asyncio.create_task(_report_health(connection, status)),
     ]
     try:

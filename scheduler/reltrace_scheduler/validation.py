@@ -69,7 +69,8 @@ def check_submission(request: trace_pb2.SubmitJobsRequest, models: Models) -> li
     # The jobs of a message mostly differ in their input only.
     sound: set[bytes] = set()
     for index, spec in enumerate(request.jobs):
-        model = models.known[spec.model or models.default or ""]
+        route = spec.model or models.default or ""
+        model = models.known[route]
         faults = [*_input_faults(spec, model), *_position_faults(spec)]
         settings = _settings(spec)
         if settings not in sound:
@@ -80,9 +81,9 @@ def check_submission(request: trace_pb2.SubmitJobsRequest, models: Models) -> li
         if faults:
             violations += [Violation(f"jobs[{index}].{v.field}", v.description) for v in faults]
             continue
-        spec.model = model.name
+        spec.model = route
         timeout = spec.timeout.ToTimedelta().total_seconds() if spec.HasField("timeout") else 0.0
-        jobs.append(NewJob(model.name, spec.SerializeToString(), timeout))
+        jobs.append(NewJob(route, spec.SerializeToString(), timeout))
     if violations:
         raise InvalidRequestError(*violations)
     return jobs
@@ -105,7 +106,10 @@ def check_job_ids(job_ids: Sequence[str]) -> None:
 def _model_fault(name: str, models: Models) -> str:
     if name in models.known or (not name and models.default):
         return ""
-    served = ", ".join(models.workers or models.known)
+    served = ", ".join(models.names(models.workers) or models.names(models.known))
+    base = name.partition("@")[0]
+    if name != base and base in models.known:
+        return f"{name!r} is not served; served: {', '.join(models.revisions(base)) or served}"
     if not name:
         return f"is empty, and several models are served: {served}"
     return f"{name!r} is not served; served: {served}"

@@ -108,6 +108,9 @@ class IdleRunner:
     def crowded(self) -> bool:
         return self._crowded
 
+    def store_large(self, url: str, above: int) -> None:
+        """Send all results, however large."""
+
     def take_back(self) -> list[LeaseKey]:
         keys = list(self._waiting)
         self._waiting.clear()

@@ -62,7 +62,7 @@ def results(store: redis.asyncio.Redis, settings: Settings, keys: Keys) -> Resul
 
 @pytest.fixture
 def registry(store: redis.asyncio.Redis, keys: Keys) -> Registry:
-    return Registry(store, keys)
+    return Registry(store, [keys])
 
 
 @pytest.fixture

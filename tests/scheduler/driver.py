@@ -68,7 +68,8 @@ class Driver:
     ) -> list[LeasedJob]:
         await self.enter(worker)
         batch = count if most_batch is None else most_batch
-        return await self.queue.lease(MODEL, worker, EPOCH, count, batch, workers)
+        leased = await self.queue.lease(MODEL, worker, EPOCH, count, batch, workers)
+        return list(leased.jobs)
 
     async def commit(self, worker: str, chunks: Sequence[NewChunk]) -> list[int]:
         return await self.queue.commit(worker, chunks)

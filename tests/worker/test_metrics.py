@@ -23,7 +23,7 @@ def read(address: str) -> dict[tuple[str, str], float]:
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     return {
-        (sample.name, "".join(sample.labels.values())): sample.value
+        (sample.name, "".join(v for k, v in sample.labels.items() if k != "model")): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -46,7 +46,7 @@ async def test_passes_are_counted(checkpoints: Checkpoints) -> None:
         )
         for number, own in enumerate(ids)
     ]
-    collector = WorkerCollector(runner.stats, lambda: device_memory(loaded.devices))
+    collector = WorkerCollector({loaded.name: runner.stats}, lambda: device_memory(loaded.devices))
     with exporting("127.0.0.1:0", collector) as address:
         assert read(address)["reltrace_worker_passes_total", ""] == 0
         assert await runner.add(leases) == []
@@ -75,7 +75,7 @@ def test_time_is_told_by_phase(checkpoints: Checkpoints, checkpointing: str) -> 
 
 @pytest.mark.parametrize("listen", ["nowhere", "127.0.0.1:x", ":1"])
 def test_an_address_that_is_none(listen: str) -> None:
-    collector = WorkerCollector(PassStats(), dict)
+    collector = WorkerCollector({"m": PassStats()}, dict)
     with (
         pytest.raises(MetricsError, match=r"--metrics .*: must be HOST:PORT"),
         exporting(listen, collector),
@@ -90,14 +90,14 @@ def test_an_address_that_is_taken() -> None:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         with (
             pytest.raises(MetricsError, match=r"Address already in use"),
-            exporting(listen, WorkerCollector(PassStats(), dict)),
+            exporting(listen, WorkerCollector({"m": PassStats()}, dict)),
         ):
             pass
 
 
 def test_every_metric_is_documented_and_the_other_way_round() -> None:
     registry = CollectorRegistry()
-    registry.register(WorkerCollector(PassStats(), dict))
+    registry.register(WorkerCollector({"m": PassStats()}, dict))
     exported = {metric.name for metric in registry.collect()}
     rows = r"^\| `(reltrace_worker_\w+?)(?:_total)?` "
     assert exported == set(re.findall(rows, README.read_text(), re.MULTILINE))

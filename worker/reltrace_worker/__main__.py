@@ -1,7 +1,6 @@
 """The `reltrace-worker` command."""
 
 import asyncio
-import logging
 import os
 import secrets
 import signal
@@ -19,18 +18,15 @@ from reltrace_proto.v1 import worker_pb2
 
 from reltrace_worker import __version__
 from reltrace_worker.errors import WorkerError
+from reltrace_worker.logs import LogFormat, configure, level_of
 from reltrace_worker.session.endpoint import Access, Endpoints, Tls
 
 if TYPE_CHECKING:
-    from reltrace_worker.model import LoadedModel
-    from reltrace_worker.session.runner import Runner
+    from reltrace_worker.serving import Served
 
 log = structlog.get_logger()
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-_DRAIN_GRACE = 20.0
-"""Seconds for the pass that is under way when the worker is asked to stop."""
 
 
 class Checkpointing(StrEnum):
@@ -51,18 +47,24 @@ def worker(
         ),
     ],
     model: Annotated[
-        str,
+        list[str],
         typer.Option(
             envvar="RELTRACE_MODEL",
-            help="Folder or hub id of a checkpoint, or `demo`: the model that comes with reltrace.",
+            help="Folder or hub id of a checkpoint (ID@REVISION for one of its revisions), or "
+            "`demo`: the model that comes with reltrace. Given several times: all are kept "
+            "loaded, and their passes take turns.",
         ),
     ],
     name: Annotated[
-        str | None,
-        typer.Option(envvar="RELTRACE_MODEL_NAME", help="Name under which clients ask for it."),
+        list[str] | None,
+        typer.Option(
+            envvar="RELTRACE_MODEL_NAME",
+            help="Name under which clients ask for it; of several models, one for each.",
+        ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(envvar="RELTRACE_REVISION", help="Revision of a hub id.")
+        str | None,
+        typer.Option(envvar="RELTRACE_REVISION", help="Revision of a hub id, of a single model."),
     ] = None,
     dtype: Annotated[
         str,
@@ -130,6 +132,15 @@ def worker(
             envvar="RELTRACE_WORKER_ID", help="Name in logs and status; each start adds a number."
         ),
     ] = None,
+    drain_grace: Annotated[
+        float,
+        typer.Option(
+            envvar="RELTRACE_DRAIN_GRACE",
+            min=0,
+            help="Seconds for the pass under way when the worker is asked to stop; what is "
+            "not stored by then goes back into the queue.",
+        ),
+    ] = 20.0,
     token_file: Annotated[
         Path | None,
         typer.Option(
@@ -186,26 +197,25 @@ def worker(
     log_level: Annotated[
         str, typer.Option(envvar="RELTRACE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(envvar="RELTRACE_LOG_FORMAT", help="For people, or one JSON object a line."),
+    ] = LogFormat.CONSOLE,
 ) -> None:
     """Keep a model loaded and trace the jobs that the scheduler leases out."""
-    level = logging.getLevelNamesMapping().get(log_level.upper())
+    level = level_of(log_level)
     if level is None:
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error")
     if max_tokens != "auto" and not (max_tokens.isdecimal() and int(max_tokens) > 0):
         raise typer.BadParameter(f"max-tokens {max_tokens!r} is neither auto nor a number above 0")
     if memory_gib is not None and not memory_gib > 0:
         raise typer.BadParameter(f"memory-gib must be above 0, not {memory_gib}")
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    own_id = f"{worker_id or socket.gethostname()}-{secrets.token_hex(4)}"
+    configure(level, log_format, own_id)
     options = Tls(tls_ca, tls_cert, tls_key, tls_name)
     access = Access(token_file, options if tls or options != Tls() else None, insecure)
     # Only now: torch and transformers take seconds to import, and --help should not.
-    from reltrace_worker.engine import Engine
-    from reltrace_worker.model import load_model
-    from reltrace_worker.rules import RULES, verify_rule
-    from reltrace_worker.session.runner import Runner
+    from reltrace_worker.serving import PassOptions, serve, sources
 
     try:
         # Before a model is loaded for minutes.
@@ -214,31 +224,21 @@ def worker(
             import torch
 
             torch.set_num_threads(threads)
-        if model == "demo":
-            from reltrace_worker.demo import DEMO_MODEL, path
-
-            model, name = str(path()), name or DEMO_MODEL
-        loaded = load_model(
-            model,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            name=name,
-            device_map=device_map,
-            load_in_4bit=load_in_4bit,
+        served = serve(
+            sources(model, name or [], revision),
+            PassOptions(
+                dtype=dtype,
+                device=device,
+                device_map=device_map,
+                load_in_4bit=load_in_4bit,
+                checkpointing=checkpointing.value,
+                compile=compile_rules,
+                max_tokens=None if max_tokens == "auto" else int(max_tokens),
+                memory_gib=memory_gib,
+            ),
         )
-        for rule in RULES.values():
-            verify_rule(loaded.model, rule)
-        limit = None if memory_gib is None else int(memory_gib * 2**30)
-        engine = Engine(loaded, checkpointing.value, limit, compile=compile_rules)
-        engine.measure()
-        budget = engine.token_budget() if max_tokens == "auto" else int(max_tokens)
-        log.info("memory.measured", tokens_per_pass=budget, checkpointing=checkpointing.value)
-        hello = _hello(worker_id, loaded)
-        log.info("model.loaded", model=loaded.name, revision=loaded.revision, device=hello.device)
-        runner = Runner(loaded, engine, budget)
-        with _exporting(metrics, runner, loaded):
-            uvloop.run(_run(scheduler, access, hello, runner))
+        with _exporting(metrics, served):
+            uvloop.run(_run(scheduler, access, served, own_id, drain_grace))
     except WorkerError as error:
         typer.echo(f"reltrace-worker: {error}", err=True)
         raise typer.Exit(1) from None
@@ -247,45 +247,41 @@ def worker(
     os._exit(0)
 
 
-def _exporting(
-    listen: str | None, runner: "Runner", loaded: "LoadedModel"
-) -> AbstractContextManager[object]:
+def _exporting(listen: str | None, served: "Served") -> AbstractContextManager[object]:
     """Serve metrics, if somebody asked for them."""
     if listen is None:
         return nullcontext()
-    from reltrace_worker.engine.memory import device_memory
     from reltrace_worker.metrics import WorkerCollector, exporting
 
-    return exporting(listen, WorkerCollector(runner.stats, lambda: device_memory(loaded.devices)))
+    return exporting(listen, WorkerCollector(served.stats, served.memory))
 
 
-async def _run(scheduler: str, access: Access, hello: worker_pb2.Hello, runner: "Runner") -> None:
+async def _run(
+    scheduler: str, access: Access, served: "Served", worker_id: str, grace: float
+) -> None:
     from reltrace_worker.session.session import Session
 
-    session = Session(scheduler, hello, runner, access=access)
-    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+    first, *further = served.infos
+    hello = worker_pb2.Hello(
+        worker_id=worker_id,
+        model=first,
+        further_models=further,
+        device=served.device,
+        version=__version__,
+    )
+    session = Session(scheduler, hello, served.runner, access=access)
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, asked.set)
+        loop.add_signal_handler(number, session.asked_to_drain.set)
     working = asyncio.create_task(session.run())
-    stopping = asyncio.create_task(asked.wait())
+    stopping = asyncio.create_task(session.asked_to_drain.wait())
     await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if stopping.done():
         log.info("worker.drains")
-        await session.drain(_DRAIN_GRACE)
+        await session.drain(grace)
         await asyncio.wait({working}, timeout=5.0)
     if working.done():
         working.result()
-
-
-def _hello(worker_id: str | None, loaded: "LoadedModel") -> worker_pb2.Hello:
-    from reltrace_worker.session.convert import model_info
-
-    return worker_pb2.Hello(
-        worker_id=f"{worker_id or socket.gethostname()}-{secrets.token_hex(4)}",
-        model=model_info(loaded),
-        device=loaded.describe().device,
-        version=__version__,
-    )
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -44,42 +44,43 @@ class WorkerCollector(Collector):
 
     Parameters
     ----------
-    stats : PassStats
-        Changed by another thread.
+    stats : mapping of str to PassStats
+        By model; changed by another thread.
     memory : callable
         Returns bytes of device memory by kind.
     """
 
-    def __init__(self, stats: PassStats, memory: Callable[[], dict[str, int]]) -> None:
+    def __init__(
+        self, stats: Mapping[str, PassStats], memory: Callable[[], dict[str, int]]
+    ) -> None:
         self._stats = stats
         self._memory = memory
 
     def collect(self) -> Iterator[Metric]:
         """Give the metrics."""
-        stats = self._stats
 
-        def counter(name: str, what: str, value: float) -> Metric:
-            return CounterMetricFamily(f"reltrace_worker_{name}", what, value)
+        def counter(name: str, what: str, *labels: str) -> CounterMetricFamily:
+            return CounterMetricFamily(f"reltrace_worker_{name}", what, labels=("model", *labels))
 
-        yield counter("passes", "Passes that ran.", stats.passes)
-        yield counter("tokens", "Tokens that passes took.", stats.tokens)
-        yield counter("capacity_tokens", "Tokens that they had room for.", stats.capacity)
-        jobs = CounterMetricFamily(
-            "reltrace_worker_jobs", "Jobs that passes ended.", labels=["outcome"]
-        )
-        jobs.add_metric(["succeeded"], stats.jobs)
-        jobs.add_metric(["failed"], stats.failed)
-        seconds = CounterMetricFamily(
-            "reltrace_worker_seconds", "Time of passes.", labels=["phase"]
-        )
-        for phase, value in dict(stats.seconds).items():
-            seconds.add_metric([phase], value)
+        passes = counter("passes", "Passes that ran.")
+        tokens = counter("tokens", "Tokens that passes took.")
+        capacity = counter("capacity_tokens", "Tokens that they had room for.")
+        jobs = counter("jobs", "Jobs that passes ended.", "outcome")
+        seconds = counter("seconds", "Time of passes.", "phase")
+        for model, stats in self._stats.items():
+            passes.add_metric([model], stats.passes)
+            tokens.add_metric([model], stats.tokens)
+            capacity.add_metric([model], stats.capacity)
+            jobs.add_metric([model, "succeeded"], stats.jobs)
+            jobs.add_metric([model, "failed"], stats.failed)
+            for phase, value in dict(stats.seconds).items():
+                seconds.add_metric([model, phase], value)
         memory = GaugeMetricFamily(
             "reltrace_worker_device_memory_bytes", "Memory of the GPU.", labels=["kind"]
         )
         for kind, count in self._memory().items():
             memory.add_metric([kind], count)
-        yield from (jobs, seconds, memory)
+        yield from (passes, tokens, capacity, jobs, seconds, memory)
 
 
 @contextmanager

@@ -40,6 +40,16 @@ class AdminServiceStub:
                 request_serializer=reltrace_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=reltrace_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.ListWorkers = channel.unary_unary(
+                '/reltrace.v1.AdminService/ListWorkers',
+                request_serializer=reltrace_dot_v1_dot_admin__pb2.ListWorkersRequest.SerializeToString,
+                response_deserializer=reltrace_dot_v1_dot_admin__pb2.ListWorkersResponse.FromString,
+                _registered_method=True)
+        self.DrainWorkers = channel.unary_unary(
+                '/reltrace.v1.AdminService/DrainWorkers',
+                request_serializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersRequest.SerializeToString,
+                response_deserializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersResponse.FromString,
+                _registered_method=True)
         self.ListDeadJobs = channel.unary_unary(
                 '/reltrace.v1.AdminService/ListDeadJobs',
                 request_serializer=reltrace_dot_v1_dot_admin__pb2.ListDeadJobsRequest.SerializeToString,
@@ -68,6 +78,20 @@ class AdminServiceServicer:
 
     def GetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListWorkers(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainWorkers(self, request, context):
+        """Has workers hand back what they have not begun, end what they have, and leave.
+        Answers at once; a worker that is unknown refuses the request.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -106,6 +130,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=reltrace_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=reltrace_dot_v1_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'ListWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWorkers,
+                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.ListWorkersRequest.FromString,
+                    response_serializer=reltrace_dot_v1_dot_admin__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'DrainWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorkers,
+                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersRequest.FromString,
+                    response_serializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersResponse.SerializeToString,
             ),
             'ListDeadJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDeadJobs,
@@ -156,6 +190,60 @@ class AdminService:
             '/reltrace.v1.AdminService/GetStatus',
             reltrace_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
             reltrace_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reltrace.v1.AdminService/ListWorkers',
+            reltrace_dot_v1_dot_admin__pb2.ListWorkersRequest.SerializeToString,
+            reltrace_dot_v1_dot_admin__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reltrace.v1.AdminService/DrainWorkers',
+            reltrace_dot_v1_dot_admin__pb2.DrainWorkersRequest.SerializeToString,
+            reltrace_dot_v1_dot_admin__pb2.DrainWorkersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,11 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
+    ListWorkers: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]
+    DrainWorkers: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainWorkersRequest, _admin_pb2.DrainWorkersResponse]
+    """Has workers hand back what they have not begun, end what they have, and leave.
+    Answers at once; a worker that is unknown refuses the request.
+    """
     ListDeadJobs: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListDeadJobsRequest, _admin_pb2.ListDeadJobsResponse]
     """Jobs that were quarantined, latest first."""
     RequeueDeadJobs: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RequeueDeadJobsRequest, _admin_pb2.RequeueDeadJobsResponse]
@@ -48,6 +53,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
+    ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]  # type: ignore[assignment]
+    DrainWorkers: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainWorkersRequest, _admin_pb2.DrainWorkersResponse]  # type: ignore[assignment]
+    """Has workers hand back what they have not begun, end what they have, and leave.
+    Answers at once; a worker that is unknown refuses the request.
+    """
     ListDeadJobs: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListDeadJobsRequest, _admin_pb2.ListDeadJobsResponse]  # type: ignore[assignment]
     """Jobs that were quarantined, latest first."""
     RequeueDeadJobs: _aio.UnaryUnaryMultiCallable[_admin_pb2.RequeueDeadJobsRequest, _admin_pb2.RequeueDeadJobsResponse]  # type: ignore[assignment]
@@ -65,6 +75,23 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetStatusResponse, _abc.Awaitable[_admin_pb2.GetStatusResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListWorkers(
+        self,
+        request: _admin_pb2.ListWorkersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListWorkersResponse, _abc.Awaitable[_admin_pb2.ListWorkersResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DrainWorkers(
+        self,
+        request: _admin_pb2.DrainWorkersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainWorkersResponse, _abc.Awaitable[_admin_pb2.DrainWorkersResponse]]:
+        """Has workers hand back what they have not begun, end what they have, and leave.
+        Answers at once; a worker that is unknown refuses the request.
+        """
 
     @_abc_1.abstractmethod
     def ListDeadJobs(

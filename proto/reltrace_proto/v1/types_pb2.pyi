@@ -245,8 +245,12 @@ class JobSpec(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
+    OUTPUT_URI_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of a served model; empty: the only one, else an error that lists them."""
+    """Name of a served model, or NAME@REVISION where the revision matters; empty: the only
+    model that is served, else an error that lists them.
+    """
     prompt: _builtins.str
     """Encoded by the model's tokenizer, special tokens added."""
     reduction: _builtins.str
@@ -259,6 +263,12 @@ class JobSpec(_message.Message):
     """With the reduction "topk", and only there: how many values of each layer,
     1 to 4096. A layer with fewer values gives all of them.
     """
+    output_uri: _builtins.str
+    """Folder, as a URL, that the worker writes the tensors to instead of sending them; the
+    result then holds their manifest. One of those that the scheduler allows.
+    """
+    traceparent: _builtins.str
+    """Span of the client's that the job belongs to, as in W3C Trace Context."""
     @_builtins.property
     def input_ids(self) -> Global___TokenIds:
         """Used as they are."""
@@ -297,10 +307,12 @@ class JobSpec(_message.Message):
         layers: _abc.Iterable[_builtins.int] | None = ...,
         top_k: _builtins.int = ...,
         timeout: _duration_pb2.Duration | None = ...,
+        output_uri: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "input_ids", b"input_ids", "prompt", b"prompt", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "output_uri", b"output_uri", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "top_k", b"top_k", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "input_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -354,6 +366,81 @@ class TensorPiece(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TensorPiece: _TypeAlias = TensorPiece  # noqa: Y015
+
+@_typing.final
+class StoredTensor(_message.Message):
+    """A tensor inside the bytes that a manifest names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACE_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    trace: _builtins.int
+    site: _builtins.str
+    part: _builtins.str
+    dtype: Global___ScalarType.ValueType
+    offset: _builtins.int
+    """Where it begins, in bytes after the manifest's offset."""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        trace: _builtins.int = ...,
+        site: _builtins.str = ...,
+        part: _builtins.str = ...,
+        dtype: Global___ScalarType.ValueType = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "offset", b"offset", "part", b"part", "shape", b"shape", "site", b"site", "trace", b"trace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoredTensor: _TypeAlias = StoredTensor  # noqa: Y015
+
+@_typing.final
+class Manifest(_message.Message):
+    """Where the tensors of a job are that were written to a store instead of being sent. The
+    file is in the safetensors format and may hold those of other jobs as well.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    offset: _builtins.int
+    """The bytes of this job: all its tensors, one after the other."""
+    length: _builtins.int
+    sha256: _builtins.bytes
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredTensor]: ...
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+        sha256: _builtins.bytes = ...,
+        tensors: _abc.Iterable[Global___StoredTensor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "offset", b"offset", "sha256", b"sha256", "tensors", b"tensors", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
 
 @_typing.final
 class ResolvedTarget(_message.Message):
@@ -674,6 +761,7 @@ class ResultChunk(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     number: _builtins.int
     @_builtins.property
@@ -686,6 +774,10 @@ class ResultChunk(_message.Message):
     def end(self) -> Global___JobEnd:
         """In the last chunk."""
 
+    @_builtins.property
+    def manifest(self) -> Global___Manifest:
+        """Instead of tensors."""
+
     def __init__(
         self,
         *,
@@ -694,10 +786,11 @@ class ResultChunk(_message.Message):
         header: Global___TraceHeader | None = ...,
         tensors: _abc.Iterable[Global___TensorPiece] | None = ...,
         end: Global___JobEnd | None = ...,
+        manifest: Global___Manifest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "header", b"header"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "header", b"header", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "header", b"header", "job_id", b"job_id", "number", b"number", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "header", b"header", "job_id", b"job_id", "manifest", b"manifest", "number", b"number", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -74,12 +74,17 @@ class Hello(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    FURTHER_MODELS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Names one process: the same when it connects again, another after a restart."""
     device: _builtins.str
     version: _builtins.str
     @_builtins.property
     def model(self) -> _types_pb2.ModelInfo: ...
+    @_builtins.property
+    def further_models(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ModelInfo]:
+        """Others that the same process serves in turn."""
+
     def __init__(
         self,
         *,
@@ -87,10 +92,11 @@ class Hello(_message.Message):
         model: _types_pb2.ModelInfo | None = ...,
         device: _builtins.str = ...,
         version: _builtins.str = ...,
+        further_models: _abc.Iterable[_types_pb2.ModelInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "model", b"model", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "further_models", b"further_models", "model", b"model", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -272,6 +278,7 @@ class WorkResponse(_message.Message):
     LEASES_FIELD_NUMBER: _builtins.int
     COMMITTED_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -280,6 +287,8 @@ class WorkResponse(_message.Message):
     def committed(self) -> Global___Committed: ...
     @_builtins.property
     def revoked(self) -> Global___Revoked: ...
+    @_builtins.property
+    def drain(self) -> Global___Drain: ...
     def __init__(
         self,
         *,
@@ -287,12 +296,13 @@ class WorkResponse(_message.Message):
         leases: Global___Leases | None = ...,
         committed: Global___Committed | None = ...,
         revoked: Global___Revoked | None = ...,
+        drain: Global___Drain | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "leases", b"leases", "message", b"message", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "drain", b"drain", "leases", b"leases", "message", b"message", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "leases", b"leases", "message", b"message", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "drain", b"drain", "leases", b"leases", "message", b"message", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "leases", "committed", "revoked"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "leases", "committed", "revoked", "drain"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -304,6 +314,11 @@ class Welcome(_message.Message):
 
     LEASE_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    RESULTS_URL_FIELD_NUMBER: _builtins.int
+    RESULTS_ABOVE_BYTES_FIELD_NUMBER: _builtins.int
+    results_url: _builtins.str
+    """Folder, as a URL, for the tensors of results that are larger than this; empty: none."""
+    results_above_bytes: _builtins.int
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
         """Unrenewed, a lease is lost after this time."""
@@ -317,10 +332,12 @@ class Welcome(_message.Message):
         *,
         lease: _duration_pb2.Duration | None = ...,
         heartbeat: _duration_pb2.Duration | None = ...,
+        results_url: _builtins.str = ...,
+        results_above_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "lease", b"lease"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "lease", b"lease", "results_above_bytes", b"results_above_bytes", "results_url", b"results_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -335,9 +352,12 @@ class Lease(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     QUEUED_FOR_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     attempt: _builtins.int
     priority: _types_pb2.Priority.ValueType
+    tenant: _builtins.str
+    """Whose job it is, for logs."""
     @_builtins.property
     def spec(self) -> _types_pb2.JobSpec: ...
     @_builtins.property
@@ -352,10 +372,11 @@ class Lease(_message.Message):
         spec: _types_pb2.JobSpec | None = ...,
         queued_for: _duration_pb2.Duration | None = ...,
         priority: _types_pb2.Priority.ValueType = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["queued_for", b"queued_for", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "job_id", b"job_id", "priority", b"priority", "queued_for", b"queued_for", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "job_id", b"job_id", "priority", b"priority", "queued_for", b"queued_for", "spec", b"spec", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -423,3 +444,20 @@ class Revoked(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Revoked: _TypeAlias = Revoked  # noqa: Y015
+
+@_typing.final
+class Drain(_message.Message):
+    """An operator wants the worker gone: hand back what has not begun, end what has, leave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drain: _TypeAlias = Drain  # noqa: Y015

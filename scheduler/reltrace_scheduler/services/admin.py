@@ -2,30 +2,40 @@
 
 import re
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import grpc
+import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
-from redis.asyncio import Redis
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, types_pb2
 
 from reltrace_scheduler import __version__
 from reltrace_scheduler.auth.identity import TENANT_NAME, TENANT_RULE
-from reltrace_scheduler.config import Settings
 from reltrace_scheduler.endings import wire_losses
-from reltrace_scheduler.errors import InvalidRequestError, UnknownJobError, Violation
-from reltrace_scheduler.store.queue import Queue
-from reltrace_scheduler.store.records import Limits, NewJob, QueueRecord, TenantRecord
-from reltrace_scheduler.store.registry import Registry
-from reltrace_scheduler.store.tenants import Tenants
-from reltrace_scheduler.store.upkeep import Upkeep
+from reltrace_scheduler.errors import (
+    InvalidRequestError,
+    UnknownJobError,
+    UnknownWorkerError,
+    Violation,
+)
+from reltrace_scheduler.store.connection import memory_used
+from reltrace_scheduler.store.records import (
+    Limits,
+    NewJob,
+    QueueRecord,
+    TenantRecord,
+    WorkerRecord,
+)
+from reltrace_scheduler.store.store import Store
 from reltrace_scheduler.validation import check_job_ids
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+log = structlog.get_logger()
+
 _DEAD_SHOWN = 100
+_MOST_DRAINED = 1000
 _LEAST_WEIGHT, _MOST_WEIGHT = 0.01, 100.0
 
 
@@ -34,56 +44,64 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
 
     def __init__(
         self,
-        redis: Redis,
-        queue: Queue,
-        upkeep: Upkeep,
-        tenants: Tenants,
-        registry: Registry,
-        settings: Settings,
+        store: Store,
+        redis_version: str,
     ) -> None:
-        self._redis = redis
-        self._queue = queue
-        self._upkeep = upkeep
-        self._tenants = tenants
-        self._registry = registry
-        self._settings = settings
+        self._store = store
+        self._redis_version = redis_version
 
     async def GetStatus(  # noqa: N802
         self, request: admin_pb2.GetStatusRequest, context: Context
     ) -> admin_pb2.GetStatusResponse:
-        info: Mapping[str, Any] = await self._redis.info()
-        models = await self._registry.models()
-        depths = await self._queue.depths()
-        queues = [depths.get(model, QueueRecord(model, 0, 0)) for model in sorted(models)]
-        # One that missed this long holds no lease any more.
-        alive = await self._registry.workers(seen_since=time.time() - self._settings.lease)
+        depths = await self._store.depths()
+        # Of what asks for a revision, only where there is something.
+        routes = {r for r in await self._store.registry.models() if "@" not in r} | depths.keys()
+        queues = [depths.get(route, QueueRecord(route, 0, 0)) for route in sorted(routes)]
         return admin_pb2.GetStatusResponse(
             version=__version__,
             queues=[
                 admin_pb2.QueueStatus(model=q.model, queued=q.queued, leased=q.leased)
                 for q in queues
             ],
-            workers=[
-                admin_pb2.WorkerStatus(
-                    worker_id=worker.worker_id,
-                    model=types_pb2.ModelInfo.FromString(worker.info),
-                    device=worker.device,
-                    version=worker.version,
-                    leased=worker.leased,
-                    connected_at=_timestamp(worker.connected_at),
-                    seen_at=_timestamp(worker.seen_at),
-                )
-                for worker in alive
-            ],
-            ended=await self._queue.ended(),
-            redis_version=str(info["redis_version"]),
-            redis_memory_bytes=int(info["used_memory"]),
+            workers=await self._workers(),
+            ended=await self._store.ended(),
+            redis_version=self._redis_version,
+            redis_memory_bytes=await memory_used(self._store.redis),
         )
+
+    async def _workers(self) -> list[admin_pb2.WorkerStatus]:
+        # One that missed this long holds no lease any more.
+        since = time.time() - self._store.settings.lease
+        return [_worker(worker) for worker in await self._store.registry.workers(seen_since=since)]
+
+    async def ListWorkers(  # noqa: N802
+        self, request: admin_pb2.ListWorkersRequest, context: Context
+    ) -> admin_pb2.ListWorkersResponse:
+        return admin_pb2.ListWorkersResponse(workers=await self._workers())
+
+    async def DrainWorkers(  # noqa: N802
+        self, request: admin_pb2.DrainWorkersRequest, context: Context
+    ) -> admin_pb2.DrainWorkersResponse:
+        if not 0 < len(request.worker_ids) <= _MOST_DRAINED:
+            raise InvalidRequestError(
+                Violation("worker_ids", f"must name 1 to {_MOST_DRAINED} workers")
+            )
+        unknown = await self._store.registry.drain(request.worker_ids)
+        if unknown:
+            raise UnknownWorkerError(
+                *(
+                    Violation(f"worker_ids[{index}]", f"no worker {worker_id!r} is connected")
+                    for index, worker_id in enumerate(request.worker_ids)
+                    if worker_id in unknown
+                )
+            )
+        log.info("workers.drained", workers=list(request.worker_ids))
+        return admin_pb2.DrainWorkersResponse()
 
     async def ListDeadJobs(  # noqa: N802
         self, request: admin_pb2.ListDeadJobsRequest, context: Context
     ) -> admin_pb2.ListDeadJobsResponse:
-        jobs = await self._upkeep.dead(request.limit or _DEAD_SHOWN)
+        jobs = await self._store.dead(request.limit or _DEAD_SHOWN)
         return admin_pb2.ListDeadJobsResponse(
             jobs=[
                 admin_pb2.DeadJob(
@@ -100,7 +118,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.RequeueDeadJobsRequest, context: Context
     ) -> admin_pb2.RequeueDeadJobsResponse:
         check_job_ids(request.job_ids)
-        found = await self._upkeep.dead_jobs(request.job_ids)
+        found = await self._store.dead_jobs(request.job_ids)
         unknown = [
             Violation(f"job_ids[{index}]", f"no dead job {request.job_ids[index]!r}")
             for index, job in enumerate(found)
@@ -113,12 +131,12 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             assert job is not None
             spec = types_pb2.JobSpec.FromString(job.spec)
             # The key makes a second call, or one that was cut off, find the first one's job.
-            submission = await self._queue.submit(
+            submission = await self._store.submit(
                 [NewJob(spec.model, job.spec)],
                 tenant=job.tenant,
                 idempotency_key=f"dead:{job.job_id}",
             )
-            await self._upkeep.forget_dead(job.job_id)
+            await self._store.forget_dead(job.job_id)
             response.jobs.add(
                 dead_job_id=job.job_id,
                 submission_id=submission.id,
@@ -130,7 +148,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.ListTenantsRequest, context: Context
     ) -> admin_pb2.ListTenantsResponse:
         return admin_pb2.ListTenantsResponse(
-            tenants=[_tenant(tenant) for tenant in await self._tenants.all()]
+            tenants=[_tenant(tenant) for tenant in await self._store.tenants.all()]
         )
 
     async def SetTenant(  # noqa: N802
@@ -148,8 +166,23 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             max_bytes=request.max_bytes if request.HasField("max_bytes") else None,
         )
         return admin_pb2.SetTenantResponse(
-            tenant=_tenant(await self._tenants.set(request.tenant, limits))
+            tenant=_tenant(await self._store.tenants.set(request.tenant, limits))
         )
+
+
+def _worker(record: WorkerRecord) -> admin_pb2.WorkerStatus:
+    first, *further = (types_pb2.ModelInfo.FromString(model.info) for model in record.models)
+    return admin_pb2.WorkerStatus(
+        worker_id=record.worker_id,
+        model=first,
+        further_models=further,
+        device=record.device,
+        version=record.version,
+        leased=record.leased,
+        connected_at=_timestamp(record.connected_at),
+        seen_at=_timestamp(record.seen_at),
+        draining=record.draining,
+    )
 
 
 def _tenant(record: TenantRecord) -> admin_pb2.Tenant:

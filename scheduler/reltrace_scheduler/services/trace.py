@@ -11,12 +11,10 @@ from reltrace_scheduler.endings import cancelled
 from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
-from reltrace_scheduler.store.keys import Keys
-from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.records import Priority
-from reltrace_scheduler.store.results import Progress, Results
+from reltrace_scheduler.store.results import Progress
 from reltrace_scheduler.store.signals import Signals, wait
-from reltrace_scheduler.store.upkeep import Upkeep
+from reltrace_scheduler.store.store import Store
 from reltrace_scheduler.validation import check_job_ids, check_submission
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -40,20 +38,14 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
 
     def __init__(
         self,
-        queue: Queue,
-        upkeep: Upkeep,
-        results: Results,
+        store: Store,
         models: ModelCache,
         signals: Signals,
-        keys: Keys,
         counts: Counts,
     ) -> None:
-        self._queue = queue
-        self._upkeep = upkeep
-        self._results = results
+        self._store = store
         self._models = models
         self._signals = signals
-        self._keys = keys
         self._counts = counts
 
     async def SubmitJobs(  # noqa: N802
@@ -62,7 +54,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         models = await self._models.get(*(job.model for job in request.jobs))
         jobs = check_submission(request, models)
         tenant, priority = current().tenant, _PRIORITIES[request.priority]
-        submission = await self._queue.submit(
+        submission = await self._store.submit(
             jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key
         )
         if not submission.deduplicated:
@@ -78,7 +70,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     ) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
         submission = request.submission_id
         entry, chunk = request.after_entry, request.after_chunk
-        with self._signals.listen(self._keys.done(submission)) as signal:
+        with self._signals.listen(self._store.of(submission).keys.done(submission)) as signal:
             while True:
                 progress = await self._progress(submission)
                 if progress.ended > entry:
@@ -93,7 +85,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
 
     async def _progress(self, submission: str) -> Progress:
         """Look a submission up; another tenant's does not exist for the caller."""
-        progress = await self._results.progress(submission)
+        progress = await self._store.progress(submission)
         if progress is None or progress.tenant != current().tenant:
             raise UnknownSubmissionError(submission)
         return progress
@@ -102,7 +94,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self, submission: str, entry: int, chunk: int
     ) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
         message, size = trace_pb2.StreamResultsResponse(), 0
-        async for stored in self._results.read(submission, entry, chunk):
+        async for stored in self._store.read(submission, entry, chunk):
             if size + len(stored.data) > _MESSAGE_BYTES and size:
                 yield message
                 message, size = trace_pb2.StreamResultsResponse(), 0
@@ -120,7 +112,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         except UnknownSubmissionError:
             # All of it was acknowledged before: the answer to that was lost.
             return trace_pb2.AcknowledgeResultsResponse()
-        await self._results.acknowledge(request.submission_id, request.through_entry)
+        await self._store.acknowledge(request.submission_id, request.through_entry)
         return trace_pb2.AcknowledgeResultsResponse()
 
     async def CancelJobs(  # noqa: N802
@@ -135,16 +127,16 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             job_ids = [f"{request.submission_id}-{index}" for index in range(progress.jobs)]
         else:
             check_job_ids(request.job_ids)
-            found = await self._queue.jobs(request.job_ids, tenant=current().tenant)
+            found = await self._store.jobs(request.job_ids, tenant=current().tenant)
             job_ids = [job.job_id for job in found if job]
-        ended = await self._upkeep.end([cancelled(job_id) for job_id in job_ids])
+        ended = await self._store.end([cancelled(job_id) for job_id in job_ids])
         return trace_pb2.CancelJobsResponse(cancelled=sum(ended))
 
     async def GetJobs(  # noqa: N802
         self, request: trace_pb2.GetJobsRequest, context: Context
     ) -> trace_pb2.GetJobsResponse:
         check_job_ids(request.job_ids)
-        found = await self._queue.jobs(request.job_ids, tenant=current().tenant)
+        found = await self._store.jobs(request.job_ids, tenant=current().tenant)
         # A job that is unknown, expired or acknowledged has no state.
         return trace_pb2.GetJobsResponse(
             jobs=[
@@ -164,9 +156,9 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self, request: trace_pb2.ListModelsRequest, context: Context
     ) -> trace_pb2.ListModelsResponse:
         models = await self._models.get()
-        return trace_pb2.ListModelsResponse(
-            models=[
-                trace_pb2.ServedModel(model=info, workers=models.workers.get(name, 0))
-                for name, info in models.known.items()
-            ]
-        )
+        response = trace_pb2.ListModelsResponse()
+        for name in models.names(models.known):
+            revisions = models.revisions(name)
+            for route in revisions if len(revisions) > 1 else [name]:
+                response.models.add(model=models.known[route], workers=models.workers.get(route, 0))
+        return response

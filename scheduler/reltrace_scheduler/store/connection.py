@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
@@ -81,10 +81,50 @@ async def connect(address: str | RedisAddress) -> Connection:
         await client.aclose()
         raise StartError(f"Redis at {shown} can not be reached: {error}") from error
     version = str(info["redis_version"])
+    if info.get("redis_mode") == "cluster":
+        client = await _as_cluster(client, address, extra)
     if parse_version(version) < OLDEST:
         await client.aclose()
         raise StartError(f"Redis at {shown} is {version}; reltrace needs 6.2 or newer")
     return Connection(client, version)
+
+
+async def _as_cluster(
+    node: "redis.asyncio.Redis", address: RedisAddress, extra: dict[str, Any]
+) -> "redis.asyncio.Redis":
+    """Exchange the connection to one node of a Redis Cluster for one that knows them all."""
+    password = node.connection_pool.connection_kwargs.get("password")
+    await node.aclose()
+    cluster = redis.asyncio.RedisCluster.from_url(
+        address.url,
+        decode_responses=False,
+        protocol=2,
+        socket_timeout=_TIMEOUT,
+        socket_connect_timeout=_TIMEOUT,
+        health_check_interval=15,
+        # While a replica takes over, its slots are nobody's for some seconds.
+        retry=Retry(ExponentialBackoff(cap=1.0, base=0.1), 5),
+        **({"password": password} if password else {}),
+        **extra,
+    )
+    try:
+        await cluster.initialize()
+    except (RedisError, OSError) as error:
+        await cluster.aclose()
+        raise StartError(f"Redis Cluster at {address.shown}: {error}") from error
+    # Both have the commands that the store uses, and no common base that says so.
+    return cast("redis.asyncio.Redis", cluster)
+
+
+async def memory_used(client: "redis.asyncio.Redis") -> int:
+    """Return the bytes that Redis uses, or all primaries of a cluster together."""
+    if isinstance(client, redis.asyncio.RedisCluster):
+        nodes: dict[str, Any] = await client.info(
+            "memory", target_nodes=redis.asyncio.RedisCluster.PRIMARIES
+        )
+        return sum(int(node["used_memory"]) for node in nodes.values())
+    info: Any = await client.info("memory")
+    return int(info["used_memory"])
 
 
 def parse_version(text: str) -> tuple[int, int]:

@@ -1,14 +1,12 @@
 """The state of the whole cluster, read for monitoring."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from redis.asyncio import Redis
-
-from reltrace_scheduler.store.keys import GROUP, Keys
-from reltrace_scheduler.store.queue import Queue
-from reltrace_scheduler.store.registry import Registry
+from reltrace_scheduler.store.connection import memory_used
+from reltrace_scheduler.store.keys import GROUP
+from reltrace_scheduler.store.store import Shard, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,43 +54,37 @@ class ClusterState:
 
 
 class Gauges:
-    """Reads the state of the cluster: a few commands per queue that holds jobs.
+    """Reads the state of the cluster: a few commands per queue that holds jobs."""
 
-    Parameters
-    ----------
-    lease : float
-        Seconds after which a silent worker does not count any more.
-    """
-
-    def __init__(
-        self, redis: Redis, queue: Queue, registry: Registry, keys: Keys, lease: float
-    ) -> None:
-        self._redis = redis
-        self._queue = queue
-        self._registry = registry
-        self._keys = keys
-        self._lease = lease
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     async def read(self) -> ClusterState:
         """Return the state of the cluster."""
-        workers: dict[str, int] = dict.fromkeys(await self._registry.models(), 0)
-        for worker in await self._registry.workers(seen_since=time.time() - self._lease):
-            workers[worker.model] = workers.get(worker.model, 0) + 1
-        info: Any = await self._redis.info("memory")
+        registry = self._store.registry
+        # A route that names a revision has the workers of its model.
+        names = [route for route in await registry.models() if "@" not in route]
+        alive = time.time() - self._store.settings.lease
+        queues: dict[tuple[str, str, str], QueueGauge] = {}
+        for shard in self._store.shards:
+            for found in await self._queues(shard):
+                key = (found.priority, found.tenant, found.model)
+                queues[key] = _sum(queues[key], found) if key in queues else found
         return ClusterState(
-            queues=await self._queues(),
-            workers=workers,
-            ended=await self._queue.ended(),
-            memory=int(info["used_memory"]),
+            queues=tuple(queues.values()),
+            workers=dict.fromkeys(names, 0) | await registry.serving(names, seen_since=alive),
+            ended=await self._store.ended(),
+            memory=await memory_used(self._store.redis),
         )
 
-    async def _queues(self) -> tuple[QueueGauge, ...]:
-        names = await self._queue.names()
-        async with self._redis.pipeline(transaction=False) as pipe:
+    async def _queues(self, shard: Shard) -> list[QueueGauge]:
+        redis, keys = self._store.redis, shard.keys
+        names = await shard.queue.names()
+        async with redis.pipeline(transaction=False) as pipe:
             for name in names:
-                pipe.xlen(self._keys.queue(name))
-                pipe.xpending(self._keys.queue(name), GROUP)
-                pipe.xinfo_groups(self._keys.queue(name))
+                pipe.xlen(keys.queue(name))
+                pipe.xpending(keys.queue(name), GROUP)
+                pipe.xinfo_groups(keys.queue(name))
             rows: list[Any] = await pipe.execute(raise_on_error=False)
         seen = [
             (name, int(length), int(pending["pending"]), groups[0]["last-delivered-id"])
@@ -102,16 +94,26 @@ class Gauges:
             # A queue that became empty since its name was read is gone.
             if not isinstance(pending, Exception) and not isinstance(groups, Exception) and groups
         ]
-        async with self._redis.pipeline(transaction=False) as pipe:
+        async with redis.pipeline(transaction=False) as pipe:
             for name, _, _, delivered in seen:
                 # What was delivered last is leased or ended; the first after it waits.
-                pipe.xrange(self._keys.queue(name), b"(" + delivered, "+", count=1)
+                pipe.xrange(keys.queue(name), b"(" + delivered, "+", count=1)
             first: list[Any] = await pipe.execute(raise_on_error=False)
-            now: Any = await self._redis.time()
-        return tuple(
-            _gauge(name, length, pending, waiting, now[0] + now[1] / 1e6)
+        now = await shard.upkeep.now()
+        return [
+            _gauge(name, length, pending, waiting, now)
             for (name, length, pending, _), waiting in zip(seen, first, strict=True)
-        )
+        ]
+
+
+def _sum(one: QueueGauge, other: QueueGauge) -> QueueGauge:
+    """Put the same queue of two shards together."""
+    return replace(
+        one,
+        queued=one.queued + other.queued,
+        leased=one.leased + other.leased,
+        oldest=max(one.oldest, other.oldest),
+    )
 
 
 def _gauge(name: str, length: int, pending: int, waiting: Any, now: float) -> QueueGauge:

@@ -1,7 +1,8 @@
 """Every Redis key, in one place.
 
-All keys share the hash tag ``{0}``: they live in one slot of a Redis Cluster, so that
-a Lua script may touch several of them.
+The keys of a shard share its number as their hash tag (``reltrace:{0}:``): they live in
+one slot of a Redis Cluster, so that a Lua script may touch several of them. A shard is a
+queue with everything that belongs to it; ids of submissions and jobs tell their shard.
 
 ===============================  =======  ==============================================
 key                              type     holds
@@ -36,22 +37,34 @@ key                              type     holds
 ``watch``                        hash     when leases were last looked after, and until
                                           when none is taken to be lost
 ``ended``                        hash     how many jobs ended, by state
-``models``                       hash     ``ModelInfo`` of every model ever served
-``workers``                      zset     worker ids by the time they were last seen
-``worker:<id>``                  hash     model, info, device, version, connected_at;
-                                          epoch of its session, mode of its leases
+``worker:<id>``                  hash     epoch of its session, mode of its leases; in
+                                          shard 0 also what it said of itself: routes
+                                          (lines), models (number), of each name:<n>,
+                                          revision:<n>, info:<n> (``ModelInfo``);
+                                          device, version, connected_at; draining
 ===============================  =======  ==============================================
 
-Times are milliseconds by Redis' own clock; those of workers are seconds.
+In shard 0 only:
+
+===============================  =======  ==============================================
+``shards``                       string   how many shards there are
+``models``                       hash     ``ModelInfo`` by route, of every one ever served
+``workers``                      zset     worker ids by the time they were last seen
+``serving:<route>``              zset     the same of those that serve it
+===============================  =======  ==============================================
+
+Times are milliseconds by Redis' own clock; those of workers are seconds. ``<model>`` is a
+route: the name of a model, or ``NAME@REVISION`` for jobs that ask for a revision.
 
 The classes of queues: ``interactive`` and ``batch`` are the priorities; ``suspect`` and
 ``alone`` hold jobs that were leased to a worker when it fell silent (see `lease.lua`).
 
 Channels (hints only: whoever misses one polls): ``wake:<model>`` when jobs were
 queued, ``done:<sub>`` when jobs of a submission ended, ``revoked:<worker>`` when jobs
-that a worker holds were ended by somebody else.
+that a worker holds were ended by somebody else, or it was told to drain.
 """
 
+import re
 from dataclasses import dataclass
 
 GROUP = "workers"
@@ -61,11 +74,19 @@ REAPER = "reaper"
 """The consumer that takes over leases that were lost."""
 
 
+CHANNELS = tuple(f"reltrace:{{*}}:{kind}:*" for kind in ("wake", "done", "revoked"))
+"""Patterns of every kind of channel, of all shards."""
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Names of keys under one prefix."""
+    """Names of the keys of one shard."""
 
-    prefix: str = "reltrace:{0}:"
+    shard: int = 0
+
+    @property
+    def prefix(self) -> str:
+        return f"reltrace:{{{self.shard}}}:"
 
     @property
     def queues(self) -> str:
@@ -90,6 +111,10 @@ class Keys:
     @property
     def workers(self) -> str:
         return f"{self.prefix}workers"
+
+    @property
+    def shards(self) -> str:
+        return f"{self.prefix}shards"
 
     @property
     def tenants(self) -> str:
@@ -145,8 +170,11 @@ class Keys:
     def worker(self, worker_id: str) -> str:
         return f"{self.prefix}worker:{worker_id}"
 
-    def wake(self, model: str) -> str:
-        return f"{self.prefix}wake:{model}"
+    def serving(self, route: str) -> str:
+        return f"{self.prefix}serving:{route}"
+
+    def wake(self, route: str) -> str:
+        return f"{self.prefix}wake:{route}"
 
     def done(self, submission_id: str) -> str:
         return f"{self.prefix}done:{submission_id}"
@@ -154,17 +182,28 @@ class Keys:
     def revoked(self, worker_id: str) -> str:
         return f"{self.prefix}revoked:{worker_id}"
 
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """Patterns of every kind of channel."""
-        return tuple(f"{self.prefix}{kind}:*" for kind in ("wake", "done", "revoked"))
-
 
 def submission_of(job_id: str) -> str:
     """Return the submission that a job id belongs to: ids are ``<submission>-<index>``."""
     return job_id.rpartition("-")[0]
 
 
+def submission_id(random: str, shard: int) -> str:
+    """Return the id of a submission: all its jobs and results are in one shard."""
+    return f"{random}.{shard}" if shard else random
+
+
+def shard_of(some_id: str) -> int:
+    """Return the shard that the id of a submission or a job names; 0: it names none."""
+    named = re.search(r"\.(\d{1,4})(-\d+)?$", some_id)
+    return int(named[1]) if named else 0
+
+
 def model_of(queue: str) -> str:
     """Return the model of a queue's name, ``<class>:<tenant>:<model>``."""
     return queue.split(":", 2)[2]
+
+
+def tenant_of(queue: str) -> str:
+    """Return the tenant of a queue's name."""
+    return queue.split(":", 2)[1]

@@ -9,10 +9,11 @@ from redis.asyncio import Redis
 
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import IdempotencyError, QueueFullError, SupersededError
-from reltrace_scheduler.store.keys import GROUP, Keys, model_of, submission_of
+from reltrace_scheduler.store.keys import GROUP, Keys, model_of, submission_id, submission_of
 from reltrace_scheduler.store.records import (
     JobRecord,
     Lease,
+    Leased,
     LeasedJob,
     NewChunk,
     NewJob,
@@ -61,7 +62,8 @@ class Queue:
         IdempotencyError
             The key was used for other jobs.
         """
-        submission, settings = secrets.token_hex(10), self._settings
+        settings = self._settings
+        submission = submission_id(secrets.token_hex(10), self._keys.shard)
         reply = await self._scripts(
             "submit",
             [
@@ -80,7 +82,8 @@ class Queue:
             settings.max_bytes,
             settings.tenant_max_jobs,
             settings.tenant_max_bytes,
-            *(part for job in jobs for part in (job.model, milliseconds(job.timeout), job.spec)),
+            settings.shards,
+            *(part for job in jobs for part in (job.route, milliseconds(job.timeout), job.spec)),
         )
         match reply[0]:
             case b"seen":
@@ -97,11 +100,20 @@ class Queue:
         return Submission(submission, len(jobs), deduplicated=False)
 
     async def lease(
-        self, model: str, worker: str, epoch: str, count: int, most_batch: int, workers: int = 1
-    ) -> list[LeasedJob]:
-        """Lease up to `count` queued jobs of a model to a worker, `most_batch` of them batch.
+        self,
+        route: str,
+        worker: str,
+        epoch: str,
+        count: int,
+        most_batch: int,
+        workers: int = 1,
+        *,
+        elsewhere: int = 0,
+    ) -> Leased:
+        """Lease up to `count` queued jobs of a route to a worker, `most_batch` of them batch.
 
         Where several workers serve the model, it comes to hold no more than its share.
+        `elsewhere` is what it holds from other shards.
 
         Raises
         ------
@@ -118,7 +130,7 @@ class Queue:
                 self._keys.load,
             ],
             worker,
-            model,
+            route,
             epoch,
             count,
             most_batch,
@@ -126,13 +138,27 @@ class Queue:
             settings.tenant_max_bytes,
             settings.max_bytes,
             workers,
+            settings.shards,
+            elsewhere,
         )
         if status == b"superseded":
             raise SupersededError(worker)
-        return [
-            LeasedJob(job.decode(), int(attempt), spec, int(waited) / 1000, queue_class.decode())
-            for job, attempt, spec, waited, queue_class in jobs
-        ]
+        return Leased(
+            tuple(
+                LeasedJob(
+                    job_id=job.decode(),
+                    attempt=int(attempt),
+                    spec=spec,
+                    queued_for=int(waited) / 1000,
+                    queue_class=queue_class.decode(),
+                    tenant=tenant.decode(),
+                    route=route,
+                )
+                for job, attempt, spec, waited, queue_class, tenant in jobs
+            ),
+            idle=status == b"idle",
+            suspects=status == b"suspects",
+        )
 
     async def renew(self, worker: str, leases: Sequence[Lease]) -> list[Lease]:
         """Renew leases; return those that the worker does not hold any more."""

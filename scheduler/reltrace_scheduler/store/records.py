@@ -15,7 +15,8 @@ class Priority(StrEnum):
 class NewJob:
     """A job to accept."""
 
-    model: str
+    route: str
+    """Name of the model, or NAME@REVISION."""
     spec: bytes
     """A serialized ``JobSpec``."""
     timeout: float = 0.0
@@ -47,6 +48,20 @@ class LeasedJob:
     """Seconds between its acceptance and this lease."""
     queue_class: str
     """Of the queue that it came from."""
+    tenant: str
+    route: str
+    """The model, or the model and revision, that it was queued for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """What a worker that asked a queue for jobs got."""
+
+    jobs: tuple[LeasedJob, ...]
+    idle: bool
+    """Nothing waits there."""
+    suspects: bool
+    """Jobs wait that are leased only to a worker that holds nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +166,26 @@ class JobRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A model that a worker serves."""
+
+    name: str
+    revision: str
+    info: bytes
+    """A serialized ``ModelInfo``."""
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """What jobs may ask for: the model, or exactly this revision of it."""
+        return (self.name, f"{self.name}@{self.revision}") if self.revision else (self.name,)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerRecord:
     """A connected worker."""
 
     worker_id: str
-    model: str
-    info: bytes
-    """A serialized ``ModelInfo``."""
+    models: tuple[ModelRecord, ...]
     device: str
     version: str
     connected_at: float
@@ -165,6 +193,13 @@ class WorkerRecord:
     epoch: str = ""
     """Names its session: a later one has another."""
     leased: int = 0
+    draining: bool = False
+    """It was told to leave."""
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The routes of all its models."""
+        return tuple(route for model in self.models for route in model.routes)
 
 
 @dataclass(frozen=True, slots=True)

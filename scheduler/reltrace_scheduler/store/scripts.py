@@ -15,6 +15,8 @@ class Scripts:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._prefix = keys.prefix
+        # A Redis Cluster finds the node of a script by one of its keys.
+        self._anchor = [keys.clock]
         self._loaded: dict[str, AsyncScript] = {}
 
     async def __call__(self, name: str, keys: list[str], *args: str | bytes | int | float) -> Any:
@@ -24,4 +26,4 @@ class Scripts:
             folder = files(__package__) / "lua"
             text = "".join((folder / f"{part}.lua").read_text() for part in ("common", name))
             script = self._loaded[name] = self._redis.register_script(text)
-        return await script(keys=keys, args=[self._prefix, GROUP, *args])
+        return await script(keys=keys or self._anchor, args=[self._prefix, GROUP, *args])

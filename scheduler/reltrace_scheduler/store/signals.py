@@ -2,19 +2,44 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from reltrace_scheduler.store.keys import Keys
+from reltrace_scheduler.store.keys import CHANNELS
 
 log = structlog.get_logger()
 
 _RETRY = 0.2
 """Seconds before connecting again."""
+
+
+class Listener:
+    """What one listener has heard since it last took it.
+
+    Attributes
+    ----------
+    event : asyncio.Event
+        Set when there is something.
+    """
+
+    def __init__(self, channels: Collection[str]) -> None:
+        self.channels = frozenset(channels)
+        self.event = asyncio.Event()
+        self._heard: set[str] = set()
+
+    def hear(self, channel: str | None = None) -> None:
+        """Note a signal; None: there may have been one on any channel."""
+        self._heard |= self.channels if channel is None else {channel}
+        self.event.set()
+
+    def take(self) -> set[str]:
+        """Return the channels that were signalled, and forget them."""
+        heard, self._heard = self._heard, set()
+        return heard
 
 
 class Signals:
@@ -24,22 +49,23 @@ class Signals:
     from time to time, and on every connection all of them are woken.
     """
 
-    def __init__(self, redis: Redis, keys: Keys) -> None:
+    def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._keys = keys
-        self._listeners: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._listeners: defaultdict[str, set[Listener]] = defaultdict(set)
 
     @contextmanager
-    def listen(self, channel: str) -> Iterator[asyncio.Event]:
-        """Give an event that is set whenever the channel is signalled."""
-        event = asyncio.Event()
-        self._listeners[channel].add(event)
+    def listen(self, *channels: str) -> Iterator[Listener]:
+        """Give a listener that hears whenever one of the channels is signalled."""
+        listener = Listener(channels)
+        for channel in listener.channels:
+            self._listeners[channel].add(listener)
         try:
-            yield event
+            yield listener
         finally:
-            self._listeners[channel].discard(event)
-            if not self._listeners[channel]:
-                del self._listeners[channel]
+            for channel in listener.channels:
+                self._listeners[channel].discard(listener)
+                if not self._listeners[channel]:
+                    del self._listeners[channel]
 
     async def run(self) -> None:
         """Receive until cancelled."""
@@ -52,26 +78,23 @@ class Signals:
 
     async def _receive(self) -> None:
         async with self._redis.pubsub() as pubsub:
-            await pubsub.psubscribe(*self._keys.channels)
-            for events in list(self._listeners.values()):
-                _set_all(events)
+            await pubsub.psubscribe(*CHANNELS)
+            for listener in set().union(*self._listeners.values()):
+                listener.hear()
             while True:
                 message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=10.0)
                 if message is not None:
-                    _set_all(self._listeners.get(message["channel"].decode(), set()))
+                    channel = message["channel"].decode()
+                    for listener in self._listeners.get(channel, set()):
+                        listener.hear(channel)
 
 
-def _set_all(events: set[asyncio.Event]) -> None:
-    for event in events:
-        event.set()
-
-
-async def wait(event: asyncio.Event, timeout: float) -> bool:
-    """Wait for a signal, but at most `timeout` seconds; clear it, and return whether it came."""
+async def wait(listener: Listener, timeout: float) -> bool:
+    """Wait for a signal, but at most `timeout` seconds; return whether one came."""
     try:
         async with asyncio.timeout(timeout):
-            await event.wait()
+            await listener.event.wait()
     except TimeoutError:
         return False
-    event.clear()
+    listener.event.clear()
     return True

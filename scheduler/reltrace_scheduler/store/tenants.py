@@ -1,6 +1,7 @@
 """Tenants: their shares, their bounds and what they hold."""
 
-from typing import Any
+from collections.abc import Awaitable, Sequence
+from typing import Any, cast
 
 from redis.asyncio import Redis
 
@@ -9,20 +10,32 @@ from reltrace_scheduler.store.records import Limits, TenantRecord
 
 
 class Tenants:
-    """Settings of tenants; they live in Redis, so that every scheduler follows them."""
+    """Settings of tenants; they live in Redis, so that every scheduler follows them.
 
-    def __init__(self, redis: Redis, keys: Keys) -> None:
+    Parameters
+    ----------
+    shards : sequence of Keys
+        Each holds the settings, and what the tenant has there.
+    """
+
+    def __init__(self, redis: Redis, shards: Sequence[Keys]) -> None:
         self._redis = redis
-        self._keys = keys
+        self._shards = shards
 
     async def all(self) -> list[TenantRecord]:
         """Return every tenant that ever had jobs or was set."""
-        names: Any = await self._redis.smembers(self._keys.tenants)
+        names: set[Any] = set()
+        for keys in self._shards:
+            names |= await cast("Awaitable[set[Any]]", self._redis.smembers(keys.tenants))
         return [await self.get(name) for name in sorted(name.decode() for name in names)]
 
     async def get(self, tenant: str) -> TenantRecord:
         """Return one tenant, known or not."""
-        row: Any = await self._redis.hgetall(self._keys.tenant(tenant))
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for keys in self._shards:
+                pipe.hgetall(keys.tenant(tenant))
+            rows: list[Any] = await pipe.execute()
+        row = rows[0]
         return TenantRecord(
             tenant=tenant,
             limits=Limits(
@@ -30,8 +43,8 @@ class Tenants:
                 max_jobs=_optional(int, row.get(b"max_jobs")),
                 max_bytes=_optional(int, row.get(b"max_bytes")),
             ),
-            jobs=int(row.get(b"jobs", 0)),
-            bytes=int(row.get(b"bytes", 0)) + int(row.get(b"results", 0)),
+            jobs=_sum(rows, b"jobs"),
+            bytes=_sum(rows, b"bytes") + _sum(rows, b"results"),
         )
 
     async def set(self, tenant: str, limits: Limits) -> TenantRecord:
@@ -44,12 +57,17 @@ class Tenants:
         mapping: dict[Any, Any] = {
             name: repr(value) for name, value in given.items() if value is not None
         }
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.sadd(self._keys.tenants, tenant)
-            if mapping:
-                pipe.hset(self._keys.tenant(tenant), mapping=mapping)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for keys in self._shards:
+                pipe.sadd(keys.tenants, tenant)
+                if mapping:
+                    pipe.hset(keys.tenant(tenant), mapping=mapping)
             await pipe.execute()
         return await self.get(tenant)
+
+
+def _sum(rows: list[Any], field: bytes) -> int:
+    return sum(int(row.get(field, 0)) for row in rows)
 
 
 def _optional(convert: Any, value: bytes | None) -> Any:

@@ -104,15 +104,12 @@ class Upkeep:
 
     async def overdue(self) -> list[str]:
         """Return jobs, at most some hundreds, whose timeout is over."""
-        seconds, microseconds = await self._redis.time()
-        ids: Any = await self._redis.zrangebyscore(
-            self._keys.deadlines,
-            "-inf",
-            seconds * 1000 + microseconds // 1000,
-            start=0,
-            num=_END_AT_ONCE,
-        )
+        ids = await self._scripts("overdue", [self._keys.deadlines], _END_AT_ONCE)
         return [job_id.decode() for job_id in ids]
+
+    async def now(self) -> float:
+        """Return the Unix time of the shard's own clock."""
+        return int(await self._scripts("now", [])) / 1000
 
     async def expire(self) -> int:
         """Free results that nobody acknowledged in time; return of how many submissions."""

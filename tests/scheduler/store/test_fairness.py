@@ -21,7 +21,7 @@ def settings() -> Settings:
 
 @pytest.fixture
 def tenants(store: redis.asyncio.Redis, keys: Keys) -> Tenants:
-    return Tenants(store, keys)
+    return Tenants(store, [keys])
 
 
 def owner(job: LeasedJob) -> str:

@@ -231,7 +231,7 @@ async def test_a_former_session_leases_nothing(driver: Driver) -> None:
     await driver.enter("w")
     with pytest.raises(SupersededError, match="connected anew"):
         await driver.queue.lease(MODEL, "w", "another", 1, 1)
-    assert len(await driver.queue.lease(MODEL, "w", EPOCH, 1, 1)) == 1
+    assert len((await driver.queue.lease(MODEL, "w", EPOCH, 1, 1)).jobs) == 1
 
 
 async def test_what_a_worker_does_not_know_of_is_queued_again(driver: Driver) -> None:

@@ -24,7 +24,8 @@ def tensor(values: torch.Tensor, trace: int = 0, site: str = "resid") -> SiteTen
 def cut(*values: torch.Tensor) -> list[worker_pb2.LeasedChunk]:
     named = [(tensor(v, trace=i), v) for i, v in enumerate(values)]
     header = types_pb2.TraceHeader(tokens=["a"])
-    return list(chunks("s-0", 3, header, named, types_pb2.Timings()))
+    lease = worker_pb2.Lease(job_id="s-0", attempt=3)
+    return list(chunks(lease, header, named, types_pb2.Timings()))
 
 
 def joined(leased: list[worker_pb2.LeasedChunk]) -> dict[int, np.ndarray]:

@@ -34,6 +34,9 @@ class Idle:
     def crowded(self) -> bool:
         return False
 
+    def store_large(self, url: str, above: int) -> None:
+        pass
+
     def take_back(self) -> list[object]:
         return []
 

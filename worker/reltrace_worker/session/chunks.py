@@ -13,8 +13,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def chunks(
-    job_id: str,
-    attempt: int,
+    lease: worker_pb2.Lease,
     header: types_pb2.TraceHeader,
     tensors: Sequence[tuple[SiteTensor, torch.Tensor]],
     timings: types_pb2.Timings,
@@ -28,15 +27,15 @@ def chunks(
     tensors : sequence of (SiteTensor, torch.Tensor)
         What each tensor is, and its values in the format to send.
     """
-    chunk = types_pb2.ResultChunk(job_id=job_id, number=1, header=header)
+    chunk = types_pb2.ResultChunk(job_id=lease.job_id, number=1, header=header)
     room = CHUNK_BYTES
     for tensor, values in tensors:
         data = raw_bytes(values)
         offset = 0
         while offset < len(data) or not data:
             if room == 0:
-                yield worker_pb2.LeasedChunk(attempt=attempt, chunk=chunk)
-                chunk = types_pb2.ResultChunk(job_id=job_id, number=chunk.number + 1)
+                yield worker_pb2.LeasedChunk(attempt=lease.attempt, chunk=chunk)
+                chunk = types_pb2.ResultChunk(job_id=lease.job_id, number=chunk.number + 1)
                 room = CHUNK_BYTES
             piece = data[offset : offset + room]
             chunk.tensors.add(
@@ -52,7 +51,26 @@ def chunks(
             room -= len(piece)
             if not data:
                 break
+    yield _last(lease, chunk, timings)
+
+
+def stored_chunk(
+    lease: worker_pb2.Lease,
+    header: types_pb2.TraceHeader,
+    manifest: types_pb2.Manifest,
+    timings: types_pb2.Timings,
+) -> worker_pb2.LeasedChunk:
+    """Return the only chunk of a job that succeeded and whose tensors are in a store."""
+    chunk = types_pb2.ResultChunk(job_id=lease.job_id, number=1, header=header, manifest=manifest)
+    return _last(lease, chunk, timings)
+
+
+def _last(
+    lease: worker_pb2.Lease, chunk: types_pb2.ResultChunk, timings: types_pb2.Timings
+) -> worker_pb2.LeasedChunk:
     chunk.end.CopyFrom(
-        types_pb2.JobEnd(state=types_pb2.JOB_STATE_SUCCEEDED, attempt=attempt, timings=timings)
+        types_pb2.JobEnd(
+            state=types_pb2.JOB_STATE_SUCCEEDED, attempt=lease.attempt, timings=timings
+        )
     )
-    yield worker_pb2.LeasedChunk(attempt=attempt, chunk=chunk)
+    return worker_pb2.LeasedChunk(attempt=lease.attempt, chunk=chunk)

@@ -82,3 +82,12 @@ class JobRunner(Protocol):
 
     def take_back(self) -> list[LeaseKey]:
         """Give up all jobs that have not begun; return their leases."""
+
+    def store_large(self, url: str, above: int) -> None:
+        """Note where results of more than `above` bytes go; empty: they are sent as well.
+
+        Raises
+        ------
+        WorkerError
+            This worker can not write there.
+        """

@@ -1,6 +1,7 @@
 """Runs leased jobs: tokenizing on one thread, the engine on another, encoding on a third."""
 
 import asyncio
+import secrets
 import threading
 import time
 from collections import deque
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, count
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
@@ -21,7 +22,7 @@ from reltrace_worker.jobs import JobResult, PreparedJob
 from reltrace_worker.metrics import PassStats
 from reltrace_worker.model import JobPreparer, LoadedModel
 from reltrace_worker.rules import RULES
-from reltrace_worker.session.chunks import chunks
+from reltrace_worker.session.chunks import chunks, stored_chunk
 from reltrace_worker.session.convert import (
     INTERNAL,
     INVALID_ARGUMENT,
@@ -33,6 +34,7 @@ from reltrace_worker.session.convert import (
     scalar_type,
 )
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
+from reltrace_worker.session.stored import LargeResults, Tensors, write
 
 log = structlog.get_logger()
 
@@ -60,6 +62,16 @@ class _Done:
     crowded: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """What a job that went well gives."""
+
+    lease: worker_pb2.Lease
+    header: types_pb2.TraceHeader
+    tensors: Tensors
+    timings: types_pb2.Timings
+
+
 _HANDICAPS = {types_pb2.PRIORITY_BATCH: 5.0}
 """Seconds by which a job that came earlier lets an interactive one go first: not for ever."""
 
@@ -78,15 +90,23 @@ class Runner:
     ----------
     max_tokens : int
         Tokens in one pass; a longer prompt is a pass of its own.
+    engine_thread : ThreadPoolExecutor, optional
+        One thread, on which passes run, shared with the runners of other models.
     """
 
-    def __init__(self, model: LoadedModel, engine: Engine, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        engine: Engine,
+        max_tokens: int,
+        engine_thread: ThreadPoolExecutor | None = None,
+    ) -> None:
         self._model = model
         self._engine = engine
         self._prepare_job = JobPreparer(model, sites=SITES, reductions=REDUCTIONS, rules=RULES)
         self._max_tokens = max_tokens
         self._text_thread = ThreadPoolExecutor(1, "text")
-        self._engine_thread = ThreadPoolExecutor(1, "engine")
+        self._engine_thread = engine_thread or ThreadPoolExecutor(1, "engine")
         self._encode_thread = ThreadPoolExecutor(1, "encode")
         # Shared by the loop, which adds and drops, and the engine's thread, which takes.
         self._lock = threading.Lock()
@@ -94,6 +114,9 @@ class Runner:
         self._passes: deque[asyncio.Future[_Done | None]] = deque()
         self._arrived = asyncio.Event()
         self._crowded = False
+        self._large = LargeResults()
+        # Names files in stores of others' choosing.
+        self._name, self._files = secrets.token_hex(8), count(1)
         self.stats = PassStats(seconds=engine.seconds)
         self.running: frozenset[LeaseKey] = frozenset()
         """Leases in the pass that is under way."""
@@ -130,6 +153,18 @@ class Runner:
             keys = [job.key for job in self._ready]
             self._ready.clear()
         return keys
+
+    def store_large(self, url: str, above: int) -> None:
+        """Note where results of more than `above` bytes go; empty: they are sent as well.
+
+        Raises
+        ------
+        StoreError
+            This worker can not write there.
+        """
+        large = LargeResults(url, above)
+        large.check()
+        self._large = large
 
     async def next_results(self) -> list[Chunks | FailedAttempt]:
         """Wait for the next pass; return an iterator of chunks per job, or why there is none.
@@ -194,7 +229,7 @@ class Runner:
                 faulty.append(_invalid(lease, error))
             except Exception as error:
                 # A fault of the tokenizer or of ours must not take the worker down.
-                log.exception("job.prepare_failed", job=lease.job_id)
+                log.exception("job.prepare_failed", job=lease.job_id, tenant=lease.tenant)
                 faulty.append(_broken(lease, error))
             else:
                 key = LeaseKey(lease.job_id, lease.attempt)
@@ -225,18 +260,28 @@ class Runner:
 
     def _encode(self, done: _Done) -> list[Chunks | FailedAttempt]:
         encoded: list[Chunks | FailedAttempt] = []
+        shards: dict[str, list[_Tensors]] = {}
         for job, result in zip(done.batch, done.results, strict=True):
-            if isinstance(result, PassFailedError):
-                encoded.append(FailedAttempt(job.key, str(result)))
-                continue
             try:
-                chunks_of = self._chunks(job, result, done.seconds)
-                # The first chunk, for most jobs the only one, is made here and not on the loop;
-                # the others one by one as they are sent.
-                encoded.append(chain([next(chunks_of)], chunks_of))
+                found = self._tensors(job, result, done.seconds)
+                if not isinstance(found, _Tensors):
+                    encoded.append(found)
+                elif uri := job.lease.spec.output_uri:
+                    shards.setdefault(uri, []).append(found)
+                elif self._large.takes(found.tensors):
+                    name = f"{job.key.job_id}.{job.key.attempt}.safetensors"
+                    encoded += _store(self._large.url, name, [found])
+                else:
+                    # The first chunk, for most jobs the only one, is made here and not on the
+                    # loop; the others one by one as they are sent.
+                    chunks_of = chunks(job.lease, found.header, found.tensors, found.timings)
+                    encoded.append(chain([next(chunks_of)], chunks_of))
             except Exception as error:
-                log.exception("job.encode_failed", job=job.key.job_id)
+                log.exception("job.encode_failed", job=job.key.job_id, tenant=job.lease.tenant)
                 encoded.append(chain(_broken(job.lease, error)))
+        for uri, jobs in shards.items():
+            name = f"shard-{self._name}-{next(self._files):06d}.safetensors"
+            encoded += _store(uri, name, jobs)
         return encoded
 
     def _run_engine(self, jobs: Sequence[PreparedJob]) -> Sequence[JobResult | EngineError]:
@@ -252,8 +297,13 @@ class Runner:
             log.warning("pass.split", jobs=len(jobs), error=str(error))
             return [result for job in jobs for result in self._run_engine([job])]
 
-    def _chunks(self, job: _Ready, result: JobResult | EngineError, seconds: float) -> Chunks:
+    def _tensors(
+        self, job: _Ready, result: JobResult | EngineError, seconds: float
+    ) -> "_Tensors | Chunks | FailedAttempt":
+        """Return what a job that went well gives; of another, how it ends."""
         lease = job.lease
+        if isinstance(result, PassFailedError):
+            return FailedAttempt(job.key, str(result))
         if isinstance(result, EngineError):
             return _broken(lease, result)
         dtype = result_dtype(lease.spec)
@@ -263,9 +313,8 @@ class Runner:
             return _invalid(lease, error)
         engine_time = Duration()
         engine_time.FromTimedelta(timedelta(seconds=seconds))
-        return chunks(
-            lease.job_id,
-            lease.attempt,
+        return _Tensors(
+            lease,
             header(
                 job.job,
                 result.targets,
@@ -288,6 +337,20 @@ class Runner:
             versions=VERSIONS,
             device=str(self._model.device),
         )
+
+
+def _store(url: str, name: str, jobs: list[_Tensors]) -> list[Chunks | FailedAttempt]:
+    """Write tensors to a store; each job's result then says where they are."""
+    try:
+        manifests = write(url, name, [(job.lease.job_id, job.tensors) for job in jobs])
+    except PassFailedError as error:
+        return [
+            FailedAttempt(LeaseKey(job.lease.job_id, job.lease.attempt), str(error)) for job in jobs
+        ]
+    return [
+        iter([stored_chunk(job.lease, job.header, manifest, job.timings)])
+        for job, manifest in zip(jobs, manifests, strict=True)
+    ]
 
 
 def _invalid(lease: worker_pb2.Lease, error: InvalidJob) -> Chunks:

@@ -103,6 +103,8 @@ class Session:
         self._draining = False
         # Drained: all that is left to do is to say so.
         self._leaving = False
+        self.asked_to_drain = asyncio.Event()
+        """Set when the scheduler wants this worker gone: whoever runs it calls `drain`."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -287,6 +289,10 @@ class Session:
             log.info("scheduler.connected", address=self._endpoints.current)
             self._backoff = _FIRST_BACKOFF
             self._failed_in_a_row = 0
+            # Nothing is leased before the heartbeat that follows.
+            self._runner.store_large(
+                welcome.welcome.results_url, welcome.welcome.results_above_bytes
+            )
             self._resume(outgoing)
             period = welcome.welcome.heartbeat.ToTimedelta().total_seconds()
             # Whoever is away for longer than the scheduler may lose its leases over it.
@@ -330,6 +336,9 @@ class Session:
                 log.warning("leases.revoked", jobs=len(keys))
                 self._runner.drop(keys)
                 self._drop(keys)
+            case "drain":
+                log.info("drain.wanted")
+                self.asked_to_drain.set()
 
 
 async def _requests(outgoing: Outgoing) -> AsyncIterator[worker_pb2.WorkRequest]:

@@ -5,6 +5,7 @@
 -- KEYS[2] workers                         zset    member removed
 -- KEYS[3] worker:<id>                     hash    deleted
 -- also: queue:<class>:<tenant>:<model>    stream  consumer deleted
+--       serving:<route>                   zset    member removed
 --
 -- ARGV: prefix, group, worker, epoch ("": any), seen before (s): a worker seen since then
 --       stays; "" forgets anyway
@@ -19,6 +20,9 @@ if epoch ~= "" and redis.call("HGET", KEYS[3], "epoch") ~= epoch then
     return 0
 end
 redis.call("ZREM", KEYS[2], worker)
+for route in string.gmatch(redis.call("HGET", KEYS[3], "routes") or "", "[^\n]+") do
+    redis.call("ZREM", prefix .. "serving:" .. route, worker)
+end
 redis.call("DEL", KEYS[3])
 for _, name in ipairs(redis.call("SMEMBERS", KEYS[1])) do
     local queue = prefix .. "queue:" .. name

@@ -25,14 +25,19 @@
 --       parked:<sub>                  list    jobs whose submission has too many unread results
 --
 -- ARGV: prefix, group, worker, model, epoch, most jobs, most jobs of batch, bound on unread
---       results: of a submission, of a tenant, in all (bytes), workers of the model
+--       results: of a submission, of a tenant, in all (bytes), workers of the model, number
+--       of shards, of which each has an equal part of the last two bounds, jobs that the
+--       worker holds from other shards
 --
--- Returns {"superseded"}: another session has the worker's name; or
---         {"leased", {job id, attempt, spec, milliseconds queued, class}, ...}
+-- Returns {"superseded"}: another session has the worker's name; {"idle"}: nothing waits;
+--         {"suspects"}: jobs wait for a worker that holds nothing else; or
+--         {"leased", {job id, attempt, spec, milliseconds queued, class, tenant}, ...}
 local worker, model, epoch = ARGV[3], ARGV[4], ARGV[5]
 local count, most_batch = tonumber(ARGV[6]), tonumber(ARGV[7])
 local max_unread, max_tenant, max_all = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
-local workers = tonumber(ARGV[11])
+local workers, shards = tonumber(ARGV[11]), tonumber(ARGV[12])
+local elsewhere = tonumber(ARGV[13])
+max_all = max_all / shards
 
 -- Suspects leased together, and how many other jobs come between two groups of them.
 local GROUP, BETWEEN = 16, 64
@@ -65,7 +70,7 @@ local function tenant_of(name)
         tenant = {
             weight = tonumber(fields[1] or 1),
             -- Without results of its own it holds nothing that could be read.
-            full = results >= tonumber(fields[3] or max_tenant) or (crowded and results > 0),
+            full = results >= tonumber(fields[3] or max_tenant) / shards or (crowded and results > 0),
         }
         tenants[name] = tenant
     end
@@ -107,7 +112,7 @@ local function take(class, tenant, most)
         else
             local attempt = job[1] + 1
             redis.call("HSET", key, "state", "LEASED", "worker", worker, "attempt", attempt)
-            leased[#leased + 1] = {id, attempt, job[2], time - job[3], class}
+            leased[#leased + 1] = {id, attempt, job[2], time - job[3], class, tenant}
             ids[#ids + 1] = id
             taken, cost = taken + 1, cost + #job[2]
         end
@@ -174,8 +179,8 @@ end
 
 local suspects = waits("alone") or waits("suspect")
 if suspects and not (isolated and (waits("interactive") or waits("batch"))) then
-    if held > 0 then
-        return leased
+    if held + elsewhere > 0 then
+        return {"suspects"}
     end
     if serve("alone", 1) == 0 then
         serve("suspect", math.min(GROUP, count))
@@ -192,6 +197,10 @@ if #ids == 0 then
     if isolated then
         redis.call("HDEL", KEYS[1], "mode")
     end
+end
+if #ids == 0 and redis.call("EXISTS", turns_of("interactive"), turns_of("batch"),
+        turns_of("suspect"), turns_of("alone")) == 0 then
+    return {"idle"}
 end
 call_many({"SADD", KEYS[2]}, ids)
 return leased

@@ -12,12 +12,13 @@
 --
 -- ARGV: prefix, group, submission id, tenant, class, idempotency ttl (ms; 0: no key given),
 --       digest of the jobs, bounds: jobs in all, bytes in all, the tenant's jobs, its
---       bytes; then per job: model, timeout (ms; 0: none), spec
+--       bytes; number of shards, of which each has an equal part of every bound; then per
+--       job: route, timeout (ms; 0: none), spec
 --
 -- Returns {"accepted"} | {"seen", submission id, number of jobs} | {"differs"} |
 --         {"full", "in all" or "of the tenant", jobs, bytes, bound on jobs, bound on bytes}
 local sub, tenant, class, ttl, digest = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6]), ARGV[7]
-local first = 12
+local shards, first = tonumber(ARGV[12]), 13
 local count = (#ARGV - first + 1) / 3
 
 if ttl > 0 then
@@ -40,7 +41,8 @@ end
 local function held(key, max_jobs, max_bytes)
     local load = redis.call("HMGET", key, "jobs", "bytes", "results", "max_jobs", "max_bytes")
     local jobs, held_bytes = tonumber(load[1] or 0), tonumber(load[2] or 0) + tonumber(load[3] or 0)
-    max_jobs, max_bytes = tonumber(load[4] or max_jobs), tonumber(load[5] or max_bytes)
+    max_jobs = math.ceil(tonumber(load[4] or max_jobs) / shards)
+    max_bytes = math.ceil(tonumber(load[5] or max_bytes) / shards)
     local full = jobs + count > max_jobs or held_bytes + bytes > max_bytes
     return full, jobs, held_bytes, max_jobs, max_bytes
 end

@@ -1,0 +1,190 @@
+"""Loads what a worker serves, and puts together what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from reltrace_proto.v1 import types_pb2
+
+from reltrace_worker.demo import DEMO_MODEL
+from reltrace_worker.demo import path as demo_path
+from reltrace_worker.engine import Engine
+from reltrace_worker.engine.engine import Checkpointing
+from reltrace_worker.engine.memory import device_memory
+from reltrace_worker.errors import ModelError
+from reltrace_worker.metrics import PassStats
+from reltrace_worker.model import LoadedModel, load_model
+from reltrace_worker.rules import RULES, verify_rule
+from reltrace_worker.session.convert import model_info
+from reltrace_worker.session.routing import RoutingRunner
+from reltrace_worker.session.runner import Runner
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model to serve.
+
+    Attributes
+    ----------
+    source : str
+        Folder, hub id, or ``demo``.
+    revision : str or None
+        Of a hub id.
+    name : str or None
+        Under which clients ask for it; None: the one that comes with it.
+    """
+
+    source: str
+    revision: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PassOptions:
+    """How all models are loaded and run.
+
+    Attributes
+    ----------
+    max_tokens : int or None
+        Tokens in one pass; None: found by measuring memory.
+    memory_gib : float or None
+        Memory that a pass may use; None: what is free, as `Engine` says.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    load_in_4bit: bool = False
+    checkpointing: Checkpointing = "auto"
+    compile: bool = False
+    max_tokens: int | None = None
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Models that are loaded, and what runs jobs on them.
+
+    Attributes
+    ----------
+    infos : tuple of ModelInfo
+        What is announced of each.
+    device : str
+        Where the first one is, for people.
+    stats : dict of str to PassStats
+        Of each model's passes.
+    memory : callable
+        Returns bytes of device memory by kind.
+    """
+
+    runner: RoutingRunner
+    infos: tuple[types_pb2.ModelInfo, ...]
+    device: str
+    stats: dict[str, PassStats]
+    memory: Callable[[], dict[str, int]]
+
+
+def sources(models: Sequence[str], names: Sequence[str], revision: str | None) -> list[ModelSource]:
+    """Read what the command line says of models.
+
+    Parameters
+    ----------
+    models : sequence of str
+        ``demo``, folders, or hub ids, which may end in ``@REVISION``.
+    names : sequence of str
+        One for each, or none.
+    revision : str or None
+        Of the only model.
+
+    Raises
+    ------
+    ModelError
+        They do not go together.
+    """
+    if names and len(names) != len(models):
+        raise ModelError(
+            f"--name is given {len(names)} times for {len(models)} models; give all or none"
+        )
+    if revision is not None and len(models) > 1:
+        raise ModelError("--revision is for a single model; of several, write --model ID@REVISION")
+    found = []
+    for index, text in enumerate(models):
+        name = names[index] if names else None
+        source, at, named = text.partition("@")
+        if text == "demo":
+            found.append(ModelSource(str(demo_path()), revision, name or DEMO_MODEL))
+        elif not at or Path(text).exists():
+            found.append(ModelSource(text, revision, name))
+        elif revision is not None:
+            raise ModelError(f"--model {text} and --revision {revision} both name a revision")
+        else:
+            found.append(ModelSource(source, named, name))
+    return found
+
+
+def serve(models: Sequence[ModelSource], options: PassOptions) -> Served:
+    """Load all models, then measure what passes over each may take beside the weights of all.
+
+    Raises
+    ------
+    ModelError
+        A model can not be loaded, or two have one name.
+    """
+    loaded: list[LoadedModel] = []
+    for model in models:
+        one = load_model(
+            model.source,
+            revision=model.revision,
+            dtype=options.dtype,
+            device=options.device,
+            name=model.name,
+            device_map=options.device_map,
+            load_in_4bit=options.load_in_4bit,
+        )
+        if one.name in {other.name for other in loaded}:
+            raise ModelError(f"two models are called {one.name!r}; give each a --name")
+        if "@" in one.name:
+            raise ModelError(f"the model's name {one.name!r} holds an @; give it another by --name")
+        for rule in RULES.values():
+            verify_rule(one.model, rule)
+        log.info("model.loaded", model=one.name, revision=one.revision, device=str(one.device))
+        loaded.append(one)
+    # One thread for all: passes over different models take turns, as those over one do.
+    device_thread = ThreadPoolExecutor(1, "engine")
+    runners = [_runner(one, options, device_thread) for one in loaded]
+    infos = tuple(model_info(one) for one in loaded)
+    devices = list(dict.fromkeys(device for one in loaded for device in one.devices))
+    return Served(
+        runner=RoutingRunner(
+            {
+                route: runner
+                for info, runner in zip(infos, runners, strict=True)
+                for route in ("", info.name, f"{info.name}@{info.revision}")
+                if route or len(infos) == 1
+            }
+        ),
+        infos=infos,
+        device=loaded[0].describe().device,
+        stats={one.name: runner.stats for one, runner in zip(loaded, runners, strict=True)},
+        memory=lambda: device_memory(devices),
+    )
+
+
+def _runner(one: LoadedModel, options: PassOptions, thread: ThreadPoolExecutor) -> Runner:
+    limit = None if options.memory_gib is None else int(options.memory_gib * 2**30)
+    engine = Engine(one, options.checkpointing, limit, compile=options.compile)
+    engine.measure()
+    budget = options.max_tokens or engine.token_budget()
+    log.info(
+        "memory.measured",
+        model=one.name,
+        tokens_per_pass=budget,
+        checkpointing=options.checkpointing,
+    )
+    return Runner(one, engine, budget, engine_thread=thread)

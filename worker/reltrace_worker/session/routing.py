@@ -1,0 +1,68 @@
+"""Several models in one worker: each has a runner, and their passes take turns on the device."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from reltrace_proto.v1 import worker_pb2
+
+from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey
+
+
+class RoutingRunner:
+    """Gives every job to the runner of its model.
+
+    Parameters
+    ----------
+    runners : mapping of str to JobRunner
+        By route: the name of a model, and NAME@REVISION.
+    """
+
+    def __init__(self, runners: Mapping[str, JobRunner]) -> None:
+        self._routes = dict(runners)
+        # A model has two routes and one runner.
+        self._runners = list(dict.fromkeys(runners.values()))
+        self._waiting: dict[asyncio.Task[Sequence[Chunks | FailedAttempt]], JobRunner] = {}
+        self._last = self._runners[0]
+
+    async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
+        """Take jobs in; return the chunks of those that have failed already."""
+        faulty: list[Chunks] = []
+        for runner in self._runners:
+            own = [lease for lease in leases if self._routes[lease.spec.model] is runner]
+            if own:
+                faulty += await runner.add(own)
+        return faulty
+
+    async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
+        """Wait for the next pass of any model; return an iterator of chunks per job, or why not."""
+        for runner in self._runners:
+            if runner not in self._waiting.values():
+                self._waiting[asyncio.ensure_future(runner.next_results())] = runner
+        try:
+            done, _ = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            for task in self._waiting:
+                task.cancel()
+            raise
+        # What else is done comes with the next call.
+        first = next(task for task in self._waiting if task in done)
+        self._last = self._waiting.pop(first)
+        return first.result()
+
+    def crowded(self) -> bool:
+        """Tell whether the pass of the last results left jobs behind for want of room."""
+        return self._last.crowded()
+
+    def drop(self, keys: set[LeaseKey]) -> None:
+        """Forget jobs that have not begun."""
+        for runner in self._runners:
+            runner.drop(keys)
+
+    def take_back(self) -> list[LeaseKey]:
+        """Give up all jobs that have not begun; return their leases."""
+        return [key for runner in self._runners for key in runner.take_back()]
+
+    def store_large(self, url: str, above: int) -> None:
+        """Note where results of more than `above` bytes go; empty: they are sent as well."""
+        for runner in self._runners:
+            runner.store_large(url, above)

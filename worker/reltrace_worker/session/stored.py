@@ -1,0 +1,160 @@
+"""Writes tensors to a store named by a URL, instead of sending them."""
+
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import torch
+from fsspec.core import url_to_fs
+from reltrace_proto.v1 import types_pb2
+
+from reltrace_worker.errors import PassFailedError, WorkerError
+from reltrace_worker.jobs import SiteTensor
+from reltrace_worker.session.convert import raw_bytes, scalar_type
+
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int32: "I32",
+}
+"""As the safetensors format calls them."""
+
+
+class StoreError(WorkerError):
+    """A store can not be used by this worker at all."""
+
+
+Tensors = Sequence[tuple[SiteTensor, torch.Tensor]]
+"""What each tensor is, and its values in the format to store."""
+
+
+@dataclass(frozen=True, slots=True)
+class LargeResults:
+    """Where tensors go that are too many bytes to be sent.
+
+    Attributes
+    ----------
+    url : str
+        A folder; empty: all are sent.
+    above : int
+        Bytes of a job's tensors.
+    """
+
+    url: str = ""
+    above: int = 0
+
+    def takes(self, tensors: Tensors) -> bool:
+        """Tell whether a job's tensors are to be stored."""
+        return bool(self.url) and sum(values.nbytes for _, values in tensors) > self.above
+
+    def check(self) -> None:
+        """Look whether this worker has what it takes to write there.
+
+        Raises
+        ------
+        StoreError
+            The kind of store is unknown, or its package is not installed.
+        """
+        if not self.url:
+            return
+        try:
+            url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise StoreError(
+                f"results larger than {self.above} bytes go to {self.url}: {error}"
+            ) from error
+
+
+def write(url: str, name: str, jobs: Sequence[tuple[str, Tensors]]) -> list[types_pb2.Manifest]:
+    """Write the tensors of some jobs into one file in the safetensors format.
+
+    Parameters
+    ----------
+    url : str
+        The folder; one of files is made where it is missing.
+    name : str
+        Of the file, not used before.
+    jobs : sequence of (str, Tensors)
+        Job ids and tensors. A tensor's name in the file is
+        ``<job>/<trace>/<site>`` or ``<job>/<trace>/<site>/<part>``.
+
+    Returns
+    -------
+    list of Manifest
+        Where each job's tensors are; they stand together.
+
+    Raises
+    ------
+    PassFailedError
+        The store does not take it: it may later.
+    """
+    header, manifests = _plan(jobs)
+    place = posixpath.join(url, name)
+    try:
+        fs, path = url_to_fs(place)
+        if isinstance(fs, fsspec.implementations.local.LocalFileSystem):
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        with fs.open(path, "wb") as file:
+            file.write(header)
+            for (_, tensors), manifest in zip(jobs, manifests, strict=True):
+                manifest.url = place
+                manifest.offset += len(header)
+                manifest.sha256 = _pour(tensors, file)
+            _settle(file)
+    except Exception as error:
+        # Every kind of store has errors of its own.
+        raise PassFailedError(f"{place} can not be written: {error}") from error
+    return manifests
+
+
+def _plan(jobs: Sequence[tuple[str, Tensors]]) -> tuple[bytes, list[types_pb2.Manifest]]:
+    """Return the head of the file, and manifests whose offsets do not count the head yet."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "reltrace"}}
+    manifests = []
+    end = 0
+    for job_id, tensors in jobs:
+        manifest = types_pb2.Manifest(offset=end)
+        for tensor, values in tensors:
+            names = (job_id, str(tensor.trace), tensor.site, tensor.part)
+            entries["/".join(filter(None, names))] = {
+                "dtype": _NAMES[values.dtype],
+                "shape": list(values.shape),
+                "data_offsets": [end, end + values.nbytes],
+            }
+            manifest.tensors.add(
+                trace=tensor.trace,
+                site=tensor.site,
+                part=tensor.part,
+                dtype=scalar_type(values.dtype),
+                shape=values.shape,
+                offset=end - manifest.offset,
+            )
+            end += values.nbytes
+        manifest.length = end - manifest.offset
+        manifests.append(manifest)
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    # The format wants what follows to begin at a multiple of eight.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, manifests
+
+
+def _pour(tensors: Tensors, file: Any) -> bytes:
+    digest = hashlib.sha256()
+    for _, values in tensors:
+        data = raw_bytes(values)
+        digest.update(data)
+        file.write(data)
+    return digest.digest()
+
+
+def _settle(file: Any) -> None:
+    """Have a file on the disk before its result counts; other stores do that themselves."""
+    file.flush()
+    if hasattr(file, "fileno"):
+        os.fsync(file.fileno())
