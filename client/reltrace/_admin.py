@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from reltrace_proto.v1 import admin_pb2
 
 from reltrace._errors import LostLease, RpcStatus, invalid, lost_leases
+from reltrace._info import Worker, worker
 from reltrace._loop import LoopThread
 from reltrace._transport.connection import Connection, Deadline
 
@@ -112,9 +113,23 @@ class AsyncAdmin:
         """Queue quarantined jobs once more. See `Admin.requeue`."""
         answer = await self._call(
             lambda server: server.admin.RequeueDeadJobs,
-            admin_pb2.RequeueDeadJobsRequest(job_ids=_texts(job_ids)),
+            admin_pb2.RequeueDeadJobsRequest(job_ids=_texts(job_ids, "job_ids")),
         )
         return [Requeued(job.dead_job_id, job.job_id) for job in answer.jobs]
+
+    async def workers(self) -> list[Worker]:
+        """Return the connected workers. See `Admin.workers`."""
+        answer = await self._call(
+            lambda server: server.admin.ListWorkers, admin_pb2.ListWorkersRequest()
+        )
+        return [worker(wire) for wire in answer.workers]
+
+    async def drain(self, *worker_ids: str) -> None:
+        """Have workers leave. See `Admin.drain`."""
+        await self._call(
+            lambda server: server.admin.DrainWorkers,
+            admin_pb2.DrainWorkersRequest(worker_ids=_texts(worker_ids, "worker_ids")),
+        )
 
     async def tenants(self) -> list[Tenant]:
         """Return all tenants. See `Admin.tenants`."""
@@ -185,6 +200,27 @@ class Admin:
         """
         return self._loop.run(self._admin.requeue(*job_ids))
 
+    def workers(self) -> list[Worker]:
+        """Return the workers that are connected."""
+        return self._loop.run(self._admin.workers())
+
+    def drain(self, *worker_ids: str) -> None:
+        """Have workers leave: they hand back what they have not begun, end what they have, and end.
+
+        Returns at once. A supervisor may start such a worker again, as a new one.
+
+        Parameters
+        ----------
+        *worker_ids : str
+            As in `Worker.id`.
+
+        Raises
+        ------
+        NotFound
+            If one of them is not connected; then none is told.
+        """
+        self._loop.run(self._admin.drain(*worker_ids))
+
     def tenants(self) -> list[Tenant]:
         """Return every tenant that has been seen or set."""
         return self._loop.run(self._admin.tenants())
@@ -225,10 +261,10 @@ class Admin:
         )
 
 
-def _texts(ids: Sequence[str]) -> Sequence[str]:
+def _texts(ids: Sequence[str], argument: str) -> Sequence[str]:
     for index, one in enumerate(ids):
         if not isinstance(one, str):
-            raise invalid(f"job_ids[{index}]", f"must be str, not {type(one).__name__}")
+            raise invalid(f"{argument}[{index}]", f"must be str, not {type(one).__name__}")
     return ids
 
 

@@ -198,6 +198,7 @@ class AsyncClient(AsyncQueries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        output_uri: str | None = None,
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -217,6 +218,7 @@ class AsyncClient(AsyncQueries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        output_uri: str | None = None,
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -235,6 +237,7 @@ class AsyncClient(AsyncQueries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        output_uri: str | None = None,
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -243,7 +246,9 @@ class AsyncClient(AsyncQueries):
 
         `items` may also be an async iterable.
         """
-        defaults = Arguments(None, None, model, sites, reduce, target, rule, dtype, layers, top_k)
+        defaults = Arguments(
+            None, None, model, sites, reduce, target, rule, dtype, layers, top_k, output_uri
+        )
         run = self.start_many(
             items,
             defaults,

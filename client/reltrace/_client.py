@@ -224,6 +224,7 @@ class Client(Queries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        output_uri: str | None = None,
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -243,6 +244,7 @@ class Client(Queries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        output_uri: str | None = None,
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -261,6 +263,7 @@ class Client(Queries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        output_uri: str | None = None,
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -310,7 +313,9 @@ class Client(Queries):
         ended there; so do `timeout`, an error and Ctrl-C. Results are acknowledged, and freed on
         the server, once they are here.
         """
-        defaults = Arguments(None, None, model, sites, reduce, target, rule, dtype, layers, top_k)
+        defaults = Arguments(
+            None, None, model, sites, reduce, target, rule, dtype, layers, top_k, output_uri
+        )
         run = self._loop.run(
             self._start(items, defaults, ordered, max_in_flight, priority, timeout)
         )

@@ -123,6 +123,10 @@ class Quarantined(JobFailed):
     lost_leases: tuple[LostLease, ...] = ()
 
 
+class StoreUnreadable(TraceError):
+    """The tensors are in a store that can not be read from here, or that lost them."""
+
+
 class ProtocolError(TraceError):
     """The server's answer contradicts the protocol: a bug, or versions that do not fit."""
 

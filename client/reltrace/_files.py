@@ -15,6 +15,7 @@ import numpy as np
 
 from reltrace._errors import invalid
 from reltrace._origin import Provenance, ResolvedTarget
+from reltrace._stored import Place, StoredArrays
 from reltrace._trace import Array, Trace
 
 _FORMAT = "reltrace-trace-1"
@@ -38,6 +39,13 @@ def describe(trace: Trace) -> dict[str, Any]:
     }
 
 
+def place_of(trace: Trace) -> dict[str, Any]:
+    """Return what `restore` needs of a trace whose tensors stay in their store; else nothing."""
+    if not isinstance(trace.arrays, StoredArrays):
+        return {}
+    return {"stored": trace.arrays.place.to_json(), "sites": list(trace.arrays)}
+
+
 def tensors_of(trace: Trace) -> dict[str, Array]:
     """Return the tensors of a trace by name: the site, or "site/part" where it has parts."""
     return {
@@ -55,10 +63,11 @@ def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
     KeyError, TypeError
         If something is missing or of another form.
     """
-    arrays: dict[str, dict[str, Array]] = {}
-    for name, array in tensors.items():
-        site, _, part = name.partition("/")
-        arrays.setdefault(site, {})[part] = array
+    arrays: Mapping[str, Mapping[str, Array]]
+    if "stored" in about:
+        arrays = StoredArrays(Place.from_json(about["stored"]), about["sites"])
+    else:
+        arrays = _by_site(tensors)
     target = dict(about["target"])
     target["continuation_ids"] = tuple(target["continuation_ids"])
     if target["logit"] is None:
@@ -73,6 +82,14 @@ def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
         # Older files do not say.
         layers=tuple(about.get("layers", ())),
     )
+
+
+def _by_site(tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    arrays: dict[str, dict[str, Array]] = {}
+    for name, array in tensors.items():
+        site, _, part = name.partition("/")
+        arrays.setdefault(site, {})[part] = array
+    return arrays
 
 
 def save(trace: Trace, path: Path) -> Path:

@@ -84,6 +84,10 @@ class Worker:
         Jobs it holds.
     connected_at, seen_at : datetime.datetime or None
         In UTC.
+    further_models : tuple of str
+        Others that it has loaded, and serves in turn.
+    draining : bool
+        It was told to leave: it ends what it has begun.
     """
 
     id: str
@@ -93,6 +97,8 @@ class Worker:
     leased: int
     connected_at: datetime | None
     seen_at: datetime | None
+    further_models: tuple[str, ...] = ()
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,21 +198,25 @@ def status(wire: admin_pb2.GetStatusResponse) -> Status:
     return Status(
         version=wire.version,
         queues=tuple(Queue(q.model, q.queued, q.leased) for q in wire.queues),
-        workers=tuple(
-            Worker(
-                id=worker.worker_id,
-                model=worker.model.name,
-                device=worker.device,
-                version=worker.version,
-                leased=worker.leased,
-                connected_at=_time(worker.connected_at),
-                seen_at=_time(worker.seen_at),
-            )
-            for worker in wire.workers
-        ),
+        workers=tuple(map(worker, wire.workers)),
         ended=dict(wire.ended),
         redis_version=wire.redis_version,
         redis_memory_bytes=wire.redis_memory_bytes,
+    )
+
+
+def worker(wire: admin_pb2.WorkerStatus) -> Worker:
+    """Translate a worker."""
+    return Worker(
+        id=wire.worker_id,
+        model=wire.model.name,
+        device=wire.device,
+        version=wire.version,
+        leased=wire.leased,
+        connected_at=_time(wire.connected_at),
+        seen_at=_time(wire.seen_at),
+        further_models=tuple(model.name for model in wire.further_models),
+        draining=wire.draining,
     )
 
 

@@ -81,6 +81,7 @@ class Arguments:
     dtype: Dtype = "float32"
     layers: Sequence[int] | None = None
     top_k: int | None = None
+    output_uri: str | None = None
 
     def with_item(self, item: object) -> Arguments:
         """Return these arguments as defaults, overridden by an item of `trace_many`."""
@@ -126,6 +127,8 @@ class Arguments:
             spec.layers.extend(_layers(self.layers))
         if self.top_k is not None or self.reduce == "topk":
             spec.top_k = _top_k(self.top_k, self.reduce)
+        if self.output_uri is not None:
+            spec.output_uri = _uri(self.output_uri)
         _set_input(spec, self.prompt, self.input_ids)
         return Job(spec, sites, _target.is_several(self.target), self.target)
 
@@ -216,6 +219,13 @@ def _name(value: object, argument: str) -> str:
         raise invalid(argument, f"must be str, not {type(value).__name__}")
     _target.check_text(value, argument)
     return value
+
+
+def _uri(value: object) -> str:
+    uri = _name(value, "output_uri")
+    if not re.match(r"^[a-z][a-z0-9+.-]*://.", uri):
+        raise invalid("output_uri", f"must be a URL such as s3://bucket/folder, not {uri!r}")
+    return uri.rstrip("/")
 
 
 def _sites(sites: object) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from reltrace_scheduler.config import Settings
 from reltrace_scheduler.embedded import EmbeddedRedis, Fsync
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.logs import LogFormat, configure, level_of
+from reltrace_scheduler.objects import check_url
 from reltrace_scheduler.server import serving, until_asked_to_stop
 from reltrace_scheduler.store.address import RedisAddress, redis_address
 from reltrace_scheduler.store.connection import connect
@@ -126,6 +127,32 @@ def scheduler(
             help="The same for each tenant that has no bound of its own.",
         ),
     ] = Settings.tenant_max_bytes,
+    results_url: Annotated[
+        str,
+        typer.Option(
+            envvar="RELTRACE_RESULTS_URL",
+            help="Folder for tensors that are too large for Redis, which workers write and clients "
+            "read: file:///SHARED/FOLDER, s3://BUCKET/FOLDER, ... (default: none is too large)",
+            show_default=False,
+        ),
+    ] = "",
+    results_above: Annotated[
+        int,
+        typer.Option(
+            envvar="RELTRACE_RESULTS_ABOVE",
+            min=0,
+            help="Bytes of a job's tensors above which they go there.",
+        ),
+    ] = Settings.results_above,
+    output_uri: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="RELTRACE_OUTPUT_URI",
+            help="Folder that clients may have workers write tensors to, and to those in it; may "
+            "be given several times. (default: nowhere)",
+            show_default=False,
+        ),
+    ] = None,
     shards: Annotated[
         int,
         typer.Option(
@@ -224,6 +251,9 @@ def scheduler(
         tenant_max_jobs=tenant_max_jobs,
         tenant_max_bytes=tenant_max_bytes,
         shards=shards,
+        results_url=results_url.rstrip("/"),
+        results_above=results_above,
+        output_uris=tuple(uri.rstrip("/") for uri in output_uri or ()),
     )
     try:
         address = redis_address(
@@ -246,6 +276,10 @@ def scheduler(
             insecure=insecure,
         )
         # Before Redis is bothered.
+        if results_url:
+            check_url("--results-url", results_url)
+        for uri in settings.output_uris:
+            check_url("--output-uri", uri)
         access.check(listen)
         own = None if data is None else EmbeddedRedis(data, fsync)
         uvloop.run(_run(listen, address, own, settings, access, metrics))

@@ -40,6 +40,15 @@ class Settings:
     max_unread: int = 64 << 20
     """Bytes of unread results at which a submission's further jobs wait for its reader."""
 
+    results_url: str = ""
+    """Folder, as a URL, of results that are too large for Redis; empty: none is."""
+
+    results_above: int = 8 << 20
+    """Bytes of tensors above which a result is."""
+
+    output_uris: tuple[str, ...] = ()
+    """Folders, as URLs, that clients may have workers write tensors to."""
+
     max_dead: int = 1000
     """Quarantined jobs that are kept for an operator to look at."""
 

@@ -32,6 +32,7 @@ from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.metrics.export import exporting
 from reltrace_scheduler.metrics.interceptor import MetricsInterceptor
 from reltrace_scheduler.models import ModelCache
+from reltrace_scheduler.objects import Sweeper
 from reltrace_scheduler.reaper import Reaper
 from reltrace_scheduler.services.admin import AdminService
 from reltrace_scheduler.services.trace import TraceService
@@ -135,6 +136,8 @@ async def serving(
         asyncio.create_task(Reaper(store, counts).run()),
         asyncio.create_task(_report_health(connection, status)),
     ]
+    if settings.results_url:
+        tasks.append(asyncio.create_task(Sweeper(store.results_url, store).run()))
     try:
         async with exporter:
             yield f"{listen.rpartition(':')[0]}:{port}"

@@ -16,6 +16,7 @@ from reltrace_scheduler.errors import (
     Violation,
 )
 from reltrace_scheduler.models import Models
+from reltrace_scheduler.objects import is_inside
 from reltrace_scheduler.store.records import NewJob
 
 _RESULT_DTYPES = {
@@ -30,8 +31,15 @@ _MAX_KEY = 128
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 31 * 24 * 3600
 
 
-def check_submission(request: trace_pb2.SubmitJobsRequest, models: Models) -> list[NewJob]:
+def check_submission(
+    request: trace_pb2.SubmitJobsRequest, models: Models, output_uris: Sequence[str] = ()
+) -> list[NewJob]:
     """Check a request and return its jobs.
+
+    Parameters
+    ----------
+    output_uris : sequence of str
+        Folders that workers may be told to write to.
 
     Raises
     ------
@@ -74,7 +82,7 @@ def check_submission(request: trace_pb2.SubmitJobsRequest, models: Models) -> li
         faults = [*_input_faults(spec, model), *_position_faults(spec)]
         settings = _settings(spec)
         if settings not in sound:
-            found = list(_settings_faults(spec, model))
+            found = [*_settings_faults(spec, model), *_output_faults(spec, output_uris)]
             faults += found
             if not found:
                 sound.add(settings)
@@ -113,6 +121,13 @@ def _model_fault(name: str, models: Models) -> str:
     if not name:
         return f"is empty, and several models are served: {served}"
     return f"{name!r} is not served; served: {served}"
+
+
+def _output_faults(spec: types_pb2.JobSpec, allowed: Sequence[str]) -> Iterator[Violation]:
+    if not spec.output_uri or is_inside(spec.output_uri, allowed):
+        return
+    folders = ", ".join(allowed) or "none (the operator names them by --output-uri)"
+    yield Violation("output_uri", f"{spec.output_uri!r} is in no folder allowed here: {folders}")
 
 
 def _settings(spec: types_pb2.JobSpec) -> bytes:

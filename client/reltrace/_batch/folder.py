@@ -44,6 +44,8 @@ class Settings:
         How the input is read.
     shards : int
         Over how many machines the prompts are spread.
+    output_uri : str or None
+        Where workers write tensors, instead of sending them.
     """
 
     model: str | None
@@ -59,6 +61,7 @@ class Settings:
     column: str | None
     id_column: str | None
     shards: int
+    output_uri: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

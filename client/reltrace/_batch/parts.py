@@ -11,7 +11,7 @@ import numpy as np
 
 from reltrace._batch.disk import UNFINISHED
 from reltrace._errors import MissingDependency, invalid
-from reltrace._files import describe, restore, tensors_of
+from reltrace._files import describe, place_of, restore, tensors_of
 from reltrace._trace import Array, Trace
 
 PartFormat: TypeAlias = Literal["safetensors", "parquet"]
@@ -60,11 +60,12 @@ def _write_safetensors(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
     about = []
     tensors: dict[str, Array] = {}
     for row, (index, trace) in enumerate(rows):
-        described = {"index": index, **describe(trace)}
+        place = place_of(trace)
+        described = {"index": index, **describe(trace), **place}
         # The same for thousands of traces.
         origin = json.dumps(described.pop("provenance"), sort_keys=True)
         described["provenance"] = origins.setdefault(origin, len(origins))
-        arrays = tensors_of(trace)
+        arrays = {} if place else tensors_of(trace)
         described["order"] = list(arrays)
         about.append(described)
         tensors |= {f"{row}/{name}": array for name, array in arrays.items()}
@@ -109,8 +110,9 @@ def _write_parquet(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
         )
     }  # fmt: skip
     for index, trace in rows:
-        described = describe(trace)
-        arrays = tensors_of(trace)
+        place = place_of(trace)
+        described = describe(trace) | place
+        arrays = {} if place else tensors_of(trace)
         described["order"] = list(arrays)
         described["dtypes"] = [array.dtype.str for array in arrays.values()]
         columns["index"].append(index)

@@ -215,6 +215,7 @@ class Run:
             dtype=settings.dtype,
             layers=settings.layers,
             top_k=settings.top_k,
+            output_uri=settings.output_uri,
             max_in_flight=self._options.max_in_flight,
             priority="batch",
         )

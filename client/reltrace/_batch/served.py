@@ -32,7 +32,8 @@ def check_served(settings: Settings, models: Sequence[Model]) -> None:
             raise invalid("model", f"is missing, and several are served: {names}")
         model = models[0]
     else:
-        found = [model for model in models if model.name == settings.model]
+        name, _, revision = settings.model.partition("@")
+        found = [m for m in models if m.name == name and revision in ("", m.revision)]
         if not found:
             raise ModelNotFound(f"model: {settings.model!r} is not served; served: {names}")
         model = found[0]

@@ -58,6 +58,16 @@ def batch(
     top_k: TopK = None,
     layer: Layers = None,
     dtype: Dtype = "float32",
+    output_uri: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_BATCH_OUTPUT_URI",
+            metavar="URL",
+            help="Folder, such as s3://bucket/run-1, that workers write tensors to instead of "
+            "sending them; OUT_DIR then says where they are. One that the server allows.",
+            show_default=False,
+        ),
+    ] = None,
     part_format: Annotated[
         PartFormat, typer.Option("--format", envvar="RELTRACE_FORMAT", help="Of the traces.")
     ] = "safetensors",
@@ -172,6 +182,7 @@ def batch(
         column=column,
         id_column=id_column,
         shards=part[1],
+        output_uri=output_uri,
     )
     # With the usual patience: a wrong address is told at once, and only then waited for.
     with access_of(context).client(server) as client:

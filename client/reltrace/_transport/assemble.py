@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,7 @@ from reltrace_proto.v1 import types_pb2
 from reltrace._errors import ProtocolError, TraceError, from_job_end
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._request import Job
+from reltrace._stored import Place, StoredArrays, StoredTensor
 from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
 # No trace is larger: the full neuron trace of a 70B model over 2000 tokens is half of it.
@@ -111,6 +113,7 @@ class Assembler:
     chunks: int = 0
     _header: types_pb2.TraceHeader | None = None
     _tensors: dict[tuple[int, str, str], _Tensor] = field(default_factory=dict)
+    _manifest: types_pb2.Manifest | None = None
 
     @property
     def bytes(self) -> int:
@@ -138,6 +141,8 @@ class Assembler:
         self.chunks = chunk.number
         if chunk.HasField("header"):
             self._header = chunk.header
+        if chunk.HasField("manifest"):
+            self._manifest = chunk.manifest
         for piece in chunk.tensors:
             key = (piece.trace, piece.site, piece.part)
             tensor = self._tensors.get(key)
@@ -160,8 +165,31 @@ class Assembler:
         # Thousands of results in a row have the same origin.
         provenance = _provenance(header.provenance.SerializeToString())
         layers = tuple(header.layers)
+        times = _timings(timings)
+        arrays = (
+            self._received(len(header.targets), layers)
+            if self._manifest is None
+            else self._stored(self._manifest, len(header.targets), layers)
+        )
+        return [
+            Trace(
+                tokens=list(header.tokens),
+                token_ids=list(header.token_ids),
+                target=_resolved(target),
+                provenance=provenance,
+                arrays=own,
+                id=self.id,
+                layers=layers,
+                timings=times,
+                job_id=job_id,
+            )
+            for target, own in zip(header.targets, arrays, strict=True)
+        ]
+
+    def _received(self, traces: int, layers: tuple[int, ...]) -> list[dict[str, dict[str, Array]]]:
+        """Return the tensors that came, by trace, site and part."""
         by_trace: list[dict[str, dict[str, Array]]] = [
-            {site: {} for site in self.job.sites} for _ in header.targets
+            {site: {} for site in self.job.sites} for _ in range(traces)
         ]
         for (trace, site, part), tensor in self._tensors.items():
             if trace >= len(by_trace) or site not in by_trace[trace]:
@@ -169,26 +197,50 @@ class Assembler:
             by_trace[trace][site][part] = tensor.finished(site)
         for trace, sites in enumerate(by_trace):
             for site, parts in sites.items():
-                if not parts:
-                    raise ProtocolError(f"trace {trace} came back without site {site!r}")
-                rows = {array.shape[:1] for array in parts.values()}
-                if layers and site not in SITES_WITHOUT_LAYERS and rows != {(len(layers),)}:
-                    raise ProtocolError(f"site {site!r} does not have {len(layers)} layers")
-        times = _timings(timings)
-        return [
-            Trace(
-                tokens=list(header.tokens),
-                token_ids=list(header.token_ids),
-                target=_resolved(target),
-                provenance=provenance,
-                arrays=arrays,
-                id=self.id,
-                layers=layers,
-                timings=times,
-                job_id=job_id,
+                _check_site(trace, site, [array.shape for array in parts.values()], layers)
+        return by_trace
+
+    def _stored(
+        self, manifest: types_pb2.Manifest, traces: int, layers: tuple[int, ...]
+    ) -> list[StoredArrays]:
+        """Return the tensors that a manifest names; they are not read yet."""
+        by_trace: list[list[StoredTensor]] = [[] for _ in range(traces)]
+        for wire in manifest.tensors:
+            if wire.trace >= traces or wire.site not in self.job.sites:
+                raise ProtocolError(
+                    f"a tensor of trace {wire.trace}, site {wire.site!r} was not asked for"
+                )
+            by_trace[wire.trace].append(
+                StoredTensor(
+                    wire.site, wire.part, format_name(wire.dtype), tuple(wire.shape), wire.offset
+                )
             )
-            for target, arrays in zip(header.targets, by_trace, strict=True)
+        for trace, tensors in enumerate(by_trace):
+            for site in self.job.sites:
+                _check_site(trace, site, [t.shape for t in tensors if t.site == site], layers)
+        return [
+            StoredArrays(
+                Place(
+                    manifest.url,
+                    manifest.offset,
+                    manifest.length,
+                    manifest.sha256.hex(),
+                    tuple(tensors),
+                ),
+                self.job.sites,
+            )
+            for tensors in by_trace
         ]
+
+
+def _check_site(
+    trace: int, site: str, shapes: Sequence[tuple[int, ...]], layers: tuple[int, ...]
+) -> None:
+    if not shapes:
+        raise ProtocolError(f"trace {trace} came back without site {site!r}")
+    rows = {shape[:1] for shape in shapes}
+    if layers and site not in SITES_WITHOUT_LAYERS and rows != {(len(layers),)}:
+        raise ProtocolError(f"site {site!r} does not have {len(layers)} layers")
 
 
 def _timings(wire: types_pb2.Timings) -> Timings:

@@ -6,7 +6,7 @@ import asyncio
 import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 import grpc.aio
@@ -14,13 +14,16 @@ from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace._errors import (
     DeadlineExceeded,
+    MissingDependency,
     ProtocolError,
     RpcStatus,
+    StoreUnreadable,
     TraceError,
     from_rejection,
     from_status,
 )
 from reltrace._request import Job
+from reltrace._stored import StoredArrays
 from reltrace._trace import Trace
 from reltrace._transport.assemble import Assembler
 from reltrace._transport.connection import PASSING, Connection, Deadline, Method
@@ -214,6 +217,7 @@ async def deliveries(
                     for event in response.events:
                         if (delivery := reader.take(event)) is not None:
                             _check_time(delivery, deadline)
+                            delivery = await _fetched(delivery, entries[delivery.index].job)
                             acknowledger.note(reader.last_entry, delivery.bytes)
                             yield delivery
                     if room is not None and reader.missing:
@@ -248,6 +252,21 @@ def _check_time(delivery: Delivery, deadline: Deadline) -> None:
     """Raise the caller's own error if the server was the first to see that its time is over."""
     if deadline.timeout is not None and isinstance(delivery.outcome, DeadlineExceeded):
         raise deadline.error()
+
+
+async def _fetched(delivery: Delivery, job: Job) -> Delivery:
+    """Read tensors that are kept in a store only until their result is acknowledged."""
+    if not isinstance(delivery.outcome, list) or job.spec.output_uri:
+        return delivery
+    for trace in delivery.outcome:
+        if isinstance(trace.arrays, StoredArrays):
+            try:
+                # The loop serves others meanwhile.
+                await asyncio.to_thread(trace.arrays.load)
+            except (StoreUnreadable, MissingDependency) as error:
+                error.job_id = trace.job_id
+                return replace(delivery, outcome=error)
+    return delivery
 
 
 class _Reader:

@@ -52,7 +52,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self, request: trace_pb2.SubmitJobsRequest, context: Context
     ) -> trace_pb2.SubmitJobsResponse:
         models = await self._models.get(*(job.model for job in request.jobs))
-        jobs = check_submission(request, models)
+        jobs = check_submission(request, models, self._store.settings.output_uris)
         tenant, priority = current().tenant, _PRIORITIES[request.priority]
         submission = await self._store.submit(
             jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key

@@ -55,6 +55,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 welcome=worker_pb2.Welcome(
                     lease=duration(settings.lease),
                     heartbeat=duration(settings.heartbeat),
+                    results_url=self._store.results_url,
+                    results_above_bytes=settings.results_above,
                 )
             )
         )

@@ -48,6 +48,7 @@ In shard 0 only:
 
 ===============================  =======  ==============================================
 ``shards``                       string   how many shards there are
+``cluster``                      string   names this queue among others
 ``models``                       hash     ``ModelInfo`` by route, of every one ever served
 ``workers``                      zset     worker ids by the time they were last seen
 ``serving:<route>``              zset     the same of those that serve it
@@ -115,6 +116,10 @@ class Keys:
     @property
     def shards(self) -> str:
         return f"{self.prefix}shards"
+
+    @property
+    def cluster(self) -> str:
+        return f"{self.prefix}cluster"
 
     @property
     def tenants(self) -> str:

@@ -64,11 +64,12 @@ class Store:
             )
             for each in keys
         )
+        self._cluster = ""
         self.registry = Registry(redis, keys)
         self.tenants = Tenants(redis, keys)
 
     async def open(self) -> None:
-        """Check that all schedulers of this Redis agree on the number of shards.
+        """Check that all schedulers of this Redis agree on the number of shards; learn its name.
 
         Raises
         ------
@@ -83,6 +84,16 @@ class Store:
                 f"--shards {count}: the queue in this Redis has {int(stored)}; the number can "
                 "be changed only while it is empty, by deleting its keys (reltrace:*)"
             )
+        key = self.shards[0].keys.cluster
+        await self.redis.set(key, secrets.token_hex(4), nx=True)
+        name: Any = await self.redis.get(key)
+        self._cluster = name.decode()
+
+    @property
+    def results_url(self) -> str:
+        """Folder of this queue's large results, beside those of others; empty: there is none."""
+        url = self.settings.results_url
+        return url and f"{url}/{self._cluster}"
 
     def of(self, some_id: str) -> Shard:
         """Return the shard of a submission or job; a made-up id is in none, so in any."""
@@ -145,6 +156,14 @@ class Store:
         return await self._each(
             job_ids, str, lambda shard, own: shard.queue.jobs(own, tenant=tenant)
         )
+
+    async def exist(self, job_ids: Sequence[str]) -> list[bool]:
+        """Tell which jobs there are: those that have not ended, or whose result is unread."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.exists(self.of(job_id).keys.job(job_id))
+            rows: list[Any] = await pipe.execute()
+        return [bool(row) for row in rows]
 
     async def progress(self, submission_id: str) -> Progress | None:
         """Return how far a submission is; see `Results.progress`."""
