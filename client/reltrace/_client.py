@@ -282,6 +282,10 @@ class Client(Queries):
             Show a tqdm bar.
         model, sites, reduce, target, rule, dtype, layers, top_k
             As in `trace`, for the items that do not say otherwise.
+        output_uri : str, optional
+            Folder, as a URL such as "s3://bucket/run-1", that workers write tensors to instead of
+            sending them; one that the server allows. A trace then reads its own when they are
+            first looked at (s3 takes `pip install "reltrace[s3]"`).
         max_in_flight : int, default 1024
             Most items pulled from `items` whose results have not been handed out.
         priority : {"interactive", "batch"}

@@ -413,8 +413,25 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         response.queues.add(model="fake", queued=3, leased=1)
         worker = response.workers.add(worker_id="w1", device="cpu", version="0.1.0", leased=1)
         worker.model.name = "fake"
+        worker.further_models.add(name="fake-2")
         worker.connected_at.FromSeconds(1_700_000_000)
         return response
+
+    drained: list[str] = field(default_factory=list)
+
+    def ListWorkers(
+        self, request: admin_pb2.ListWorkersRequest, context: Any
+    ) -> admin_pb2.ListWorkersResponse:
+        workers = self.GetStatus(admin_pb2.GetStatusRequest(), context).workers
+        for worker in workers:
+            worker.draining = worker.worker_id in self.drained
+        return admin_pb2.ListWorkersResponse(workers=workers)
+
+    def DrainWorkers(
+        self, request: admin_pb2.DrainWorkersRequest, context: Any
+    ) -> admin_pb2.DrainWorkersResponse:
+        self.drained += request.worker_ids
+        return admin_pb2.DrainWorkersResponse()
 
     dead: list[admin_pb2.DeadJob] = field(default_factory=list)
     tenants: dict[str, admin_pb2.Tenant] = field(default_factory=dict)

@@ -27,7 +27,7 @@ app.command(rich_help_panel=_TRACES)(cluster.cancel)
 app.command(rich_help_panel=_SERVER)(up.up)
 app.command(rich_help_panel=_SERVER)(cluster.models)
 app.command(rich_help_panel=_SERVER)(cluster.status)
-app.command(rich_help_panel=_SERVER)(cluster.workers)
+app.add_typer(cluster.workers, name="workers", rich_help_panel=_SERVER)
 app.add_typer(operating.dead, name="dead", rich_help_panel=_SERVER)
 app.add_typer(operating.tenants, name="tenants", rich_help_panel=_SERVER)
 
