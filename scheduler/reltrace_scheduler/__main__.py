@@ -223,6 +223,16 @@ def scheduler(
             show_default=False,
         ),
     ] = None,
+    web: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_WEB",
+            metavar="HOST:PORT",
+            help="Where a read-only page shows queues, workers and recent jobs to operators. "
+            "(default: nowhere)",
+            show_default=False,
+        ),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(envvar="RELTRACE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
@@ -251,6 +261,7 @@ def scheduler(
         tenant_max_jobs=tenant_max_jobs,
         tenant_max_bytes=tenant_max_bytes,
         shards=shards,
+        keep_recent=web is not None,
         results_url=results_url.rstrip("/"),
         results_above=results_above,
         output_uris=tuple(uri.rstrip("/") for uri in output_uri or ()),
@@ -282,7 +293,7 @@ def scheduler(
             check_url("--output-uri", uri)
         access.check(listen)
         own = None if data is None else EmbeddedRedis(data, fsync)
-        uvloop.run(_run(listen, address, own, settings, access, metrics))
+        uvloop.run(_run(listen, address, own, settings, access, metrics, web))
     except StartError as error:
         typer.echo(f"reltrace-scheduler: {error}", err=True)
         raise typer.Exit(1) from None
@@ -337,6 +348,7 @@ async def _run(
     settings: Settings,
     access: Access,
     metrics: str | None,
+    web: str | None,
 ) -> None:
     try:
         connection = await connect(await own.start() if own else address or "")
@@ -344,7 +356,7 @@ async def _run(
             if own is not None:
                 # Nobody else serves this store: who was connected before is not any more.
                 await Registry(connection.redis, [Keys()]).forget_all()
-            async with serving(connection, listen, settings, access, metrics) as bound:
+            async with serving(connection, listen, settings, access, metrics, web) as bound:
                 print(f"reltrace-scheduler is listening on {bound}", flush=True)
                 await _until_over(own)
         finally:

@@ -49,6 +49,9 @@ class Settings:
     output_uris: tuple[str, ...] = ()
     """Folders, as URLs, that clients may have workers write tensors to."""
 
+    keep_recent: bool = False
+    """Note some of the jobs that end, and pictures of some, for people to look at."""
+
     max_dead: int = 1000
     """Quarantined jobs that are kept for an operator to look at."""
 

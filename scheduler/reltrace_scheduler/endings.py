@@ -1,11 +1,13 @@
 """The results of jobs that end without a worker's doing."""
 
+import time
 from collections.abc import Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2
 
+from reltrace_scheduler.store.recent import RecentJob
 from reltrace_scheduler.store.records import Condemned, Ending, Lease, LostLease
 
 
@@ -31,6 +33,21 @@ def quarantined(job: Condemned) -> Ending:
 def exhausted(lease: Lease, error: types_pb2.JobError) -> Ending:
     """End a job whose attempts keep failing, with the error of the last one."""
     return _ending(lease.job_id, lease.attempt, "FAILED", error)
+
+
+def recent(ending: Ending, route: str = "", tenant: str = "") -> RecentJob:
+    """Return what is kept of such a job for people to look at."""
+    chunk = types_pb2.ResultChunk.FromString(ending.data)
+    lost = chunk.end.lost_leases
+    return RecentJob(
+        job=ending.job_id,
+        tenant=tenant,
+        model=route,
+        worker=lost[-1].worker_id if lost else "",
+        state=ending.state,
+        at=time.time(),
+        error=chunk.end.error.message,
+    )
 
 
 def wire_losses(lost: Sequence[LostLease]) -> list[types_pb2.LostLease]:

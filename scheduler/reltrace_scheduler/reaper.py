@@ -6,7 +6,7 @@ import time
 import structlog
 from redis.exceptions import RedisError
 
-from reltrace_scheduler.endings import overdue, quarantined
+from reltrace_scheduler.endings import overdue, quarantined, recent
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.store.keys import model_of, tenant_of
 from reltrace_scheduler.store.store import Shard, Store
@@ -58,7 +58,11 @@ class Reaper:
             if requeued:
                 log.warning("leases.lost", queue=name, jobs=requeued)
             if condemned:
-                await shard.upkeep.end([quarantined(job) for job in condemned])
+                endings = [quarantined(job) for job in condemned]
+                await shard.upkeep.end(endings)
+                await self._store.recent.note(
+                    [recent(ending, model_of(name), tenant_of(name)) for ending in endings]
+                )
                 self._counts.ended.labels(model_of(name), "quarantined").inc(len(condemned))
             for job in condemned:
                 log.error(
@@ -70,7 +74,9 @@ class Reaper:
 
     async def _end_overdue(self, shard: Shard) -> None:
         while jobs := await shard.upkeep.overdue():
-            await shard.upkeep.end([overdue(job_id) for job_id in jobs])
+            endings = [overdue(job_id) for job_id in jobs]
+            await shard.upkeep.end(endings)
+            await self._store.recent.note([recent(ending) for ending in endings])
             log.info("jobs.overdue", jobs=len(jobs))
 
     async def _forget(self) -> None:

@@ -42,6 +42,7 @@ from reltrace_scheduler.store.gauges import Gauges
 from reltrace_scheduler.store.signals import Signals
 from reltrace_scheduler.store.store import Store
 from reltrace_scheduler.tasks import end
+from reltrace_scheduler.web.server import showing
 
 log = structlog.get_logger()
 
@@ -67,6 +68,7 @@ async def serving(
     settings: Settings,
     access: Access | None = None,
     metrics: str | None = None,
+    web: str | None = None,
 ) -> AsyncIterator[str]:
     """Serve until the block ends; gives the address that clients use.
 
@@ -82,6 +84,9 @@ async def serving(
         Who gets in; default: everybody on this machine.
     metrics : str, optional
         ``HOST:PORT`` at which Prometheus reads; default: nowhere.
+    web : str, optional
+        ``HOST:PORT`` of the page for people; default: nowhere. What it shows of jobs is noted where
+        the settings say so.
 
     Raises
     ------
@@ -130,6 +135,7 @@ async def serving(
     except RuntimeError as error:
         raise StartError(f"--listen {listen}: the address is in use or not ours") from error
     exporter = exporting(metrics, counts, Gauges(store)) if metrics else contextlib.nullcontext()
+    page = showing(web, store, access) if web else contextlib.nullcontext()
     await server.start()
     tasks = [
         asyncio.create_task(signals.run()),
@@ -139,7 +145,9 @@ async def serving(
     if settings.results_url:
         tasks.append(asyncio.create_task(Sweeper(store.results_url, store).run()))
     try:
-        async with exporter:
+        async with exporter, page as shown:
+            if shown:
+                log.info("page.served", url=shown)
             yield f"{listen.rpartition(':')[0]}:{port}"
     finally:
         await status.enter_graceful_shutdown()

@@ -31,8 +31,13 @@ class Access:
     rates: Rates = UNLIMITED
     insecure: bool = False
 
-    def check(self, listen: str) -> None:
+    def check(self, listen: str, option: str = "--listen") -> None:
         """Check that an address may be served like this.
+
+        Parameters
+        ----------
+        option : str
+            That named it.
 
         Raises
         ------
@@ -49,7 +54,7 @@ class Access:
         ]
         if lacking and not self.insecure and not is_loopback(listen):
             raise StartError(
-                f"--listen {listen}: other machines can reach this address; add "
+                f"{option} {listen}: other machines can reach this address; add "
                 f"{' and '.join(lacking)}, listen on 127.0.0.1, or say --insecure if the "
                 "network keeps strangers out"
             )

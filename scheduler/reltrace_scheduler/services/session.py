@@ -15,9 +15,10 @@ from reltrace_scheduler import endings
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
-from reltrace_scheduler.services.leasing import Leasing
+from reltrace_scheduler.services.leasing import Held, Leasing
 from reltrace_scheduler.store.keys import submission_of
 from reltrace_scheduler.store.queue import LOST, STORED
+from reltrace_scheduler.store.recent import RecentJob
 from reltrace_scheduler.store.records import (
     Lease,
     LeasedJob,
@@ -31,6 +32,7 @@ from reltrace_scheduler.store.store import Store
 log = structlog.get_logger()
 
 _LEASES_BYTES = 16 << 20
+_SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
 
 _END_STATES = {
     types_pb2.JOB_STATE_SUCCEEDED: "SUCCEEDED",
@@ -177,18 +179,43 @@ class Session:
                         f"{chunks[index].number} is out of order",
                     )
                 )
-        self._count(chunks, outcome)
+        ended = self._count(chunks, outcome)
+        if self._store.recent.enabled:
+            await self._note(results, ended)
         lost = {c.lease for c, code in zip(chunks, outcome, strict=True) if code == LOST}
         return [
             *self._revoked(sorted(lost, key=lambda lease: lease.job_id)),
             worker_pb2.WorkResponse(committed=worker_pb2.Committed(id=results.id)),
         ]
 
-    def _count(self, chunks: list[NewChunk], outcome: list[int]) -> None:
-        """Count what was stored, and forget the leases that ended with it."""
+    async def _note(self, results: worker_pb2.Results, ended: dict[int, Held]) -> None:
+        """Keep some of what ended for people to look at."""
+        jobs = []
+        for index, held in ended.items():
+            chunk = results.chunks[index].chunk
+            good = chunk.end.state == types_pb2.JOB_STATE_SUCCEEDED
+            whole = good and chunk.number == 1 and bool(chunk.tensors)
+            jobs.append(
+                RecentJob(
+                    job=chunk.job_id,
+                    tenant=held.tenant,
+                    model=held.route,
+                    worker=self.worker_id,
+                    state=_END_STATES[chunk.end.state],
+                    at=time.time(),
+                    text="".join(chunk.header.tokens[:_SHOWN_TOKENS])[:_SHOWN_TEXT],
+                    error=chunk.end.error.message,
+                    picture=chunk.SerializeToString() if whole else b"",
+                )
+            )
+        await self._store.recent.note(jobs)
+
+    def _count(self, chunks: list[NewChunk], outcome: list[int]) -> dict[int, Held]:
+        """Count what was stored, forget the leases that ended with it, and return these."""
+        over: dict[int, Held] = {}
         sizes: Counter[str] = Counter()
         ended: Counter[tuple[str, str]] = Counter()
-        for chunk, code in zip(chunks, outcome, strict=True):
+        for index, (chunk, code) in enumerate(zip(chunks, outcome, strict=True)):
             held = (
                 self.leasing.drop([chunk.lease])[0] if chunk.end else self.leasing.held(chunk.lease)
             )
@@ -196,10 +223,12 @@ class Session:
                 sizes[held.route] += len(chunk.data)
                 if chunk.end:
                     ended[held.route, chunk.end.lower()] += 1
+                    over[index] = held
         for route, size in sizes.items():
             self._counts.result_bytes.labels(route).inc(size)
         for (route, state), count in ended.items():
             self._counts.ended.labels(route, state).inc(count)
+        return over
 
 
 def _new_chunk(index: int, leased: worker_pb2.LeasedChunk) -> NewChunk:

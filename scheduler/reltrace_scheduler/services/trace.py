@@ -7,7 +7,7 @@ import grpc
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 from reltrace_scheduler.auth.identity import current
-from reltrace_scheduler.endings import cancelled
+from reltrace_scheduler.endings import cancelled, recent
 from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
@@ -129,7 +129,12 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             check_job_ids(request.job_ids)
             found = await self._store.jobs(request.job_ids, tenant=current().tenant)
             job_ids = [job.job_id for job in found if job]
-        ended = await self._store.end([cancelled(job_id) for job_id in job_ids])
+        endings = [cancelled(job_id) for job_id in job_ids]
+        ended = await self._store.end(endings)
+        tenant = current().tenant
+        await self._store.recent.note(
+            [recent(x, tenant=tenant) for x, over in zip(endings, ended, strict=True) if over]
+        )
         return trace_pb2.CancelJobsResponse(cancelled=sum(ended))
 
     async def GetJobs(  # noqa: N802

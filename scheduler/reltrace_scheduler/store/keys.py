@@ -49,6 +49,9 @@ In shard 0 only:
 ===============================  =======  ==============================================
 ``shards``                       string   how many shards there are
 ``cluster``                      string   names this queue among others
+``recent``, ``mishaps``          list     jobs that ended last, well and not, as JSON, for
+                                          people
+``picture:<job>``                string   the ``ResultChunk`` of some of them
 ``models``                       hash     ``ModelInfo`` by route, of every one ever served
 ``workers``                      zset     worker ids by the time they were last seen
 ``serving:<route>``              zset     the same of those that serve it
@@ -116,6 +119,17 @@ class Keys:
     @property
     def shards(self) -> str:
         return f"{self.prefix}shards"
+
+    @property
+    def recent(self) -> str:
+        return f"{self.prefix}recent"
+
+    @property
+    def mishaps(self) -> str:
+        return f"{self.prefix}mishaps"
+
+    def picture(self, job_id: str) -> str:
+        return f"{self.prefix}picture:{job_id}"
 
     @property
     def cluster(self) -> str:

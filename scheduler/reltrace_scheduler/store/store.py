@@ -13,6 +13,7 @@ from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.store.keys import Keys, shard_of
 from reltrace_scheduler.store.queue import Queue
+from reltrace_scheduler.store.recent import Recent
 from reltrace_scheduler.store.records import (
     DeadJob,
     Ending,
@@ -65,6 +66,7 @@ class Store:
             for each in keys
         )
         self._cluster = ""
+        self.recent = Recent(redis, keys[0], enabled=settings.keep_recent)
         self.registry = Registry(redis, keys)
         self.tenants = Tenants(redis, keys)
 

@@ -1,0 +1,1 @@
+"""A read-only page of the cluster, for people."""
