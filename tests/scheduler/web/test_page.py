@@ -3,6 +3,7 @@
 import base64
 import os
 import shutil
+import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -34,7 +35,7 @@ async def shown(
 ) -> AsyncIterator[tuple[str, str]]:
     """A scheduler with a page; gives both addresses."""
     client = redis.asyncio.Redis.from_url(redis_url)
-    settings = replace(settings, keep_recent=True)
+    settings = replace(settings, keep_recent=True, lease=30.0)
     async with AsyncExitStack() as stack:
         address = await stack.enter_async_context(
             serving(Connection(client, "test"), "127.0.0.1:0", settings)
@@ -60,10 +61,7 @@ async def run_jobs(address: str) -> list[str]:
             tokens=TOKENS, layers=[0, 1], targets=[types_pb2.ResolvedTarget(token=" dogs", logit=2)]
         )
         header.provenance.rule = "attnlrp"
-        values = b"".join(
-            int.to_bytes(word, 4, "little")
-            for word in [0x3F800000, 0xBF000000, 0, 0, 0x3E000000] * 2
-        )
+        values = struct.pack("<10f", *[1, -0.5, 0, 0, 0.125] * 2)
         piece = types_pb2.TensorPiece(
             site="resid", dtype=types_pb2.SCALAR_TYPE_FLOAT32, shape=[2, 5], data=values
         )
@@ -138,9 +136,10 @@ async def test_only_operators_see_it(
             (None, 401), ("", 401), ("wrong", 401), (tokens[Role.CLIENT], 401),
             (tokens[Role.OPERATOR], 200),
         ]:  # fmt: skip
-            auth = None if password is None else aiohttp.BasicAuth("me", password)
+            login = base64.b64encode(f"me:{password}".encode()).decode()
+            headers = {} if password is None else {"Authorization": f"Basic {login}"}
             async with (
-                aiohttp.ClientSession(page, auth=auth) as http,
+                aiohttp.ClientSession(page, headers=headers) as http,
                 http.get("/state.json") as answer,
             ):
                 assert answer.status == status
