@@ -180,7 +180,7 @@ async def test_it_is_drawn(shown: tuple[str, str], browser: Browser, tmp_path: P
     page.set_default_timeout(20_000)
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda message: faults.append(message.text))
+    page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
     await page.goto(url)
     await page.wait_for_selector("text=No worker is connected: jobs wait for one.")
     good, _, _ = await run_jobs(address)

@@ -1,0 +1,203 @@
+"""The queue over a real Redis Cluster of three nodes: every shard is in one slot."""
+
+import asyncio
+import socket
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+
+import grpc
+import pytest
+import redis
+from redis.asyncio.cluster import RedisCluster
+from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, trace_pb2, trace_pb2_grpc, types_pb2
+from reltrace_scheduler.config import Settings
+from reltrace_scheduler.embedded import find_server
+from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.server import serving
+from reltrace_scheduler.store.connection import Connection, connect
+from reltrace_scheduler.store.keys import shard_of, submission_of
+from reltrace_scheduler.store.store import Store
+from scheduler.fake_worker import FakeWorker
+from waiting import wait_until
+
+NODES, SHARDS = 3, 8
+SLOTS = 16384
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on; a node's bus has the port 10,000 above."""
+    with ExitStack() as stack:
+        found: list[int] = []
+        while len(found) < count:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+            if port < 55_000:
+                found.append(port)
+        return found
+
+
+@pytest.fixture(scope="module")
+def cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Three nodes with a third of the slots each."""
+    ports, nodes = free_ports(NODES), []
+    try:
+        for port in ports:
+            folder = tmp_path_factory.mktemp("node")
+            nodes.append(
+                subprocess.Popen(
+                    [
+                        find_server(), "--port", str(port), "--cluster-enabled", "yes",
+                        "--bind", "127.0.0.1", "--save", "", "--dir", str(folder),
+                    ],
+                    stdout=subprocess.DEVNULL,
+                )
+            )  # fmt: skip
+        clients = [redis.Redis(port=port) for port in ports]
+        for client in clients:
+            wait_until(lambda client=client: _answers(client), "a node answers", 20)
+        for number, client in enumerate(clients):
+            slots = range(SLOTS * number // NODES, SLOTS * (number + 1) // NODES)
+            client.execute_command("CLUSTER ADDSLOTS", *slots)
+            client.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
+        for client in clients:
+            wait_until(
+                lambda client=client: (
+                    client.execute_command("CLUSTER INFO")["cluster_state"] == "ok"
+                    and int(client.execute_command("CLUSTER INFO")["cluster_known_nodes"]) == NODES
+                ),
+                "the nodes are one cluster",
+                30,
+            )
+            client.close()
+        yield f"redis://127.0.0.1:{ports[0]}"
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+@pytest.fixture
+async def connection(cluster_url: str) -> AsyncIterator[Connection]:
+    connection = await connect(cluster_url)
+    await connection.redis.flushall(target_nodes=RedisCluster.PRIMARIES)
+    yield connection
+    await connection.redis.aclose()
+
+
+@pytest.fixture
+def sharded(settings: Settings) -> Settings:
+    return replace(settings, shards=SHARDS, max_jobs=8000, tenant_max_jobs=8000, lease=5.0)
+
+
+async def nodes_of(connection: Connection, shards: int) -> Counter[str]:
+    """Count the shards that each node has."""
+    cluster = connection.redis
+    assert isinstance(cluster, RedisCluster)
+    return Counter(
+        cluster.get_node_from_key(f"reltrace:{{{shard}}}:clock").name for shard in range(shards)
+    )
+
+
+async def test_jobs_of_all_shards_run_once(connection: Connection, sharded: Settings) -> None:
+    """
+    Given a scheduler over a cluster whose nodes all have some of eight shards
+    If forty submissions are run by two workers, one of which vanishes with its leases
+    I expect every job to end once, on whatever node it is, and sums over all of them.
+    """
+    assert len(await nodes_of(connection, SHARDS)) == NODES
+    async with (
+        serving(connection, "127.0.0.1:0", sharded) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        client = trace_pb2_grpc.TraceServiceStub(channel)
+        admin = admin_pb2_grpc.AdminServiceStub(channel)
+        lost, worker = FakeWorker(channel, worker_id="lost"), FakeWorker(channel)
+        await lost.connect()
+        await worker.connect()
+        submissions = []
+        for number in range(40):
+            jobs = [types_pb2.JobSpec(prompt=f"{number} {index}") for index in range(5)]
+            request = trace_pb2.SubmitJobsRequest(idempotency_key=f"key {number}", jobs=jobs)
+            first, again = await client.SubmitJobs(request), await client.SubmitJobs(request)
+            assert (again.deduplicated, list(again.job_ids)) == (True, list(first.job_ids))
+            submissions.append(first)
+        shards = Counter(shard_of(s.submission_id) for s in submissions)
+        assert set(shards) == set(range(SHARDS))
+        status = await admin.GetStatus(admin_pb2.GetStatusRequest())
+        assert [(q.model, q.queued) for q in status.queues] == [("m", 200)]
+
+        # Its stream is cut: what it holds is leased again, to a worker that holds nothing else.
+        assert len(await lost.lease(20)) >= 20
+        lost.call.cancel()
+        leased: list[str] = []
+        async with asyncio.timeout(60):
+            while len(leased) < 200:
+                leases = await worker.lease(1)
+                leased += [lease.job_id for lease in leases]
+                await worker.finish(leases)
+                await worker.receive("committed")
+        assert sorted(leased) == sorted(job for s in submissions for job in s.job_ids)
+        for submission in submissions:
+            events = [
+                event
+                async for message in client.StreamResults(
+                    trace_pb2.StreamResultsRequest(submission_id=submission.submission_id)
+                )
+                for event in message.events
+            ]
+            assert sorted(e.chunk.job_id for e in events) == sorted(submission.job_ids)
+            await client.AcknowledgeResults(
+                trace_pb2.AcknowledgeResultsRequest(
+                    submission_id=submission.submission_id, through_entry=5
+                )
+            )
+        status = await admin.GetStatus(admin_pb2.GetStatusRequest())
+        assert dict(status.ended) == {"SUCCEEDED": 200}
+        assert status.redis_memory_bytes > 1e6
+    # Nothing is left of the jobs, wherever they were.
+    keys = [key.decode() async for key in connection.redis.scan_iter(match="reltrace:*")]
+    kinds = {key.split(":")[2] for key in keys}
+    assert kinds.isdisjoint({"job", "results", "submission", "held", "chunks"}), kinds
+
+
+async def test_a_shard_is_one_slot(connection: Connection, sharded: Settings) -> None:
+    async with (
+        serving(connection, "127.0.0.1:0", sharded) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        worker = FakeWorker(channel)
+        await worker.connect()
+        jobs = [types_pb2.JobSpec(prompt="a")]
+        answer = await trace_pb2_grpc.TraceServiceStub(channel).SubmitJobs(
+            trace_pb2.SubmitJobsRequest(idempotency_key="k", jobs=jobs)
+        )
+        await worker.lease(1)
+        cluster = connection.redis
+        assert isinstance(cluster, RedisCluster)
+        keys = [key.decode() async for key in cluster.scan_iter(match="reltrace:*")]
+        slots: dict[str, set[int]] = {}
+        for key in keys:
+            slots.setdefault(key.partition("}")[0], set()).add(cluster.keyslot(key))
+        assert all(len(found) == 1 for found in slots.values()), slots
+        home = f"reltrace:{{{shard_of(answer.submission_id)}}}:"
+        assert f"{home}submission:{submission_of(answer.job_ids[0])}" in keys
+
+
+async def test_schedulers_must_agree_on_the_shards(
+    connection: Connection, sharded: Settings
+) -> None:
+    await Store(connection.redis, sharded).open()
+    await Store(connection.redis, sharded).open()
+    with pytest.raises(StartError, match="--shards 2: the queue in this Redis has 8"):
+        await Store(connection.redis, replace(sharded, shards=2)).open()
