@@ -1,6 +1,7 @@
 """The `reltrace-scheduler` command."""
 
 import asyncio
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from reltrace_scheduler.store.address import RedisAddress, redis_address
 from reltrace_scheduler.store.connection import connect
 from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.registry import Registry
+from reltrace_scheduler.tracing import Spans, exporting
 
 TOKENS_VARIABLE = "RELTRACE_TOKENS"
 
@@ -233,6 +235,25 @@ def scheduler(
             show_default=False,
         ),
     ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_TRACES",
+            metavar="URL",
+            help="Where an OpenTelemetry collector takes spans of jobs (OTLP over gRPC), such as "
+            "http://127.0.0.1:4317. (default: nowhere)",
+            show_default=False,
+        ),
+    ] = None,
+    traces_share: Annotated[
+        float,
+        typer.Option(
+            envvar="RELTRACE_TRACES_SHARE",
+            min=0,
+            max=1,
+            help="With --traces: of submissions that no client traces, the share that is followed.",
+        ),
+    ] = 0.01,
     log_level: Annotated[
         str, typer.Option(envvar="RELTRACE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
@@ -293,7 +314,8 @@ def scheduler(
             check_url("--output-uri", uri)
         access.check(listen)
         own = None if data is None else EmbeddedRedis(data, fsync)
-        uvloop.run(_run(listen, address, own, settings, access, metrics, web))
+        with exporting(traces, traces_share) if traces else nullcontext() as spans:
+            uvloop.run(_run(listen, address, own, settings, access, metrics, web, spans))
     except StartError as error:
         typer.echo(f"reltrace-scheduler: {error}", err=True)
         raise typer.Exit(1) from None
@@ -349,6 +371,7 @@ async def _run(
     access: Access,
     metrics: str | None,
     web: str | None,
+    spans: Spans | None,
 ) -> None:
     try:
         connection = await connect(await own.start() if own else address or "")
@@ -356,7 +379,7 @@ async def _run(
             if own is not None:
                 # Nobody else serves this store: who was connected before is not any more.
                 await Registry(connection.redis, [Keys()]).forget_all()
-            async with serving(connection, listen, settings, access, metrics, web) as bound:
+            async with serving(connection, listen, settings, access, metrics, web, spans) as bound:
                 print(f"reltrace-scheduler is listening on {bound}", flush=True)
                 await _until_over(own)
         finally:

@@ -42,6 +42,7 @@ from reltrace_scheduler.store.gauges import Gauges
 from reltrace_scheduler.store.signals import Signals
 from reltrace_scheduler.store.store import Store
 from reltrace_scheduler.tasks import end
+from reltrace_scheduler.tracing import NoSpans, Spans
 from reltrace_scheduler.web.server import showing
 
 log = structlog.get_logger()
@@ -69,6 +70,7 @@ async def serving(
     access: Access | None = None,
     metrics: str | None = None,
     web: str | None = None,
+    spans: Spans | None = None,
 ) -> AsyncIterator[str]:
     """Serve until the block ends; gives the address that clients use.
 
@@ -87,13 +89,15 @@ async def serving(
     web : str, optional
         ``HOST:PORT`` of the page for people; default: nowhere. What it shows of jobs is noted where
         the settings say so.
+    spans : Spans, optional
+        Takes what is done for jobs that are traced; default: nobody does.
 
     Raises
     ------
     StartError
         The address can not be bound, or may not be served like this.
     """
-    access = access or Access()
+    access, spans = access or Access(), spans or NoSpans()
     access.check(listen)
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
@@ -115,10 +119,10 @@ async def serving(
         ],
     )
     trace_pb2_grpc.add_TraceServiceServicer_to_server(
-        TraceService(store, models, signals, counts), server
+        TraceService(store, models, signals, counts, spans), server
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-        WorkerService(store, models, signals, counts), server
+        WorkerService(store, models, signals, counts, spans), server
     )
     admin_pb2_grpc.add_AdminServiceServicer_to_server(
         AdminService(store, connection.version), server

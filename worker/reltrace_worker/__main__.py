@@ -6,7 +6,7 @@ import secrets
 import signal
 import socket
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +20,7 @@ from reltrace_worker import __version__
 from reltrace_worker.errors import WorkerError
 from reltrace_worker.logs import LogFormat, configure, level_of
 from reltrace_worker.session.endpoint import Access, Endpoints, Tls
+from reltrace_worker.tracing import Spans, exporting
 
 if TYPE_CHECKING:
     from reltrace_worker.serving import Served
@@ -194,6 +195,16 @@ def worker(
             show_default=False,
         ),
     ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_TRACES",
+            metavar="URL",
+            help="Where an OpenTelemetry collector takes spans of jobs (OTLP over gRPC), such as "
+            "http://127.0.0.1:4317. (default: nowhere)",
+            show_default=False,
+        ),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(envvar="RELTRACE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
@@ -224,21 +235,24 @@ def worker(
             import torch
 
             torch.set_num_threads(threads)
-        served = serve(
-            sources(model, name or [], revision),
-            PassOptions(
-                dtype=dtype,
-                device=device,
-                device_map=device_map,
-                load_in_4bit=load_in_4bit,
-                checkpointing=checkpointing.value,
-                compile=compile_rules,
-                max_tokens=None if max_tokens == "auto" else int(max_tokens),
-                memory_gib=memory_gib,
-            ),
-        )
-        with _exporting(metrics, served):
-            uvloop.run(_run(scheduler, access, served, own_id, drain_grace))
+        with ExitStack() as stack:
+            spans = stack.enter_context(exporting(traces)) if traces else None
+            served = serve(
+                sources(model, name or [], revision),
+                PassOptions(
+                    dtype=dtype,
+                    device=device,
+                    device_map=device_map,
+                    load_in_4bit=load_in_4bit,
+                    checkpointing=checkpointing.value,
+                    compile=compile_rules,
+                    max_tokens=None if max_tokens == "auto" else int(max_tokens),
+                    memory_gib=memory_gib,
+                ),
+                spans,
+            )
+            stack.enter_context(_exporting(metrics, served))
+            uvloop.run(_run(scheduler, access, served, own_id, drain_grace, spans))
     except WorkerError as error:
         typer.echo(f"reltrace-worker: {error}", err=True)
         raise typer.Exit(1) from None
@@ -257,7 +271,12 @@ def _exporting(listen: str | None, served: "Served") -> AbstractContextManager[o
 
 
 async def _run(
-    scheduler: str, access: Access, served: "Served", worker_id: str, grace: float
+    scheduler: str,
+    access: Access,
+    served: "Served",
+    worker_id: str,
+    grace: float,
+    spans: Spans | None,
 ) -> None:
     from reltrace_worker.session.session import Session
 
@@ -269,7 +288,7 @@ async def _run(
         device=served.device,
         version=__version__,
     )
-    session = Session(scheduler, hello, served.runner, access=access)
+    session = Session(scheduler, hello, served.runner, access=access, spans=spans)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, session.asked_to_drain.set)

@@ -22,6 +22,7 @@ from reltrace_worker.rules import RULES, verify_rule
 from reltrace_worker.session.convert import model_info
 from reltrace_worker.session.routing import RoutingRunner
 from reltrace_worker.session.runner import Runner
+from reltrace_worker.tracing import Spans
 
 log = structlog.get_logger()
 
@@ -128,7 +129,9 @@ def sources(models: Sequence[str], names: Sequence[str], revision: str | None) -
     return found
 
 
-def serve(models: Sequence[ModelSource], options: PassOptions) -> Served:
+def serve(
+    models: Sequence[ModelSource], options: PassOptions, spans: Spans | None = None
+) -> Served:
     """Load all models, then measure what passes over each may take beside the weights of all.
 
     Raises
@@ -157,7 +160,7 @@ def serve(models: Sequence[ModelSource], options: PassOptions) -> Served:
         loaded.append(one)
     # One thread for all: passes over different models take turns, as those over one do.
     device_thread = ThreadPoolExecutor(1, "engine")
-    runners = [_runner(one, options, device_thread) for one in loaded]
+    runners = [_runner(one, options, device_thread, spans) for one in loaded]
     infos = tuple(model_info(one) for one in loaded)
     devices = list(dict.fromkeys(device for one in loaded for device in one.devices))
     return Served(
@@ -176,7 +179,9 @@ def serve(models: Sequence[ModelSource], options: PassOptions) -> Served:
     )
 
 
-def _runner(one: LoadedModel, options: PassOptions, thread: ThreadPoolExecutor) -> Runner:
+def _runner(
+    one: LoadedModel, options: PassOptions, thread: ThreadPoolExecutor, spans: Spans | None
+) -> Runner:
     limit = None if options.memory_gib is None else int(options.memory_gib * 2**30)
     engine = Engine(one, options.checkpointing, limit, compile=options.compile)
     engine.measure()
@@ -187,4 +192,4 @@ def _runner(one: LoadedModel, options: PassOptions, thread: ThreadPoolExecutor) 
         tokens_per_pass=budget,
         checkpointing=options.checkpointing,
     )
-    return Runner(one, engine, budget, engine_thread=thread)
+    return Runner(one, engine, budget, thread, spans)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -102,6 +103,7 @@ async def submit(
         If the server can not be reached, or refuses for a reason that is no single job's.
     """
     _limit_time(entries, deadline)
+    _follow(entries)
     request = trace_pb2.SubmitJobsRequest(
         idempotency_key=str(uuid.uuid4()),
         jobs=[entry.job.spec for entry in entries],
@@ -142,6 +144,19 @@ def _limit_time(entries: Sequence[Entry], deadline: Deadline) -> None:
     seconds = math.ceil(min(remaining + _GRACE, _LONGEST_TIMEOUT))
     for entry in entries:
         entry.job.spec.timeout.seconds = seconds
+
+
+def _follow(entries: Sequence[Entry]) -> None:
+    """Let jobs belong to the span of OpenTelemetry's that the caller is in, if there is one."""
+    if "opentelemetry" not in sys.modules:
+        return
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    if parent := carrier.get("traceparent"):
+        for entry in entries:
+            entry.job.spec.traceparent = parent
 
 
 def _rejection(status: RpcStatus, entries: Sequence[Entry], address: str) -> Rejected:

@@ -28,6 +28,7 @@ from reltrace_scheduler.store.records import (
     WorkerRecord,
 )
 from reltrace_scheduler.store.store import Store
+from reltrace_scheduler.tracing import Spans
 
 log = structlog.get_logger()
 
@@ -44,8 +45,14 @@ class Session:
     """One connection of a worker, from its greeting on."""
 
     def __init__(
-        self, hello: worker_pb2.Hello, store: Store, models: ModelCache, counts: Counts
+        self,
+        hello: worker_pb2.Hello,
+        store: Store,
+        models: ModelCache,
+        counts: Counts,
+        spans: Spans,
     ) -> None:
+        self._spans = spans
         self.worker_id = hello.worker_id
         self._hello = hello
         self._store = store
@@ -91,7 +98,19 @@ class Session:
             jobs = await self.leasing.lease() if self._reconciled else []
         for route, count in Counter(job.route for job in jobs).items():
             self._counts.leased.labels(route).inc(count)
-        return list(_lease_messages(jobs))
+        messages = list(_lease_messages(jobs))
+        for lease in (lease for message in messages for lease in message.leases.leases):
+            if lease.spec.traceparent:
+                self._spans.record(
+                    "reltrace.queued",
+                    lease.spec.traceparent,
+                    lease.queued_for.ToTimedelta().total_seconds(),
+                    job=lease.job_id,
+                    attempt=lease.attempt,
+                    tenant=lease.tenant,
+                    worker=self.worker_id,
+                )
+        return messages
 
     async def check(self) -> list[worker_pb2.WorkResponse]:
         """Return what to tell the worker: of leases that are not its own any more, or to leave."""

@@ -1,5 +1,6 @@
 """TraceService: what clients call."""
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from reltrace_scheduler.store.records import Priority
 from reltrace_scheduler.store.results import Progress
 from reltrace_scheduler.store.signals import Signals, wait
 from reltrace_scheduler.store.store import Store
+from reltrace_scheduler.tracing import Spans
 from reltrace_scheduler.validation import check_job_ids, check_submission
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -42,7 +44,9 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         models: ModelCache,
         signals: Signals,
         counts: Counts,
+        spans: Spans,
     ) -> None:
+        self._spans = spans
         self._store = store
         self._models = models
         self._signals = signals
@@ -51,6 +55,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     async def SubmitJobs(  # noqa: N802
         self, request: trace_pb2.SubmitJobsRequest, context: Context
     ) -> trace_pb2.SubmitJobsResponse:
+        began = time.monotonic()
+        self._spans.adopt(request.idempotency_key, request.jobs)
         models = await self._models.get(*(job.model for job in request.jobs))
         jobs = check_submission(request, models, self._store.settings.output_uris)
         tenant, priority = current().tenant, _PRIORITIES[request.priority]
@@ -59,6 +65,15 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         )
         if not submission.deduplicated:
             self._counts.submitted.labels(tenant, priority).inc(len(jobs))
+        for parent in {job.traceparent for job in request.jobs} - {""}:
+            self._spans.record(
+                "reltrace.submit",
+                parent,
+                time.monotonic() - began,
+                submission=submission.id,
+                tenant=tenant,
+                jobs=len(jobs),
+            )
         return trace_pb2.SubmitJobsResponse(
             submission_id=submission.id,
             job_ids=submission.job_ids,

@@ -16,6 +16,7 @@ from reltrace_scheduler.store.keys import REAPER
 from reltrace_scheduler.store.signals import Signals, wait
 from reltrace_scheduler.store.store import Store
 from reltrace_scheduler.tasks import end
+from reltrace_scheduler.tracing import Spans
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -34,7 +35,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         models: ModelCache,
         signals: Signals,
         counts: Counts,
+        spans: Spans,
     ) -> None:
+        self._spans = spans
         self._store = store
         self._models = models
         self._signals = signals
@@ -45,7 +48,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.WorkResponse]:
         requests = aiter(request_iterator)
         hello = await _first(requests)
-        session = Session(hello, self._store, self._models, self._counts)
+        session = Session(hello, self._store, self._models, self._counts, self._spans)
         settings, leasing = self._store.settings, session.leasing
         await session.open()
         # Bounded: a worker that does not read stops being read.

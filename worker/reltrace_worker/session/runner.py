@@ -35,6 +35,7 @@ from reltrace_worker.session.convert import (
 )
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.stored import LargeResults, Tensors, write
+from reltrace_worker.tracing import NoSpans, Spans
 
 log = structlog.get_logger()
 
@@ -92,6 +93,8 @@ class Runner:
         Tokens in one pass; a longer prompt is a pass of its own.
     engine_thread : ThreadPoolExecutor, optional
         One thread, on which passes run, shared with the runners of other models.
+    spans : Spans, optional
+        Takes what is done for jobs that are traced.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Runner:
         engine: Engine,
         max_tokens: int,
         engine_thread: ThreadPoolExecutor | None = None,
+        spans: Spans | None = None,
     ) -> None:
         self._model = model
         self._engine = engine
@@ -115,6 +119,7 @@ class Runner:
         self._arrived = asyncio.Event()
         self._crowded = False
         self._large = LargeResults()
+        self._spans = spans or NoSpans()
         # Names files in stores of others' choosing.
         self._name, self._files = secrets.token_hex(8), count(1)
         self.stats = PassStats(seconds=engine.seconds)
@@ -255,6 +260,21 @@ class Runner:
         failed = sum(isinstance(result, EngineError) for result in results)
         self.stats.failed += failed
         self.stats.jobs += len(batch) - failed
+        for job in batch:
+            if parent := job.lease.spec.traceparent:
+                self._spans.record(
+                    "reltrace.pass",
+                    parent,
+                    seconds,
+                    job=job.key.job_id,
+                    attempt=job.key.attempt,
+                    tenant=job.lease.tenant,
+                    model=self._model.name,
+                    rule=job.job.rule,
+                    tokens=len(job.job.token_ids),
+                    jobs_in_pass=len(batch),
+                    tokens_in_pass=tokens,
+                )
         log.debug("pass.done", jobs=len(batch), tokens=tokens, seconds=round(seconds, 4))
         return _Done(batch, results, seconds, crowded)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_worker.errors import WorkerError
 from reltrace_worker.session.endpoint import Access, EndpointError, Endpoints
 from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey, Window
+from reltrace_worker.tracing import NoSpans, Spans
 
 log = structlog.get_logger()
 
@@ -67,6 +69,8 @@ class Session:
         Token and TLS; default: the token of the environment, over plaintext.
     seed : int, optional
         Of the choice between several schedulers.
+    spans : Spans, optional
+        Takes what is done for jobs that are traced.
 
     Raises
     ------
@@ -82,12 +86,16 @@ class Session:
         *,
         access: Access | None = None,
         seed: int | None = None,
+        spans: Spans | None = None,
     ) -> None:
         self._endpoints = Endpoints(address, access or Access(), seed)
         # Addresses that failed since a scheduler last took us.
         self._failed_in_a_row = 0
         self._hello = hello
         self._runner = runner
+        self._spans = spans or NoSpans()
+        # Spans of jobs that are traced, and since when they are held.
+        self._traced: dict[LeaseKey, tuple[str, float]] = {}
         self._held: set[LeaseKey] = set()
         self._window = Window()
         # None while there is no connection. What is in it is bounded by the protocol:
@@ -180,6 +188,10 @@ class Session:
             self._send_release(keys)
             return
         self._held |= keys
+        for lease in leases:
+            if lease.spec.traceparent:
+                key = LeaseKey(lease.job_id, lease.attempt)
+                self._traced[key] = (lease.spec.traceparent, time.monotonic())
         self._window.leased(len(keys))
         self._idle.clear()
         # Never full: the scheduler leases no more than there is room for.
@@ -188,6 +200,16 @@ class Session:
     def _drop(self, keys: set[LeaseKey]) -> None:
         """Forget leases, and tell the scheduler that there is room for others."""
         self._held -= keys
+        for key in self._traced.keys() & keys:
+            parent, since = self._traced.pop(key)
+            self._spans.record(
+                "reltrace.lease",
+                parent,
+                time.monotonic() - since,
+                job=key.job_id,
+                attempt=key.attempt,
+                worker=self._hello.worker_id,
+            )
         if not self._held:
             self._idle.set()
         self._offer()
