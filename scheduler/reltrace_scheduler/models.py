@@ -1,5 +1,6 @@
 """The models that are known, read from Redis at most once a second."""
 
+import asyncio
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class ModelCache:
         self._lease = lease
         self._models = Models()
         self._read_at = float("-inf")
+        # A fleet asks at once: one reads, the others wait for what it finds.
+        self._reading = asyncio.Lock()
 
     async def get(self, *routes: str) -> Models:
         """Return what is known.
@@ -60,12 +63,21 @@ class ModelCache:
         Read again when the copy is old, or lacks one of `routes`: a worker that has just
         announced its model must not be told that it does not exist.
         """
-        age = time.monotonic() - self._read_at
-        known = self._models.known
-        if age > _FRESH or not known or any(route and route not in known for route in routes):
-            self._models = await self._read()
-            self._read_at = time.monotonic()
+        asked_at = time.monotonic()
+        if not self._serves(routes):
+            async with self._reading:
+                # Whoever was before us may have read since we asked.
+                if self._read_at < asked_at and not self._serves(routes):
+                    read_at = time.monotonic()
+                    self._models = await self._read()
+                    self._read_at = read_at
         return self._models
+
+    def _serves(self, routes: tuple[str, ...]) -> bool:
+        """Tell whether the copy is good enough for somebody who asks for these routes."""
+        known = self._models.known
+        fresh = time.monotonic() - self._read_at <= _FRESH
+        return fresh and bool(known) and all(not route or route in known for route in routes)
 
     async def _read(self) -> Models:
         infos = await self._registry.models()

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from reltrace_scheduler.models import ModelCache
+from reltrace_scheduler.services.idleness import Idleness, Source
 from reltrace_scheduler.store.records import Lease, LeasedJob, Priority
 from reltrace_scheduler.store.store import Shard, Store
 
@@ -13,19 +14,6 @@ _INTERACTIVE_SHARE = 4
 _LEAST_BATCH = 48
 """Fewer jobs of batch are not leased while a worker has others: a lease costs as much as dozens."""
 _MOST_CREDIT = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where jobs for a worker come from: the queues of one route in one shard."""
-
-    shard: Shard
-    route: str
-
-    @property
-    def channel(self) -> str:
-        """Signalled when jobs come."""
-        return self.shard.keys.wake(self.route)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +35,15 @@ class Leasing:
     """
 
     def __init__(
-        self, store: Store, models: ModelCache, worker_id: str, epoch: str, routes: Sequence[str]
+        self,
+        store: Store,
+        models: ModelCache,
+        idleness: Idleness,
+        worker_id: str,
+        epoch: str,
+        routes: Sequence[str],
     ) -> None:
+        self._idleness = idleness
         self.sources = tuple(Source(shard, r) for shard in store.shards for r in routes)
         self._store = store
         self._models = models
@@ -109,15 +104,22 @@ class Leasing:
         for source in self._in_turn():
             if not self._credit:
                 break
-            leased = await source.shard.queue.lease(
-                source.route,
-                self._worker_id,
-                self._epoch,
-                min(self._credit, _AT_ONCE),
-                self._batch_room(),
-                (await self._models.get()).workers.get(source.route, 1),
-                elsewhere=self._elsewhere(source.shard),
-            )
+            async with self._idleness.turn(source):
+                if self._idleness.is_empty(source):
+                    self._lively.discard(source)
+                    continue
+                signals = self._idleness.count(source)
+                leased = await source.shard.queue.lease(
+                    source.route,
+                    self._worker_id,
+                    self._epoch,
+                    min(self._credit, _AT_ONCE),
+                    self._batch_room(),
+                    (await self._models.get()).workers.get(source.route, 1),
+                    elsewhere=self._elsewhere(source.shard),
+                )
+                if leased.idle:
+                    self._idleness.note_empty(source, signals)
             self._credit -= len(leased.jobs)
             self._held |= {
                 Lease(job.job_id, job.attempt): Held(job.route, job.tenant, job.queue_class)

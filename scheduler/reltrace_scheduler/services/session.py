@@ -15,6 +15,7 @@ from reltrace_scheduler import endings
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
+from reltrace_scheduler.services.idleness import Idleness
 from reltrace_scheduler.services.leasing import Held, Leasing
 from reltrace_scheduler.store.keys import submission_of
 from reltrace_scheduler.store.queue import LOST, STORED
@@ -49,6 +50,7 @@ class Session:
         hello: worker_pb2.Hello,
         store: Store,
         models: ModelCache,
+        idleness: Idleness,
         counts: Counts,
         spans: Spans,
     ) -> None:
@@ -71,7 +73,9 @@ class Session:
             seen_at=now,
             epoch=self._epoch,
         )
-        self.leasing = Leasing(store, models, self.worker_id, self._epoch, self._record.routes)
+        self.leasing = Leasing(
+            store, models, idleness, self.worker_id, self._epoch, self._record.routes
+        )
         self._reconciled = False
         self._told_to_drain = False
         # Whoever leaves must not be leased to at the same moment.

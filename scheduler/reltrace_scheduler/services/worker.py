@@ -11,6 +11,7 @@ from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
+from reltrace_scheduler.services.idleness import LOOK_AGAIN, Idleness
 from reltrace_scheduler.services.session import Session, duration
 from reltrace_scheduler.store.keys import REAPER
 from reltrace_scheduler.store.signals import Signals, wait
@@ -21,8 +22,6 @@ from reltrace_scheduler.tracing import Spans
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _HELLO_DEADLINE = 10.0
-_LOOK_AGAIN = 1.0
-"""Seconds between looks at the queue while no signal comes."""
 _MOST_MODELS = 32
 
 
@@ -41,6 +40,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._store = store
         self._models = models
         self._signals = signals
+        self._idleness = Idleness(signals)
         self._counts = counts
 
     async def Work(  # noqa: N802
@@ -48,7 +48,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.WorkResponse]:
         requests = aiter(request_iterator)
         hello = await _first(requests)
-        session = Session(hello, self._store, self._models, self._counts, self._spans)
+        session = Session(
+            hello, self._store, self._models, self._idleness, self._counts, self._spans
+        )
         settings, leasing = self._store.settings, session.leasing
         await session.open()
         # Bounded: a worker that does not read stops being read.
@@ -89,7 +91,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                     leasing.wake(wake.take())
                     for leases in (messages := await session.lease()):
                         await outgoing.put(leases)
-                    if not messages and not await wait(wake, _LOOK_AGAIN):
+                    if not messages and not await wait(wake, LOOK_AGAIN):
                         leasing.look_again()
 
             async def revoke() -> None:

@@ -16,6 +16,9 @@ OLDEST = (6, 2)
 """XAUTOCLAIM and XTRIM MINID came with Redis 6.2."""
 
 _TIMEOUT = 5.0
+_MOST_CONNECTIONS = 4096
+"""A pool that is exhausted raises. Hundreds of workers may want something at one moment, such as
+when they are cut off and come again together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ async def connect(address: str | RedisAddress) -> Connection:
             socket_timeout=_TIMEOUT,
             socket_connect_timeout=_TIMEOUT,
             health_check_interval=15,
+            max_connections=_MOST_CONNECTIONS,
             # One quick try again: a longer wait belongs to the caller, who is told.
             retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 1),
             **extra,
@@ -102,6 +106,7 @@ async def _as_cluster(
         socket_timeout=_TIMEOUT,
         socket_connect_timeout=_TIMEOUT,
         health_check_interval=15,
+        max_connections=_MOST_CONNECTIONS,
         # While a replica takes over, its slots are nobody's for some seconds.
         retry=Retry(ExponentialBackoff(cap=1.0, base=0.1), 5),
         **({"password": password} if password else {}),

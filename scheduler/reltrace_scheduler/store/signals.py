@@ -1,7 +1,7 @@
 """Wake-ups through Redis publish/subscribe: hints that save polling."""
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -52,6 +52,15 @@ class Signals:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._listeners: defaultdict[str, set[Listener]] = defaultdict(set)
+        self._counts: Counter[str] = Counter()
+        self._connections = 0
+
+    def count(self, channel: str) -> tuple[int, int]:
+        """Return what changes with every signal on a channel that somebody listens to.
+
+        And with every connection: what was signalled before it, nobody knows.
+        """
+        return self._connections, self._counts[channel]
 
     @contextmanager
     def listen(self, *channels: str) -> Iterator[Listener]:
@@ -66,6 +75,7 @@ class Signals:
                 self._listeners[channel].discard(listener)
                 if not self._listeners[channel]:
                     del self._listeners[channel]
+                    del self._counts[channel]
 
     async def run(self) -> None:
         """Receive until cancelled."""
@@ -79,12 +89,15 @@ class Signals:
     async def _receive(self) -> None:
         async with self._redis.pubsub() as pubsub:
             await pubsub.psubscribe(*CHANNELS)
+            self._connections += 1
             for listener in set().union(*self._listeners.values()):
                 listener.hear()
             while True:
                 message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=10.0)
                 if message is not None:
                     channel = message["channel"].decode()
+                    if channel in self._listeners:
+                        self._counts[channel] += 1
                     for listener in self._listeners.get(channel, set()):
                         listener.hear(channel)
 

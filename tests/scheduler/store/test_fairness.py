@@ -197,10 +197,10 @@ async def test_workers_share_what_waits(driver: Driver) -> None:
     assert len(await driver.lease("w1", 256, workers=2)) > 30
 
 
-async def test_a_share_is_enough_to_fill_a_pass(driver: Driver) -> None:
+async def test_few_jobs_are_spread_over_many_workers(driver: Driver) -> None:
     await driver.submit(jobs(20))
-    assert len(await driver.lease("w1", 256, workers=8)) == 16
-    assert len(await driver.lease("w2", 256, workers=8)) == 4
+    assert len(await driver.lease("w1", 256, workers=8)) == 3
+    assert len(await driver.lease("w2", 256, workers=500)) == 2
 
 
 async def test_a_worker_that_is_left_alone_gets_the_rest(driver: Driver) -> None:

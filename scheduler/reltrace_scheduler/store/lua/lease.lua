@@ -43,8 +43,8 @@ max_all = max_all / shards
 local GROUP, BETWEEN = 16, 64
 -- Entries read at a time, and bytes after which a call ends: what a script hands over is bounded.
 local AT_ONCE, MOST_BYTES = 16, 8388608
--- What a worker may hold in any case, so that passes are filled; and tenants that are counted.
-local LEAST_SHARE, COUNTED = 16, 64
+-- What a worker may hold in any case; and tenants that are counted.
+local LEAST_SHARE, COUNTED = 2, 64
 
 local row = redis.call("HMGET", KEYS[1], "epoch", "mode")
 if row[1] ~= epoch then
