@@ -4,8 +4,8 @@
 ``alive``: the scheduler answers at all. While Redis is away a restart would heal nothing.
 ``worker``: the worker has its model, and answers.
 
-With TLS the scheduler is asked under the name ``localhost``, which its certificate holds beside others.
-The certificate itself is the authority: this asks about health, not about identity.
+With TLS the scheduler is asked under the name ``localhost``, which its certificate holds beside
+others. The certificate itself is the authority: this asks about health, not about identity.
 """
 
 import os
