@@ -38,9 +38,13 @@ def scheduler(*, alive: bool) -> bool:
     else:
         channel = grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)])
     with channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(), timeout=TIMEOUT
-        )
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=TIMEOUT
+            )
+        except grpc.RpcError as error:
+            # gRPC's own text takes many lines.
+            raise ConnectionError(f"{address}: {error.details()}") from None
     return alive or answer.status == health_pb2.HealthCheckResponse.SERVING
 
 

@@ -1,4 +1,6 @@
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,12 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+@pytest.fixture(scope="session")
+def rendered(manifests: Path, secrets: Path) -> Callable[[str], Rendered]:
+    """Render an overlay, once."""
+    return cache(lambda name: render(name, manifests, secrets))
+
+
 @pytest.fixture(scope="session", params=OVERLAYS)
-def overlay(request: pytest.FixtureRequest, manifests: Path, secrets: Path) -> Rendered:
-    return render(request.param, manifests, secrets)
+def overlay(request: pytest.FixtureRequest, rendered: Callable[[str], Rendered]) -> Rendered:
+    return rendered(request.param)

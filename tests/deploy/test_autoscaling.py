@@ -3,12 +3,13 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
-from deploy.rendering import Object, Rendered, environment, render
+from deploy.rendering import Object, Rendered, environment
 from deploy.test_monitoring import DOCUMENTED
 
 COUNT = {"type": "integer", "minimum": 0}
@@ -100,8 +101,8 @@ MODEL = "Qwen/Qwen3-8B"
 
 
 @pytest.fixture(scope="module", params=["gpu", "managed-redis"])
-def scaled(request: pytest.FixtureRequest, manifests: Path, secrets: Path) -> Rendered:
-    return render(request.param, manifests, secrets)
+def scaled(request: pytest.FixtureRequest, rendered: Callable[[str], Rendered]) -> Rendered:
+    return rendered(request.param)
 
 
 def trigger(rendered: Rendered) -> Object:
@@ -174,10 +175,9 @@ QUEUES = {
 
 
 @pytest.mark.parametrize("case", [*QUEUES, "Redis is away", "nobody is read"])
-def test_the_query_gives(case: str, manifests: Path, secrets: Path, tmp_path: Path) -> None:
+def test_the_query_gives(case: str, rendered: Callable[[str], Rendered], tmp_path: Path) -> None:
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed")
-    rendered = render("gpu", manifests, secrets)
     queues, expected = QUEUES.get(case, ({}, None))
     series = {
         f'reltrace_{kind}_jobs{{instance="{scheduler}",model="{model}",tenant="{tenant}",'
@@ -202,7 +202,7 @@ def test_the_query_gives(case: str, manifests: Path, secrets: Path, tmp_path: Pa
                 ],
                 "promql_expr_test": [
                     {
-                        "expr": trigger(rendered)["metadata"]["query"],
+                        "expr": trigger(rendered("gpu"))["metadata"]["query"],
                         "eval_time": "3m",
                         "exp_samples": []
                         if expected is None
