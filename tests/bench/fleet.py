@@ -27,12 +27,14 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import redis
+import reltrace
 from bench.fleet_meter import Meter, Reading, per_job, per_second, spread
 from bench.fleet_workers import MODEL
 from bench.idle_service import process, redis_server
@@ -110,8 +112,9 @@ class Fleet:
         self._redis = stack.enter_context(redis.Redis.from_url(url))
         self.addresses: list[str] = []
         processes: dict[str, list[int]] = {"redis": [store]}
+        pool = f"?max_connections={given.redis_connections}" if given.redis_connections else ""
         for number in range(given.schedulers):
-            address, pid = _scheduler(stack, url)
+            address, pid = _scheduler(stack, url + pool)
             self.addresses.append(address)
             processes[f"scheduler_{number}"] = [pid]
         self._groups = [
@@ -134,14 +137,23 @@ class Fleet:
             group.send(request)
         return [group.receive() for group in self._groups]
 
-    def connect(self) -> float:
-        """Start all sessions; return the seconds until the last one was entered."""
+    def connect(self) -> tuple[float, float]:
+        """Start all sessions; return the seconds until all were entered, and until that was known.
+
+        A scheduler leases by its count of the workers, which is a second old.
+        """
         began = time.monotonic()
         self._ask({"do": "connect"})
         while self._redis.zcard(Keys().workers) < self.given.workers:
             self.deadline.left()
             time.sleep(0.02)
-        return time.monotonic() - began
+        entered = time.monotonic() - began
+        for address in self.addresses:
+            with reltrace.Client(address) as client:
+                while sum(model.workers for model in client.models()) < self.given.workers:
+                    self.deadline.left()
+                    time.sleep(0.02)
+        return entered, time.monotonic() - began
 
     def pace(self, seconds: float, jobs: int) -> None:
         self._ask({"do": "pace", "seconds": seconds, "jobs": jobs})
@@ -173,17 +185,18 @@ def _scheduler(stack: ExitStack, url: str) -> tuple[str, int]:
 def _shares(count: int, parts: int) -> list[range]:
     parts = min(parts, count)
     edges = [count * part // parts for part in range(parts + 1)]
-    return [range(first, last) for first, last in zip(edges, edges[1:], strict=False)]
+    return [range(first, last) for first, last in pairwise(edges)]
 
 
 def connected(fleet: Fleet) -> dict[str, Any]:
     """Connect all workers; how long that takes, and what it costs the schedulers."""
     before = fleet.meter.read()
-    seconds = fleet.connect()
+    entered, known = fleet.connect()
     after = fleet.meter.read()
     grown = _schedulers_rss(after) - _schedulers_rss(before)
     return {
-        "seconds": round(seconds, 2),
+        "seconds": round(entered, 2),
+        "seconds_until_known": round(known, 2),
         "connections": fleet.traffic()["connections"],
         "scheduler_kib_per_worker": round(grown / 1024 / fleet.given.workers, 1),
     }
@@ -333,7 +346,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             in_flight = given.in_flight or 16 * given.workers
             report["throughput"] = scene(fleet, given.jobs, 0.0, 256, in_flight)
         if "paced" in given.scenes:
-            in_flight = given.in_flight or given.workers * max(32, 4 * given.pass_jobs)
+            in_flight = given.in_flight or given.workers * 8 * given.pass_jobs
             report["paced"] = {
                 "pass_seconds": given.pass_seconds,
                 "pass_jobs": given.pass_jobs,
@@ -366,6 +379,12 @@ def main() -> None:
     parser.add_argument("--pass-jobs", type=int, default=8)
     parser.add_argument("--idle-seconds", type=float, default=30.0)
     parser.add_argument("--scenes", nargs="*", choices=SCENES, default=SCENES)
+    parser.add_argument(
+        "--redis-connections",
+        type=int,
+        default=0,
+        help="most connections of a scheduler to Redis; 0: as the scheduler has it",
+    )
     parser.add_argument("--share-connections", action="store_true")
     parser.add_argument("--appendfsync", choices=["always", "everysec", "no"], default="everysec")
     parser.add_argument("--deadline", type=float, default=470.0, help="seconds for the whole run")

@@ -36,6 +36,9 @@ class Tally:
     """What became of the jobs."""
 
     jobs: int
+    open: int = 0
+    """Jobs that were sent and not answered."""
+    moved: asyncio.Event = field(default_factory=asyncio.Event)
     accepted: set[str] = field(default_factory=set)
     answered: set[str] = field(default_factory=set)
     doubled: int = 0
@@ -55,6 +58,8 @@ class Tally:
             self.doubled += 1
             return
         self.answered.add(chunk.job_id)
+        self.open -= 1
+        self.moved.set()
         self.failed += chunk.end.state != types_pb2.JOB_STATE_SUCCEEDED
         self.result_bytes += chunk.ByteSize()
         if len(self.answered) == int(_WARM * self.jobs):
@@ -110,19 +115,21 @@ async def all_jobs(given: argparse.Namespace) -> Tally:
     spec.input_ids.ids.extend([1, 2, 3, 4])
     spec.targets.add()
     tally = Tally(given.jobs)
-    slots = asyncio.Semaphore(max(1, given.in_flight // given.batch))
     end = time.monotonic() + given.timeout
-    async with grpc.aio.insecure_channel(given.scheduler, options=_OPTIONS) as channel:
+    async with (
+        grpc.aio.insecure_channel(given.scheduler, options=_OPTIONS) as channel,
+        asyncio.TaskGroup() as group,
+    ):
         stub = trace_pb2_grpc.TraceServiceStub(channel)
-
-        async def batch(count: int) -> None:
-            async with slots:
-                left = end - time.monotonic()
-                await one(stub, [spec] * count, PRIORITIES[given.priority], tally, left)
-
-        async with asyncio.TaskGroup() as group:
-            for start in range(0, given.jobs, given.batch):
-                group.create_task(batch(min(given.batch, given.jobs - start)))
+        for start in range(0, given.jobs, given.batch):
+            count = min(given.batch, given.jobs - start)
+            # By jobs, not by submissions: one that waits for its last job holds no other back.
+            while tally.open and tally.open + count > given.in_flight:
+                tally.moved.clear()
+                await tally.moved.wait()
+            tally.open += count
+            left = end - time.monotonic()
+            group.create_task(one(stub, [spec] * count, PRIORITIES[given.priority], tally, left))
     return tally
 
 
