@@ -18,204 +18,49 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
 import resource
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import redis
-import reltrace
-from bench.fleet_meter import Meter, Reading, per_job, per_second, spread
+from bench.fleet_meter import Reading, per_job, per_second, spread
+from bench.fleet_processes import Child, Deadline, Fleet, shares, start
 from bench.fleet_workers import MODEL
-from bench.idle_service import process, redis_server
-from reltrace_scheduler.store.keys import Keys
 
-HERE = Path(__file__).parent
 SCENES = ("idle", "throughput", "paced")
-
-
-class Deadline:
-    """The end of the whole run."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the run has reached its deadline: give it more, or fewer jobs")
-        return left
-
-
-class Child:
-    """A process that is spoken to by lines; what it says is JSON."""
-
-    def __init__(self, running: subprocess.Popen[str], deadline: Deadline) -> None:
-        self._running = running
-        self._deadline = deadline
-        self._lines: queue.Queue[str] = queue.Queue()
-        self.pid = running.pid
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self._running.stdout is not None
-        for line in self._running.stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def send(self, request: dict[str, Any]) -> None:
-        assert self._running.stdin is not None
-        self._running.stdin.write(json.dumps(request) + "\n")
-        self._running.stdin.flush()
-
-    def receive(self) -> dict[str, Any]:
-        try:
-            line = self._lines.get(timeout=self._deadline.left())
-        except queue.Empty:
-            self._deadline.left()
-            raise
-        if not line:
-            raise RuntimeError(f"{self._running.args!r} has ended")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
-def start(stack: ExitStack, deadline: Deadline, script: str, *arguments: object) -> Child:
-    command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    running = stack.enter_context(process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-    return Child(running, deadline)
-
-
-class Fleet:
-    """Everything that runs; it ends with the stack.
-
-    Parameters
-    ----------
-    given : argparse.Namespace
-        The options.
-    """
-
-    def __init__(self, given: argparse.Namespace, stack: ExitStack, deadline: Deadline) -> None:
-        self.given = given
-        self.deadline = deadline
-        url, store = stack.enter_context(redis_server(given.appendfsync))
-        self._redis = stack.enter_context(redis.Redis.from_url(url))
-        self.addresses: list[str] = []
-        processes: dict[str, list[int]] = {"redis": [store]}
-        pool = f"?max_connections={given.redis_connections}" if given.redis_connections else ""
-        for number in range(given.schedulers):
-            address, pid = _scheduler(stack, url + pool)
-            self.addresses.append(address)
-            processes[f"scheduler_{number}"] = [pid]
-        self._groups = [
-            start(
-                stack, deadline, "fleet_workers.py", "--schedulers", ",".join(self.addresses),
-                "--first", share.start, "--workers", len(share),
-                "--result-bytes", given.result_bytes,
-                *(["--share-connections"] if given.share_connections else []),
-            )
-            for share in _shares(given.workers, given.worker_processes)
-        ]  # fmt: skip
-        for group in self._groups:
-            group.receive()
-        self.meter = Meter(
-            processes | {"workers": [group.pid for group in self._groups]}, self._redis
-        )
-
-    def _ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        for group in self._groups:
-            group.send(request)
-        return [group.receive() for group in self._groups]
-
-    def connect(self) -> tuple[float, float]:
-        """Start all sessions; return the seconds until all were entered, and until that was known.
-
-        A scheduler leases by its count of the workers, which is a second old.
-        """
-        began = time.monotonic()
-        self._ask({"do": "connect"})
-        while self._redis.zcard(Keys().workers) < self.given.workers:
-            self.deadline.left()
-            time.sleep(0.02)
-        entered = time.monotonic() - began
-        for address in self.addresses:
-            with reltrace.Client(address) as client:
-                while sum(model.workers for model in client.models()) < self.given.workers:
-                    self.deadline.left()
-                    time.sleep(0.02)
-        return entered, time.monotonic() - began
-
-    def pace(self, seconds: float, jobs: int) -> None:
-        self._ask({"do": "pace", "seconds": seconds, "jobs": jobs})
-
-    def done(self) -> list[dict[str, float]]:
-        """Return what each worker has done since the start."""
-        return [one for answer in self._ask({"do": "report"}) for one in answer["workers"]]
-
-    def traffic(self) -> dict[str, int]:
-        """Return the workers' connections, and the bytes over them since they were made."""
-        answers = self._ask({"do": "report"})
-        return {name: sum(a[name] for a in answers) for name in ("connections", "sent", "received")}
-
-
-def _scheduler(stack: ExitStack, url: str) -> tuple[str, int]:
-    running = stack.enter_context(
-        process(
-            [sys.executable, "-m", "reltrace_scheduler", "--redis", url,
-             "--listen", "127.0.0.1:0", "--log-level", "warning",
-             "--max-jobs", "1000000", "--tenant-max-jobs", "1000000"],
-            stdout=subprocess.PIPE,
-        )
-    )  # fmt: skip
-    assert running.stdout is not None
-    line = running.stdout.readline()
-    return next(word for word in line.split() if word.startswith("127.0.0.1:")), running.pid
-
-
-def _shares(count: int, parts: int) -> list[range]:
-    parts = min(parts, count)
-    edges = [count * part // parts for part in range(parts + 1)]
-    return [range(first, last) for first, last in pairwise(edges)]
 
 
 def connected(fleet: Fleet) -> dict[str, Any]:
     """Connect all workers; how long that takes, and what it costs the schedulers."""
     before = fleet.meter.read()
-    entered, known = fleet.connect()
+    welcomed, known = fleet.connect()
     after = fleet.meter.read()
     grown = _schedulers_rss(after) - _schedulers_rss(before)
     return {
-        "seconds": round(entered, 2),
+        "seconds": round(welcomed, 2),
         "seconds_until_known": round(known, 2),
-        "connections": fleet.traffic()["connections"],
+        "tcp_connections": fleet.told()["tcp"],
         "scheduler_kib_per_worker": round(grown / 1024 / fleet.given.workers, 1),
     }
 
 
 def idle(fleet: Fleet) -> dict[str, Any]:
     """Let all workers wait for a while; what is measured is the while."""
-    traffic, before = fleet.traffic(), fleet.meter.read()
+    told, before = fleet.told(), fleet.meter.read()
     time.sleep(min(fleet.given.idle_seconds, fleet.deadline.left()))
-    after, traffic_after = fleet.meter.read(), fleet.traffic()
+    after, told_after = fleet.meter.read(), fleet.told()
     wall = after.at - before.at
-    workers = fleet.given.workers
-    # Nothing else adds to a sorted set while nothing is queued.
-    beats = after.calls.get("zadd", 0) - before.calls.get("zadd", 0)
+    gone = {name: told_after[name] - told[name] for name in told}
     return per_second(before, after) | {
-        "heartbeats_per_second": round(beats / wall, 1),
+        "heartbeats_per_second": round(gone["heartbeats"] / wall, 1),
         "bytes_per_second_per_worker": {
-            way: round((traffic_after[way] - traffic[way]) / wall / workers, 1)
-            for way in ("sent", "received")
+            way: round(gone[way] / wall / fleet.given.workers, 1) for way in ("sent", "received")
         },
         "scheduler_mib": round(_schedulers_rss(after) / (1 << 20), 1),
     }
@@ -239,7 +84,7 @@ def scene(fleet: Fleet, jobs: int, seconds: float, most: int, in_flight: int) ->
                 "--batch", given.batch, "--priority", given.priority,
                 "--timeout", fleet.deadline.left(),
             )
-            for number, share in enumerate(_shares(jobs, given.clients))
+            for number, share in enumerate(shares(jobs, given.clients))
         ]  # fmt: skip
         _until("ready", clients)
         at_first, before = fleet.done(), fleet.meter.read()
@@ -355,7 +200,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                     in_flight,
                 ),
             }  # fmt: skip
-        last = fleet.meter.read()
+        told, last = fleet.told(), fleet.meter.read()
+        # Over both scenes; more than one per worker: a scheduler cut them off.
+        report["connections_made"] = told["connected"]
+        report["leases_revoked"] = told["revoked"]
         report["scheduler_mib_at_the_end"] = round(_schedulers_rss(last) / (1 << 20), 1)
     return report
 

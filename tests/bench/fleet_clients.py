@@ -95,7 +95,8 @@ async def one(
     tally.accept(list(submitted.job_ids))
     entry = 0
     async for response in stub.StreamResults(
-        trace_pb2.StreamResultsRequest(submission_id=submitted.submission_id), timeout=timeout
+        trace_pb2.StreamResultsRequest(submission_id=submitted.submission_id),
+        timeout=timeout,
     ):
         for event in response.events:
             # Results here are one chunk each: every event ends a job.

@@ -31,9 +31,8 @@ import structlog
 import uvloop
 from bench.idle_worker import LAYERS, TOKENS, IdleRunner
 from reltrace_proto.v1 import types_pb2, worker_pb2
-from reltrace_worker.session import endpoint
+from reltrace_worker.session import endpoint, session
 from reltrace_worker.session.leases import Chunks, LeaseKey
-from reltrace_worker.session.session import Session
 
 MODEL = "tiny"
 _NO_PACE_JOBS = 256
@@ -85,7 +84,11 @@ class ClockRunner(IdleRunner):
         """Return jobs, passes and seconds in passes since the start, the pass under way too."""
         began = self._pass_began
         under_way = 0.0 if began is None else time.monotonic() - began
-        return {"jobs": self._jobs, "passes": self._passes, "busy": self._busy + under_way}
+        return {
+            "jobs": self._jobs,
+            "passes": self._passes,
+            "busy": self._busy + under_way,
+        }
 
 
 def _result(size: int) -> types_pb2.ResultChunk:
@@ -145,24 +148,51 @@ def _tcp_sockets() -> Iterator[socket.socket]:
 
 def traffic() -> dict[str, int]:
     """Count this process's TCP connections, and the bytes that went over them each way."""
-    connections = sent = received = 0
+    tcp = sent = received = 0
     for one in _tcp_sockets():
         info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         out, back = struct.unpack_from("=QQ", info, _BYTES_ACKED)
-        connections, sent, received = connections + 1, sent + out, received + back
-    return {"connections": connections, "sent": sent, "received": received}
+        tcp, sent, received = tcp + 1, sent + out, received + back
+    return {"tcp": tcp, "sent": sent, "received": received}
+
+
+class Told:
+    """Counts what the sessions of this process say and do."""
+
+    def __init__(self) -> None:
+        self.connected = self.revoked = self.heartbeats = 0
+
+    def __call__(self, _logger: Any, _method: str, event: Any) -> Any:
+        """Take the place of a processor of the log: what is as it should be is not printed."""
+        if event["event"] == "scheduler.connected":
+            self.connected += 1
+            raise structlog.DropEvent
+        if event["event"] == "leases.revoked":
+            self.revoked += event["jobs"]
+        return event
+
+    def beat(self, keys: set[LeaseKey]) -> worker_pb2.WorkRequest:
+        """Take the place of what writes a session's heartbeat."""
+        self.heartbeats += 1
+        return _write_beat(keys)
+
+
+_write_beat = session._beat
 
 
 class Workers:
     """The sessions of this process, and what may be asked of them."""
 
-    def __init__(self, addresses: str, first: int, count: int, result_bytes: int) -> None:
+    def __init__(
+        self, addresses: str, first: int, count: int, result_bytes: int, told: Told
+    ) -> None:
         self._pace = Pace()
+        self._told = told
         result = [_result(result_bytes)]
         self._runners = [ClockRunner(result, self._pace) for _ in range(count)]
         self._sessions = [
             # Seeded: which scheduler a worker tries first is the same in every run.
-            Session(addresses, _hello(first + index), runner, seed=first + index)
+            session.Session(addresses, _hello(first + index), runner, seed=first + index)
             for index, runner in enumerate(self._runners)
         ]
         self._running: list[asyncio.Task[None]] = []
@@ -177,9 +207,16 @@ class Workers:
             case "connect":
                 self._running = [asyncio.create_task(one.run()) for one in self._sessions]
             case "pace":
-                self._pace.seconds, self._pace.jobs = request["seconds"], request["jobs"]
+                self._pace.seconds, self._pace.jobs = (
+                    request["seconds"],
+                    request["jobs"],
+                )
             case "report":
-                return {"workers": [runner.done() for runner in self._runners], **traffic()}
+                return {
+                    "workers": [runner.done() for runner in self._runners],
+                    **vars(self._told),
+                    **traffic(),
+                }
             case other:
                 raise ValueError(other)
         return {}
@@ -210,8 +247,10 @@ def main() -> None:
     parser.add_argument("--result-bytes", type=int, default=4 * LAYERS * TOKENS)
     parser.add_argument("--share-connections", action="store_true")
     given = parser.parse_args()
+    told = Told()
     structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        processors=[told, *structlog.get_config()["processors"]],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     assert "torch" not in sys.modules, "the session must not need torch"
@@ -219,12 +258,15 @@ def main() -> None:
     # their own have one each, and so have these: nothing else of the session is changed.
     own = (*endpoint._CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
     options = endpoint._CHANNEL_OPTIONS if given.share_connections else own
-    with mock.patch.object(endpoint, "_CHANNEL_OPTIONS", options):
-        uvloop.run(_run(given))
+    with (
+        mock.patch.object(endpoint, "_CHANNEL_OPTIONS", options),
+        mock.patch.object(session, "_beat", told.beat),
+    ):
+        uvloop.run(_run(given, told))
 
 
-async def _run(given: argparse.Namespace) -> None:
-    await _serve(Workers(given.schedulers, given.first, given.workers, given.result_bytes))
+async def _run(given: argparse.Namespace, told: Told) -> None:
+    await _serve(Workers(given.schedulers, given.first, given.workers, given.result_bytes, told))
 
 
 if __name__ == "__main__":
