@@ -59,8 +59,8 @@ class Meter:
         self._store = store
 
     def read(self) -> Reading:
-        info: dict[str, Any] = self._store.info()  # type: ignore[assignment]
-        stats: dict[str, Any] = self._store.info("commandstats")  # type: ignore[assignment]
+        info: dict[str, Any] = self._store.info()
+        stats: dict[str, Any] = self._store.info("commandstats")
         commands = {name.removeprefix("cmdstat_"): row for name, row in stats.items()}
         return Reading(
             at=time.monotonic(),
