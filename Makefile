@@ -61,7 +61,7 @@ bench: $(VENV)/.setup-dev $(RIVALS)/.setup ## measure speed and memory, as tests
 	@$(BIN)/python tests/bench/jobs.py --rivals $(RIVALS)/bin/python
 	@$(BIN)/python tests/bench/tensors.py
 
-fleet: $(VENV)/.setup-dev ## 500 simulated workers on two schedulers, 100,000 jobs, as tests/bench/FLEET.md says (minutes)
+fleet: $(VENV)/.setup-dev ## 500 simulated workers, two schedulers, 100,000 jobs (minutes)
 	@$(BIN)/python tests/bench/fleet.py
 
 chaos: $(VENV)/.setup-dev ## kill everything at random, 200 times, and watch Redis' memory (minutes)
