@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-war
 PROJECTS := $(wildcard */pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint proto bench chaos model clean
+.PHONY: help setup setup-dev demo test lint proto bench fleet chaos model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,9 @@ bench: $(VENV)/.setup-dev $(RIVALS)/.setup ## measure speed and memory, as tests
 	@$(BIN)/python tests/bench/service.py --prompts 24
 	@$(BIN)/python tests/bench/jobs.py --rivals $(RIVALS)/bin/python
 	@$(BIN)/python tests/bench/tensors.py
+
+fleet: $(VENV)/.setup-dev ## 500 simulated workers, two schedulers, 100,000 jobs (minutes)
+	@$(BIN)/python tests/bench/fleet.py
 
 chaos: $(VENV)/.setup-dev ## kill everything at random, 200 times, and watch Redis' memory (minutes)
 	@$(BIN)/python tests/chaos/run.py
