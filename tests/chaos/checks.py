@@ -153,10 +153,16 @@ def remaining_keys(store: redis.Redis) -> list[str]:
         keys.workers,
         keys.tenants,
         keys.watch,
+        keys.shards,
+        keys.cluster,
         keys.tenant(DEFAULT_TENANT),
     }
     # Workers that live, or died a few leases ago.
-    allowed |= {keys.worker(worker) for worker in _members(store.zrange(keys.workers, 0, -1))}
+    workers = _members(store.zrange(keys.workers, 0, -1))
+    allowed |= {keys.worker(worker) for worker in workers}
+    for route in _members(store.hkeys(keys.models)):
+        if set(_members(store.zrange(keys.serving(route), 0, -1))) <= set(workers):
+            allowed.add(keys.serving(route))
     # A queue that is empty goes when leases are looked after next.
     queues = map(keys.queue, _members(store.smembers(keys.queues)))
     allowed |= {keys.queues, *(queue for queue in queues if store.xlen(queue) == 0)}

@@ -1,5 +1,6 @@
 """The overlays as `kubectl kustomize` renders them, with secrets as `secrets.sh` makes them."""
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import typer
 import yaml
 from reltrace_scheduler.__main__ import app as scheduler_app
 from reltrace_worker.__main__ import app as worker_app
+from reltrace_worker.__main__ import worker
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -34,6 +36,8 @@ VARIABLES = {
     "scheduler": _variables(scheduler_app) | BESIDE_OPTIONS["scheduler"],
     "worker": _variables(worker_app) | BESIDE_OPTIONS["worker"],
 }
+
+DRAIN_GRACE: float = inspect.signature(worker).parameters["drain_grace"].default
 
 Object = dict[str, Any]
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
-from deploy.rendering import DEPLOY, VARIABLES
+from deploy.rendering import DEPLOY, DRAIN_GRACE, VARIABLES
 from deploy.test_containers import environment as image_environment
-from reltrace_worker import __main__ as worker_main
 
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -153,7 +152,7 @@ def test_workers_know_all_schedulers() -> None:
 def test_workers_have_time_to_drain() -> None:
     for name, component in OURS.items():
         if component == "worker":
-            assert seconds(SERVICES[name]["stop_grace_period"]) >= worker_main._DRAIN_GRACE + 15
+            assert seconds(SERVICES[name]["stop_grace_period"]) >= DRAIN_GRACE + 15
 
 
 def test_models_are_kept() -> None:

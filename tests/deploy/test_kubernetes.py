@@ -10,6 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from deploy.rendering import (
+    DRAIN_GRACE,
     KUBERNETES,
     OVERLAYS,
     VARIABLES,
@@ -21,7 +22,6 @@ from deploy.rendering import (
     need_kubectl,
     render,
 )
-from reltrace_worker import __main__ as worker_main
 
 VERSION = "1.32"
 CUSTOM = {"ScaledObject", "PodMonitor"}
@@ -199,7 +199,7 @@ def test_metrics_are_where_prometheus_looks(overlay: Rendered) -> None:
 
 def test_a_worker_has_time_to_drain(overlay: Rendered) -> None:
     # Beside the drain: 5 s for the last words, and the start of the process in between.
-    needed = worker_main._DRAIN_GRACE + 5
+    needed = DRAIN_GRACE + 5
     assert overlay.pods()["worker"]["spec"]["terminationGracePeriodSeconds"] >= needed + 10
     # As process 1 it would not even get the signal before it is up.
     assert overlay.pods()["worker"]["spec"]["shareProcessNamespace"] is True
