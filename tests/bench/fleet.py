@@ -1,4 +1,4 @@
-"""A fleet on one machine: one Redis, several schedulers, hundreds of simulated workers.
+"""A fleet on one machine: Redis, several schedulers, hundreds of simulated workers.
 
 Redis and the schedulers are the real ones, as processes. A worker is the real session over a
 connection of its own, with a clock for an engine: many of them share a process. Clients submit by
@@ -178,6 +178,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "workers": given.workers,
         "schedulers": given.schedulers,
+        "redis_nodes": given.redis_nodes,
+        "shards": given.shards,
         "appendfsync": given.appendfsync,
         "priority": given.priority,
         "connections": "shared" if given.share_connections else "one per worker",
@@ -227,12 +229,8 @@ def main() -> None:
     parser.add_argument("--pass-jobs", type=int, default=8)
     parser.add_argument("--idle-seconds", type=float, default=30.0)
     parser.add_argument("--scenes", nargs="*", choices=SCENES, default=SCENES)
-    parser.add_argument(
-        "--redis-connections",
-        type=int,
-        default=0,
-        help="most connections of a scheduler to Redis; 0: as the scheduler has it",
-    )
+    parser.add_argument("--redis-nodes", type=int, default=1, help="several: a Redis Cluster")
+    parser.add_argument("--shards", type=int, default=1, help="of the queue, over those nodes")
     parser.add_argument("--share-connections", action="store_true")
     parser.add_argument("--appendfsync", choices=["always", "everysec", "no"], default="everysec")
     parser.add_argument("--deadline", type=float, default=470.0, help="seconds for the whole run")

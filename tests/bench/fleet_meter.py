@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,12 @@ import psutil
 import redis
 
 _MIB = 1 << 20
+_COUNTED = (
+    "total_commands_processed",
+    "total_net_input_bytes",
+    "total_net_output_bytes",
+    "used_memory_peak",
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class Reading:
         Seconds of processor time by process.
     rss : mapping
         Bytes by process.
+    commands, bytes_in, bytes_out, memory_peak : int
+        Of Redis: of all its nodes together, as what follows.
     calls, microseconds : mapping
         Of each Redis command, those that scripts call among them.
     """
@@ -48,20 +57,31 @@ class Meter:
     ----------
     processes : mapping of str to sequence of int
         Process ids by name; those of one name are added up.
-    store : redis.Redis
-        What `INFO` is asked of. The asking itself is in the figures: two commands per reading.
+    stores : sequence of redis.Redis
+        Nodes that `INFO` is asked of. The asking itself is in the figures: two commands per
+        reading and node.
     """
 
-    def __init__(self, processes: Mapping[str, Sequence[int]], store: redis.Redis) -> None:
+    def __init__(
+        self, processes: Mapping[str, Sequence[int]], stores: Sequence[redis.Redis]
+    ) -> None:
         self._processes = {
             name: [psutil.Process(pid) for pid in pids] for name, pids in processes.items()
         }
-        self._store = store
+        self._stores = stores
 
     def read(self) -> Reading:
-        info: dict[str, Any] = self._store.info()
-        stats: dict[str, Any] = self._store.info("commandstats")
-        commands = {name.removeprefix("cmdstat_"): row for name, row in stats.items()}
+        info: Counter[str] = Counter()
+        calls: Counter[str] = Counter()
+        microseconds: Counter[str] = Counter()
+        for store in self._stores:
+            said = store.info()
+            info.update({name: said[name] for name in _COUNTED})
+            for name, row in store.info("commandstats").items():
+                command = name.removeprefix("cmdstat_")
+                if command != "info":
+                    calls[command] += row["calls"]
+                    microseconds[command] += row["usec"]
         return Reading(
             at=time.monotonic(),
             cpu={name: sum(map(_cpu, group)) for name, group in self._processes.items()},
@@ -73,8 +93,8 @@ class Meter:
             bytes_in=info["total_net_input_bytes"],
             bytes_out=info["total_net_output_bytes"],
             memory_peak=info["used_memory_peak"],
-            calls={name: row["calls"] for name, row in commands.items() if name != "info"},
-            microseconds={name: row["usec"] for name, row in commands.items() if name != "info"},
+            calls=calls,
+            microseconds=microseconds,
         )
 
 

@@ -21,6 +21,7 @@ import reltrace
 from bench.fleet_meter import Meter
 from bench.fleet_workers import MODEL
 from bench.idle_service import process, redis_server
+from redis_cluster import redis_cluster
 
 HERE = Path(__file__).parent
 
@@ -92,13 +93,12 @@ class Fleet:
     def __init__(self, given: argparse.Namespace, stack: ExitStack, deadline: Deadline) -> None:
         self.given = given
         self.deadline = deadline
-        url, store = stack.enter_context(redis_server(given.appendfsync))
-        self._redis = stack.enter_context(redis.Redis.from_url(url, socket_timeout=60))
+        stores = _stores(stack, given)
         self.addresses: list[str] = []
-        processes: dict[str, list[int]] = {"redis": [store]}
-        pool = f"?max_connections={given.redis_connections}" if given.redis_connections else ""
+        processes: dict[str, list[int]] = {"redis": [pid for _, pid in stores]}
+        url, _ = stores[0]
         for number in range(given.schedulers):
-            address, pid = _scheduler(stack, deadline, url + pool)
+            address, pid = _scheduler(stack, deadline, url, given.shards)
             self.addresses.append(address)
             processes[f"scheduler_{number}"] = [pid]
         self._groups = [
@@ -113,7 +113,11 @@ class Fleet:
         for group in self._groups:
             group.receive()
         self.meter = Meter(
-            processes | {"workers": [group.pid for group in self._groups]}, self._redis
+            processes | {"workers": [group.pid for group in self._groups]},
+            [
+                stack.enter_context(redis.Redis.from_url(url, socket_timeout=60))
+                for url, _ in stores
+            ],
         )
 
     def _ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -155,11 +159,19 @@ def _known(client: reltrace.Client) -> int:
     return sum(model.workers for model in client.models() if model.name == MODEL)
 
 
-def _scheduler(stack: ExitStack, deadline: Deadline, url: str) -> tuple[str, int]:
+def _stores(stack: ExitStack, given: argparse.Namespace) -> list[tuple[str, int]]:
+    """Start Redis, or the nodes of a Redis Cluster; return URL and process id of each."""
+    if given.redis_nodes == 1:
+        return [stack.enter_context(redis_server(given.appendfsync))]
+    nodes = stack.enter_context(redis_cluster(given.redis_nodes, given.appendfsync))
+    return [(node.url, node.pid) for node in nodes]
+
+
+def _scheduler(stack: ExitStack, deadline: Deadline, url: str, shards: int) -> tuple[str, int]:
     running = stack.enter_context(
         process(
             [sys.executable, "-m", "reltrace_scheduler", "--redis", url,
-             "--listen", "127.0.0.1:0", "--log-level", "warning",
+             "--shards", str(shards), "--listen", "127.0.0.1:0", "--log-level", "warning",
              "--max-jobs", "1000000", "--tenant-max-jobs", "1000000"],
             stdout=subprocess.PIPE,
         )

@@ -1,90 +1,30 @@
 """The queue over a real Redis Cluster of three nodes: every shard is in one slot."""
 
 import asyncio
-import socket
-import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 
 import grpc
 import pytest
-import redis
 from redis.asyncio.cluster import RedisCluster
+from redis_cluster import redis_cluster
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, trace_pb2, trace_pb2_grpc, types_pb2
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.embedded import find_server
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.server import serving
 from reltrace_scheduler.store.connection import Connection, connect
 from reltrace_scheduler.store.keys import shard_of, submission_of
 from reltrace_scheduler.store.store import Store
 from scheduler.fake_worker import FakeWorker
-from waiting import wait_until
 
 NODES, SHARDS = 3, 8
-SLOTS = 16384
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; a node's bus has the port 10,000 above."""
-    with ExitStack() as stack:
-        found: list[int] = []
-        while len(found) < count:
-            listener = stack.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-            if port < 55_000:
-                found.append(port)
-        return found
 
 
 @pytest.fixture(scope="module")
-def cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Three nodes with a third of the slots each."""
-    ports, nodes = free_ports(NODES), []
-    try:
-        for port in ports:
-            folder = tmp_path_factory.mktemp("node")
-            nodes.append(
-                subprocess.Popen(
-                    [
-                        find_server(), "--port", str(port), "--cluster-enabled", "yes",
-                        "--bind", "127.0.0.1", "--save", "", "--dir", str(folder),
-                    ],
-                    stdout=subprocess.DEVNULL,
-                )
-            )  # fmt: skip
-        clients = [redis.Redis(port=port) for port in ports]
-        for client in clients:
-            wait_until(lambda client=client: _answers(client), "a node answers", 20)
-        for number, client in enumerate(clients):
-            slots = range(SLOTS * number // NODES, SLOTS * (number + 1) // NODES)
-            client.execute_command("CLUSTER ADDSLOTS", *slots)
-            client.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
-        for client in clients:
-            wait_until(
-                lambda client=client: (
-                    client.execute_command("CLUSTER INFO")["cluster_state"] == "ok"
-                    and int(client.execute_command("CLUSTER INFO")["cluster_known_nodes"]) == NODES
-                ),
-                "the nodes are one cluster",
-                30,
-            )
-            client.close()
-        yield f"redis://127.0.0.1:{ports[0]}"
-    finally:
-        for node in nodes:
-            node.kill()
-            node.wait()
-
-
-def _answers(client: redis.Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except redis.RedisError:
-        return False
+def cluster_url() -> Iterator[str]:
+    with redis_cluster(NODES) as nodes:
+        yield nodes[0].url
 
 
 @pytest.fixture

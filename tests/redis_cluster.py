@@ -1,0 +1,98 @@
+"""A real Redis Cluster of several nodes on this machine."""
+
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+from reltrace_scheduler.embedded import find_server
+from waiting import wait_until
+
+SLOTS = 16384
+
+
+@dataclass(frozen=True)
+class ClusterNode:
+    """One primary of the cluster."""
+
+    port: int
+    pid: int
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def redis_cluster(nodes: int, appendfsync: str = "") -> Iterator[list[ClusterNode]]:
+    """Run primaries with an equal part of the slots each, until the block ends.
+
+    Parameters
+    ----------
+    nodes
+        How many.
+    appendfsync
+        Of their append-only files; empty: they write none.
+    """
+    ports = _free_ports(nodes)
+    persistence = ["--appendonly", "yes", "--appendfsync", appendfsync] if appendfsync else []
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        running = []
+        for port in ports:
+            own = Path(folder) / str(port)
+            own.mkdir()
+            command = [
+                str(find_server()), "--port", str(port), "--cluster-enabled", "yes",
+                "--bind", "127.0.0.1", "--save", "", "--dir", str(own),
+                "--maxmemory-policy", "noeviction", *persistence,
+            ]  # fmt: skip
+            node = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            stack.callback(node.wait)
+            stack.callback(node.kill)
+            running.append(ClusterNode(port, node.pid))
+        _join(ports)
+        yield running
+
+
+def _join(ports: Sequence[int]) -> None:
+    with ExitStack() as stack:
+        clients = [stack.enter_context(redis.Redis(port=port)) for port in ports]
+        for client in clients:
+            wait_until(lambda client=client: _answers(client), "a node answers", 20)
+        for number, client in enumerate(clients):
+            slots = range(SLOTS * number // len(ports), SLOTS * (number + 1) // len(ports))
+            client.execute_command("CLUSTER ADDSLOTS", *slots)
+            client.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
+        for client in clients:
+            wait_until(
+                lambda client=client: _knows(client, len(ports)), "the nodes are one cluster", 30
+            )
+
+
+def _knows(client: redis.Redis, nodes: int) -> bool:
+    info = client.execute_command("CLUSTER INFO")
+    return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == nodes
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+def _free_ports(count: int) -> list[int]:
+    """Find ports that nobody listens on; a node's bus has the port 10,000 above."""
+    with ExitStack() as stack:
+        found: list[int] = []
+        while len(found) < count:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+            if port < 55_000:
+                found.append(port)
+        return found
