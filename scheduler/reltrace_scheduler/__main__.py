@@ -21,7 +21,7 @@ from reltrace_scheduler.objects import check_url
 from reltrace_scheduler.server import serving, until_asked_to_stop
 from reltrace_scheduler.store.address import RedisAddress, redis_address
 from reltrace_scheduler.store.connection import connect
-from reltrace_scheduler.store.keys import Keys
+from reltrace_scheduler.store.keys import partition
 from reltrace_scheduler.store.registry import Registry
 from reltrace_scheduler.tracing import Spans, exporting
 
@@ -378,7 +378,7 @@ async def _run(
         try:
             if own is not None:
                 # Nobody else serves this store: who was connected before is not any more.
-                await Registry(connection.redis, [Keys()]).forget_all()
+                await Registry(connection.redis, partition(settings.shards)).forget_all()
             async with serving(connection, listen, settings, access, metrics, web, spans) as bound:
                 print(f"reltrace-scheduler is listening on {bound}", flush=True)
                 await _until_over(own)

@@ -35,6 +35,9 @@ from bench.fleet_workers import MODEL
 
 SCENES = ("idle", "throughput", "paced")
 
+_SHORTEST_MIDDLE = 4
+"""Passes: what is shorter says more of when it was looked at than of the workers."""
+
 
 def connected(fleet: Fleet) -> dict[str, Any]:
     """Connect all workers; how long that takes, and what it costs the schedulers."""
@@ -109,7 +112,7 @@ def scene(fleet: Fleet, jobs: int, seconds: float, most: int, in_flight: int) ->
         **per_job(before, after, jobs),
         "all": _evenness(at_first, at_last, wall, seconds, most),
     }
-    if not dry:
+    if not dry and middle_ended - middle_began >= _SHORTEST_MIDDLE * max(seconds, 0.1):
         report["middle"] = _evenness(middle, middle_end, middle_ended - middle_began, seconds, most)
     return report
 

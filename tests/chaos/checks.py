@@ -9,7 +9,7 @@ from pathlib import Path
 import redis
 from chaos import journal, sdk_client, standin
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT
-from reltrace_scheduler.store.keys import Keys
+from reltrace_scheduler.store.keys import CLUSTER, SHARDS, Keys
 
 
 @dataclass
@@ -153,8 +153,8 @@ def remaining_keys(store: redis.Redis) -> list[str]:
         keys.workers,
         keys.tenants,
         keys.watch,
-        keys.shards,
-        keys.cluster,
+        SHARDS,
+        CLUSTER,
         keys.tenant(DEFAULT_TENANT),
     }
     # Workers that live, or died a few leases ago.

@@ -1,8 +1,10 @@
 """Every Redis key, in one place.
 
-The keys of a shard share its number as their hash tag (``reltrace:{0}:``): they live in
-one slot of a Redis Cluster, so that a Lua script may touch several of them. A shard is a
-queue with everything that belongs to it; ids of submissions and jobs tell their shard.
+The keys of a shard share a hash tag (``reltrace:{0}:`` where there is one shard): they live
+in one slot of a Redis Cluster, so that a Lua script may touch several of them. A shard is a
+queue with everything that belongs to it; ids of submissions and jobs tell their shard. The
+slots of the shards are spread evenly over all slots, so that nodes with equal parts of the
+slots have equal parts of the shards (`partition`).
 
 ===============================  =======  ==============================================
 key                              type     holds
@@ -47,8 +49,6 @@ key                              type     holds
 In shard 0 only:
 
 ===============================  =======  ==============================================
-``shards``                       string   how many shards there are
-``cluster``                      string   names this queue among others
 ``recent``, ``mishaps``          list     jobs that ended last, well and not, as JSON, for
                                           people
 ``picture:<job>``                string   the ``ResultChunk`` of some of them
@@ -56,6 +56,9 @@ In shard 0 only:
 ``workers``                      zset     worker ids by the time they were last seen
 ``serving:<route>``              zset     the same of those that serve it
 ===============================  =======  ==============================================
+
+Without a shard: ``reltrace:shards``, a string, says how many shards there are, and
+``reltrace:cluster`` names this queue among others.
 
 Times are milliseconds by Redis' own clock; those of workers are seconds. ``<model>`` is a
 route: the name of a model, or ``NAME@REVISION`` for jobs that ask for a revision.
@@ -70,6 +73,9 @@ that a worker holds were ended by somebody else, or it was told to drain.
 
 import re
 from dataclasses import dataclass
+from itertools import count
+
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 GROUP = "workers"
 """The consumer group of every queue; a consumer is a worker's id."""
@@ -77,6 +83,8 @@ GROUP = "workers"
 REAPER = "reaper"
 """The consumer that takes over leases that were lost."""
 
+SHARDS = "reltrace:shards"
+CLUSTER = "reltrace:cluster"
 
 CHANNELS = tuple(f"reltrace:{{*}}:{kind}:*" for kind in ("wake", "done", "revoked"))
 """Patterns of every kind of channel, of all shards."""
@@ -87,10 +95,11 @@ class Keys:
     """Names of the keys of one shard."""
 
     shard: int = 0
+    tag: str = "0"
 
     @property
     def prefix(self) -> str:
-        return f"reltrace:{{{self.shard}}}:"
+        return f"reltrace:{{{self.tag}}}:"
 
     @property
     def queues(self) -> str:
@@ -117,10 +126,6 @@ class Keys:
         return f"{self.prefix}workers"
 
     @property
-    def shards(self) -> str:
-        return f"{self.prefix}shards"
-
-    @property
     def recent(self) -> str:
         return f"{self.prefix}recent"
 
@@ -130,10 +135,6 @@ class Keys:
 
     def picture(self, job_id: str) -> str:
         return f"{self.prefix}picture:{job_id}"
-
-    @property
-    def cluster(self) -> str:
-        return f"{self.prefix}cluster"
 
     @property
     def tenants(self) -> str:
@@ -200,6 +201,20 @@ class Keys:
 
     def revoked(self, worker_id: str) -> str:
         return f"{self.prefix}revoked:{worker_id}"
+
+
+def partition(shards: int) -> list[Keys]:
+    """Return the keys of every shard, their slots spread evenly over those of a cluster.
+
+    The tag of shard i of n is the smallest number whose slot is in the i-th of n equal parts.
+    """
+    tags: dict[int, str] = {}
+    for number in count():
+        if len(tags) == shards:
+            break
+        tag = str(number)
+        tags.setdefault(key_slot(tag.encode()) * shards // REDIS_CLUSTER_HASH_SLOTS, tag)
+    return [Keys(shard, tags[shard]) for shard in range(shards)]
 
 
 def submission_of(job_id: str) -> str:

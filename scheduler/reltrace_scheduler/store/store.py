@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.store.keys import Keys, shard_of
+from reltrace_scheduler.store.keys import CLUSTER, SHARDS, Keys, partition, shard_of
 from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.recent import Recent
 from reltrace_scheduler.store.records import (
@@ -55,7 +55,7 @@ class Store:
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self.redis = redis
         self.settings = settings
-        keys = [Keys(number) for number in range(settings.shards)]
+        keys = partition(settings.shards)
         self.shards = tuple(
             Shard(
                 keys=each,
@@ -78,17 +78,16 @@ class Store:
         StartError
             Another number was used before.
         """
-        key, count = self.shards[0].keys.shards, self.settings.shards
-        await self.redis.set(key, count, nx=True)
-        stored: Any = await self.redis.get(key)
+        count = self.settings.shards
+        await self.redis.set(SHARDS, count, nx=True)
+        stored: Any = await self.redis.get(SHARDS)
         if int(stored) != count:
             raise StartError(
                 f"--shards {count}: the queue in this Redis has {int(stored)}; the number can "
                 "be changed only while it is empty, by deleting its keys (reltrace:*)"
             )
-        key = self.shards[0].keys.cluster
-        await self.redis.set(key, secrets.token_hex(4), nx=True)
-        name: Any = await self.redis.get(key)
+        await self.redis.set(CLUSTER, secrets.token_hex(4), nx=True)
+        name: Any = await self.redis.get(CLUSTER)
         self._cluster = name.decode()
 
     @property
