@@ -45,6 +45,37 @@ class TargetSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class EditSpec:
+    """A change of what flows through the model, as a client asks for it.
+
+    What it touches becomes ``scale * x + value``, or ``x + direction``.
+
+    Parameters
+    ----------
+    site
+        Name of the site.
+    layer
+        Counted from 0; 0 for a site without layers.
+    features
+        Features that are changed; empty: all.
+    positions
+        Tokens that are changed, negative from the end of the prompt; empty: all.
+    scale, value
+        Set: (0, v). Multiply: (s, 0).
+    direction
+        Added instead: one value per feature of the site; empty: none.
+    """
+
+    site: str
+    layer: int = 0
+    features: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    scale: float = 1.0
+    value: float = 0.0
+    direction: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
     """One prompt to trace, as a client asks for it.
 
@@ -64,6 +95,10 @@ class JobSpec:
         Decoder layers that the result has, in this order, counted from 0; empty: all.
     k
         With the reduction ``topk``: how many values of each layer; 0 with any other.
+    edits
+        Made in this order in the forward pass.
+    forward_only
+        No backward pass: the result has the targets, and no tensor.
     """
 
     input: str | tuple[int, ...]
@@ -73,6 +108,8 @@ class JobSpec:
     rule: str = "attnlrp"
     layers: tuple[int, ...] = ()
     k: int = 0
+    edits: tuple[EditSpec, ...] = ()
+    forward_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +172,10 @@ class PreparedJob:
         Decoder layers that the result has, in this order; empty: all.
     k
         With the reduction ``topk``: how many values of each layer; else 0.
+    edits
+        Made in this order in the forward pass; positions count from 0.
+    forward_only
+        No backward pass, so no site.
     """
 
     token_ids: tuple[int, ...]
@@ -145,6 +186,13 @@ class PreparedJob:
     targets: tuple[PreparedTarget, ...]
     layers: tuple[int, ...] = ()
     k: int = 0
+    edits: tuple[EditSpec, ...] = ()
+    forward_only: bool = False
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """What the jobs of one pass have in common."""
+        return self.rule, self.forward_only
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17reltrace/v1/types.proto\x12\x0breltrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"1\n\x08TokenRef\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0c\n\x02id\x18\x02 \x01(\rH\x00\x42\x07\n\x05token\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\\\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x03ids\x18\x02 \x01(\x0b\x32\x15.reltrace.v1.TokenIdsH\x00\x12\x0c\n\x04\x65\x61\x63h\x18\x03 \x01(\x08\x42\x08\n\x06tokens\"\xbd\x01\n\x06Target\x12$\n\x05token\x18\x01 \x01(\x0b\x32\x15.reltrace.v1.TokenRef\x12\x15\n\x08position\x18\x02 \x01(\x11H\x00\x88\x01\x01\x12\'\n\x08\x63ontrast\x18\x03 \x01(\x0b\x32\x15.reltrace.v1.TokenRef\x12/\n\x0c\x63ontinuation\x18\x04 \x01(\x0b\x32\x19.reltrace.v1.Continuation\x12\x0f\n\x07logprob\x18\x05 \x01(\x08\x42\x0b\n\t_position\"\xd5\x02\n\x07JobSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12*\n\tinput_ids\x18\x03 \x01(\x0b\x32\x15.reltrace.v1.TokenIdsH\x00\x12\r\n\x05sites\x18\x04 \x03(\t\x12\x11\n\treduction\x18\x05 \x01(\t\x12$\n\x07targets\x18\x06 \x03(\x0b\x32\x13.reltrace.v1.Target\x12\x0c\n\x04rule\x18\x07 \x01(\t\x12&\n\x05\x64type\x18\x08 \x01(\x0e\x32\x17.reltrace.v1.ScalarType\x12\x12\n\x06layers\x18\t \x03(\rB\x02\x10\x01\x12\r\n\x05top_k\x18\n \x01(\r\x12*\n\x07timeout\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\noutput_uri\x18\x0c \x01(\t\x12\x13\n\x0btraceparent\x18\r \x01(\tB\x07\n\x05input\"\x91\x01\n\x0bTensorPiece\x12\r\n\x05trace\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0c\n\x04part\x18\x03 \x01(\t\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.reltrace.v1.ScalarType\x12\x11\n\x05shape\x18\x05 \x03(\x04\x42\x02\x10\x01\x12\x0e\n\x06offset\x18\x06 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\"\x84\x01\n\x0cStoredTensor\x12\r\n\x05trace\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0c\n\x04part\x18\x03 \x01(\t\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.reltrace.v1.ScalarType\x12\x11\n\x05shape\x18\x05 \x03(\x04\x42\x02\x10\x01\x12\x0e\n\x06offset\x18\x06 \x01(\x04\"s\n\x08Manifest\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12*\n\x07tensors\x18\x05 \x03(\x0b\x32\x19.reltrace.v1.StoredTensor\"\xbd\x01\n\x0eResolvedTarget\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\r\n\x05logit\x18\x03 \x01(\x02\x12\x10\n\x08position\x18\x04 \x01(\r\x12\x18\n\x0b\x63ontrast_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08\x63ontrast\x18\x06 \x01(\t\x12\x0f\n\x07logprob\x18\x07 \x01(\x08\x12\x1c\n\x10\x63ontinuation_ids\x18\x08 \x03(\rB\x02\x10\x01\x42\x0e\n\x0c_contrast_id\"\x9a\x02\n\nProvenance\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0c\n\x04rule\x18\x03 \x01(\t\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.reltrace.v1.ScalarType\x12\x11\n\tattention\x18\x05 \x01(\t\x12\x15\n\rcheckpointing\x18\x06 \x01(\x08\x12\x37\n\x08versions\x18\x07 \x03(\x0b\x32%.reltrace.v1.Provenance.VersionsEntry\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x11\n\treduction\x18\t \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa3\x01\n\x0bTraceHeader\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12,\n\x07targets\x18\x03 \x03(\x0b\x32\x1b.reltrace.v1.ResolvedTarget\x12+\n\nprovenance\x18\x04 \x01(\x0b\x32\x17.reltrace.v1.Provenance\x12\x12\n\x06layers\x18\x05 \x03(\rB\x02\x10\x01\"_\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ngine\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"Z\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12/\n\nviolations\x18\x03 \x03(\x0b\x32\x1b.reltrace.v1.FieldViolation\"\\\n\tLostLease\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12+\n\x07lost_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb9\x01\n\x06JobEnd\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.reltrace.v1.JobState\x12$\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x15.reltrace.v1.JobError\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12%\n\x07timings\x18\x04 \x01(\x0b\x32\x14.reltrace.v1.Timings\x12+\n\x0blost_leases\x18\x05 \x03(\x0b\x32\x16.reltrace.v1.LostLease\"\xcd\x01\n\x0bResultChunk\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\x12(\n\x06header\x18\x03 \x01(\x0b\x32\x18.reltrace.v1.TraceHeader\x12)\n\x07tensors\x18\x04 \x03(\x0b\x32\x18.reltrace.v1.TensorPiece\x12 \n\x03\x65nd\x18\x05 \x01(\x0b\x32\x13.reltrace.v1.JobEnd\x12\'\n\x08manifest\x18\x06 \x01(\x0b\x32\x15.reltrace.v1.Manifest\"\xaa\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\r\n\x05heads\x18\x06 \x01(\r\x12\x19\n\x11intermediate_size\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\t \x01(\r\x12\x12\n\nparameters\x18\n \x01(\x04\x12&\n\x05\x64type\x18\x0b \x01(\x0e\x32\x17.reltrace.v1.ScalarType\x12\r\n\x05sites\x18\x0c \x03(\t\x12\r\n\x05rules\x18\r \x03(\t\x12\x12\n\nreductions\x18\x0e \x03(\t*\x8c\x01\n\nScalarType\x12\x1b\n\x17SCALAR_TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13SCALAR_TYPE_FLOAT32\x10\x01\x12\x18\n\x14SCALAR_TYPE_BFLOAT16\x10\x02\x12\x17\n\x13SCALAR_TYPE_FLOAT16\x10\x03\x12\x15\n\x11SCALAR_TYPE_INT32\x10\x04*\xb4\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x14\n\x10JOB_STATE_LEASED\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x12\x19\n\x15JOB_STATE_QUARANTINED\x10\x06*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17reltrace/v1/types.proto\x12\x0breltrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"1\n\x08TokenRef\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0c\n\x02id\x18\x02 \x01(\rH\x00\x42\x07\n\x05token\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\\\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x03ids\x18\x02 \x01(\x0b\x32\x15.reltrace.v1.TokenIdsH\x00\x12\x0c\n\x04\x65\x61\x63h\x18\x03 \x01(\x08\x42\x08\n\x06tokens\"\xbd\x01\n\x06Target\x12$\n\x05token\x18\x01 \x01(\x0b\x32\x15.reltrace.v1.TokenRef\x12\x15\n\x08position\x18\x02 \x01(\x11H\x00\x88\x01\x01\x12\'\n\x08\x63ontrast\x18\x03 \x01(\x0b\x32\x15.reltrace.v1.TokenRef\x12/\n\x0c\x63ontinuation\x18\x04 \x01(\x0b\x32\x19.reltrace.v1.Continuation\x12\x0f\n\x07logprob\x18\x05 \x01(\x08\x42\x0b\n\t_position\"\x91\x01\n\x04\x45\x64it\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x14\n\x08\x66\x65\x61tures\x18\x03 \x03(\rB\x02\x10\x01\x12\x15\n\tpositions\x18\x04 \x03(\x11\x42\x02\x10\x01\x12\x0f\n\x05value\x18\x05 \x01(\x02H\x00\x12\x0f\n\x05scale\x18\x06 \x01(\x02H\x00\x12\x13\n\tdirection\x18\x07 \x01(\x0cH\x00\x42\x08\n\x06\x63hange\"\x8d\x03\n\x07JobSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12*\n\tinput_ids\x18\x03 \x01(\x0b\x32\x15.reltrace.v1.TokenIdsH\x00\x12\r\n\x05sites\x18\x04 \x03(\t\x12\x11\n\treduction\x18\x05 \x01(\t\x12$\n\x07targets\x18\x06 \x03(\x0b\x32\x13.reltrace.v1.Target\x12\x0c\n\x04rule\x18\x07 \x01(\t\x12&\n\x05\x64type\x18\x08 \x01(\x0e\x32\x17.reltrace.v1.ScalarType\x12\x12\n\x06layers\x18\t \x03(\rB\x02\x10\x01\x12\r\n\x05top_k\x18\n \x01(\r\x12*\n\x07timeout\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\noutput_uri\x18\x0c \x01(\t\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12 \n\x05\x65\x64its\x18\x0e \x03(\x0b\x32\x11.reltrace.v1.Edit\x12\x14\n\x0c\x66orward_only\x18\x0f \x01(\x08\x42\x07\n\x05input\"\x91\x01\n\x0bTensorPiece\x12\r\n\x05trace\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0c\n\x04part\x18\x03 \x01(\t\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.reltrace.v1.ScalarType\x12\x11\n\x05shape\x18\x05 \x03(\x04\x42\x02\x10\x01\x12\x0e\n\x06offset\x18\x06 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x07 \x01(\x0c\"\x84\x01\n\x0cStoredTensor\x12\r\n\x05trace\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0c\n\x04part\x18\x03 \x01(\t\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.reltrace.v1.ScalarType\x12\x11\n\x05shape\x18\x05 \x03(\x04\x42\x02\x10\x01\x12\x0e\n\x06offset\x18\x06 \x01(\x04\"s\n\x08Manifest\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12*\n\x07tensors\x18\x05 \x03(\x0b\x32\x19.reltrace.v1.StoredTensor\"\xbd\x01\n\x0eResolvedTarget\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\r\n\x05logit\x18\x03 \x01(\x02\x12\x10\n\x08position\x18\x04 \x01(\r\x12\x18\n\x0b\x63ontrast_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08\x63ontrast\x18\x06 \x01(\t\x12\x0f\n\x07logprob\x18\x07 \x01(\x08\x12\x1c\n\x10\x63ontinuation_ids\x18\x08 \x03(\rB\x02\x10\x01\x42\x0e\n\x0c_contrast_id\"\x9a\x02\n\nProvenance\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0c\n\x04rule\x18\x03 \x01(\t\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.reltrace.v1.ScalarType\x12\x11\n\tattention\x18\x05 \x01(\t\x12\x15\n\rcheckpointing\x18\x06 \x01(\x08\x12\x37\n\x08versions\x18\x07 \x03(\x0b\x32%.reltrace.v1.Provenance.VersionsEntry\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x11\n\treduction\x18\t \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa3\x01\n\x0bTraceHeader\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12,\n\x07targets\x18\x03 \x03(\x0b\x32\x1b.reltrace.v1.ResolvedTarget\x12+\n\nprovenance\x18\x04 \x01(\x0b\x32\x17.reltrace.v1.Provenance\x12\x12\n\x06layers\x18\x05 \x03(\rB\x02\x10\x01\"_\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ngine\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"Z\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12/\n\nviolations\x18\x03 \x03(\x0b\x32\x1b.reltrace.v1.FieldViolation\"\\\n\tLostLease\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12+\n\x07lost_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb9\x01\n\x06JobEnd\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.reltrace.v1.JobState\x12$\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x15.reltrace.v1.JobError\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12%\n\x07timings\x18\x04 \x01(\x0b\x32\x14.reltrace.v1.Timings\x12+\n\x0blost_leases\x18\x05 \x03(\x0b\x32\x16.reltrace.v1.LostLease\"\xcd\x01\n\x0bResultChunk\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\x12(\n\x06header\x18\x03 \x01(\x0b\x32\x18.reltrace.v1.TraceHeader\x12)\n\x07tensors\x18\x04 \x03(\x0b\x32\x18.reltrace.v1.TensorPiece\x12 \n\x03\x65nd\x18\x05 \x01(\x0b\x32\x13.reltrace.v1.JobEnd\x12\'\n\x08manifest\x18\x06 \x01(\x0b\x32\x15.reltrace.v1.Manifest\"\xaa\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\r\n\x05heads\x18\x06 \x01(\r\x12\x19\n\x11intermediate_size\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\t \x01(\r\x12\x12\n\nparameters\x18\n \x01(\x04\x12&\n\x05\x64type\x18\x0b \x01(\x0e\x32\x17.reltrace.v1.ScalarType\x12\r\n\x05sites\x18\x0c \x03(\t\x12\r\n\x05rules\x18\r \x03(\t\x12\x12\n\nreductions\x18\x0e \x03(\t*\x8c\x01\n\nScalarType\x12\x1b\n\x17SCALAR_TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13SCALAR_TYPE_FLOAT32\x10\x01\x12\x18\n\x14SCALAR_TYPE_BFLOAT16\x10\x02\x12\x17\n\x13SCALAR_TYPE_FLOAT16\x10\x03\x12\x15\n\x11SCALAR_TYPE_INT32\x10\x04*\xb4\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x14\n\x10JOB_STATE_LEASED\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x12\x19\n\x15JOB_STATE_QUARANTINED\x10\x06*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENIDS'].fields_by_name['ids']._loaded_options = None
   _globals['_TOKENIDS'].fields_by_name['ids']._serialized_options = b'\020\001'
+  _globals['_EDIT'].fields_by_name['features']._loaded_options = None
+  _globals['_EDIT'].fields_by_name['features']._serialized_options = b'\020\001'
+  _globals['_EDIT'].fields_by_name['positions']._loaded_options = None
+  _globals['_EDIT'].fields_by_name['positions']._serialized_options = b'\020\001'
   _globals['_JOBSPEC'].fields_by_name['layers']._loaded_options = None
   _globals['_JOBSPEC'].fields_by_name['layers']._serialized_options = b'\020\001'
   _globals['_TENSORPIECE'].fields_by_name['shape']._loaded_options = None
@@ -49,12 +53,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRACEHEADER'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_TRACEHEADER'].fields_by_name['layers']._loaded_options = None
   _globals['_TRACEHEADER'].fields_by_name['layers']._serialized_options = b'\020\001'
-  _globals['_SCALARTYPE']._serialized_start=2893
-  _globals['_SCALARTYPE']._serialized_end=3033
-  _globals['_JOBSTATE']._serialized_start=3036
-  _globals['_JOBSTATE']._serialized_end=3216
-  _globals['_PRIORITY']._serialized_start=3218
-  _globals['_PRIORITY']._serialized_end=3300
+  _globals['_SCALARTYPE']._serialized_start=3097
+  _globals['_SCALARTYPE']._serialized_end=3237
+  _globals['_JOBSTATE']._serialized_start=3240
+  _globals['_JOBSTATE']._serialized_end=3420
+  _globals['_PRIORITY']._serialized_start=3422
+  _globals['_PRIORITY']._serialized_end=3504
   _globals['_TOKENREF']._serialized_start=105
   _globals['_TOKENREF']._serialized_end=154
   _globals['_TOKENIDS']._serialized_start=156
@@ -63,34 +67,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTINUATION']._serialized_end=277
   _globals['_TARGET']._serialized_start=280
   _globals['_TARGET']._serialized_end=469
-  _globals['_JOBSPEC']._serialized_start=472
-  _globals['_JOBSPEC']._serialized_end=813
-  _globals['_TENSORPIECE']._serialized_start=816
-  _globals['_TENSORPIECE']._serialized_end=961
-  _globals['_STOREDTENSOR']._serialized_start=964
-  _globals['_STOREDTENSOR']._serialized_end=1096
-  _globals['_MANIFEST']._serialized_start=1098
-  _globals['_MANIFEST']._serialized_end=1213
-  _globals['_RESOLVEDTARGET']._serialized_start=1216
-  _globals['_RESOLVEDTARGET']._serialized_end=1405
-  _globals['_PROVENANCE']._serialized_start=1408
-  _globals['_PROVENANCE']._serialized_end=1690
-  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_start=1643
-  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_end=1690
-  _globals['_TRACEHEADER']._serialized_start=1693
-  _globals['_TRACEHEADER']._serialized_end=1856
-  _globals['_TIMINGS']._serialized_start=1858
-  _globals['_TIMINGS']._serialized_end=1953
-  _globals['_FIELDVIOLATION']._serialized_start=1955
-  _globals['_FIELDVIOLATION']._serialized_end=2007
-  _globals['_JOBERROR']._serialized_start=2009
-  _globals['_JOBERROR']._serialized_end=2099
-  _globals['_LOSTLEASE']._serialized_start=2101
-  _globals['_LOSTLEASE']._serialized_end=2193
-  _globals['_JOBEND']._serialized_start=2196
-  _globals['_JOBEND']._serialized_end=2381
-  _globals['_RESULTCHUNK']._serialized_start=2384
-  _globals['_RESULTCHUNK']._serialized_end=2589
-  _globals['_MODELINFO']._serialized_start=2592
-  _globals['_MODELINFO']._serialized_end=2890
+  _globals['_EDIT']._serialized_start=472
+  _globals['_EDIT']._serialized_end=617
+  _globals['_JOBSPEC']._serialized_start=620
+  _globals['_JOBSPEC']._serialized_end=1017
+  _globals['_TENSORPIECE']._serialized_start=1020
+  _globals['_TENSORPIECE']._serialized_end=1165
+  _globals['_STOREDTENSOR']._serialized_start=1168
+  _globals['_STOREDTENSOR']._serialized_end=1300
+  _globals['_MANIFEST']._serialized_start=1302
+  _globals['_MANIFEST']._serialized_end=1417
+  _globals['_RESOLVEDTARGET']._serialized_start=1420
+  _globals['_RESOLVEDTARGET']._serialized_end=1609
+  _globals['_PROVENANCE']._serialized_start=1612
+  _globals['_PROVENANCE']._serialized_end=1894
+  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_start=1847
+  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_end=1894
+  _globals['_TRACEHEADER']._serialized_start=1897
+  _globals['_TRACEHEADER']._serialized_end=2060
+  _globals['_TIMINGS']._serialized_start=2062
+  _globals['_TIMINGS']._serialized_end=2157
+  _globals['_FIELDVIOLATION']._serialized_start=2159
+  _globals['_FIELDVIOLATION']._serialized_end=2211
+  _globals['_JOBERROR']._serialized_start=2213
+  _globals['_JOBERROR']._serialized_end=2303
+  _globals['_LOSTLEASE']._serialized_start=2305
+  _globals['_LOSTLEASE']._serialized_end=2397
+  _globals['_JOBEND']._serialized_start=2400
+  _globals['_JOBEND']._serialized_end=2585
+  _globals['_RESULTCHUNK']._serialized_start=2588
+  _globals['_RESULTCHUNK']._serialized_end=2793
+  _globals['_MODELINFO']._serialized_start=2796
+  _globals['_MODELINFO']._serialized_end=3094
 # @@protoc_insertion_point(module_scope)

@@ -229,6 +229,60 @@ class Target(_message.Message):
 Global___Target: _TypeAlias = Target  # noqa: Y015
 
 @_typing.final
+class Edit(_message.Message):
+    """A change of what flows through the model while it runs forward."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    site: _builtins.str
+    """As in ModelInfo.sites."""
+    layer: _builtins.int
+    """Counted from 0; 0 for a site without layers ("embed")."""
+    value: _builtins.float
+    """Set to this."""
+    scale: _builtins.float
+    """Multiply by this."""
+    direction: _builtins.bytes
+    """Add this vector: float32, little-endian, one value per feature of the site."""
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Features (neurons, heads, dimensions) that are changed. Empty: all."""
+
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Positions of tokens that are changed; negative counts from the end of the prompt.
+        Empty: all.
+        """
+
+    def __init__(
+        self,
+        *,
+        site: _builtins.str = ...,
+        layer: _builtins.int = ...,
+        features: _abc.Iterable[_builtins.int] | None = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+        value: _builtins.float = ...,
+        scale: _builtins.float = ...,
+        direction: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "direction", b"direction", "scale", b"scale", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "direction", b"direction", "features", b"features", "layer", b"layer", "positions", b"positions", "scale", b"scale", "site", b"site", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["value", "scale", "direction"]  # noqa: Y015
+    _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
+
+Global___Edit: _TypeAlias = Edit  # noqa: Y015
+
+@_typing.final
 class JobSpec(_message.Message):
     """One prompt to trace."""
 
@@ -247,6 +301,8 @@ class JobSpec(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     OUTPUT_URI_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    EDITS_FIELD_NUMBER: _builtins.int
+    FORWARD_ONLY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a served model, or NAME@REVISION where the revision matters; empty: the only
     model that is served, else an error that lists them.
@@ -269,6 +325,8 @@ class JobSpec(_message.Message):
     """
     traceparent: _builtins.str
     """Span of the client's that the job belongs to, as in W3C Trace Context."""
+    forward_only: _builtins.bool
+    """No backward pass: the result has the targets, and no site."""
     @_builtins.property
     def input_ids(self) -> Global___TokenIds:
         """Used as they are."""
@@ -293,6 +351,10 @@ class JobSpec(_message.Message):
         FAILED with DEADLINE_EXCEEDED wherever it is. Unset: it may take for ever.
         """
 
+    @_builtins.property
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Edit]:
+        """Made in this order in every forward pass of the job."""
+
     def __init__(
         self,
         *,
@@ -309,10 +371,12 @@ class JobSpec(_message.Message):
         timeout: _duration_pb2.Duration | None = ...,
         output_uri: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        edits: _abc.Iterable[Global___Edit] | None = ...,
+        forward_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "input_ids", b"input_ids", "prompt", b"prompt", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "output_uri", b"output_uri", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "top_k", b"top_k", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "edits", b"edits", "forward_only", b"forward_only", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "output_uri", b"output_uri", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "top_k", b"top_k", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "input_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015

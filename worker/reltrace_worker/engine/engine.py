@@ -22,7 +22,7 @@ from reltrace_worker.engine.memory import (
     measure,
 )
 from reltrace_worker.engine.pack import Pack, Scalar
-from reltrace_worker.engine.passes import trace_checkpointed, trace_keeping
+from reltrace_worker.engine.passes import predict, trace_checkpointed, trace_keeping
 from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
 from reltrace_worker.jobs import JobResult, PreparedJob, PreparedTarget, ResolvedTarget, Term
 from reltrace_worker.model.loading import LoadedModel
@@ -141,7 +141,7 @@ class Engine:
         return max(1, min(fitting, MOST_TOKENS[self._loaded.device.type]))
 
     def run(self, batch: Sequence[PreparedJob]) -> list[Outcome]:
-        """Trace every job; those with the same rule share one forward pass.
+        """Trace every job; those of one kind (rule, with or without backward) share a forward pass.
 
         Where memory does not suffice for all of them they are traced in smaller packs, and at
         last one by one with checkpointing. Between calls the model is the one that was loaded.
@@ -165,15 +165,15 @@ class Engine:
         DeviceLostError
             The device does not work any more for this process.
         """
-        by_rule: dict[str, list[int]] = {}
+        by_kind: dict[tuple[str, bool], list[int]] = {}
         for index, job in enumerate(batch):
-            by_rule.setdefault(job.rule, []).append(index)
+            by_kind.setdefault(job.kind, []).append(index)
         results: dict[int, Outcome] = {}
         try:
             with self._lock:
                 if self._plans and batch:
                     self.measure()
-                for rule, indices in by_rule.items():
+                for (rule, _), indices in by_kind.items():
                     outcomes = self._run_jobs(rule, [batch[index] for index in indices])
                     results.update(zip(indices, outcomes, strict=True))
         except torch.AcceleratorError as error:
@@ -246,7 +246,10 @@ class Engine:
 
     def _pass(self, rule: str, jobs: list[PreparedJob], checkpointing: bool) -> list[Outcome]:
         pack = Pack.of(jobs)
+        trace: Callable[[LoadedModel, Pack, Capture], list[Scalar]]
         trace = trace_checkpointed if checkpointing else trace_keeping
+        if jobs[0].forward_only:
+            trace = _predict
         capture = Capture(self._loaded, pack)
         capture.clock.begins("forward")
         with apply_rule(self._loaded.model, self._rules(rule)), through_onednn(self._linears):
@@ -288,3 +291,7 @@ class Engine:
             logprob=target.logprob,
             continuation_ids=ids,
         )
+
+
+def _predict(loaded: LoadedModel, pack: Pack, _: Capture) -> list[Scalar]:
+    return predict(loaded, pack)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from reltrace_worker.errors import InvalidJob, Violation
 from reltrace_worker.jobs import (
@@ -13,6 +13,7 @@ from reltrace_worker.jobs import (
     Term,
     TokenRef,
 )
+from reltrace_worker.model.editing import EditChecker, SiteExtent
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
 
@@ -41,15 +42,17 @@ class JobPreparer:
     ----------
     loaded
         The model that the jobs are for.
-    sites, reductions, rules
-        The names that the engine knows.
+    sites
+        Those that the engine knows, by name.
+    reductions, rules
+        The names that it knows.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
         *,
-        sites: Collection[str],
+        sites: Mapping[str, SiteExtent],
         reductions: Collection[str],
         rules: Collection[str],
     ) -> None:
@@ -61,6 +64,7 @@ class JobPreparer:
         self._sites = tuple(sites)
         self._reductions = tuple(reductions)
         self._rules = tuple(rules)
+        self._edits = EditChecker(loaded.shape, sites)
 
     def prepare(self, spec: JobSpec) -> PreparedJob:
         """Check and tokenize one job.
@@ -99,6 +103,7 @@ class JobPreparer:
                 f"({len(prompt)} and {len(continuation)}, without the last); the model's context "
                 f"holds {self._context_length}",
             )
+        edits = self._edits.prepare(spec.edits, len(prompt), faults.add)
         faults.raise_any()
         return PreparedJob(
             token_ids=token_ids,
@@ -109,10 +114,14 @@ class JobPreparer:
             targets=tuple(targets),
             layers=spec.layers,
             k=spec.k,
+            edits=edits,
+            forward_only=spec.forward_only,
         )
 
     def _check_names(self, spec: JobSpec, faults: _Faults) -> None:
-        if not spec.sites:
+        if spec.forward_only and spec.sites:
+            faults.add("sites", "needs a backward pass, and the job has none (forward_only)")
+        elif not spec.sites and not spec.forward_only:
             faults.add("sites", f"is empty; allowed: {', '.join(self._sites)}")
         for index, site in enumerate(spec.sites):
             if site not in self._sites:

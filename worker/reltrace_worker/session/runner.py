@@ -202,19 +202,19 @@ class Runner:
     def _next_batch(self) -> list[_Ready]:
         """Take what goes into one pass: the job whose turn it is, and what goes with it.
 
-        That is, in the order of their turns, what has its rule (another would be another pass) and
-        still fits. What is passed over stays in order, and comes first before long.
+        That is, in the order of their turns, what is of its kind (another would be another pass)
+        and still fits. What is passed over stays in order, and comes first before long.
         """
         with self._lock:
             if not self._ready:
                 return []
-            rule = self._ready[0].job.rule
+            kind = self._ready[0].job.kind
             batch: list[_Ready] = []
             left: deque[_Ready] = deque()
             tokens = 0
             for job in self._ready:
                 length = len(job.job.token_ids)
-                if job.job.rule == rule and (not batch or tokens + length <= self._max_tokens):
+                if job.job.kind == kind and (not batch or tokens + length <= self._max_tokens):
                     batch.append(job)
                     tokens += length
                 else:
