@@ -34,6 +34,8 @@ from reltrace_scheduler.tracing import Spans
 log = structlog.get_logger()
 
 _LEASES_BYTES = 16 << 20
+_MISSED = 2
+"""Heartbeats that may be late before a worker is leased nothing: less than a lease."""
 _SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
 
 _END_STATES = {
@@ -77,6 +79,7 @@ class Session:
             store, models, idleness, self.worker_id, self._epoch, self._record.routes
         )
         self._reconciled = False
+        self._heard = time.monotonic()
         self._told_to_drain = False
         # Whoever leaves must not be leased to at the same moment.
         self._lock = asyncio.Lock()
@@ -99,7 +102,8 @@ class Session:
         """Lease queued jobs, as many as the worker has room for; empty: nothing to do."""
         async with self._lock:
             # What it holds from before must be known first: it is told by the first heartbeat.
-            jobs = await self.leasing.lease() if self._reconciled else []
+            ready = self._reconciled and not self._silent()
+            jobs = await self.leasing.lease() if ready else []
         for route, count in Counter(job.route for job in jobs).items():
             self._counts.leased.labels(route).inc(count)
         messages = list(_lease_messages(jobs))
@@ -123,6 +127,7 @@ class Session:
 
     async def handle(self, request: worker_pb2.WorkRequest) -> list[worker_pb2.WorkResponse]:
         """Act on a message; return what to answer."""
+        self._heard = time.monotonic()
         match request.WhichOneof("message"):
             case "ready":
                 self.leasing.offered(request.ready.jobs)
@@ -138,6 +143,13 @@ class Session:
                 raise InvalidRequestError(
                     Violation(other or "message", "is not allowed here: hello is sent once, first")
                 )
+
+    def _silent(self) -> bool:
+        """Tell whether heartbeats stay away: of a line that is cut, nobody is told.
+
+        What such a worker was leased would be lost again, and counted against the job.
+        """
+        return time.monotonic() - self._heard > _MISSED * self._store.settings.heartbeat
 
     async def _drain(self) -> list[worker_pb2.WorkResponse]:
         """Note that the worker is alive; return what to tell it if it is to leave."""
