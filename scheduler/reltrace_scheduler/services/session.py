@@ -182,11 +182,10 @@ class Session:
             self.leasing.drop(leases)
             return
         exhausted = await self._store.retry(self.worker_id, leases)
-        await self._store.end([endings.exhausted(lease, release.error) for lease in exhausted])
+        over = [endings.exhausted(lease, release.error) for lease in exhausted]
+        await endings.end(self._store, self._counts, over)
         for lease, held in zip(leases, self.leasing.drop(leases), strict=True):
             self._counts.retried.labels(held.route).inc()
-            if lease in exhausted:
-                self._counts.ended.labels(held.route, "failed").inc()
             self._log.warning(
                 "attempt.failed",
                 job=lease.job_id,
@@ -249,7 +248,7 @@ class Session:
         """Count what was stored, forget the leases that ended with it, and return these."""
         over: dict[int, Held] = {}
         sizes: Counter[str] = Counter()
-        ended: Counter[tuple[str, str]] = Counter()
+        ended: Counter[tuple[str, str, str]] = Counter()
         for index, (chunk, code) in enumerate(zip(chunks, outcome, strict=True)):
             held = (
                 self.leasing.drop([chunk.lease])[0] if chunk.end else self.leasing.held(chunk.lease)
@@ -257,12 +256,12 @@ class Session:
             if code == STORED:
                 sizes[held.route] += len(chunk.data)
                 if chunk.end:
-                    ended[held.route, chunk.end.lower()] += 1
+                    ended[held.route, held.tenant, chunk.end.lower()] += 1
                     over[index] = held
         for route, size in sizes.items():
             self._counts.result_bytes.labels(route).inc(size)
-        for (route, state), count in ended.items():
-            self._counts.ended.labels(route, state).inc(count)
+        for labels, count in ended.items():
+            self._counts.ended.labels(*labels).inc(count)
         return over
 
 
