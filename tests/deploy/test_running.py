@@ -211,7 +211,7 @@ def test_a_scheduler_of_the_stack(encrypted: bool, store: Store, secrets: Path) 
 
 
 def test_a_worker_is_well_while_it_serves_its_metrics() -> None:
-    with exporting("127.0.0.1:0", WorkerCollector(PassStats(), dict)) as address:
+    with exporting("127.0.0.1:0", WorkerCollector({"m": PassStats()}, dict)) as address:
         environment = os.environ | {"RELTRACE_WORKER_METRICS": address}
         assert health("worker", environment) == (0, "")
         # A proxy for the web is none of its business.
