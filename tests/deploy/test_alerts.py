@@ -21,6 +21,7 @@ WELL = {
     "reltrace_redis_up": "1x120",
     'reltrace_workers{model="m"}': "1x120",
     'reltrace_queue_jobs{model="m",tenant="t",priority="batch"}': "5000x120",
+    'reltrace_queue_jobs{model="m@r1",tenant="t",priority="batch"}': "3x120",
     'reltrace_queue_oldest_seconds{model="m",tenant="t",priority="batch"}': "3000x120",
     'reltrace_queue_oldest_seconds{model="m",tenant="t",priority="interactive"}': "5x120",
     'reltrace_leases_total{model="m"}': "0+600x120",
