@@ -134,7 +134,9 @@ def test_every_panel_shows_what_happened(stack: Stack, tmp_path: Path) -> None:
         (only,) = found[title]
         assert 0 < max(only.values) < 1.1, title
     # Idle time included: not more than the worker was there for.
-    assert 0 < last(found["Cost of 1,000 jobs"]) <= 2 * 1000 * (time.time() - since) / (2 * count)
+    assert (
+        0 < last(found["Worker time/1,000 jobs"]) <= 2 * 1000 * (time.time() - since) / (2 * count)
+    )
 
     assert prometheus.alerts() == {}
     (group,) = prometheus.get("rules")["groups"]
