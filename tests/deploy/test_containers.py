@@ -115,7 +115,8 @@ def test_what_is_optional_is_there_if_a_variable_asks_for_it(component: str) -> 
     (install,) = [
         rest for word, rest in stages(component)[0] if word == "RUN" and "/wheels/*.whl" in rest
     ]
-    for requirement in wanted["optional-dependencies"]["otel"]:
+    extras = wanted["optional-dependencies"]
+    for requirement in extras["otel"] + extras["s3"]:
         assert requirement.partition(">=")[0] in install.split()
 
 
