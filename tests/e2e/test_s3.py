@@ -74,6 +74,24 @@ def test_tensors_go_through_an_object_store(
                 trace.by_token(), direct[trace.id].relevance, rtol=1e-4, atol=1e-6
             )
         assert [key for key in keys(bucket) if key.startswith("output/run/shard-")]
+        # The same by the command; its folder holds where they are.
+        source, out = tmp_path / "prompts.txt", tmp_path / "out"
+        source.write_text("\n".join(prompts))
+        command = start(
+            "reltrace", "batch", str(source), str(out), "--server", address, "--quiet",
+            "--reduce", "full", "--output-uri", f"s3://{bucket}/output/file",
+        )  # fmt: skip
+        assert command.popen.wait(60) == 0, command.errors.read_text()
+        loaded = reltrace.load_batch(out)
+        assert len(loaded) == len(prompts)
+        for trace in loaded:
+            assert trace.relevance.ndim == 3
+            np.testing.assert_allclose(
+                trace.by_token(), direct[trace.id].relevance, rtol=1e-4, atol=1e-6
+            )
+        assert [key for key in keys(bucket) if key.startswith("output/file/shard-")]
+        assert sum(path.stat().st_size for path in out.iterdir()) < loaded[0].relevance.nbytes * 12
+
         (refused,) = client.trace_many([PROMPT], output_uri="s3://other/place")
         assert isinstance(refused, reltrace.Failure)
         assert "is in no folder allowed here" in str(refused.error)
