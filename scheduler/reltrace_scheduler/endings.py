@@ -7,8 +7,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2
 
+from reltrace_scheduler.metrics.counts import Counts
+from reltrace_scheduler.store.keys import model_of, tenant_of
 from reltrace_scheduler.store.recent import RecentJob
 from reltrace_scheduler.store.records import Condemned, Ending, Lease, LostLease
+from reltrace_scheduler.store.store import Store
 
 
 def cancelled(job_id: str) -> Ending:
@@ -35,14 +38,24 @@ def exhausted(lease: Lease, error: types_pb2.JobError) -> Ending:
     return _ending(lease.job_id, lease.attempt, "FAILED", error)
 
 
-def recent(ending: Ending, route: str = "", tenant: str = "") -> RecentJob:
-    """Return what is kept of such a job for people to look at."""
+async def end(store: Store, counts: Counts, endings: Sequence[Ending]) -> int:
+    """End jobs from outside, count and note those that this ended; return how many."""
+    queues = await store.end(endings)
+    ended = [(ending, queue) for ending, queue in zip(endings, queues, strict=True) if queue]
+    for ending, queue in ended:
+        counts.ended.labels(model_of(queue), tenant_of(queue), ending.state.lower()).inc()
+    if store.recent.enabled:
+        await store.recent.note([_recent(ending, queue) for ending, queue in ended])
+    return len(ended)
+
+
+def _recent(ending: Ending, queue: str) -> RecentJob:
     chunk = types_pb2.ResultChunk.FromString(ending.data)
     lost = chunk.end.lost_leases
     return RecentJob(
         job=ending.job_id,
-        tenant=tenant,
-        model=route,
+        tenant=tenant_of(queue),
+        model=model_of(queue),
         worker=lost[-1].worker_id if lost else "",
         state=ending.state,
         at=time.time(),

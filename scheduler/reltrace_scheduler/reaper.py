@@ -6,7 +6,7 @@ import time
 import structlog
 from redis.exceptions import RedisError
 
-from reltrace_scheduler.endings import overdue, quarantined, recent
+from reltrace_scheduler.endings import end, overdue, quarantined
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.store.keys import model_of, tenant_of
 from reltrace_scheduler.store.store import Shard, Store
@@ -57,13 +57,7 @@ class Reaper:
             self._counts.lost.labels(model_of(name)).inc(requeued + len(condemned))
             if requeued:
                 log.warning("leases.lost", queue=name, jobs=requeued)
-            if condemned:
-                endings = [quarantined(job) for job in condemned]
-                await shard.upkeep.end(endings)
-                await self._store.recent.note(
-                    [recent(ending, model_of(name), tenant_of(name)) for ending in endings]
-                )
-                self._counts.ended.labels(model_of(name), "quarantined").inc(len(condemned))
+            await end(self._store, self._counts, [quarantined(job) for job in condemned])
             for job in condemned:
                 log.error(
                     "job.quarantined",
@@ -74,9 +68,7 @@ class Reaper:
 
     async def _end_overdue(self, shard: Shard) -> None:
         while jobs := await shard.upkeep.overdue():
-            endings = [overdue(job_id) for job_id in jobs]
-            await shard.upkeep.end(endings)
-            await self._store.recent.note([recent(ending) for ending in endings])
+            await end(self._store, self._counts, [overdue(job_id) for job_id in jobs])
             log.info("jobs.overdue", jobs=len(jobs))
 
     async def _forget(self) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from chaos import checks
@@ -43,7 +47,7 @@ class Clients:
         return self._cluster.start_module(
             name, f"chaos.{kind}", "--server", self._cluster.address,
             "--journal", str(journal), "--seed", str(self._seed * 100 + index),
-            "--first", str(index * _NUMBERS), "--until", str(self._until),
+            "--first", str(index * _NUMBERS), "--until", str(self._until), host="client",
         )  # fmt: skip
 
     def progress(self) -> int:
@@ -59,6 +63,34 @@ class Clients:
                 f"{path.stem} gets a result",
                 seconds,
             )
+
+    def wait_for_silence(self, seconds: float) -> None:
+        """Wait until nothing has been delivered to any client for so long."""
+        with self.gaps() as gaps:
+            wait_until(lambda: gaps[-1] >= seconds, "results stop")
+
+    @contextmanager
+    def gaps(self) -> Iterator[list[float]]:
+        """Note the times between results until the block ends: seconds, the longest last."""
+        longest = [0.0]
+        over = threading.Event()
+
+        def watch() -> None:
+            seen, since = self.progress(), time.monotonic()
+            # Not a wait for anything: how finely time is measured.
+            while not over.wait(0.01):
+                if (now := self.progress()) != seen:
+                    seen, since = now, time.monotonic()
+                if (gap := time.monotonic() - since) > longest[-1]:
+                    longest.append(gap)
+
+        watcher = threading.Thread(target=watch, name="gaps")
+        watcher.start()
+        try:
+            yield longest
+        finally:
+            over.set()
+            watcher.join()
 
     def finish(self) -> checks.Tally:
         """Let them finish what they began; return what they saw, and what was wrong with it."""

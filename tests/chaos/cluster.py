@@ -18,6 +18,7 @@ from typing import Self
 
 import grpc
 import redis
+from chaos.hosts import Network
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
 from reltrace_scheduler.embedded import find_server
 from waiting import wait_until
@@ -26,6 +27,9 @@ TESTS = Path(__file__).parent.parent
 
 START = 60.0
 """Seconds for everything to come up on two busy cores."""
+
+_PORT, _REDIS_PORT = 50051, 6379
+"""Of schedulers and of Redis on hosts of their own."""
 
 _AGAIN = 0.1
 """Seconds before a process that ended is started again."""
@@ -127,10 +131,16 @@ class Part:
         try:
             yield
         finally:
-            self._stopping.clear()
-            self._process = self._start()
-            self._keeper = threading.Thread(target=self._keep_running, name=f"keep {self.name}")
-            self._keeper.start()
+            self.again()
+
+    def again(self, *options: str) -> None:
+        """Start it again after it has ended in order, with these options beside those it had."""
+        assert not self._keeper.is_alive()
+        self._command += options
+        self._stopping.clear()
+        self._process = self._start()
+        self._keeper = threading.Thread(target=self._keep_running, name=f"keep {self.name}")
+        self._keeper.start()
 
     def _end(self, number: signal.Signals, seconds: float = 10.0) -> int:
         with self._lock:
@@ -197,6 +207,9 @@ class Cluster:
         After which a job is quarantined.
     jobs_per_pass
         Of the stand-in engine.
+    network
+        Hosts by the names of what runs there: ``redis``, ``scheduler0``, ``worker0``, ..., and
+        ``client``; None: everything on this machine.
     """
 
     def __init__(
@@ -209,6 +222,7 @@ class Cluster:
         fsync: str = "always",
         max_lost_leases: int = 3,
         jobs_per_pass: int = 16,
+        network: Network | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -221,23 +235,26 @@ class Cluster:
         self._parts.callback(shutil.rmtree, sockets)
         self._socket = sockets / "redis.sock"
         self._fsync = fsync
-        self._ports = _free_ports(schedulers)
+        self._network = network
+        self._addresses = (
+            [("127.0.0.1", port) for port in _free_ports(schedulers)]
+            if network is None
+            else [(network.address(f"scheduler{index}"), _PORT) for index in range(schedulers)]
+        )
         self._workers = workers
         self.schedulers: list[Part] = []
         self.workers: list[Part] = []
 
     def __enter__(self) -> Self:
         try:
-            self.redis = self._parts.enter_context(
-                Part("redis", self._redis_command(), self.folder, self._mend)
-            )
+            self.redis = self.start("redis", self._redis_command(), prepare=self._mend)
             with self.store() as store:
                 wait_until(lambda: _answers(store), "Redis answers", START)
-            for index, port in enumerate(self._ports):
+            for index, (host, port) in enumerate(self._addresses):
                 self.schedulers.append(
                     self.start_module(
                         f"scheduler{index}", "reltrace_scheduler",
-                        "--listen", f"127.0.0.1:{port}", "--redis", f"unix://{self._socket}",
+                        "--listen", f"{host}:{port}", "--redis", self._redis_url(), "--insecure",
                         "--lease", str(self.lease),
                         "--max-lost-leases", str(self._max_lost_leases),
                     )
@@ -245,7 +262,7 @@ class Cluster:
             for index in range(self._workers):
                 self.add_worker(f"worker{index}")
             # One of them is enough for the workers; a test may stop the other in order.
-            wait_until(lambda: all(map(_listens, self._ports)), "all schedulers serve", START)
+            wait_until(self.serves, "all schedulers serve", START)
             wait_until(lambda: self.connected() == self._workers, "all workers connect", START)
         except BaseException:
             self._parts.close()
@@ -255,12 +272,23 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self._parts.close()
 
+    def _redis_url(self) -> str:
+        if self._network is None:
+            return f"unix://{self._socket}"
+        return f"redis://{self._network.address('redis')}:{_REDIS_PORT}"
+
     def _redis_command(self) -> list[str]:
         data = self.folder / "redis"
         data.mkdir(exist_ok=True)
+        port = ["--port", "0"]
+        if self._network is not None:
+            port = ["--port", str(_REDIS_PORT), "--bind", self._network.address("redis")]
+            port += ["--protected-mode", "no"]
         return [
             str(find_server()),
-            *("--port", "0", "--unixsocket", str(self._socket), "--dir", str(data)),
+            *port,
+            # With hosts as well: for who looks into it, past the network.
+            *("--unixsocket", str(self._socket), "--dir", str(data)),
             *("--appendonly", "yes", "--appendfsync", self._fsync, "--save", ""),
             *("--maxmemory-policy", "noeviction"),
         ]
@@ -289,13 +317,22 @@ class Cluster:
                 check=True,
             )
 
-    def start(self, name: str, command: Sequence[str]) -> Part:
-        """Start a process that ends with the cluster."""
-        return self._parts.enter_context(Part(name, command, self.folder))
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        host: str = "",
+        prepare: Callable[[], object] = lambda: None,
+    ) -> Part:
+        """Start a process that ends with the cluster, on the host of its name or of another."""
+        if self._network is not None:
+            command = self._network.on(host or name, command)
+        return self._parts.enter_context(Part(name, command, self.folder, prepare))
 
-    def start_module(self, name: str, module: str, *options: str) -> Part:
+    def start_module(self, name: str, module: str, *options: str, host: str = "") -> Part:
         """Start ``python -m MODULE OPTIONS``."""
-        return self.start(name, [sys.executable, "-m", module, *options])
+        return self.start(name, [sys.executable, "-m", module, *options], host=host)
 
     def add_worker(self, name: str) -> Part:
         """Start a stand-in worker."""
@@ -310,7 +347,7 @@ class Cluster:
     @property
     def address(self) -> str:
         """All schedulers, as clients and workers take them."""
-        return ",".join(f"127.0.0.1:{port}" for port in self._ports)
+        return ",".join(f"{host}:{port}" for host, port in self._addresses)
 
     @property
     def deaths(self) -> list[Death]:
@@ -333,6 +370,10 @@ class Cluster:
         with grpc.insecure_channel(f"ipv4:{self.address}") as channel:
             yield trace_pb2_grpc.TraceServiceStub(channel)
 
+    def serves(self) -> bool:
+        """Tell whether every scheduler takes connections."""
+        return all(map(_listens, self._addresses))
+
     def connected(self) -> int:
         """Count workers that the service knows at present; 0 when it does not answer."""
         with self.client() as client:
@@ -350,9 +391,9 @@ def _answers(store: redis.Redis) -> bool:
         return False
 
 
-def _listens(port: int) -> bool:
+def _listens(address: tuple[str, int]) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex(address) == 0
 
 
 def _free_ports(count: int) -> list[int]:

@@ -93,6 +93,8 @@ class RawClient:
                     ("grpc.initial_reconnect_backoff_ms", 100),
                     ("grpc.max_reconnect_backoff_ms", 500),
                     ("grpc.max_receive_message_length", 64 << 20),
+                    ("grpc.keepalive_time_ms", 5_000),
+                    ("grpc.keepalive_timeout_ms", 2_000),
                 ],
             )
         )

@@ -77,15 +77,16 @@ def _key(lease: worker_pb2.Lease) -> LeaseKey:
     return LeaseKey(lease.job_id, lease.attempt)
 
 
-async def _work(scheduler: str, name: str, jobs_per_pass: int) -> None:
+async def _work(scheduler: str, name: str, version: str, jobs_per_pass: int) -> None:
     # A worker's id names one process: a lease of the one that was killed is not ours.
     worker_id = f"{name}.{os.getpid()}"
-    hello = worker_pb2.Hello(worker_id=worker_id, model=standin.MODEL, device="none", version="0")
+    hello = worker_pb2.Hello(
+        worker_id=worker_id, model=standin.MODEL, device="none", version=version
+    )
     session = Session(scheduler, hello, StandInRunner(jobs_per_pass))
-    asked = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, session.asked_to_drain.set)
     working = asyncio.create_task(session.run())
-    stopping = asyncio.create_task(asked.wait())
+    stopping = asyncio.create_task(session.asked_to_drain.wait())
     await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if stopping.done():
         await session.drain(_DRAIN_GRACE)
@@ -98,13 +99,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scheduler", required=True)
     parser.add_argument("--name", required=True)
+    parser.add_argument("--version", default="0")
     parser.add_argument("--jobs-per-pass", type=int, default=16)
     given = parser.parse_args()
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    asyncio.run(_work(given.scheduler, given.name, given.jobs_per_pass))
+    asyncio.run(_work(given.scheduler, given.name, given.version, given.jobs_per_pass))
 
 
 if __name__ == "__main__":

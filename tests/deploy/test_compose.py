@@ -20,6 +20,11 @@ each_service = pytest.mark.parametrize("name", sorted(SERVICES))
 each_of_ours = pytest.mark.parametrize("name", sorted(OURS))
 
 
+def filled(value: object) -> str:
+    """What compose makes of a value where no variable is set."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(value))
+
+
 def seconds(text: str) -> int:
     found = re.fullmatch(r"(\d+)(s|m)", text)
     assert found, text
@@ -133,9 +138,17 @@ def test_only_schedulers_share_a_network_with_redis() -> None:
 
 def test_nothing_is_published_to_other_machines_unasked() -> None:
     published = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(published) == 4
+    assert len(published) == 6
     for port in published:
         assert port.startswith(("127.0.0.1:", "${RELTRACE_BIND:-127.0.0.1}:"))
+
+
+def test_the_page_is_for_this_machine() -> None:
+    for name, component in OURS.items():
+        if component == "scheduler":
+            port = SERVICES[name]["environment"]["RELTRACE_WEB"].rpartition(":")[2]
+            (published,) = [p for p in SERVICES[name]["ports"] if p.endswith(f":{port}")]
+            assert published.startswith("127.0.0.1:")
 
 
 def test_workers_know_all_schedulers() -> None:

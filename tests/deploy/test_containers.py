@@ -106,6 +106,20 @@ def test_variables_are_options_of_the_commands(component: str) -> None:
         assert name in VARIABLES[component] or SYSTEM.fullmatch(name), name
 
 
+def test_logs_are_for_machines(component: str) -> None:
+    assert environment(component)["RELTRACE_LOG_FORMAT"] == "json"
+
+
+def test_what_is_optional_is_there_if_a_variable_asks_for_it(component: str) -> None:
+    wanted = tomllib.loads((ROOT / SCRIPTS[component]).read_text())["project"]
+    (install,) = [
+        rest for word, rest in stages(component)[0] if word == "RUN" and "/wheels/*.whl" in rest
+    ]
+    extras = wanted["optional-dependencies"]
+    for requirement in extras["otel"] + extras["s3"]:
+        assert requirement.partition(">=")[0] in install.split()
+
+
 def test_ports_are_those_that_are_served(component: str) -> None:
     variables = {"scheduler": ["RELTRACE_LISTEN", "RELTRACE_METRICS"]}
     served = [

@@ -163,6 +163,13 @@ def test_each_way_in_is_guarded(overlay: Rendered) -> None:
     assert plain == {overlay.name == "one-node"} == {not encrypted}
 
 
+def test_the_page_is_for_who_forwards_a_port(overlay: Rendered) -> None:
+    pod = overlay.pods()["scheduler"]
+    host, _, port = str(environment(overlay, pod)["RELTRACE_WEB"]).partition(":")
+    assert host == "127.0.0.1"
+    assert int(port) not in {port["containerPort"] for port in container(pod)["ports"]}
+
+
 def test_the_kubelet_asks_for_health_as_the_port_speaks(overlay: Rendered) -> None:
     pod = overlay.pods()["scheduler"]
     encrypted = "RELTRACE_LISTEN_TLS_CERT" in environment(overlay, pod)

@@ -10,7 +10,7 @@ README = (DEPLOY / "README.md").read_text()
 
 
 def test_paths_exist() -> None:
-    named = set(re.findall(r"\bdeploy/[\w./-]*[\w-]", README))
+    named = set(re.findall(r"(?<![\w/])(?:tests/)?deploy/[\w./-]*[\w-]", README))
     named -= {path for path in named if "/secrets/" in path or path.endswith("/secrets")}
     assert named >= {"deploy/compose.yaml", "deploy/kubernetes/overlays/gpu"}
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []

@@ -1,12 +1,17 @@
 """What the stack starts, started here: the secrets, the checks of health, Redis after a crash."""
 
+import base64
+import json
 import os
 import re
 import shutil
 import socket
+import ssl
 import stat
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +19,8 @@ import pytest
 import redis
 import reltrace
 from deploy.rendering import DEPLOY, KUBERNETES, make_secrets
-from deploy.test_compose import SERVICES
+from deploy.test_compose import SERVICES, filled
+from deploy.test_containers import environment as image_environment
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from reltrace_scheduler.auth.tokens import parse
@@ -171,18 +177,44 @@ def health(check: str, environment: dict[str, str]) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def ask_page(port: int, secrets: Path, token: str, encrypted: bool) -> int:
+    """Ask for the page with a token as the password; return the status."""
+    login = base64.b64encode(f"me:{(secrets / token).read_text().strip()}".encode()).decode()
+    request = urllib.request.Request(
+        f"{'https' if encrypted else 'http'}://localhost:{port}/state.json",
+        headers={"Authorization": f"Basic {login}"},
+    )
+    trust = ssl.create_default_context(cafile=str(secrets / "server.pem"))
+    try:
+        with urllib.request.urlopen(request, timeout=10, context=trust) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
 @pytest.mark.parametrize("encrypted", [True, False], ids=["tls", "plain"])
-def test_a_scheduler_of_the_stack(encrypted: bool, store: Store, secrets: Path) -> None:
-    """The variables of compose.yaml start it; its checks tell a Redis that is away from a death."""
+def test_a_scheduler_of_the_stack(
+    encrypted: bool, store: Store, secrets: Path, tmp_path: Path
+) -> None:
+    """
+    Given the variables of the image and of compose.yaml
+    I expect a scheduler that serves clients, shows operators its page, logs JSON, and whose checks
+    tell a Redis that is away from a death.
+    """
     store.start()
     environment = {
-        name: re.sub("^/run/secrets", str(secrets), value)
-        for name, value in SERVICES["scheduler-1"]["environment"].items()
-        if name != "RELTRACE_METRICS"
+        name: re.sub("^/run/secrets", str(secrets), filled(value))
+        for name, value in {
+            **image_environment("scheduler"),
+            **SERVICES["scheduler-1"]["environment"],
+        }.items()
+        if name not in {"RELTRACE_METRICS", "PATH"}
     }
-    port = free_port()
+    port, page = free_port(), free_port()
     environment |= {
         "RELTRACE_LISTEN": f"0.0.0.0:{port}",
+        "RELTRACE_WEB": f"0.0.0.0:{page}",
         "RELTRACE_REDIS": f"unix://{store.data}/socket",
     }
     if not encrypted:
@@ -190,9 +222,11 @@ def test_a_scheduler_of_the_stack(encrypted: bool, store: Store, secrets: Path) 
             name: value for name, value in environment.items() if "_TLS_" not in name
         } | {"RELTRACE_LISTEN_INSECURE": "1"}
     environment = os.environ | environment
-    process = subprocess.Popen(
-        [sys.executable, "-m", "reltrace_scheduler"], env=environment, stderr=subprocess.DEVNULL
-    )
+    log = tmp_path / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "reltrace_scheduler"], env=environment, stderr=errors
+        )
     try:
         wait_until(lambda: health("ready", environment) == (0, ""), "the scheduler serves")
         tls = reltrace.TlsOptions(ca=secrets / "server.pem") if encrypted else None
@@ -200,10 +234,14 @@ def test_a_scheduler_of_the_stack(encrypted: bool, store: Store, secrets: Path) 
             f"127.0.0.1:{port}", token=secrets / "client.token", tls=tls
         ) as client:
             assert client.models() == []
+        for role, status in (("client", 401), ("operator", 200)):
+            assert ask_page(page, secrets, f"{role}.token", encrypted) == status
         if encrypted:
             store.kill()
             wait_until(lambda: health("ready", environment)[0] == 1, "Redis is missed")
             assert health("alive", environment) == (0, "")
+            wait_until(log.read_text, "the scheduler says that Redis is away")
+            assert all("event" in json.loads(line) for line in log.read_text().splitlines())
     finally:
         process.kill()
         process.wait(10)
@@ -211,7 +249,7 @@ def test_a_scheduler_of_the_stack(encrypted: bool, store: Store, secrets: Path) 
 
 
 def test_a_worker_is_well_while_it_serves_its_metrics() -> None:
-    with exporting("127.0.0.1:0", WorkerCollector(PassStats(), dict)) as address:
+    with exporting("127.0.0.1:0", WorkerCollector({"m": PassStats()}, dict)) as address:
         environment = os.environ | {"RELTRACE_WORKER_METRICS": address}
         assert health("worker", environment) == (0, "")
         # A proxy for the web is none of its business.

@@ -25,7 +25,11 @@ PYTHON = [
     )
 ]
 # Without the default port, which another test may hold, they need a host, a hub, or a JOB.
-NOT_HERE = re.compile(r"\breltrace up\b|10\.0\.0|meta-llama|PATH_OR_HUB_ID|JOB|TENANT|node1|\.\.\.")
+NOT_HERE = re.compile(
+    r"\breltrace up\b|10\.0\.0|meta-llama|PATH_OR_HUB_ID|JOB|TENANT|node1|\.\.\."
+    # These go on until they are interrupted, want a bucket, or end the worker of the others.
+    r"|--watch|s3://|drain"
+)
 PROMPTS = '{"id": "a", "prompt": "I have 2 birds and 4 fish. My birds"}\n"We have a dog"\n'
 
 

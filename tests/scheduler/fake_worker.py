@@ -50,9 +50,26 @@ class FakeWorker:
         """Ask for jobs until so many are leased."""
         await self.send(ready=worker_pb2.Ready(jobs=jobs))
         leased: list[worker_pb2.Lease] = []
-        while len(leased) < jobs:
-            leased += (await self.receive("leases")).leases.leases
+        enough = asyncio.Event()
+        talking = asyncio.create_task(self._talk_until(enough))
+        try:
+            while len(leased) < jobs:
+                leased += (await self.receive("leases")).leases.leases
+        finally:
+            enough.set()
+            await talking
         return leased
+
+    async def _talk_until(self, enough: asyncio.Event) -> None:
+        """Be heard, without a word on leases: to who is silent, nothing is leased."""
+        while True:
+            try:
+                async with asyncio.timeout(0.1):
+                    await enough.wait()
+            except TimeoutError:
+                await self.send(ready=worker_pb2.Ready(jobs=0))
+            else:
+                return
 
     async def finish(
         self, leases: list[worker_pb2.Lease], data: bytes = b"", number: int = 1

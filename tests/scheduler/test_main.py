@@ -196,6 +196,27 @@ def test_halves_of_options(
     assert said in " ".join(errors.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--results-url", "/srv/results"), 1, "--results-url /srv/results: must be a URL"),
+        (("--output-uri", "nothing://x"), 1, "--output-uri nothing://x: "),
+        (("--shards", "0"), 2, "'RELTRACE_SHARDS'): Input should be greater than or equal to 1"),
+        (("--log-format", "xml"), 2, "'xml' is not one of 'console', 'json'"),
+        (("--traces-share", "2"), 2, "Input should be less than or equal to 1"),
+        (("--traces", "collector:4317"), 1, "--traces collector:4317: must be a URL"),
+        (("--web", "nowhere"), 1, "--web nowhere: "),
+    ],
+)
+def test_values_that_can_not_be(
+    start: Start, redis_url: str, options: tuple[str, ...], code: int, said: str
+) -> None:
+    process = start("--redis", redis_url, *options)
+    _, errors = process.communicate(timeout=30)
+    assert said in " ".join(errors.replace("│", " ").split())
+    assert process.returncode == code
+
+
 def test_a_tokens_file_that_is_broken(start: Start, redis_url: str, tmp_path: Path) -> None:
     file = tmp_path / "tokens.toml"
     file.write_text("[[token")

@@ -31,8 +31,8 @@ def read(address: str) -> dict[tuple[str, str], float]:
 
 async def test_passes_are_counted(checkpoints: Checkpoints) -> None:
     """
-    Given a pass over two jobs, with room for 64 tokens
-    I expect jobs, tokens, room, and time in every phase.
+    Given a pass over jobs of two tenants, 10 tokens and 6, with room for 64
+    I expect jobs, tokens, room, time in every phase, and the time shared out as 10 to 6.
     """
     loaded = checkpoints.loaded("plain")
     engine = Engine(loaded)
@@ -42,6 +42,7 @@ async def test_passes_are_counted(checkpoints: Checkpoints) -> None:
         worker_pb2.Lease(
             job_id=f"s-{number}",
             attempt=1,
+            tenant=f"tenant {number}",
             spec=types_pb2.JobSpec(input_ids=types_pb2.TokenIds(ids=own)),
         )
         for number, own in enumerate(ids)
@@ -59,6 +60,13 @@ async def test_passes_are_counted(checkpoints: Checkpoints) -> None:
     assert found["reltrace_worker_capacity_tokens_total", ""] == 64
     for phase in ("forward", "backward", "transfer"):
         assert 0 < found["reltrace_worker_seconds_total", phase] < 60
+    first, second = (
+        found["reltrace_worker_tenant_seconds_total", f"tenant {number}"] for number in range(2)
+    )
+    assert first == pytest.approx(second * 10 / 6)
+    # The whole of the pass, with what belongs to no phase.
+    phases = sum(v for (name, _), v in found.items() if name == "reltrace_worker_seconds_total")
+    assert phases <= first + second < 60
     assert found["process_resident_memory_bytes", ""] > 1e7
 
 

@@ -29,6 +29,8 @@ class PassStats:
         Tokens that they took, and that they had room for.
     seconds : dict of str to float
         By phase of the pass.
+    tenant_seconds : dict of str to float
+        By tenant: of the time of each pass, the part that its tokens were of the pass's.
     """
 
     passes: int = 0
@@ -37,6 +39,22 @@ class PassStats:
     tokens: int = 0
     capacity: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    tenant_seconds: dict[str, float] = field(default_factory=dict)
+
+    def share(self, seconds: float, tokens: Mapping[str, int]) -> None:
+        """Share the time of a pass out over tenants, by their tokens.
+
+        Parameters
+        ----------
+        seconds : float
+            Of the whole pass.
+        tokens : mapping of str to int
+            By tenant.
+        """
+        whole = sum(tokens.values())
+        for tenant, own in tokens.items():
+            spent = self.tenant_seconds.get(tenant, 0.0)
+            self.tenant_seconds[tenant] = spent + seconds * own / whole
 
 
 class WorkerCollector(Collector):
@@ -67,6 +85,7 @@ class WorkerCollector(Collector):
         capacity = counter("capacity_tokens", "Tokens that they had room for.")
         jobs = counter("jobs", "Jobs that passes ended.", "outcome")
         seconds = counter("seconds", "Time of passes.", "phase")
+        shares = counter("tenant_seconds", "Time of passes, by whose tokens they took.", "tenant")
         for model, stats in self._stats.items():
             passes.add_metric([model], stats.passes)
             tokens.add_metric([model], stats.tokens)
@@ -75,12 +94,14 @@ class WorkerCollector(Collector):
             jobs.add_metric([model, "failed"], stats.failed)
             for phase, value in dict(stats.seconds).items():
                 seconds.add_metric([model, phase], value)
+            for tenant, value in dict(stats.tenant_seconds).items():
+                shares.add_metric([model, tenant], value)
         memory = GaugeMetricFamily(
             "reltrace_worker_device_memory_bytes", "Memory of the GPU.", labels=["kind"]
         )
         for kind, count in self._memory().items():
             memory.add_metric([kind], count)
-        yield from (passes, tokens, capacity, jobs, seconds, memory)
+        yield from (passes, tokens, capacity, jobs, seconds, shares, memory)
 
 
 @contextmanager

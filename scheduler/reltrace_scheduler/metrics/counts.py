@@ -20,7 +20,7 @@ class Counts:
 
         self.submitted = counter("jobs_submitted", "Jobs that were accepted.", "tenant", "priority")
         self.ended = counter(
-            "jobs_ended", "Jobs whose end this scheduler stored.", "model", "state"
+            "jobs_ended", "Jobs whose end this scheduler stored.", "model", "tenant", "state"
         )
         self.leased = counter("leases", "Jobs that were given to workers.", "model")
         self.lost = counter("leases_lost", "Leases whose worker fell silent.", "model")

@@ -34,6 +34,8 @@ from reltrace_scheduler.tracing import Spans
 log = structlog.get_logger()
 
 _LEASES_BYTES = 16 << 20
+_MISSED = 2
+"""Heartbeats that may be late before a worker is leased nothing: less than a lease."""
 _SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
 
 _END_STATES = {
@@ -77,6 +79,7 @@ class Session:
             store, models, idleness, self.worker_id, self._epoch, self._record.routes
         )
         self._reconciled = False
+        self._heard = time.monotonic()
         self._told_to_drain = False
         # Whoever leaves must not be leased to at the same moment.
         self._lock = asyncio.Lock()
@@ -99,7 +102,8 @@ class Session:
         """Lease queued jobs, as many as the worker has room for; empty: nothing to do."""
         async with self._lock:
             # What it holds from before must be known first: it is told by the first heartbeat.
-            jobs = await self.leasing.lease() if self._reconciled else []
+            ready = self._reconciled and not self._silent()
+            jobs = await self.leasing.lease() if ready else []
         for route, count in Counter(job.route for job in jobs).items():
             self._counts.leased.labels(route).inc(count)
         messages = list(_lease_messages(jobs))
@@ -123,6 +127,7 @@ class Session:
 
     async def handle(self, request: worker_pb2.WorkRequest) -> list[worker_pb2.WorkResponse]:
         """Act on a message; return what to answer."""
+        self._heard = time.monotonic()
         match request.WhichOneof("message"):
             case "ready":
                 self.leasing.offered(request.ready.jobs)
@@ -138,6 +143,13 @@ class Session:
                 raise InvalidRequestError(
                     Violation(other or "message", "is not allowed here: hello is sent once, first")
                 )
+
+    def _silent(self) -> bool:
+        """Tell whether heartbeats stay away: of a line that is cut, nobody is told.
+
+        What such a worker was leased would be lost again, and counted against the job.
+        """
+        return time.monotonic() - self._heard > _MISSED * self._store.settings.heartbeat
 
     async def _drain(self) -> list[worker_pb2.WorkResponse]:
         """Note that the worker is alive; return what to tell it if it is to leave."""
@@ -170,11 +182,10 @@ class Session:
             self.leasing.drop(leases)
             return
         exhausted = await self._store.retry(self.worker_id, leases)
-        await self._store.end([endings.exhausted(lease, release.error) for lease in exhausted])
+        over = [endings.exhausted(lease, release.error) for lease in exhausted]
+        await endings.end(self._store, self._counts, over)
         for lease, held in zip(leases, self.leasing.drop(leases), strict=True):
             self._counts.retried.labels(held.route).inc()
-            if lease in exhausted:
-                self._counts.ended.labels(held.route, "failed").inc()
             self._log.warning(
                 "attempt.failed",
                 job=lease.job_id,
@@ -237,7 +248,7 @@ class Session:
         """Count what was stored, forget the leases that ended with it, and return these."""
         over: dict[int, Held] = {}
         sizes: Counter[str] = Counter()
-        ended: Counter[tuple[str, str]] = Counter()
+        ended: Counter[tuple[str, str, str]] = Counter()
         for index, (chunk, code) in enumerate(zip(chunks, outcome, strict=True)):
             held = (
                 self.leasing.drop([chunk.lease])[0] if chunk.end else self.leasing.held(chunk.lease)
@@ -245,12 +256,12 @@ class Session:
             if code == STORED:
                 sizes[held.route] += len(chunk.data)
                 if chunk.end:
-                    ended[held.route, chunk.end.lower()] += 1
+                    ended[held.route, held.tenant, chunk.end.lower()] += 1
                     over[index] = held
         for route, size in sizes.items():
             self._counts.result_bytes.labels(route).inc(size)
-        for (route, state), count in ended.items():
-            self._counts.ended.labels(route, state).inc(count)
+        for labels, count in ended.items():
+            self._counts.ended.labels(*labels).inc(count)
         return over
 
 

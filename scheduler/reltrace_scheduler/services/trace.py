@@ -8,7 +8,7 @@ import grpc
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 from reltrace_scheduler.auth.identity import current
-from reltrace_scheduler.endings import cancelled, recent
+from reltrace_scheduler.endings import cancelled, end
 from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
@@ -145,12 +145,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             found = await self._store.jobs(request.job_ids, tenant=current().tenant)
             job_ids = [job.job_id for job in found if job]
         endings = [cancelled(job_id) for job_id in job_ids]
-        ended = await self._store.end(endings)
-        tenant = current().tenant
-        await self._store.recent.note(
-            [recent(x, tenant=tenant) for x, over in zip(endings, ended, strict=True) if over]
-        )
-        return trace_pb2.CancelJobsResponse(cancelled=sum(ended))
+        ended = await end(self._store, self._counts, endings)
+        return trace_pb2.CancelJobsResponse(cancelled=ended)
 
     async def GetJobs(  # noqa: N802
         self, request: trace_pb2.GetJobsRequest, context: Context

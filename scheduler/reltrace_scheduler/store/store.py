@@ -178,7 +178,7 @@ class Store:
         """Free results; see `Results.acknowledge`."""
         return await self.of(submission_id).results.acknowledge(submission_id, through_entry)
 
-    async def end(self, endings: Sequence[Ending]) -> list[bool]:
+    async def end(self, endings: Sequence[Ending]) -> list[str]:
         """End jobs from outside; see `Upkeep.end`."""
         return await self._each(
             endings, lambda ending: ending.job_id, lambda shard, own: shard.upkeep.end(own)

@@ -74,9 +74,9 @@ class Upkeep:
             if cursor == b"0-0":
                 return requeued, condemned
 
-    async def end(self, endings: Sequence[Ending]) -> list[bool]:
-        """End jobs from outside; return for each whether this ended it."""
-        outcome: list[bool] = []
+    async def end(self, endings: Sequence[Ending]) -> list[str]:
+        """End jobs from outside; return each one's queue by name, "" if this did not end it."""
+        outcome: list[str] = []
         for start in range(0, len(endings), _END_AT_ONCE):
             reply = await self._scripts(
                 "end",
@@ -95,7 +95,7 @@ class Upkeep:
                     )
                 ),
             )
-            outcome += [bool(code) for code in reply]
+            outcome += [name.decode() for name in reply]
         return outcome
 
     async def promote(self) -> int:

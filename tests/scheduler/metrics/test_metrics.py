@@ -108,6 +108,27 @@ async def test_the_way_of_jobs(exported: Exported) -> None:
     assert found["reltrace_redis_memory_bytes"] > 100_000
 
 
+async def test_jobs_that_end_from_outside_are_counted_with_what_they_were(
+    exported: Exported,
+) -> None:
+    """
+    Given a job that is leased and one that waits
+    If both are cancelled, and another does not end within its timeout
+    I expect each to be counted once, with its model and tenant.
+    """
+    await exported.worker.connect()
+    answer = await exported.traces.SubmitJobs(submission(2))
+    await exported.worker.lease(1)
+    for _ in range(2):
+        await exported.traces.CancelJobs(trace_pb2.CancelJobsRequest(job_ids=answer.job_ids))
+    late = submission(1)
+    late.jobs[0].timeout.FromMilliseconds(1)
+    await exported.traces.SubmitJobs(late)
+    where = {"model": "m", "tenant": "default"}
+    await exported.wait("reltrace_jobs_ended_total", 1, state="failed", **where)
+    assert await exported.value("reltrace_jobs_ended_total", state="cancelled", **where) == 2
+
+
 async def test_a_submission_that_is_repeated_counts_once(exported: Exported) -> None:
     await exported.worker.connect()
     request = submission(3)

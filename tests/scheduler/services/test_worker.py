@@ -76,6 +76,28 @@ async def test_a_silent_worker_loses_its_jobs_to_another(
     assert [end.attempt for end in await ends(client, answer.submission_id)] == [2]
 
 
+async def test_who_is_silent_is_leased_nothing_until_heard_again(
+    client, channel: grpc.aio.Channel, worker: FakeWorker
+) -> None:
+    """
+    Given a worker that has a job, has room for more, and falls silent while its stream stays open
+    If its lease is lost
+    I expect the job to go to another, not to the silent one again, which gets the next job
+    once it is heard.
+    """
+    await submit(client, 1)
+    (lost,) = await worker.lease(1)
+    await worker.send(ready=worker_pb2.Ready(jobs=2))
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    (found,) = await other.lease(1)
+    assert (found.job_id, found.attempt) == (lost.job_id, 2)
+    answer = await submit(client, 1)
+    await worker.send(heartbeat=worker_pb2.Heartbeat())
+    (late,) = (await worker.receive("leases")).leases.leases
+    assert (late.job_id, late.attempt) == (answer.job_ids[0], 1)
+
+
 async def test_heartbeats_keep_a_lease(client, channel, worker: FakeWorker) -> None:
     await submit(client, 1)
     leases = await worker.lease(1)

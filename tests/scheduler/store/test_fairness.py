@@ -145,7 +145,7 @@ async def test_parked_jobs_can_be_ended(driver: Driver, store: redis.asyncio.Red
     await driver.commit("w", [end(job, bytes(2000))])
     assert await driver.lease("w", 5) == []
     ended = await driver.upkeep.end([cancelled(job_id) for job_id in submission.job_ids])
-    assert ended == [False, True, True]
+    assert ended == ["", "interactive:t:m", "interactive:t:m"]
     assert not await store.keys("*parked:*")
 
 

@@ -35,8 +35,8 @@ async def test_the_third_lost_lease_condemns_a_job(driver: Driver) -> None:
     # If the reaper dies before it has written the end, the next one finds the job again.
     (again,) = await driver.reap_until(condemned=1)
     assert again == condemned
-    assert await driver.upkeep.end([quarantined(condemned)]) == [True]
-    assert await driver.upkeep.end([quarantined(condemned)]) == [False]
+    assert await driver.upkeep.end([quarantined(condemned)]) == ["alone:t:m"]
+    assert await driver.upkeep.end([quarantined(condemned)]) == [""]
     (record,) = await driver.queue.jobs([job.job_id], tenant="t")
     assert record is not None
     assert record.state == "QUARANTINED"
@@ -130,8 +130,8 @@ async def test_cancelling_ends_queued_and_leased_jobs(
     await driver.commit("w", [NewChunk(lease_of(leased), 1, "", b"half")])
 
     ends = [cancelled(job_id) for job_id in [*submission.job_ids, "unknown-0"]]
-    assert await driver.upkeep.end(ends) == [True, True, True, False]
-    assert await driver.upkeep.end(ends) == [False] * 4
+    assert await driver.upkeep.end(ends) == [*3 * ["interactive:t:m"], ""]
+    assert await driver.upkeep.end(ends) == [""] * 4
 
     assert await driver.commit("w", [end(leased, number=2)]) == [LOST]
     assert await driver.queue.renew("w", [lease_of(leased)]) == [lease_of(leased)]
@@ -151,7 +151,7 @@ async def test_a_job_that_waits_for_another_attempt_can_be_cancelled(
     submission = await driver.submit(jobs(1))
     (job,) = await driver.lease("w", 1)
     await driver.queue.retry("w", [lease_of(job)])
-    assert await driver.upkeep.end([cancelled(submission.job_ids[0])]) == [True]
+    assert await driver.upkeep.end([cancelled(submission.job_ids[0])]) == ["interactive:t:m"]
     assert await store.zcard(keys.delayed) == 0
 
 
@@ -159,8 +159,8 @@ async def test_an_ending_meant_for_an_earlier_attempt_does_nothing(driver: Drive
     await driver.submit(jobs(1))
     (job,) = await lose(driver, "w")
     (again,) = await driver.lease("v", 1)
-    assert await driver.upkeep.end([Ending(job.job_id, 1, "FAILED", b"")]) == [False]
-    assert await driver.upkeep.end([Ending(job.job_id, 2, "FAILED", b"")]) == [True]
+    assert await driver.upkeep.end([Ending(job.job_id, 1, "FAILED", b"")]) == [""]
+    assert await driver.upkeep.end([Ending(job.job_id, 2, "FAILED", b"")]) == ["suspect:t:m"]
     assert await driver.commit("v", [end(again)]) == [LOST]
 
 

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -252,7 +252,11 @@ class Runner:
         finally:
             self.running = frozenset()
         seconds = time.perf_counter() - started
-        tokens = sum(len(job.job.token_ids) for job in batch)
+        of_tenants: Counter[str] = Counter()
+        for job in batch:
+            of_tenants[job.lease.tenant] += len(job.job.token_ids)
+        tokens = of_tenants.total()
+        self.stats.share(seconds, of_tenants)
         self.stats.passes += 1
         self.stats.tokens += tokens
         # A longer prompt is a pass of its own.

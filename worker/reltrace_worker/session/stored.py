@@ -98,7 +98,8 @@ def write(url: str, name: str, jobs: Sequence[tuple[str, Tensors]]) -> list[type
     place = posixpath.join(url, name)
     try:
         fs, path = url_to_fs(place)
-        if isinstance(fs, fsspec.implementations.local.LocalFileSystem):
+        local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+        if local:
             fs.makedirs(posixpath.dirname(path), exist_ok=True)
         with fs.open(path, "wb") as file:
             file.write(header)
@@ -106,7 +107,10 @@ def write(url: str, name: str, jobs: Sequence[tuple[str, Tensors]]) -> list[type
                 manifest.url = place
                 manifest.offset += len(header)
                 manifest.sha256 = _pour(tensors, file)
-            _settle(file)
+            if local:
+                # On the disk before its result counts; other stores see to that themselves.
+                file.flush()
+                os.fsync(file.fileno())
     except Exception as error:
         # Every kind of store has errors of its own.
         raise PassFailedError(f"{place} can not be written: {error}") from error
@@ -151,10 +155,3 @@ def _pour(tensors: Tensors, file: Any) -> bytes:
         digest.update(data)
         file.write(data)
     return digest.digest()
-
-
-def _settle(file: Any) -> None:
-    """Have a file on the disk before its result counts; other stores do that themselves."""
-    file.flush()
-    if hasattr(file, "fileno"):
-        os.fsync(file.fileno())

@@ -16,7 +16,8 @@
 -- ARGV: prefix, group, result ttl (ms), how many dead jobs are kept, how long (ms), then per
 --       job: job id, attempt ("": any), state, chunk
 --
--- Returns per job: 1 ended, 0 not: it had ended, is unknown, or is at another attempt.
+-- Returns per job the name of the queue that it was in, or "" where this did not end it: it had
+-- ended, is unknown, or is at another attempt.
 local ttl, most_dead, dead_ttl = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local outcome, revoked = {}, {}
 
@@ -59,9 +60,9 @@ for i = 6, #ARGV, 4 do
             bury(job, now())
         end
         finish(job, state, chunk)
-        outcome[#outcome + 1] = 1
+        outcome[#outcome + 1] = job.queue
     else
-        outcome[#outcome + 1] = 0
+        outcome[#outcome + 1] = ""
     end
 end
 settle(ttl)
