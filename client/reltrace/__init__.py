@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from reltrace._admin import DeadJob, Requeued, Tenant
 from reltrace._aio import AsyncClient
 from reltrace._client import Client
+from reltrace._edit import Edit, Steer
 from reltrace._entries import Entry
 from reltrace._errors import (
     Cancelled,
@@ -82,6 +83,7 @@ __all__ = [
     "Client",
     "DeadJob",
     "DeadlineExceeded",
+    "Edit",
     "Entry",
     "Failure",
     "InvalidArgument",
@@ -101,6 +103,7 @@ __all__ = [
     "ResolvedTarget",
     "ResourceExhausted",
     "Status",
+    "Steer",
     "StoreUnreadable",
     "Target",
     "Tenant",

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeAlias, overload
 
+from reltrace._edit import EditLike
 from reltrace._errors import TraceError, invalid
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
@@ -121,6 +122,7 @@ class AsyncClient(AsyncQueries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace: ...
@@ -138,6 +140,7 @@ class AsyncClient(AsyncQueries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> list[Trace]: ...
@@ -154,12 +157,13 @@ class AsyncClient(AsyncQueries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace | list[Trace]:
         """Trace one prompt. See `Client.trace`."""
         arguments = Arguments(
-            prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k
+            prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k, None, edits
         )
         return await self.run_trace(arguments, priority, timeout)
 
@@ -199,6 +203,7 @@ class AsyncClient(AsyncQueries):
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -219,6 +224,7 @@ class AsyncClient(AsyncQueries):
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -238,6 +244,7 @@ class AsyncClient(AsyncQueries):
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -247,7 +254,7 @@ class AsyncClient(AsyncQueries):
         `items` may also be an async iterable.
         """
         defaults = Arguments(
-            None, None, model, sites, reduce, target, rule, dtype, layers, top_k, output_uri
+            None, None, model, sites, reduce, target, rule, dtype, layers, top_k, output_uri, edits
         )
         run = self.start_many(
             items,

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from reltrace_proto.v1 import types_pb2
 
 from reltrace import _target
+from reltrace._edit import EditLike, edits_to_wire
 from reltrace._errors import invalid
 
 # The server takes messages of 16 MiB; the rest of the request needs a little room.
@@ -82,6 +83,7 @@ class Arguments:
     layers: Sequence[int] | None = None
     top_k: int | None = None
     output_uri: str | None = None
+    edits: EditLike | Sequence[EditLike] = ()
 
     def with_item(self, item: object) -> Arguments:
         """Return these arguments as defaults, overridden by an item of `trace_many`."""
@@ -129,6 +131,8 @@ class Arguments:
             spec.top_k = _top_k(self.top_k, self.reduce)
         if self.output_uri is not None:
             spec.output_uri = _uri(self.output_uri)
+        spec.edits.extend(edits_to_wire(self.edits))
+        spec.forward_only = not sites
         _set_input(spec, self.prompt, self.input_ids)
         return Job(spec, sites, _target.is_several(self.target), self.target)
 
@@ -233,8 +237,6 @@ def _sites(sites: object) -> tuple[str, ...]:
         sites = (sites,)
     if not isinstance(sites, Sequence):
         raise invalid("sites", f"must be a name or a sequence of names, not {sites!r}")
-    if not sites:
-        raise invalid("sites", 'must name at least one site, such as "resid"')
     names = tuple(_name(site, f"sites[{index}]") for index, site in enumerate(sites))
     for index, name in enumerate(names):
         if name in names[:index]:

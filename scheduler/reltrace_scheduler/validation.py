@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace_scheduler.config import MAX_JOBS_PER_REQUEST, MAX_PROMPT_BYTES, MAX_TARGETS_PER_JOB
+from reltrace_scheduler.edits import edit_faults
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     UnavailableError,
@@ -140,6 +141,9 @@ def _settings(spec: types_pb2.JobSpec) -> bytes:
 
 
 def _settings_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
+    if spec.forward_only and spec.sites:
+        yield Violation("sites", "needs a backward pass, and forward_only excludes it")
+    yield from edit_faults(spec, model)
     for index, site in enumerate(spec.sites):
         if site not in model.sites:
             yield Violation(f"sites[{index}]", _not_among(site, model.sites))
