@@ -290,7 +290,7 @@ class Client(Queries):
             Give results in the order of the items instead of as they finish.
         progress : bool, default False
             Show a tqdm bar.
-        model, sites, reduce, target, rule, dtype, layers, top_k
+        model, sites, reduce, target, rule, dtype, layers, top_k, edits
             As in `trace`, for the items that do not say otherwise.
         output_uri : str, optional
             Folder, as a URL such as "s3://bucket/run-1", that workers write tensors to instead of
