@@ -38,6 +38,7 @@ from reltrace._errors import (
     Unavailable,
     Violation,
 )
+from reltrace._evaluate.evaluation import Evaluation, RuleScore
 from reltrace._info import JobStatus, Model, Queue, Status, Worker
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._target import Target
@@ -85,6 +86,7 @@ __all__ = [
     "DeadlineExceeded",
     "Edit",
     "Entry",
+    "Evaluation",
     "Failure",
     "InvalidArgument",
     "JobFailed",
@@ -102,6 +104,7 @@ __all__ = [
     "Requeued",
     "ResolvedTarget",
     "ResourceExhausted",
+    "RuleScore",
     "Status",
     "Steer",
     "StoreUnreadable",

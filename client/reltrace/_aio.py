@@ -10,6 +10,9 @@ from typing import Any, Self, TypeAlias, overload
 
 from reltrace._edit import EditLike
 from reltrace._errors import TraceError, invalid
+from reltrace._evaluate.evaluation import Evaluation
+from reltrace._evaluate.run import Plan
+from reltrace._evaluate.run import Run as EvaluationRun
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._queries import AsyncQueries
@@ -265,6 +268,23 @@ class AsyncClient(AsyncQueries):
             timeout=timeout,
         )
         return self._iterate(run, Progress(items, shown=progress))
+
+    async def evaluate(
+        self,
+        prompts: Iterable[str | Mapping[str, Any]],
+        *,
+        rules: Sequence[str] = ("attnlrp", "cp_lrp", "gradient", "random"),
+        site: str = "embed",
+        target: TargetLike = "max",
+        model: str | None = None,
+        points: int = 10,
+        seed: int = 0,
+        priority: Priority = "batch",
+    ) -> Evaluation:
+        """Measure how well each rule tells what predictions rest on. See `Client.evaluate`."""
+        plan = Plan.of(rules, site, points, seed)
+        run = EvaluationRun(self, plan, {"model": model, "target": target}, priority)
+        return await run.over(prompts)
 
     def start_many(
         self,
