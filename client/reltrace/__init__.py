@@ -39,6 +39,7 @@ from reltrace._errors import (
     Violation,
 )
 from reltrace._evaluate.evaluation import Evaluation, RuleScore
+from reltrace._generation import Generation
 from reltrace._info import JobStatus, Model, Queue, Status, Worker
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._target import Target
@@ -88,6 +89,7 @@ __all__ = [
     "Entry",
     "Evaluation",
     "Failure",
+    "Generation",
     "InvalidArgument",
     "JobFailed",
     "JobStatus",

@@ -10,14 +10,12 @@ from typing import Any, Self, TypeAlias, overload
 
 from reltrace._edit import EditLike
 from reltrace._errors import TraceError, invalid
-from reltrace._evaluate.evaluation import Evaluation
-from reltrace._evaluate.run import Plan
-from reltrace._evaluate.run import Run as EvaluationRun
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._queries import AsyncQueries
 from reltrace._request import Arguments, Dtype, Priority, wire_priority
 from reltrace._source import open_source
+from reltrace._studies import AsyncStudies
 from reltrace._target import Target, TargetLike
 from reltrace._trace import Failure, Trace
 from reltrace._transport.connection import Connection, Deadline
@@ -32,7 +30,7 @@ Item: TypeAlias = str | Mapping[str, Any]
 _CLOSE_TIMEOUT = 5.0
 
 
-class AsyncClient(AsyncQueries):
+class AsyncClient(AsyncQueries, AsyncStudies):
     """A client of a reltrace server for asyncio code.
 
     The methods of `Client`, awaitable; `trace_many` is an async iterator. A client belongs to
@@ -188,6 +186,7 @@ class AsyncClient(AsyncQueries):
         finish.add_done_callback(self._background.discard)
         if isinstance(delivery.outcome, TraceError):
             raise delivery.outcome
+        assert isinstance(delivery.outcome, list)
         return delivery.outcome if job.several else delivery.outcome[0]
 
     @overload
@@ -268,23 +267,6 @@ class AsyncClient(AsyncQueries):
             timeout=timeout,
         )
         return self._iterate(run, Progress(items, shown=progress))
-
-    async def evaluate(
-        self,
-        prompts: Iterable[str | Mapping[str, Any]],
-        *,
-        rules: Sequence[str] = ("attnlrp", "cp_lrp", "gradient", "random"),
-        site: str = "embed",
-        target: TargetLike = "max",
-        model: str | None = None,
-        points: int = 10,
-        seed: int = 0,
-        priority: Priority = "batch",
-    ) -> Evaluation:
-        """Measure how well each rule tells what predictions rest on. See `Client.evaluate`."""
-        plan = Plan.of(rules, site, points, seed)
-        run = EvaluationRun(self, plan, {"model": model, "target": target}, priority)
-        return await run.over(prompts)
 
     def start_many(
         self,

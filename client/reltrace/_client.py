@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, overload
 
 from reltrace import _loop
 from reltrace._aio import AsyncClient, Item, Targets
 from reltrace._edit import EditLike
-from reltrace._evaluate.evaluation import Evaluation
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._queries import Queries
 from reltrace._request import Arguments, Dtype, Priority
+from reltrace._studies import Studies
 from reltrace._target import TargetLike
 from reltrace._trace import Failure, Trace
 from reltrace._transport.security import Tls, Token
 
 
-class Client(Queries):
+class Client(Queries, Studies):
     """A client of a reltrace server.
 
     It may be used from several threads at once, in a notebook, and as a context manager.
@@ -216,75 +216,6 @@ class Client(Queries):
             prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k, None, edits
         )
         return self._loop.run(self._client.run_trace(arguments, priority, timeout))
-
-    def evaluate(
-        self,
-        prompts: Iterable[str | Mapping[str, Any]],
-        *,
-        rules: Sequence[str] = ("attnlrp", "cp_lrp", "gradient", "random"),
-        site: str = "embed",
-        target: TargetLike = "max",
-        model: str | None = None,
-        points: int = 10,
-        seed: int = 0,
-        priority: Priority = "batch",
-    ) -> Evaluation:
-        """Measure how well each rule tells what predictions rest on.
-
-        What a rule calls most relevant is switched off first, step by step, then what it calls
-        least relevant, and the target is recorded. A rule that knows what the prediction rests on
-        makes it fall at once in the one order and stay in the other: the area between the curves is
-        its score. A random order has an area of 0 on average.
-
-        Parameters
-        ----------
-        prompts : iterable
-            Prompts, or mappings with "prompt" or "input_ids" and, optionally, "id", "target" and
-            "answer": what the prediction is known to rest on, as a text in the prompt that is made
-            of whole tokens, or as positions of tokens.
-        rules : sequence of str
-            Rules that the model's workers serve, and "random".
-        site : {"embed", "neuron"}
-            What is switched off: the input embeddings of tokens (set to 0), from none to all; or
-            neurons (set to 0 at all tokens), from one to 4,096 in steps of equal ratio.
-        target : str, int or Target, default "max"
-            As in `trace`, but for a continuation. What it resolves to stays the target while
-            things are switched off.
-        model : str, optional
-            Name of a served model; default: the only one.
-        points : int, default 10
-            Steps of a curve, 1 to 100.
-        seed : int, default 0
-            Of the random order.
-        priority : {"interactive", "batch"}
-            Of all jobs.
-
-        Returns
-        -------
-        Evaluation
-            Scores by rule, with 95 % confidence intervals over prompts.
-
-        Raises
-        ------
-        InvalidArgument
-            If an argument is wrong; the message names it and what is allowed.
-
-        Notes
-        -----
-        A prompt costs a trace per rule, and at most ``2 * points`` forward passes per rule.
-        """
-        return self._loop.run(
-            self._client.evaluate(
-                prompts,
-                rules=rules,
-                site=site,
-                target=target,
-                model=model,
-                points=points,
-                seed=seed,
-                priority=priority,
-            )
-        )
 
     @overload
     def trace_many(

@@ -115,7 +115,7 @@ class Arguments:
             Naming the argument and what is allowed.
         """
         spec = types_pb2.JobSpec(
-            model="" if self.model is None else _name(self.model, "model"),
+            model=model_name(self.model),
             reduction=_name(self.reduce, "reduce"),
             rule=_name(self.rule, "rule"),
             targets=_target.to_wire(self.target),
@@ -133,7 +133,7 @@ class Arguments:
             spec.output_uri = _uri(self.output_uri)
         spec.edits.extend(edits_to_wire(self.edits))
         spec.forward_only = not sites
-        _set_input(spec, self.prompt, self.input_ids)
+        set_input(spec, self.prompt, self.input_ids)
         return Job(spec, sites, _target.is_several(self.target), self.target)
 
 
@@ -193,11 +193,11 @@ class JobMaker:
             self._shared, self._model = shared, model
         spec = types_pb2.JobSpec()
         spec.CopyFrom(shared.spec)
-        _set_input(spec, prompt, input_ids)
+        set_input(spec, prompt, input_ids)
         return Job(spec, shared.sites, shared.several, shared.target)
 
 
-def _set_input(spec: types_pb2.JobSpec, prompt: object, input_ids: object) -> None:
+def set_input(spec: types_pb2.JobSpec, prompt: object, input_ids: object) -> None:
     """Set the last field of a job, and check the job's size."""
     if prompt is not None and input_ids is not None:
         raise invalid("prompt", "excludes input_ids; give one of the two")
@@ -216,6 +216,11 @@ def _set_input(spec: types_pb2.JobSpec, prompt: object, input_ids: object) -> No
             "prompt" if prompt is not None else "input_ids",
             f"makes a job of {size} bytes; the limit is {MAX_JOB_BYTES}",
         )
+
+
+def model_name(model: object) -> str:
+    """Check a `model` argument; return its name on the wire."""
+    return "" if model is None else _name(model, "model")
 
 
 def _name(value: object, argument: str) -> str:

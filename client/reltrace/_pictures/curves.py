@@ -25,13 +25,12 @@ def write(evaluation: Evaluation, path: Path) -> None:
         If matplotlib is not installed.
     """
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingDependency("plots need matplotlib: pip install 'reltrace[plot]'") from None
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    colours = colormaps["tab10"].colors
+    colours = [f"C{number}" for number in range(len(evaluation.rules))]
     for colour, (rule, score) in zip(colours, evaluation.rules.items(), strict=False):
         left.plot(evaluation.at, score.most, color=colour, label=rule)
         left.plot(evaluation.at, score.least, color=colour, linestyle="--")
@@ -47,7 +46,7 @@ def write(evaluation: Evaluation, path: Path) -> None:
         names,
         [found.mean for found in areas],
         xerr=[found.margin for found in areas],
-        color=list(colours[: len(names)]),
+        color=colours,
         capsize=3,
     )
     right.invert_yaxis()

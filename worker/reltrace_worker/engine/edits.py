@@ -79,6 +79,11 @@ class Edits:
     def __init__(self, loaded: LoadedModel, jobs: Sequence[Rows]) -> None:
         self._loaded = loaded
         self._by_place: dict[tuple[str, int], list[list[tuple[EditSpec, Rows]]]] = {}
+        self.move(jobs)
+
+    def move(self, jobs: Sequence[Rows]) -> None:
+        """Go on with other rows of the same jobs: the next tokens that they write."""
+        self._by_place.clear()
         for job in jobs:
             places: dict[tuple[str, int], list[tuple[EditSpec, Rows]]] = {}
             for edit in job.edits:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from reltrace_worker.errors import InvalidJob, Violation
 from reltrace_worker.jobs import (
+    GenerationSpec,
     JobSpec,
     PreparedJob,
     PreparedTarget,
@@ -19,6 +20,12 @@ from reltrace_worker.model.vocabulary import Vocabulary
 
 MAX_TOP_K = 4096
 """Most values per layer that the reduction ``topk`` gives."""
+
+MAX_NEW_TOKENS = 1024
+"""Most tokens that one job writes."""
+
+MAX_TEMPERATURE = 100.0
+"""From about there on, every token is as likely as any other."""
 
 
 class _Faults:
@@ -85,6 +92,8 @@ class JobPreparer:
             Carries every fault, each with the path of the field and what is allowed.
         """
         faults = _Faults()
+        if spec.generation is not None:
+            return self._prepare_writing(spec, spec.generation, faults)
         self._check_names(spec, faults)
         self._check_extent(spec, faults)
         prompt = self._prompt(spec, faults)
@@ -116,6 +125,41 @@ class JobPreparer:
             k=spec.k,
             edits=edits,
             forward_only=spec.forward_only,
+        )
+
+    def _prepare_writing(
+        self, spec: JobSpec, generation: GenerationSpec, faults: _Faults
+    ) -> PreparedJob:
+        """Check a job that writes: prompt, edits, and how it draws."""
+        prompt = self._prompt(spec, faults)
+        most = generation.max_new_tokens
+        field = "generation.max_new_tokens"
+        if not 1 <= most <= MAX_NEW_TOKENS:
+            faults.add(field, f"is {most}; allowed: 1 to {MAX_NEW_TOKENS}")
+        elif prompt and len(prompt) + most > self._context_length >= len(prompt):
+            faults.add(
+                field,
+                f"is {most} after a prompt of {len(prompt)} tokens; the model's context holds "
+                f"{self._context_length} together",
+            )
+        if not 0 <= generation.temperature <= MAX_TEMPERATURE:
+            faults.add(
+                "generation.temperature",
+                f"is {generation.temperature}; allowed: 0 to {MAX_TEMPERATURE:.0f}",
+            )
+        if not 0 <= generation.top_p <= 1:
+            faults.add("generation.top_p", f"is {generation.top_p}; allowed: 0 to 1")
+        edits = self._edits.prepare(spec.edits, len(prompt), faults.add)
+        faults.raise_any()
+        return PreparedJob(
+            token_ids=prompt,
+            tokens=self._vocabulary.texts(prompt),
+            sites=(),
+            reduction=spec.reduction,
+            rule=spec.rule,
+            targets=(),
+            edits=edits,
+            generation=generation,
         )
 
     def _check_names(self, spec: JobSpec, faults: _Faults) -> None:

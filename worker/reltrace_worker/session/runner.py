@@ -28,6 +28,7 @@ from reltrace_worker.session.convert import (
     INVALID_ARGUMENT,
     cast,
     failed,
+    generated,
     header,
     job_spec,
     result_dtype,
@@ -71,6 +72,7 @@ class _Tensors:
     header: types_pb2.TraceHeader
     tensors: Tensors
     timings: types_pb2.Timings
+    generated: types_pb2.Generated | None
 
 
 _HANDICAPS = {types_pb2.PRIORITY_BATCH: 5.0}
@@ -213,7 +215,7 @@ class Runner:
             left: deque[_Ready] = deque()
             tokens = 0
             for job in self._ready:
-                length = len(job.job.token_ids)
+                length = job.job.extent
                 if job.job.kind == kind and (not batch or tokens + length <= self._max_tokens):
                     batch.append(job)
                     tokens += length
@@ -253,8 +255,8 @@ class Runner:
             self.running = frozenset()
         seconds = time.perf_counter() - started
         of_tenants: Counter[str] = Counter()
-        for job in batch:
-            of_tenants[job.lease.tenant] += len(job.job.token_ids)
+        for job, result in zip(batch, results, strict=True):
+            of_tenants[job.lease.tenant] += len(job.job.token_ids) + _new_tokens(result)
         tokens = of_tenants.total()
         self.stats.share(seconds, of_tenants)
         self.stats.passes += 1
@@ -298,7 +300,9 @@ class Runner:
                 else:
                     # The first chunk, for most jobs the only one, is made here and not on the
                     # loop; the others one by one as they are sent.
-                    chunks_of = chunks(job.lease, found.header, found.tensors, found.timings)
+                    chunks_of = chunks(
+                        job.lease, found.header, found.tensors, found.timings, found.generated
+                    )
                     encoded.append(chain([next(chunks_of)], chunks_of))
             except Exception as error:
                 log.exception("job.encode_failed", job=job.key.job_id, tenant=job.lease.tenant)
@@ -347,6 +351,7 @@ class Runner:
             ),
             tensors,
             types_pb2.Timings(queued=lease.queued_for, engine=engine_time),
+            None if result.written is None else generated(result.written),
         )
 
     def _provenance(self, job: PreparedJob, result: JobResult) -> types_pb2.Provenance:
@@ -361,6 +366,11 @@ class Runner:
             versions=VERSIONS,
             device=str(self._model.device),
         )
+
+
+def _new_tokens(result: JobResult | EngineError) -> int:
+    written = result.written if isinstance(result, JobResult) else None
+    return len(written.token_ids) if written else 0
 
 
 def _store(url: str, name: str, jobs: list[_Tensors]) -> list[Chunks | FailedAttempt]:
