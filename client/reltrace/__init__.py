@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from reltrace._admin import DeadJob, Requeued, Tenant
 from reltrace._aio import AsyncClient
 from reltrace._client import Client
+from reltrace._edit import Edit, Steer
 from reltrace._entries import Entry
 from reltrace._errors import (
     Cancelled,
@@ -37,6 +38,8 @@ from reltrace._errors import (
     Unavailable,
     Violation,
 )
+from reltrace._evaluate.evaluation import Evaluation, RuleScore
+from reltrace._generation import Generation
 from reltrace._info import JobStatus, Model, Queue, Status, Worker
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._target import Target
@@ -82,8 +85,11 @@ __all__ = [
     "Client",
     "DeadJob",
     "DeadlineExceeded",
+    "Edit",
     "Entry",
+    "Evaluation",
     "Failure",
+    "Generation",
     "InvalidArgument",
     "JobFailed",
     "JobStatus",
@@ -100,7 +106,9 @@ __all__ = [
     "Requeued",
     "ResolvedTarget",
     "ResourceExhausted",
+    "RuleScore",
     "Status",
+    "Steer",
     "StoreUnreadable",
     "Target",
     "Tenant",

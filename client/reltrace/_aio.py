@@ -8,12 +8,14 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeAlias, overload
 
+from reltrace._edit import EditLike
 from reltrace._errors import TraceError, invalid
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._queries import AsyncQueries
 from reltrace._request import Arguments, Dtype, Priority, wire_priority
 from reltrace._source import open_source
+from reltrace._studies import AsyncStudies
 from reltrace._target import Target, TargetLike
 from reltrace._trace import Failure, Trace
 from reltrace._transport.connection import Connection, Deadline
@@ -28,7 +30,7 @@ Item: TypeAlias = str | Mapping[str, Any]
 _CLOSE_TIMEOUT = 5.0
 
 
-class AsyncClient(AsyncQueries):
+class AsyncClient(AsyncQueries, AsyncStudies):
     """A client of a reltrace server for asyncio code.
 
     The methods of `Client`, awaitable; `trace_many` is an async iterator. A client belongs to
@@ -121,6 +123,7 @@ class AsyncClient(AsyncQueries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace: ...
@@ -138,6 +141,7 @@ class AsyncClient(AsyncQueries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> list[Trace]: ...
@@ -154,12 +158,13 @@ class AsyncClient(AsyncQueries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace | list[Trace]:
         """Trace one prompt. See `Client.trace`."""
         arguments = Arguments(
-            prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k
+            prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k, None, edits
         )
         return await self.run_trace(arguments, priority, timeout)
 
@@ -181,6 +186,7 @@ class AsyncClient(AsyncQueries):
         finish.add_done_callback(self._background.discard)
         if isinstance(delivery.outcome, TraceError):
             raise delivery.outcome
+        assert isinstance(delivery.outcome, list)
         return delivery.outcome if job.several else delivery.outcome[0]
 
     @overload
@@ -199,6 +205,7 @@ class AsyncClient(AsyncQueries):
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -219,6 +226,7 @@ class AsyncClient(AsyncQueries):
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -238,6 +246,7 @@ class AsyncClient(AsyncQueries):
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -247,7 +256,7 @@ class AsyncClient(AsyncQueries):
         `items` may also be an async iterable.
         """
         defaults = Arguments(
-            None, None, model, sites, reduce, target, rule, dtype, layers, top_k, output_uri
+            None, None, model, sites, reduce, target, rule, dtype, layers, top_k, output_uri, edits
         )
         run = self.start_many(
             items,

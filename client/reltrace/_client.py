@@ -8,16 +8,18 @@ from typing import Any, Self, overload
 
 from reltrace import _loop
 from reltrace._aio import AsyncClient, Item, Targets
+from reltrace._edit import EditLike
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._queries import Queries
 from reltrace._request import Arguments, Dtype, Priority
+from reltrace._studies import Studies
 from reltrace._target import TargetLike
 from reltrace._trace import Failure, Trace
 from reltrace._transport.security import Tls, Token
 
 
-class Client(Queries):
+class Client(Queries, Studies):
     """A client of a reltrace server.
 
     It may be used from several threads at once, in a notebook, and as a context manager.
@@ -111,6 +113,7 @@ class Client(Queries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace: ...
@@ -128,6 +131,7 @@ class Client(Queries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> list[Trace]: ...
@@ -144,6 +148,7 @@ class Client(Queries):
         dtype: Dtype = "float32",
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace | list[Trace]:
@@ -159,7 +164,8 @@ class Client(Queries):
             Name of a served model (see `models`); default: the only one.
         sites : str or sequence of str, default ("resid",)
             Where relevance is read: "embed" (input embeddings), "resid" (output of each decoder
-            layer), and what else the model's workers serve.
+            layer), and what else the model's workers serve. Empty: no backward pass is run, and
+            the result has its target's logit and no relevance.
         reduce : str, default "token"
             What is summed before the result is sent: "token" leaves one value per token,
             "feature" one per feature, "full" everything; "topk" keeps the `top_k` largest |R| of
@@ -175,6 +181,8 @@ class Client(Queries):
             Decoder layers that the result has, in this order, counted from 0; default: all.
         top_k : int, optional
             With ``reduce="topk"``: values per layer, 1 to 4096; a layer with fewer gives all.
+        edits : Edit, Steer or a sequence of these, optional
+            Made in this order in the forward pass; relevance is that of the edited model.
         priority : {"interactive", "batch"}
             Who goes first where jobs wait: "batch" leaves room for what is interactive.
         timeout : float, optional
@@ -205,7 +213,7 @@ class Client(Queries):
         is given up (its `timeout` is over, or Ctrl-C) cancels its job on the server.
         """
         arguments = Arguments(
-            prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k
+            prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k, None, edits
         )
         return self._loop.run(self._client.run_trace(arguments, priority, timeout))
 
@@ -225,6 +233,7 @@ class Client(Queries):
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -245,6 +254,7 @@ class Client(Queries):
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -264,6 +274,7 @@ class Client(Queries):
         layers: Sequence[int] | None = None,
         top_k: int | None = None,
         output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
         max_in_flight: int = 1024,
         priority: Priority = "interactive",
         timeout: float | None = None,
@@ -280,7 +291,7 @@ class Client(Queries):
             Give results in the order of the items instead of as they finish.
         progress : bool, default False
             Show a tqdm bar.
-        model, sites, reduce, target, rule, dtype, layers, top_k
+        model, sites, reduce, target, rule, dtype, layers, top_k, edits
             As in `trace`, for the items that do not say otherwise.
         output_uri : str, optional
             Folder, as a URL such as "s3://bucket/run-1", that workers write tensors to instead of
@@ -318,7 +329,7 @@ class Client(Queries):
         the server, once they are here.
         """
         defaults = Arguments(
-            None, None, model, sites, reduce, target, rule, dtype, layers, top_k, output_uri
+            None, None, model, sites, reduce, target, rule, dtype, layers, top_k, output_uri, edits
         )
         run = self._loop.run(
             self._start(items, defaults, ordered, max_in_flight, priority, timeout)

@@ -259,6 +259,7 @@ class ManyRun:
                         self._fail(item, delivery.outcome)
                         continue
                     traces = delivery.outcome
+                    assert isinstance(traces, list)
                     result = traces if item.entry.job.several else traces[0]
                     self._emit(item.index, result, delivery.bytes)
         except NotFound as error:

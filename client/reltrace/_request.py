@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from reltrace_proto.v1 import types_pb2
 
 from reltrace import _target
+from reltrace._edit import EditLike, edits_to_wire
 from reltrace._errors import invalid
 
 # The server takes messages of 16 MiB; the rest of the request needs a little room.
@@ -82,6 +83,7 @@ class Arguments:
     layers: Sequence[int] | None = None
     top_k: int | None = None
     output_uri: str | None = None
+    edits: EditLike | Sequence[EditLike] = ()
 
     def with_item(self, item: object) -> Arguments:
         """Return these arguments as defaults, overridden by an item of `trace_many`."""
@@ -113,7 +115,7 @@ class Arguments:
             Naming the argument and what is allowed.
         """
         spec = types_pb2.JobSpec(
-            model="" if self.model is None else _name(self.model, "model"),
+            model=model_name(self.model),
             reduction=_name(self.reduce, "reduce"),
             rule=_name(self.rule, "rule"),
             targets=_target.to_wire(self.target),
@@ -129,7 +131,9 @@ class Arguments:
             spec.top_k = _top_k(self.top_k, self.reduce)
         if self.output_uri is not None:
             spec.output_uri = _uri(self.output_uri)
-        _set_input(spec, self.prompt, self.input_ids)
+        spec.edits.extend(edits_to_wire(self.edits))
+        spec.forward_only = not sites
+        set_input(spec, self.prompt, self.input_ids)
         return Job(spec, sites, _target.is_several(self.target), self.target)
 
 
@@ -189,11 +193,11 @@ class JobMaker:
             self._shared, self._model = shared, model
         spec = types_pb2.JobSpec()
         spec.CopyFrom(shared.spec)
-        _set_input(spec, prompt, input_ids)
+        set_input(spec, prompt, input_ids)
         return Job(spec, shared.sites, shared.several, shared.target)
 
 
-def _set_input(spec: types_pb2.JobSpec, prompt: object, input_ids: object) -> None:
+def set_input(spec: types_pb2.JobSpec, prompt: object, input_ids: object) -> None:
     """Set the last field of a job, and check the job's size."""
     if prompt is not None and input_ids is not None:
         raise invalid("prompt", "excludes input_ids; give one of the two")
@@ -212,6 +216,11 @@ def _set_input(spec: types_pb2.JobSpec, prompt: object, input_ids: object) -> No
             "prompt" if prompt is not None else "input_ids",
             f"makes a job of {size} bytes; the limit is {MAX_JOB_BYTES}",
         )
+
+
+def model_name(model: object) -> str:
+    """Check a `model` argument; return its name on the wire."""
+    return "" if model is None else _name(model, "model")
 
 
 def _name(value: object, argument: str) -> str:
@@ -233,8 +242,6 @@ def _sites(sites: object) -> tuple[str, ...]:
         sites = (sites,)
     if not isinstance(sites, Sequence):
         raise invalid("sites", f"must be a name or a sequence of names, not {sites!r}")
-    if not sites:
-        raise invalid("sites", 'must name at least one site, such as "resid"')
     names = tuple(_name(site, f"sites[{index}]") for index, site in enumerate(sites))
     for index, name in enumerate(names):
         if name in names[:index]:

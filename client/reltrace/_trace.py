@@ -83,6 +83,8 @@ class Trace:
 
         float32 of shape [layers, tokens] for the reduction "token". See `__getitem__`.
         """
+        if not self.arrays:
+            raise KeyError("no site was requested: the trace has its target alone")
         return self["resid" if "resid" in self.arrays else self.sites[0]]
 
     def __getitem__(self, site: str) -> Array:
@@ -288,6 +290,8 @@ class Trace:
         return _files.load(Path(path))
 
     def _site(self, site: str | None) -> str:
+        if not self.arrays:
+            raise invalid("site", "is not there: no site was requested")
         if site is None:
             return "resid" if "resid" in self.arrays else self.sites[0]
         if site not in self.arrays:

@@ -68,6 +68,10 @@ MAX_JOBS_PER_REQUEST = 1000
 MAX_REQUEST_BYTES = 16 << 20
 MAX_PROMPT_BYTES = 1 << 20
 MAX_TARGETS_PER_JOB = 1024
+MAX_EDITS_PER_JOB = 256
+MAX_NEW_TOKENS = 1024
+MAX_TEMPERATURE = 100
+MAX_EDITED_FEATURES = 65536
 
 # Above our own limit, so that an over-long message gets an error that names it; what is
 # longer still is refused by gRPC itself with RESOURCE_EXHAUSTED.

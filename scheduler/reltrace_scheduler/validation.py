@@ -8,7 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
-from reltrace_scheduler.config import MAX_JOBS_PER_REQUEST, MAX_PROMPT_BYTES, MAX_TARGETS_PER_JOB
+from reltrace_scheduler.config import (
+    MAX_JOBS_PER_REQUEST,
+    MAX_NEW_TOKENS,
+    MAX_PROMPT_BYTES,
+    MAX_TARGETS_PER_JOB,
+    MAX_TEMPERATURE,
+)
+from reltrace_scheduler.edits import edit_faults
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     UnavailableError,
@@ -140,6 +147,10 @@ def _settings(spec: types_pb2.JobSpec) -> bytes:
 
 
 def _settings_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
+    if spec.forward_only and spec.sites:
+        yield Violation("sites", "needs a backward pass, and forward_only excludes it")
+    yield from edit_faults(spec, model)
+    yield from _generation_faults(spec, model)
     for index, site in enumerate(spec.sites):
         if site not in model.sites:
             yield Violation(f"sites[{index}]", _not_among(site, model.sites))
@@ -165,6 +176,24 @@ def _settings_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Ite
     for index, target in enumerate(spec.targets):
         for fault in _target_faults(target, model):
             yield Violation(f"targets[{index}].{fault.field}", fault.description)
+
+
+def _generation_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
+    if not spec.HasField("generation"):
+        return
+    asked = spec.generation
+    most = min(MAX_NEW_TOKENS, model.context_length)
+    if not 1 <= asked.max_new_tokens <= most:
+        yield Violation("generation.max_new_tokens", f"{asked.max_new_tokens} is not in 1..{most}")
+    if not 0 <= asked.temperature <= MAX_TEMPERATURE:
+        yield Violation(
+            "generation.temperature", f"must be 0 to {MAX_TEMPERATURE}, not {asked.temperature}"
+        )
+    if not 0 <= asked.top_p <= 1:
+        yield Violation("generation.top_p", f"must be 0 to 1, not {asked.top_p}")
+    for name in ("sites", "targets", "forward_only", "output_uri"):
+        if getattr(spec, name):
+            yield Violation(name, "is for a trace, and the job asks for a generation")
 
 
 def _input_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:

@@ -104,7 +104,8 @@ def chunks_of(
     per_chunk = len(pieces) if piece_bytes >= 1024 else 1
     chunks = [
         types_pb2.ResultChunk(tensors=pieces[start : start + per_chunk])
-        for start in range(0, len(pieces), per_chunk)
+        # A job without a site has a chunk all the same.
+        for start in range(0, max(len(pieces), 1), max(per_chunk, 1))
     ]
     chunks[0].header.CopyFrom(header)
     chunks[-1].end.state = types_pb2.JOB_STATE_SUCCEEDED

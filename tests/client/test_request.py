@@ -25,7 +25,6 @@ from reltrace._request import MAX_JOB_BYTES, Arguments, JobMaker
         ({"input_ids": [1, -2]}, r"input_ids\[1\]: must be from 0 to"),
         ({"input_ids": [1, 2.0]}, r"input_ids\[1\]: must be a whole number, not 2.0"),
         ({"prompt": "a", "model": 5}, "model: must be str, not int"),
-        ({"prompt": "a", "sites": []}, "sites: must name at least one site"),
         ({"prompt": "a", "sites": ["resid", 3]}, r"sites\[1\]: must be str, not int"),
         ({"prompt": "a", "sites": ["resid", "resid"]}, r"sites\[1\]: repeats 'resid'"),
         ({"prompt": "a", "sites": None}, "sites: must be a name or a sequence of names"),

@@ -45,6 +45,59 @@ class TargetSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class EditSpec:
+    """A change of what flows through the model, as a client asks for it.
+
+    What it touches becomes ``scale * x + value``, or ``x + direction``.
+
+    Parameters
+    ----------
+    site
+        Name of the site.
+    layer
+        Counted from 0; 0 for a site without layers.
+    features
+        Features that are changed; empty: all.
+    positions
+        Tokens that are changed, negative from the end of the prompt; empty: all.
+    scale, value
+        Set: (0, v). Multiply: (s, 0).
+    direction
+        Added instead: one value per feature of the site; empty: none.
+    """
+
+    site: str
+    layer: int = 0
+    features: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    scale: float = 1.0
+    value: float = 0.0
+    direction: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSpec:
+    """Tokens to write after a prompt.
+
+    Parameters
+    ----------
+    max_new_tokens
+        At most so many.
+    temperature
+        0: always the token with the largest logit; else logits are divided by it and drawn from.
+    top_p
+        Draw from the likeliest tokens that have this much probability together; 0: from all.
+    seed
+        Of the draws.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
     """One prompt to trace, as a client asks for it.
 
@@ -64,6 +117,12 @@ class JobSpec:
         Decoder layers that the result has, in this order, counted from 0; empty: all.
     k
         With the reduction ``topk``: how many values of each layer; 0 with any other.
+    edits
+        Made in this order in the forward pass.
+    forward_only
+        No backward pass: the result has the targets, and no tensor.
+    generation
+        Write tokens instead of tracing; None: trace.
     """
 
     input: str | tuple[int, ...]
@@ -73,6 +132,9 @@ class JobSpec:
     rule: str = "attnlrp"
     layers: tuple[int, ...] = ()
     k: int = 0
+    edits: tuple[EditSpec, ...] = ()
+    forward_only: bool = False
+    generation: GenerationSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +192,17 @@ class PreparedJob:
     sites, reduction, rule
         Names, all known.
     targets
-        At least one; each gives one trace.
+        At least one, each gives one trace; none where tokens are written.
     layers
         Decoder layers that the result has, in this order; empty: all.
     k
         With the reduction ``topk``: how many values of each layer; else 0.
+    edits
+        Made in this order in the forward pass; positions count from 0.
+    forward_only
+        No backward pass, so no site.
+    generation
+        Tokens to write instead of a trace.
     """
 
     token_ids: tuple[int, ...]
@@ -145,6 +213,22 @@ class PreparedJob:
     targets: tuple[PreparedTarget, ...]
     layers: tuple[int, ...] = ()
     k: int = 0
+    edits: tuple[EditSpec, ...] = ()
+    forward_only: bool = False
+    generation: GenerationSpec | None = None
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What the jobs of one pass have in common: what it does, and by which rule."""
+        if self.generation is not None:
+            return "generate", ""
+        return "predict" if self.forward_only else "trace", self.rule
+
+    @property
+    def extent(self) -> int:
+        """Tokens that it has at its end."""
+        written = 0 if self.generation is None else self.generation.max_new_tokens
+        return len(self.token_ids) + written
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -205,9 +289,32 @@ class ResolvedTarget:
     continuation_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a model wrote after a prompt.
+
+    Parameters
+    ----------
+    token_ids, tokens
+        The new tokens, as ids and as readable text.
+    text
+        Decoded together, without special tokens.
+    logprobs
+        Log-probability of each under the model; temperature and top_p are left out.
+    stopped
+        The last one ends texts.
+    """
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    text: str
+    logprobs: tuple[float, ...]
+    stopped: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class JobResult:
-    """All traces of one job.
+    """All traces of one job, or what was written after its prompt.
 
     Parameters
     ----------
@@ -217,8 +324,11 @@ class JobResult:
         For each trace in turn, one per site in the order that the job named them.
     checkpointing
         The pass recomputed its layers in the backward pass instead of keeping them.
+    written
+        Of a job that asked for tokens.
     """
 
     targets: tuple[ResolvedTarget, ...]
     tensors: tuple[SiteTensor, ...]
     checkpointing: bool
+    written: Written | None = None

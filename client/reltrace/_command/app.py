@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import reltrace
-from reltrace._command import batch, cluster, operating, tracing, up
+from reltrace._command import batch, cluster, evaluate, generate, operating, tracing, up
 from reltrace._command.options import Access
 from reltrace._errors import TraceError
 from reltrace._transport.security import TlsOptions
@@ -23,6 +23,8 @@ app = typer.Typer(
 _TRACES, _SERVER = "Traces", "Server"
 app.command(rich_help_panel=_TRACES)(tracing.run)
 app.command(rich_help_panel=_TRACES)(batch.batch)
+app.command(rich_help_panel=_TRACES)(evaluate.evaluate)
+app.command(rich_help_panel=_TRACES)(generate.generate)
 app.command(rich_help_panel=_TRACES)(cluster.cancel)
 app.command(rich_help_panel=_SERVER)(up.up)
 app.command(rich_help_panel=_SERVER)(cluster.models)

@@ -6,16 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from reltrace_proto.v1 import types_pb2
 
 from reltrace._errors import ProtocolError, TraceError, from_job_end
+from reltrace._generation import Generation
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._request import Job
 from reltrace._stored import Place, StoredArrays, StoredTensor
 from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
+
+Outcome: TypeAlias = list[Trace] | Generation | TraceError
+"""What a job gave."""
 
 # No trace is larger: the full neuron trace of a 70B model over 2000 tokens is half of it.
 _MAX_TENSOR_BYTES = 16 * 1024**3
@@ -114,20 +118,21 @@ class Assembler:
     _header: types_pb2.TraceHeader | None = None
     _tensors: dict[tuple[int, str, str], _Tensor] = field(default_factory=dict)
     _manifest: types_pb2.Manifest | None = None
+    _generated: types_pb2.Generated | None = None
 
     @property
     def bytes(self) -> int:
         """Size of what has come of the tensors."""
         return sum(tensor.filled for tensor in self._tensors.values())
 
-    def add(self, chunk: types_pb2.ResultChunk) -> list[Trace] | TraceError | None:
+    def add(self, chunk: types_pb2.ResultChunk) -> Outcome | None:
         """Take the next chunk.
 
         Returns
         -------
-        list of Trace, TraceError or None
-            One trace per target once the job has succeeded, the error once it has failed, None
-            while chunks are missing.
+        list of Trace, Generation, TraceError or None
+            One trace per target, or what was written, once the job has succeeded, the error once it
+            has failed, None while chunks are missing.
 
         Raises
         ------
@@ -143,6 +148,8 @@ class Assembler:
             self._header = chunk.header
         if chunk.HasField("manifest"):
             self._manifest = chunk.manifest
+        if chunk.HasField("generated"):
+            self._generated = chunk.generated
         for piece in chunk.tensors:
             key = (piece.trace, piece.site, piece.part)
             tensor = self._tensors.get(key)
@@ -154,7 +161,28 @@ class Assembler:
             return None
         if chunk.end.state != types_pb2.JOB_STATE_SUCCEEDED:
             return from_job_end(chunk.end, self.job.rename, chunk.job_id)
+        if self.job.spec.HasField("generation"):
+            return self._generation(chunk.end.timings, chunk.job_id)
         return self._traces(chunk.end.timings, chunk.job_id)
+
+    def _generation(self, timings: types_pb2.Timings, job_id: str) -> Generation:
+        header, written = self._header, self._generated
+        if header is None or written is None:
+            raise ProtocolError("a job succeeded without what it wrote")
+        if not len(written.token_ids) == len(written.tokens) == len(written.logprobs):
+            raise ProtocolError("a text came back with tokens that do not go together")
+        return Generation(
+            text=written.text,
+            tokens=list(written.tokens),
+            token_ids=list(written.token_ids),
+            logprobs=np.array(written.logprobs, np.float32),
+            stopped=written.stopped,
+            prompt_tokens=list(header.tokens),
+            prompt_token_ids=list(header.token_ids),
+            provenance=_provenance(header.provenance.SerializeToString()),
+            timings=_timings(timings),
+            job_id=job_id,
+        )
 
     def _traces(self, timings: types_pb2.Timings, job_id: str) -> list[Trace]:
         header = self._header

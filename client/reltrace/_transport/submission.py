@@ -25,8 +25,7 @@ from reltrace._errors import (
 )
 from reltrace._request import Job
 from reltrace._stored import StoredArrays
-from reltrace._trace import Trace
-from reltrace._transport.assemble import Assembler
+from reltrace._transport.assemble import Assembler, Outcome
 from reltrace._transport.connection import PASSING, Connection, Deadline, Method
 from reltrace._transport.leaving import Open
 from reltrace._transport.servers import Server
@@ -67,14 +66,14 @@ class Delivery:
     ----------
     index : int
         Of the job in the submission.
-    outcome : list of Trace or TraceError
-        One trace per target, or why there is none.
+    outcome : list of Trace, Generation or TraceError
+        One trace per target, or what was written, or why there is none.
     bytes : int
         Size of the tensors.
     """
 
     index: int
-    outcome: list[Trace] | TraceError
+    outcome: Outcome
     bytes: int
 
 

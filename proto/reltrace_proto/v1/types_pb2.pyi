@@ -229,6 +229,94 @@ class Target(_message.Message):
 Global___Target: _TypeAlias = Target  # noqa: Y015
 
 @_typing.final
+class Edit(_message.Message):
+    """A change of what flows through the model while it runs forward."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    site: _builtins.str
+    """As in ModelInfo.sites."""
+    layer: _builtins.int
+    """Counted from 0; 0 for a site without layers ("embed")."""
+    value: _builtins.float
+    """Set to this."""
+    scale: _builtins.float
+    """Multiply by this."""
+    direction: _builtins.bytes
+    """Add this vector: float32, little-endian, one value per feature of the site."""
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Features (neurons, heads, dimensions) that are changed. Empty: all."""
+
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Positions of tokens that are changed; negative counts from the end of the prompt.
+        Empty: all.
+        """
+
+    def __init__(
+        self,
+        *,
+        site: _builtins.str = ...,
+        layer: _builtins.int = ...,
+        features: _abc.Iterable[_builtins.int] | None = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+        value: _builtins.float = ...,
+        scale: _builtins.float = ...,
+        direction: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "direction", b"direction", "scale", b"scale", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "direction", b"direction", "features", b"features", "layer", b"layer", "positions", b"positions", "scale", b"scale", "site", b"site", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["value", "scale", "direction"]  # noqa: Y015
+    _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
+
+Global___Edit: _TypeAlias = Edit  # noqa: Y015
+
+@_typing.final
+class Generation(_message.Message):
+    """Tokens to write after a prompt, instead of a trace of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    max_new_tokens: _builtins.int
+    """1 to 1024; prompt and new tokens together fit the model's context."""
+    temperature: _builtins.float
+    """0: always the token with the largest logit; else logits are divided by it and drawn from."""
+    top_p: _builtins.float
+    """Draw from the likeliest tokens that have this much probability together; 0: from all."""
+    seed: _builtins.int
+    """Of the draws: the same seed gives the same text."""
+    def __init__(
+        self,
+        *,
+        max_new_tokens: _builtins.int = ...,
+        temperature: _builtins.float = ...,
+        top_p: _builtins.float = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_new_tokens", b"max_new_tokens", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Generation: _TypeAlias = Generation  # noqa: Y015
+
+@_typing.final
 class JobSpec(_message.Message):
     """One prompt to trace."""
 
@@ -247,6 +335,9 @@ class JobSpec(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     OUTPUT_URI_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    EDITS_FIELD_NUMBER: _builtins.int
+    FORWARD_ONLY_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a served model, or NAME@REVISION where the revision matters; empty: the only
     model that is served, else an error that lists them.
@@ -269,6 +360,8 @@ class JobSpec(_message.Message):
     """
     traceparent: _builtins.str
     """Span of the client's that the job belongs to, as in W3C Trace Context."""
+    forward_only: _builtins.bool
+    """No backward pass: the result has the targets, and no site."""
     @_builtins.property
     def input_ids(self) -> Global___TokenIds:
         """Used as they are."""
@@ -293,6 +386,14 @@ class JobSpec(_message.Message):
         FAILED with DEADLINE_EXCEEDED wherever it is. Unset: it may take for ever.
         """
 
+    @_builtins.property
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Edit]:
+        """Made in this order in every forward pass of the job."""
+
+    @_builtins.property
+    def generation(self) -> Global___Generation:
+        """Write tokens: no target, no rule and no site is looked at, and the result is `generated`."""
+
     def __init__(
         self,
         *,
@@ -309,10 +410,13 @@ class JobSpec(_message.Message):
         timeout: _duration_pb2.Duration | None = ...,
         output_uri: _builtins.str = ...,
         traceparent: _builtins.str = ...,
+        edits: _abc.Iterable[Global___Edit] | None = ...,
+        forward_only: _builtins.bool = ...,
+        generation: Global___Generation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "input_ids", b"input_ids", "prompt", b"prompt", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "input", b"input", "input_ids", b"input_ids", "prompt", b"prompt", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "output_uri", b"output_uri", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "top_k", b"top_k", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "edits", b"edits", "forward_only", b"forward_only", "generation", b"generation", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "output_uri", b"output_uri", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "top_k", b"top_k", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "input_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -709,6 +813,46 @@ class LostLease(_message.Message):
 Global___LostLease: _TypeAlias = LostLease  # noqa: Y015
 
 @_typing.final
+class Generated(_message.Message):
+    """What a model wrote after a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Decoded together, without special tokens."""
+    stopped: _builtins.bool
+    """It ended by a token that ends texts, the last one here."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Log-probability of each token under the model, temperature and top_p left out."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tokens: _abc.Iterable[_builtins.str] | None = ...,
+        text: _builtins.str = ...,
+        logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        stopped: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "stopped", b"stopped", "text", b"text", "token_ids", b"token_ids", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Generated: _TypeAlias = Generated  # noqa: Y015
+
+@_typing.final
 class JobEnd(_message.Message):
     """How a job ended."""
 
@@ -762,6 +906,7 @@ class ResultChunk(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
+    GENERATED_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     number: _builtins.int
     @_builtins.property
@@ -778,6 +923,10 @@ class ResultChunk(_message.Message):
     def manifest(self) -> Global___Manifest:
         """Instead of tensors."""
 
+    @_builtins.property
+    def generated(self) -> Global___Generated:
+        """Of a job that asked for it, in the first chunk."""
+
     def __init__(
         self,
         *,
@@ -787,10 +936,11 @@ class ResultChunk(_message.Message):
         tensors: _abc.Iterable[Global___TensorPiece] | None = ...,
         end: Global___JobEnd | None = ...,
         manifest: Global___Manifest | None = ...,
+        generated: Global___Generated | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "header", b"header", "manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "generated", b"generated", "header", b"header", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "header", b"header", "job_id", b"job_id", "manifest", b"manifest", "number", b"number", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "generated", b"generated", "header", b"header", "job_id", b"job_id", "manifest", b"manifest", "number", b"number", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -80,9 +80,7 @@ def measure(
         A pass failed, or its numbers are not finite.
     """
     engine = Engine(loaded, checkpointing="off")
-    preparer = JobPreparer(
-        loaded, sites=tuple(SITES), reductions=tuple(REDUCTIONS), rules=tuple(RULES)
-    )
+    preparer = JobPreparer(loaded, sites=SITES, reductions=REDUCTIONS, rules=RULES)
     outcomes: list[Outcome] = []
     for start in range(0, len(examples), _BATCH):
         batch = examples[start : start + _BATCH]

@@ -142,7 +142,9 @@ class Capture:
         self.bottom = 0
         if "embed" not in self._recorders:
             self.bottom = min(
-                min(layers) + (1 if tap.is_layer_output else 0) for _, tap, layers in self._taps
+                (min(layers) + (1 if tap.is_layer_output else 0) for _, tap, layers in self._taps),
+                # Jobs without a backward pass want nothing at all.
+                default=len(self._layers),
             )
 
     def _recorder(self, wish: _Wish, jobs: list[int]) -> _Recorder:

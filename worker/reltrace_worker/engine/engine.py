@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from reltrace_worker.engine.capture import Capture
-from reltrace_worker.engine.clock import PHASES
+from reltrace_worker.engine.clock import PHASES, PassClock
+from reltrace_worker.engine.generate import generate
 from reltrace_worker.engine.memory import (
     Budget,
     MemoryModel,
@@ -22,7 +23,7 @@ from reltrace_worker.engine.memory import (
     measure,
 )
 from reltrace_worker.engine.pack import Pack, Scalar
-from reltrace_worker.engine.passes import trace_checkpointed, trace_keeping
+from reltrace_worker.engine.passes import predict, trace_checkpointed, trace_keeping
 from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
 from reltrace_worker.jobs import JobResult, PreparedJob, PreparedTarget, ResolvedTarget, Term
 from reltrace_worker.model.loading import LoadedModel
@@ -141,7 +142,7 @@ class Engine:
         return max(1, min(fitting, MOST_TOKENS[self._loaded.device.type]))
 
     def run(self, batch: Sequence[PreparedJob]) -> list[Outcome]:
-        """Trace every job; those with the same rule share one forward pass.
+        """Run every job; those of one kind (what it does, by which rule) share a pass.
 
         Where memory does not suffice for all of them they are traced in smaller packs, and at
         last one by one with checkpointing. Between calls the model is the one that was loaded.
@@ -165,15 +166,15 @@ class Engine:
         DeviceLostError
             The device does not work any more for this process.
         """
-        by_rule: dict[str, list[int]] = {}
+        by_kind: dict[tuple[str, str], list[int]] = {}
         for index, job in enumerate(batch):
-            by_rule.setdefault(job.rule, []).append(index)
+            by_kind.setdefault(job.kind, []).append(index)
         results: dict[int, Outcome] = {}
         try:
             with self._lock:
                 if self._plans and batch:
                     self.measure()
-                for rule, indices in by_rule.items():
+                for (_, rule), indices in by_kind.items():
                     outcomes = self._run_jobs(rule, [batch[index] for index in indices])
                     results.update(zip(indices, outcomes, strict=True))
         except torch.AcceleratorError as error:
@@ -245,8 +246,13 @@ class Engine:
         return None
 
     def _pass(self, rule: str, jobs: list[PreparedJob], checkpointing: bool) -> list[Outcome]:
+        if jobs[0].generation is not None:
+            return self._write(jobs)
         pack = Pack.of(jobs)
+        trace: Callable[[LoadedModel, Pack, Capture], list[Scalar]]
         trace = trace_checkpointed if checkpointing else trace_keeping
+        if jobs[0].forward_only:
+            trace = _predict
         capture = Capture(self._loaded, pack)
         capture.clock.begins("forward")
         with apply_rule(self._loaded.model, self._rules(rule)), through_onednn(self._linears):
@@ -268,6 +274,15 @@ class Engine:
                 outcomes[index] = error
         return [outcomes[index] for index in range(len(jobs))]
 
+    def _write(self, jobs: list[PreparedJob]) -> list[Outcome]:
+        clock = PassClock(self._loaded.device)
+        clock.begins("forward")
+        with through_onednn(self._linears):
+            written = generate(self._loaded, jobs)
+        for phase, seconds in clock.seconds().items():
+            self.seconds[phase] += seconds
+        return [JobResult((), (), checkpointing=False, written=one) for one in written]
+
     def _resolve(self, job: PreparedJob, scalar: Scalar) -> ResolvedTarget:
         target = job.targets[scalar.target]
         value = float(scalar.value)
@@ -288,3 +303,7 @@ class Engine:
             logprob=target.logprob,
             continuation_ids=ids,
         )
+
+
+def _predict(loaded: LoadedModel, pack: Pack, _: Capture) -> list[Scalar]:
+    return predict(loaded, pack)

@@ -81,7 +81,8 @@ class MemoryModel:
 
     def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
         """Return the bytes that a pass over `jobs` needs."""
-        tokens = sum(len(job.token_ids) for job in jobs)
+        # What is written has keys and values in a cache, which is less than a pass keeps.
+        tokens = sum(job.extent for job in jobs)
         line = self.checkpointed if checkpointing else self.keeping
         total = line.at(tokens)
         # Logits, their gradient, and three float32 copies for log-probabilities.
@@ -97,7 +98,7 @@ class MemoryModel:
         total += 3 * 4 * tokens * max((self.widths[s][0] for s in sites), default=0)
         if checkpointing:
             passes = max(len(job.targets) for job in jobs)
-            total += (passes - 1) * tokens * self.hidden_size * self.itemsize
+            total += max(0, passes - 1) * tokens * self.hidden_size * self.itemsize
         return int(total) + sum(self._result(job) for job in jobs)
 
     def _result(self, job: PreparedJob) -> int:

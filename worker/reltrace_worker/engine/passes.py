@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from reltrace_worker.engine.capture import Capture
+from reltrace_worker.engine.edits import Edits, Rows
 from reltrace_worker.engine.pack import Pack, Readout, Scalar
 from reltrace_worker.model.loading import LoadedModel, ModelShape
 from reltrace_worker.rules.patching import instance_forward
@@ -51,11 +52,41 @@ def _forward(
     return readout.scalars(output.logits[0])
 
 
-def _embed(loaded: LoadedModel, pack: Pack) -> torch.Tensor:
+def _embed(loaded: LoadedModel, pack: Pack, edits: Edits) -> torch.Tensor:
     with torch.no_grad():
         embeddings = loaded.model.get_input_embeddings()(pack.token_ids(loaded.device))
-    assert isinstance(embeddings, torch.Tensor)
-    return embeddings
+        assert isinstance(embeddings, torch.Tensor)
+        return edits.embedded(embeddings)
+
+
+def _edits(loaded: LoadedModel, pack: Pack) -> Edits:
+    starts, lengths = pack.packing.starts, pack.packing.lengths
+    rows = [
+        Rows(job.edits, start, range(length))
+        for job, start, length in zip(pack.jobs, starts, lengths, strict=True)
+        if job.edits
+    ]
+    return Edits(loaded, rows)
+
+
+def predict(loaded: LoadedModel, pack: Pack) -> list[Scalar]:
+    """Run the forward pass of a pack alone.
+
+    Parameters
+    ----------
+    loaded
+        The model, with a rule applied.
+    pack
+        The jobs.
+
+    Returns
+    -------
+    list[Scalar]
+        The resolved targets, job by job.
+    """
+    edits = _edits(loaded, pack)
+    with torch.no_grad(), edits.attached():
+        return _forward(loaded, pack, Readout(pack), _embed(loaded, pack, edits))
 
 
 def _layer_output(output: Any) -> torch.Tensor:
@@ -83,7 +114,8 @@ def trace_keeping(loaded: LoadedModel, pack: Pack, capture: Capture) -> list[Sca
     list[Scalar]
         The resolved targets, job by job, detached.
     """
-    embeddings = _embed(loaded, pack)
+    edits = _edits(loaded, pack)
+    embeddings = _embed(loaded, pack, edits)
     layers = loaded.family.decoder_layers(loaded.model)
     roots: list[torch.Tensor] = []
 
@@ -91,6 +123,8 @@ def trace_keeping(loaded: LoadedModel, pack: Pack, capture: Capture) -> list[Sca
         roots.append(_layer_output(output).requires_grad_())
 
     with ExitStack() as hooks:
+        # First: what is captured is what the edits have made of it.
+        hooks.enter_context(edits.attached())
         if capture.bottom == 0:
             roots.append(embeddings.requires_grad_())
         else:
@@ -183,7 +217,16 @@ def trace_checkpointed(loaded: LoadedModel, pack: Pack, capture: Capture) -> lis
 
     Parameters and result are those of :func:`trace_keeping`, and so are the numbers.
     """
-    embeddings = _embed(loaded, pack)
+    with ExitStack() as hooks:
+        edits = _edits(loaded, pack)
+        # In the forward pass and in all that is computed again.
+        hooks.enter_context(edits.attached())
+        return _trace_checkpointed(loaded, pack, capture, _embed(loaded, pack, edits))
+
+
+def _trace_checkpointed(
+    loaded: LoadedModel, pack: Pack, capture: Capture, embeddings: torch.Tensor
+) -> list[Scalar]:
     layers = loaded.family.decoder_layers(loaded.model)
     size = segment_length(len(layers), loaded.shape.hidden_size, graph_width(loaded.shape))
     bottom = capture.bottom

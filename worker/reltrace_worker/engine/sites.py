@@ -49,6 +49,15 @@ def _as_it_is(relevance: torch.Tensor, _: ModelShape) -> torch.Tensor:
     return relevance
 
 
+def _itself(feature: int, _: ModelShape, __: int) -> range:
+    return range(feature, feature + 1)
+
+
+def _of_head(head: int, shape: ModelShape, width: int) -> range:
+    size = width // shape.heads
+    return range(head * size, (head + 1) * size)
+
+
 def _per_head(relevance: torch.Tensor, shape: ModelShape) -> torch.Tensor:
     return relevance.reshape(*relevance.shape[:-1], shape.heads, -1).sum(-1)
 
@@ -67,12 +76,15 @@ class Site:
         The tensor inside each decoder layer; None: the input embeddings, once per model.
     fold
         From the relevance of the tensor, float32 [N, its width], to that of the site, [N, F].
+    columns
+        From a feature, and the tensor's width, to the columns of the tensor that it is made of.
     """
 
     name: str
     features: Callable[[ModelShape], int]
     tap: Callable[[Family], Tap] | None
     fold: Callable[[torch.Tensor, ModelShape], torch.Tensor] = _as_it_is
+    columns: Callable[[int, ModelShape, int], range] = _itself
 
     @property
     def per_layer(self) -> bool:
@@ -105,6 +117,7 @@ SITES: dict[str, Site] = {
             lambda shape: shape.heads,
             lambda family: Tap(family.head_reader, Side.INPUT),
             _per_head,
+            _of_head,
         ),
         Site(
             "neuron",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from reltrace_worker.errors import InvalidJob, Violation
 from reltrace_worker.jobs import (
+    GenerationSpec,
     JobSpec,
     PreparedJob,
     PreparedTarget,
@@ -13,11 +14,18 @@ from reltrace_worker.jobs import (
     Term,
     TokenRef,
 )
+from reltrace_worker.model.editing import EditChecker, SiteExtent
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
 
 MAX_TOP_K = 4096
 """Most values per layer that the reduction ``topk`` gives."""
+
+MAX_NEW_TOKENS = 1024
+"""Most tokens that one job writes."""
+
+MAX_TEMPERATURE = 100.0
+"""From about there on, every token is as likely as any other."""
 
 
 class _Faults:
@@ -41,15 +49,17 @@ class JobPreparer:
     ----------
     loaded
         The model that the jobs are for.
-    sites, reductions, rules
-        The names that the engine knows.
+    sites
+        Those that the engine knows, by name.
+    reductions, rules
+        The names that it knows.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
         *,
-        sites: Collection[str],
+        sites: Mapping[str, SiteExtent],
         reductions: Collection[str],
         rules: Collection[str],
     ) -> None:
@@ -61,6 +71,7 @@ class JobPreparer:
         self._sites = tuple(sites)
         self._reductions = tuple(reductions)
         self._rules = tuple(rules)
+        self._edits = EditChecker(loaded.shape, sites)
 
     def prepare(self, spec: JobSpec) -> PreparedJob:
         """Check and tokenize one job.
@@ -81,6 +92,8 @@ class JobPreparer:
             Carries every fault, each with the path of the field and what is allowed.
         """
         faults = _Faults()
+        if spec.generation is not None:
+            return self._prepare_writing(spec, spec.generation, faults)
         self._check_names(spec, faults)
         self._check_extent(spec, faults)
         prompt = self._prompt(spec, faults)
@@ -99,6 +112,7 @@ class JobPreparer:
                 f"({len(prompt)} and {len(continuation)}, without the last); the model's context "
                 f"holds {self._context_length}",
             )
+        edits = self._edits.prepare(spec.edits, len(prompt), faults.add)
         faults.raise_any()
         return PreparedJob(
             token_ids=token_ids,
@@ -109,10 +123,49 @@ class JobPreparer:
             targets=tuple(targets),
             layers=spec.layers,
             k=spec.k,
+            edits=edits,
+            forward_only=spec.forward_only,
+        )
+
+    def _prepare_writing(
+        self, spec: JobSpec, generation: GenerationSpec, faults: _Faults
+    ) -> PreparedJob:
+        """Check a job that writes: prompt, edits, and how it draws."""
+        prompt = self._prompt(spec, faults)
+        most = generation.max_new_tokens
+        field = "generation.max_new_tokens"
+        if not 1 <= most <= MAX_NEW_TOKENS:
+            faults.add(field, f"is {most}; allowed: 1 to {MAX_NEW_TOKENS}")
+        elif prompt and len(prompt) + most > self._context_length >= len(prompt):
+            faults.add(
+                field,
+                f"is {most} after a prompt of {len(prompt)} tokens; the model's context holds "
+                f"{self._context_length} together",
+            )
+        if not 0 <= generation.temperature <= MAX_TEMPERATURE:
+            faults.add(
+                "generation.temperature",
+                f"is {generation.temperature}; allowed: 0 to {MAX_TEMPERATURE:.0f}",
+            )
+        if not 0 <= generation.top_p <= 1:
+            faults.add("generation.top_p", f"is {generation.top_p}; allowed: 0 to 1")
+        edits = self._edits.prepare(spec.edits, len(prompt), faults.add)
+        faults.raise_any()
+        return PreparedJob(
+            token_ids=prompt,
+            tokens=self._vocabulary.texts(prompt),
+            sites=(),
+            reduction=spec.reduction,
+            rule=spec.rule,
+            targets=(),
+            edits=edits,
+            generation=generation,
         )
 
     def _check_names(self, spec: JobSpec, faults: _Faults) -> None:
-        if not spec.sites:
+        if spec.forward_only and spec.sites:
+            faults.add("sites", "needs a backward pass, and the job has none (forward_only)")
+        elif not spec.sites and not spec.forward_only:
             faults.add("sites", f"is empty; allowed: {', '.join(self._sites)}")
         for index, site in enumerate(spec.sites):
             if site not in self._sites:

@@ -17,6 +17,7 @@ def chunks(
     header: types_pb2.TraceHeader,
     tensors: Sequence[tuple[SiteTensor, torch.Tensor]],
     timings: types_pb2.Timings,
+    generated: types_pb2.Generated | None = None,
 ) -> Iterator[worker_pb2.LeasedChunk]:
     """Yield the chunks of a job that succeeded, numbered from 1.
 
@@ -27,7 +28,7 @@ def chunks(
     tensors : sequence of (SiteTensor, torch.Tensor)
         What each tensor is, and its values in the format to send.
     """
-    chunk = types_pb2.ResultChunk(job_id=lease.job_id, number=1, header=header)
+    chunk = types_pb2.ResultChunk(job_id=lease.job_id, number=1, header=header, generated=generated)
     room = CHUNK_BYTES
     for tensor, values in tensors:
         data = raw_bytes(values)

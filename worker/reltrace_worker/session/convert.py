@@ -1,5 +1,6 @@
 """Between the wire and the engine: the only place where both are known."""
 
+import numpy as np
 import torch
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2, worker_pb2
@@ -7,12 +8,15 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import REDUCTIONS, SITES
 from reltrace_worker.errors import InvalidJob, Violation
 from reltrace_worker.jobs import (
+    EditSpec,
+    GenerationSpec,
     JobSpec,
     PreparedJob,
     ResolvedTarget,
     SiteTensor,
     TargetSpec,
     TokenRef,
+    Written,
 )
 from reltrace_worker.model import LoadedModel
 from reltrace_worker.rules import RULES
@@ -64,14 +68,48 @@ def job_spec(spec: types_pb2.JobSpec) -> JobSpec:
     if kind is None:
         raise InvalidJob([Violation("prompt", "is missing: give a prompt or input_ids")])
     default = JobSpec("")
+    without_sites = spec.forward_only or spec.HasField("generation")
     return JobSpec(
         input=spec.prompt if kind == "prompt" else tuple(spec.input_ids.ids),
-        sites=tuple(spec.sites) or default.sites,
+        sites=() if without_sites else tuple(spec.sites) or default.sites,
         reduction=spec.reduction or default.reduction,
         targets=tuple(_target_spec(target) for target in spec.targets) or default.targets,
         rule=spec.rule or default.rule,
         layers=tuple(spec.layers),
         k=spec.top_k,
+        edits=tuple(_edit_spec(edit) for edit in spec.edits),
+        forward_only=spec.forward_only,
+        generation=_generation_spec(spec.generation) if spec.HasField("generation") else None,
+    )
+
+
+def _generation_spec(wire: types_pb2.Generation) -> GenerationSpec:
+    return GenerationSpec(wire.max_new_tokens, wire.temperature, wire.top_p, wire.seed)
+
+
+def generated(written: Written) -> types_pb2.Generated:
+    """Write what a model wrote."""
+    return types_pb2.Generated(
+        token_ids=written.token_ids,
+        tokens=written.tokens,
+        text=written.text,
+        logprobs=written.logprobs,
+        stopped=written.stopped,
+    )
+
+
+def _edit_spec(edit: types_pb2.Edit) -> EditSpec:
+    change = edit.WhichOneof("change")
+    return EditSpec(
+        site=edit.site,
+        layer=edit.layer,
+        features=tuple(edit.features),
+        positions=tuple(edit.positions),
+        scale={"value": 0.0, "scale": edit.scale}.get(change or "", 1.0),
+        value=edit.value if change == "value" else 0.0,
+        direction=tuple(np.frombuffer(edit.direction, "<f4").tolist())
+        if change == "direction"
+        else (),
     )
 
 

@@ -28,6 +28,7 @@ from reltrace_worker.session.convert import (
     INVALID_ARGUMENT,
     cast,
     failed,
+    generated,
     header,
     job_spec,
     result_dtype,
@@ -71,6 +72,7 @@ class _Tensors:
     header: types_pb2.TraceHeader
     tensors: Tensors
     timings: types_pb2.Timings
+    generated: types_pb2.Generated | None
 
 
 _HANDICAPS = {types_pb2.PRIORITY_BATCH: 5.0}
@@ -202,19 +204,19 @@ class Runner:
     def _next_batch(self) -> list[_Ready]:
         """Take what goes into one pass: the job whose turn it is, and what goes with it.
 
-        That is, in the order of their turns, what has its rule (another would be another pass) and
-        still fits. What is passed over stays in order, and comes first before long.
+        That is, in the order of their turns, what is of its kind (another would be another pass)
+        and still fits. What is passed over stays in order, and comes first before long.
         """
         with self._lock:
             if not self._ready:
                 return []
-            rule = self._ready[0].job.rule
+            kind = self._ready[0].job.kind
             batch: list[_Ready] = []
             left: deque[_Ready] = deque()
             tokens = 0
             for job in self._ready:
-                length = len(job.job.token_ids)
-                if job.job.rule == rule and (not batch or tokens + length <= self._max_tokens):
+                length = job.job.extent
+                if job.job.kind == kind and (not batch or tokens + length <= self._max_tokens):
                     batch.append(job)
                     tokens += length
                 else:
@@ -253,8 +255,8 @@ class Runner:
             self.running = frozenset()
         seconds = time.perf_counter() - started
         of_tenants: Counter[str] = Counter()
-        for job in batch:
-            of_tenants[job.lease.tenant] += len(job.job.token_ids)
+        for job, result in zip(batch, results, strict=True):
+            of_tenants[job.lease.tenant] += len(job.job.token_ids) + _new_tokens(result)
         tokens = of_tenants.total()
         self.stats.share(seconds, of_tenants)
         self.stats.passes += 1
@@ -298,7 +300,9 @@ class Runner:
                 else:
                     # The first chunk, for most jobs the only one, is made here and not on the
                     # loop; the others one by one as they are sent.
-                    chunks_of = chunks(job.lease, found.header, found.tensors, found.timings)
+                    chunks_of = chunks(
+                        job.lease, found.header, found.tensors, found.timings, found.generated
+                    )
                     encoded.append(chain([next(chunks_of)], chunks_of))
             except Exception as error:
                 log.exception("job.encode_failed", job=job.key.job_id, tenant=job.lease.tenant)
@@ -348,6 +352,7 @@ class Runner:
             ),
             tensors,
             types_pb2.Timings(queued=lease.queued_for, engine=engine_time),
+            None if result.written is None else generated(result.written),
         )
 
     def _provenance(self, job: PreparedJob, result: JobResult) -> types_pb2.Provenance:
@@ -362,6 +367,11 @@ class Runner:
             versions=VERSIONS,
             device=str(self._model.device),
         )
+
+
+def _new_tokens(result: JobResult | EngineError) -> int:
+    written = result.written if isinstance(result, JobResult) else None
+    return len(written.token_ids) if written else 0
 
 
 def _store(url: str, name: str, jobs: list[_Tensors]) -> list[Chunks | FailedAttempt]:

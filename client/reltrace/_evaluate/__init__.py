@@ -1,0 +1,1 @@
+"""How well relevance tells what a prediction rests on: perturbation curves and localization."""

@@ -1,0 +1,88 @@
+"""What is evaluated: prompts, and the answers that the corpus knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reltrace._errors import invalid
+from reltrace._trace import Trace
+
+_ALLOWED = ("id", "prompt", "input_ids", "target", "answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt.
+
+    Attributes
+    ----------
+    id : str or int
+        The one that was given, else its number.
+    item : mapping
+        Arguments of `trace`: prompt or input_ids, and perhaps a target.
+    answer : str, tuple of int or None
+        What the prediction is known to rest on: a text, or positions of tokens.
+    """
+
+    id: str | int
+    item: Mapping[str, Any]
+    answer: str | tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, number: int, given: object) -> Prompt:
+        """Check what the caller gives.
+
+        Raises
+        ------
+        InvalidArgument
+            Names what is wrong.
+        """
+        if isinstance(given, str):
+            return cls(number, {"prompt": given}, None)
+        field = f"prompts[{number}]"
+        if not isinstance(given, Mapping):
+            raise invalid(field, f"must be text or a mapping, not {type(given).__name__}")
+        unknown = [key for key in given if key not in _ALLOWED]
+        if unknown:
+            raise invalid(field, f"has {unknown[0]!r}; allowed: {', '.join(_ALLOWED)}")
+        answer = given.get("answer")
+        if answer is not None and not isinstance(answer, str):
+            if not isinstance(answer, Sequence) or not all(
+                isinstance(position, int) and position >= 0 for position in answer
+            ):
+                raise invalid(f"{field}.answer", "must be a text or positions of tokens from 0")
+            answer = tuple(answer)
+        item = {key: given[key] for key in ("prompt", "input_ids", "target") if key in given}
+        return cls(given.get("id", number), item, answer)
+
+    def where(self, trace: Trace) -> list[int]:
+        """Return the positions of the answer's tokens.
+
+        Raises
+        ------
+        InvalidArgument
+            The prompt has no such tokens.
+        """
+        count = len(trace.tokens)
+        if isinstance(self.answer, tuple):
+            if not self.answer or max(self.answer) >= count:
+                raise invalid("answer", f"names positions outside of the {count} tokens")
+            return list(self.answer)
+        assert self.answer is not None
+        wanted, pieces = self.answer.strip(), [_plain(token) for token in trace.tokens]
+        for start in range(count):
+            text = ""
+            for stop in range(start, count):
+                text += pieces[stop]
+                if text.strip() == wanted and text.strip():
+                    return list(range(start, stop + 1))
+                if len(text.strip()) > len(wanted):
+                    break
+        raise invalid("answer", f"{self.answer!r} is not made of whole tokens of the prompt")
+
+
+def _plain(token: str) -> str:
+    """Return a token's text; tokenizers write a space before a word as one of these."""
+    return token.replace("Ġ", " ").replace("▁", " ")

@@ -1,0 +1,134 @@
+"""Text that a model writes after a prompt, with and without steering."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from reltrace_proto.v1 import types_pb2
+
+from reltrace._edit import EditLike, edits_to_wire
+from reltrace._errors import invalid
+from reltrace._origin import Provenance, Timings
+from reltrace._request import Job, model_name, set_input
+
+_MOST_NEW_TOKENS = 1024
+_MOST_TEMPERATURE = 100.0
+_LARGEST_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What a model wrote after a prompt.
+
+    Attributes
+    ----------
+    text : str
+        The new tokens, decoded together, without special tokens.
+    tokens, token_ids : list of str, list of int
+        The new tokens.
+    logprobs : ndarray of float32
+        Log-probability of each under the model (steered, if it was); temperature and top_p are left
+        out.
+    stopped : bool
+        It ended by itself, by a token that ends texts, and not at `max_new_tokens`.
+    prompt_tokens, prompt_token_ids : list of str, list of int
+        The prompt's.
+    provenance : Provenance
+        Model and versions.
+    unsteered : Generation or None
+        What the same call gives without steering; None where nothing was steered.
+    timings : Timings or None
+        Where the job's time went.
+    job_id : str or None
+        The job, as the server's logs name it.
+    """
+
+    text: str
+    tokens: list[str]
+    token_ids: list[int]
+    logprobs: NDArray[np.float32]
+    stopped: bool
+    prompt_tokens: list[str]
+    prompt_token_ids: list[int]
+    provenance: Provenance
+    unsteered: Generation | None = None
+    timings: Timings | None = None
+    job_id: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        without = "" if self.unsteered is None else f", unsteered={self.unsteered.text!r}"
+        return f"Generation({self.text!r}, {len(self.tokens)} tokens{without})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain lists and numbers, ready for `json.dumps`."""
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "token_ids": self.token_ids,
+            "logprobs": self.logprobs.tolist(),
+            "stopped": self.stopped,
+            "prompt_tokens": self.prompt_tokens,
+            "prompt_token_ids": self.prompt_token_ids,
+            "model": self.provenance.model,
+            "unsteered": self.unsteered and self.unsteered.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """The arguments of `generate`, by the names its documentation gives them."""
+
+    prompt: str | None
+    input_ids: Sequence[int] | None
+    steer: EditLike | Sequence[EditLike]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    model: str | None
+
+    def jobs(self) -> list[Job]:
+        """Check the arguments; return the job, and the same without steering if there is any.
+
+        Raises
+        ------
+        InvalidArgument
+            Naming the argument and what is allowed.
+        """
+        edits = edits_to_wire(self.steer, "steer")
+        wire = types_pb2.Generation(
+            max_new_tokens=_whole(self.max_new_tokens, "max_new_tokens", 1, _MOST_NEW_TOKENS),
+            temperature=_number(self.temperature, "temperature", _MOST_TEMPERATURE),
+            top_p=_number(self.top_p, "top_p", 1.0),
+            seed=_whole(self.seed, "seed", 0, _LARGEST_SEED),
+        )
+        jobs = []
+        for wanted in (edits, []) if edits else ([],):
+            spec = types_pb2.JobSpec(model=model_name(self.model), generation=wire, edits=wanted)
+            set_input(spec, self.prompt, self.input_ids)
+            jobs.append(Job(spec, (), False, None))
+        return jobs
+
+
+def _whole(value: object, argument: str, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise invalid(argument, f"must be int, not {type(value).__name__}")
+    if not least <= value <= most:
+        raise invalid(argument, f"must be {least} to {most}, not {value}")
+    return value
+
+
+def _number(value: object, argument: str, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise invalid(argument, f"must be a number, not {type(value).__name__}")
+    if not (math.isfinite(value) and 0 <= value <= most):
+        raise invalid(argument, f"must be 0 to {most:g}, not {value}")
+    return float(value)

@@ -1,0 +1,227 @@
+"""What clients do with a model besides tracing it: let it write, and see which rule to trust."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from reltrace._edit import EditLike
+from reltrace._errors import TraceError
+from reltrace._evaluate.evaluation import Evaluation
+from reltrace._evaluate.run import Plan
+from reltrace._evaluate.run import Run as EvaluationRun
+from reltrace._generation import Generation, Writing
+from reltrace._loop import LoopThread
+from reltrace._request import Priority, wire_priority
+from reltrace._target import TargetLike
+from reltrace._transport.connection import Connection, Deadline
+from reltrace._transport.submission import Entry, Rejected, deliveries, submit
+
+if TYPE_CHECKING:
+    from reltrace._aio import AsyncClient
+
+
+class AsyncStudies:
+    """See `Studies`."""
+
+    _connection: Connection
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        steer: EditLike | Sequence[EditLike] = (),
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        seed: int = 0,
+        model: str | None = None,
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> Generation:
+        """Let a model go on with a prompt. See `Client.generate`."""
+        writing = Writing(prompt, input_ids, steer, max_new_tokens, temperature, top_p, seed, model)
+        deadline = Deadline(timeout)
+        entries = [Entry(job, None) for job in writing.jobs()]
+        answer = await submit(self._connection, entries, deadline, wire_priority(priority))
+        if isinstance(answer, Rejected):
+            raise next(iter(answer.errors.values()))
+        found: dict[int, Generation] = {}
+        async with aclosing(deliveries(self._connection, answer, entries, deadline)) as stream:
+            async for delivery in stream:
+                if isinstance(delivery.outcome, TraceError):
+                    raise delivery.outcome
+                assert isinstance(delivery.outcome, Generation)
+                found[delivery.index] = delivery.outcome
+        return replace(found[0], unsteered=found.get(1))
+
+    async def evaluate(
+        self,
+        prompts: Iterable[str | Mapping[str, Any]],
+        *,
+        rules: Sequence[str] = ("attnlrp", "cp_lrp", "gradient", "random"),
+        site: str = "embed",
+        target: TargetLike = "max",
+        model: str | None = None,
+        points: int = 10,
+        seed: int = 0,
+        priority: Priority = "batch",
+    ) -> Evaluation:
+        """Measure how well each rule tells what predictions rest on. See `Client.evaluate`."""
+        plan = Plan.of(rules, site, points, seed)
+        client: AsyncClient = self  # type: ignore[assignment]
+        run = EvaluationRun(client, plan, {"model": model, "target": target}, priority)
+        return await run.over(prompts)
+
+
+class Studies:
+    """What `Client` does besides tracing and asking."""
+
+    _client: AsyncStudies
+    _loop: LoopThread
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        steer: EditLike | Sequence[EditLike] = (),
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        seed: int = 0,
+        model: str | None = None,
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> Generation:
+        """Let a model go on with a prompt, as it is and steered.
+
+        Parameters
+        ----------
+        prompt : str
+            Text, encoded by the model's tokenizer with its special tokens.
+        input_ids : sequence of int
+            Token ids, used as they are; instead of `prompt`.
+        steer : Steer, Edit or a sequence of these, optional
+            Made in this order for every token, of the prompt and of what is written. The same text
+            without them is written as well, in the same batch.
+        max_new_tokens : int, default 64
+            At most so many tokens, 1 to 1024.
+        temperature : float, default 0
+            0: always the token with the largest logit; else logits are divided by it and drawn
+            from.
+        top_p : float, default 0
+            Draw from the likeliest tokens that have this much probability together; 0: from all.
+        seed : int, default 0
+            Of the draws: the same seed gives the same text.
+        model : str, optional
+            Name of a served model; default: the only one.
+        priority : {"interactive", "batch"}
+            Who goes first where jobs wait.
+        timeout : float, optional
+            Seconds for the whole call; default: as long as the server takes.
+
+        Returns
+        -------
+        Generation
+            With what the model writes unsteered in `unsteered`, if anything was steered.
+
+        Raises
+        ------
+        InvalidArgument
+            If an argument is wrong; the message names it and what is allowed.
+        ModelNotFound
+            If no worker serves the model.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        DeadlineExceeded
+            If `timeout` is over.
+        JobFailed
+            If the worker failed.
+        """
+        return self._loop.run(
+            self._client.generate(
+                prompt,
+                input_ids=input_ids,
+                steer=steer,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                model=model,
+                priority=priority,
+                timeout=timeout,
+            )
+        )
+
+    def evaluate(
+        self,
+        prompts: Iterable[str | Mapping[str, Any]],
+        *,
+        rules: Sequence[str] = ("attnlrp", "cp_lrp", "gradient", "random"),
+        site: str = "embed",
+        target: TargetLike = "max",
+        model: str | None = None,
+        points: int = 10,
+        seed: int = 0,
+        priority: Priority = "batch",
+    ) -> Evaluation:
+        """Measure how well each rule tells what predictions rest on.
+
+        What a rule calls most relevant is switched off first, step by step, then what it calls
+        least relevant, and the target is recorded. A rule that knows what the prediction rests on
+        makes it fall at once in the one order and stay in the other: the area between the curves is
+        its score. A random order has an area of 0 on average.
+
+        Parameters
+        ----------
+        prompts : iterable
+            Prompts, or mappings with "prompt" or "input_ids" and, optionally, "id", "target" and
+            "answer": what the prediction is known to rest on, as a text in the prompt that is made
+            of whole tokens, or as positions of tokens.
+        rules : sequence of str
+            Rules that the model's workers serve, and "random".
+        site : {"embed", "neuron"}
+            What is switched off: the input embeddings of tokens (set to 0), from none to all; or
+            neurons (set to 0 at all tokens), from one to 4,096 in steps of equal ratio.
+        target : str, int or Target, default "max"
+            As in `trace`, but for a continuation. What it resolves to stays the target while
+            things are switched off.
+        model : str, optional
+            Name of a served model; default: the only one.
+        points : int, default 10
+            Steps of a curve, 1 to 100.
+        seed : int, default 0
+            Of the random order.
+        priority : {"interactive", "batch"}
+            Of all jobs.
+
+        Returns
+        -------
+        Evaluation
+            Scores by rule, with 95 % confidence intervals over prompts.
+
+        Raises
+        ------
+        InvalidArgument
+            If an argument is wrong; the message names it and what is allowed.
+
+        Notes
+        -----
+        A prompt costs a trace per rule, and at most ``2 * points`` forward passes per rule.
+        """
+        return self._loop.run(
+            self._client.evaluate(
+                prompts,
+                rules=rules,
+                site=site,
+                target=target,
+                model=model,
+                points=points,
+                seed=seed,
+                priority=priority,
+            )
+        )

@@ -1,0 +1,68 @@
+"""Checks the edits of a job against what the model's workers announced."""
+
+import math
+import struct
+from collections.abc import Iterator
+
+from reltrace_proto.v1 import types_pb2
+
+from reltrace_scheduler.config import MAX_EDITED_FEATURES, MAX_EDITS_PER_JOB
+from reltrace_scheduler.errors import Violation
+
+_WITHOUT_LAYERS = "embed"
+
+
+def edit_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
+    """Yield what is wrong with the edits of a job; positions are its worker's to check."""
+    if len(spec.edits) > MAX_EDITS_PER_JOB:
+        yield Violation("edits", f"has {len(spec.edits)}; at most {MAX_EDITS_PER_JOB} are allowed")
+        return
+    features = sum(len(edit.features) + len(edit.positions) for edit in spec.edits)
+    if features > MAX_EDITED_FEATURES:
+        yield Violation(
+            "edits",
+            f"name {features} features and positions; at most {MAX_EDITED_FEATURES} are allowed",
+        )
+    for index, edit in enumerate(spec.edits):
+        for fault in _faults(edit, model):
+            yield Violation(f"edits[{index}].{fault.field}", fault.description)
+
+
+def _faults(edit: types_pb2.Edit, model: types_pb2.ModelInfo) -> Iterator[Violation]:
+    if edit.site not in model.sites:
+        yield Violation("site", f"{edit.site!r} is not one of {', '.join(model.sites)}")
+        return
+    layers = 1 if edit.site == _WITHOUT_LAYERS else model.layers
+    if edit.layer >= layers:
+        yield Violation("layer", f"{edit.layer} is not in 0..{layers - 1} of {edit.site}")
+    width = {"head": model.heads, "neuron": model.intermediate_size}.get(
+        edit.site, model.hidden_size
+    )
+    beyond = next((i for i, feature in enumerate(edit.features) if feature >= width), None)
+    if beyond is not None:
+        yield Violation(
+            f"features[{beyond}]",
+            f"{edit.features[beyond]} is not in 0..{width - 1} of {edit.site}",
+        )
+    match edit.WhichOneof("change"):
+        case "value" | "scale" as change:
+            if not math.isfinite(getattr(edit, change)):
+                yield Violation(change, "is not finite")
+        case "direction":
+            yield from _direction_faults(edit, width)
+        case _:
+            yield Violation("change", "is missing: give a value, a scale or a direction")
+
+
+def _direction_faults(edit: types_pb2.Edit, width: int) -> Iterator[Violation]:
+    if edit.site == "head":
+        yield Violation("direction", "is not for heads: use value or scale")
+    elif len(edit.direction) != 4 * width:
+        yield Violation(
+            "direction",
+            f"has {len(edit.direction)} bytes; {edit.site} has {width} features of 4 bytes",
+        )
+    elif not all(math.isfinite(x) for (x,) in struct.iter_unpack("<f", edit.direction)):
+        yield Violation("direction", "has a number that is not finite")
+    if edit.features:
+        yield Violation("features", "is not for a direction, which has a value for every one")

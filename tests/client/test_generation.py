@@ -1,0 +1,64 @@
+"""What `generate` takes, and what it refuses."""
+
+import pytest
+import reltrace
+from reltrace import Steer
+from reltrace._command.generate import steer_of
+from reltrace._generation import Writing
+
+
+def writing(**given: object) -> Writing:
+    defaults: dict[str, object] = {
+        "prompt": "a", "input_ids": None, "steer": (), "max_new_tokens": 5, "temperature": 0.0,
+        "top_p": 0.0, "seed": 0, "model": None,
+    }  # fmt: skip
+    return Writing(**{**defaults, **given})  # type: ignore[arg-type]
+
+
+def test_without_steering_there_is_one_job() -> None:
+    (job,) = writing(temperature=0.5, top_p=0.9, seed=7, model="m").jobs()
+    asked = job.spec.generation
+    assert (asked.max_new_tokens, asked.seed, job.spec.model) == (5, 7, "m")
+    assert (asked.temperature, asked.top_p) == pytest.approx((0.5, 0.9))
+    assert not job.spec.edits
+
+
+def test_what_is_steered_is_written_unsteered_as_well() -> None:
+    steered, plain = writing(steer=Steer(1, 2, value=3)).jobs()
+    assert len(steered.spec.edits) == 1
+    assert not plain.spec.edits
+    assert steered.spec.generation == plain.spec.generation
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: must be 1 to 1024, not 0"),
+        ({"max_new_tokens": 5.0}, "max_new_tokens: must be int, not float"),
+        ({"temperature": -1}, "temperature: must be 0 to 100, not -1"),
+        ({"temperature": float("nan")}, "temperature: must be 0 to 100, not nan"),
+        ({"top_p": 1.5}, "top_p: must be 0 to 1, not 1.5"),
+        ({"top_p": "all"}, "top_p: must be a number, not str"),
+        ({"seed": -1}, "seed: must be 0 to"),
+        ({"steer": 3}, "steer: must be a sequence of Edit or Steer"),
+        ({"steer": [3]}, r"steer\[0\]: must be an Edit or a Steer"),
+        ({"prompt": None}, "prompt: is missing"),
+        ({"input_ids": [1]}, "prompt: excludes input_ids"),
+        ({"model": 3}, "model: must be str"),
+    ],
+)
+def test_what_can_not_be_is_named(given: dict[str, object], said: str) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match=said):
+        writing(**given).jobs()
+
+
+def test_steering_as_an_option() -> None:
+    setting, scaling = steer_of("3:17=-2.5"), steer_of("0:4*0")
+    assert (setting.layer, setting.neuron, setting.value, setting.scale) == (3, 17, -2.5, None)
+    assert (scaling.layer, scaling.neuron, scaling.value, scaling.scale) == (0, 4, None, 0)
+
+
+@pytest.mark.parametrize("text", ["", "3", "3:4", "3:4=x", "a:4=1", "3:4+1", "3:4=nan"])
+def test_steering_that_can_not_be_read(text: str) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match=r"steer|value"):
+        steer_of(text)

@@ -1,0 +1,185 @@
+"""Writing tokens, against `generate` of transformers, and with edits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from reference.checkpoints import FAMILY_RECIPES
+from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reltrace_worker.engine import Engine
+from reltrace_worker.engine.generate import draw, generate
+from reltrace_worker.errors import InvalidJob
+from reltrace_worker.jobs import EditSpec, GenerationSpec, JobSpec, PreparedJob, TargetSpec, Written
+from reltrace_worker.model import LoadedModel
+
+RECIPES = ["grouped", "tied", "llama3_rope", "deep", *FAMILY_RECIPES]
+
+
+def jobs(loaded: LoadedModel, *edits: EditSpec, **how: float) -> list[PreparedJob]:
+    spec = GenerationSpec(**{"max_new_tokens": 12, **how})  # type: ignore[arg-type]
+    return prepare(loaded, *(JobSpec(p, sites=(), edits=edits, generation=spec) for p in PROMPTS))
+
+
+def written(loaded: LoadedModel, batch: list[PreparedJob]) -> list[Written]:
+    found = [result.written for result in run(Engine(loaded, "off"), batch)]
+    assert all(isinstance(one, Written) for one in found)
+    return [one for one in found if one is not None]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_padded_batch_writes_what_transformers_writes_prompt_by_prompt(
+    checkpoints: Checkpoints, recipe: str
+) -> None:
+    loaded = checkpoints.loaded(recipe)
+    batch = jobs(loaded)
+    assert len({len(job.token_ids) for job in batch}) > 3
+    for job, ours in zip(batch, written(loaded, batch), strict=True):
+        ids = torch.tensor([job.token_ids])
+        expected = loaded.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+        )[0, ids.shape[1] :].tolist()
+        assert list(ours.token_ids) == expected
+        assert ours.text == loaded.tokenizer.decode(
+            expected, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert len(ours.tokens) == len(ours.logprobs) == len(expected)
+
+
+def test_log_probabilities_are_those_of_a_forward_pass_over_the_whole(
+    checkpoints: Checkpoints,
+) -> None:
+    loaded = checkpoints.loaded("grouped")
+    batch = jobs(loaded, temperature=1.5, seed=3)
+    for job, ours in zip(batch, written(loaded, batch), strict=True):
+        ids = torch.tensor([[*job.token_ids, *ours.token_ids]])
+        with torch.no_grad():
+            logprobs = loaded.model(ids).logits[0].float().log_softmax(-1)
+        for place, (token, logprob) in enumerate(zip(ours.token_ids, ours.logprobs, strict=True)):
+            before = len(job.token_ids) + place - 1
+            assert logprob == pytest.approx(float(logprobs[before, token]), abs=2e-4)
+
+
+def test_a_seed_gives_the_same_text_whatever_the_batch(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    batch = jobs(loaded, temperature=1.0, top_p=0.9, seed=11)
+    together = written(loaded, batch)
+    alone = [written(loaded, [job])[0] for job in batch]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    other = written(loaded, jobs(loaded, temperature=1.0, top_p=0.9, seed=12))
+    assert [one.token_ids for one in together] != [one.token_ids for one in other]
+
+
+def test_a_text_ends_with_the_token_that_ends_texts(checkpoints: Checkpoints) -> None:
+    """
+    Given a model one of whose tokens ends texts
+    If it writes that token
+    I expect the text to end with it, while the others of the batch go on.
+    """
+    loaded = checkpoints.loaded("grouped")
+    batch = jobs(loaded)
+    first = written(loaded, batch)
+    third = first[1].token_ids[2]
+    before = loaded.model.generation_config.eos_token_id
+    # Beside the one that it has.
+    loaded.model.generation_config.eos_token_id = [before, third]
+    try:
+        found = written(loaded, batch)
+    finally:
+        loaded.model.generation_config.eos_token_id = before
+    for one, whole in zip(found, first, strict=True):
+        ends = whole.token_ids.index(third) + 1 if third in whole.token_ids else None
+        assert one.token_ids == whole.token_ids[:ends]
+        assert one.stopped == (ends is not None or whole.stopped)
+    assert found[1].stopped
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        EditSpec("neuron", 1, (3, 5), scale=0.0, value=6.0),
+        EditSpec("resid", 2, positions=(-1,), scale=-1.0),
+        EditSpec("embed", positions=(0,), scale=0.0),
+        EditSpec("head", 0, (1,), scale=3.0),
+    ],
+)
+def test_edits_hold_for_every_token_that_is_written(
+    checkpoints: Checkpoints, edit: EditSpec
+) -> None:
+    """Each token is what a pass over all tokens before it predicts, with the edit made there."""
+    loaded = checkpoints.loaded("grouped")
+    batch = jobs(loaded, edit)
+    plain = written(loaded, jobs(loaded))
+    steered = written(loaded, batch)
+    assert [one.token_ids for one in steered] != [one.token_ids for one in plain]
+    engine = Engine(loaded, "off")
+    for job, ours in zip(batch[:3], steered[:3], strict=True):
+        for count in (0, 1, 5):
+            ids = job.token_ids + ours.token_ids[:count]
+            # Counted from the end of the prompt, as the job does.
+            positions = tuple(p % len(job.token_ids) for p in edit.positions)
+            there = EditSpec(
+                edit.site, edit.layer, edit.features, positions, edit.scale, edit.value
+            )
+            spec = JobSpec(ids, (), targets=(TargetSpec(),), edits=(there,), forward_only=True)
+            (result,) = run(engine, prepare(loaded, spec))
+            assert result.targets[0].token_id == ours.token_ids[count]
+
+
+def test_jobs_of_a_batch_do_not_feel_each_others_edits(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    plain, edited = jobs(loaded), jobs(loaded, EditSpec("neuron", 1, (3,), scale=0.0, value=9.0))
+    mixed = [a if n % 2 else b for n, (a, b) in enumerate(zip(plain, edited, strict=True))]
+    for one, ours in zip(mixed, written(loaded, mixed), strict=True):
+        assert written(loaded, [one])[0].token_ids == ours.token_ids
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    chances = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    source = torch.Generator().manual_seed(1)
+    drawn = Counter(draw(chances.log(), GenerationSpec(1, 1.0), source) for _ in range(4000))
+    for token, chance in enumerate(chances.tolist()):
+        assert drawn[token] / 4000 == pytest.approx(chance, abs=0.03)
+    # The likeliest that have 0.6 together are the first two.
+    cut = Counter(draw(chances.log(), GenerationSpec(1, 1.0, 0.6), source) for _ in range(4000))
+    assert set(cut) == {0, 1}
+    assert cut[0] / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
+    assert {draw(chances.log(), GenerationSpec(1), source) for _ in range(5)} == {0}
+
+
+def test_traces_and_texts_share_a_batch(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    (trace,) = prepare(loaded, JobSpec(PROMPTS[0]))
+    first, second = run(Engine(loaded, "auto"), [jobs(loaded)[0], trace])
+    assert first.written is not None
+    assert first.tensors == first.targets == ()
+    assert second.written is None
+    assert second.tensors
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"max_new_tokens": 0}, r"generation\.max_new_tokens: is 0; allowed: 1 to 1024"),
+        ({"max_new_tokens": 1000}, r"generation\.max_new_tokens: is 1000 after a prompt of"),
+        ({"temperature": -1.0}, r"generation\.temperature: is -1.0; allowed: 0 to 100"),
+        ({"temperature": float("nan")}, r"generation\.temperature: is nan"),
+        ({"top_p": 1.5}, r"generation\.top_p: is 1.5; allowed: 0 to 1"),
+    ],
+)
+def test_what_can_not_be_is_named(
+    checkpoints: Checkpoints, how: dict[str, float], said: str
+) -> None:
+    with pytest.raises(InvalidJob, match=said):
+        jobs(checkpoints.loaded("grouped"), **how)
+
+
+def test_generate_wants_jobs_that_write(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    with pytest.raises(AssertionError):
+        generate(loaded, prepare(loaded, JobSpec("a")))
