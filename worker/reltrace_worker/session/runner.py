@@ -6,11 +6,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import structlog
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine
+from reltrace_worker.engine.generate import Writing
 from reltrace_worker.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
 from reltrace_worker.jobs import JobResult
 from reltrace_worker.metrics import PassStats
@@ -27,8 +29,21 @@ log = structlog.get_logger()
 _HANDICAPS = {types_pb2.PRIORITY_BATCH: 5.0}
 """Seconds by which a job that came earlier lets an interactive one go first: not for ever."""
 
+_STEPS = 16
+"""Tokens by which texts go on before another pass has its turn."""
+
 _PASSES_AHEAD = 2
 """The pass under way and the one that follows it."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """Texts that are being written, together."""
+
+    batch: list[Ready]
+    writing: Writing
+    crowded: bool
+    seconds: float = 0.0
 
 
 class Runner:
@@ -69,6 +84,9 @@ class Runner:
         self._passes: deque[asyncio.Future[Done | None]] = deque()
         self._arrived = asyncio.Event()
         self._crowded = False
+        # Texts that are half written: they go on in turns with what is ready.
+        self._open: deque[_Open] = deque()
+        self._text_is_next = False
         self._encoder = Encoder(model, engine.attention)
         self._spans = spans or NoSpans()
         self.stats = PassStats(seconds=engine.seconds)
@@ -97,9 +115,13 @@ class Runner:
         return self._crowded
 
     def drop(self, keys: set[LeaseKey]) -> None:
-        """Forget jobs that wait for a pass."""
+        """Forget jobs that wait for a pass, and write no more of texts."""
         with self._lock:
             self._ready = deque(job for job in self._ready if job.key not in keys)
+            for texts in self._open:
+                for index, job in enumerate(texts.batch):
+                    if job.key in keys:
+                        texts.writing.drop(index)
 
     def take_back(self) -> list[LeaseKey]:
         """Give up all jobs that wait for a pass; return their leases."""
@@ -145,7 +167,7 @@ class Runner:
     def _order_passes(self) -> None:
         """Let the engine's thread run a pass, and another after it, if jobs wait."""
         loop = asyncio.get_running_loop()
-        while self._ready and len(self._passes) < _PASSES_AHEAD:
+        while (self._ready or self._open) and len(self._passes) < _PASSES_AHEAD:
             self._passes.append(loop.run_in_executor(self._engine_thread, self._run))
 
     def _next_batch(self) -> list[Ready]:
@@ -155,9 +177,11 @@ class Runner:
         and still fits. What is passed over stays in order, and comes first before long.
         """
         with self._lock:
-            if not self._ready:
+            # One batch of texts at a time: each has a cache of keys and values.
+            first = next((job for job in self._ready if not self._open or not _writes(job)), None)
+            if first is None:
                 return []
-            kind = self._ready[0].job.kind
+            kind = first.job.kind
             batch: list[Ready] = []
             left: deque[Ready] = deque()
             tokens = 0
@@ -169,8 +193,23 @@ class Runner:
                 else:
                     left.append(job)
             self._ready = left
-            self.running = frozenset(job.key for job in batch)
+            self._note_running(batch)
         return batch
+
+    def _note_running(self, batch: Sequence[Ready] = ()) -> None:
+        half_done = [job for texts in self._open for job in texts.batch]
+        self.running = frozenset(job.key for job in [*batch, *half_done])
+
+    def _next_texts(self) -> "_Open | None":
+        """Take texts that are half written, where nothing is ready or it is their turn."""
+        with self._lock:
+            if not self._open or (self._ready and not self._text_is_next):
+                self._text_is_next = bool(self._open)
+                return None
+            self._text_is_next = False
+            texts = self._open.popleft()
+            self._note_running(texts.batch)
+            return texts
 
     def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[Ready], list[Chunks]]:
         ready: list[Ready] = []
@@ -191,16 +230,53 @@ class Runner:
         return ready, faulty
 
     def _run(self) -> Done | None:
+        texts = self._next_texts()
+        if texts is not None:
+            return self._write(texts)
         batch = self._next_batch()
         if not batch:
             return None
         crowded = bool(self._ready)
+        if _writes(batch[0]):
+            return self._write(_Open(batch, self._engine.begin([j.job for j in batch]), crowded))
         started = time.perf_counter()
         try:
             results = self._run_engine(batch)
         finally:
-            self.running = frozenset()
-        seconds = time.perf_counter() - started
+            with self._lock:
+                self._note_running()
+        return self._done(batch, results, time.perf_counter() - started, crowded)
+
+    def _write(self, texts: "_Open") -> Done | None:
+        """Go on with texts for a while; None: they are not over."""
+        started = time.perf_counter()
+        results: Sequence[JobResult | EngineError] | None = None
+        try:
+            self._engine.go_on(texts.writing, _STEPS)
+            if texts.writing.over:
+                results = self._engine.texts(texts.writing)
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            log.warning("texts.split", jobs=len(texts.batch), error=str(error))
+            # From their beginning, in smaller batches where it was for memory.
+            results = self._run_engine(texts.batch)
+        texts.seconds += time.perf_counter() - started
+        with self._lock:
+            if results is None:
+                self._open.append(texts)
+            self._note_running()
+        if results is None:
+            return None
+        return self._done(texts.batch, results, texts.seconds, texts.crowded)
+
+    def _done(
+        self,
+        batch: list[Ready],
+        results: Sequence[JobResult | EngineError],
+        seconds: float,
+        crowded: bool,
+    ) -> Done:
         of_tenants: Counter[str] = Counter()
         for job, result in zip(batch, results, strict=True):
             of_tenants[job.lease.tenant] += len(job.job.token_ids) + _new_tokens(result)
@@ -244,6 +320,10 @@ class Runner:
             # One job must not cost its neighbours their results.
             log.warning("pass.split", jobs=len(jobs), error=str(error))
             return [result for job in jobs for result in self._run_engine([job])]
+
+
+def _writes(job: Ready) -> bool:
+    return job.job.generation is not None
 
 
 def _new_tokens(result: JobResult | EngineError) -> int:
