@@ -9,7 +9,7 @@ import torch
 from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.generate import draw, generate
+from reltrace_worker.engine.generate import Writing, draw
 from reltrace_worker.errors import InvalidJob
 from reltrace_worker.jobs import EditSpec, GenerationSpec, JobSpec, PreparedJob, TargetSpec, Written
 from reltrace_worker.model import LoadedModel
@@ -182,4 +182,30 @@ def test_what_can_not_be_is_named(
 def test_generate_wants_jobs_that_write(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
     with pytest.raises(AssertionError):
-        generate(loaded, prepare(loaded, JobSpec("a")))
+        Writing(loaded, prepare(loaded, JobSpec("a")))
+
+
+def test_a_text_is_the_same_in_whatever_steps_it_is_written(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    engine, batch = Engine(loaded, "off"), jobs(loaded, EditSpec("neuron", 1, (3,), scale=2.0))
+    whole = written(loaded, batch)
+    (trace,) = prepare(loaded, JobSpec(PROMPTS[1]))
+    writing = engine.begin(batch)
+    for tokens in (1, 2, 3, 50):
+        engine.go_on(writing, tokens)
+        # Traces run in between, and find the model as it was.
+        run(engine, [trace])
+    assert writing.over
+    assert [one.token_ids for one in writing.written()] == [one.token_ids for one in whole]
+
+
+def test_what_nobody_waits_for_is_not_written_on(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    engine = Engine(loaded, "off")
+    writing = engine.begin(jobs(loaded)[2:4])
+    engine.go_on(writing, 2)
+    writing.drop(0)
+    engine.go_on(writing, 50)
+    dropped, other = writing.written()
+    assert len(dropped.token_ids) == 2
+    assert len(other.token_ids) > 2

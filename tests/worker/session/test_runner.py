@@ -188,3 +188,48 @@ async def test_a_bad_layer_is_named(checkpoints: Checkpoints, engine: Engine) ->
     (violation,) = leased.chunk.end.error.violations
     assert violation.field == "layers[1]"
     assert violation.description == "layer 3 does not exist; allowed: 0 to 2"
+
+
+async def test_texts_and_traces_take_turns(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given texts of many steps, and traces that come while they are written
+    I expect traces not to wait for their end, no second batch of texts beside the first, one that
+    is dropped to end early, and what is half written to count as running.
+    """
+    monkeypatch.setattr("reltrace_worker.session.runner._STEPS", 1)
+    runner = Runner(checkpoints.loaded("plain"), engine, 4096)
+    long = types_pb2.Generation(max_new_tokens=24)
+    texts = [
+        worker_pb2.Lease(
+            job_id=f"t-{n}", attempt=1,
+            spec=types_pb2.JobSpec(input_ids=types_pb2.TokenIds(ids=[7, 300, 12]), generation=long),
+        )
+        for n in range(3)
+    ]  # fmt: skip
+    begun: list[int] = []
+    begin, loop, writes = engine.begin, asyncio.get_running_loop(), asyncio.Event()
+
+    def counted(jobs: Sequence[PreparedJob]) -> object:
+        begun.append(len(jobs))
+        loop.call_soon_threadsafe(writes.set)
+        return begin(jobs)
+
+    monkeypatch.setattr(engine, "begin", counted)
+    await runner.add(texts[:2])
+    waiting = asyncio.create_task(results(runner))
+    async with asyncio.timeout(20):
+        await writes.wait()
+    await runner.add([lease(0, 5), lease(1, 7), texts[2]])
+    first = await waiting
+    assert set(first) <= {"j-0", "j-1"}
+    assert LeaseKey("t-0", 1) in runner.running
+    runner.drop({LeaseKey("t-1", 1)})
+    ended = list(first)
+    async with asyncio.timeout(30):
+        while len(ended) < 5:
+            ended += await results(runner)
+    assert sorted(ended) == ["j-0", "j-1", "t-0", "t-1", "t-2"]
+    assert begun == [2, 1]
+    assert runner.running == frozenset()

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from reltrace_worker.engine.clock import PassClock
 from reltrace_worker.engine.pack import Pack
 from reltrace_worker.engine.reductions import REDUCTIONS, Extent, Reduction, Span
-from reltrace_worker.engine.sites import SITES, Side, Site, Tap
+from reltrace_worker.engine.sites import SITES, Site
+from reltrace_worker.engine.watch import Watch
 from reltrace_worker.errors import EngineError
 from reltrace_worker.jobs import PreparedJob, SiteTensor
 from reltrace_worker.model.loading import LoadedModel, ModelShape
@@ -94,11 +89,10 @@ class _Recorder:
         self.written += 1
 
 
-class Capture:
+class Capture(Watch):
     """Collects what the jobs of one pack asked for while its backward passes run.
 
     Nothing of a tensor outlives the pass but its reduced relevance, in buffers on the CPU.
-    Set `target` before each backward pass.
 
     Parameters
     ----------
@@ -106,46 +100,28 @@ class Capture:
         The model.
     pack
         The jobs.
-
-    Attributes
-    ----------
-    target
-        Index of the running backward pass: of the target, in each job.
-    bottom
-        The lowest decoder layer through which gradients must flow: at its input they can stop.
-        0 where a job asks for the embeddings; the number of layers where the output of the last
-        layer is all that is wanted.
-    clock
-        Times the phases of the pass.
     """
 
     def __init__(self, loaded: LoadedModel, pack: Pack) -> None:
-        self.target = 0
-        self.clock = PassClock(loaded.device)
         self._pack = pack
         self._shape = loaded.shape
         self._device = loaded.device
         self._devices = loaded.devices
-        self._layers = loaded.family.decoder_layers(loaded.model)
+        layers = len(loaded.family.decoder_layers(loaded.model))
         wishes: dict[_Wish, list[int]] = {}
         for index, job in enumerate(pack.jobs):
             for site in job.sites:
-                wishes.setdefault(_Wish.of(job, site, len(self._layers)), []).append(index)
+                wishes.setdefault(_Wish.of(job, site, layers), []).append(index)
         self._recorders: dict[str, list[_Recorder]] = {}
         for wish, jobs in wishes.items():
             self._recorders.setdefault(wish.site, []).append(self._recorder(wish, jobs))
-        self._taps: list[tuple[Site, Tap, frozenset[int]]] = [
-            (SITES[name], tap(loaded.family), frozenset(i for r in recorders for i in r.places))
-            for name, recorders in self._recorders.items()
-            if (tap := SITES[name].tap) is not None
-        ]
-        self.bottom = 0
-        if "embed" not in self._recorders:
-            self.bottom = min(
-                (min(layers) + (1 if tap.is_layer_output else 0) for _, tap, layers in self._taps),
-                # Jobs without a backward pass want nothing at all.
-                default=len(self._layers),
-            )
+        super().__init__(
+            loaded,
+            {
+                name: frozenset(layer for recorder in recorders for layer in recorder.places)
+                for name, recorders in self._recorders.items()
+            },
+        )
 
     def _recorder(self, wish: _Wish, jobs: list[int]) -> _Recorder:
         site, reduction = SITES[wish.site], REDUCTIONS[wish.reduction]
@@ -174,80 +150,9 @@ class Capture:
         return _Recorder(site, reduction, places, spans, extent, rows, passes, buffers)
 
     def record(self, site: str, layer: int, value: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Reduce the relevance of one tensor in the running backward pass.
-
-        Parameters
-        ----------
-        site
-            Its site; one that no job asked for is passed over.
-        layer
-            Index of the decoder layer; 0 for a site without layers.
-        value, gradient
-            The tensor and dL/dx, [1, N, width].
-        """
+        """Reduce the relevance of one tensor in the running backward pass."""
         for recorder in self._recorders.get(site, ()):
             recorder.record(self.target, layer, value[0], gradient[0], self._shape)
-
-    def record_start(self, value: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Reduce the relevance at the input of the layer `bottom`, where the gradients stop.
-
-        That is the input embeddings, or else the output of the layer before: the one tensor
-        that no hook of :meth:`attached` sees.
-
-        Parameters
-        ----------
-        value, gradient
-            The tensor and dL/dx, [1, N, hidden size].
-        """
-        if self.bottom == 0:
-            self.record("embed", 0, value, gradient)
-            return
-        for site, tap, _ in self._taps:
-            if tap.is_layer_output:
-                self.record(site.name, self.bottom - 1, value, gradient)
-
-    @contextmanager
-    def attached(self, first: int, last: int) -> Iterator[None]:
-        """Hook the sites of the layers `first` to `last` - 1 until the block ends.
-
-        Tensors that the layers compute inside the block, where these require a gradient, record
-        their relevance in every later backward pass through them.
-        """
-        handles: list[RemovableHandle] = []
-        try:
-            for index in range(first, last):
-                for site, tap, wanted in self._taps:
-                    if index not in wanted:
-                        continue
-                    module = tap.module(self._layers[index])
-                    handles.append(self._hook(module, tap.side, site.name, index))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, module: nn.Module, side: Side, site: str, layer: int) -> RemovableHandle:
-        def watch(tensor: torch.Tensor) -> None:
-            # Detached: a hook that held the tensor itself would hold its own graph alive.
-            value = tensor.detach()
-
-            def on_gradient(gradient: torch.Tensor) -> None:
-                self.record(site, layer, value, gradient)
-
-            tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-
-        if side is Side.INPUT:
-
-            def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-                watch(args[0])
-
-            return module.register_forward_pre_hook(before)
-
-        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            watch(output[0] if isinstance(output, tuple) else output)
-
-        hook: Callable[..., None] = after
-        return module.register_forward_hook(hook)
 
     def finish(self) -> None:
         """Wait for the copies from the device, and check that every tensor has arrived.

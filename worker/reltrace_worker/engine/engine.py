@@ -13,7 +13,7 @@ import torch
 
 from reltrace_worker.engine.capture import Capture
 from reltrace_worker.engine.clock import PHASES, PassClock
-from reltrace_worker.engine.generate import generate
+from reltrace_worker.engine.generate import Writing
 from reltrace_worker.engine.memory import (
     Budget,
     MemoryModel,
@@ -43,6 +43,9 @@ _KEEPING_PAYS_FROM = 1024
 """Tokens per pass: with room for so many, passes without checkpointing are the faster ones."""
 
 _PROBE_RULE = "attnlrp"
+
+_STEPS = 16
+"""Tokens that texts go on by at a time."""
 
 Outcome = JobResult | EngineError
 
@@ -275,13 +278,43 @@ class Engine:
         return [outcomes[index] for index in range(len(jobs))]
 
     def _write(self, jobs: list[PreparedJob]) -> list[Outcome]:
+        writing = Writing(self._loaded, jobs)
+        while not writing.over:
+            self.go_on(writing, _STEPS)
+        return self.texts(writing)
+
+    def begin(self, jobs: Sequence[PreparedJob]) -> Writing:
+        """Begin texts that are written together; nothing is written yet.
+
+        Parameters
+        ----------
+        jobs
+            All with a `generation`.
+        """
+        return Writing(self._loaded, jobs)
+
+    def go_on(self, writing: Writing, tokens: int) -> None:
+        """Write at most so many further tokens of each text.
+
+        Raises
+        ------
+        DeviceLostError
+            The device does not work any more for this process.
+        """
         clock = PassClock(self._loaded.device)
-        clock.begins("forward")
-        with through_onednn(self._linears):
-            written = generate(self._loaded, jobs)
+        with self._lock:
+            clock.begins("forward")
+            try:
+                with through_onednn(self._linears):
+                    writing.go_on(tokens)
+            except torch.AcceleratorError as error:
+                raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
         for phase, seconds in clock.seconds().items():
             self.seconds[phase] += seconds
-        return [JobResult((), (), checkpointing=False, written=one) for one in written]
+
+    def texts(self, writing: Writing) -> list[Outcome]:
+        """Return what was written, one result per job."""
+        return [JobResult((), (), checkpointing=False, written=one) for one in writing.written()]
 
     def _resolve(self, job: PreparedJob, scalar: Scalar) -> ResolvedTarget:
         target = job.targets[scalar.target]

@@ -65,84 +65,98 @@ def draw(logits: torch.Tensor, spec: GenerationSpec, source: torch.Generator) ->
     return int(order[min(int(torch.searchsorted(through, at, right=True)), len(through) - 1)])
 
 
-def generate(loaded: LoadedModel, jobs: Sequence[PreparedJob]) -> list[Written]:
-    """Write after every prompt until all have ended.
+class Writing:
+    """Texts that are written together, some tokens at a time.
 
     Parameters
     ----------
     loaded
         The model, plain: no rule is applied.
     jobs
-        All with a `generation`; shorter prompts are padded on their left.
-
-    Returns
-    -------
-    list[Written]
-        One per job, in order. What a job writes does not depend on the others, but for rounding.
+        All with a `generation`; shorter prompts are padded on their left. What a job writes does
+        not depend on the others, but for rounding.
     """
-    texts = [
-        _Text(job, job.generation, torch.Generator().manual_seed(job.generation.seed))
-        for job in jobs
-        if job.generation is not None
-    ]
-    assert len(texts) == len(jobs)
-    ends, vocabulary = end_tokens(loaded), Vocabulary(loaded.tokenizer)
-    longest = max(len(job.token_ids) for job in jobs)
-    pads = [longest - len(job.token_ids) for job in jobs]
-    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=loaded.device)
-    ids = torch.tensor(
-        [[0] * pad + list(job.token_ids) for pad, job in zip(pads, jobs, strict=True)],
-        device=loaded.device,
-    )
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    edits = Edits(
-        loaded,
-        [
-            Rows(job.edits, row * longest + pad, range(longest - pad))
-            for row, (job, pad) in enumerate(zip(jobs, pads, strict=True))
-        ],
-    )
-    cache = DynamicCache(config=loaded.model.config)
-    with torch.no_grad(), edits.attached():
-        while True:
-            logits = _step(loaded, edits, ids, mask, positions, cache)
-            chosen = [text.go_on(row, ends) for text, row in zip(texts, logits, strict=True)]
-            if all(text.over for text in texts):
-                break
-            ids = torch.tensor(chosen, device=loaded.device)[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(jobs), 1)], 1)
-            positions = positions[:, -1:] + 1
-            edits.move(
-                [
-                    Rows(job.edits, row, range(position, position + 1))
-                    for row, (job, position) in enumerate(
-                        zip(jobs, positions[:, 0].tolist(), strict=True)
-                    )
-                ]
-            )
-    return [_written(text, vocabulary, loaded.tokenizer) for text in texts]
 
+    def __init__(self, loaded: LoadedModel, jobs: Sequence[PreparedJob]) -> None:
+        self._loaded = loaded
+        self._jobs = list(jobs)
+        self._texts = [
+            _Text(job, job.generation, torch.Generator().manual_seed(job.generation.seed))
+            for job in jobs
+            if job.generation is not None
+        ]
+        assert len(self._texts) == len(jobs)
+        self._ends = end_tokens(loaded)
+        longest = max(len(job.token_ids) for job in jobs)
+        pads = [longest - len(job.token_ids) for job in jobs]
+        device = loaded.device
+        self._mask = torch.tensor(
+            [[0] * pad + [1] * (longest - pad) for pad in pads], device=device
+        )
+        self._ids = torch.tensor(
+            [[0] * pad + list(job.token_ids) for pad, job in zip(pads, jobs, strict=True)],
+            device=device,
+        )
+        self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        self._cache = DynamicCache(config=loaded.model.config)
+        self._edits = Edits(
+            loaded,
+            [
+                Rows(job.edits, row * longest + pad, range(longest - pad))
+                for row, (job, pad) in enumerate(zip(jobs, pads, strict=True))
+            ],
+        )
 
-def _step(
-    loaded: LoadedModel,
-    edits: Edits,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    positions: torch.Tensor,
-    cache: DynamicCache,
-) -> torch.Tensor:
-    """Run the model over tokens that come next, [B, S]; return the logits of the last, [B, V]."""
-    embeddings = edits.embedded(loaded.model.get_input_embeddings()(ids))
-    output: Any = loaded.model(
-        inputs_embeds=embeddings,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: torch.Tensor = output.logits[:, -1].float().cpu()
-    return logits
+    @property
+    def over(self) -> bool:
+        """All texts have ended."""
+        return all(text.over for text in self._texts)
+
+    def drop(self, job: int) -> None:
+        """Write no more of a job that nobody waits for."""
+        self._texts[job].stopped = True
+
+    def go_on(self, tokens: int) -> None:
+        """Write at most so many further tokens of each text."""
+        with torch.no_grad(), self._edits.attached():
+            for _ in range(tokens):
+                if self.over:
+                    return
+                self._next(self._logits())
+
+    def _logits(self) -> torch.Tensor:
+        """Run the model over the tokens that come next; return the logits of the last, [B, V]."""
+        model = self._loaded.model
+        output: Any = model(
+            inputs_embeds=self._edits.embedded(model.get_input_embeddings()(self._ids)),
+            attention_mask=self._mask,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float().cpu()
+        return logits
+
+    def _next(self, logits: torch.Tensor) -> None:
+        chosen = [
+            text.go_on(row, self._ends) for text, row in zip(self._texts, logits, strict=True)
+        ]
+        self._ids = torch.tensor(chosen, device=self._loaded.device)[:, None]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(chosen), 1)], 1)
+        self._positions = self._positions[:, -1:] + 1
+        places = self._positions[:, 0].tolist()
+        self._edits.move(
+            [
+                Rows(job.edits, row, range(place, place + 1))
+                for row, (job, place) in enumerate(zip(self._jobs, places, strict=True))
+            ]
+        )
+
+    def written(self) -> list[Written]:
+        """Return what is written, one per job, in order."""
+        vocabulary = Vocabulary(self._loaded.tokenizer)
+        return [_written(text, vocabulary, self._loaded.tokenizer) for text in self._texts]
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:

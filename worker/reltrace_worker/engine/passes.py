@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from reltrace_worker.engine.capture import Capture
 from reltrace_worker.engine.edits import Edits, Rows
 from reltrace_worker.engine.pack import Pack, Readout, Scalar
+from reltrace_worker.engine.watch import Watch
 from reltrace_worker.model.loading import LoadedModel, ModelShape
 from reltrace_worker.rules.patching import instance_forward
 
@@ -95,7 +95,7 @@ def _layer_output(output: Any) -> torch.Tensor:
     return tensor
 
 
-def trace_keeping(loaded: LoadedModel, pack: Pack, capture: Capture) -> list[Scalar]:
+def trace_keeping(loaded: LoadedModel, pack: Pack, capture: Watch) -> list[Scalar]:
     """Run the passes of a pack without checkpointing: one graph, one backward per target.
 
     The graph begins at the input of the layer ``capture.bottom``: below, nothing is kept.
@@ -212,7 +212,7 @@ def graph_width(shape: ModelShape) -> int:
     return 4 * shape.hidden_size + 2 * shape.intermediate_size
 
 
-def trace_checkpointed(loaded: LoadedModel, pack: Pack, capture: Capture) -> list[Scalar]:
+def trace_checkpointed(loaded: LoadedModel, pack: Pack, capture: Watch) -> list[Scalar]:
     """Run the passes of a pack with checkpointing: the graph of one segment of layers at a time.
 
     Parameters and result are those of :func:`trace_keeping`, and so are the numbers.
@@ -225,7 +225,7 @@ def trace_checkpointed(loaded: LoadedModel, pack: Pack, capture: Capture) -> lis
 
 
 def _trace_checkpointed(
-    loaded: LoadedModel, pack: Pack, capture: Capture, embeddings: torch.Tensor
+    loaded: LoadedModel, pack: Pack, capture: Watch, embeddings: torch.Tensor
 ) -> list[Scalar]:
     layers = loaded.family.decoder_layers(loaded.model)
     size = segment_length(len(layers), loaded.shape.hidden_size, graph_width(loaded.shape))
@@ -276,7 +276,7 @@ def _trace_checkpointed(
 
 
 def _through_segment(
-    segment: list[_LayerCall], capture: Capture, gradients: list[torch.Tensor]
+    segment: list[_LayerCall], capture: Watch, gradients: list[torch.Tensor]
 ) -> torch.Tensor:
     """Recompute some layers, and replace `gradients` at their output by those at their input.
 

@@ -1,85 +1,49 @@
 """Runs leased jobs: tokenizing on one thread, the engine on another, encoding on a third."""
 
 import asyncio
-import secrets
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
-from importlib.metadata import version
-from itertools import chain, count
 
 import structlog
-from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine
+from reltrace_worker.engine.generate import Writing
 from reltrace_worker.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
-from reltrace_worker.jobs import JobResult, PreparedJob
+from reltrace_worker.jobs import JobResult
 from reltrace_worker.metrics import PassStats
 from reltrace_worker.model import JobPreparer, LoadedModel
 from reltrace_worker.rules import RULES
-from reltrace_worker.session.chunks import chunks, stored_chunk
-from reltrace_worker.session.convert import (
-    INTERNAL,
-    INVALID_ARGUMENT,
-    cast,
-    failed,
-    generated,
-    header,
-    job_spec,
-    result_dtype,
-    scalar_type,
-)
+from reltrace_worker.session.convert import job_spec
+from reltrace_worker.session.encoding import Done, Encoder, Ready, broken, invalid
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
-from reltrace_worker.session.stored import LargeResults, Tensors, write
+from reltrace_worker.session.stored import LargeResults
 from reltrace_worker.tracing import NoSpans, Spans
 
 log = structlog.get_logger()
 
-VERSIONS = {name: version(name) for name in ("lxt", "torch", "transformers", "reltrace-worker")}
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A leased job that can go into a pass."""
-
-    key: LeaseKey
-    lease: worker_pb2.Lease
-    job: PreparedJob
-    turn: float
-    """Monotonic time by which the jobs that wait are ordered."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """A pass that is over; crowded: it left jobs behind when it took these."""
-
-    batch: list[_Ready]
-    results: Sequence[JobResult | EngineError]
-    seconds: float
-    crowded: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensors:
-    """What a job that went well gives."""
-
-    lease: worker_pb2.Lease
-    header: types_pb2.TraceHeader
-    tensors: Tensors
-    timings: types_pb2.Timings
-    generated: types_pb2.Generated | None
-
-
 _HANDICAPS = {types_pb2.PRIORITY_BATCH: 5.0}
 """Seconds by which a job that came earlier lets an interactive one go first: not for ever."""
 
+_STEPS = 16
+"""Tokens by which texts go on before another pass has its turn."""
+
 _PASSES_AHEAD = 2
 """The pass under way and the one that follows it."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """Texts that are being written, together."""
+
+    batch: list[Ready]
+    writing: Writing
+    crowded: bool
+    seconds: float = 0.0
 
 
 class Runner:
@@ -116,14 +80,15 @@ class Runner:
         self._encode_thread = ThreadPoolExecutor(1, "encode")
         # Shared by the loop, which adds and drops, and the engine's thread, which takes.
         self._lock = threading.Lock()
-        self._ready: deque[_Ready] = deque()
-        self._passes: deque[asyncio.Future[_Done | None]] = deque()
+        self._ready: deque[Ready] = deque()
+        self._passes: deque[asyncio.Future[Done | None]] = deque()
         self._arrived = asyncio.Event()
         self._crowded = False
-        self._large = LargeResults()
+        # Texts that are half written: they go on in turns with what is ready.
+        self._open: deque[_Open] = deque()
+        self._text_is_next = False
+        self._encoder = Encoder(model, engine.attention)
         self._spans = spans or NoSpans()
-        # Names files in stores of others' choosing.
-        self._name, self._files = secrets.token_hex(8), count(1)
         self.stats = PassStats(seconds=engine.seconds)
         self.running: frozenset[LeaseKey] = frozenset()
         """Leases in the pass that is under way."""
@@ -150,9 +115,13 @@ class Runner:
         return self._crowded
 
     def drop(self, keys: set[LeaseKey]) -> None:
-        """Forget jobs that wait for a pass."""
+        """Forget jobs that wait for a pass, and write no more of texts."""
         with self._lock:
             self._ready = deque(job for job in self._ready if job.key not in keys)
+            for texts in self._open:
+                for index, job in enumerate(texts.batch):
+                    if job.key in keys:
+                        texts.writing.drop(index)
 
     def take_back(self) -> list[LeaseKey]:
         """Give up all jobs that wait for a pass; return their leases."""
@@ -171,7 +140,7 @@ class Runner:
         """
         large = LargeResults(url, above)
         large.check()
-        self._large = large
+        self._encoder.large = large
 
     async def next_results(self) -> list[Chunks | FailedAttempt]:
         """Wait for the next pass; return an iterator of chunks per job, or why there is none.
@@ -193,26 +162,28 @@ class Runner:
             if done is not None:
                 self._crowded = done.crowded
                 self._order_passes()
-                return await loop.run_in_executor(self._encode_thread, self._encode, done)
+                return await loop.run_in_executor(self._encode_thread, self._encoder.encode, done)
 
     def _order_passes(self) -> None:
         """Let the engine's thread run a pass, and another after it, if jobs wait."""
         loop = asyncio.get_running_loop()
-        while self._ready and len(self._passes) < _PASSES_AHEAD:
+        while (self._ready or self._open) and len(self._passes) < _PASSES_AHEAD:
             self._passes.append(loop.run_in_executor(self._engine_thread, self._run))
 
-    def _next_batch(self) -> list[_Ready]:
+    def _next_batch(self) -> list[Ready]:
         """Take what goes into one pass: the job whose turn it is, and what goes with it.
 
         That is, in the order of their turns, what is of its kind (another would be another pass)
         and still fits. What is passed over stays in order, and comes first before long.
         """
         with self._lock:
-            if not self._ready:
+            # One batch of texts at a time: each has a cache of keys and values.
+            first = next((job for job in self._ready if not self._open or not _writes(job)), None)
+            if first is None:
                 return []
-            kind = self._ready[0].job.kind
-            batch: list[_Ready] = []
-            left: deque[_Ready] = deque()
+            kind = first.job.kind
+            batch: list[Ready] = []
+            left: deque[Ready] = deque()
             tokens = 0
             for job in self._ready:
                 length = job.job.extent
@@ -222,38 +193,90 @@ class Runner:
                 else:
                     left.append(job)
             self._ready = left
-            self.running = frozenset(job.key for job in batch)
+            self._note_running(batch)
         return batch
 
-    def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[_Ready], list[Chunks]]:
-        ready: list[_Ready] = []
+    def _note_running(self, batch: Sequence[Ready] = ()) -> None:
+        half_done = [job for texts in self._open for job in texts.batch]
+        self.running = frozenset(job.key for job in [*batch, *half_done])
+
+    def _next_texts(self) -> "_Open | None":
+        """Take texts that are half written, where nothing is ready or it is their turn."""
+        with self._lock:
+            if not self._open or (self._ready and not self._text_is_next):
+                self._text_is_next = bool(self._open)
+                return None
+            self._text_is_next = False
+            texts = self._open.popleft()
+            self._note_running(texts.batch)
+            return texts
+
+    def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[Ready], list[Chunks]]:
+        ready: list[Ready] = []
         faulty: list[Chunks] = []
         now = time.monotonic()
         for lease in leases:
             try:
                 job = self._prepare_job.prepare(job_spec(lease.spec))
             except InvalidJob as error:
-                faulty.append(_invalid(lease, error))
+                faulty.append(invalid(lease, error))
             except Exception as error:
                 # A fault of the tokenizer or of ours must not take the worker down.
                 log.exception("job.prepare_failed", job=lease.job_id, tenant=lease.tenant)
-                faulty.append(_broken(lease, error))
+                faulty.append(broken(lease, error))
             else:
                 key = LeaseKey(lease.job_id, lease.attempt)
-                ready.append(_Ready(key, lease, job, now + _HANDICAPS.get(lease.priority, 0.0)))
+                ready.append(Ready(key, lease, job, now + _HANDICAPS.get(lease.priority, 0.0)))
         return ready, faulty
 
-    def _run(self) -> _Done | None:
+    def _run(self) -> Done | None:
+        texts = self._next_texts()
+        if texts is not None:
+            return self._write(texts)
         batch = self._next_batch()
         if not batch:
             return None
         crowded = bool(self._ready)
+        if _writes(batch[0]):
+            return self._write(_Open(batch, self._engine.begin([j.job for j in batch]), crowded))
         started = time.perf_counter()
         try:
             results = self._run_engine(batch)
         finally:
-            self.running = frozenset()
-        seconds = time.perf_counter() - started
+            with self._lock:
+                self._note_running()
+        return self._done(batch, results, time.perf_counter() - started, crowded)
+
+    def _write(self, texts: "_Open") -> Done | None:
+        """Go on with texts for a while; None: they are not over."""
+        started = time.perf_counter()
+        results: Sequence[JobResult | EngineError] | None = None
+        try:
+            self._engine.go_on(texts.writing, _STEPS)
+            if texts.writing.over:
+                results = self._engine.texts(texts.writing)
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            log.warning("texts.split", jobs=len(texts.batch), error=str(error))
+            # From their beginning, in smaller batches where it was for memory.
+            results = self._run_engine(texts.batch)
+        texts.seconds += time.perf_counter() - started
+        with self._lock:
+            if results is None:
+                self._open.append(texts)
+            self._note_running()
+        if results is None:
+            return None
+        return self._done(texts.batch, results, texts.seconds, texts.crowded)
+
+    def _done(
+        self,
+        batch: list[Ready],
+        results: Sequence[JobResult | EngineError],
+        seconds: float,
+        crowded: bool,
+    ) -> Done:
         of_tenants: Counter[str] = Counter()
         for job, result in zip(batch, results, strict=True):
             of_tenants[job.lease.tenant] += len(job.job.token_ids) + _new_tokens(result)
@@ -282,37 +305,9 @@ class Runner:
                     tokens_in_pass=tokens,
                 )
         log.debug("pass.done", jobs=len(batch), tokens=tokens, seconds=round(seconds, 4))
-        return _Done(batch, results, seconds, crowded)
+        return Done(batch, results, seconds, crowded)
 
-    def _encode(self, done: _Done) -> list[Chunks | FailedAttempt]:
-        encoded: list[Chunks | FailedAttempt] = []
-        shards: dict[str, list[_Tensors]] = {}
-        for job, result in zip(done.batch, done.results, strict=True):
-            try:
-                found = self._tensors(job, result, done.seconds)
-                if not isinstance(found, _Tensors):
-                    encoded.append(found)
-                elif uri := job.lease.spec.output_uri:
-                    shards.setdefault(uri, []).append(found)
-                elif self._large.takes(found.tensors):
-                    name = f"{job.key.job_id}.{job.key.attempt}.safetensors"
-                    encoded += _store(self._large.url, name, [found])
-                else:
-                    # The first chunk, for most jobs the only one, is made here and not on the
-                    # loop; the others one by one as they are sent.
-                    chunks_of = chunks(
-                        job.lease, found.header, found.tensors, found.timings, found.generated
-                    )
-                    encoded.append(chain([next(chunks_of)], chunks_of))
-            except Exception as error:
-                log.exception("job.encode_failed", job=job.key.job_id, tenant=job.lease.tenant)
-                encoded.append(chain(_broken(job.lease, error)))
-        for uri, jobs in shards.items():
-            name = f"shard-{self._name}-{next(self._files):06d}.safetensors"
-            encoded += _store(uri, name, jobs)
-        return encoded
-
-    def _run_engine(self, jobs: Sequence[_Ready]) -> Sequence[JobResult | EngineError]:
+    def _run_engine(self, jobs: Sequence[Ready]) -> Sequence[JobResult | EngineError]:
         try:
             return self._engine.run([job.job for job in jobs])
         except DeviceLostError:
@@ -326,75 +321,11 @@ class Runner:
             log.warning("pass.split", jobs=len(jobs), error=str(error))
             return [result for job in jobs for result in self._run_engine([job])]
 
-    def _tensors(
-        self, job: _Ready, result: JobResult | EngineError, seconds: float
-    ) -> "_Tensors | Chunks | FailedAttempt":
-        """Return what a job that went well gives; of another, how it ends."""
-        lease = job.lease
-        if isinstance(result, PassFailedError):
-            return FailedAttempt(job.key, str(result))
-        if isinstance(result, EngineError):
-            return _broken(lease, result)
-        dtype = result_dtype(lease.spec)
-        try:
-            tensors = [(tensor, cast(tensor, dtype)) for tensor in result.tensors]
-        except InvalidJob as error:
-            return _invalid(lease, error)
-        engine_time = Duration()
-        engine_time.FromTimedelta(timedelta(seconds=seconds))
-        return _Tensors(
-            lease,
-            header(
-                job.job,
-                result.targets,
-                self._provenance(job.job, result),
-                self._model.shape.layers,
-            ),
-            tensors,
-            types_pb2.Timings(queued=lease.queued_for, engine=engine_time),
-            None if result.written is None else generated(result.written),
-        )
 
-    def _provenance(self, job: PreparedJob, result: JobResult) -> types_pb2.Provenance:
-        return types_pb2.Provenance(
-            model=self._model.name,
-            revision=self._model.revision,
-            rule=job.rule,
-            reduction=job.reduction,
-            dtype=scalar_type(self._model.dtype),
-            attention=self._engine.attention,
-            checkpointing=result.checkpointing,
-            versions=VERSIONS,
-            device=str(self._model.device),
-        )
+def _writes(job: Ready) -> bool:
+    return job.job.generation is not None
 
 
 def _new_tokens(result: JobResult | EngineError) -> int:
     written = result.written if isinstance(result, JobResult) else None
     return len(written.token_ids) if written else 0
-
-
-def _store(url: str, name: str, jobs: list[_Tensors]) -> list[Chunks | FailedAttempt]:
-    """Write tensors to a store; each job's result then says where they are."""
-    try:
-        manifests = write(url, name, [(job.lease.job_id, job.tensors) for job in jobs])
-    except PassFailedError as error:
-        for job in jobs:
-            log.warning(
-                "store.failed", job=job.lease.job_id, tenant=job.lease.tenant, error=str(error)
-            )
-        return [
-            FailedAttempt(LeaseKey(job.lease.job_id, job.lease.attempt), str(error)) for job in jobs
-        ]
-    return [
-        iter([stored_chunk(job.lease, job.header, manifest, job.timings)])
-        for job, manifest in zip(jobs, manifests, strict=True)
-    ]
-
-
-def _invalid(lease: worker_pb2.Lease, error: InvalidJob) -> Chunks:
-    yield failed(lease.job_id, lease.attempt, INVALID_ARGUMENT, str(error), error.violations)
-
-
-def _broken(lease: worker_pb2.Lease, error: Exception) -> Chunks:
-    yield failed(lease.job_id, lease.attempt, INTERNAL, str(error) or type(error).__name__)

@@ -1,0 +1,201 @@
+"""The strongest places of every neuron and head over many prompts, merged on the device.
+
+For every feature of a site this keeps the k places (prompt, token) where its relevance, and where
+its activation, is strongest, positive and negative apart; and of both their sum and a histogram.
+(The idea of relevance maximization is that of Achtibat et al., "From attribution maps to
+human-understandable explanations", 2023, and of zennit-crp; here for language.)
+
+All of it is exact and does not depend on the order or on the packs in which prompts come: a list is
+the k largest of a set of distinct integers, and sums and histograms are integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from reltrace_worker.engine.capture import relevance_of
+from reltrace_worker.engine.pack import Pack
+from reltrace_worker.engine.sites import SITES
+from reltrace_worker.engine.watch import Watch
+from reltrace_worker.errors import EngineError
+from reltrace_worker.model.loading import LoadedModel, ModelShape
+
+ATLAS_SITES = ("neuron", "head")
+
+LISTS = ("relevance+", "relevance-", "activation+", "activation-")
+MEASURES = ("relevance", "activation")
+
+MOST_PROMPTS = 1 << 16
+"""Of one slice: a place has 16 bits for its prompt."""
+
+MOST_TOKENS = 1 << 16
+"""Of one prompt: and 16 bits for its token."""
+
+POINT = 40
+"""Sums are kept in units of 2 to the power of minus this: about 1e-12."""
+
+OCTAVES = range(-24, 8)
+"""Histograms have one bin per octave of |x|, the first from 2**-24 to 2**-23."""
+
+BINS = 2 * len(OCTAVES) + 1
+"""Negative values, the largest first; what is smaller than 2**-24 either way; positive values."""
+
+_LARGEST = 2.0**22
+_ROWS = 512
+"""Rows whose keys are made at a time: they need 8 bytes for each of four lists and feature."""
+
+_BIAS, _MANTISSA = 127, 23
+_LOW = (1 << 32) - 1
+
+
+def keys_of(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return integers that are ordered as positive values, of equal ones the earliest place first.
+
+    Parameters
+    ----------
+    values
+        float32 [N, F].
+    places
+        int64 [N], less than 2**32, all different.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 [N, F]: the value's bits above, the complement of the place below. Values that are not
+        positive give 0.
+    """
+    # The bits of positive floats are ordered as the floats are.
+    bits = values.view(torch.int32).long()
+    keys = (bits << 32) | (_LOW - places)[:, None]
+    return torch.where(values > 0, keys, keys.new_zeros(()))
+
+
+def values_of(keys: torch.Tensor) -> torch.Tensor:
+    """Return the values of keys, float32; 0 where there is none."""
+    return (keys >> 32).int().view(torch.float32)
+
+
+def places_of(keys: torch.Tensor) -> torch.Tensor:
+    """Return the places of keys, int64; -1 where there is none."""
+    return torch.where(keys > 0, _LOW - (keys & _LOW), keys.new_full((), -1))
+
+
+def bins_of(values: torch.Tensor) -> torch.Tensor:
+    """Return the bin of each value, int64, from its exponent."""
+    bits = values.view(torch.int32)
+    exponent = ((bits & 0x7FFFFFFF) >> _MANTISSA) - _BIAS
+    step = (exponent - OCTAVES.start + 1).clamp(0, len(OCTAVES))
+    return torch.where(bits < 0, len(OCTAVES) - step, len(OCTAVES) + step).long()
+
+
+@dataclass(slots=True)
+class SiteAtlas:
+    """What is known of the features of one site.
+
+    Parameters
+    ----------
+    strongest
+        int64 [L, 4, k, F]: keys, in the order of ``LISTS``, the strongest first; 0: there is none.
+    sums
+        int64 [L, 2, F], in the order of ``MEASURES`` and in units of 2**-``POINT``.
+    histogram
+        int32 [L, 2, F, ``BINS``].
+    """
+
+    strongest: torch.Tensor
+    sums: torch.Tensor
+    histogram: torch.Tensor
+
+    @classmethod
+    def empty(cls, layers: int, features: int, k: int, device: torch.device) -> SiteAtlas:
+        """Return the atlas of no prompt."""
+        return cls(
+            torch.zeros(layers, 4, k, features, dtype=torch.int64, device=device),
+            torch.zeros(layers, 2, features, dtype=torch.int64, device=device),
+            torch.zeros(layers, 2, features, BINS, dtype=torch.int32, device=device),
+        )
+
+    def add(
+        self, layer: int, relevance: torch.Tensor, activation: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        """Add the rows of one layer.
+
+        Parameters
+        ----------
+        relevance, activation
+            float32 [N, F], finite.
+        places
+            int64 [N].
+        """
+        k = self.strongest.shape[2]
+        for start in range(0, len(places), _ROWS):
+            rows = slice(start, start + _ROWS)
+            at = places[rows]
+            for measure, values in enumerate((relevance[rows], activation[rows])):
+                for sign, turned in enumerate((values, -values)):
+                    kept = self.strongest[layer, 2 * measure + sign]
+                    both = torch.cat([kept, keys_of(turned.contiguous(), at)])
+                    kept.copy_(both.topk(k, dim=0).values)
+                self.sums[layer, measure] += (values.double() * 2.0**POINT).round().long().sum(0)
+                self._count(self.histogram[layer, measure], values)
+
+    def _count(self, histogram: torch.Tensor, values: torch.Tensor) -> None:
+        features, bins = histogram.shape
+        of_feature = torch.arange(features, device=values.device) * bins
+        flat = (bins_of(values.contiguous()) + of_feature).flatten()
+        histogram += torch.bincount(flat, minlength=features * bins).reshape(features, bins)
+
+
+class AtlasCapture(Watch):
+    """Adds the passes of one pack to the atlas of a slice.
+
+    Parameters
+    ----------
+    loaded
+        The model.
+    pack
+        The jobs, with one target each.
+    numbers
+        Of each job of the pack: its prompt's number in the slice.
+    atlas
+        By site; changed in place.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        pack: Pack,
+        numbers: Sequence[int],
+        atlas: dict[str, SiteAtlas],
+    ) -> None:
+        layers = frozenset(range(loaded.shape.layers))
+        super().__init__(loaded, dict.fromkeys(atlas, layers))
+        self._shape: ModelShape = loaded.shape
+        self._atlas = atlas
+        self._places = torch.cat(
+            [
+                (number << 16) + torch.arange(len(job.token_ids))
+                for number, job in zip(numbers, pack.jobs, strict=True)
+            ]
+        ).to(loaded.device)
+
+    def record(self, site: str, layer: int, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add one tensor of the running backward pass."""
+        if site not in self._atlas:
+            return
+        here = SITES[site]
+        relevance = here.fold(relevance_of(value[0], gradient[0]), self._shape)
+        activation = value[0].float()
+        if site == "head":
+            # What a head writes is a vector: how strong it is, its length says.
+            activation = activation.reshape(*relevance.shape, -1).norm(dim=-1)
+        for name, found in (("relevance", relevance), ("activation", activation)):
+            if not bool(((found.abs() < _LARGEST) & found.isfinite()).all()):
+                raise EngineError(
+                    f"the {name} of site {site!r} at layer {layer} is not finite, or too large "
+                    f"for an atlas ({_LARGEST:.0f})"
+                )
+        self._atlas[site].add(layer, relevance, activation, self._places.to(value.device))
