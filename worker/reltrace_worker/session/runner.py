@@ -248,7 +248,7 @@ class Runner:
         crowded = bool(self._ready)
         started = time.perf_counter()
         try:
-            results = self._run_engine([job.job for job in batch])
+            results = self._run_engine(batch)
         finally:
             self.running = frozenset()
         seconds = time.perf_counter() - started
@@ -308,14 +308,15 @@ class Runner:
             encoded += _store(uri, name, jobs)
         return encoded
 
-    def _run_engine(self, jobs: Sequence[PreparedJob]) -> Sequence[JobResult | EngineError]:
+    def _run_engine(self, jobs: Sequence[_Ready]) -> Sequence[JobResult | EngineError]:
         try:
-            return self._engine.run(jobs)
+            return self._engine.run([job.job for job in jobs])
         except DeviceLostError:
             raise
         except Exception as error:
             if len(jobs) == 1:
-                log.exception("pass.failed")
+                (job,) = jobs
+                log.exception("pass.failed", job=job.key.job_id, tenant=job.lease.tenant)
                 return [error if isinstance(error, EngineError) else PassFailedError(str(error))]
             # One job must not cost its neighbours their results.
             log.warning("pass.split", jobs=len(jobs), error=str(error))
@@ -368,6 +369,10 @@ def _store(url: str, name: str, jobs: list[_Tensors]) -> list[Chunks | FailedAtt
     try:
         manifests = write(url, name, [(job.lease.job_id, job.tensors) for job in jobs])
     except PassFailedError as error:
+        for job in jobs:
+            log.warning(
+                "store.failed", job=job.lease.job_id, tenant=job.lease.tenant, error=str(error)
+            )
         return [
             FailedAttempt(LeaseKey(job.lease.job_id, job.lease.attempt), str(error)) for job in jobs
         ]
