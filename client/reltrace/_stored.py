@@ -89,6 +89,9 @@ class Place:
 class StoredArrays(Mapping[str, Mapping[str, Array]]):
     """The arrays of a trace, by site and part, read from their place at the first look.
 
+    The place is one where they stay; what a server keeps only until it is acknowledged is read
+    before that, by `read_together`.
+
     Parameters
     ----------
     place : Place
@@ -127,18 +130,32 @@ class StoredArrays(Mapping[str, Mapping[str, Array]]):
         """
         with self._lock:
             if self._arrays is None:
-                data = _read(self.place)
-                arrays: dict[str, dict[str, Array]] = {site: {} for site in self._sites}
-                for tensor in self.place.tensors:
-                    arrays[tensor.site][tensor.part] = _array(tensor, data)
-                self._arrays = arrays
+                self._arrays = self._arrays_in(_read(self.place))
             return self._arrays
+
+    def _arrays_in(self, data: bytes) -> dict[str, dict[str, Array]]:
+        arrays: dict[str, dict[str, Array]] = {site: {} for site in self._sites}
+        for tensor in self.place.tensors:
+            arrays[tensor.site][tensor.part] = _array(tensor, data)
+        return arrays
 
     def __getstate__(self) -> dict[str, Any]:
         return {"place": self.place, "_sites": self._sites, "_arrays": self._arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
+
+
+def read_together(traces: Sequence[StoredArrays]) -> list[dict[str, dict[str, Array]]]:
+    """Read the arrays of the traces of one job, which have one place; its bytes are read once.
+
+    Raises
+    ------
+    StoreUnreadable
+        The store can not be reached, or holds something else there.
+    """
+    data = _read(traces[0].place)
+    return [trace._arrays_in(data) for trace in traces]
 
 
 def _array(tensor: StoredTensor, data: bytes) -> Array:

@@ -409,7 +409,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     ) -> admin_pb2.GetStatusResponse:
         response = admin_pb2.GetStatusResponse(
             version="0.1.0", redis_version="7.2", redis_memory_bytes=1 << 20,
-            ended={"succeeded": 5},
+            ended={"succeeded": self.succeeded},
         )  # fmt: skip
         response.queues.add(model="fake", queued=3, leased=1)
         worker = response.workers.add(worker_id="w1", device="cpu", version="0.1.0", leased=1)
@@ -418,6 +418,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         worker.connected_at.FromSeconds(1_700_000_000)
         return response
 
+    succeeded: int = 5
     drained: list[str] = field(default_factory=list)
 
     def ListWorkers(
@@ -431,6 +432,9 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     def DrainWorkers(
         self, request: admin_pb2.DrainWorkersRequest, context: Any
     ) -> admin_pb2.DrainWorkersResponse:
+        for index, worker_id in enumerate(request.worker_ids):
+            if worker_id != "w1":
+                _unknown(context, f"worker_ids[{index}]", f"no worker {worker_id!r} is connected")
         self.drained += request.worker_ids
         return admin_pb2.DrainWorkersResponse()
 
@@ -448,12 +452,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         known = {job.job_id for job in self.dead}
         for index, job_id in enumerate(request.job_ids):
             if job_id not in known:
-                fault = error_details_pb2.BadRequest.FieldViolation(
-                    field=f"job_ids[{index}]", description=f"no dead job {job_id!r}"
-                )
-                bad = error_details_pb2.BadRequest(field_violations=[fault])
-                code = grpc.StatusCode.NOT_FOUND
-                context.abort_with_status(rpc_status.to_status(status_with(code, "unknown", bad)))
+                _unknown(context, f"job_ids[{index}]", f"no dead job {job_id!r}")
         self.dead = [job for job in self.dead if job.job_id not in request.job_ids]
         response = admin_pb2.RequeueDeadJobsResponse()
         for job_id in request.job_ids:
@@ -473,6 +472,13 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             if request.HasField(name):
                 setattr(tenant, name, getattr(request, name))
         return admin_pb2.SetTenantResponse(tenant=tenant)
+
+
+def _unknown(context: Any, name: str, description: str) -> None:
+    fault = error_details_pb2.BadRequest.FieldViolation(field=name, description=description)
+    bad = error_details_pb2.BadRequest(field_violations=[fault])
+    status = status_with(grpc.StatusCode.NOT_FOUND, "unknown", bad)
+    context.abort_with_status(rpc_status.to_status(status))
 
 
 class _Guard(grpc.ServerInterceptor):

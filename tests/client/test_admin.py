@@ -37,6 +37,26 @@ def test_dead_jobs_are_queued_again(server: FakeServer, client: reltrace.Client)
         client.admin.requeue("a-0", "c-0")
 
 
+def test_workers(client: reltrace.Client) -> None:
+    (worker,) = client.admin.workers()
+    assert (worker.id, worker.model, worker.further_models) == ("w1", "fake", ("fake-2",))
+    assert (worker.device, worker.version, worker.leased) == ("cpu", "0.1.0", 1)
+    assert worker.connected_at == datetime.fromtimestamp(1_700_000_000, UTC)
+    assert worker.seen_at is None
+    assert not worker.draining
+
+
+def test_workers_are_drained(server: FakeServer, client: reltrace.Client) -> None:
+    with pytest.raises(reltrace.NotFound, match=r"worker_ids\[1\]: no worker 'w7' is connected"):
+        client.admin.drain("w1", "w7")
+    assert server.drained == []
+    client.admin.drain("w1")
+    assert server.drained == ["w1"]
+    assert [worker.draining for worker in client.admin.workers()] == [True]
+    with pytest.raises(reltrace.InvalidArgument, match=r"worker_ids\[1\]: must be str, not int"):
+        client.admin.drain("w1", 7)  # type: ignore[arg-type]
+
+
 def test_tenants(client: reltrace.Client) -> None:
     assert client.admin.tenants() == []
     tenant = client.admin.set_tenant("team-a", weight=2.5)
@@ -53,6 +73,8 @@ async def test_awaitable(server: FakeServer) -> None:
         assert len(await client.admin.requeue("a-0")) == 1
         assert (await client.admin.set_tenant("t", weight=1)).weight == 1
         assert len(await client.admin.tenants()) == 1
+        await client.admin.drain("w1")
+        assert [worker.draining for worker in await client.admin.workers()] == [True]
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, None, 2**40])

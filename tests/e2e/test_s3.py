@@ -54,8 +54,7 @@ def test_tensors_go_through_an_object_store(
         wait_until(lambda: len(client.models()) == 1, "the model is served", 100)
         small = client.trace(PROMPT, sites="neuron", layers=[1], reduce="full", dtype="bfloat16")
         large = client.trace(PROMPT, sites="neuron", reduce="full")
-        assert isinstance(small.arrays, dict)
-        assert not isinstance(large.arrays, dict)
+        assert small["neuron"].nbytes < 20000 < large["neuron"].nbytes
         # Read before the result is acknowledged, or not: the sweeper leaves what is young.
         (key,) = keys(bucket)
         assert key.startswith("results/")

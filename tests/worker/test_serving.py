@@ -1,12 +1,15 @@
 """What the command line says of models."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from reference.loaded import Checkpoints
+from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.demo import DEMO_MODEL
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.errors import ModelError
-from reltrace_worker.serving import ModelSource, sources
+from reltrace_worker.serving import ModelSource, PassOptions, serve, sources
 
 
 def test_hub_ids_folders_and_the_demo_model(tmp_path: Path) -> None:
@@ -32,6 +35,10 @@ def test_names_and_the_revision_of_a_single_model() -> None:
         (["a", "b"], ["one"], None, "--name is given 1 times for 2 models; give all or none"),
         (["a", "b"], [], "v1", "--revision is for a single model; of several, write --model ID@"),
         (["a@v1"], [], "v2", "--model a@v1 and --revision v2 both name a revision"),
+        (["org/a@"], [], None, "--model org/a@ names no revision behind its @"),
+        (["a", "b"], ["x", "x"], None, "two models are called 'x'; give each a --name of its own"),
+        (["a"], ["x@v1"], None, "the model's name 'x@v1' holds an @; give it another by --name"),
+        (["a"], [""], None, "--name must not be empty"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -39,3 +46,65 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         sources(models, names, revision)
+
+
+OPTIONS = PassOptions(device="cpu", max_tokens=64)
+
+
+def lease(job: str, model: str) -> worker_pb2.Lease:
+    ids = types_pb2.TokenIds(ids=range(20, 26))
+    spec = types_pb2.JobSpec(model=model, input_ids=ids)
+    return worker_pb2.Lease(job_id=job, attempt=1, spec=spec)
+
+
+async def test_several_models_are_served_by_name_and_revision(checkpoints: Checkpoints) -> None:
+    """
+    Given two models, one under another name
+    I expect jobs that name a model, or one and its revision, to run on it.
+    """
+    folders = [str(checkpoints.folder(name)) for name in ("plain", "tied")]
+    served = serve(sources(folders, ["first", "second"], None), OPTIONS)
+    assert [info.name for info in served.infos] == ["first", "second"]
+    assert set(served.stats) == {"first", "second"}
+    revision = served.infos[1].revision
+    models = ["second", f"second@{revision}", "first"]
+    assert await served.runner.add([lease(f"j-{i}", name) for i, name in enumerate(models)]) == []
+    found: dict[str, str] = {}
+    while len(found) < len(models):
+        for chunks in await served.runner.next_results():
+            for leased in chunks:
+                provenance = leased.chunk.header.provenance
+                found[leased.chunk.job_id] = f"{provenance.model}@{provenance.revision}"
+    assert found["j-0"] == found["j-1"] == f"second@{revision}"
+    assert found["j-2"] == f"first@{served.infos[0].revision}"
+    assert served.stats["second"].jobs == 2
+
+
+async def test_a_job_may_leave_out_the_name_of_an_only_model(checkpoints: Checkpoints) -> None:
+    served = serve(sources([str(checkpoints.folder("plain"))], [], None), OPTIONS)
+    await served.runner.add([lease("j-0", "")])
+    (chunks,) = await served.runner.next_results()
+    (leased,) = chunks
+    assert leased.chunk.header.provenance.model == "plain"
+
+
+def test_two_models_of_one_name_are_refused(checkpoints: Checkpoints) -> None:
+    folder = str(checkpoints.folder("plain"))
+    with pytest.raises(ModelError, match="two models are called 'plain'; give each a --name"):
+        serve(sources([folder, folder], [], None), OPTIONS)
+
+
+def test_a_folder_whose_name_would_be_a_revision_needs_another(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    copy = tmp_path / "other@home"
+    shutil.copytree(checkpoints.folder("plain"), copy)
+    with pytest.raises(ModelError, match="'other@home' holds an @; give it another by --name"):
+        serve(sources([str(copy)], [], None), OPTIONS)
+    assert serve(sources([str(copy)], ["other"], None), OPTIONS).infos[0].name == "other"
+
+
+def test_a_revision_is_for_hub_ids(checkpoints: Checkpoints) -> None:
+    folder = str(checkpoints.folder("plain"))
+    with pytest.raises(ModelError, match=r"\('v1'\) is for hub ids; .*plain is a folder"):
+        serve(sources([f"{folder}@v1"], [], None), OPTIONS)

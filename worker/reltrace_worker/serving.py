@@ -112,6 +112,9 @@ def sources(models: Sequence[str], names: Sequence[str], revision: str | None) -
         raise ModelError(
             f"--name is given {len(names)} times for {len(models)} models; give all or none"
         )
+    # Before models are loaded for minutes; those without a --name are looked at after that.
+    for index, given in enumerate(names):
+        _check_name(given, names[:index])
     if revision is not None and len(models) > 1:
         raise ModelError("--revision is for a single model; of several, write --model ID@REVISION")
     found = []
@@ -120,10 +123,12 @@ def sources(models: Sequence[str], names: Sequence[str], revision: str | None) -
         source, at, named = text.partition("@")
         if text == "demo":
             found.append(ModelSource(str(demo_path()), revision, name or DEMO_MODEL))
-        elif not at or Path(text).exists():
+        elif not at or Path(text).expanduser().exists():
             found.append(ModelSource(text, revision, name))
         elif revision is not None:
             raise ModelError(f"--model {text} and --revision {revision} both name a revision")
+        elif not named:
+            raise ModelError(f"--model {text} names no revision behind its @")
         else:
             found.append(ModelSource(source, named, name))
     return found
@@ -150,10 +155,7 @@ def serve(
             device_map=options.device_map,
             load_in_4bit=options.load_in_4bit,
         )
-        if one.name in {other.name for other in loaded}:
-            raise ModelError(f"two models are called {one.name!r}; give each a --name")
-        if "@" in one.name:
-            raise ModelError(f"the model's name {one.name!r} holds an @; give it another by --name")
+        _check_name(one.name, [other.name for other in loaded])
         for rule in RULES.values():
             verify_rule(one.model, rule)
         log.info("model.loaded", model=one.name, revision=one.revision, device=str(one.device))
@@ -177,6 +179,15 @@ def serve(
         stats={one.name: runner.stats for one, runner in zip(loaded, runners, strict=True)},
         memory=lambda: device_memory(devices),
     )
+
+
+def _check_name(name: str, others: Sequence[str]) -> None:
+    if not name:
+        raise ModelError("--name must not be empty")
+    if name in others:
+        raise ModelError(f"two models are called {name!r}; give each a --name of its own")
+    if "@" in name:
+        raise ModelError(f"the model's name {name!r} holds an @; give it another by --name")
 
 
 def _runner(

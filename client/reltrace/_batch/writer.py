@@ -15,6 +15,7 @@ from reltrace._batch import parts
 from reltrace._batch.disk import UNFINISHED, append_durably, finish, write_whole
 from reltrace._batch.folder import ERRORS, Folder
 from reltrace._batch.journal import Commit, Failed, Journal, ranges
+from reltrace._stored import StoredArrays
 from reltrace._trace import Trace
 
 # Of results that wait to be written: more of them make the reader wait.
@@ -22,6 +23,8 @@ _WAITING_BYTES = 64 * 1024 * 1024
 # Of one part, and of failures in one line of the journal.
 _PART_BYTES = 64 * 1024 * 1024
 _FAILURES = 1024
+# About what is held of a trace whose tensors stay in a store.
+_PLACE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,12 @@ class Traced:
 
     @property
     def bytes(self) -> int:
-        """Size of the tensors."""
+        """Size of what is kept of them: the tensors, or where these are."""
         return sum(
-            array.nbytes
+            _PLACE_BYTES
+            if isinstance(trace.arrays, StoredArrays)
+            else sum(array.nbytes for parts in trace.arrays.values() for array in parts.values())
             for trace in self.traces
-            for arrays in trace.arrays.values()
-            for array in arrays.values()
         )
 
 

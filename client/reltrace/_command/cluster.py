@@ -45,8 +45,8 @@ def models(context: typer.Context, server: Server = None, as_json: AsJson = Fals
     Console().print(table)
     for model in served:
         typer.echo(
-            f"{model.name}: sites {', '.join(model.sites)}; rules {', '.join(model.rules)}; "
-            f"reductions {', '.join(model.reductions)}"
+            f"{model.name}@{model.revision}: sites {', '.join(model.sites)}; "
+            f"rules {', '.join(model.rules)}; reductions {', '.join(model.reductions)}"
         )
 
 

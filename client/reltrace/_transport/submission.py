@@ -24,7 +24,7 @@ from reltrace._errors import (
     from_status,
 )
 from reltrace._request import Job
-from reltrace._stored import StoredArrays
+from reltrace._stored import StoredArrays, read_together
 from reltrace._transport.assemble import Assembler, Outcome
 from reltrace._transport.connection import PASSING, Connection, Deadline, Method
 from reltrace._transport.leaving import Open
@@ -231,7 +231,11 @@ async def deliveries(
                     for event in response.events:
                         if (delivery := reader.take(event)) is not None:
                             _check_time(delivery, deadline)
-                            delivery = await _fetched(delivery, entries[delivery.index].job)
+                            if stored := _to_fetch(delivery, entries[delivery.index].job):
+                                # A message names many times what it could hold itself.
+                                if room is not None:
+                                    await room()
+                                delivery = await _fetched(delivery, stored, deadline)
                             acknowledger.note(reader.last_entry, delivery.bytes)
                             yield delivery
                     if room is not None and reader.missing:
@@ -268,19 +272,33 @@ def _check_time(delivery: Delivery, deadline: Deadline) -> None:
         raise deadline.error()
 
 
-async def _fetched(delivery: Delivery, job: Job) -> Delivery:
-    """Read tensors that are kept in a store only until their result is acknowledged."""
+def _to_fetch(delivery: Delivery, job: Job) -> list[StoredArrays]:
+    """Return tensors that are kept in a store only until their result is acknowledged."""
     if not isinstance(delivery.outcome, list) or job.spec.output_uri:
-        return delivery
-    for trace in delivery.outcome:
-        if isinstance(trace.arrays, StoredArrays):
-            try:
-                # The loop serves others meanwhile.
-                await asyncio.to_thread(trace.arrays.load)
-            except (StoreUnreadable, MissingDependency) as error:
-                error.job_id = trace.job_id
-                return replace(delivery, outcome=error)
-    return delivery
+        return []
+    return [trace.arrays for trace in delivery.outcome if isinstance(trace.arrays, StoredArrays)]
+
+
+async def _fetched(
+    delivery: Delivery, stored: Sequence[StoredArrays], deadline: Deadline
+) -> Delivery:
+    """Read the tensors of a result; the trace is then as if they had been sent."""
+    traces = delivery.outcome
+    assert isinstance(traces, list)
+    try:
+        # The loop serves others meanwhile.
+        async with asyncio.timeout(deadline.remaining()):
+            arrays = await asyncio.to_thread(read_together, stored)
+    except (StoreUnreadable, MissingDependency) as error:
+        error.job_id = traces[0].job_id
+        return replace(delivery, outcome=error)
+    except TimeoutError:
+        raise deadline.error() from None
+    size = sum(
+        array.nbytes for sites in arrays for parts in sites.values() for array in parts.values()
+    )
+    outcome = [replace(trace, arrays=own) for trace, own in zip(traces, arrays, strict=True)]
+    return replace(delivery, outcome=outcome, bytes=size)
 
 
 class _Reader:

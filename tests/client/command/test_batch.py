@@ -38,10 +38,12 @@ def test_a_file(command: Run, source: Path, tmp_path: Path) -> None:
 def test_its_options_are_those_of_run(command: Run, source: Path, server: FakeServer) -> None:
     options = ("--site", "embed", "--rule", "attnlrp", "--target", "id:5", "--layer", "1")
     options += ("--dtype", "bfloat16", "--model", "fake", "--limit", "1")
+    options += ("--output-uri", "s3://bucket/run/")
     assert command("batch", str(source), str(source.parent / "out"), *options)[0] == 0
     (spec,) = server.requests[0].jobs
     assert (list(spec.sites), spec.rule, spec.model) == (["embed"], "attnlrp", "fake")
     assert (spec.targets[0].token.id, list(spec.layers), spec.dtype) == (5, [1], 2)
+    assert spec.output_uri == "s3://bucket/run"
     assert server.requests[0].priority == 2
 
 
@@ -76,6 +78,7 @@ ERRORS = {
     ("IN", "--column", "x"): "column: is for csv and parquet; text has no columns",
     ("IN", "--rule", "x"): "rule: 'x' is not served; fake has attnlrp",
     ("IN", "--model", "x"): "model: 'x' is not served; served: fake",
+    ("IN", "--output-uri", "/srv/x"): "output_uri: must be a URL such as s3://bucket/folder, not",
     ("IN", "--target", "id:x"): "target: after id: comes a token id",
     ("IN", "--reduce", "token", "--top-k", "3"): 'top_k: is for reduce="topk"',
 }

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 
 import pytest
 from command.conftest import Run
 from fake_server import FakeServer, Submission
-from reltrace._command import watch
 from reltrace_proto.v1 import admin_pb2, types_pb2
-from rich.text import Text
 
 
 @pytest.fixture
@@ -38,50 +33,9 @@ def test_workers_are_drained(command: Run, server: FakeServer) -> None:
     assert server.drained == ["w1"]
     assert "(drains)" in command("workers")[1]
     assert command("workers", "drain")[0] == 2
-
-
-def test_watching_ends_with_an_interrupt(server: FakeServer) -> None:
-    """
-    Given a status that is watched, for machines
-    I expect a line of JSON at every look, and an end in order on Ctrl-C.
-    """
-    # Python's own handler: a test run that ignores SIGINT would hand that down.
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from reltrace._command.app import main; main()"
-    )
-    options = ["status", "--watch", "--every", "0.1", "--json", "--server", server.address]
-    watching = subprocess.Popen(
-        [sys.executable, "-u", "-c", code, *options], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert watching.stdout is not None
-        for _ in range(3):
-            assert json.loads(watching.stdout.readline())["redis_version"] == "7.2"
-        watching.send_signal(signal.SIGINT)
-        watching.communicate(timeout=20)
-        assert watching.returncode == 0
-    finally:
-        watching.kill()
-        watching.wait()
-
-
-def test_what_is_watched_is_drawn_again(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks = iter([0, 40, 100])
-    drawn: list[str] = []
-    monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
-
-    def look() -> watch.View:
-        count = next(looks, None)
-        if count is None:
-            raise KeyboardInterrupt
-        drawn.append(f"{count} jobs")
-        return watch.View(Text(drawn[-1]), count)
-
-    watch.show(look, watch=True, every=1.0, as_json=False)
-    assert drawn == ["0 jobs", "40 jobs", "100 jobs"]
+    code, out, err = command("workers", "drain", "w7")
+    assert (code, out) == (1, "")
+    assert "no worker 'w7' is connected" in err
 
 
 def test_cancel(command: Run, server: FakeServer) -> None:

@@ -136,7 +136,7 @@ def test_models(command: Run) -> None:
     code, out, _ = command("models")
     assert code == 0
     assert "1,234,567" in out
-    assert "fake: sites embed, resid; rules attnlrp; reductions token\n" in out
+    assert "fake@r1: sites embed, resid; rules attnlrp; reductions token\n" in out
     (model,) = json.loads(command("models", "--json")[1])
     assert (model["name"], model["workers"]) == ("fake", 2)
 
