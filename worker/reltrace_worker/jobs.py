@@ -232,6 +232,38 @@ class PreparedJob:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PreparedCorpus:
+    """Prompts of one atlas, checked and tokenized.
+
+    Parameters
+    ----------
+    prompts
+        Those that can be traced, with one target each.
+    numbers
+        Of each: its number among all that were given.
+    skipped
+        Numbers of the others, and why.
+    k
+        Places that are kept of each feature.
+    """
+
+    prompts: tuple[PreparedJob, ...]
+    numbers: tuple[int, ...]
+    skipped: tuple[tuple[int, str], ...]
+    k: int
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What the jobs of one pass have in common."""
+        return "atlas", ""
+
+    @property
+    def extent(self) -> int:
+        """Tokens of all prompts."""
+        return sum(job.extent for job in self.prompts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SiteTensor:
     """The reduced relevance of one site for one target.
 
