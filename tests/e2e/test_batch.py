@@ -40,7 +40,9 @@ def test_a_batch_that_is_killed_gives_every_trace_once(
     out = tmp_path / "out"
     first = start(source, out, address, "--format", part_format)
     try:
-        wait_until(lambda: (out / "journal.jsonl").exists(), "the first commit", 60)
+        journal = out / "journal.jsonl"
+        # It is there for a moment before its first line is.
+        wait_until(lambda: journal.exists() and journal.stat().st_size, "the first commit", 60)
     finally:
         first.kill()
         first.communicate()

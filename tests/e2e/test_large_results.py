@@ -1,6 +1,7 @@
 """Large results: the same bits by way of a store, and none of them by way of Redis."""
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_a_store_changes_no_bit_and_spares_redis(
     address = scheduler.first_line().split()[-1]
     worker = start(
         "reltrace_worker", "--scheduler", address, "--model", "demo",
-        "--threads", "1", "--max-tokens", "512",
+        "--threads", "1", "--max-tokens", "512", "--worker-id", "gpu-1", "--log-format", "json",
     )  # fmt: skip
     with reltrace.Client(address, retry_timeout=100) as client:
         wait_until(lambda: len(client.models()) == 1, "the model is served", 100)
@@ -93,6 +94,9 @@ def test_a_store_changes_no_bit_and_spares_redis(
         assert files(results) == kept
     # Before its scheduler, which it would wait for.
     assert worker.stop() == 0
+    said = [json.loads(line) for line in worker.errors.read_text().splitlines()]
+    assert {line["worker"].rpartition("-")[0] for line in said} == {"gpu-1"}
+    assert {"model.loaded", "scheduler.away", "worker.drains"} <= {line["event"] for line in said}
     assert size > 1_000_000
     assert max(by_store, by_output) < size / 10
     for one, other in zip(stored, sent, strict=True):

@@ -2,20 +2,23 @@
 
 import json
 import os
+import pty
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
-from e2e.conftest import Process, address_in
+from e2e.conftest import Process, address_in, wait_until
+from e2e.printed import ROOT, commands, environment, shell
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "client/README.md", "client/NUMBERS.md", "client/BATCH.md"]
 PYTHON = [
     (page, number, snippet)
@@ -27,15 +30,10 @@ PYTHON = [
 # Without the default port, which another test may hold, they need a host, a hub, or a JOB.
 NOT_HERE = re.compile(
     r"\breltrace up\b|10\.0\.0|meta-llama|PATH_OR_HUB_ID|JOB|TENANT|node1|\.\.\."
-    # These go on until they are interrupted, want a bucket, or end the worker of the others.
+    # These have tests of their own: below, and in test_s3.py.
     r"|--watch|s3://|drain"
 )
 PROMPTS = '{"id": "a", "prompt": "I have 2 birds and 4 fish. My birds"}\n"We have a dog"\n'
-
-
-def environment() -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RELTRACE_")}
-    return own | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"}
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +56,6 @@ def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         service.stop()
 
 
-def shell(command: str, folder: Path, timeout: float = 90) -> str:
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stderr}"
-    return done.stdout
-
-
-def commands(page: str) -> list[str]:
-    """Return the indented commands of a page, with those of several lines joined."""
-    text = (ROOT / page).read_text().replace("\\\n", " ")
-    return re.findall(r"^    (reltrace .*)$", text, re.MULTILINE)
-
-
 SHELL = [
     (page, command)
     for page in PAGES
@@ -86,9 +65,15 @@ SHELL = [
 ]
 
 
+WATCHED = [one for page in PAGES for one in commands(page) if "--watch" in one]
+DRAINS = [one for page in PAGES for one in commands(page) if "drain" in one]
+
+
 def test_there_is_something_to_paste() -> None:
     assert {page for page, *_ in PYTHON} == set(PAGES)
     assert len(SHELL) > 10
+    assert len(WATCHED) > 0
+    assert len(DRAINS) > 0
 
 
 @pytest.mark.usefixtures("default_server")
@@ -101,6 +86,51 @@ def test_a_command_runs_as_printed(page: str, command: str, folder: Path) -> Non
         assert (folder / "trace.html").read_text().startswith("<!DOCTYPE html>")
     if command.startswith("reltrace batch"):
         assert "failed" not in out
+
+
+@pytest.mark.usefixtures("default_server")
+@pytest.mark.parametrize("command", WATCHED)
+def test_a_command_is_watched_as_printed(command: str, folder: Path) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as screen:
+        watching = subprocess.Popen(
+            # A shell in the background has Ctrl-C ignored, and so have its children.
+            ["bash", "-c", f"trap - INT; exec {command}"],
+            cwd=folder,
+            stdout=theirs,
+            env=environment() | {"TERM": "xterm", "COLUMNS": "120"},
+        )
+        os.close(theirs)
+        alarm = threading.Timer(60, watching.kill)
+        alarm.start()
+        try:
+            # Ends with an error once the command has.
+            while b"reltrace-demo" not in screen.read(65536):
+                continue
+            watching.send_signal(signal.SIGINT)
+            assert watching.wait(20) == 0
+        finally:
+            alarm.cancel()
+            watching.kill()
+            watching.wait()
+
+
+@pytest.mark.usefixtures("default_server")
+@pytest.mark.parametrize("command", DRAINS)
+def test_a_worker_is_drained_as_printed(command: str, folder: Path) -> None:
+    """
+    Given the worker of `reltrace up`
+    If it is told to leave
+    I expect it to, and `up` to start another.
+    """
+    (before,) = json.loads(shell("reltrace workers --json", folder))
+    assert "told to leave" in shell(command.replace("WORKER...", before["id"]), folder)
+
+    def another() -> bool:
+        workers = json.loads(shell("reltrace workers --json", folder))
+        return [worker["id"] for worker in workers] not in ([], [before["id"]])
+
+    wait_until(another, "another worker takes its place", 60)
 
 
 @pytest.mark.usefixtures("default_server")

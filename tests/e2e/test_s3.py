@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reltrace
 from e2e.conftest import Process, wait_until
+from e2e.printed import commands, shell
 from moto.server import ThreadedMotoServer
 
 PROMPT = "I have 5 cats and 3 dogs. My cats love to play with my"
@@ -23,8 +24,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    boto3.client("s3").create_bucket(Bucket="traces")
-    yield "traces"
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "bucket"
     server.stop()
 
 
@@ -43,7 +44,7 @@ def test_tensors_go_through_an_object_store(
     scheduler = start(
         "reltrace_scheduler", "--data", str(tmp_path / "data"), "--listen", "127.0.0.1:0",
         "--results-url", f"s3://{bucket}/results", "--results-above", "20000",
-        "--output-uri", f"s3://{bucket}/output",
+        "--output-uri", f"s3://{bucket}/output", "--output-uri", f"s3://{bucket}/run-1",
     )  # fmt: skip
     address = scheduler.first_line().split()[-1]
     start(
@@ -73,23 +74,20 @@ def test_tensors_go_through_an_object_store(
                 trace.by_token(), direct[trace.id].relevance, rtol=1e-4, atol=1e-6
             )
         assert [key for key in keys(bucket) if key.startswith("output/run/shard-")]
-        # The same by the command; its folder holds where they are.
-        source, out = tmp_path / "prompts.txt", tmp_path / "out"
-        source.write_text("\n".join(prompts))
-        command = start(
-            "reltrace", "batch", str(source), str(out), "--server", address, "--quiet",
-            "--reduce", "full", "--output-uri", f"s3://{bucket}/output/file",
-        )  # fmt: skip
-        assert command.popen.wait(60) == 0, command.errors.read_text()
-        loaded = reltrace.load_batch(out)
+        # The same by the command, as its page prints it; its folder holds where they are.
+        (tmp_path / "prompts.jsonl").write_text("".join(f'"{one}"\n' for one in prompts))
+        (command,) = [one for one in commands("client/BATCH.md") if "--output-uri" in one]
+        shell(f"{command} --server {address}", tmp_path)
+        loaded = reltrace.load_batch(tmp_path / "traces")
         assert len(loaded) == len(prompts)
         for trace in loaded:
             assert trace.relevance.ndim == 3
             np.testing.assert_allclose(
                 trace.by_token(), direct[trace.id].relevance, rtol=1e-4, atol=1e-6
             )
-        assert [key for key in keys(bucket) if key.startswith("output/file/shard-")]
-        assert sum(path.stat().st_size for path in out.iterdir()) < loaded[0].relevance.nbytes * 12
+        assert [key for key in keys(bucket) if key.startswith("run-1/shard-")]
+        written = sum(path.stat().st_size for path in (tmp_path / "traces").iterdir())
+        assert written < loaded[0].relevance.nbytes * 12
 
         (refused,) = client.trace_many([PROMPT], output_uri="s3://other/place")
         assert isinstance(refused, reltrace.Failure)

@@ -19,6 +19,7 @@ from fake_server import FakeServer, failed_chunk, relevance_of, status_with
 from google.rpc import code_pb2
 from reltrace._batch.run import Summary
 from reltrace_proto.v1 import types_pb2
+from waiting import wait_until
 
 Batch = Callable[..., Summary]
 
@@ -401,8 +402,8 @@ def test_what_has_come_is_durable_after_some_seconds(
     running.start()
     journal = tmp_path / "out" / "journal.jsonl"
     try:
-        while not journal.exists():
-            assert running.is_alive()
+        # It is there for a moment before its first line is.
+        wait_until(lambda: journal.exists() and journal.stat().st_size, "the first commit", 20)
         assert len(reltrace.load_batch(tmp_path / "out")) > 0
         assert running.is_alive()
     finally:
