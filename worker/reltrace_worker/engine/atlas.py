@@ -31,10 +31,7 @@ LISTS = ("relevance+", "relevance-", "activation+", "activation-")
 MEASURES = ("relevance", "activation")
 
 MOST_PROMPTS = 1 << 16
-"""Of one slice: a place has 16 bits for its prompt."""
-
-MOST_TOKENS = 1 << 16
-"""Of one prompt: and 16 bits for its token."""
+"""Of one slice: a place has 16 bits for its prompt, and 16 for its token."""
 
 POINT = 40
 """Sums are kept in units of 2 to the power of minus this: about 1e-12."""

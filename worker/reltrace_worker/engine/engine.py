@@ -356,6 +356,10 @@ class Engine:
         for phase, seconds in capture.clock.seconds().items():
             self.seconds[phase] += seconds
 
+    def atlas(self, slice_: Slice) -> list[Outcome]:
+        """Return an atlas as the result of its job."""
+        return [JobResult((), slice_.tensors(), self._checkpointing == "on")]
+
     def texts(self, writing: Writing) -> list[Outcome]:
         """Return what was written, one result per job."""
         return [JobResult((), (), checkpointing=False, written=one) for one in writing.written()]
