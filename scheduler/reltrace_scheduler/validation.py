@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace_scheduler.config import (
+    MAX_ATLAS_PLACES,
+    MAX_CORPUS_PROMPTS,
     MAX_JOBS_PER_REQUEST,
     MAX_NEW_TOKENS,
     MAX_PROMPT_BYTES,
@@ -141,8 +143,8 @@ def _settings(spec: types_pb2.JobSpec) -> bytes:
     """Everything of a job but its input."""
     settings = types_pb2.JobSpec()
     settings.CopyFrom(spec)
-    settings.ClearField("prompt")
-    settings.ClearField("input_ids")
+    for name in ("prompt", "input_ids", "corpus"):
+        settings.ClearField(name)
     return settings.SerializeToString(deterministic=True)
 
 
@@ -217,8 +219,25 @@ def _input_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterat
             bad = next((i for i, token in enumerate(ids) if token >= model.vocab_size), None)
             if bad is not None:
                 yield Violation(f"input_ids[{bad}]", _out_of_range(ids[bad], model))
+        case "corpus":
+            yield from _corpus_faults(spec)
         case _:
             yield Violation("prompt", "is missing: give a prompt or input_ids")
+
+
+def _corpus_faults(spec: types_pb2.JobSpec) -> Iterator[Violation]:
+    count = len(spec.corpus.prompts)
+    if not 1 <= count <= MAX_CORPUS_PROMPTS:
+        yield Violation("corpus.prompts", f"are {count}; allowed: 1 to {MAX_CORPUS_PROMPTS}")
+    if not 1 <= spec.top_k <= MAX_ATLAS_PLACES:
+        yield Violation("top_k", f"is {spec.top_k}; of an atlas, allowed: 1 to {MAX_ATLAS_PLACES}")
+    if len(spec.targets) > 1:
+        yield Violation("targets", "has several; of an atlas there is one")
+    for name in ("sites", "reduction", "layers", "forward_only", "output_uri"):
+        if getattr(spec, name):
+            yield Violation(name, "is not for an atlas")
+    if spec.HasField("generation"):
+        yield Violation("generation", "is not for an atlas")
 
 
 def _target_faults(target: types_pb2.Target, model: types_pb2.ModelInfo) -> Iterator[Violation]:

@@ -123,6 +123,8 @@ class JobSpec:
         No backward pass: the result has the targets, and no tensor.
     generation
         Write tokens instead of tracing; None: trace.
+    corpus
+        Prompts whose atlas is made, with `k` places each; `input` does not matter then.
     """
 
     input: str | tuple[int, ...]
@@ -135,6 +137,7 @@ class JobSpec:
     edits: tuple[EditSpec, ...] = ()
     forward_only: bool = False
     generation: GenerationSpec | None = None
+    corpus: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +232,54 @@ class PreparedJob:
         """Tokens that it has at its end."""
         written = 0 if self.generation is None else self.generation.max_new_tokens
         return len(self.token_ids) + written
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedCorpus:
+    """Prompts of one atlas, checked and tokenized.
+
+    Parameters
+    ----------
+    prompts
+        Those that can be traced, with one target each.
+    numbers
+        Of each: its number among all that were given.
+    skipped
+        Numbers of the others, and why.
+    k
+        Places that are kept of each feature.
+    rule
+        Name of the rule that the backward passes follow.
+    """
+
+    prompts: tuple[PreparedJob, ...]
+    numbers: tuple[int, ...]
+    skipped: tuple[tuple[int, str], ...]
+    k: int
+    rule: str = "attnlrp"
+
+    @property
+    def reduction(self) -> str:
+        """What is kept of the prompts' relevance."""
+        return "atlas"
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What the jobs of one pass have in common."""
+        return "atlas", self.rule
+
+    @property
+    def vocabulary(self) -> dict[int, str]:
+        """The text of every token that is there, by its id, rising."""
+        texts: dict[int, str] = {}
+        for job in self.prompts:
+            texts.update(zip(job.token_ids, job.tokens, strict=True))
+        return dict(sorted(texts.items()))
+
+    @property
+    def extent(self) -> int:
+        """Tokens of all prompts."""
+        return sum(job.extent for job in self.prompts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

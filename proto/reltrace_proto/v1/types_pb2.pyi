@@ -33,6 +33,8 @@ class _ScalarTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScalarType
     SCALAR_TYPE_FLOAT16: _ScalarType.ValueType  # 3
     SCALAR_TYPE_INT32: _ScalarType.ValueType  # 4
     """Token and feature indices."""
+    SCALAR_TYPE_INT64: _ScalarType.ValueType  # 5
+    """Places and sums of an atlas."""
 
 class ScalarType(_ScalarType, metaclass=_ScalarTypeEnumTypeWrapper):
     """What a trace job asks for, what a trace is, and how tensors travel.
@@ -49,6 +51,8 @@ SCALAR_TYPE_BFLOAT16: ScalarType.ValueType  # 2
 SCALAR_TYPE_FLOAT16: ScalarType.ValueType  # 3
 SCALAR_TYPE_INT32: ScalarType.ValueType  # 4
 """Token and feature indices."""
+SCALAR_TYPE_INT64: ScalarType.ValueType  # 5
+"""Places and sums of an atlas."""
 Global___ScalarType: _TypeAlias = ScalarType  # noqa: Y015
 
 class _JobState:
@@ -317,6 +321,30 @@ class Generation(_message.Message):
 Global___Generation: _TypeAlias = Generation  # noqa: Y015
 
 @_typing.final
+class Corpus(_message.Message):
+    """Prompts whose strongest places are kept for every neuron and head, instead of their traces."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1 to 65536. One that can not be traced is left out, and the result says why."""
+
+    def __init__(
+        self,
+        *,
+        prompts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Corpus: _TypeAlias = Corpus  # noqa: Y015
+
+@_typing.final
 class JobSpec(_message.Message):
     """One prompt to trace."""
 
@@ -325,6 +353,7 @@ class JobSpec(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     INPUT_IDS_FIELD_NUMBER: _builtins.int
+    CORPUS_FIELD_NUMBER: _builtins.int
     SITES_FIELD_NUMBER: _builtins.int
     REDUCTION_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
@@ -367,6 +396,12 @@ class JobSpec(_message.Message):
         """Used as they are."""
 
     @_builtins.property
+    def corpus(self) -> Global___Corpus:
+        """The result is an atlas: `top_k` says how many places are kept (1 to 64); the sites are
+        "neuron" and "head", and there is one target.
+        """
+
+    @_builtins.property
     def sites(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where relevance is read, e.g. "resid". Empty: "resid"."""
 
@@ -400,6 +435,7 @@ class JobSpec(_message.Message):
         model: _builtins.str = ...,
         prompt: _builtins.str = ...,
         input_ids: Global___TokenIds | None = ...,
+        corpus: Global___Corpus | None = ...,
         sites: _abc.Iterable[_builtins.str] | None = ...,
         reduction: _builtins.str = ...,
         targets: _abc.Iterable[Global___Target] | None = ...,
@@ -414,11 +450,11 @@ class JobSpec(_message.Message):
         forward_only: _builtins.bool = ...,
         generation: Global___Generation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "input", b"input", "input_ids", b"input_ids", "prompt", b"prompt", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["corpus", b"corpus", "generation", b"generation", "input", b"input", "input_ids", b"input_ids", "prompt", b"prompt", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "edits", b"edits", "forward_only", b"forward_only", "generation", b"generation", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "output_uri", b"output_uri", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "top_k", b"top_k", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus", b"corpus", "dtype", b"dtype", "edits", b"edits", "forward_only", b"forward_only", "generation", b"generation", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "output_uri", b"output_uri", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "top_k", b"top_k", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "input_ids"]  # noqa: Y015
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "input_ids", "corpus"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
@@ -675,6 +711,7 @@ class TraceHeader(_message.Message):
     TARGETS_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -689,6 +726,12 @@ class TraceHeader(_message.Message):
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The decoder layers that sites with a layer axis hold, in its order."""
 
+    @_builtins.property
+    def skipped(self) -> _containers.RepeatedCompositeFieldContainer[Global___FieldViolation]:
+        """Of a corpus, where tokens are those that it has, each once: prompts that were left out,
+        "corpus.prompts[3]", and why.
+        """
+
     def __init__(
         self,
         *,
@@ -697,10 +740,11 @@ class TraceHeader(_message.Message):
         targets: _abc.Iterable[Global___ResolvedTarget] | None = ...,
         provenance: Global___Provenance | None = ...,
         layers: _abc.Iterable[_builtins.int] | None = ...,
+        skipped: _abc.Iterable[Global___FieldViolation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "provenance", b"provenance", "targets", b"targets", "token_ids", b"token_ids", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "provenance", b"provenance", "skipped", b"skipped", "targets", b"targets", "token_ids", b"token_ids", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

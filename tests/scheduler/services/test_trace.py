@@ -144,6 +144,44 @@ BAD = {
         ["jobs[0].targets[0].continuation"],
         "token",
     ),
+    "edit": (
+        JobSpec(prompt="a", edits=[types_pb2.Edit(site="x", value=1)]),
+        ["jobs[0].edits[0].site"],
+        "embed, resid",
+    ),
+    "sites without backward": (
+        JobSpec(prompt="a", forward_only=True, sites=["resid"]),
+        ["jobs[0].sites"],
+        "needs a backward pass",
+    ),
+    "tokens to write": (
+        JobSpec(prompt="a", generation=types_pb2.Generation(max_new_tokens=9)),
+        ["jobs[0].generation.max_new_tokens"],
+        "9 is not in 1..8",
+    ),
+    "how they are drawn": (
+        JobSpec(
+            prompt="a",
+            generation=types_pb2.Generation(max_new_tokens=1, temperature=-1, top_p=2),
+        ),
+        ["jobs[0].generation.temperature", "jobs[0].generation.top_p"],
+        "must be 0 to 100",
+    ),
+    "a text and a trace": (
+        JobSpec(prompt="a", sites=["resid"], generation=types_pb2.Generation(max_new_tokens=1)),
+        ["jobs[0].sites"],
+        "is for a trace",
+    ),
+    "an empty corpus": (
+        JobSpec(corpus=types_pb2.Corpus(), top_k=1),
+        ["jobs[0].corpus.prompts"],
+        "allowed: 1 to 65536",
+    ),
+    "places of an atlas": (
+        JobSpec(corpus=types_pb2.Corpus(prompts=["a"]), top_k=65, sites=["resid"]),
+        ["jobs[0].top_k", "jobs[0].sites"],
+        "allowed: 1 to 64",
+    ),
     "several faults": (
         JobSpec(prompt="", rule="x", sites=["y"]),
         ["jobs[0].prompt", "jobs[0].sites[0]", "jobs[0].rule"],

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import (
     BINS,
     LISTS,
     OCTAVES,
+    PASS_TOKENS,
     POINT,
     SiteAtlas,
+    Slice,
     bins_of,
     keys_of,
     places_of,
     values_of,
 )
+from reltrace_worker.errors import EngineError
+from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
 
 CPU = torch.device("cpu")
 
@@ -124,3 +131,144 @@ def test_a_bin_is_an_octave() -> None:
         -high * 100: 0,
     }
     assert bins_of(torch.tensor(list(cases))).tolist() == list(cases.values())
+
+
+def corpus(prompts: list[PreparedJob], first: int = 0, k: int = 3) -> PreparedCorpus:
+    return PreparedCorpus(tuple(prompts), tuple(range(first, first + len(prompts))), (), k)
+
+
+def made(engine: Engine, of: PreparedCorpus) -> Slice:
+    atlas = engine.begin_atlas(of)
+    while not atlas.over:
+        engine.add_to(atlas)
+    return atlas
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_a_slice_is_what_its_full_traces_say(checkpoints: Checkpoints, checkpointing: str) -> None:
+    """
+    Given prompts of several lengths, in one pass
+    I expect every list to be the strongest places of the prompts' full traces, bit for bit.
+    """
+    loaded = checkpoints.loaded("grouped")
+    engine = Engine(loaded, checkpointing)  # type: ignore[arg-type]
+    prompts = prepare(loaded, *(JobSpec(prompt) for prompt in PROMPTS))
+    atlas = made(engine, corpus(prompts))
+    for site in ("neuron", "head"):
+        full = [JobSpec(p, sites=(site,), reduction="full") for p in PROMPTS]
+        traces = [result.tensors[0].values for result in run(engine, prepare(loaded, *full))]
+        places = torch.cat(
+            [(number << 16) + torch.arange(trace.shape[1]) for number, trace in enumerate(traces)]
+        )
+        every = torch.cat(traces, 1)
+        for layer in range(loaded.shape.layers):
+            for which, sign in (("relevance+", 1), ("relevance-", -1)):
+                expected = by_hand(sign * every[layer], places, 3)
+                assert listed(atlas.atlas[site], layer, which) == expected
+        torch.testing.assert_close(
+            atlas.atlas[site].sums[:, 0].double() / 2.0**POINT,
+            every.double().sum(1),
+            rtol=1e-6,
+            atol=1e-9,
+        )
+
+
+def test_activations_are_those_that_hooks_see(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    prompts = prepare(loaded, *(JobSpec(prompt) for prompt in PROMPTS))
+    atlas = made(Engine(loaded, "off"), corpus(prompts, k=1))
+    seen: dict[str, list[torch.Tensor]] = {"neuron": [], "head": []}
+    layer = loaded.model.model.layers[2]
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, own=own: own.append(args[0][0]))
+        for module, own in (
+            (layer.mlp.down_proj, seen["neuron"]),
+            (layer.self_attn.o_proj, seen["head"]),
+        )
+    ]
+    with torch.no_grad():
+        for job in prompts:
+            loaded.model(torch.tensor([job.token_ids]))
+    for handle in handles:
+        handle.remove()
+    neurons = torch.cat(seen["neuron"])
+    heads = torch.cat(seen["head"]).unflatten(-1, (loaded.shape.heads, -1)).norm(dim=-1)
+    for site, values in (("neuron", neurons), ("head", heads)):
+        strongest = values_of(atlas.atlas[site].strongest[2, 2, 0])
+        torch.testing.assert_close(
+            strongest, values.max(0).values.clamp(min=0), rtol=1e-4, atol=1e-5
+        )
+    assert not atlas.atlas["head"].strongest[:, 3].any()
+
+
+def test_passes_do_not_depend_on_memory_or_workers(checkpoints: Checkpoints) -> None:
+    """
+    Given a corpus of several passes
+    If it is made in one slice, and by another engine in slices that end where passes do
+    I expect the same bits, once the slices are merged.
+    """
+    loaded = checkpoints.loaded("grouped")
+    torch.manual_seed(5)
+    long = [
+        JobSpec(tuple(torch.randint(10, 200, (int(n),)).tolist()))
+        for n in torch.randint(40, 120, (60,))
+    ]
+    prompts = prepare(loaded, *long)
+    whole = made(Engine(loaded, "off"), corpus(prompts))
+    passes = engine_passes(prompts)
+    assert len(passes) > 1
+    other = Engine(loaded, "on")
+    parts = [made(other, corpus(prompts[p[0] : p[-1] + 1], first=p[0])) for p in passes]
+    for site, atlas in whole.atlas.items():
+        keys = torch.cat([part.atlas[site].strongest for part in reversed(parts)], 2)
+        assert torch.equal(keys.topk(3, dim=2).values, atlas.strongest)
+        assert torch.equal(sum(part.atlas[site].sums for part in parts), atlas.sums)
+        assert torch.equal(sum(part.atlas[site].histogram for part in parts), atlas.histogram)
+
+
+def engine_passes(prompts: list[PreparedJob]) -> list[list[int]]:
+    """Cut prompts as the page says: in their order, up to so many tokens."""
+    passes: list[list[int]] = [[]]
+    for index, job in enumerate(prompts):
+        held = sum(len(prompts[i].token_ids) for i in passes[-1])
+        if passes[-1] and held + len(job.token_ids) > PASS_TOKENS:
+            passes.append([])
+        passes[-1].append(index)
+    return passes
+
+
+def test_a_slice_says_which_tokens_it_has(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    prompts = prepare(loaded, JobSpec(PROMPTS[0]), JobSpec(PROMPTS[3]))
+    of = PreparedCorpus(tuple(prompts), (0, 2), ((1, "is empty"),), 2)
+    parts = {(t.site, t.part): t.values for t in made(Engine(loaded, "off"), of).tensors()}
+    lengths = [len(job.token_ids) for job in prompts]
+    assert parts["corpus", "lengths"].tolist() == [lengths[0], 0, lengths[1]]
+    assert parts["corpus", "token_ids"].tolist() == [i for job in prompts for i in job.token_ids]
+    assert set(parts) == {
+        ("corpus", "lengths"), ("corpus", "token_ids"),
+        *(("neuron", part) for part in ("strongest", "sums", "histogram")),
+        *(("head", part) for part in ("strongest", "sums", "histogram")),
+    }  # fmt: skip
+
+
+def test_what_nobody_waits_for_goes_on_no_more(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    atlas = Engine(loaded, "off").begin_atlas(corpus(prepare(loaded, JobSpec(PROMPTS[0]))))
+    atlas.drop()
+    assert atlas.over
+
+
+def test_numbers_that_are_not_finite_are_an_error(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    engine = Engine(loaded, "off")
+    weight = loaded.model.model.layers[1].mlp.down_proj.weight
+    before = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    try:
+        with pytest.raises(EngineError, match="is not finite, or too large for an atlas"):
+            made(engine, corpus(prepare(loaded, JobSpec(PROMPTS[0]))))
+    finally:
+        with torch.no_grad():
+            weight[0, 0] = before

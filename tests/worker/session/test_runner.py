@@ -10,7 +10,7 @@ import pytest
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
-from reltrace_worker.jobs import PreparedJob
+from reltrace_worker.jobs import PreparedCorpus, PreparedJob
 from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.session.runner import Runner
 
@@ -233,3 +233,71 @@ async def test_texts_and_traces_take_turns(
     assert sorted(ended) == ["j-0", "j-1", "t-0", "t-1", "t-2"]
     assert begun == [2, 1]
     assert runner.running == frozenset()
+
+
+async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a corpus of several passes, one of whose prompts is empty
+    If a trace comes while its atlas is made
+    I expect the trace first, then the atlas of all other prompts, its tokens, and what is missing.
+    """
+    monkeypatch.setattr("reltrace_worker.engine.atlas.PASS_TOKENS", 8)
+    runner = Runner(checkpoints.loaded("plain"), engine, 4096)
+    prompts = ["The quick brown fox", "", "I have 5 cats", "The quick brown cat"] * 3
+    spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=prompts), top_k=4)
+    begun, loop, goes = engine.begin_atlas, asyncio.get_running_loop(), asyncio.Event()
+
+    def noted(corpus: PreparedCorpus) -> object:
+        loop.call_soon_threadsafe(goes.set)
+        return begun(corpus)
+
+    monkeypatch.setattr(engine, "begin_atlas", noted)
+    await runner.add([worker_pb2.Lease(job_id="atlas-0", attempt=1, spec=spec)])
+    waiting = asyncio.create_task(runner.next_results())
+    async with asyncio.timeout(20):
+        await goes.wait()
+    await runner.add([lease(0, 5)])
+    async with asyncio.timeout(30):
+        (trace,) = await waiting
+        (atlas,) = await runner.next_results()
+    assert next(iter(trace)).chunk.job_id == "j-0"
+    pieces = [leased.chunk for leased in atlas]
+    header = pieces[0].header
+    assert [fault.field for fault in header.skipped] == [
+        f"corpus.prompts[{number}]" for number in (1, 5, 9)
+    ]
+    assert "is empty" in header.skipped[0].description
+    assert list(header.token_ids) == sorted(set(header.token_ids))
+    assert len(header.tokens) == len(header.token_ids)
+    assert header.provenance.reduction == "atlas"
+    shape = checkpoints.loaded("plain").shape
+    found = {(t.site, t.part): list(t.shape) for chunk in pieces for t in chunk.tensors}
+    assert found["neuron", "strongest"] == [shape.layers, 4, 4, shape.intermediate_size]
+    assert found["head", "sums"] == [shape.layers, 2, shape.heads]
+    assert found["corpus", "lengths"] == [12]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=["a"])), "top_k: is 0; of an atlas"),
+        (types_pb2.JobSpec(corpus=types_pb2.Corpus(), top_k=1), "corpus.prompts: are 0; allowed"),
+        (
+            types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=["", ""]), top_k=1),
+            "corpus.prompts: can not be traced, none of them: prompt: is empty",
+        ),
+        (
+            types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=["a"]), top_k=1, rule="x"),
+            "rule: rule 'x' is unknown",
+        ),
+    ],
+)
+async def test_an_atlas_that_can_not_be_made_fails_with_the_field(
+    engine: Engine, checkpoints: Checkpoints, spec: types_pb2.JobSpec, said: str
+) -> None:
+    runner = Runner(checkpoints.loaded("plain"), engine, 4096)
+    (faulty,) = await runner.add([worker_pb2.Lease(job_id="a-0", attempt=1, spec=spec)])
+    (leased,) = faulty
+    assert said in leased.chunk.end.error.message

@@ -11,6 +11,7 @@ the k largest of a set of distinct integers, and sums and histograms are integer
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from reltrace_worker.engine.pack import Pack
 from reltrace_worker.engine.sites import SITES
 from reltrace_worker.engine.watch import Watch
 from reltrace_worker.errors import EngineError
+from reltrace_worker.jobs import PreparedCorpus, PreparedJob, SiteTensor
 from reltrace_worker.model.loading import LoadedModel, ModelShape
 
 ATLAS_SITES = ("neuron", "head")
@@ -29,10 +31,7 @@ LISTS = ("relevance+", "relevance-", "activation+", "activation-")
 MEASURES = ("relevance", "activation")
 
 MOST_PROMPTS = 1 << 16
-"""Of one slice: a place has 16 bits for its prompt."""
-
-MOST_TOKENS = 1 << 16
-"""Of one prompt: and 16 bits for its token."""
+"""Of one slice: a place has 16 bits for its prompt, and 16 for its token."""
 
 POINT = 40
 """Sums are kept in units of 2 to the power of minus this: about 1e-12."""
@@ -199,3 +198,84 @@ class AtlasCapture(Watch):
                     f"for an atlas ({_LARGEST:.0f})"
                 )
         self._atlas[site].add(layer, relevance, activation, self._places.to(value.device))
+
+
+PASS_TOKENS = 2048
+"""Tokens of one pass, whatever the worker's memory: numbers depend on what is packed together, in
+their last bits, and an atlas is to be the same wherever it is made."""
+
+
+class Slice:
+    """The atlas of a corpus that is being made, pass by pass.
+
+    Parameters
+    ----------
+    loaded
+        The model.
+    corpus
+        The prompts.
+
+    Attributes
+    ----------
+    atlas
+        By site: of the passes so far.
+    """
+
+    def __init__(self, loaded: LoadedModel, corpus: PreparedCorpus) -> None:
+        self.corpus = corpus
+        shape = loaded.shape
+        self.atlas = {
+            site: SiteAtlas.empty(
+                shape.layers, SITES[site].features(shape), corpus.k, loaded.device
+            )
+            for site in ATLAS_SITES
+        }
+        self._left = _passes(corpus.prompts)
+
+    @property
+    def over(self) -> bool:
+        """All prompts are in it."""
+        return not self._left
+
+    def drop(self, _: int = 0) -> None:
+        """Go on no more: nobody waits for it."""
+        self._left.clear()
+
+    def take(self) -> list[int]:
+        """Return the places in the corpus of the prompts of the next pass."""
+        return self._left.popleft()
+
+    def tensors(self) -> tuple[SiteTensor, ...]:
+        """Return the atlas: of each site ``strongest``, ``sums`` and ``histogram``; and the corpus.
+
+        Site ``corpus`` has ``token_ids``, int32 [T], the prompts' tokens one after another, and
+        ``lengths``, int32 [P], 0 where a prompt was left out.
+        """
+        found = [
+            SiteTensor(0, site, part, getattr(atlas, part).cpu())
+            for site, atlas in self.atlas.items()
+            for part in ("strongest", "sums", "histogram")
+        ]
+        corpus = self.corpus
+        lengths = torch.zeros(len(corpus.numbers) + len(corpus.skipped), dtype=torch.int32)
+        for number, job in zip(corpus.numbers, corpus.prompts, strict=True):
+            lengths[number] = len(job.token_ids)
+        ids = [token for job in corpus.prompts for token in job.token_ids]
+        return (
+            *found,
+            SiteTensor(0, "corpus", "token_ids", torch.tensor(ids, dtype=torch.int32)),
+            SiteTensor(0, "corpus", "lengths", lengths),
+        )
+
+
+def _passes(prompts: Sequence[PreparedJob]) -> deque[list[int]]:
+    """Cut a corpus into passes, in its order."""
+    passes: deque[list[int]] = deque()
+    tokens = 0
+    for index, job in enumerate(prompts):
+        if not passes or tokens + len(job.token_ids) > PASS_TOKENS:
+            passes.append([])
+            tokens = 0
+        passes[-1].append(index)
+        tokens += len(job.token_ids)
+    return passes

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from reltrace_worker.engine.atlas import AtlasCapture, Slice
 from reltrace_worker.engine.capture import Capture
 from reltrace_worker.engine.clock import PHASES, PassClock
 from reltrace_worker.engine.generate import Writing
@@ -25,7 +26,14 @@ from reltrace_worker.engine.memory import (
 from reltrace_worker.engine.pack import Pack, Scalar
 from reltrace_worker.engine.passes import predict, trace_checkpointed, trace_keeping
 from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.jobs import JobResult, PreparedJob, PreparedTarget, ResolvedTarget, Term
+from reltrace_worker.jobs import (
+    JobResult,
+    PreparedCorpus,
+    PreparedJob,
+    PreparedTarget,
+    ResolvedTarget,
+    Term,
+)
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
 from reltrace_worker.rules import RULES, Rule, apply_rule
@@ -311,6 +319,46 @@ class Engine:
                 raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
         for phase, seconds in clock.seconds().items():
             self.seconds[phase] += seconds
+
+    def begin_atlas(self, corpus: PreparedCorpus) -> Slice:
+        """Begin the atlas of a corpus; nothing is in it yet."""
+        return Slice(self._loaded, corpus)
+
+    def add_to(self, slice_: Slice) -> None:
+        """Add the next pass to an atlas.
+
+        Raises
+        ------
+        EngineError
+            Its numbers are not finite, or one prompt does not fit into memory.
+        DeviceLostError
+            The device does not work any more for this process.
+        """
+        corpus, chosen = slice_.corpus, slice_.take()
+        jobs = [corpus.prompts[index] for index in chosen]
+        with self._lock:
+            if self._plans:
+                self.measure()
+            checkpointing = self._checkpointing == "on" or not self._fits(jobs, False)
+            if not self._fits(jobs, checkpointing):
+                raise self._too_large(max(jobs, key=lambda job: len(job.token_ids)))
+            pack = Pack.of(jobs)
+            numbers = [corpus.numbers[chosen[index]] for index in pack.order]
+            capture = AtlasCapture(self._loaded, pack, numbers, slice_.atlas)
+            trace = trace_checkpointed if checkpointing else trace_keeping
+            capture.clock.begins("forward")
+            try:
+                rule = self._rules(jobs[0].rule)
+                with apply_rule(self._loaded.model, rule), through_onednn(self._linears):
+                    trace(self._loaded, pack, capture)
+            except torch.AcceleratorError as error:
+                raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
+        for phase, seconds in capture.clock.seconds().items():
+            self.seconds[phase] += seconds
+
+    def atlas(self, slice_: Slice) -> list[Outcome]:
+        """Return an atlas as the result of its job."""
+        return [JobResult((), slice_.tensors(), self._checkpointing == "on")]
 
     def texts(self, writing: Writing) -> list[Outcome]:
         """Return what was written, one result per job."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from reltrace_worker.errors import InvalidJob, Violation
 from reltrace_worker.jobs import (
     GenerationSpec,
     JobSpec,
+    PreparedCorpus,
     PreparedJob,
     PreparedTarget,
     TargetSpec,
@@ -20,6 +22,12 @@ from reltrace_worker.model.vocabulary import Vocabulary
 
 MAX_TOP_K = 4096
 """Most values per layer that the reduction ``topk`` gives."""
+
+MOST_PROMPTS = 1 << 16
+"""Of one atlas."""
+
+MOST_PLACES = 64
+"""That an atlas keeps of each feature."""
 
 MAX_NEW_TOKENS = 1024
 """Most tokens that one job writes."""
@@ -126,6 +134,38 @@ class JobPreparer:
             edits=edits,
             forward_only=spec.forward_only,
         )
+
+    def prepare_corpus(self, spec: JobSpec) -> PreparedCorpus:
+        """Check and tokenize the prompts of an atlas; what can not be traced is left out.
+
+        Raises
+        ------
+        InvalidJob
+            Of what the prompts share, something is wrong, or none of them can be traced.
+        """
+        faults = _Faults()
+        given = spec.corpus or ()
+        if not 1 <= len(given) <= MOST_PROMPTS:
+            faults.add("corpus.prompts", f"are {len(given)}; allowed: 1 to {MOST_PROMPTS}")
+        if not 1 <= spec.k <= MOST_PLACES:
+            faults.add("top_k", f"is {spec.k}; of an atlas, allowed: 1 to {MOST_PLACES}")
+        if spec.rule not in self._rules:
+            faults.add("rule", _unknown("rule", spec.rule, self._rules))
+        if len(spec.targets) != 1 or spec.targets[0].continuation is not None:
+            faults.add("targets", "of an atlas: one, and no continuation")
+        faults.raise_any()
+        prompts, numbers, skipped = [], [], []
+        for number, prompt in enumerate(given):
+            try:
+                one = replace(spec, input=prompt, corpus=None, k=0, sites=("neuron",))
+                prompts.append(self.prepare(one))
+                numbers.append(number)
+            except InvalidJob as error:
+                skipped.append((number, str(error)))
+        if not prompts:
+            faults.add("corpus.prompts", f"can not be traced, none of them: {skipped[0][1]}")
+        faults.raise_any()
+        return PreparedCorpus(tuple(prompts), tuple(numbers), tuple(skipped), spec.k, spec.rule)
 
     def _prepare_writing(
         self, spec: JobSpec, generation: GenerationSpec, faults: _Faults

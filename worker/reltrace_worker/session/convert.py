@@ -11,6 +11,7 @@ from reltrace_worker.jobs import (
     EditSpec,
     GenerationSpec,
     JobSpec,
+    PreparedCorpus,
     PreparedJob,
     ResolvedTarget,
     SiteTensor,
@@ -26,6 +27,7 @@ _TORCH_DTYPES = {
     types_pb2.SCALAR_TYPE_BFLOAT16: torch.bfloat16,
     types_pb2.SCALAR_TYPE_FLOAT16: torch.float16,
     types_pb2.SCALAR_TYPE_INT32: torch.int32,
+    types_pb2.SCALAR_TYPE_INT64: torch.int64,
 }
 _SCALAR_TYPES = {dtype: scalar for scalar, dtype in _TORCH_DTYPES.items()}
 
@@ -71,6 +73,7 @@ def job_spec(spec: types_pb2.JobSpec) -> JobSpec:
     without_sites = spec.forward_only or spec.HasField("generation")
     return JobSpec(
         input=spec.prompt if kind == "prompt" else tuple(spec.input_ids.ids),
+        corpus=tuple(spec.corpus.prompts) if kind == "corpus" else None,
         sites=() if without_sites else tuple(spec.sites) or default.sites,
         reduction=spec.reduction or default.reduction,
         targets=tuple(_target_spec(target) for target in spec.targets) or default.targets,
@@ -153,6 +156,23 @@ def header(
         targets=[_resolved(target) for target in targets],
         provenance=provenance,
         layers=job.layers or range(layers),
+    )
+
+
+def corpus_header(
+    corpus: PreparedCorpus, provenance: types_pb2.Provenance, layers: int
+) -> types_pb2.TraceHeader:
+    """Write everything of an atlas but its tensors, for a model of so many layers."""
+    vocabulary = corpus.vocabulary
+    return types_pb2.TraceHeader(
+        token_ids=vocabulary.keys(),
+        tokens=vocabulary.values(),
+        provenance=provenance,
+        layers=range(layers),
+        skipped=[
+            types_pb2.FieldViolation(field=f"corpus.prompts[{number}]", description=why)
+            for number, why in corpus.skipped
+        ],
     )
 
 

@@ -12,13 +12,14 @@ from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.errors import EngineError, InvalidJob, PassFailedError
-from reltrace_worker.jobs import JobResult, PreparedJob
+from reltrace_worker.jobs import JobResult, PreparedCorpus, PreparedJob
 from reltrace_worker.model import LoadedModel
 from reltrace_worker.session.chunks import chunks, stored_chunk
 from reltrace_worker.session.convert import (
     INTERNAL,
     INVALID_ARGUMENT,
     cast,
+    corpus_header,
     failed,
     generated,
     header,
@@ -39,7 +40,7 @@ class Ready:
 
     key: LeaseKey
     lease: worker_pb2.Lease
-    job: PreparedJob
+    job: PreparedJob | PreparedCorpus
     turn: float
     """Monotonic time by which the jobs that wait are ordered."""
 
@@ -133,20 +134,20 @@ class Encoder:
             return invalid(lease, error)
         engine_time = Duration()
         engine_time.FromTimedelta(timedelta(seconds=seconds))
+        provenance, layers = self._provenance(job.job, result), self._model.shape.layers
         return _Tensors(
             lease,
-            header(
-                job.job,
-                result.targets,
-                self._provenance(job.job, result),
-                self._model.shape.layers,
-            ),
+            corpus_header(job.job, provenance, layers)
+            if isinstance(job.job, PreparedCorpus)
+            else header(job.job, result.targets, provenance, layers),
             tensors,
             types_pb2.Timings(queued=lease.queued_for, engine=engine_time),
             None if result.written is None else generated(result.written),
         )
 
-    def _provenance(self, job: PreparedJob, result: JobResult) -> types_pb2.Provenance:
+    def _provenance(
+        self, job: PreparedJob | PreparedCorpus, result: JobResult
+    ) -> types_pb2.Provenance:
         return types_pb2.Provenance(
             model=self._model.name,
             revision=self._model.revision,

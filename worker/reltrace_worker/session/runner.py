@@ -12,9 +12,10 @@ import structlog
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine
+from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.generate import Writing
 from reltrace_worker.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
-from reltrace_worker.jobs import JobResult
+from reltrace_worker.jobs import JobResult, JobSpec, PreparedCorpus, PreparedJob
 from reltrace_worker.metrics import PassStats
 from reltrace_worker.model import JobPreparer, LoadedModel
 from reltrace_worker.rules import RULES
@@ -38,10 +39,10 @@ _PASSES_AHEAD = 2
 
 @dataclass(slots=True)
 class _Open:
-    """Texts that are being written, together."""
+    """What takes many passes: texts that are written together, or the atlas of a corpus."""
 
     batch: list[Ready]
-    writing: Writing
+    work: Writing | Slice
     crowded: bool
     seconds: float = 0.0
 
@@ -84,7 +85,7 @@ class Runner:
         self._passes: deque[asyncio.Future[Done | None]] = deque()
         self._arrived = asyncio.Event()
         self._crowded = False
-        # Texts that are half written: they go on in turns with what is ready.
+        # What is half done: it goes on in turns with what is ready.
         self._open: deque[_Open] = deque()
         self._text_is_next = False
         self._encoder = Encoder(model, engine.attention)
@@ -121,7 +122,7 @@ class Runner:
             for texts in self._open:
                 for index, job in enumerate(texts.batch):
                     if job.key in keys:
-                        texts.writing.drop(index)
+                        texts.work.drop(index)
 
     def take_back(self) -> list[LeaseKey]:
         """Give up all jobs that wait for a pass; return their leases."""
@@ -177,17 +178,19 @@ class Runner:
         and still fits. What is passed over stays in order, and comes first before long.
         """
         with self._lock:
-            # One batch of texts at a time: each has a cache of keys and values.
-            first = next((job for job in self._ready if not self._open or not _writes(job)), None)
-            if first is None:
+            # Of what takes many passes one of each kind at a time: it holds memory meanwhile.
+            begun = {work.batch[0].job.kind for work in self._open}
+            kinds = (job.job.kind for job in self._ready)
+            kind = next((kind for kind in kinds if kind not in begun), None)
+            if kind is None:
                 return []
-            kind = first.job.kind
             batch: list[Ready] = []
             left: deque[Ready] = deque()
             tokens = 0
             for job in self._ready:
                 length = job.job.extent
-                if job.job.kind == kind and (not batch or tokens + length <= self._max_tokens):
+                fits = tokens + length <= self._max_tokens and not _is_corpus(job)
+                if job.job.kind == kind and (not batch or fits):
                     batch.append(job)
                     tokens += length
                 else:
@@ -217,7 +220,7 @@ class Runner:
         now = time.monotonic()
         for lease in leases:
             try:
-                job = self._prepare_job.prepare(job_spec(lease.spec))
+                job = self._prepared(job_spec(lease.spec))
             except InvalidJob as error:
                 faulty.append(invalid(lease, error))
             except Exception as error:
@@ -229,16 +232,21 @@ class Runner:
                 ready.append(Ready(key, lease, job, now + _HANDICAPS.get(lease.priority, 0.0)))
         return ready, faulty
 
+    def _prepared(self, spec: JobSpec) -> PreparedJob | PreparedCorpus:
+        prepare = self._prepare_job
+        return prepare.prepare(spec) if spec.corpus is None else prepare.prepare_corpus(spec)
+
     def _run(self) -> Done | None:
         texts = self._next_texts()
         if texts is not None:
-            return self._write(texts)
+            return self._go_on(texts)
         batch = self._next_batch()
         if not batch:
             return None
         crowded = bool(self._ready)
-        if _writes(batch[0]):
-            return self._write(_Open(batch, self._engine.begin([j.job for j in batch]), crowded))
+        work = self._begun([job.job for job in batch])
+        if work is not None:
+            return self._go_on(_Open(batch, work, crowded))
         started = time.perf_counter()
         try:
             results = self._run_engine(batch)
@@ -247,20 +255,35 @@ class Runner:
                 self._note_running()
         return self._done(batch, results, time.perf_counter() - started, crowded)
 
-    def _write(self, texts: "_Open") -> Done | None:
-        """Go on with texts for a while; None: they are not over."""
+    def _begun(self, jobs: Sequence[PreparedJob | PreparedCorpus]) -> Writing | Slice | None:
+        """Begin what takes many passes; None: one is enough."""
+        if isinstance(jobs[0], PreparedCorpus):
+            return self._engine.begin_atlas(jobs[0])
+        texts = [j for j in jobs if isinstance(j, PreparedJob) and j.generation is not None]
+        return self._engine.begin(texts) if texts else None
+
+    def _go_on(self, texts: "_Open") -> Done | None:
+        """Go on for a while with what takes many passes; None: it is not over."""
         started = time.perf_counter()
         results: Sequence[JobResult | EngineError] | None = None
+        work = texts.work
         try:
-            self._engine.go_on(texts.writing, _STEPS)
-            if texts.writing.over:
-                results = self._engine.texts(texts.writing)
+            if isinstance(work, Slice):
+                self._engine.add_to(work)
+                results = self._engine.atlas(work) if work.over else None
+            else:
+                self._engine.go_on(work, _STEPS)
+                results = self._engine.texts(work) if work.over else None
         except DeviceLostError:
             raise
         except Exception as error:
-            log.warning("texts.split", jobs=len(texts.batch), error=str(error))
-            # From their beginning, in smaller batches where it was for memory.
-            results = self._run_engine(texts.batch)
+            log.warning("work.failed", jobs=len(texts.batch), error=str(error))
+            # Texts from their beginning, in smaller batches where it was for memory.
+            results = (
+                [error if isinstance(error, EngineError) else PassFailedError(str(error))]
+                if isinstance(work, Slice)
+                else self._run_engine(texts.batch)
+            )
         texts.seconds += time.perf_counter() - started
         with self._lock:
             if results is None:
@@ -279,7 +302,7 @@ class Runner:
     ) -> Done:
         of_tenants: Counter[str] = Counter()
         for job, result in zip(batch, results, strict=True):
-            of_tenants[job.lease.tenant] += len(job.job.token_ids) + _new_tokens(result)
+            of_tenants[job.lease.tenant] += _tokens(job, result)
         tokens = of_tenants.total()
         self.stats.share(seconds, of_tenants)
         self.stats.passes += 1
@@ -300,7 +323,7 @@ class Runner:
                     tenant=job.lease.tenant,
                     model=self._model.name,
                     rule=job.job.rule,
-                    tokens=len(job.job.token_ids),
+                    tokens=job.job.extent,
                     jobs_in_pass=len(batch),
                     tokens_in_pass=tokens,
                 )
@@ -309,7 +332,7 @@ class Runner:
 
     def _run_engine(self, jobs: Sequence[Ready]) -> Sequence[JobResult | EngineError]:
         try:
-            return self._engine.run([job.job for job in jobs])
+            return self._engine.run([j.job for j in jobs if isinstance(j.job, PreparedJob)])
         except DeviceLostError:
             raise
         except Exception as error:
@@ -322,10 +345,13 @@ class Runner:
             return [result for job in jobs for result in self._run_engine([job])]
 
 
-def _writes(job: Ready) -> bool:
-    return job.job.generation is not None
+def _is_corpus(job: Ready) -> bool:
+    return isinstance(job.job, PreparedCorpus)
 
 
-def _new_tokens(result: JobResult | EngineError) -> int:
+def _tokens(job: Ready, result: JobResult | EngineError) -> int:
+    """Return how many tokens went through the model for a job."""
+    if isinstance(job.job, PreparedCorpus):
+        return job.job.extent
     written = result.written if isinstance(result, JobResult) else None
-    return len(written.token_ids) if written else 0
+    return len(job.job.token_ids) + (len(written.token_ids) if written else 0)

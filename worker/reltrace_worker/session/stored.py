@@ -22,6 +22,7 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int32: "I32",
+    torch.int64: "I64",
 }
 """As the safetensors format calls them."""
 
