@@ -24,8 +24,10 @@ from reltrace._transport.submission import Entry, Rejected, deliveries, submit
 _AT_ONCE = 8
 """Slices on their way: what a few workers have, and what comes after."""
 
-_SECONDS = 20.0
-"""Between two times that what is merged is written."""
+_LEAST_SECONDS = 1.0
+_PAUSE = 10.0
+"""What is merged is written when so many times the time has gone by that writing took, and at
+least a second: a kill costs no more than that, and writing no more than a tenth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class _Builder:
         self._folder = folder
         self._state = state
         self._plan = plan
-        self._written = time.monotonic()
+        self._write_at = time.monotonic() + _LEAST_SECONDS
 
     async def run(self, source: Iterator[list[str]]) -> None:
         """Send slices, some at a time, and merge what comes back."""
@@ -187,6 +189,8 @@ class _Builder:
             )
         self._folder.write_corpus(number, part)
         self._state.add(number, found, part)
-        if time.monotonic() - self._written > _SECONDS:
+        began = time.monotonic()
+        if began >= self._write_at:
             self._folder.write(self._state)
-            self._written = time.monotonic()
+            ended = time.monotonic()
+            self._write_at = ended + max(_LEAST_SECONDS, _PAUSE * (ended - began))
