@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from reltrace._admin import DeadJob, Requeued, Tenant
 from reltrace._aio import AsyncClient
+from reltrace._atlas.atlas import Atlas, Context, Feature
 from reltrace._client import Client
 from reltrace._edit import Edit, Steer
 from reltrace._entries import Entry
@@ -79,16 +80,40 @@ def load_batch(folder: str | _PathLike[str]) -> _Batch:
     return Batch(folder)
 
 
+def load_atlas(folder: str | _PathLike[str]) -> Atlas:
+    """Read a folder that `Client.build_atlas` or `reltrace atlas build` wrote.
+
+    Parameters
+    ----------
+    folder : path
+        The folder.
+
+    Returns
+    -------
+    Atlas
+        With ``neuron(layer, index)``, ``head(layer, index)`` and ``prompt(number)``.
+
+    Raises
+    ------
+    InvalidArgument
+        If the folder holds no atlas, or it is damaged.
+    """
+    return Atlas(folder)
+
+
 __all__ = [
     "AsyncClient",
+    "Atlas",
     "Cancelled",
     "Client",
+    "Context",
     "DeadJob",
     "DeadlineExceeded",
     "Edit",
     "Entry",
     "Evaluation",
     "Failure",
+    "Feature",
     "Generation",
     "InvalidArgument",
     "JobFailed",
@@ -120,5 +145,6 @@ __all__ = [
     "Violation",
     "Worker",
     "__version__",
+    "load_atlas",
     "load_batch",
 ]

@@ -24,6 +24,7 @@ FORMATS: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
     "float16": np.dtype("<f2"),
     "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
 }
 
 

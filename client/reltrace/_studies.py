@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reltrace._atlas.atlas import Atlas
+from reltrace._atlas.build import Plan as AtlasPlan
+from reltrace._atlas.build import build
 from reltrace._edit import EditLike
 from reltrace._errors import TraceError
 from reltrace._evaluate.evaluation import Evaluation
@@ -57,6 +63,23 @@ class AsyncStudies:
                 assert isinstance(delivery.outcome, Generation)
                 found[delivery.index] = delivery.outcome
         return replace(found[0], unsteered=found.get(1))
+
+    async def build_atlas(
+        self,
+        prompts: Iterable[str],
+        out: str | PathLike[str],
+        *,
+        model: str | None = None,
+        rule: str = "attnlrp",
+        target: TargetLike = "max",
+        k: int = 16,
+        slice: int = 1024,  # noqa: A002 - as the folder calls it
+        priority: Priority = "batch",
+    ) -> Atlas:
+        """Keep the strongest places of every neuron and head. See `Client.build_atlas`."""
+        plan = AtlasPlan(model, rule, target, k, slice, priority)
+        await build(self._connection, prompts, Path(out), plan)
+        return await asyncio.to_thread(Atlas, out)
 
     async def evaluate(
         self,
@@ -154,6 +177,73 @@ class Studies:
                 model=model,
                 priority=priority,
                 timeout=timeout,
+            )
+        )
+
+    def build_atlas(
+        self,
+        prompts: Iterable[str],
+        out: str | PathLike[str],
+        *,
+        model: str | None = None,
+        rule: str = "attnlrp",
+        target: TargetLike = "max",
+        k: int = 16,
+        slice: int = 1024,  # noqa: A002 - as the folder calls it
+        priority: Priority = "batch",
+    ) -> Atlas:
+        """Keep, of a corpus, the strongest places of every neuron and every head.
+
+        For each of them the k places (prompt, token) where its relevance, and where its activation,
+        is largest, positive and negative apart, with counts, means and histograms. Workers take the
+        corpus in slices and merge on their device; what comes back is merged into `out`. The same
+        atlas comes of any number of workers of a kind, bit for bit. The call may be made again with
+        the same arguments: it does what is missing, also after SIGKILL.
+
+        Parameters
+        ----------
+        prompts : iterable of str
+            The corpus; pulled as needed. One that can not be traced is left out and noted.
+        out : path
+            Folder; made if need be.
+        model : str, optional
+            Name of a served model; default: the only one.
+        rule : str, default "attnlrp"
+            Propagation rule.
+        target : str, int or Target, default "max"
+            What is explained, of every prompt; one, and no continuation.
+        k : int, default 16
+            Places of each list, 1 to 64.
+        slice : int, default 1024
+            Prompts that a worker takes at a time, 1 to 65536: fewer are lost with a worker, more
+            send fewer bytes.
+        priority : {"interactive", "batch"}
+            Of all jobs.
+
+        Returns
+        -------
+        Atlas
+            `reltrace.load_atlas` reads it again.
+
+        Raises
+        ------
+        InvalidArgument
+            If an argument is wrong, or `out` holds an atlas of other settings or prompts.
+        ModelNotFound
+            If no worker serves the model.
+        JobFailed
+            If a slice can not be made: the model's numbers are not finite, say.
+        """
+        return self._loop.run(
+            self._client.build_atlas(
+                prompts,
+                out,
+                model=model,
+                rule=rule,
+                target=target,
+                k=k,
+                slice=slice,
+                priority=priority,
             )
         )
 

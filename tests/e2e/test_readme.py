@@ -30,8 +30,8 @@ PYTHON = [
 # Without the default port, which another test may hold, they need a host, a hub, or a JOB.
 NOT_HERE = re.compile(
     r"\breltrace up\b|10\.0\.0|meta-llama|PATH_OR_HUB_ID|JOB|TENANT|node1|\.\.\."
-    # These have tests of their own: below, and in test_s3.py.
-    r"|--watch|s3://|drain"
+    # These have tests of their own: below, in test_s3.py and in test_atlas.py.
+    r"|--watch|s3://|drain|CORPUS|OUT "
 )
 PROMPTS = '{"id": "a", "prompt": "I have 2 birds and 4 fish. My birds"}\n"We have a dog"\n'
 

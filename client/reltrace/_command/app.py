@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import reltrace
-from reltrace._command import batch, cluster, evaluate, generate, operating, tracing, up
+from reltrace._command import atlas, batch, cluster, evaluate, generate, operating, tracing, up
 from reltrace._command.options import Access
 from reltrace._errors import TraceError
 from reltrace._transport.security import TlsOptions
@@ -29,6 +29,7 @@ app.command(rich_help_panel=_TRACES)(cluster.cancel)
 app.command(rich_help_panel=_SERVER)(up.up)
 app.command(rich_help_panel=_SERVER)(cluster.models)
 app.command(rich_help_panel=_SERVER)(cluster.status)
+app.add_typer(atlas.app, name="atlas", rich_help_panel=_TRACES)
 app.add_typer(cluster.workers, name="workers", rich_help_panel=_SERVER)
 app.add_typer(operating.dead, name="dead", rich_help_panel=_SERVER)
 app.add_typer(operating.tenants, name="tenants", rich_help_panel=_SERVER)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from reltrace_proto.v1 import types_pb2
 
+from reltrace._atlas.part import AtlasPart
 from reltrace._errors import ProtocolError, TraceError, from_job_end
 from reltrace._generation import Generation
 from reltrace._origin import Provenance, ResolvedTarget, Timings
@@ -18,7 +20,7 @@ from reltrace._request import Job
 from reltrace._stored import Place, StoredArrays, StoredTensor
 from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
-Outcome: TypeAlias = list[Trace] | Generation | TraceError
+Outcome: TypeAlias = list[Trace] | Generation | AtlasPart | TraceError
 """What a job gave."""
 
 # No trace is larger: the full neuron trace of a 70B model over 2000 tokens is half of it.
@@ -30,12 +32,14 @@ _FORMATS: dict[int, np.dtype[Any]] = {
     types_pb2.SCALAR_TYPE_BFLOAT16: np.dtype("<u2"),
     types_pb2.SCALAR_TYPE_FLOAT16: np.dtype("<f2"),
     types_pb2.SCALAR_TYPE_INT32: np.dtype("<i4"),
+    types_pb2.SCALAR_TYPE_INT64: np.dtype("<i8"),
 }
 _FORMAT_NAMES = {
     types_pb2.SCALAR_TYPE_FLOAT32: "float32",
     types_pb2.SCALAR_TYPE_BFLOAT16: "bfloat16",
     types_pb2.SCALAR_TYPE_FLOAT16: "float16",
     types_pb2.SCALAR_TYPE_INT32: "int32",
+    types_pb2.SCALAR_TYPE_INT64: "int64",
 }
 
 
@@ -163,7 +167,34 @@ class Assembler:
             return from_job_end(chunk.end, self.job.rename, chunk.job_id)
         if self.job.spec.HasField("generation"):
             return self._generation(chunk.end.timings, chunk.job_id)
+        if self.job.spec.HasField("corpus"):
+            return self._atlas()
         return self._traces(chunk.end.timings, chunk.job_id)
+
+    def _atlas(self) -> AtlasPart:
+        header = self._header
+        if header is None:
+            raise ProtocolError("an atlas came without a header")
+        skipped = {}
+        for fault in header.skipped:
+            number = re.fullmatch(r"corpus\.prompts\[(\d+)\]", fault.field)
+            if number is None:
+                raise ProtocolError(f"an atlas leaves out {fault.field!r}")
+            skipped[int(number[1])] = fault.description
+        arrays: Mapping[str, Mapping[str, Array]]
+        if self._manifest is None:
+            found: dict[str, dict[str, Array]] = {}
+            for (_, site, part), tensor in self._tensors.items():
+                found.setdefault(site, {})[part] = tensor.finished(site)
+            arrays = found
+        else:
+            arrays = StoredArrays(_place(self._manifest, self._manifest.tensors))
+        return AtlasPart(
+            arrays=arrays,
+            vocabulary=dict(zip(header.token_ids, header.tokens, strict=True)),
+            skipped=skipped,
+            provenance=_provenance(header.provenance.SerializeToString()),
+        )
 
     def _generation(self, timings: types_pb2.Timings, job_id: str) -> Generation:
         header, written = self._header, self._generated
@@ -232,33 +263,34 @@ class Assembler:
         self, manifest: types_pb2.Manifest, traces: int, layers: tuple[int, ...]
     ) -> list[StoredArrays]:
         """Return the tensors that a manifest names; they are not read yet."""
-        by_trace: list[list[StoredTensor]] = [[] for _ in range(traces)]
+        by_trace: list[list[types_pb2.StoredTensor]] = [[] for _ in range(traces)]
         for wire in manifest.tensors:
             if wire.trace >= traces or wire.site not in self.job.sites:
                 raise ProtocolError(
                     f"a tensor of trace {wire.trace}, site {wire.site!r} was not asked for"
                 )
-            by_trace[wire.trace].append(
-                StoredTensor(
-                    wire.site, wire.part, format_name(wire.dtype), tuple(wire.shape), wire.offset
-                )
-            )
+            by_trace[wire.trace].append(wire)
         for trace, tensors in enumerate(by_trace):
             for site in self.job.sites:
-                _check_site(trace, site, [t.shape for t in tensors if t.site == site], layers)
-        return [
-            StoredArrays(
-                Place(
-                    manifest.url,
-                    manifest.offset,
-                    manifest.length,
-                    manifest.sha256.hex(),
-                    tuple(tensors),
-                ),
-                self.job.sites,
+                shapes = [tuple(tensor.shape) for tensor in tensors if tensor.site == site]
+                _check_site(trace, site, shapes, layers)
+        return [StoredArrays(_place(manifest, tensors), self.job.sites) for tensors in by_trace]
+
+
+def _place(manifest: types_pb2.Manifest, tensors: Iterable[types_pb2.StoredTensor]) -> Place:
+    """Return where some of a manifest's tensors are."""
+    return Place(
+        manifest.url,
+        manifest.offset,
+        manifest.length,
+        manifest.sha256.hex(),
+        tuple(
+            StoredTensor(
+                wire.site, wire.part, format_name(wire.dtype), tuple(wire.shape), wire.offset
             )
-            for tensors in by_trace
-        ]
+            for wire in tensors
+        ),
+    )
 
 
 def _check_site(

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
+from reltrace._atlas.part import AtlasPart
 from reltrace._errors import (
     DeadlineExceeded,
     MissingDependency,
@@ -66,8 +67,8 @@ class Delivery:
     ----------
     index : int
         Of the job in the submission.
-    outcome : list of Trace, Generation or TraceError
-        One trace per target, or what was written, or why there is none.
+    outcome : list of Trace, Generation, AtlasPart or TraceError
+        One trace per target, what was written, or the atlas of a corpus, or why there is none.
     bytes : int
         Size of the tensors.
     """
@@ -274,30 +275,37 @@ def _check_time(delivery: Delivery, deadline: Deadline) -> None:
 
 def _to_fetch(delivery: Delivery, job: Job) -> list[StoredArrays]:
     """Return tensors that are kept in a store only until their result is acknowledged."""
-    if not isinstance(delivery.outcome, list) or job.spec.output_uri:
+    outcome = delivery.outcome
+    if isinstance(outcome, AtlasPart):
+        return [outcome.arrays] if isinstance(outcome.arrays, StoredArrays) else []
+    if not isinstance(outcome, list) or job.spec.output_uri:
         return []
-    return [trace.arrays for trace in delivery.outcome if isinstance(trace.arrays, StoredArrays)]
+    return [trace.arrays for trace in outcome if isinstance(trace.arrays, StoredArrays)]
 
 
 async def _fetched(
     delivery: Delivery, stored: Sequence[StoredArrays], deadline: Deadline
 ) -> Delivery:
     """Read the tensors of a result; the trace is then as if they had been sent."""
-    traces = delivery.outcome
-    assert isinstance(traces, list)
+    found = delivery.outcome
+    assert isinstance(found, list | AtlasPart)
     try:
         # The loop serves others meanwhile.
         async with asyncio.timeout(deadline.remaining()):
             arrays = await asyncio.to_thread(read_together, stored)
     except (StoreUnreadable, MissingDependency) as error:
-        error.job_id = traces[0].job_id
+        error.job_id = None if isinstance(found, AtlasPart) else found[0].job_id
         return replace(delivery, outcome=error)
     except TimeoutError:
         raise deadline.error() from None
     size = sum(
         array.nbytes for sites in arrays for parts in sites.values() for array in parts.values()
     )
-    outcome = [replace(trace, arrays=own) for trace, own in zip(traces, arrays, strict=True)]
+    outcome: Outcome
+    if isinstance(found, AtlasPart):
+        outcome = replace(found, arrays=arrays[0])
+    else:
+        outcome = [replace(trace, arrays=own) for trace, own in zip(found, arrays, strict=True)]
     return replace(delivery, outcome=outcome, bytes=size)
 
 

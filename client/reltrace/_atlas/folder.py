@@ -1,0 +1,151 @@
+"""An atlas on disk: what is merged, of which slices, and the corpus' tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reltrace._atlas.merged import Merged
+from reltrace._atlas.part import SITES, AtlasPart
+from reltrace._errors import invalid
+from reltrace._trace import Array
+
+_FORMAT = 1
+_ATLAS, _CORPUS = "atlas.safetensors", "corpus"
+_FIELDS = ("values", "prompts", "tokens", "high", "low", "histogram")
+
+
+@dataclass(eq=False)
+class State:
+    """Everything of an atlas but the corpus.
+
+    Attributes
+    ----------
+    about : dict
+        Model, revision, rule, places, prompts of a slice.
+    sites : dict of str to Merged
+        Empty before the first slice.
+    digests : dict of int to str
+        Of the prompts of every slice that is in it.
+    vocabulary : dict of int to str
+        Texts of the tokens.
+    skipped : dict of int to str
+        Prompts that were left out, by their number in the corpus.
+    tokens : int
+        How many were counted.
+    """
+
+    about: dict[str, Any]
+    sites: dict[str, Merged] = field(default_factory=dict)
+    digests: dict[int, str] = field(default_factory=dict)
+    vocabulary: dict[int, str] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
+    tokens: int = 0
+
+    def add(self, number: int, digest: str, part: AtlasPart) -> None:
+        """Merge a slice."""
+        first = number * self.about["slice"]
+        for site in SITES:
+            arrays = part.arrays[site]
+            keys, histogram = arrays["strongest"], arrays["histogram"]
+            merged = self.sites.setdefault(site, Merged.empty(keys.shape, histogram.shape[-1]))
+            merged.add(keys, arrays["sums"], histogram, first)
+        self.tokens += int(part.arrays["corpus"]["lengths"].sum())
+        self.vocabulary |= part.vocabulary
+        self.skipped |= {first + index: why for index, why in part.skipped.items()}
+        self.digests[number] = digest
+
+
+class Folder:
+    """Where an atlas is kept. What is merged is one file, replaced in one step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is an atlas."""
+        return (self.path / _ATLAS).exists()
+
+    def read(self) -> State:
+        """Read what is merged.
+
+        Raises
+        ------
+        InvalidArgument
+            There is no atlas, or it is damaged.
+        """
+        from safetensors import safe_open
+
+        try:
+            with safe_open(self.path / _ATLAS, "np") as file:
+                about = json.loads(file.metadata()["atlas"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise invalid("atlas", f"{self.path} holds none") from None
+        except Exception as error:
+            # The library has no error of its own that could be named.
+            raise invalid("atlas", f"{self.path / _ATLAS} is damaged: {error}") from error
+        if about["format"] != _FORMAT:
+            raise invalid("atlas", f"{self.path} is of format {about['format']}, not {_FORMAT}")
+        return State(
+            about=about["about"],
+            sites={
+                site: Merged(**{name: arrays[f"{site}/{name}"] for name in _FIELDS})
+                for site in SITES
+                if f"{site}/values" in arrays
+            },
+            digests={int(number): digest for number, digest in about["digests"].items()},
+            vocabulary={int(token): text for token, text in about["vocabulary"].items()},
+            skipped={int(number): why for number, why in about["skipped"].items()},
+            tokens=about["tokens"],
+        )
+
+    def write(self, state: State) -> None:
+        """Replace what is merged, durably and in one step."""
+        arrays = {
+            f"{site}/{name}": np.ascontiguousarray(getattr(merged, name))
+            for site, merged in state.sites.items()
+            for name in _FIELDS
+        }
+        about = {
+            "format": _FORMAT,
+            "about": state.about,
+            "digests": dict(sorted(state.digests.items())),
+            "vocabulary": dict(sorted(state.vocabulary.items())),
+            "skipped": dict(sorted(state.skipped.items())),
+            "tokens": state.tokens,
+        }
+        self._replace(self.path / _ATLAS, arrays, {"atlas": json.dumps(about)})
+
+    def write_corpus(self, number: int, part: AtlasPart) -> None:
+        """Keep the tokens of a slice; before it is merged, so that none is ever missing."""
+        (self.path / _CORPUS).mkdir(parents=True, exist_ok=True)
+        arrays = {name: np.ascontiguousarray(a) for name, a in part.arrays["corpus"].items()}
+        self._replace(self._corpus_file(number), arrays, {})
+
+    def corpus(self, number: int) -> tuple[Array, Array]:
+        """Return token ids and lengths of a slice."""
+        from safetensors import safe_open
+
+        with safe_open(self._corpus_file(number), "np") as file:
+            return file.get_tensor("token_ids"), file.get_tensor("lengths")
+
+    def _corpus_file(self, number: int) -> Path:
+        return self.path / _CORPUS / f"{number:06d}.safetensors"
+
+    def _replace(self, path: Path, arrays: dict[str, Array], metadata: dict[str, str]) -> None:
+        # Not at the top: whoever only traces does not need it.
+        from safetensors.numpy import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".part")
+        save_file(arrays, scratch, metadata)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)

@@ -1,0 +1,40 @@
+"""The atlas of a slice of a corpus, as a worker gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from reltrace._origin import Provenance
+from reltrace._trace import Array
+
+SITES = ("neuron", "head")
+PARTS = {"neuron": ("strongest", "sums", "histogram"), "head": ("strongest", "sums", "histogram")}
+LISTS = ("relevance+", "relevance-", "activation+", "activation-")
+MEASURES = ("relevance", "activation")
+
+
+@dataclass(frozen=True, eq=False)
+class AtlasPart:
+    """One slice.
+
+    Attributes
+    ----------
+    arrays : mapping of str to mapping of str to ndarray
+        Of the sites "neuron" and "head": "strongest", int64 [L, 4, k, F], keys in the order of
+        `LISTS`: bits of a positive float32 above, below them the complement of
+        ``prompt << 16 | token``, 0 where there is none; "sums", int64 [L, 2, F], in the order of
+        `MEASURES` and in units of 2**-40; "histogram", int32 [L, 2, F, bins]. Of the site "corpus":
+        "token_ids", int32 [T], and "lengths", int32 [P].
+    vocabulary : dict of int to str
+        Texts of the tokens.
+    skipped : dict of int to str
+        Prompts that were left out, by their number in the slice, and why.
+    provenance : Provenance
+        What made it.
+    """
+
+    arrays: Mapping[str, Mapping[str, Array]]
+    vocabulary: dict[int, str]
+    skipped: dict[int, str]
+    provenance: Provenance

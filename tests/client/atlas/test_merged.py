@@ -1,0 +1,77 @@
+"""Slices put together: exact, in whatever order."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reltrace._atlas.merged import OCTAVES, Merged, quantile
+
+K, FEATURES, BINS = 3, 4, 2 * len(OCTAVES) + 1
+
+
+def keys(pairs: list[tuple[float, int, int]]) -> np.ndarray:
+    """Keys of one list of one feature, as a worker writes them: value, prompt, token."""
+    row = np.zeros((1, 4, K, 1), np.int64)
+    ordered = sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2]))[:K]
+    for place, (value, prompt, token) in enumerate(ordered):
+        bits = int(np.float32(value).view(np.int32))
+        row[0, 0, place, 0] = (bits << 32) | (0xFFFFFFFF - ((prompt << 16) | token))
+    return row
+
+
+def merged(slices: list[tuple[int, list[tuple[float, int, int]]]]) -> Merged:
+    whole = Merged.empty((1, 4, K, 1), BINS)
+    nothing = np.zeros((1, 2, 1), np.int64), np.zeros((1, 2, 1, BINS), np.int32)
+    for first, pairs in slices:
+        whole.add(keys(pairs), *nothing, first)
+    return whole
+
+
+def listed(whole: Merged) -> list[tuple[float, int, int]]:
+    rows = (whole.values[0, 0, :, 0], whole.prompts[0, 0, :, 0], whole.tokens[0, 0, :, 0])
+    return [row for row in zip(*(r.tolist() for r in rows), strict=True) if row[1] >= 0]
+
+
+PLACES = st.lists(
+    st.tuples(st.sampled_from([0.5, 1.0, 2.0, 3.25]), st.integers(0, 9), st.integers(0, 3)),
+    max_size=8,
+    unique_by=lambda place: place[1:],
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(parts=st.lists(PLACES, min_size=1, max_size=4), order=st.randoms(use_true_random=False))
+def test_the_order_of_slices_does_not_matter(parts: list, order: object) -> None:
+    slices = [(10 * number, part) for number, part in enumerate(parts)]
+    every = [(v, first + p, t) for first, part in slices for v, p, t in part]
+    expected = sorted(every, key=lambda place: (-place[0], place[1], place[2]))[:K]
+    order.shuffle(slices)  # type: ignore[attr-defined]
+    assert listed(merged(slices)) == expected
+
+
+def test_sums_stay_exact_beyond_what_64_bits_hold() -> None:
+    whole = Merged.empty((1, 4, 1, 1), BINS)
+    large = np.full((1, 2, 1), 2**62 + 12345, np.int64)
+    negative = np.full((1, 2, 1), -(2**61) - 77, np.int64)
+    counted = np.zeros((1, 2, 1, BINS), np.int32)
+    for _ in range(40):
+        whole.add(np.zeros((1, 4, 1, 1), np.int64), large, counted, 0)
+    whole.add(np.zeros((1, 4, 1, 1), np.int64), negative, counted, 0)
+    exact = 40 * (2**62 + 12345) - 2**61 - 77
+    assert int(whole.high[0, 0, 0]) * 2**32 + int(whole.low[0, 0, 0]) == exact
+    assert whole.sums()[0, 0, 0] == pytest.approx(exact / 2**40)
+
+
+def test_quantiles_are_within_their_octave() -> None:
+    histogram = np.zeros(BINS, np.int64)
+    zero = len(OCTAVES)
+    # Ten values in [-2, -1), thirty that are nothing, sixty in [1, 2).
+    histogram[zero - (1 - OCTAVES.start)] = 10
+    histogram[zero] = 30
+    histogram[zero + (1 - OCTAVES.start)] = 60
+    assert quantile(histogram, 0.0) == -2
+    assert -2 < quantile(histogram, 0.05) < -1
+    assert quantile(histogram, 0.3) == 0
+    assert 1 < quantile(histogram, 0.7) < 2
+    assert quantile(histogram, 1.0) == 2
+    assert np.isnan(quantile(np.zeros(BINS, np.int64), 0.5))

@@ -1,0 +1,191 @@
+"""An atlas through the whole service: whoever makes it, and however often it is broken off."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reltrace
+from e2e.conftest import Process, wait_until
+from reltrace._atlas import build as module
+from reltrace._atlas.folder import Folder
+from reltrace_worker.demo.corpus import held_out
+
+CORPUS = [example.prompt for example in held_out(260, 9)]
+SLICE = 40
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Two schedulers with a queue each: one with one worker, the other with three."""
+    processes, addresses = [], []
+    for workers in (1, 3):
+        folder = tmp_path_factory.mktemp(f"atlas-{workers}")
+        scheduler = Process.start(
+            folder, "reltrace_scheduler", "--data", str(folder / "data"),
+            "--listen", "127.0.0.1:0",
+            "--results-url", (folder / "large").as_uri(), "--results-above",
+            # By the store of large results where there is one worker.
+            "100000" if workers == 1 else "100000000",
+        )  # fmt: skip
+        address = scheduler.first_line().split()[-1]
+        processes.append(scheduler)
+        processes += [
+            Process.start(
+                folder, "reltrace_worker", "--scheduler", address, "--model", "demo",
+                "--threads", "1",
+            )
+            for _ in range(workers)
+        ]  # fmt: skip
+        with reltrace.Client(address, retry_timeout=100) as client:
+            wait_until(
+                lambda client=client, workers=workers: (
+                    [model.workers for model in client.models()] == [workers]
+                ),
+                "all workers are there",
+                100,
+            )
+        addresses.append(address)
+    yield addresses[0], addresses[1]
+    for process in reversed(processes):
+        process.stop()
+
+
+def same(first: Path, second: Path) -> None:
+    """Compare two atlases bit for bit."""
+    one, two = Folder(first).read(), Folder(second).read()
+    assert one.digests == two.digests
+    assert (one.tokens, one.vocabulary, one.skipped) == (two.tokens, two.vocabulary, two.skipped)
+    for site, merged in one.sites.items():
+        for name, array in vars(merged).items():
+            np.testing.assert_array_equal(array, getattr(two.sites[site], name), f"{site} {name}")
+
+
+def test_three_workers_make_the_atlas_that_one_makes(
+    services: tuple[str, str], tmp_path: Path
+) -> None:
+    """
+    Given a corpus with an empty prompt in it
+    If one worker makes its atlas, and three others make it
+    I expect the same bits, the empty prompt to be named, and contexts to be those that
+    traces give.
+    """
+    corpus = [*CORPUS[:7], "", *CORPUS[7:]]
+    atlases = []
+    for number, address in enumerate(services):
+        with reltrace.Client(address) as client:
+            atlases.append(client.build_atlas(corpus, tmp_path / str(number), slice=SLICE, k=4))
+    same(tmp_path / "0", tmp_path / "1")
+    atlas = atlases[0]
+    assert list(atlas.skipped) == [7]
+    assert "is empty" in atlas.skipped[7]
+    assert atlas.prompt(7) == ()
+    with reltrace.Client(services[0]) as client:
+        strong = max(
+            (atlas.neuron(2, index).contexts["relevance+"][0] for index in range(256)),
+            key=lambda context: context.value,
+        )
+        trace = client.trace(corpus[strong.prompt], sites="neuron", reduce="full")
+        assert tuple(trace.tokens) == strong.tokens
+        assert strong.token == trace.tokens[strong.position]
+        assert trace["neuron"][2, strong.position].max() == pytest.approx(strong.value, rel=1e-3)
+
+
+def test_means_and_quantiles_are_those_of_all_tokens(
+    services: tuple[str, str], tmp_path: Path
+) -> None:
+    with reltrace.Client(services[0]) as client:
+        atlas = client.build_atlas(CORPUS[:30], tmp_path, slice=7, k=2)
+        traces = list(client.trace_many(CORPUS[:30], sites=("neuron", "head"), reduce="full"))
+    for site, read in (("neuron", atlas.neuron), ("head", atlas.head)):
+        every = np.concatenate([trace[site][1] for trace in traces])  # type: ignore[union-attr]
+        for index in range(3):
+            feature, values = read(1, index), every[:, index]
+            assert feature.count == len(values)
+            assert feature.mean["relevance"] == pytest.approx(values.mean(), abs=1e-6)
+            for share in (0.1, 0.9):
+                exact, about = np.quantile(values, share), feature.quantile(share)
+                # An octave: half to twice as much.
+                assert abs(about) <= 2.1 * abs(exact) + 1e-7
+                assert abs(exact) <= 2.1 * abs(about) + 1e-7
+            strongest = feature.contexts["relevance+"]
+            assert [c.value for c in strongest] == pytest.approx(
+                sorted(values[values > 0])[::-1][:2], rel=1e-3
+            )
+
+
+def test_an_atlas_that_is_broken_off_goes_on(
+    services: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given an atlas whose making is killed after some slices, at a moment when what is merged
+    was written, and again later
+    I expect each further run to make what is missing, and the whole to be as undisturbed.
+    """
+    monkeypatch.setattr(module, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_PAUSE", 0.0)
+    with reltrace.Client(services[1]) as client:
+        client.build_atlas(CORPUS, tmp_path / "whole", slice=SLICE)
+
+    made: list[int] = []
+    merge = module._Builder._merge
+
+    def until_killed(limit: int) -> Callable[..., None]:
+        def merged(self: module._Builder, number: int, found: str, part: object) -> None:
+            if len(made) >= limit:
+                raise KeyboardInterrupt
+            made.append(number)
+            merge(self, number, found, part)  # type: ignore[arg-type]
+
+        return merged
+
+    async def run() -> None:
+        async with reltrace.AsyncClient(services[1]) as client:
+            await client.build_atlas(CORPUS, tmp_path / "parts", slice=SLICE)
+
+    for limit in (2, 5):
+        monkeypatch.setattr(module._Builder, "_merge", until_killed(limit))
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(run())
+    monkeypatch.setattr(module._Builder, "_merge", until_killed(1000))
+    asyncio.run(run())
+    assert sorted(made) == list(range(7))
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_another_corpus_or_other_settings_are_refused(
+    services: tuple[str, str], tmp_path: Path
+) -> None:
+    with reltrace.Client(services[0]) as client:
+        client.build_atlas(CORPUS[:20], tmp_path, slice=10, k=2)
+        with pytest.raises(reltrace.InvalidArgument, match=r"out: .* other settings"):
+            client.build_atlas(CORPUS[:20], tmp_path, slice=10, k=3)
+        with pytest.raises(reltrace.InvalidArgument, match=r"prompts: are others .* from 10 on"):
+            client.build_atlas([*CORPUS[:10], *CORPUS[20:30]], tmp_path, slice=10, k=2)
+        with pytest.raises(reltrace.InvalidArgument, match="k: must be 1 to 64"):
+            client.build_atlas(CORPUS[:20], tmp_path / "x", k=65)
+        with pytest.raises(reltrace.ModelNotFound):
+            client.build_atlas(CORPUS[:20], tmp_path / "x", model="nobody")
+
+
+def test_the_command_builds_and_shows(
+    services: tuple[str, str], start: Callable[..., Process], tmp_path: Path
+) -> None:
+    source, out = tmp_path / "corpus.txt", tmp_path / "atlas"
+    source.write_text("\n".join(CORPUS[:30]))
+    built = start("reltrace", "atlas", "build", str(source), str(out), "--server", services[0])
+    said, _ = built.popen.communicate(timeout=60)
+    assert built.popen.returncode == 0, built.errors.read_text()
+    assert f"{out}: " in said
+    shown = start("reltrace", "atlas", "show", str(out), "2", "17")
+    said, _ = shown.popen.communicate(timeout=60)
+    assert "neuron 17 of layer 2" in said
+    plain = start("reltrace", "atlas", "show", str(out), "1", "3", "--site", "head", "--json")
+    (line,) = plain.popen.communicate(timeout=60)[0].splitlines()
+    assert set(json.loads(line)) == {"relevance+", "relevance-"}
+    bad = start("reltrace", "atlas", "show", str(out), "2", "9999")
+    bad.popen.communicate(timeout=60)
+    assert bad.popen.returncode == 1
+    assert "neuron: must be 0 to 255, not 9999" in bad.errors.read_text()
