@@ -112,3 +112,23 @@ def address_in(ready: str) -> str:
 def client(address: str) -> Iterator[reltrace.Client]:
     with reltrace.Client(address) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def demo_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a scheduler with a worker that has the demo model."""
+    folder = tmp_path_factory.mktemp("demo")
+    scheduler = Process.start(
+        folder, "reltrace_scheduler", "--data", str(folder / "data"), "--listen", "127.0.0.1:0"
+    )
+    address = scheduler.first_line().split()[-1]
+    worker = Process.start(
+        folder, "reltrace_worker", "--scheduler", address, "--model", "demo", "--threads", "1"
+    )
+    try:
+        with reltrace.Client(address, retry_timeout=100) as client:
+            wait_until(lambda: len(client.models()) == 1, "the model is served", 100)
+        yield address
+    finally:
+        worker.stop()
+        scheduler.stop()

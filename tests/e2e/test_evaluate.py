@@ -1,7 +1,7 @@
 """Which rule to trust, on the demo model, through the whole service."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reltrace
 import torch
-from e2e.conftest import Process, wait_until
+from e2e.conftest import Process
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.demo.corpus import held_out
 from reltrace_worker.model import load_model
@@ -18,23 +18,6 @@ PROMPTS = [
     {"prompt": e.prompt, "target": e.answer, "answer": e.answer, "id": f"p{number}"}
     for number, e in enumerate(held_out(20, 3))
 ]
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("evaluate")
-    scheduler = Process.start(
-        folder, "reltrace_scheduler", "--data", str(folder / "data"), "--listen", "127.0.0.1:0"
-    )
-    address = scheduler.first_line().split()[-1]
-    worker = Process.start(
-        folder, "reltrace_worker", "--scheduler", address, "--model", "demo", "--threads", "1"
-    )
-    with reltrace.Client(address, retry_timeout=100) as client:
-        wait_until(lambda: len(client.models()) == 1, "the model is served", 100)
-    yield address
-    worker.stop()
-    scheduler.stop()
 
 
 def by_hand(item: dict[str, str], relevance: np.ndarray, trace: reltrace.Trace) -> float:
@@ -59,8 +42,8 @@ def by_hand(item: dict[str, str], relevance: np.ndarray, trace: reltrace.Trace) 
     return sum((a + b) / 2 / 5 for a, b in pairwise(heights))
 
 
-def test_an_area_is_that_of_plain_forward_passes(address: str) -> None:
-    with reltrace.Client(address) as client:
+def test_an_area_is_that_of_plain_forward_passes(demo_address: str) -> None:
+    with reltrace.Client(demo_address) as client:
         for item in PROMPTS[:3]:
             trace = client.trace(item["prompt"], target=item["target"], sites="embed")
             found = client.evaluate([item], rules=["attnlrp"], points=5)
@@ -69,13 +52,13 @@ def test_an_area_is_that_of_plain_forward_passes(address: str) -> None:
             assert found.rules["attnlrp"].most[0] == pytest.approx(trace.target.logit, abs=1e-4)
 
 
-def test_rules_are_told_apart(address: str) -> None:
+def test_rules_are_told_apart(demo_address: str) -> None:
     """
     Given sentences whose answer is known
     I expect AttnLRP to order tokens far better than chance and better than the gradient, a random
     order to be worth nothing, and the answer to be where AttnLRP sees it.
     """
-    with reltrace.Client(address) as client:
+    with reltrace.Client(demo_address) as client:
         found = client.evaluate(PROMPTS)
         again = client.evaluate(reversed(PROMPTS))
     assert (found.prompts, found.failures, found.model) == (20, {}, "reltrace-demo")
@@ -95,31 +78,31 @@ def test_rules_are_told_apart(address: str) -> None:
     assert again.rules["random"].area.mean == pytest.approx(scores["random"].area.mean, abs=1e-4)
 
 
-def test_neurons_that_are_relevant_matter_more_than_others(address: str) -> None:
-    with reltrace.Client(address) as client:
+def test_neurons_that_are_relevant_matter_more_than_others(demo_address: str) -> None:
+    with reltrace.Client(demo_address) as client:
         found = client.evaluate(PROMPTS, site="neuron", rules=["attnlrp", "random"])
     relevant, chance = found.rules["attnlrp"].area, found.rules["random"].area
     assert relevant.mean - relevant.margin > chance.mean + chance.margin
     assert found.rules["attnlrp"].hit is None
 
 
-def test_a_prompt_that_can_not_be_evaluated_costs_no_other(address: str) -> None:
+def test_a_prompt_that_can_not_be_evaluated_costs_no_other(demo_address: str) -> None:
     bad = [
         {"prompt": "We have a dog", "answer": "zebra", "id": "absent"},
         {"prompt": "We have a dog", "target": "no such token", "id": "split"},
     ]
-    with reltrace.Client(address) as client:
+    with reltrace.Client(demo_address) as client:
         found = client.evaluate([*bad, *PROMPTS[:2]], rules=["gradient"])
     assert found.prompts == 2
     assert set(found.failures) == {"absent", "split"}
 
 
 def test_the_command_prints_a_table_and_draws_a_picture(
-    address: str, start: Callable[..., Process], tmp_path: Path
+    demo_address: str, start: Callable[..., Process], tmp_path: Path
 ) -> None:
     source, picture = tmp_path / "prompts.jsonl", tmp_path / "curves.png"
     source.write_text("We have a dog\n" + "".join(json.dumps(p) + "\n" for p in PROMPTS[:4]))
-    options = ("evaluate", str(source), "--server", address, "--plot", str(picture))
+    options = ("evaluate", str(source), "--server", demo_address, "--plot", str(picture))
     shown = start("reltrace", *options)
     output, _ = shown.popen.communicate(timeout=60)
     assert shown.popen.returncode == 0, shown.errors.read_text()

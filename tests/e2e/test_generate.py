@@ -3,12 +3,12 @@
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import reltrace
 import torch
-from e2e.conftest import Process, wait_until
+from e2e.conftest import Process
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.model import load_model
 
@@ -19,26 +19,9 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("generate")
-    scheduler = Process.start(
-        folder, "reltrace_scheduler", "--data", str(folder / "data"), "--listen", "127.0.0.1:0"
-    )
-    address = scheduler.first_line().split()[-1]
-    worker = Process.start(
-        folder, "reltrace_worker", "--scheduler", address, "--model", "demo", "--threads", "1"
-    )
-    with reltrace.Client(address, retry_timeout=100) as client:
-        wait_until(lambda: len(client.models()) == 1, "the model is served", 100)
-    yield address
-    worker.stop()
-    scheduler.stop()
-
-
-def test_it_writes_what_transformers_writes(address: str) -> None:
+def test_it_writes_what_transformers_writes(demo_address: str) -> None:
     loaded = load_model(str(demo_path()), device="cpu")
-    with reltrace.Client(address) as client:
+    with reltrace.Client(demo_address) as client:
         for prompt in PROMPTS:
             found = client.generate(prompt, max_new_tokens=8)
             ids = torch.tensor([found.prompt_token_ids])
@@ -53,13 +36,13 @@ def test_it_writes_what_transformers_writes(address: str) -> None:
     assert found.text.strip().startswith("turkeys")
 
 
-def test_a_neuron_that_a_trace_names_steers(address: str) -> None:
+def test_a_neuron_that_a_trace_names_steers(demo_address: str) -> None:
     """
     Given the neuron that speaks most for the answer at the last token
     If it is turned against it
     I expect the model to find its answer less likely, and both texts to come side by side.
     """
-    with reltrace.Client(address) as client:
+    with reltrace.Client(demo_address) as client:
         trace = client.trace(PROMPTS[0], sites="neuron", reduce="full")
         last = trace["neuron"][:, -1]
         layer, neuron = divmod(int(last.argmax()), last.shape[1])
@@ -75,10 +58,10 @@ def test_a_neuron_that_a_trace_names_steers(address: str) -> None:
         assert found.token_ids != plain.token_ids or found.logprobs[0] < plain.logprobs[0] - 0.01
 
 
-def test_a_direction_in_the_residual_stream_steers(address: str) -> None:
+def test_a_direction_in_the_residual_stream_steers(demo_address: str) -> None:
     """The difference of two words' embeddings moves the answer from the one to the other."""
     loaded = load_model(str(demo_path()), device="cpu")
-    with reltrace.Client(address) as client:
+    with reltrace.Client(demo_address) as client:
         dogs, cats = (
             client.trace("a", target=word, sites=()).target.token_id for word in ("dogs", "cats")
         )
@@ -94,9 +77,9 @@ def test_a_direction_in_the_residual_stream_steers(address: str) -> None:
     assert (found.unsteered.token_ids, found.token_ids) == ([dogs], [cats])
 
 
-def test_texts_and_traces_of_many_callers_share_the_worker(address: str) -> None:
+def test_texts_and_traces_of_many_callers_share_the_worker(demo_address: str) -> None:
     async def all_at_once() -> list[object]:
-        async with reltrace.AsyncClient(address) as client:
+        async with reltrace.AsyncClient(demo_address) as client:
             return await asyncio.gather(
                 *(
                     client.generate(prompt, max_new_tokens=6, temperature=1.0, seed=seed)
@@ -121,28 +104,30 @@ def test_texts_and_traces_of_many_callers_share_the_worker(address: str) -> None
         ({"model": "nobody"}, "'nobody' is not served; served: reltrace-demo"),
     ],
 )
-def test_what_can_not_be_is_named(address: str, given: dict, said: str) -> None:
-    with reltrace.Client(address) as client, pytest.raises(reltrace.TraceError, match=said):
+def test_what_can_not_be_is_named(demo_address: str, given: dict, said: str) -> None:
+    with reltrace.Client(demo_address) as client, pytest.raises(reltrace.TraceError, match=said):
         client.generate(PROMPTS[0], **given)
 
 
-def test_the_command_shows_both_texts(address: str, start: Callable[..., Process]) -> None:
-    plain = start("reltrace", "generate", PROMPTS[0], "--server", address, "--max-new-tokens", "3")
+def test_the_command_shows_both_texts(demo_address: str, start: Callable[..., Process]) -> None:
+    plain = start(
+        "reltrace", "generate", PROMPTS[0], "--server", demo_address, "--max-new-tokens", "3"
+    )
     output, _ = plain.popen.communicate(timeout=60)
     assert plain.popen.returncode == 0, plain.errors.read_text()
     assert output.strip().startswith("dogs")
     both = start(
-        "reltrace", "generate", PROMPTS[0], "--server", address, "--max-new-tokens", "3",
+        "reltrace", "generate", PROMPTS[0], "--server", demo_address, "--max-new-tokens", "3",
         "--steer", "0:1=4", "--steer", "1:2*0",
     )  # fmt: skip
     output, _ = both.popen.communicate(timeout=60)
     assert re.search(r"as it is .* steered", output)
     plainly = start(
-        "reltrace", "generate", PROMPTS[0], "--server", address, "--steer", "0:1*0", "--json"
+        "reltrace", "generate", PROMPTS[0], "--server", demo_address, "--steer", "0:1*0", "--json"
     )
     (line,) = plainly.popen.communicate(timeout=60)[0].splitlines()
     assert json.loads(line)["unsteered"]["text"].strip().startswith("dogs")
-    bad = start("reltrace", "generate", "a", "--server", address, "--steer", "x")
+    bad = start("reltrace", "generate", "a", "--server", demo_address, "--steer", "x")
     bad.popen.communicate(timeout=60)
     assert bad.popen.returncode == 1
     assert "steer: must be LAYER:NEURON=VALUE" in bad.errors.read_text()
