@@ -36,6 +36,9 @@ _RESULT_DTYPES = {
 }
 _MAX_KEY = 128
 
+# The corpus is an input, and checked with it.
+_CAPABILITIES = ("edits", "forward_only", "generation")
+
 # Redis counts milliseconds; nobody waits longer than a month.
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 31 * 24 * 3600
 
@@ -151,6 +154,9 @@ def _settings(spec: types_pb2.JobSpec) -> bytes:
 def _settings_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
     if spec.forward_only and spec.sites:
         yield Violation("sites", "needs a backward pass, and forward_only excludes it")
+    for name in _CAPABILITIES:
+        if _asks_for(spec, name) and name not in model.capabilities:
+            yield Violation(name, f"is more than the workers of {model.name} can do")
     yield from edit_faults(spec, model)
     yield from _generation_faults(spec, model)
     for index, site in enumerate(spec.sites):
@@ -178,6 +184,10 @@ def _settings_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Ite
     for index, target in enumerate(spec.targets):
         for fault in _target_faults(target, model):
             yield Violation(f"targets[{index}].{fault.field}", fault.description)
+
+
+def _asks_for(spec: types_pb2.JobSpec, name: str) -> bool:
+    return spec.HasField("generation") if name == "generation" else bool(getattr(spec, name))
 
 
 def _generation_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
@@ -220,12 +230,14 @@ def _input_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterat
             if bad is not None:
                 yield Violation(f"input_ids[{bad}]", _out_of_range(ids[bad], model))
         case "corpus":
-            yield from _corpus_faults(spec)
+            yield from _corpus_faults(spec, model)
         case _:
             yield Violation("prompt", "is missing: give a prompt or input_ids")
 
 
-def _corpus_faults(spec: types_pb2.JobSpec) -> Iterator[Violation]:
+def _corpus_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
+    if "corpus" not in model.capabilities:
+        yield Violation("corpus", f"is more than the workers of {model.name} can do")
     count = len(spec.corpus.prompts)
     if not 1 <= count <= MAX_CORPUS_PROMPTS:
         yield Violation("corpus.prompts", f"are {count}; allowed: 1 to {MAX_CORPUS_PROMPTS}")

@@ -1010,6 +1010,7 @@ class ModelInfo(_message.Message):
     SITES_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
     REDUCTIONS_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
     architecture: _builtins.str
@@ -1028,6 +1029,13 @@ class ModelInfo(_message.Message):
     def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def reductions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What its workers can do beside tracing, by the names of the fields that ask for it: "edits",
+        "forward_only", "generation", "corpus". A job that asks for another is refused: a worker
+        that does not know a field would pass over it.
+        """
+
     def __init__(
         self,
         *,
@@ -1045,10 +1053,11 @@ class ModelInfo(_message.Message):
         sites: _abc.Iterable[_builtins.str] | None = ...,
         rules: _abc.Iterable[_builtins.str] | None = ...,
         reductions: _abc.Iterable[_builtins.str] | None = ...,
+        capabilities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "dtype", b"dtype", "heads", b"heads", "hidden_size", b"hidden_size", "intermediate_size", b"intermediate_size", "layers", b"layers", "name", b"name", "parameters", b"parameters", "reductions", b"reductions", "revision", b"revision", "rules", b"rules", "sites", b"sites", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "capabilities", b"capabilities", "context_length", b"context_length", "dtype", b"dtype", "heads", b"heads", "hidden_size", b"hidden_size", "intermediate_size", b"intermediate_size", "layers", b"layers", "name", b"name", "parameters", b"parameters", "reductions", b"reductions", "revision", b"revision", "rules", b"rules", "sites", b"sites", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -200,6 +200,29 @@ async def test_a_malformed_job_is_refused_by_field(client, worker: FakeWorker, n
     assert said in (caught.value.details() or "")
 
 
+@pytest.mark.parametrize(
+    ("job", "field"),
+    [
+        (JobSpec(prompt="a", edits=[types_pb2.Edit(site="embed", value=1)]), "edits"),
+        (JobSpec(prompt="a", forward_only=True), "forward_only"),
+        (JobSpec(prompt="a", generation=types_pb2.Generation(max_new_tokens=1)), "generation"),
+        (JobSpec(corpus=types_pb2.Corpus(prompts=["a"]), top_k=1), "corpus"),
+    ],
+)
+async def test_what_a_models_workers_do_not_know_is_refused(
+    client, channel: grpc.aio.Channel, job: JobSpec, field: str
+) -> None:
+    """A worker of an older version passes over fields that it does not know."""
+    model = types_pb2.ModelInfo()
+    model.CopyFrom(MODEL)
+    model.ClearField("capabilities")
+    await FakeWorker(channel, model=model).connect()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(job))
+    assert fields(caught.value) == [f"jobs[0].{field}"]
+    assert "is more than the workers of m can do" in (caught.value.details() or "")
+
+
 async def test_one_malformed_job_refuses_the_request_whole(client, worker: FakeWorker) -> None:
     good = JobSpec(prompt="a")
     with pytest.raises(grpc.aio.AioRpcError) as caught:

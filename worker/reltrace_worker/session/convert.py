@@ -32,6 +32,10 @@ _TORCH_DTYPES = {
 _SCALAR_TYPES = {dtype: scalar for scalar, dtype in _TORCH_DTYPES.items()}
 
 
+CAPABILITIES = ("edits", "forward_only", "generation", "corpus")
+"""Fields of a job that workers have not always known."""
+
+
 def scalar_type(dtype: torch.dtype) -> types_pb2.ScalarType.ValueType:
     """Return the wire's name of a torch dtype."""
     return _SCALAR_TYPES[dtype]
@@ -55,6 +59,7 @@ def model_info(loaded: LoadedModel) -> types_pb2.ModelInfo:
         sites=SITES,
         rules=RULES,
         reductions=REDUCTIONS,
+        capabilities=CAPABILITIES,
     )
 
 
