@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from reltrace._admin import DeadJob, Requeued, Tenant
 from reltrace._aio import AsyncClient
-from reltrace._atlas.atlas import Atlas, Context, Feature
+from reltrace._atlas.atlas import Atlas
+from reltrace._atlas.contexts import Context, Feature, StandsOut
+from reltrace._atlas.find import FeatureMatch
 from reltrace._client import Client
 from reltrace._edit import Edit, Steer
 from reltrace._entries import Entry
@@ -91,7 +93,8 @@ def load_atlas(folder: str | _PathLike[str]) -> Atlas:
     Returns
     -------
     Atlas
-        With ``neuron(layer, index)``, ``head(layer, index)`` and ``prompt(number)``.
+        With ``neuron(layer, index)``, ``head(layer, index)``, ``label(layer, index)``,
+        ``find(text)``, ``save_page(path)`` and ``prompt(number)``.
 
     Raises
     ------
@@ -114,6 +117,7 @@ __all__ = [
     "Evaluation",
     "Failure",
     "Feature",
+    "FeatureMatch",
     "Generation",
     "InvalidArgument",
     "JobFailed",
@@ -132,6 +136,7 @@ __all__ = [
     "ResolvedTarget",
     "ResourceExhausted",
     "RuleScore",
+    "StandsOut",
     "Status",
     "Steer",
     "StoreUnreadable",

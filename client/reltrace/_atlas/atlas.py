@@ -1,8 +1,9 @@
-"""Reading an atlas: the contexts of a neuron or a head, and what was counted of it."""
+"""Reading an atlas: the contexts of a neuron or a head, what it is called, who has which."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -10,73 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from reltrace._atlas.contexts import Context, Feature, StandsOut
+from reltrace._atlas.find import FeatureMatch, Search, ranked
 from reltrace._atlas.folder import Folder
-from reltrace._atlas.merged import quantile
-from reltrace._atlas.part import LISTS, MEASURES
+from reltrace._atlas.given import GivenLabels, Key, described
+from reltrace._atlas.labels import Standouts, label_of
+from reltrace._atlas.merged import Merged
+from reltrace._atlas.part import LISTS, MEASURES, SITES, SUMS
+from reltrace._atlas.reader import Reader
 from reltrace._errors import invalid
 from reltrace._trace import Array
 
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """A place in the corpus where a neuron or head is strong.
-
-    Attributes
-    ----------
-    value : float
-        Relevance or activation there.
-    prompt : int
-        Number of the prompt in the corpus.
-    position : int
-        Index of the token.
-    tokens : tuple of str
-        The prompt's tokens.
-    """
-
-    value: float
-    prompt: int
-    position: int
-    tokens: tuple[str, ...]
-
-    @property
-    def token(self) -> str:
-        """The token where it is strong."""
-        return self.tokens[self.position]
-
-
-@dataclass(frozen=True, eq=False)
-class Feature:
-    """A neuron or head of an atlas.
-
-    Attributes
-    ----------
-    site : str
-        "neuron" or "head".
-    layer, index : int
-        Which.
-    contexts : dict of str to list of Context
-        "relevance+", "relevance-", "activation+", "activation-": the strongest first.
-    count : int
-        Tokens that were seen.
-    mean : dict of str to float
-        Of "relevance" and "activation", over all tokens.
-    """
-
-    site: str
-    layer: int
-    index: int
-    contexts: dict[str, list[Context]]
-    count: int
-    mean: dict[str, float]
-    _histograms: dict[str, Array]
-
-    def quantile(self, share: float, measure: str = "relevance") -> float:
-        """Return the value below which a share of all tokens' values lies, to within its octave."""
-        if measure not in MEASURES:
-            raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
-        if not 0 <= share <= 1:
-            raise invalid("share", f"must be 0 to 1, not {share}")
-        return quantile(self._histograms[measure], share)
+_LABELS_KEPT = 1 << 16
 
 
 class Atlas:
@@ -94,9 +40,13 @@ class Atlas:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self._folder = Folder(Path(path))
-        self._state = self._folder.read()
-        self._slice = lru_cache(maxsize=64)(self._read_slice)
+        folder = Folder(Path(path))
+        self._state = folder.read()
+        self._reader = Reader(folder, self._state)
+        self._standouts = Standouts(self._reader, self._state)
+        self._given = GivenLabels(folder.path, self._check)
+        self._built_in = lru_cache(_LABELS_KEPT)(self._stands_out)
+        self._sums = {site: merged.sums() for site, merged in self._state.sites.items()}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -113,42 +63,228 @@ class Atlas:
         """Prompts that were left out, by their number, and why."""
         return dict(self._state.skipped)
 
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return int(self._of("neuron").values.shape[0])
+
+    def features(self, site: str = "neuron") -> int:
+        """Return how many neurons, or heads, a layer has."""
+        return int(self._of(site).values.shape[3])
+
     def neuron(self, layer: int, index: int) -> Feature:
         """Return a neuron of the MLP of a decoder layer."""
-        return self._feature("neuron", layer, index)
+        return self.feature("neuron", layer, index)
 
     def head(self, layer: int, index: int) -> Feature:
         """Return an attention head of a decoder layer."""
-        return self._feature("head", layer, index)
+        return self.feature("head", layer, index)
 
-    def _feature(self, site: str, layer: int, index: int) -> Feature:
-        merged = self._state.sites[site]
-        layers, _, _, features = merged.values.shape
-        if not 0 <= layer < layers:
-            raise invalid("layer", f"must be 0 to {layers - 1}, not {layer}")
-        if not 0 <= index < features:
-            raise invalid(site, f"must be 0 to {features - 1}, not {index}")
-        sums = merged.sums()[layer, :, index]
+    def feature(self, site: str, layer: int, index: int) -> Feature:
+        """Return a neuron or head.
+
+        Raises
+        ------
+        InvalidArgument
+            There is none such.
+        """
+        self._check(site, layer, index)
+        merged = self._of(site)
+        sums = dict(zip(SUMS, self._sums[site][layer, :, index].tolist(), strict=True))
+        tokens = self._state.tokens
         return Feature(
             site=site,
             layer=layer,
             index=index,
+            label=self.label(layer, index, site),
+            stands_out=self._built_in((site, layer, index)),
             contexts={
-                name: self._contexts(site, layer, index, place) for place, name in enumerate(LISTS)
+                name: self._contexts(merged, layer, index, place)
+                for place, name in enumerate(LISTS)
             },
-            count=self._state.tokens,
-            mean={
-                measure: float(total) / self._state.tokens if self._state.tokens else float("nan")
-                for measure, total in zip(MEASURES, sums, strict=True)
-            },
+            count=tokens,
+            mean={name: sums[name] / tokens if tokens else float("nan") for name in MEASURES},
+            mass=sums["relevance mass"],
             _histograms={
                 measure: merged.histogram[layer, place, index]
                 for place, measure in enumerate(MEASURES)
             },
         )
 
-    def _contexts(self, site: str, layer: int, index: int, which: int) -> list[Context]:
-        merged = self._state.sites[site]
+    def label(self, layer: int, index: int, site: str = "neuron") -> str:
+        """Return what a neuron or head is called: as it was imported, else what stands out.
+
+        Built in are up to three tokens that stand out, by their log-odds against the rest of the
+        corpus, in the contexts where it speaks for the prediction: ``dogs`` at the place itself,
+        ``… dogs`` before it, ``→ dogs`` as what is explained. "" where none does.
+
+        Raises
+        ------
+        InvalidArgument
+            There is none such.
+        """
+        self._check(site, layer, index)
+        given = self._given.get((site, layer, index))
+        return label_of(self._built_in((site, layer, index))) if given is None else given.text
+
+    def mass(self, site: str = "neuron") -> Array:
+        """Return the size of the relevance, |R|, of all tokens together: float64 [L, F]."""
+        self._of(site)
+        result: Array = self._sums[site][:, SUMS.index("relevance mass")]
+        return result
+
+    def by_mass(self, site: str = "neuron", most: int | None = None) -> Iterator[Feature]:
+        """Yield neurons or heads, those with most relevance first."""
+        mass = self.mass(site)
+        for flat in np.argsort(-mass, axis=None, kind="stable")[:most].tolist():
+            layer, index = divmod(flat, mass.shape[1])
+            yield self.feature(site, layer, index)
+
+    def find(
+        self,
+        text: str,
+        *,
+        site: str = "neuron",
+        measure: str = "relevance",
+        k: int = 20,
+    ) -> list[FeatureMatch]:
+        """Return the neurons or heads whose contexts, or given label, have a text.
+
+        A context has it up to the token where the feature is strong, from 24 tokens before, or as
+        what is explained.
+
+        Parameters
+        ----------
+        text : str
+            However it is capitalised; it may run over several tokens.
+        site : {"neuron", "head"}
+            Of which.
+        measure : {"relevance", "activation"}
+            By which the contexts are strong.
+        k : int, default 20
+            At most so many.
+
+        Returns
+        -------
+        list of FeatureMatch
+            First those whose given label has it; then by how many contexts of a list have it, and
+            how strong these are.
+
+        Raises
+        ------
+        InvalidArgument
+            An argument is wrong.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise invalid("text", "must not be empty")
+        if measure not in MEASURES:
+            raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise invalid("k", f"must be a whole number from 1 on, not {k!r}")
+        merged = self._of(site)
+        search = Search(self._reader, self._state, text)
+        lists = [search.hits(site, name) for name in LISTS if name.startswith(measure)]
+        labelled = [key[1:] for key in self._given.matching(text) if key[0] == site]
+        found = []
+        for layer, index, hits in ranked(lists, labelled, k):
+            at = layer, index
+            contexts = self._contexts(merged, layer, index, LISTS.index(hits.name))
+            found.append(
+                FeatureMatch(
+                    site,
+                    layer,
+                    index,
+                    self.label(layer, index, site),
+                    hits.name,
+                    int(hits.counts[at]),
+                    int(hits.of[at]),
+                    float(hits.strength[at]),
+                    contexts[int(hits.first[at])] if hits.counts[at] else None,
+                )
+            )
+        return found
+
+    def prompt(self, number: int) -> tuple[str, ...]:
+        """Return the tokens of a prompt of the corpus; none where it was left out."""
+        return self._reader.tokens(number)
+
+    def export_labels(
+        self, path: str | PathLike[str], *, site: str = "neuron", most: int | None = None
+    ) -> int:
+        """Write labels with their contexts, for a person or a language model to better them.
+
+        A line of JSON each: "site", "layer", "index", "label", "by" (who gave it; "log-odds": it is
+        built in), "mass", and "contexts", the strongest of positive relevance, each with "value",
+        "text" (the token where it is strong between ⟦ and ⟧), "token" and "target".
+
+        Parameters
+        ----------
+        path : path
+            The file; one that is there is replaced.
+        site : {"neuron", "head"}
+            Of which.
+        most : int, optional
+            Those with most relevance; default: all.
+
+        Returns
+        -------
+        int
+            How many labels.
+        """
+        count = 0
+        with Path(path).open("w", encoding="utf-8") as file:
+            for feature in self.by_mass(site, most):
+                by = self._given.by((site, feature.layer, feature.index))
+                record = described(feature, by)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                count += 1
+        return count
+
+    def import_labels(self, path: str | PathLike[str]) -> int:
+        """Take labels of a file: all of them, or, where a line is wrong, none.
+
+        Parameters
+        ----------
+        path : path
+            Lines of JSON with "layer", "index" and "label", and, if need be, "site" (default
+            "neuron") and "by"; anything else in them is passed over. An empty label takes one away.
+            What `export_labels` wrote and nobody changed is passed over as well.
+
+        Returns
+        -------
+        int
+            How many labels were given, changed or taken away.
+
+        Raises
+        ------
+        InvalidArgument
+            A line is wrong; the message names it and what is allowed.
+        OSError
+            The file can not be read.
+        """
+        return self._given.take(Path(path), lambda key: label_of(self._built_in(key)))
+
+    def _of(self, site: str) -> Merged:
+        if site not in SITES:
+            raise invalid("site", f"must be one of {', '.join(SITES)}, not {site!r}")
+        return self._state.sites[site]
+
+    def _check(self, site: str, layer: int, index: int) -> None:
+        layers, _, _, features = self._of(site).values.shape
+        if not 0 <= layer < layers:
+            raise invalid("layer", f"must be 0 to {layers - 1}, not {layer}")
+        if not 0 <= index < features:
+            raise invalid(site, f"must be 0 to {features - 1}, not {index}")
+
+    def _stands_out(self, key: Key) -> list[StandsOut]:
+        site, layer, index = key
+        merged, which = self._of(site), LISTS.index("relevance+")
+        prompts = merged.prompts[layer, which, :, index]
+        positions = merged.tokens[layer, which, :, index]
+        there = prompts >= 0
+        return self._standouts.of(prompts[there].tolist(), positions[there].tolist())
+
+    def _contexts(self, merged: Merged, layer: int, index: int, which: int) -> list[Context]:
         sign = -1.0 if LISTS[which].endswith("-") else 1.0
         rows = zip(
             merged.values[layer, which, :, index].tolist(),
@@ -156,23 +292,9 @@ class Atlas:
             merged.tokens[layer, which, :, index].tolist(),
             strict=True,
         )
+        read = self._reader
         return [
-            Context(sign * value, prompt, token, self.prompt(prompt))
+            Context(sign * value, prompt, token, read.tokens(prompt), read.target(prompt))
             for value, prompt, token in rows
             if prompt >= 0
         ]
-
-    def prompt(self, number: int) -> tuple[str, ...]:
-        """Return the tokens of a prompt of the corpus; none where it was left out."""
-        slice_, index = divmod(number, self._state.about["slice"])
-        if slice_ not in self._state.digests:
-            raise invalid("number", f"the corpus has no prompt {number}")
-        ids, ends, lengths = self._slice(slice_)
-        if index >= len(lengths):
-            raise invalid("number", f"the corpus has no prompt {number}")
-        own = ids[ends[index] - lengths[index] : ends[index]]
-        return tuple(self._state.vocabulary[token] for token in own.tolist())
-
-    def _read_slice(self, number: int) -> tuple[Array, Array, Array]:
-        ids, lengths = self._folder.corpus(number)
-        return ids, np.cumsum(lengths), lengths

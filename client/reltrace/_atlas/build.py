@@ -128,6 +128,7 @@ class _Builder:
     async def run(self, source: Iterator[list[str]]) -> None:
         """Send slices, some at a time, and merge what comes back."""
         under_way: set[asyncio.Task[tuple[int, str, AtlasPart]]] = set()
+        done: set[asyncio.Task[tuple[int, str, AtlasPart]]] = set()
         try:
             number = 0
             more = True
@@ -149,7 +150,8 @@ class _Builder:
         finally:
             for task in under_way:
                 task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
+            # Also of those that failed together with the one whose error is raised.
+            await asyncio.gather(*under_way, *done, return_exceptions=True)
             if self._state.digests:
                 await asyncio.to_thread(self._folder.write, self._state)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,47 @@ import numpy as np
 
 from reltrace._atlas.merged import Merged
 from reltrace._atlas.part import SITES, AtlasPart
+from reltrace._atlas.words import WordCounts
 from reltrace._errors import invalid
 from reltrace._trace import Array
 
-_FORMAT = 1
+_FORMAT = 2
 _ATLAS, _CORPUS = "atlas.safetensors", "corpus"
-_FIELDS = ("values", "prompts", "tokens", "high", "low", "histogram")
+_FIELDS = tuple(field_.name for field_ in fields(Merged))
+_WORDS = tuple(field_.name for field_ in fields(WordCounts))
+
+
+class Corpus:
+    """The prompts of one slice; what is asked for is read.
+
+    Parameters
+    ----------
+    path : path
+        Its file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        # It is mapped, and closed when nobody refers to it any more.
+        file: Any = safe_open(path, "np")
+        self._ids = file.get_slice("token_ids")
+        self._lengths = file.get_tensor("lengths")
+        self._ends = np.cumsum(self._lengths, dtype=np.int64)
+        self._targets = file.get_tensor("targets")
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def token_ids(self, index: int) -> list[int]:
+        """Return the tokens of a prompt; none where it was left out."""
+        end, length = int(self._ends[index]), int(self._lengths[index])
+        ids: list[int] = self._ids[end - length : end].tolist() if length else []
+        return ids
+
+    def target(self, index: int) -> int:
+        """Return the token that is explained of a prompt; -1 where it was left out."""
+        return int(self._targets[index])
 
 
 @dataclass(eq=False)
@@ -38,6 +73,8 @@ class State:
         Prompts that were left out, by their number in the corpus.
     tokens : int
         How many were counted.
+    words : WordCounts
+        How often each of them.
     """
 
     about: dict[str, Any]
@@ -46,16 +83,18 @@ class State:
     vocabulary: dict[int, str] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
     tokens: int = 0
+    words: WordCounts = field(default_factory=WordCounts)
 
     def add(self, number: int, digest: str, part: AtlasPart) -> None:
         """Merge a slice."""
         first = number * self.about["slice"]
         for site in SITES:
             arrays = part.arrays[site]
-            keys, histogram = arrays["strongest"], arrays["histogram"]
-            merged = self.sites.setdefault(site, Merged.empty(keys.shape, histogram.shape[-1]))
-            merged.add(keys, arrays["sums"], histogram, first)
-        self.tokens += int(part.arrays["corpus"]["lengths"].sum())
+            shape, bins = arrays["strongest"].shape, arrays["histogram"].shape[-1]
+            self.sites.setdefault(site, Merged.empty(shape, bins)).add(arrays, first)
+        corpus = part.arrays["corpus"]
+        self.tokens += int(corpus["lengths"].sum())
+        self.words.add(corpus["token_ids"], corpus["lengths"], corpus["targets"])
         self.vocabulary |= part.vocabulary
         self.skipped |= {first + index: why for index, why in part.skipped.items()}
         self.digests[number] = digest
@@ -104,6 +143,7 @@ class Folder:
             vocabulary={int(token): text for token, text in about["vocabulary"].items()},
             skipped={int(number): why for number, why in about["skipped"].items()},
             tokens=about["tokens"],
+            words=WordCounts(**{name: arrays[f"words/{name}"] for name in _WORDS}),
         )
 
     def write(self, state: State) -> None:
@@ -112,7 +152,7 @@ class Folder:
             f"{site}/{name}": np.ascontiguousarray(getattr(merged, name))
             for site, merged in state.sites.items()
             for name in _FIELDS
-        }
+        } | {f"words/{name}": getattr(state.words, name) for name in _WORDS}
         about = {
             "format": _FORMAT,
             "about": state.about,
@@ -129,12 +169,20 @@ class Folder:
         arrays = {name: np.ascontiguousarray(a) for name, a in part.arrays["corpus"].items()}
         self._replace(self._corpus_file(number), arrays, {})
 
-    def corpus(self, number: int) -> tuple[Array, Array]:
-        """Return token ids and lengths of a slice."""
-        from safetensors import safe_open
+    def corpus(self, number: int) -> Corpus:
+        """Return the prompts of a slice.
 
-        with safe_open(self._corpus_file(number), "np") as file:
-            return file.get_tensor("token_ids"), file.get_tensor("lengths")
+        Raises
+        ------
+        InvalidArgument
+            They are not there, or damaged.
+        """
+        path = self._corpus_file(number)
+        try:
+            return Corpus(path)
+        except Exception as error:
+            # The library has no error of its own that could be named.
+            raise invalid("atlas", f"{path} is damaged: {error}") from error
 
     def _corpus_file(self, number: int) -> Path:
         return self.path / _CORPUS / f"{number:06d}.safetensors"

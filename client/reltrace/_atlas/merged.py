@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from reltrace._atlas.part import SUMS
 from reltrace._trace import Array
 
 _LOW = (1 << 32) - 1
@@ -27,7 +29,7 @@ class Merged:
         int64 and int32 of the same shape: number of the prompt in the corpus, and index of the
         token; -1.
     high, low : ndarray
-        int64 [L, 2, F]: sums in units of 2**-40 are ``high * 2**32 + low``.
+        int64 [L, 3, F]: sums in units of 2**-40 are ``high * 2**32 + low``.
     histogram : ndarray
         int64 [L, 2, F, bins].
     """
@@ -47,21 +49,22 @@ class Merged:
             values=np.zeros(strongest, np.float32),
             prompts=np.full(strongest, -1, np.int64),
             tokens=np.full(strongest, -1, np.int32),
-            high=np.zeros((layers, 2, features), np.int64),
-            low=np.zeros((layers, 2, features), np.int64),
+            high=np.zeros((layers, len(SUMS), features), np.int64),
+            low=np.zeros((layers, len(SUMS), features), np.int64),
             histogram=np.zeros((layers, 2, features, bins), np.int64),
         )
 
-    def add(self, keys: Array, sums: Array, histogram: Array, first: int) -> None:
+    def add(self, slice_: Mapping[str, Array], first: int) -> None:
         """Add a slice.
 
         Parameters
         ----------
-        keys, sums, histogram : ndarray
-            As in `AtlasPart`.
+        slice_ : mapping of str to ndarray
+            What `AtlasPart` has of the site.
         first : int
             Number in the corpus of the slice's first prompt.
         """
+        keys = slice_["strongest"]
         there = keys > 0
         place = _LOW - (keys & _LOW)
         values = np.where(there, keys >> 32, 0).astype(np.int32).view(np.float32)
@@ -81,13 +84,13 @@ class Merged:
         self.values, self.prompts, self.tokens = (
             np.take_along_axis(column, order, axis=2) for column in columns
         )
-        low = self.low + (sums & _LOW)
-        self.high += (sums >> 32) + (low >> 32)
+        low = self.low + slice_["low"]
+        self.high += slice_["high"] + (low >> 32)
         self.low = low & _LOW
-        self.histogram += histogram
+        self.histogram += slice_["histogram"]
 
     def sums(self) -> Array:
-        """Return the sums, float64 [L, 2, F]."""
+        """Return the sums, float64 [L, 3, F], in the order of `SUMS`."""
         total = self.high.astype(np.float64) * 2.0**32 + self.low
         result: Array = total / 2.0**POINT
         return result

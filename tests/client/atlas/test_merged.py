@@ -19,11 +19,20 @@ def keys(pairs: list[tuple[float, int, int]]) -> np.ndarray:
     return row
 
 
+def slice_of(strongest: np.ndarray, sums: int = 0) -> dict[str, np.ndarray]:
+    """A slice with these lists; all of its sums are the same."""
+    return {
+        "strongest": strongest,
+        "high": np.full((1, 3, 1), sums >> 32, np.int64),
+        "low": np.full((1, 3, 1), sums & 0xFFFFFFFF, np.int64),
+        "histogram": np.zeros((1, 2, 1, BINS), np.int32),
+    }
+
+
 def merged(slices: list[tuple[int, list[tuple[float, int, int]]]]) -> Merged:
     whole = Merged.empty((1, 4, K, 1), BINS)
-    nothing = np.zeros((1, 2, 1), np.int64), np.zeros((1, 2, 1, BINS), np.int32)
     for first, pairs in slices:
-        whole.add(keys(pairs), *nothing, first)
+        whole.add(slice_of(keys(pairs)), first)
     return whole
 
 
@@ -51,15 +60,13 @@ def test_the_order_of_slices_does_not_matter(parts: list, order: object) -> None
 
 def test_sums_stay_exact_beyond_what_64_bits_hold() -> None:
     whole = Merged.empty((1, 4, 1, 1), BINS)
-    large = np.full((1, 2, 1), 2**62 + 12345, np.int64)
-    negative = np.full((1, 2, 1), -(2**61) - 77, np.int64)
-    counted = np.zeros((1, 2, 1, BINS), np.int32)
-    for _ in range(40):
-        whole.add(np.zeros((1, 4, 1, 1), np.int64), large, counted, 0)
-    whole.add(np.zeros((1, 4, 1, 1), np.int64), negative, counted, 0)
-    exact = 40 * (2**62 + 12345) - 2**61 - 77
-    assert int(whole.high[0, 0, 0]) * 2**32 + int(whole.low[0, 0, 0]) == exact
-    assert whole.sums()[0, 0, 0] == pytest.approx(exact / 2**40)
+    nothing = np.zeros((1, 4, 1, 1), np.int64)
+    parts = [2**62 + 12345] * 40 + [-(2**61) - 77]
+    for part in parts:
+        whole.add(slice_of(nothing, sums=part), 0)
+    assert int(whole.high[0, 0, 0]) * 2**32 + int(whole.low[0, 0, 0]) == sum(parts)
+    assert 0 <= whole.low[0, 0, 0] < 2**32
+    assert whole.sums()[0, 0, 0] == pytest.approx(sum(parts) / 2**40)
 
 
 def test_quantiles_are_within_their_octave() -> None:

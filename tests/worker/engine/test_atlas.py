@@ -46,6 +46,10 @@ def by_hand(values: torch.Tensor, places: torch.Tensor, k: int) -> list[list[tup
     return lists
 
 
+def sums(atlas: SiteAtlas) -> torch.Tensor:
+    return (atlas.high.double() * 2.0**32 + atlas.low) / 2.0**POINT
+
+
 def listed(atlas: SiteAtlas, layer: int, which: str) -> list[list[tuple[float, int]]]:
     keys = atlas.strongest[layer, LISTS.index(which)].T
     return [
@@ -93,7 +97,8 @@ def test_parts_in_any_order_give_the_same_bits(seed: int, cuts: list[int], order
         part = slice(start, stop)
         pieces.add(0, relevance[part], activation[part], places[part])
     assert torch.equal(pieces.strongest, whole.strongest)
-    assert torch.equal(pieces.sums, whole.sums)
+    assert torch.equal(pieces.high, whole.high)
+    assert torch.equal(pieces.low, whole.low)
     assert torch.equal(pieces.histogram, whole.histogram)
 
 
@@ -109,10 +114,24 @@ def test_sums_and_histograms_count_every_value() -> None:
     atlas = SiteAtlas.empty(1, 4, 2, CPU)
     relevance, activation, places = rows(3, 1000, 4)
     atlas.add(0, relevance, activation, places)
-    sums = atlas.sums[0].double() / 2.0**POINT
-    torch.testing.assert_close(sums[0], relevance.double().sum(0), rtol=0, atol=1e-9)
-    torch.testing.assert_close(sums[1], activation.double().sum(0), rtol=0, atol=1e-9)
+    expected = [values.double().sum(0) for values in (relevance, activation, relevance.abs())]
+    torch.testing.assert_close(sums(atlas)[0], torch.stack(expected), rtol=0, atol=1e-9)
     assert (atlas.histogram[0].sum(-1) == 1000).all()
+
+
+def test_sums_stay_exact_beyond_what_64_bits_hold() -> None:
+    """
+    Given activations whose sum, in the units in which sums are kept, has more than 64 bits
+    I expect it to be exact: 3,000 tokens of 4,000,000 are more than 2**63 units of 2**-40.
+    """
+    atlas = SiteAtlas.empty(1, 1, 1, CPU)
+    values = torch.full((3000, 1), 4_000_000.0)
+    atlas.add(0, -values, values, torch.arange(3000))
+    exact = 3000 * 4_000_000 << POINT
+    assert exact.bit_length() > 64
+    for which, sign in enumerate((-1, 1, 1)):
+        high, low = int(atlas.high[0, which, 0]), int(atlas.low[0, which, 0])
+        assert (high << 32) + low == sign * exact
 
 
 def test_a_bin_is_an_octave() -> None:
@@ -166,7 +185,7 @@ def test_a_slice_is_what_its_full_traces_say(checkpoints: Checkpoints, checkpoin
                 expected = by_hand(sign * every[layer], places, 3)
                 assert listed(atlas.atlas[site], layer, which) == expected
         torch.testing.assert_close(
-            atlas.atlas[site].sums[:, 0].double() / 2.0**POINT,
+            sums(atlas.atlas[site])[:, 0],
             every.double().sum(1),
             rtol=1e-6,
             atol=1e-9,
@@ -222,7 +241,9 @@ def test_passes_do_not_depend_on_memory_or_workers(checkpoints: Checkpoints) -> 
     for site, atlas in whole.atlas.items():
         keys = torch.cat([part.atlas[site].strongest for part in reversed(parts)], 2)
         assert torch.equal(keys.topk(3, dim=2).values, atlas.strongest)
-        assert torch.equal(sum(part.atlas[site].sums for part in parts), atlas.sums)
+        torch.testing.assert_close(
+            sum(sums(part.atlas[site]) for part in parts), sums(atlas), rtol=0, atol=0
+        )
         assert torch.equal(sum(part.atlas[site].histogram for part in parts), atlas.histogram)
 
 
@@ -241,15 +262,21 @@ def test_a_slice_says_which_tokens_it_has(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
     prompts = prepare(loaded, JobSpec(PROMPTS[0]), JobSpec(PROMPTS[3]))
     of = PreparedCorpus(tuple(prompts), (0, 2), ((1, "is empty"),), 2)
-    parts = {(t.site, t.part): t.values for t in made(Engine(loaded, "off"), of).tensors()}
+    engine = Engine(loaded, "off")
+    parts = {(t.site, t.part): t.values for t in made(engine, of).tensors()}
     lengths = [len(job.token_ids) for job in prompts]
     assert parts["corpus", "lengths"].tolist() == [lengths[0], 0, lengths[1]]
     assert parts["corpus", "token_ids"].tolist() == [i for job in prompts for i in job.token_ids]
+    explained = [result.targets[0].token_id for result in run(engine, prompts)]
+    assert parts["corpus", "targets"].tolist() == [explained[0], -1, explained[1]]
     assert set(parts) == {
-        ("corpus", "lengths"), ("corpus", "token_ids"),
-        *(("neuron", part) for part in ("strongest", "sums", "histogram")),
-        *(("head", part) for part in ("strongest", "sums", "histogram")),
-    }  # fmt: skip
+        *(("corpus", part) for part in ("lengths", "token_ids", "targets")),
+        *(
+            (site, part)
+            for site in ("neuron", "head")
+            for part in ("strongest", "high", "low", "histogram")
+        ),
+    }
 
 
 def test_what_nobody_waits_for_goes_on_no_more(checkpoints: Checkpoints) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -22,13 +22,15 @@ from reltrace_worker.engine.pack import Pack
 from reltrace_worker.engine.sites import SITES
 from reltrace_worker.engine.watch import Watch
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import PreparedCorpus, PreparedJob, SiteTensor
+from reltrace_worker.jobs import PreparedCorpus, PreparedJob, ResolvedTarget, SiteTensor
 from reltrace_worker.model.loading import LoadedModel, ModelShape
 
 ATLAS_SITES = ("neuron", "head")
 
 LISTS = ("relevance+", "relevance-", "activation+", "activation-")
 MEASURES = ("relevance", "activation")
+SUMS = (*MEASURES, "relevance mass")
+"""Mass is the size of the relevance, |R|, over all tokens."""
 
 MOST_PROMPTS = 1 << 16
 """Of one slice: a place has 16 bits for its prompt, and 16 for its token."""
@@ -98,14 +100,16 @@ class SiteAtlas:
     ----------
     strongest
         int64 [L, 4, k, F]: keys, in the order of ``LISTS``, the strongest first; 0: there is none.
-    sums
-        int64 [L, 2, F], in the order of ``MEASURES`` and in units of 2**-``POINT``.
+    high, low
+        int64 [L, 3, F]: sums in the order of ``SUMS``, in units of 2**-``POINT``, are
+        ``high * 2**32 + low``; ``low`` is less than 2**32.
     histogram
-        int32 [L, 2, F, ``BINS``].
+        int32 [L, 2, F, ``BINS``], in the order of ``MEASURES``.
     """
 
     strongest: torch.Tensor
-    sums: torch.Tensor
+    high: torch.Tensor
+    low: torch.Tensor
     histogram: torch.Tensor
 
     @classmethod
@@ -113,7 +117,8 @@ class SiteAtlas:
         """Return the atlas of no prompt."""
         return cls(
             torch.zeros(layers, 4, k, features, dtype=torch.int64, device=device),
-            torch.zeros(layers, 2, features, dtype=torch.int64, device=device),
+            torch.zeros(layers, len(SUMS), features, dtype=torch.int64, device=device),
+            torch.zeros(layers, len(SUMS), features, dtype=torch.int64, device=device),
             torch.zeros(layers, 2, features, BINS, dtype=torch.int32, device=device),
         )
 
@@ -138,8 +143,17 @@ class SiteAtlas:
                     kept = self.strongest[layer, 2 * measure + sign]
                     both = torch.cat([kept, keys_of(turned.contiguous(), at)])
                     kept.copy_(both.topk(k, dim=0).values)
-                self.sums[layer, measure] += (values.double() * 2.0**POINT).round().long().sum(0)
+                units = (values.double() * 2.0**POINT).round().long()
+                self._sum(layer, measure, units)
+                if measure == 0:
+                    self._sum(layer, SUMS.index("relevance mass"), units.abs())
                 self._count(self.histogram[layer, measure], values)
+
+    def _sum(self, layer: int, which: int, units: torch.Tensor) -> None:
+        # In halves: together they would overflow after some million tokens.
+        low = self.low[layer, which] + (units & _LOW).sum(0)
+        self.high[layer, which] += (units >> 32).sum(0) + (low >> 32)
+        self.low[layer, which] = low & _LOW
 
     def _count(self, histogram: torch.Tensor, values: torch.Tensor) -> None:
         features, bins = histogram.shape
@@ -219,6 +233,8 @@ class Slice:
     ----------
     atlas
         By site: of the passes so far.
+    targets
+        By number of the prompt: what is explained of it.
     """
 
     def __init__(self, loaded: LoadedModel, corpus: PreparedCorpus) -> None:
@@ -230,6 +246,7 @@ class Slice:
             )
             for site in ATLAS_SITES
         }
+        self.targets: dict[int, ResolvedTarget] = {}
         self._left = _passes(corpus.prompts)
 
     @property
@@ -246,25 +263,29 @@ class Slice:
         return self._left.popleft()
 
     def tensors(self) -> tuple[SiteTensor, ...]:
-        """Return the atlas: of each site ``strongest``, ``sums`` and ``histogram``; and the corpus.
+        """Return the atlas: of each site what `SiteAtlas` has; and the corpus.
 
-        Site ``corpus`` has ``token_ids``, int32 [T], the prompts' tokens one after another, and
-        ``lengths``, int32 [P], 0 where a prompt was left out.
+        Site ``corpus`` has ``token_ids``, int32 [T], the prompts' tokens one after another,
+        ``lengths``, int32 [P], 0 where a prompt was left out, and ``targets``, int32 [P], the token
+        that is explained, -1 where the prompt was left out.
         """
         found = [
-            SiteTensor(0, site, part, getattr(atlas, part).cpu())
+            SiteTensor(0, site, part.name, getattr(atlas, part.name).cpu())
             for site, atlas in self.atlas.items()
-            for part in ("strongest", "sums", "histogram")
+            for part in fields(SiteAtlas)
         ]
         corpus = self.corpus
         lengths = torch.zeros(len(corpus.numbers) + len(corpus.skipped), dtype=torch.int32)
+        targets = torch.full_like(lengths, -1)
         for number, job in zip(corpus.numbers, corpus.prompts, strict=True):
             lengths[number] = len(job.token_ids)
+            targets[number] = self.targets[number].token_id
         ids = [token for job in corpus.prompts for token in job.token_ids]
         return (
             *found,
             SiteTensor(0, "corpus", "token_ids", torch.tensor(ids, dtype=torch.int32)),
             SiteTensor(0, "corpus", "lengths", lengths),
+            SiteTensor(0, "corpus", "targets", targets),
         )
 
 

@@ -350,15 +350,19 @@ class Engine:
             try:
                 rule = self._rules(jobs[0].rule)
                 with apply_rule(self._loaded.model, rule), through_onednn(self._linears):
-                    trace(self._loaded, pack, capture)
+                    scalars = trace(self._loaded, pack, capture)
             except torch.AcceleratorError as error:
                 raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
         for phase, seconds in capture.clock.seconds().items():
             self.seconds[phase] += seconds
+        for scalar in scalars:
+            found = self._resolve(pack.jobs[scalar.job], scalar)
+            slice_.targets[numbers[scalar.job]] = found
 
     def atlas(self, slice_: Slice) -> list[Outcome]:
-        """Return an atlas as the result of its job."""
-        return [JobResult((), slice_.tensors(), self._checkpointing == "on")]
+        """Return an atlas as the result of its job; its targets are each token once."""
+        targets = {target.token_id: target for target in slice_.targets.values()}
+        return [JobResult(tuple(targets.values()), slice_.tensors(), self._checkpointing == "on")]
 
     def texts(self, writing: Writing) -> list[Outcome]:
         """Return what was written, one result per job."""

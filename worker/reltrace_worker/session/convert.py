@@ -1,5 +1,7 @@
 """Between the wire and the engine: the only place where both are known."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from google.rpc import code_pb2
@@ -165,10 +167,14 @@ def header(
 
 
 def corpus_header(
-    corpus: PreparedCorpus, provenance: types_pb2.Provenance, layers: int
+    corpus: PreparedCorpus,
+    targets: Sequence[ResolvedTarget],
+    provenance: types_pb2.Provenance,
+    layers: int,
 ) -> types_pb2.TraceHeader:
     """Write everything of an atlas but its tensors, for a model of so many layers."""
-    vocabulary = corpus.vocabulary
+    explained = {target.token_id: target.token for target in targets}
+    vocabulary = dict(sorted((explained | corpus.vocabulary).items()))
     return types_pb2.TraceHeader(
         token_ids=vocabulary.keys(),
         tokens=vocabulary.values(),

@@ -137,7 +137,7 @@ class Encoder:
         provenance, layers = self._provenance(job.job, result), self._model.shape.layers
         return _Tensors(
             lease,
-            corpus_header(job.job, provenance, layers)
+            corpus_header(job.job, result.targets, provenance, layers)
             if isinstance(job.job, PreparedCorpus)
             else header(job.job, result.targets, provenance, layers),
             tensors,

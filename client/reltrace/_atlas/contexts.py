@@ -1,0 +1,117 @@
+"""What an atlas is read into: features, and the places where they are strong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reltrace._atlas.merged import quantile
+from reltrace._atlas.part import MEASURES
+from reltrace._errors import invalid
+from reltrace._trace import Array
+
+BEFORE, AFTER = 24, 8
+"""Tokens of a context before and after the one where the feature is strong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A place in the corpus where a neuron or head is strong.
+
+    Attributes
+    ----------
+    value : float
+        Relevance or activation there.
+    prompt : int
+        Number of the prompt in the corpus.
+    position : int
+        Index of the token.
+    tokens : tuple of str
+        The prompt's tokens.
+    target : str
+        The token that was explained: by default what the model predicts after the prompt.
+    """
+
+    value: float
+    prompt: int
+    position: int
+    tokens: tuple[str, ...]
+    target: str
+
+    @property
+    def token(self) -> str:
+        """The token where it is strong."""
+        return self.tokens[self.position]
+
+    @property
+    def window(self) -> range:
+        """Indices of the tokens around it: 24 before, 8 after."""
+        start = max(0, self.position - BEFORE)
+        return range(start, min(len(self.tokens), self.position + AFTER + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class StandsOut:
+    """A token that stands out in the contexts of a neuron or head.
+
+    Attributes
+    ----------
+    token : str
+        The token.
+    role : {"at", "before", "target"}
+        Where: at the place itself, among the 24 tokens before, or as what was explained.
+    count, of : int
+        In so many contexts, of so many; places in one prompt are one context for "before" and
+        "target".
+    score : float
+        Log-odds against the rest of the corpus, in standard deviations.
+    """
+
+    token: str
+    role: str
+    count: int
+    of: int
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class Feature:
+    """A neuron or head of an atlas.
+
+    Attributes
+    ----------
+    site : str
+        "neuron" or "head".
+    layer, index : int
+        Which.
+    label : str
+        A label that was imported, else the tokens that stand out; "" where none does.
+    stands_out : list of StandsOut
+        In the contexts of its positive relevance, the clearest first.
+    contexts : dict of str to list of Context
+        "relevance+", "relevance-", "activation+", "activation-": the strongest first.
+    count : int
+        Tokens that were seen.
+    mean : dict of str to float
+        Of "relevance" and "activation", over all tokens.
+    mass : float
+        Size of its relevance, |R|, over all tokens.
+    """
+
+    site: str
+    layer: int
+    index: int
+    label: str
+    stands_out: list[StandsOut]
+    contexts: dict[str, list[Context]]
+    count: int
+    mean: dict[str, float]
+    mass: float
+    _histograms: dict[str, Array]
+
+    def quantile(self, share: float, measure: str = "relevance") -> float:
+        """Return the value below which a share of all tokens' values lies, to within its octave."""
+        if measure not in MEASURES:
+            raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
+        if not 0 <= share <= 1:
+            raise invalid("share", f"must be 0 to 1, not {share}")
+        return quantile(self._histograms[measure], share)

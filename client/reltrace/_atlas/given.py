@@ -1,0 +1,203 @@
+"""Labels that a person or a language model gave: a file of lines of JSON beside the atlas."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reltrace._atlas.contexts import Context, Feature
+from reltrace._errors import TraceError, invalid
+from reltrace._pictures.display import readable_all
+
+_FILE = "labels.jsonl"
+_EXPORTED_CONTEXTS = 8
+_LONGEST = 200
+_LONGEST_LINE = 1 << 22
+
+BUILT_IN = "log-odds"
+"""Who gave a label that nobody gave."""
+
+Key = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class GivenLabel:
+    """A label of a neuron or head.
+
+    Attributes
+    ----------
+    text : str
+        The label.
+    by : str
+        Who gave it; "" if nobody said.
+    """
+
+    text: str
+    by: str
+
+
+class GivenLabels:
+    """The labels that were imported into an atlas.
+
+    Parameters
+    ----------
+    folder : path
+        Of the atlas.
+    check : callable
+        Takes a site, a layer and an index; raises InvalidArgument where the atlas has none such.
+
+    Raises
+    ------
+    InvalidArgument
+        If the file is damaged.
+    """
+
+    def __init__(self, folder: Path, check: Callable[[str, int, int], None]) -> None:
+        self._path = folder / _FILE
+        self._check = check
+        self._labels: dict[Key, GivenLabel] = {}
+        if self._path.exists():
+            with self._path.open(encoding="utf-8") as lines:
+                self._labels.update(self._read(lines, str(self._path)))
+
+    def get(self, key: Key) -> GivenLabel | None:
+        """Return the label of a feature, if one was given."""
+        return self._labels.get(key)
+
+    def by(self, key: Key) -> str:
+        """Return who labelled a feature; "log-odds" where nobody did."""
+        given = self._labels.get(key)
+        return BUILT_IN if given is None else given.by
+
+    def matching(self, text: str) -> set[Key]:
+        """Return the features whose label has a text, however it is capitalised."""
+        wanted = text.casefold()
+        return {key for key, label in self._labels.items() if wanted in label.text.casefold()}
+
+    def take(self, path: Path, built_in: Callable[[Key], str]) -> int:
+        """Add the labels of a file, all or none; an empty one takes a label away.
+
+        Parameters
+        ----------
+        path : path
+            Lines of JSON with "layer", "index" and "label", and, if need be, "site" and "by".
+        built_in : callable
+            Returns the label of a feature that nobody labelled: what was exported and not changed
+            is not kept.
+
+        Returns
+        -------
+        int
+            How many labels were given, changed or taken away.
+
+        Raises
+        ------
+        InvalidArgument
+            A line is wrong; the message names it.
+        OSError
+            The file can not be read.
+        """
+        labels = dict(self._labels)
+        with path.open(encoding="utf-8") as lines:
+            for key, label in self._read(lines, str(path)):
+                if label.by == BUILT_IN:
+                    if label.text == built_in(key):
+                        continue
+                    label = GivenLabel(label.text, "")
+                if label.text:
+                    labels[key] = label
+                else:
+                    labels.pop(key, None)
+        changed = sum(self._labels.get(key) != labels.get(key) for key in {*labels, *self._labels})
+        self._write(labels)
+        self._labels = labels
+        return changed
+
+    def _read(self, lines: Iterable[str], source: str) -> Iterator[tuple[Key, GivenLabel]]:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield self._parsed(line)
+            except TraceError as error:
+                raise invalid(f"{source}, line {number}", str(error)) from None
+
+    def _parsed(self, line: str) -> tuple[Key, GivenLabel]:
+        if len(line) > _LONGEST_LINE:
+            raise invalid("line", f"has {len(line)} characters; allowed: {_LONGEST_LINE}")
+        try:
+            found: Any = json.loads(line)
+        except ValueError as error:
+            raise invalid("line", f"is no JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise invalid("line", "must be an object")
+        site, layer, index = (
+            found.get("site", "neuron"),
+            _whole(found, "layer"),
+            _whole(found, "index"),
+        )
+        self._check(site, layer, index)
+        return (site, layer, index), GivenLabel(
+            _text(found, "label").strip(), _text(found, "by", "")
+        )
+
+    def _write(self, labels: dict[Key, GivenLabel]) -> None:
+        scratch = self._path.with_suffix(".part")
+        with scratch.open("w", encoding="utf-8") as file:
+            for (site, layer, index), label in sorted(labels.items()):
+                record = {
+                    "site": site,
+                    "layer": layer,
+                    "index": index,
+                    "label": label.text,
+                    "by": label.by,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(self._path)
+
+
+def _whole(record: dict[str, Any], name: str) -> int:
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise invalid(name, f"must be a whole number, not {value!r}")
+    return value
+
+
+def _text(record: dict[str, Any], name: str, default: str | None = None) -> str:
+    value = record.get(name, default)
+    if not isinstance(value, str) or len(value) > _LONGEST or "\n" in value:
+        raise invalid(name, f"must be a line of at most {_LONGEST} characters")
+    return value
+
+
+def described(feature: Feature, by: str) -> dict[str, Any]:
+    """Return a feature and its label as others read it. See `Atlas.export_labels`."""
+    return {
+        "site": feature.site,
+        "layer": feature.layer,
+        "index": feature.index,
+        "label": feature.label,
+        "by": by,
+        "mass": feature.mass,
+        "contexts": [
+            {
+                "value": context.value,
+                "text": _marked(context),
+                "token": context.token,
+                "target": context.target,
+            }
+            for context in feature.contexts["relevance+"][:_EXPORTED_CONTEXTS]
+        ],
+    }
+
+
+def _marked(context: Context) -> str:
+    words = readable_all(context.tokens)
+    words[context.position] = f"⟦{words[context.position]}⟧"
+    return "".join(words[index] for index in context.window)

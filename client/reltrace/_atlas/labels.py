@@ -1,0 +1,88 @@
+"""Labels of neurons and heads that nobody labelled: the tokens that stand out in their contexts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from reltrace._atlas.contexts import BEFORE, StandsOut
+from reltrace._atlas.folder import State
+from reltrace._atlas.reader import Reader
+from reltrace._atlas.words import log_odds
+from reltrace._pictures.display import label as readable
+from reltrace._trace import Array
+
+_WORDS = 3
+"""Of a label."""
+
+_LEAST_SCORE = 3.0
+_LEAST_COUNT, _LEAST_SHARE = 2, 0.25
+"""A token stands out that is in so many contexts, and in such a share of them."""
+
+_MARKS = {"at": "", "before": "… ", "target": "→ "}
+
+
+class Standouts:
+    """Finds what stands out in contexts.
+
+    Parameters
+    ----------
+    reader : Reader
+        Of the corpus.
+    state : State
+        What is merged.
+    """
+
+    def __init__(self, reader: Reader, state: State) -> None:
+        self._reader = reader
+        self._state = state
+
+    def of(self, prompts: Sequence[int], positions: Sequence[int]) -> list[StandsOut]:
+        """Return the tokens that stand out at places, before them and as what is explained.
+
+        Parameters
+        ----------
+        prompts, positions : sequence of int
+            The places.
+        """
+        read, words = self._reader, self._state.words
+        at: Counter[int] = Counter()
+        before: dict[int, set[int]] = {}
+        for prompt, position in zip(prompts, positions, strict=True):
+            ids = read.token_ids(prompt)
+            at[ids[position]] += 1
+            before.setdefault(prompt, set()).update(ids[max(0, position - BEFORE) : position])
+        # Of places in one prompt, what is around them is not seen again.
+        around = Counter(token for tokens in before.values() for token in tokens)
+        targets = Counter(read.target_id(prompt) for prompt in before)
+        # Each prompt that was not left out has one.
+        counted = int(words.targets.sum())
+        found = [
+            *self._among("at", at, len(prompts), words.places, self._state.tokens),
+            *self._among("before", around, len(before), words.prompts, counted),
+            *self._among("target", targets, len(before), words.targets, counted),
+        ]
+        return sorted(found, key=lambda one: -one.score)
+
+    def _among(
+        self, role: str, inside: Counter[int], of: int, everywhere: Array, of_all: int
+    ) -> Iterable[StandsOut]:
+        least = max(_LEAST_COUNT, _LEAST_SHARE * of)
+        ids = sorted(token for token, count in inside.items() if count >= least)
+        counts = np.array([inside[token] for token in ids], np.int64)
+        scores = log_odds(counts, of, everywhere[ids], of_all) if ids else ()
+        for token, count, score in zip(ids, counts, scores, strict=True):
+            if score >= _LEAST_SCORE:
+                text = self._state.vocabulary[token]
+                yield StandsOut(text, role, int(count), of, float(score))
+
+
+def label_of(found: Sequence[StandsOut]) -> str:
+    """Return a label of what stands out: ``dogs``, ``… before``, ``→ explained``."""
+    words: dict[str, str] = {}
+    for one in found:
+        # Each word once, as what it is most clearly.
+        words.setdefault(readable(one.token).strip(), _MARKS[one.role])
+    return " · ".join(mark + word for word, mark in list(words.items())[:_WORDS])

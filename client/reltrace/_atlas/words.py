@@ -1,0 +1,83 @@
+"""How often every token is in a corpus, and which stand out in a part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from reltrace._trace import Array
+
+_PRIOR = 10.0
+"""Tokens that the corpus is taken to have added to either side: what was seen once, says little."""
+
+
+@dataclass(eq=False)
+class WordCounts:
+    """Counts of tokens, by their ids.
+
+    Attributes
+    ----------
+    places : ndarray
+        int64 [V]: places where the token is.
+    prompts : ndarray
+        int64 [V]: prompts that have it.
+    targets : ndarray
+        int64 [V]: prompts of which it is what is explained.
+    """
+
+    places: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    prompts: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    targets: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def add(self, token_ids: Array, lengths: Array, targets: Array) -> None:
+        """Add the corpus of a slice, as `AtlasPart` has it."""
+        explained = targets[targets >= 0]
+        size = 1 + max((int(a.max()) for a in (token_ids, explained) if a.size), default=-1)
+        prompt = np.repeat(np.arange(len(lengths)), lengths)
+        pairs = np.unique(prompt * size + token_ids)
+        self.places = _sum(self.places, np.bincount(token_ids, minlength=size))
+        self.prompts = _sum(self.prompts, np.bincount(pairs % max(size, 1), minlength=size))
+        self.targets = _sum(self.targets, np.bincount(explained, minlength=size))
+
+
+def _sum(one: Array, other: Array) -> Array:
+    total = np.zeros(max(len(one), len(other)), np.int64)
+    total[: len(one)] += one
+    total[: len(other)] += other
+    return total
+
+
+def log_odds(inside: Array, of: int, everywhere: Array, of_all: int) -> Array:
+    """Return how much tokens stand out in a part of a corpus, in standard deviations.
+
+    The log-odds of each token in the part against those in the rest of the corpus, with the
+    corpus' own frequencies as the prior (of 10 tokens), divided by their standard deviation:
+    equations 16, 20 and 22 of Monroe, Colaresi and Quinn, "Fightin' Words" (2008).
+
+    Parameters
+    ----------
+    inside : ndarray
+        int [N]: how often each token was seen in the part.
+    of : int
+        How often any token was.
+    everywhere : ndarray
+        int [N], positive: the same of the whole corpus.
+    of_all : int
+        Of the whole corpus.
+
+    Returns
+    -------
+    ndarray
+        float64 [N].
+    """
+    prior = _PRIOR * everywhere / of_all
+    here = inside + prior
+    # A part that is nearly the whole leaves nothing but the prior.
+    rest = np.maximum(everywhere - inside, 0) + prior
+    all_here, all_rest = of + _PRIOR, max(of_all - of, 0) + _PRIOR
+    # A token that is everywhere would divide by 0, or by what rounding leaves of it.
+    not_here, not_rest = (np.maximum(x, 1e-9) for x in (all_here - here, all_rest - rest))
+    difference = np.log(here / not_here) - np.log(rest / not_rest)
+    result: Array = difference / np.sqrt(1 / here + 1 / rest)
+    return result
