@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reltrace._errors import MissingDependency, invalid
+from reltrace._errors import MissingDependency, check_positive, invalid
 from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def places(trace: Trace, site: str, rows: Array) -> Places:
 
 def strongest(trace: Trace, k: int, site: str) -> list[Entry]:
     """Return the largest entries of a site. See `Trace.top`."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise invalid("k", f"must be a whole number from 1 on, not {k!r}")
+    check_positive("k", k)
     size = np.abs(values_of(trace, site), dtype=np.float32)
     # What is not finite is no larger than anything.
     size[~np.isfinite(size)] = -1

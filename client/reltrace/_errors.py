@@ -141,6 +141,12 @@ def invalid(field: str, description: str) -> InvalidArgument:
     return InvalidArgument(str(violation), violations=(violation,))
 
 
+def check_positive(argument: str, value: object) -> None:
+    """Raise InvalidArgument if an argument is no whole number from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise invalid(argument, f"must be a whole number from 1 on, not {value!r}")
+
+
 def with_item(error: TraceError, item: str | int) -> TraceError:
     """Return `error` with the id of the `trace_many` item in front of its message."""
     named = type(error)(f"item {item!r}: {error}", violations=error.violations, job_id=error.job_id)

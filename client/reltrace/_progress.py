@@ -1,4 +1,4 @@
-"""The bar of `trace_many(progress=True)`, in a terminal or a notebook."""
+"""The bar of `progress=True`, in a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ class Progress:
         What is worked through; its length, where it has one, is the bar's end.
     shown : bool
         Whether there is a bar at all.
+    unit : str
+        What is counted.
     """
 
-    def __init__(self, items: object, *, shown: bool) -> None:
+    def __init__(self, items: object, *, shown: bool, unit: str = "trace") -> None:
+        self._unit = unit
         self._total = len(items) if isinstance(items, Sized) else None
         self._shown = shown
         self._failures = 0
@@ -28,12 +31,17 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._shown:
-            self._bar = _tqdm()(total=self._total, unit="trace", smoothing=0.1)
+            self._bar = _tqdm()(total=self._total, unit=self._unit, smoothing=0.1)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def add(self, count: int) -> None:
+        """Note some that are done."""
+        if self._bar is not None:
+            self._bar.update(count)
 
     def count(self, result: object) -> None:
         """Note one result."""

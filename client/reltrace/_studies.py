@@ -20,6 +20,7 @@ from reltrace._evaluate.run import Plan
 from reltrace._evaluate.run import Run as EvaluationRun
 from reltrace._generation import Generation, Writing
 from reltrace._loop import LoopThread
+from reltrace._progress import Progress
 from reltrace._request import Priority, wire_priority
 from reltrace._target import TargetLike
 from reltrace._transport.connection import Connection, Deadline
@@ -75,10 +76,12 @@ class AsyncStudies:
         k: int = 16,
         slice: int = 1024,  # noqa: A002 - as the folder calls it
         priority: Priority = "batch",
+        progress: bool = False,
     ) -> Atlas:
         """Keep the strongest places of every neuron and head. See `Client.build_atlas`."""
         plan = AtlasPlan(model, rule, target, k, slice, priority)
-        await build(self._connection, prompts, Path(out), plan)
+        with Progress(prompts, shown=progress, unit="prompt") as bar:
+            await build(self._connection, prompts, Path(out), plan, bar.add)
         return await asyncio.to_thread(Atlas, out)
 
     async def evaluate(
@@ -191,6 +194,7 @@ class Studies:
         k: int = 16,
         slice: int = 1024,  # noqa: A002 - as the folder calls it
         priority: Priority = "batch",
+        progress: bool = False,
     ) -> Atlas:
         """Keep, of a corpus, the strongest places of every neuron and every head.
 
@@ -219,6 +223,8 @@ class Studies:
             send fewer bytes.
         priority : {"interactive", "batch"}
             Of all jobs.
+        progress : bool, default False
+            Show a bar.
 
         Returns
         -------
@@ -244,6 +250,7 @@ class Studies:
                 k=k,
                 slice=slice,
                 priority=priority,
+                progress=progress,
             )
         )
 

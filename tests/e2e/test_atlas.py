@@ -1,8 +1,11 @@
 """An atlas through the whole service: whoever makes it, and however often it is broken off."""
 
 import asyncio
+import csv
+import gzip
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -170,22 +173,109 @@ def test_another_corpus_or_other_settings_are_refused(
             client.build_atlas(CORPUS[:20], tmp_path / "x", model="nobody")
 
 
-def test_the_command_builds_and_shows(
-    services: tuple[str, str], start: Callable[..., Process], tmp_path: Path
+@dataclass(frozen=True)
+class Said:
+    """What a command said, and how it ended."""
+
+    text: str
+    error: str
+    code: int
+
+
+@pytest.fixture
+def say(start: Callable[..., Process]) -> Callable[..., Said]:
+    def say(*words: str) -> Said:
+        process = start("reltrace", "atlas", *words)
+        text, _ = process.popen.communicate(timeout=60)
+        return Said(text, process.errors.read_text(), process.popen.returncode)
+
+    return say
+
+
+@pytest.fixture(scope="module")
+def built(services: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built")
+    with reltrace.Client(services[0]) as client:
+        client.build_atlas(CORPUS, out)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "csv"])
+def test_a_corpus_may_be_a_file_of_any_kind(
+    services: tuple[str, str], say: Callable[..., Said], tmp_path: Path, kind: str
 ) -> None:
-    source, out = tmp_path / "corpus.txt", tmp_path / "atlas"
-    source.write_text("\n".join(CORPUS[:30]))
-    built = start("reltrace", "atlas", "build", str(source), str(out), "--server", services[0])
-    said, _ = built.popen.communicate(timeout=60)
-    assert built.popen.returncode == 0, built.errors.read_text()
-    assert f"{out}: " in said
-    shown = start("reltrace", "atlas", "show", str(out), "2", "17")
-    said, _ = shown.popen.communicate(timeout=60)
-    assert "neuron 17 of layer 2" in said
-    plain = start("reltrace", "atlas", "show", str(out), "1", "3", "--site", "head", "--json")
-    (line,) = plain.popen.communicate(timeout=60)[0].splitlines()
-    assert set(json.loads(line)) == {"relevance+", "relevance-"}
-    bad = start("reltrace", "atlas", "show", str(out), "2", "9999")
-    bad.popen.communicate(timeout=60)
-    assert bad.popen.returncode == 1
-    assert "neuron: must be 0 to 255, not 9999" in bad.errors.read_text()
+    """
+    Given a corpus as lines, as compressed JSON lines and as CSV
+    I expect the same atlas.
+    """
+    prompts, source = CORPUS[:30], tmp_path / f"corpus.{kind}"
+    if kind == "txt":
+        source.write_text("\n".join(prompts))
+    elif kind == "csv":
+        with source.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["text"], *([prompt] for prompt in prompts)])
+    else:
+        lines = "".join(json.dumps({"prompt": prompt, "id": prompt}) + "\n" for prompt in prompts)
+        source.write_bytes(gzip.compress(lines.encode()))
+    column = ("--column", "text") if kind == "csv" else ()
+    said = say("build", str(source), str(tmp_path / "out"), "--server", services[0], *column)
+    assert said.code == 0, said.error
+    assert said.text.startswith(f"{tmp_path / 'out'}: ")
+    assert "30prompt" in said.error.replace(" ", "")
+    with reltrace.Client(services[0]) as client:
+        client.build_atlas(prompts, tmp_path / "expected")
+    same(tmp_path / "out", tmp_path / "expected")
+
+
+def test_a_line_that_is_no_prompt_is_named(
+    services: tuple[str, str], say: Callable[..., Said], tmp_path: Path
+) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_text('{"prompt": "We have cats"}\n{"input_ids": [1, 2]}\n')
+    said = say("build", str(source), str(tmp_path / "out"), "--server", services[0], "--quiet")
+    assert said.code == 1
+    assert "corpus, line 2: must have a prompt, and at most an id" in said.error
+    assert "Traceback" not in said.error
+    gone = say("build", str(tmp_path / "no.txt"), str(tmp_path / "out"))
+    assert (gone.code, "there is no file" in gone.error) == (1, True)
+
+
+def test_the_commands_show_and_find(built: Path, say: Callable[..., Said]) -> None:
+    said = say("show", str(built), "2", "17")
+    assert "neuron 17 of layer 2" in said.text
+    plain = json.loads(say("show", str(built), "1", "3", "--site", "head", "--json").text)
+    assert set(plain) == {"label", "mass", "relevance+", "relevance-"}
+    bad = say("show", str(built), "2", "9999")
+    assert bad.code == 1
+    assert "neuron: must be 0 to 255, not 9999" in bad.error
+
+    found = json.loads(say("find", str(built), "love to play", "-k", "3", "--json").text)
+    assert len(found) == 3
+    for match in found:
+        strongest = match["strongest"]
+        context = "".join(strongest["tokens"][: strongest["position"] + 1])
+        assert "love to play" in context
+    assert "love to play" in " ".join(say("find", str(built), "love to play").text.split())
+    assert "No neuron has it" in say("find", str(built), "quantum chromodynamics").text
+
+
+def test_the_commands_write_pages_and_labels(
+    built: Path, say: Callable[..., Said], tmp_path: Path
+) -> None:
+    assert say("page", str(built), str(tmp_path / "atlas.html"), "--most", "10").code == 0
+    page = (tmp_path / "atlas.html").read_text()
+    assert "Atlas of reltrace-demo" in page
+    labels = tmp_path / "labels.jsonl"
+    assert say("labels", "export", str(built), str(labels), "--most", "5").text.endswith(
+        "5 labels\n"
+    )
+    first = json.loads(labels.read_text().splitlines()[0])
+    labels.write_text(json.dumps({**first, "label": "what a person says"}) + "\n")
+    assert say("labels", "import", str(built), str(labels)).text.endswith("1 labels changed\n")
+    shown = say("show", str(built), str(first["layer"]), str(first["index"]))
+    assert "what a person says" in shown.text
+    labels.write_text("{}\n")
+    bad = say("labels", "import", str(built), str(labels))
+    assert bad.code == 1
+    assert "line 1: layer: must be a whole number" in bad.error

@@ -19,7 +19,7 @@ from reltrace._atlas.labels import Standouts, label_of
 from reltrace._atlas.merged import Merged
 from reltrace._atlas.part import LISTS, MEASURES, SITES, SUMS
 from reltrace._atlas.reader import Reader
-from reltrace._errors import invalid
+from reltrace._errors import check_positive, invalid
 from reltrace._trace import Array
 
 _LABELS_KEPT = 1 << 16
@@ -57,6 +57,11 @@ class Atlas:
     def tokens(self) -> int:
         """How many were seen."""
         return self._state.tokens
+
+    @property
+    def prompts(self) -> int:
+        """How many were seen."""
+        return self._state.prompts
 
     @property
     def skipped(self) -> dict[int, str]:
@@ -97,6 +102,7 @@ class Atlas:
             layer=layer,
             index=index,
             label=self.label(layer, index, site),
+            labelled_by=self._given.by((site, layer, index)),
             stands_out=self._built_in((site, layer, index)),
             contexts={
                 name: self._contexts(merged, layer, index, place)
@@ -114,8 +120,8 @@ class Atlas:
     def label(self, layer: int, index: int, site: str = "neuron") -> str:
         """Return what a neuron or head is called: as it was imported, else what stands out.
 
-        Built in are up to three tokens that stand out, by their log-odds against the rest of the
-        corpus, in the contexts where it speaks for the prediction: ``dogs`` at the place itself,
+        Built in are up to three tokens that stand out, by their log-odds against the corpus,
+        in the contexts where it speaks for the prediction: ``dogs`` at the place itself,
         ``… dogs`` before it, ``→ dogs`` as what is explained. "" where none does.
 
         Raises
@@ -179,8 +185,7 @@ class Atlas:
             raise invalid("text", "must not be empty")
         if measure not in MEASURES:
             raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise invalid("k", f"must be a whole number from 1 on, not {k!r}")
+        check_positive("k", k)
         merged = self._of(site)
         search = Search(self._reader, self._state, text)
         lists = [search.hits(site, name) for name in LISTS if name.startswith(measure)]
@@ -208,6 +213,38 @@ class Atlas:
         """Return the tokens of a prompt of the corpus; none where it was left out."""
         return self._reader.tokens(number)
 
+    def save_page(self, path: str | PathLike[str], *, most: int = 2000, contexts: int = 8) -> Path:
+        """Write a page to browse: one file, which loads nothing.
+
+        Parameters
+        ----------
+        path : path
+            Ends in .html.
+        most : int, default 2000
+            Neurons, and heads, that the page has: those with most relevance.
+        contexts : int, default 8
+            Of each list.
+
+        Returns
+        -------
+        pathlib.Path
+            The file.
+
+        Raises
+        ------
+        InvalidArgument
+            An argument is wrong.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in (".html", ".htm"):
+            raise invalid("path", f"must end in .html, not {path.name!r}")
+        check_positive("most", most)
+        check_positive("contexts", contexts)
+        from reltrace._pictures import atlas_page
+
+        atlas_page.write(self, path, most=most, contexts=contexts)
+        return path
+
     def export_labels(
         self, path: str | PathLike[str], *, site: str = "neuron", most: int | None = None
     ) -> int:
@@ -234,9 +271,7 @@ class Atlas:
         count = 0
         with Path(path).open("w", encoding="utf-8") as file:
             for feature in self.by_mass(site, most):
-                by = self._given.by((site, feature.layer, feature.index))
-                record = described(feature, by)
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json.dumps(described(feature), ensure_ascii=False) + "\n")
                 count += 1
         return count
 

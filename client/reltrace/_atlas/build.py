@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -104,25 +104,45 @@ def digest(prompts: list[str]) -> str:
     return whole.hexdigest()
 
 
-async def build(connection: Connection, prompts: Iterable[str], out: Path, plan: Plan) -> State:
-    """Build what is missing of an atlas. See `Client.build_atlas`."""
+async def build(
+    connection: Connection,
+    prompts: Iterable[str],
+    out: Path,
+    plan: Plan,
+    progress: Callable[[int], None],
+) -> State:
+    """Build what is missing of an atlas. See `Client.build_atlas`.
+
+    Parameters
+    ----------
+    progress : callable
+        Takes how many further prompts are in it.
+    """
     plan.check()
     folder = Folder(out)
     state = await asyncio.to_thread(folder.read) if folder.exists else State(plan.about())
     given = {name: state.about.get(name) for name in plan.about()}
     if given != plan.about():
         raise invalid("out", f"{out} holds an atlas of other settings: {given}")
-    builder = _Builder(connection, folder, state, plan)
+    builder = _Builder(connection, folder, state, plan, progress)
     await builder.run(slices(prompts, plan.slice))
     return state
 
 
 class _Builder:
-    def __init__(self, connection: Connection, folder: Folder, state: State, plan: Plan) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        folder: Folder,
+        state: State,
+        plan: Plan,
+        progress: Callable[[int], None],
+    ) -> None:
         self._connection = connection
         self._folder = folder
         self._state = state
         self._plan = plan
+        self._progress = progress
         self._write_at = time.monotonic() + _LEAST_SECONDS
 
     async def run(self, source: Iterator[list[str]]) -> None:
@@ -140,6 +160,8 @@ class _Builder:
                         break
                     if self._missing(number, found := digest(some)):
                         under_way.add(asyncio.create_task(self._make(number, found, some)))
+                    else:
+                        self._progress(len(some))
                     number += 1
                 if under_way:
                     done, under_way = await asyncio.wait(
@@ -147,6 +169,7 @@ class _Builder:
                     )
                     for task in done:
                         await asyncio.to_thread(self._merge, *task.result())
+                        self._progress(len(task.result()[2].arrays["corpus"]["lengths"]))
         finally:
             for task in under_way:
                 task.cancel()

@@ -63,7 +63,7 @@ class StandsOut:
         In so many contexts, of so many; places in one prompt are one context for "before" and
         "target".
     score : float
-        Log-odds against the rest of the corpus, in standard deviations.
+        Log-odds against the corpus, in standard deviations.
     """
 
     token: str
@@ -85,6 +85,8 @@ class Feature:
         Which.
     label : str
         A label that was imported, else the tokens that stand out; "" where none does.
+    labelled_by : str
+        Who gave the imported label, "" if nobody said; "log-odds": it was not imported.
     stands_out : list of StandsOut
         In the contexts of its positive relevance, the clearest first.
     contexts : dict of str to list of Context
@@ -101,6 +103,7 @@ class Feature:
     layer: int
     index: int
     label: str
+    labelled_by: str
     stands_out: list[StandsOut]
     contexts: dict[str, list[Context]]
     count: int

@@ -85,6 +85,11 @@ class State:
     tokens: int = 0
     words: WordCounts = field(default_factory=WordCounts)
 
+    @property
+    def prompts(self) -> int:
+        """How many were counted: each that was not left out has one target."""
+        return int(self.words.targets.sum())
+
     def add(self, number: int, digest: str, part: AtlasPart) -> None:
         """Merge a slice."""
         first = number * self.about["slice"]

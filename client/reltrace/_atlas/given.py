@@ -176,14 +176,14 @@ def _text(record: dict[str, Any], name: str, default: str | None = None) -> str:
     return value
 
 
-def described(feature: Feature, by: str) -> dict[str, Any]:
+def described(feature: Feature) -> dict[str, Any]:
     """Return a feature and its label as others read it. See `Atlas.export_labels`."""
     return {
         "site": feature.site,
         "layer": feature.layer,
         "index": feature.index,
         "label": feature.label,
-        "by": by,
+        "by": feature.labelled_by,
         "mass": feature.mass,
         "contexts": [
             {

@@ -57,12 +57,11 @@ class Standouts:
         # Of places in one prompt, what is around them is not seen again.
         around = Counter(token for tokens in before.values() for token in tokens)
         targets = Counter(read.target_id(prompt) for prompt in before)
-        # Each prompt that was not left out has one.
-        counted = int(words.targets.sum())
+        counted = self._state.prompts
         found = [
             *self._among("at", at, len(prompts), words.places, self._state.tokens),
-            *self._among("before", around, len(before), words.prompts, counted),
             *self._among("target", targets, len(before), words.targets, counted),
+            *self._among("before", around, len(before), words.prompts, counted),
         ]
         return sorted(found, key=lambda one: -one.score)
 

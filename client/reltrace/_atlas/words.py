@@ -51,9 +51,10 @@ def _sum(one: Array, other: Array) -> Array:
 def log_odds(inside: Array, of: int, everywhere: Array, of_all: int) -> Array:
     """Return how much tokens stand out in a part of a corpus, in standard deviations.
 
-    The log-odds of each token in the part against those in the rest of the corpus, with the
-    corpus' own frequencies as the prior (of 10 tokens), divided by their standard deviation:
-    equations 16, 20 and 22 of Monroe, Colaresi and Quinn, "Fightin' Words" (2008).
+    The log-odds of each token in the part against those in the corpus, with the corpus' own
+    frequencies as the prior (of 10 tokens), divided by their standard deviation: equations 16, 19
+    and 22 of Monroe, Colaresi and Quinn, "Fightin' Words" (2008). (Not the shorter equation 20: it
+    takes every token to be rare, and here one may be in all of the part.)
 
     Parameters
     ----------
@@ -62,7 +63,7 @@ def log_odds(inside: Array, of: int, everywhere: Array, of_all: int) -> Array:
     of : int
         How often any token was.
     everywhere : ndarray
-        int [N], positive: the same of the whole corpus.
+        int [N], positive: the same of the whole corpus, the part with it.
     of_all : int
         Of the whole corpus.
 
@@ -72,12 +73,11 @@ def log_odds(inside: Array, of: int, everywhere: Array, of_all: int) -> Array:
         float64 [N].
     """
     prior = _PRIOR * everywhere / of_all
-    here = inside + prior
-    # A part that is nearly the whole leaves nothing but the prior.
-    rest = np.maximum(everywhere - inside, 0) + prior
-    all_here, all_rest = of + _PRIOR, max(of_all - of, 0) + _PRIOR
-    # A token that is everywhere would divide by 0, or by what rounding leaves of it.
-    not_here, not_rest = (np.maximum(x, 1e-9) for x in (all_here - here, all_rest - rest))
-    difference = np.log(here / not_here) - np.log(rest / not_rest)
-    result: Array = difference / np.sqrt(1 / here + 1 / rest)
+    (here, not_here), (there, not_there) = (
+        # A token that is everywhere would divide by 0, or by what rounding leaves of it.
+        (seen + prior, np.maximum(any_ + _PRIOR - seen - prior, 1e-9))
+        for seen, any_ in ((inside, of), (everywhere, of_all))
+    )
+    difference = np.log(here / not_here) - np.log(there / not_there)
+    result: Array = difference / np.sqrt(1 / here + 1 / not_here + 1 / there + 1 / not_there)
     return result

@@ -93,11 +93,9 @@ class InputFormat:
         InvalidArgument
             If it can not be told, or `column` is given for a format without columns.
         """
-        suffixes = [] if path is None else [suffix.lower() for suffix in path.suffixes]
-        compressed = suffixes[-1:] == [".gz"]
+        compressed = path is not None and path.suffix.lower() == ".gz"
         if name is None:
-            ending = (suffixes[:-1] if compressed else suffixes)[-1:]
-            name = _ENDINGS.get(ending[0]) if ending else None
+            name = None if path is None else format_of(path)
             if name is None:
                 what = "standard input" if path is None else f"{path.name!r}"
                 raise invalid(
@@ -113,6 +111,14 @@ class InputFormat:
         if name == "parquet" and (path is None or compressed):
             raise invalid("input-format", "parquet is read from a file that is not compressed")
         return cls(name, column, id_column, compressed)
+
+
+def format_of(path: Path) -> str | None:
+    """Return the format that the ending of a file tells, .gz or not; None: it tells none."""
+    endings = [suffix.lower() for suffix in path.suffixes]
+    if endings[-1:] == [".gz"]:
+        endings.pop()
+    return _ENDINGS.get(endings[-1]) if endings else None
 
 
 def read_items(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:

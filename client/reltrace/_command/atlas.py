@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import typer
 from rich.console import Console
@@ -12,6 +16,7 @@ from rich.text import Text
 
 import reltrace
 from reltrace._atlas.part import LISTS
+from reltrace._batch.items import InputFormat, format_of, read_items
 from reltrace._command.options import (
     AsJson,
     Model,
@@ -22,19 +27,37 @@ from reltrace._command.options import (
     echo_json,
     target_of,
 )
+from reltrace._errors import invalid
+from reltrace._pictures.display import label, readable_all
 
 app = typer.Typer(no_args_is_help=True, help="Where in a corpus neurons and heads are strongest.")
+labels = typer.Typer(no_args_is_help=True, help="Take labels out of an atlas, and put others in.")
+app.add_typer(labels, name="labels")
 
-_BEFORE, _AFTER = 24, 8
-"""Tokens that are shown before and after the one that is strong."""
+AtlasFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Of the atlas.")]
+Site = Annotated[
+    Literal["neuron", "head"], typer.Option(envvar="RELTRACE_ATLAS_SITE", help="Of which.")
+]
+Measure = Annotated[
+    Literal["relevance", "activation"],
+    typer.Option(envvar="RELTRACE_ATLAS_MEASURE", help="By which contexts are strong."),
+]
+Most = Annotated[
+    int | None,
+    typer.Option(envvar="RELTRACE_ATLAS_MOST", help="At most so many, by relevance mass."),
+]
 
 
 @app.command()
 def build(
     context: typer.Context,
     corpus: Annotated[
-        typer.FileText,
-        typer.Argument(metavar="CORPUS", help="A prompt per line; -: standard input."),
+        str,
+        typer.Argument(
+            metavar="CORPUS",
+            help="File of prompts by its ending: jsonl, csv, parquet (and .gz); any other, and "
+            "standard input (-), has one per line.",
+        ),
     ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder; one that is there is gone on with.")
@@ -50,19 +73,26 @@ def build(
         int,
         typer.Option("--slice", envvar="RELTRACE_SLICE", help="Prompts a worker takes at a time."),
     ] = 1024,
+    column: Annotated[
+        str | None,
+        typer.Option(envvar="RELTRACE_COLUMN", help="Of csv and parquet. (default: prompt)"),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", envvar="RELTRACE_QUIET", help="Show no progress.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Build an atlas, or what is missing of one."""
-    lines = (line.rstrip("\n") for line in corpus)
-    with access_of(context).client(server) as client:
+    with _opened(corpus, column) as prompts, access_of(context).client(server) as client:
         found = client.build_atlas(
-            (line for line in lines if line.strip()),
+            prompts,
             out,
             model=model,
             rule=rule,
             target=target_of(target),
             k=k,
             slice=slice_,
+            progress=not quiet,
         )
     if as_json:
         echo_json({**found.about, "tokens": found.tokens, "skipped": found.skipped})
@@ -73,16 +103,11 @@ def build(
 
 @app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(help="Of the atlas.")],
+    folder: AtlasFolder,
     layer: Annotated[int, typer.Argument(help="Decoder layer, from 0.")],
     index: Annotated[int, typer.Argument(metavar="NEURON", help="Neuron, or head, from 0.")],
-    site: Annotated[
-        Literal["neuron", "head"], typer.Option(envvar="RELTRACE_ATLAS_SITE", help="Which.")
-    ] = "neuron",
-    measure: Annotated[
-        Literal["relevance", "activation"],
-        typer.Option(envvar="RELTRACE_ATLAS_MEASURE", help="By which its places are strong."),
-    ] = "relevance",
+    site: Site = "neuron",
+    measure: Measure = "relevance",
     as_json: AsJson = False,
 ) -> None:
     """Show the places where a neuron or head is strongest."""
@@ -92,39 +117,127 @@ def show(
     if as_json:
         echo_json(
             {
-                name: [
-                    {
-                        "value": c.value,
-                        "prompt": c.prompt,
-                        "position": c.position,
-                        "tokens": c.tokens,
-                    }
-                    for c in found.contexts[name]
-                ]
-                for name in names
+                "label": found.label,
+                "mass": found.mass,
+                **{name: [asdict(place) for place in found.contexts[name]] for name in names},
             }
         )
         return
-    table = Table(title=f"{site} {index} of layer {layer}: {found.count} tokens, mean {measure} "
-                  f"{found.mean[measure]:.3g}")  # fmt: skip
+    about = (
+        f"{found.count} tokens, mean {measure} {found.mean[measure]:.3g}, "
+        f"relevance mass {found.mass:.4g}"
+    )
+    table = Table(title=Text(f"{site} {index} of layer {layer}: {found.label or '-'}\n{about}"))
     table.add_column(measure, justify="right")
     table.add_column("where")
+    table.add_column("explained")
     for name in names:
         for place in found.contexts[name]:
-            table.add_row(f"{place.value:+.4g}", _line(place))
+            table.add_row(f"{place.value:+.4g}", _line(place), Text(label(place.target).strip()))
     Console().print(table)
+
+
+@app.command()
+def find(
+    folder: AtlasFolder,
+    text: Annotated[str, typer.Argument(help="In a context, or in a label that was imported.")],
+    site: Site = "neuron",
+    measure: Measure = "relevance",
+    k: Annotated[
+        int, typer.Option("-k", "--most", envvar="RELTRACE_ATLAS_FIND", help="At most so many.")
+    ] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List the neurons or heads whose contexts have a text."""
+    found = reltrace.load_atlas(folder).find(text, site=site, measure=measure, k=k)
+    if as_json:
+        echo_json([asdict(match) for match in found])
+        return
+    table = Table()
+    for name in ("layer", site, "contexts"):
+        table.add_column(name, justify="right")
+    table.add_column("label")
+    table.add_column(f"strongest of them, by {measure}")
+    for match in found:
+        line = _line(match.strongest) if match.strongest else Text("-")
+        table.add_row(
+            str(match.layer),
+            str(match.index),
+            f"{match.count} of {match.of}",
+            Text(match.label or "-"),
+            line,
+        )
+    Console().print(table if found else f"No {site} has it in its contexts.")
+
+
+@app.command()
+def page(
+    folder: AtlasFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Ends in .html.")],
+    most: Annotated[
+        int,
+        typer.Option(envvar="RELTRACE_ATLAS_MOST", help="Neurons on it, by relevance mass."),
+    ] = 2000,
+    contexts: Annotated[
+        int, typer.Option(envvar="RELTRACE_ATLAS_CONTEXTS", help="Of each list.")
+    ] = 8,
+) -> None:
+    """Write a page to browse, in one file."""
+    typer.echo(reltrace.load_atlas(folder).save_page(out, most=most, contexts=contexts))
+
+
+@labels.command("export")
+def export_labels(
+    folder: AtlasFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file of lines of JSON.")],
+    site: Site = "neuron",
+    most: Most = None,
+) -> None:
+    """Write labels with their contexts, for a person or a language model to better them."""
+    count = reltrace.load_atlas(folder).export_labels(out, site=site, most=most)
+    typer.echo(f"{out}: {count} labels")
+
+
+@labels.command("import")
+def import_labels(
+    folder: AtlasFolder,
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="Lines of JSON with layer, index and label."),
+    ],
+) -> None:
+    """Take labels of a file, all or none; an empty label takes one away."""
+    count = reltrace.load_atlas(folder).import_labels(source)
+    typer.echo(f"{folder}: {count} labels changed")
+
+
+@contextmanager
+def _opened(corpus: str, column: str | None) -> Iterator[Iterator[str]]:
+    """Open a corpus, for the texts of its prompts."""
+    if corpus == "-":
+        yield _texts(sys.stdin.buffer, InputFormat("text"))
+        return
+    path = Path(corpus)
+    if not path.is_file():
+        raise invalid("corpus", f"there is no file {corpus!r}")
+    with path.open("rb") as file:
+        yield _texts(file, InputFormat.of(path, format_of(path) or "text", column, None))
+
+
+def _texts(file: BinaryIO, reading: InputFormat) -> Iterator[str]:
+    for item in read_items(file, reading):
+        if item.fault is not None:
+            raise invalid(f"corpus, line {item.line}", str(item.fault))
+        if set(item.arguments) != {"prompt"}:
+            raise invalid(f"corpus, line {item.line}", "must have a prompt, and at most an id")
+        yield item.arguments["prompt"]
 
 
 def _line(place: reltrace.Context) -> Text:
     """Return the tokens around a place, the one that is strong in colour."""
-    line = Text()
-    start = max(0, place.position - _BEFORE)
-    if start:
-        line.append("… ")
-    for index in range(start, min(len(place.tokens), place.position + _AFTER + 1)):
-        text = place.tokens[index].replace("Ġ", " ").replace("▁", " ").replace("\n", " ")
+    words = readable_all(place.tokens)
+    line = Text("… " if place.window.start else "")
+    for index in place.window:
         strong = "bold red" if place.value > 0 else "bold blue"
-        line.append(text, style=strong if index == place.position else "")
-    if place.position + _AFTER + 1 < len(place.tokens):
-        line.append(" …")
-    return line
+        line.append(words[index], style=strong if index == place.position else "")
+    return line + Text(" …" if place.window.stop < len(place.tokens) else "")

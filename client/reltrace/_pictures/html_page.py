@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
-import json
-import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from reltrace._pictures.display import (
     readable_all,
 )
 from reltrace._pictures.heatmap import describe_target
+from reltrace._pictures.single_file import filled
 from reltrace._pictures.strongest import Strongest, strongest_of
 from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
@@ -59,20 +56,9 @@ def page(trace: Trace, *, site: str, normalize: bool) -> str:
         "normalized": normalize,
         "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
     }
-    folder = files("reltrace._pictures") / "page"
-    texts = {name: folder.joinpath(name).read_text("utf-8") for name in _FILES}
-    values = {
-        "TITLE": html.escape(f"Relevance of {describe_target(trace)}"),
-        "ABOUT": html.escape(_about(trace)),
-        "STYLE": texts["page.css"],
-        "SCRIPT": texts["page.js"],
-        "DATA": _script_safe(json.dumps(data, ensure_ascii=False, allow_nan=False)),
-    }
-    # In one pass: what a prompt says is not looked at for further placeholders.
-    return re.sub("%%([A-Z]+)%%", lambda match: values[match.group(1)], texts["page.html"])
-
-
-_FILES = ("page.html", "page.css", "page.js")
+    return filled(
+        "page", title=f"Relevance of {describe_target(trace)}", about=_about(trace), data=data
+    )
 
 
 def _about(trace: Trace) -> str:
@@ -126,8 +112,3 @@ def _base64_entries(found: Strongest) -> str:
     words[:, 0], words[:, 1], words[:, 2] = found.rows, found.tokens, found.features
     words[:, 3] = found.values.astype("<f4").view("<i4")
     return base64.b64encode(words.tobytes()).decode()
-
-
-def _script_safe(text: str) -> str:
-    # Inside <script>, "</script>" and "<!--" would end or change the element wherever they stand.
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,61 +12,25 @@ import pytest
 import reltrace
 from make_trace import make_trace
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-# No sandbox: tests may run as root. The rest keeps the browser from calling home.
-OPTIONS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 HEAD, ROW, COLUMN = 22, 20, 26
 
 TOKENS = ["<s>", "ĠMy", "Ġcats", "</script>", "Ġ\u05e9\u05dc\u05d5\u05dd"]
 SHAPES = {"resid": (3, 5, 8), "neuron": (3, 5, 40), "head": (3, 5, 4), "embed": (5, 8)}
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One browser for all; no longer, because its driver keeps an event loop in this thread."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
-    if path is None:
-        assert not os.environ.get("CI"), "CI must have a browser: apt-get install chromium"
-        pytest.skip(f"no browser is installed ({', '.join(NAMES)})")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=OPTIONS)
-        yield running
-        running.close()
-
-
 Open = Callable[..., Page]
 
 
 @pytest.fixture
-def show(browser: Browser, tmp_path: Path) -> Iterator[Open]:
-    """Open the page of a trace; whatever it complains about or asks for is an error."""
-    context = browser.new_context(viewport={"width": 1300, "height": 850})
-    complaints: list[str] = []
-    requests: list[str] = []
+def show(visit: Callable[[Path], Page], tmp_path: Path) -> Open:
+    """Open the page of a trace."""
 
     def show(trace: reltrace.Trace, **options: object) -> Page:
-        page = context.new_page()
-        page.set_default_timeout(10_000)
-        page.on(
-            "console",
-            lambda message: complaints.append(message.text) if message.type == "error" else None,
-        )
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        path = trace.plot(tmp_path / "trace.html", **options)  # type: ignore[arg-type]
-        page.goto(path.as_uri())
-        return page
+        return visit(trace.plot(tmp_path / "trace.html", **options))  # type: ignore[arg-type]
 
-    yield show
-    context.close()
-    assert complaints == []
-    assert len(requests) == 1
-    assert requests[0].startswith("file://")
+    return show
 
 
 @pytest.fixture

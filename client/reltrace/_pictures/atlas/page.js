@@ -1,0 +1,227 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = id => document.getElementById(id);
+const CHUNK = 300;
+const LISTS = [
+  ["relevance+", "for the prediction"], ["relevance-", "against it"],
+  ["activation+", "activation +"], ["activation-", "activation \u2212"],
+];
+
+// A snippet: indices of its words, what was explained, number of the prompt, whether it is cut at either end.
+const snippets = data.snippets.map(([words, target, prompt, before, after]) =>
+  ({words: words.map(word => data.words[word]), target, prompt, before, after}));
+for (const one of snippets) one.text = `${one.words.join("")} \u2192 ${one.target}`.toLowerCase();
+for (const [name, site] of Object.entries(data.sites)) {
+  site.name = name;
+  site.features = site.features.map(([layer, index, label, by, mass, means, quantiles, words, lists], rank) =>
+    ({site: name, layer, index, label, by, mass, means, quantiles, words, lists, rank, count: 0}));
+  site.most = Math.max(0, ...site.features.map(one => one.mass));
+}
+
+const state = {site: data.sites.neuron, layer: "", sort: "mass", query: "", chosen: null, list: 0, shown: [], drawn: 0};
+
+// -- numbers and colours
+
+const number = value => value === null ? "\u2013" : Number(value.toPrecision(4)).toString().replace("-", "\u2212");
+const percent = share => `${(100 * share).toPrecision(2)} %`;
+function colour(share) {
+  const end = share > 0 ? data.colours.positive : data.colours.negative;
+  return data.colours.zero.map((zero, i) => Math.round(zero + (end[i] - zero) * Math.min(1, Math.abs(share))));
+}
+const css = ([r, g, b]) => `rgb(${r},${g},${b})`;
+const ink = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b > 140 ? "#000" : "#fff";
+function element(parent, kind, text = "", className = "") {
+  const one = document.createElement(kind);
+  if (text !== "") one.textContent = text;
+  if (className) one.className = className;
+  parent.append(one);
+  return one;
+}
+
+// -- what is listed
+
+// Contexts by relevance are searched: those for the prediction, and those against it.
+function matches() {
+  const wanted = state.query.toLowerCase();
+  const place = /^\s*(\d+)\s*[\/: ]\s*(\d+)\s*$/.exec(state.query);
+  const has = wanted ? snippets.map(one => one.text.includes(wanted)) : [];
+  return state.site.features.filter(one => {
+    if (state.layer !== "" && one.layer !== Number(state.layer)) return false;
+    one.count = 0;
+    one.named = wanted !== "" && one.label.toLowerCase().includes(wanted);
+    if (!wanted) return true;
+    if (place && one.layer === Number(place[1]) && one.index === Number(place[2])) return true;
+    for (const list of [0, 1]) for (const [, snippet] of one.lists[list]) one.count += has[snippet];
+    return one.named || one.count > 0;
+  });
+}
+const ORDERS = {
+  mass: (a, b) => a.rank - b.rank,
+  layer: (a, b) => a.layer - b.layer || a.index - b.index,
+  label: (a, b) => (a.label === "") - (b.label === "") || bare(a.label).localeCompare(bare(b.label)) || a.rank - b.rank,
+  count: (a, b) => b.count - a.count || a.rank - b.rank,
+};
+const bare = label => label.replace(/^[\u2192\u2026] /, "");
+function list() {
+  state.shown = matches().sort(ORDERS[state.sort]);
+  const site = state.site, all = site.layers * site.width;
+  const held = site.features.length < all ? `; the page has the ${site.features.length} with most relevance` : "";
+  $("counted").textContent = `${state.shown.length} of ${all} ${site.name}s${held}`;
+  $("head").replaceChildren();
+  const columns = ["layer", site.name, "relevance mass", ...(state.query ? ["contexts"] : []), "label"];
+  for (const name of columns) element($("head"), "th", name).scope = "col";
+  $("rows").replaceChildren();
+  state.drawn = 0;
+  drawMore();
+  $("list").scrollTop = 0;
+}
+function drawMore() {
+  const end = Math.min(state.shown.length, state.drawn + CHUNK);
+  for (; state.drawn < end; state.drawn++) $("rows").append(row(state.shown[state.drawn]));
+}
+function row(one) {
+  const line = document.createElement("tr");
+  line.dataset.key = key(one);
+  line.setAttribute("aria-selected", one === state.chosen);
+  element(line, "td", one.layer, "number");
+  element(line, "td", one.index, "number");
+  const mass = element(line, "td");
+  const bar = element(mass, "span", "", "bar");
+  element(bar, "i").style.width = `${100 * one.mass / (state.site.most || 1)}%`;
+  mass.append(number(one.mass));
+  if (state.query) element(line, "td", one.count, "number");
+  const label = element(line, "td", one.label || "\u2013", "label");
+  label.title = one.label;
+  return line;
+}
+const key = one => `${one.site}-${one.layer}-${one.index}`;
+
+// -- one of them
+
+function choose(one, scroll = true) {
+  state.chosen = one;
+  for (const line of $("rows").children) line.setAttribute("aria-selected", line.dataset.key === key(one));
+  if (scroll) $("rows").querySelector('[aria-selected="true"]')?.scrollIntoView({block: "nearest"});
+  history.replaceState(null, "", `#${key(one)}`);
+  showDetail();
+}
+const ROLES = {at: "", before: "\u2026 ", target: "\u2192 "};
+function showDetail() {
+  const one = state.chosen, detail = $("detail");
+  detail.replaceChildren();
+  if (!one) return;
+  const site = data.sites[one.site];
+  const name = one.site === "neuron" ? "Neuron" : "Head";
+  element(detail, "h2", `${name} ${one.index} of layer ${one.layer}`);
+  const label = element(detail, "p", one.label || "No token stands out in its contexts.", "label");
+  if (one.by && one.label) element(label, "small", `  (${one.by === "log-odds" ? "what stands out" : `by ${one.by}`})`);
+  const facts = element(detail, "div", "", "facts");
+  element(facts, "span", `relevance mass ${number(one.mass)}, ${percent(one.mass / site.mass)} of all ${one.site}s (rank ${one.rank + 1})`);
+  ["relevance", "activation"].forEach((measure, i) =>
+    element(facts, "span", `${measure}: mean ${number(one.means[i])}; 1 %, 50 %, 99 % below ${one.quantiles[i].map(number).join(", ")}`));
+  const words = element(detail, "ul", "", "words");
+  for (const [token, role, count, of] of one.words) {
+    const item = element(words, "li", `${ROLES[role]}${token} `);
+    element(item, "small", `in ${count} of ${of}`);
+  }
+  const tabs = element(detail, "div", "", "tabs");
+  LISTS.forEach(([, title], index) => {
+    const tab = element(tabs, "button", `${title} (${one.lists[index].length})`);
+    tab.type = "button";
+    tab.setAttribute("aria-pressed", index === state.list);
+    tab.addEventListener("click", () => { state.list = index; showDetail(); });
+  });
+  const table = element(detail, "table", "", "contexts");
+  const most = Math.max(...one.lists[state.list].map(([value]) => Math.abs(value)), 0) || 1;
+  for (const [value, snippet, at] of one.lists[state.list]) {
+    const line = element(table, "tr");
+    element(line, "td", number(value), "number");
+    context(element(line, "td", "", "text"), snippets[snippet], at, value / most);
+  }
+  if (!one.lists[state.list].length) element(detail, "p", "There is none in this corpus.");
+}
+// The text of a context: the token that is strong in colour, what was searched for marked.
+function context(cell, snippet, at, share) {
+  if (snippet.before) cell.append("\u2026 ");
+  const wanted = state.query.toLowerCase(), text = snippet.words.join("");
+  const starts = [];
+  if (wanted) for (let i = text.toLowerCase().indexOf(wanted); i >= 0; i = text.toLowerCase().indexOf(wanted, i + 1)) starts.push(i);
+  let place = 0;
+  snippet.words.forEach((word, index) => {
+    const from = place;
+    place += word.length;
+    const found = starts.some(start => start < place && start + wanted.length > from);
+    // The space before a word stays outside: a line may end there.
+    const space = word.length - word.trimStart().length;
+    cell.append(word.slice(0, space));
+    const part = element(cell, found ? "mark" : "span", word.slice(space) || "\u2423");
+    if (index !== at) return;
+    const shade = colour(Math.sign(share) * (0.25 + 0.75 * Math.abs(share)));
+    part.className = "strong";
+    part.style.background = css(shade);
+    part.style.color = ink(shade);
+  });
+  if (snippet.after) cell.append(" \u2026");
+  element(cell, "span", `  \u2192 ${snippet.target}`, "target");
+  element(cell, "small", `   prompt ${snippet.prompt}`);
+}
+
+// -- what people do
+
+$("controls").addEventListener("submit", event => event.preventDefault());
+$("search").addEventListener("input", event => {
+  const before = state.query;
+  state.query = event.target.value.trim();
+  // Who begins to search wants to see who has it most; who sorted otherwise since, keeps that.
+  if (!before && state.query) state.sort = $("sort").value = "count";
+  if (before && !state.query && state.sort === "count") state.sort = $("sort").value = "mass";
+  list();
+  showDetail();
+});
+$("controls").addEventListener("change", event => {
+  // The search box says so too when it is left: a list made anew would take the row from under a click.
+  if (event.target.id === "search") return;
+  if (event.target.name === "site") use(event.target.value);
+  if (event.target.id === "layer") state.layer = event.target.value;
+  if (event.target.id === "sort") state.sort = event.target.value;
+  list();
+});
+$("rows").addEventListener("click", event => {
+  const line = event.target.closest("tr");
+  if (line) choose(state.shown[line.sectionRowIndex], false);
+});
+$("list").addEventListener("scroll", () => {
+  const list = $("list");
+  if (list.scrollTop + list.clientHeight > list.scrollHeight - 400) drawMore();
+});
+$("list").addEventListener("keydown", event => {
+  const step = {ArrowDown: 1, ArrowUp: -1, PageDown: 20, PageUp: -20, Home: -Infinity, End: Infinity}[event.key];
+  if (step === undefined || !state.shown.length) return;
+  const at = state.shown.indexOf(state.chosen);
+  const next = Math.min(state.shown.length - 1, Math.max(0, at + step));
+  while (state.drawn <= next) drawMore();
+  choose(state.shown[next]);
+  event.preventDefault();
+});
+function use(name) {
+  state.site = data.sites[name];
+  state.layer = "";
+  document.querySelector(`input[value=${name}]`).checked = true;
+  $("layer").replaceChildren(new Option("all", ""));
+  for (let layer = 0; layer < state.site.layers; layer++) $("layer").append(new Option(layer, layer));
+}
+function open() {
+  const [name, layer, index] = location.hash.slice(1).split("-");
+  const site = data.sites[name] || data.sites.neuron;
+  use(site.name);
+  list();
+  const wanted = site.features.find(one => one.layer === Number(layer) && one.index === Number(index));
+  const first = wanted || state.shown[0];
+  if (!first) return;
+  while (state.drawn <= state.shown.indexOf(first)) drawMore();
+  choose(first);
+}
+$("subtitle").textContent = data.subtitle;
+$("site-choice").hidden = !data.sites.head.features.length;
+addEventListener("hashchange", open);
+open();

@@ -1,0 +1,116 @@
+"""An atlas as a page: everything in one file, which loads nothing from anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reltrace._atlas.contexts import Context, Feature
+from reltrace._atlas.part import LISTS, MEASURES, SITES
+from reltrace._pictures.display import NEGATIVE, POSITIVE, ZERO, label, readable_all
+from reltrace._pictures.single_file import filled
+
+if TYPE_CHECKING:
+    from reltrace._atlas.atlas import Atlas
+
+_QUANTILES = (0.01, 0.5, 0.99)
+_WORDS = 8
+"""Tokens that stand out, of one neuron or head."""
+
+
+def write(atlas: Atlas, path: Path, *, most: int, contexts: int) -> None:
+    """Write the page. See `Atlas.save_page`."""
+    path.write_text(page(atlas, most=most, contexts=contexts), encoding="utf-8")
+
+
+def page(atlas: Atlas, *, most: int, contexts: int) -> str:
+    """Return the page's text."""
+    texts = _Snippets()
+    sites = {site: _site(atlas, site, most, contexts, texts) for site in SITES}
+    about, (model, revision) = atlas.about, atlas.about["made_by"]
+    left_out = f", {len(atlas.skipped):,} prompts left out" if atlas.skipped else ""
+    data = {
+        "subtitle": f"Where {atlas.prompts:,} prompts ({atlas.tokens:,} tokens{left_out}) draw on "
+        f"neurons and heads: the token that is strong, and after the arrow what was explained.",
+        "sites": sites,
+        "snippets": texts.snippets,
+        "words": list(texts.words),
+        "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
+    }
+    foot = (
+        f"Model {model} at revision {revision}, rule {about['rule']}, target {about['target']}. "
+        "Relevance is R = x · dL/dx, the backward pass starting at 1; relevance mass is the sum of "
+        "|R| over all tokens. The activation of a head is the length of what it writes. Words that "
+        "stand out: by log-odds against the corpus."
+    )
+    return filled("atlas", title=f"Atlas of {model}", about=foot, data=data)
+
+
+def _site(atlas: Atlas, site: str, most: int, contexts: int, texts: _Snippets) -> dict[str, Any]:
+    mass = atlas.mass(site)
+    return {
+        "layers": mass.shape[0],
+        "width": mass.shape[1],
+        "mass": float(mass.sum()) or 1.0,
+        "features": [
+            _feature(atlas, feature, contexts, texts) for feature in atlas.by_mass(site, most)
+        ],
+    }
+
+
+def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) -> list[Any]:
+    """Return what the script calls by name, in its order."""
+    return [
+        feature.layer,
+        feature.index,
+        feature.label,
+        feature.labelled_by,
+        _short(feature.mass),
+        [_number(feature.mean[measure]) for measure in MEASURES],
+        [
+            [_number(feature.quantile(share, measure)) for share in _QUANTILES]
+            for measure in MEASURES
+        ],
+        [
+            [label(one.token).strip(), one.role, one.count, one.of]
+            for one in feature.stands_out[:_WORDS]
+        ],
+        [[texts.place(context) for context in feature.contexts[name][:contexts]] for name in LISTS],
+    ]
+
+
+def _short(value: float) -> float:
+    """Return a number with the digits that are shown: half of the page would be the others."""
+    return float(f"{value:.5g}")
+
+
+def _number(value: float) -> float | None:
+    return _short(value) if value == value else None
+
+
+class _Snippets:
+    """The texts around places, each once, and their words, each once."""
+
+    def __init__(self) -> None:
+        self.snippets: list[list[Any]] = []
+        self.words: dict[str, int] = {}
+        self._numbers: dict[tuple[int, int, int], int] = {}
+
+    def place(self, context: Context) -> tuple[float, int, int]:
+        """Return value, number of the snippet, and index of the word in it."""
+        window = context.window
+        key = (context.prompt, window.start, window.stop)
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self.snippets)
+            words = readable_all(context.tokens)[window.start : window.stop]
+            self.snippets.append(
+                [
+                    [self.words.setdefault(word, len(self.words)) for word in words],
+                    label(context.target).strip(),
+                    context.prompt,
+                    int(window.start > 0),
+                    int(window.stop < len(context.tokens)),
+                ]
+            )
+        return _short(context.value), number, context.position - window.start

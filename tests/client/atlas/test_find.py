@@ -1,0 +1,102 @@
+"""Neurons by what stands in their contexts: against looking at every context."""
+
+from pathlib import Path
+
+import pytest
+import reltrace
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_atlas import make_atlas
+from reltrace._atlas.find import tokens_with
+
+PROMPTS = [
+    ("We have cats and dogs", "now"), ("the dogs run", "home"), ("a bird sings", "dogs"),
+    ("dogs " + "very " * 30 + "far", "off"), ("fish swim", "well"),
+]  # fmt: skip
+FAR = 31
+PLACES = {
+    (0, 0): [(0, 4, 1.0), (1, 2, 0.5), (4, 0, 2.0)],
+    (0, 1): [(2, 0, 0.7), (1, 0, 0.6), (0, 0, -3.0)],
+    (1, 0): [(3, FAR, 5.0)],
+    (1, 2): [(4, 1, 1.0)],
+}
+
+
+@pytest.fixture
+def atlas(tmp_path: Path) -> reltrace.Atlas:
+    return make_atlas(tmp_path, PROMPTS, PLACES)
+
+
+def found(atlas: reltrace.Atlas, text: str, **how: object) -> list[tuple[object, ...]]:
+    matches = atlas.find(text, **how)  # type: ignore[arg-type]
+    return [(m.layer, m.index, m.contexts, m.count, m.of) for m in matches]
+
+
+def test_a_text_is_found_before_at_and_after_the_place(atlas: reltrace.Atlas) -> None:
+    """
+    Given neurons that are strong at "dogs", after it, where it is explained, before it, and 31
+    tokens after it
+    I expect the first three, those with more such contexts first, and not the others.
+    """
+    assert found(atlas, "dogs") == [(0, 0, "relevance+", 2, 3), (0, 1, "relevance+", 1, 2)]
+    (first, second) = atlas.find("DOGS")
+    assert first.strength == pytest.approx(1.5)
+    assert first.strongest is not None
+    assert (first.strongest.prompt, first.strongest.position) == (0, 4)
+    assert second.strongest is not None
+    assert second.strongest.target == " dogs"
+
+
+def test_a_text_may_run_over_tokens(atlas: reltrace.Atlas) -> None:
+    assert found(atlas, "ts and do") == [(0, 0, "relevance+", 1, 3)]
+    assert found(atlas, "fish swim") == [(0, 0, "relevance+", 1, 3), (1, 2, "relevance+", 1, 1)]
+
+
+def test_both_signs_are_searched_but_not_both_measures(atlas: reltrace.Atlas) -> None:
+    assert found(atlas, "We ") == [(0, 1, "relevance-", 1, 1), (0, 0, "relevance+", 1, 3)]
+    assert found(atlas, "dogs", measure="activation") == []
+    assert found(atlas, "dogs", site="head") == []
+    assert found(atlas, "dogs", k=1) == [(0, 0, "relevance+", 2, 3)]
+
+
+def test_labels_that_were_given_come_first(atlas: reltrace.Atlas, tmp_path: Path) -> None:
+    source = tmp_path / "labels.jsonl"
+    source.write_text('{"layer": 1, "index": 1, "label": "what Dogs do"}\n')
+    atlas.import_labels(source)
+    first, *others = atlas.find("dogs")
+    assert (first.layer, first.index, first.label) == (1, 1, "what Dogs do")
+    assert (first.count, first.strongest) == (0, None)
+    assert len(others) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": " "}, "text: must not be empty"),
+        ({"text": "x", "k": 0}, "k: must be a whole number from 1 on, not 0"),
+        ({"text": "x", "site": "embed"}, "site: must be one of neuron, head"),
+        ({"text": "x", "measure": "mass"}, "measure: must be one of relevance, activation"),
+    ],
+)
+def test_bad_searches_say_what_is_allowed(
+    atlas: reltrace.Atlas, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match=message):
+        atlas.find(**arguments)  # type: ignore[arg-type]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    tokens=st.lists(st.sampled_from([" a", " ab", "b", " ba", "ab"]), min_size=1, max_size=8),
+    wanted=st.text("ab ", min_size=1, max_size=4),
+)
+def test_the_tokens_of_an_occurrence_are_all_that_it_runs_over(
+    tokens: list[str], wanted: str
+) -> None:
+    # A tokenizer that marks white space, so that words are not put apart.
+    tokens = [" x", *tokens]
+    owner = [index for index, token in enumerate(tokens) for _ in token]
+    text = "".join(tokens)
+    starts = [at for at in range(len(text)) if text.startswith(wanted, at)]
+    expected = {index for at in starts for index in owner[at : at + len(wanted)]}
+    assert tokens_with(wanted, tuple(tokens)) == sorted(expected)

@@ -1,0 +1,105 @@
+"""Labels out of an atlas and in again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import reltrace
+from make_atlas import make_atlas
+
+PROMPTS = [("my cats run", "far"), ("the big cats", "sleep"), *[("we eat", "pie")] * 300]
+PLACES = {(1, 0): [(0, 1, 0.5), (1, 2, 0.75)], (0, 2): [(0, 2, -1.0)]}
+
+
+@pytest.fixture
+def atlas(tmp_path: Path) -> reltrace.Atlas:
+    return make_atlas(tmp_path / "atlas", PROMPTS, PLACES)
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_labels_are_written_with_what_they_rest_on(atlas: reltrace.Atlas, tmp_path: Path) -> None:
+    assert atlas.export_labels(tmp_path / "out.jsonl") == 6
+    first, second, *_ = lines(tmp_path / "out.jsonl")
+    assert first == {
+        "site": "neuron", "layer": 1, "index": 0, "label": "cats", "by": "log-odds",
+        "mass": 1.25,
+        "contexts": [
+            {"value": 0.75, "text": " the big⟦ cats⟧", "token": " cats", "target": " sleep"},
+            {"value": 0.5, "text": " my⟦ cats⟧ run", "token": " cats", "target": " far"},
+        ],
+    }  # fmt: skip
+    # By relevance mass; one that never speaks for a prediction has no contexts of that kind.
+    assert (second["layer"], second["index"], second["contexts"]) == (0, 2, [])
+    assert atlas.export_labels(tmp_path / "out.jsonl", site="head", most=2) == 2
+
+
+def test_labels_that_were_given_are_kept(atlas: reltrace.Atlas, tmp_path: Path) -> None:
+    """
+    Given labels that somebody wrote
+    I expect them to be the neurons' labels here and wherever the atlas is read again, until they
+    are taken away.
+    """
+    source = write(
+        tmp_path / "in.jsonl",
+        {"layer": 1, "index": 0, "label": "cats, of any size", "by": "Ida", "note": "passed over"},
+        {"site": "head", "layer": 0, "index": 2, "label": "</script>"},
+    )
+    assert atlas.import_labels(source) == 2
+    for read in (atlas, reltrace.load_atlas(tmp_path / "atlas")):
+        assert read.label(1, 0) == "cats, of any size"
+        assert read.neuron(1, 0).labelled_by == "Ida"
+        assert read.label(0, 2, "head") == "</script>"
+        assert read.label(0, 2) == ""
+    assert atlas.import_labels(source) == 0
+    gone = write(tmp_path / "gone.jsonl", {"layer": 1, "index": 0, "label": ""})
+    assert atlas.import_labels(gone) == 1
+    assert reltrace.load_atlas(tmp_path / "atlas").label(1, 0) == "cats"
+
+
+def test_what_was_exported_and_not_changed_stays_built_in(
+    atlas: reltrace.Atlas, tmp_path: Path
+) -> None:
+    path = tmp_path / "labels.jsonl"
+    atlas.export_labels(path)
+    assert atlas.import_labels(path) == 0
+    records = lines(path)
+    records[0]["label"] = "what purrs"
+    assert atlas.import_labels(write(path, *records)) == 1
+    assert atlas.neuron(1, 0).label == "what purrs"
+    assert atlas.neuron(1, 0).labelled_by == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: line: is no JSON"),
+        ("[]", "line 2: line: must be an object"),
+        ('{"layer": 1, "label": "x"}', "line 2: index: must be a whole number, not None"),
+        ('{"layer": true, "index": 0, "label": "x"}', "layer: must be a whole number, not True"),
+        ('{"layer": 0, "index": 0}', "label: must be a line of at most 200 characters"),
+        ('{"layer": 0, "index": 0, "label": "a\\nb"}', "label: must be a line"),
+        (json.dumps({"layer": 0, "index": 0, "label": "x" * 201}), "label: must be a line"),
+        ('{"layer": 0, "index": 0, "label": "x", "by": 7}', "by: must be a line"),
+        ('{"layer": 9, "index": 0, "label": "x"}', "layer: must be 0 to 1, not 9"),
+        ('{"layer": 0, "index": 3, "label": "x"}', "neuron: must be 0 to 2, not 3"),
+        ('{"site": "x", "layer": 0, "index": 0, "label": "x"}', "site: must be one of"),
+    ],
+)  # fmt: skip
+def test_a_wrong_line_is_named_and_nothing_is_taken(
+    atlas: reltrace.Atlas, tmp_path: Path, line: str, message: str
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(f'{{"layer": 1, "index": 0, "label": "good"}}\n{line}\n')
+    with pytest.raises(reltrace.InvalidArgument, match=message) as error:
+        atlas.import_labels(source)
+    assert f"{source}, line 2" in str(error.value)
+    assert atlas.label(1, 0) == "cats"
+    assert reltrace.load_atlas(tmp_path / "atlas").label(1, 0) == "cats"

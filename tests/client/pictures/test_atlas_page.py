@@ -1,0 +1,128 @@
+"""The page of an atlas, as people use it: in a browser, with a mouse and with keys."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import reltrace
+from make_atlas import make_atlas
+from playwright.sync_api import Page, expect
+
+PROMPTS = [
+    ("my cats run", "far"), ("the big cats", "sleep"), ("old men go", "home"),
+    ("an old dog went", "home"), *[("we eat the </script><b>pie", "now")] * 300,
+]  # fmt: skip
+PLACES = {
+    (1, 0): [(0, 1, 0.5), (1, 2, 0.75)],
+    (1, 1): [(2, 2, 0.4), (3, 3, 0.3), (0, 0, -0.2)],
+    (0, 2): [(10, 3, 5.0), (11, 3, 4.0)],
+}
+
+
+@pytest.fixture
+def atlas(tmp_path: Path) -> reltrace.Atlas:
+    return make_atlas(tmp_path / "atlas", PROMPTS, PLACES)
+
+
+@pytest.fixture
+def page(visit: Callable[[Path], Page], atlas: reltrace.Atlas, tmp_path: Path) -> Page:
+    return visit(atlas.save_page(tmp_path / "atlas.html"))
+
+
+def rows(page: Page) -> list[str]:
+    return [" ".join(row.split()) for row in page.locator("#rows tr").all_inner_texts()]
+
+
+def detail(page: Page) -> str:
+    return " ".join(page.locator("#detail").inner_text().split())
+
+
+def test_neurons_are_listed_by_mass(page: Page) -> None:
+    assert rows(page)[:3] == ["0 2 9 –", "1 0 1.25 cats", "1 1 0.9 → home · … old"]
+    assert page.locator("#counted").inner_text() == "6 of 6 neurons"
+    assert page.title() == "Atlas of tiny"
+    assert "304 prompts" in page.locator("#subtitle").inner_text()
+
+
+def test_the_first_is_chosen_and_its_text_is_no_markup(page: Page) -> None:
+    assert "Neuron 2 of layer 0" in detail(page)
+    assert "No token stands out" in detail(page)
+    assert "we eat the </script><b>pie → now" in detail(page)
+    strong = page.locator(".strong").first
+    assert strong.inner_text() == "</script><b>pie"
+    assert strong.evaluate("one => getComputedStyle(one).backgroundColor") == "rgb(178, 24, 43)"
+
+
+def test_a_click_shows_contexts_with_the_token_that_is_strong(page: Page) -> None:
+    page.get_by_text("→ home").first.click()
+    assert "Neuron 1 of layer 1" in detail(page)
+    assert "→ home in 2 of 2" in detail(page)
+    assert page.locator(".contexts .strong").all_inner_texts() == ["go", "went"]
+    page.get_by_role("button", name="against it (1)").click()
+    strong = page.locator(".contexts .strong")
+    assert strong.all_inner_texts() == ["my"]
+    assert strong.evaluate("one => getComputedStyle(one).backgroundColor") == "rgb(33, 102, 172)"
+    assert page.url.endswith("#neuron-1-1")
+
+
+def test_search_finds_labels_contexts_and_places(page: Page) -> None:
+    page.fill("#search", "OLD")
+    assert rows(page) == ["1 1 0.9 2 → home · … old"]
+    # What was typed stays in the box when the list is clicked, and the click is not lost.
+    page.locator("#rows tr").click()
+    assert page.locator(".contexts mark").all_inner_texts() == ["old", "old"]
+    page.fill("#search", "big cats")
+    assert rows(page) == ["1 0 1.25 1 cats"]
+    page.fill("#search", "1/2")
+    assert rows(page) == ["1 2 0 0 –"]
+    page.fill("#search", "nowhere")
+    assert rows(page) == []
+    page.fill("#search", "")
+    assert len(rows(page)) == 6
+
+
+def test_lists_are_sorted_and_cut_to_a_layer(page: Page) -> None:
+    page.select_option("#sort", "layer")
+    assert [row[:3] for row in rows(page)] == ["0 0", "0 1", "0 2", "1 0", "1 1", "1 2"]
+    page.select_option("#sort", "label")
+    # Of "→ home" the h counts; those without a label come last.
+    assert [row[:3] for row in rows(page)][:2] == ["1 0", "1 1"]
+    page.select_option("#layer", "1")
+    assert page.locator("#counted").inner_text() == "3 of 6 neurons"
+    page.get_by_role("radio", name="heads").check()
+    assert page.locator("#counted").inner_text() == "6 of 6 heads"
+
+
+def test_keys_move_through_the_list(page: Page) -> None:
+    page.locator("#list").focus()
+    page.keyboard.press("ArrowDown")
+    expect(page.locator("#detail h2")).to_have_text("Neuron 0 of layer 1")
+    page.keyboard.press("End")
+    expect(page.locator('#rows tr[aria-selected="true"]')).to_have_count(1)
+    page.keyboard.press("Home")
+    expect(page.locator("#detail h2")).to_have_text("Neuron 2 of layer 0")
+
+
+def test_a_page_holds_those_with_most_mass(
+    visit: Callable[[Path], Page], atlas: reltrace.Atlas, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text(
+        json.dumps({"layer": 0, "index": 2, "label": "<img src=x>", "by": "Ida"}) + "\n"
+    )
+    atlas.import_labels(labels)
+    page = visit(atlas.save_page(tmp_path / "few.html", most=2, contexts=1))
+    assert page.locator("#counted").inner_text() == (
+        "2 of 6 neurons; the page has the 2 with most relevance"
+    )
+    assert rows(page)[0] == "0 2 9 <img src=x>"
+    assert "<img src=x> (by Ida)" in detail(page)
+    assert page.locator(".contexts tr").count() == 1
+
+
+def test_bad_arguments_say_what_is_allowed(atlas: reltrace.Atlas, tmp_path: Path) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match=r"path: must end in \.html"):
+        atlas.save_page(tmp_path / "x.pdf")
+    with pytest.raises(reltrace.InvalidArgument, match="most: must be a whole number from 1 on"):
+        atlas.save_page(tmp_path / "x.html", most=0)
