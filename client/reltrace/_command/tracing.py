@@ -25,8 +25,9 @@ from reltrace._command.options import (
 )
 from reltrace._errors import invalid
 from reltrace._pictures import terminal
+from reltrace._pictures.file import check_path
 from reltrace._target import Target
-from reltrace._trace import Trace, check_plot_path
+from reltrace._trace import Trace
 
 
 def run(
@@ -106,7 +107,7 @@ def run(
     if prompt is None and input_ids is None:
         raise typer.BadParameter("give a prompt, or --input-ids", param_hint="PROMPT")
     if plot is not None:
-        check_plot_path(plot)
+        check_path(plot)
     asked = Target(
         target_of(target),
         position,
