@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import reltrace
 from fake_labels import FakeLabels
 from make_trace import make_trace
+from reltrace._pictures import terminal
+from rich.console import Console
 
 
 def sites_of(path: Path) -> dict[str, Any]:
@@ -74,3 +77,17 @@ def test_a_picture_has_no_room_for_labels(tmp_path: Path, ending: str) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=r"atlas: has labels for \.html, not for \."):
         trace.plot(tmp_path / f"a.{ending}", atlas=FakeLabels())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_label_in_the_terminal() -> None:
+    trace = make_trace({"resid": (2, 4), "neuron": (2, 4)}, reduction="feature")
+    layer, neuron = map(int, np.unravel_index(np.abs(trace["neuron"]).argmax(), (2, 4)))
+    labels = FakeLabels({("neuron", layer, neuron): "[red]\x1b[31m\n"})
+    file = io.StringIO()
+    terminal.show_entries(trace, Console(file=file, width=100), atlas=labels)
+    head, first = file.getvalue().partition("site neuron\n")[2].splitlines()[:2]
+    assert head.split() == ["layer", "feature", "relevance", "label"]
+    assert first.split() == [
+        str(layer), str(neuron), f"{trace['neuron'][layer, neuron]:+.4g}", r"[red]\x1b[31m\n",
+    ]  # fmt: skip
+    assert "label" not in file.getvalue().partition("site neuron\n")[0]
