@@ -44,6 +44,7 @@ from reltrace._errors import (
 from reltrace._evaluate.evaluation import Evaluation, RuleScore
 from reltrace._generation import Generation
 from reltrace._info import JobStatus, Model, Queue, Status, Worker
+from reltrace._neurons import StrongHead, StrongNeuron
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._target import Target
 from reltrace._trace import Failure, Trace
@@ -140,6 +141,8 @@ __all__ = [
     "Status",
     "Steer",
     "StoreUnreadable",
+    "StrongHead",
+    "StrongNeuron",
     "Target",
     "Tenant",
     "Timings",

@@ -19,14 +19,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from reltrace._entries import Entry
+    from reltrace._neurons import Labels, StrongHead, StrongNeuron
 
 Array: TypeAlias = NDArray[Any]
 
 # Sites without a layer axis: their relevance exists once, not once per layer.
 SITES_WITHOUT_LAYERS = frozenset({"embed"})
-
-_PAGES = (".html", ".htm")
-_PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -164,7 +162,12 @@ class Trace:
         return values
 
     def plot(
-        self, path: str | os.PathLike[str], *, site: str | None = None, normalize: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        site: str | None = None,
+        normalize: bool = True,
+        atlas: Labels | None = None,
     ) -> Path:
         """Write the layers-by-tokens heatmap.
 
@@ -177,6 +180,8 @@ class Trace:
             One of `sites`; default as in `relevance`.
         normalize : bool, default True
             Divide each layer by its largest absolute value, as LXT's example does.
+        atlas : Atlas, optional
+            For .html: the page's strongest neurons and heads get its labels.
 
         Returns
         -------
@@ -186,20 +191,14 @@ class Trace:
         Raises
         ------
         InvalidArgument
-            If the ending is none of these, or the trace has no value per token.
+            If the ending is none of these, the trace has no value per token, or the atlas is of
+            another model or revision.
         MissingDependency
             If matplotlib is needed and missing.
         """
-        path = check_plot_path(path)
-        if path.suffix.lower() in _PAGES:
-            from reltrace._pictures import html_page
+        from reltrace._pictures import file
 
-            html_page.write(self, path, site=self._site(site), normalize=normalize)
-        else:
-            from reltrace._pictures import plot
-
-            plot.write(self, path, site=self._site(site), normalize=normalize)
-        return path
+        return file.write(self, path, site=self._site(site), normalize=normalize, atlas=atlas)
 
     def top(self, k: int = 10, site: str | None = None) -> list[Entry]:
         """Return the entries with the largest |R|, whatever the reduction left.
@@ -225,6 +224,37 @@ class Trace:
         from reltrace import _entries
 
         return _entries.strongest(self, k, self._site(site))
+
+    def neurons(self, k: int = 10, atlas: Labels | None = None) -> list[StrongNeuron]:
+        """Return the strongest neurons, whatever the reduction left of the site "neuron".
+
+        Parameters
+        ----------
+        k : int, default 10
+            How many; a trace with fewer gives all.
+        atlas : Atlas, optional
+            Whose labels they get; of the same model and revision.
+
+        Returns
+        -------
+        list of StrongNeuron
+            The largest |R| first. One that is strong at several tokens is there as often.
+
+        Raises
+        ------
+        InvalidArgument
+            If `k` is not a whole number from 1 on, the trace has no neurons, or the atlas is of
+            another model or revision.
+        """
+        from reltrace import _neurons
+
+        return _neurons.strong_neurons(self, k, atlas)
+
+    def heads(self, k: int = 10, atlas: Labels | None = None) -> list[StrongHead]:
+        """Return the strongest attention heads, as `neurons` does the neurons: site "head"."""
+        from reltrace import _neurons
+
+        return _neurons.strong_heads(self, k, atlas)
 
     def to_pandas(self, site: str | None = None) -> pd.DataFrame:
         """Return the relevance at a site as a data frame with one row per value.
@@ -315,20 +345,6 @@ class Trace:
             f"Trace({name}{len(self.tokens)} tokens, target {self.target.token!r} "
             f"({self.target.logit:.3f}), {shapes}, model {self.provenance.model!r})"
         )
-
-
-def check_plot_path(path: str | os.PathLike[str]) -> Path:
-    """Return the path if `Trace.plot` can write it.
-
-    Raises
-    ------
-    InvalidArgument
-        If its ending says nothing that can be written.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in (*_PAGES, *_PICTURES):
-        raise invalid("plot", f"must end in .png, .svg, .pdf or .html, not {path.name!r}")
-    return path
 
 
 def _plain(values: Any) -> Any:

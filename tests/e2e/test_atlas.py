@@ -119,6 +119,22 @@ def test_means_and_quantiles_are_those_of_all_tokens(
             )
 
 
+def test_a_prompts_neurons_have_the_labels_of_the_atlas(
+    services: tuple[str, str], tmp_path: Path
+) -> None:
+    with reltrace.Client(services[0]) as client:
+        atlas = client.build_atlas(CORPUS, tmp_path / "atlas", slice=SLICE)
+        trace = client.trace(CORPUS[0], sites=("neuron", "head"), reduce="topk", top_k=9)
+    neurons, heads = trace.neurons(20, atlas), trace.heads(20, atlas)
+    assert len(neurons) == len(heads) == 20
+    assert [n.label for n in neurons] == [atlas.label(n.layer, n.neuron) for n in neurons]
+    assert [h.label for h in heads] == [atlas.label(h.layer, h.head, "head") for h in heads]
+    named = [n.label for n in neurons if n.label]
+    assert named
+    text = trace.plot(tmp_path / "trace.html", atlas=atlas).read_text()
+    assert named[0] in text
+
+
 def test_an_atlas_that_is_broken_off_goes_on(
     services: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import reltrace
 from reltrace._command.options import (
     Dtype,
     Layers,
@@ -24,9 +25,11 @@ from reltrace._command.options import (
     target_of,
 )
 from reltrace._errors import invalid
+from reltrace._neurons import has_labels
 from reltrace._pictures import terminal
+from reltrace._pictures.file import check_path
 from reltrace._target import Target
-from reltrace._trace import Trace, check_plot_path
+from reltrace._trace import Trace
 
 
 def run(
@@ -88,6 +91,15 @@ def run(
             "page with hover values.",
         ),
     ] = None,
+    atlas: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RELTRACE_ATLAS",
+            metavar="FOLDER",
+            help="Label the strongest neurons and heads, here and in an .html plot: an atlas of "
+            "the model.",
+        ),
+    ] = None,
     json_file: Annotated[
         str | None,
         typer.Option(
@@ -106,7 +118,9 @@ def run(
     if prompt is None and input_ids is None:
         raise typer.BadParameter("give a prompt, or --input-ids", param_hint="PROMPT")
     if plot is not None:
-        check_plot_path(plot)
+        check_path(plot, with_labels=atlas is not None)
+    # Before anything is traced: that may take long.
+    labels = None if atlas is None else _labels(atlas, site or [], reduce)
     asked = Target(
         target_of(target),
         position,
@@ -132,14 +146,14 @@ def run(
     if json_file == "-":
         typer.echo(json.dumps(trace.to_dict(), allow_nan=False))
     else:
-        _show(trace)
+        _show(trace, labels)
         if json_file is not None:
             Path(json_file).write_text(json.dumps(trace.to_dict(), allow_nan=False) + "\n")
     if save is not None:
         trace.save(save)
         typer.echo(f"wrote {save}", err=True)
     if plot is not None:
-        trace.plot(plot)
+        trace.plot(plot, atlas=labels)
         typer.echo(f"wrote {plot}", err=True)
 
 
@@ -150,10 +164,24 @@ def _ids(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _show(trace: Trace) -> None:
+def _labels(folder: Path, sites: list[str], reduce: str) -> reltrace.Atlas:
+    """Read an atlas, for a trace that has what it labels."""
+    if reduce == "token" or not any(map(has_labels, sites)):
+        raise invalid(
+            "atlas",
+            "labels neurons and heads: ask for them, with --site neuron or --site head and "
+            "--reduce full, or topk and --top-k",
+        )
+    return reltrace.load_atlas(folder)
+
+
+def _show(trace: Trace, labels: reltrace.Atlas | None) -> None:
     console = Console()
     if trace.provenance.reduction in ("feature", "topk"):
         # No value belongs to a token alone.
-        terminal.show_entries(trace, console)
-    else:
-        terminal.show(trace, console)
+        terminal.show_entries(trace, console, atlas=labels)
+        return
+    terminal.show(trace, console)
+    if labels is not None:
+        for site in filter(has_labels, trace.sites):
+            terminal.show_labelled(trace, console, site, labels)

@@ -48,10 +48,12 @@ def _decoded(token: str) -> str:
 
 def readable(token: str) -> str:
     """Return a token as people read it: white space as such, no control characters."""
-    return "".join(
-        _WHITE_SPACE.get(char, char if char.isprintable() else repr(char)[1:-1])
-        for char in _decoded(token)
-    )
+    return "".join(_WHITE_SPACE.get(char) or printable(char) for char in _decoded(token))
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, without control characters: they are written out."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def readable_all(tokens: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from reltrace._errors import invalid
+from reltrace._neurons import Labels, has_labels, labels_of
 from reltrace._pictures.display import (
     NEGATIVE,
     POSITIVE,
@@ -17,6 +18,7 @@ from reltrace._pictures.display import (
     is_special,
     label,
     layer_numbers,
+    printable,
     readable_all,
 )
 from reltrace._pictures.heatmap import describe_target
@@ -29,29 +31,33 @@ _MOST_ENTRIES = 60_000
 _FEATURES = {"head": "head", "neuron": "neuron"}
 
 
-def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
+def write(
+    trace: Trace, path: Path, *, site: str, normalize: bool, atlas: Labels | None = None
+) -> None:
     """Write the page.
 
     Raises
     ------
     InvalidArgument
-        If the trace has no value per token.
+        If the trace has no value per token, or the atlas is of another model.
     """
-    path.write_text(page(trace, site=site, normalize=normalize), encoding="utf-8")
+    text = page(trace, site=site, normalize=normalize, atlas=atlas)
+    path.write_text(text, encoding="utf-8")
 
 
-def page(trace: Trace, *, site: str, normalize: bool) -> str:
+def page(trace: Trace, *, site: str, normalize: bool, atlas: Labels | None = None) -> str:
     """Return the page's text."""
     if trace.provenance.reduction == "feature":
         raise invalid(
             "reduce", '"feature" leaves no value per token; use "token", "topk" or "full"'
         )
+    labels = None if atlas is None else labels_of(trace, atlas)
     budget = _MOST_ENTRIES // len(trace.sites)
     data = {
         "tokens": [label(token) for token in trace.tokens],
         "words": readable_all(trace.tokens),
         "special": [is_special(token) for token in trace.tokens],
-        "sites": [_site(trace, name, budget) for name in trace.sites],
+        "sites": [_site(trace, name, budget, labels) for name in trace.sites],
         "first": trace.sites.index(site),
         "normalized": normalize,
         "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
@@ -70,7 +76,7 @@ def _about(trace: Trace) -> str:
     )
 
 
-def _site(trace: Trace, site: str, budget: int) -> dict[str, Any]:
+def _site(trace: Trace, site: str, budget: int, labels: Labels | None) -> dict[str, Any]:
     """Return what the page knows of a site: values by token and layer, and strongest features."""
     found = strongest_of(trace, site, budget)
     layered = site not in SITES_WITHOUT_LAYERS
@@ -93,7 +99,23 @@ def _site(trace: Trace, site: str, budget: int) -> dict[str, Any]:
         "feature": _FEATURES.get(site, "unit"),
         "entries": "" if found is None else _base64_entries(found),
         "note": _note(found),
+        "labels": None
+        if labels is None or found is None or not has_labels(site)
+        else _labels(labels, site, numbers, found),
     }
+
+
+def _labels(
+    labels: Labels, site: str, numbers: tuple[int, ...], found: Strongest
+) -> dict[int, dict[int, str]]:
+    """Return the labels of what is on the page, by layer and feature: each once, and no empty."""
+    # Many entries are of one neuron, at other tokens.
+    pairs = np.unique(np.stack([found.rows, found.features], axis=1), axis=0)
+    texts: dict[int, dict[int, str]] = {}
+    for row, feature in pairs.tolist():
+        if text := labels.label(numbers[row], feature, site):
+            texts.setdefault(numbers[row], {})[feature] = printable(text)
+    return texts
 
 
 def _note(found: Strongest | None) -> str:

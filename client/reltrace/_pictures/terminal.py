@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from rich.color import Color
@@ -10,7 +12,17 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from reltrace._pictures.display import colour, ink, readable, readable_all, scaled, token_values
+from reltrace._entries import Entry
+from reltrace._neurons import Labels, has_labels, labelled
+from reltrace._pictures.display import (
+    colour,
+    ink,
+    printable,
+    readable,
+    readable_all,
+    scaled,
+    token_values,
+)
 from reltrace._pictures.heatmap import describe_target
 from reltrace._trace import Trace
 
@@ -43,27 +55,48 @@ def show(trace: Trace, console: Console) -> None:
     console.print(_legend(float(finite.max()) if finite.size else 0.0))
 
 
-def show_entries(trace: Trace, console: Console, count: int = 10) -> None:
+def show_entries(
+    trace: Trace, console: Console, count: int = 10, atlas: Labels | None = None
+) -> None:
     """Print the strongest entries of each site, for reductions that leave no value per token."""
     console.print(Text.assemble("Relevance of ", (describe_target(trace), "bold")))
     for site in trace.sites:
-        entries = trace.top(count, site)
-        fields = [
-            name
-            for name in ("layer", "position", "token", "feature")
-            if entries and getattr(entries[0], name) is not None
+        if atlas is not None and has_labels(site):
+            show_labelled(trace, console, site, atlas, count)
+        else:
+            _print_entries(console, site, [(entry,) for entry in trace.top(count, site)])
+
+
+def show_labelled(
+    trace: Trace, console: Console, site: str, atlas: Labels, count: int = 10
+) -> None:
+    """Print the strongest neurons or heads with their labels."""
+    _print_entries(console, site, labelled(trace, site, count, atlas), "label")
+
+
+def _print_entries(
+    console: Console,
+    site: str,
+    entries: Sequence[tuple[Entry] | tuple[Entry, str]],
+    *more: str,
+) -> None:
+    """Print a table: of each entry where it is, its relevance, and what else there is of it."""
+    fields = [
+        name
+        for name in ("layer", "position", "token", "feature")
+        if entries and getattr(entries[0][0], name) is not None
+    ]
+    console.print(f"strongest entries of site {site}")
+    table = Table(*fields, "relevance", *more, box=None, pad_edge=False)
+    table.columns[len(fields)].justify = "right"
+    for entry, *texts in entries:
+        cells = [
+            Text(repr(readable(entry.token)) if name == "token" and entry.token else str(value))
+            for name in fields
+            for value in [getattr(entry, name)]
         ]
-        console.print(f"strongest entries of site {site}")
-        table = Table(*fields, "relevance", box=None, pad_edge=False)
-        table.columns[-1].justify = "right"
-        for entry in entries:
-            cells = [
-                Text(repr(readable(entry.token)) if name == "token" and entry.token else str(value))
-                for name in fields
-                for value in [getattr(entry, name)]
-            ]
-            table.add_row(*cells, f"{entry.value:+.4g}")
-        console.print(table)
+        table.add_row(*cells, f"{entry.value:+.4g}", *(Text(printable(text)) for text in texts))
+    console.print(table)
 
 
 def _style(share: float) -> Style:

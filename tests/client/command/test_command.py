@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import reltrace
 from command.conftest import Run
+from fake_labels import FakeLabels
 from fake_server import FakeServer
 
 PROMPT = "My cats love to play with my"
@@ -107,6 +109,49 @@ def test_run_without_a_value_per_token(command: Run) -> None:
     assert code == 0
     assert "strongest entries of site resid" in out
     assert "feature" in out
+
+
+def test_run_labels_the_strongest_neurons(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reltrace, "load_atlas", lambda _: FakeLabels(made_by=("fake", "r1")))
+    page, saved = tmp_path / "a.html", tmp_path / "a.safetensors"
+    options = ("--atlas", "atlas", "--site", "resid", "--site", "neuron")
+    code, out, _ = command(
+        "run", PROMPT, *options, "--reduce", "full", "--plot", str(page), "--save", str(saved)
+    )
+    assert code == 0
+    assert "'love'" in out
+    assert "entries of site resid" not in out
+    strongest = reltrace.Trace.load(saved).neurons(1)[0]
+    first = out.partition("strongest entries of site neuron\n")[2].splitlines()[1]
+    assert first.endswith(
+        f"{strongest.relevance:+.4g}  neuron {strongest.layer}:{strongest.neuron}"
+    )
+    assert f'"neuron {strongest.layer}:{strongest.neuron}"' in page.read_text()
+    code, out, _ = command("run", PROMPT, *options, "--reduce", "feature")
+    assert code == 0
+    assert "entries of site resid" in out
+    assert re.search(r"neuron \d:\d\n", out)
+
+
+ATLAS_ERRORS = {
+    (): "atlas: labels neurons and heads: ask for them, with --site neuron or --site head and ",
+    ("--site", "neuron"): "atlas: labels neurons and heads: ask for them",
+    ("--site", "head", "--reduce", "full", "--plot", "a.png"): "atlas: has labels for .html, not",
+    ("--site", "head", "--reduce", "full"): "atlas: nowhere holds none",
+}
+
+
+@pytest.mark.parametrize("arguments", ATLAS_ERRORS, ids=" ".join)
+def test_an_atlas_that_helps_nothing_is_told_before_anything_is_traced(
+    command: Run, server: FakeServer, arguments: tuple[str, ...]
+) -> None:
+    code, _, err = command("run", PROMPT, "--atlas", "nowhere", *arguments)
+    assert code == 1
+    assert err.startswith(f"reltrace: {ATLAS_ERRORS[arguments]}")
+    assert err.count("\n") == 1
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(

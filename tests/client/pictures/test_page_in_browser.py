@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reltrace
+from fake_labels import FakeLabels
 from make_trace import make_trace
 from PIL import Image
 from playwright.sync_api import Page
@@ -157,6 +158,42 @@ def test_a_click_on_a_layer_or_a_token(show: Open, trace: reltrace.Trace) -> Non
     assert rows(page, "neuron")[0][:2] == [str(feature), str(layer)]
 
 
+def test_labels_stand_beside_what_they_name(show: Open, trace: reltrace.Trace) -> None:
+    """
+    Given an atlas of which one label looks like markup, and one neuron has none
+    I expect every strong neuron and head beside its own label, as text.
+    """
+    order = np.argsort(-np.abs(trace["neuron"][1, 2]))
+    texts = {("neuron", 1, int(n)): f"label of {n}" for n in order[2:]}
+    texts["neuron", 1, int(order[0])] = "</script><b>"
+    texts |= {("head", 1, n): f"head {n}" for n in range(4)}
+    page = show(trace, atlas=FakeLabels(texts))
+    point(page, 2, 1, click=True)
+    heads = page.locator("#detail table[data-site=neuron] th").all_inner_texts()
+    assert heads == ["neuron", "layer", "token", "R", "label"]
+    found = rows(page, "neuron")[:10]
+    assert [int(row[0]) for row in found] == order[:10].tolist()
+    assert [row[4] for row in found] == [
+        "</script><b>",
+        "",
+        *(f"label of {n}" for n in order[2:10]),
+    ]
+    assert [row[4] for row in rows(page, "head")] == [
+        f"head {n}" for n in np.argsort(-np.abs(trace["head"][1, 2]))
+    ]
+    assert page.locator("#detail b").count() == 0
+    resid = page.locator("#detail table[data-site=resid] th").all_inner_texts()
+    assert resid == ["unit", "layer", "token", "R"]
+    point(page, 0, 0, click=True)
+    assert {row[4] for row in rows(page, "neuron")} == {""}
+
+
+def test_without_an_atlas_there_is_no_column_for_labels(show: Open, trace: reltrace.Trace) -> None:
+    page = show(trace)
+    heads = page.locator("#detail table[data-site=neuron] th").all_inner_texts()
+    assert heads == ["neuron", "layer", "token", "R"]
+
+
 def test_keys_move_and_choose(show: Open, trace: reltrace.Trace) -> None:
     page = show(trace)
     page.focus("#map")
@@ -232,8 +269,11 @@ def test_thousands_of_tokens(show: Open) -> None:
     assert close_to(colour_at(page, token, 31), expected_colour(share))
 
 
-def test_a_narrow_window(show: Open, trace: reltrace.Trace) -> None:
-    page = show(trace)
+@pytest.mark.parametrize("label", [None, "a long label " * 20, "x" * 300])
+def test_a_narrow_window(show: Open, trace: reltrace.Trace, label: str | None) -> None:
+    places = np.ndindex(3, 40)
+    labels = label and FakeLabels({("neuron", *place): label for place in places})
+    page = show(trace, atlas=labels)
     page.set_viewport_size({"width": 400, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert re.fullmatch(r"\d+px", page.evaluate("canvas.style.width"))

@@ -255,7 +255,7 @@ function showDetail() {
     const table = detail.appendChild(document.createElement("table"));
     table.dataset.site = site.name;
     const head = table.createTHead().insertRow();
-    for (const name of [site.feature, ...(site.layered ? ["layer"] : []), "token", "R"]) cell(head, name, "th");
+    for (const name of [site.feature, ...(site.layered ? ["layer"] : []), "token", "R", ...(site.labels ? ["label"] : [])]) cell(head, name, "th");
     const body = table.createTBody();
     const most = largest(there.map(entry => entry.value)) || 1;
     for (const entry of there.slice(0, STRONGEST)) {
@@ -268,6 +268,7 @@ function showDetail() {
       const swatch = document.createElement("i");
       swatch.style.background = css(colour(entry.value / most));
       last.prepend(swatch);
+      if (site.labels) cell(row, site.labels[site.columns[entry.column]]?.[entry.feature] ?? "").className = "label";
     }
     if (!there.length) detail.append(Object.assign(document.createElement("p"), {textContent: "None of those on this page."}));
     if (site.note) detail.append(Object.assign(document.createElement("p"), {textContent: site.note}));
