@@ -18,7 +18,7 @@ Prompt = tuple[str, str]
 """Its words, a space before each, and what is explained; no words: it was left out."""
 
 Places = Mapping[tuple[int, int], Sequence[tuple[int, int, float]]]
-"""By layer and neuron: prompt, token and relevance there."""
+"""By layer and neuron: prompt, token and relevance there; the activation is ten times that."""
 
 
 def make_atlas(
@@ -31,7 +31,7 @@ def make_atlas(
     layers: int = 2,
     neurons: int = 3,
 ) -> reltrace.Atlas:
-    """Write an atlas whose activations are nothing, and whose heads are neurons that do nothing."""
+    """Write an atlas that lists no activations, and whose heads are neurons that do nothing."""
     about = {"model": "", "rule": "attnlrp", "target": "max", "k": k, "slice": slice_,
              "made_by": [MODEL, REVISION]}  # fmt: skip
     state, at = State(about), Folder(folder)
@@ -60,8 +60,11 @@ def make_atlas(
         for (layer, which, neuron), keys in lists.items():
             keys = sorted(keys, reverse=True)[:k]
             strongest[layer, which, : len(keys), neuron] = keys
+        sign = np.array([1, -1, 1, -1], np.float32)[None, :, None, None]
+        beside = (strongest >> 32).astype(np.int32).view(np.float32) * sign * 10
         site = {
             "strongest": strongest,
+            "beside": beside,
             "high": sums >> 32,
             "low": sums & 0xFFFFFFFF,
             "histogram": np.zeros((layers, 2, neurons, BINS), np.int32),

@@ -251,8 +251,9 @@ class Atlas:
         """Write labels with their contexts, for a person or a language model to better them.
 
         A line of JSON each: "site", "layer", "index", "label", "by" (who gave it; "log-odds": it is
-        built in), "mass", and "contexts", the strongest of positive relevance, each with "value",
-        "text" (the token where it is strong between ⟦ and ⟧), "token" and "target".
+        built in), "mass", and "contexts", the strongest of positive relevance, each with
+        "relevance", "activation", "text" (the token where it is strong between ⟦ and ⟧), "token"
+        and "target".
 
         Parameters
         ----------
@@ -321,15 +322,16 @@ class Atlas:
 
     def _contexts(self, merged: Merged, layer: int, index: int, which: int) -> list[Context]:
         sign = -1.0 if LISTS[which].endswith("-") else 1.0
-        rows = zip(
-            merged.values[layer, which, :, index].tolist(),
-            merged.prompts[layer, which, :, index].tolist(),
-            merged.tokens[layer, which, :, index].tolist(),
-            strict=True,
+        own, prompts, positions, beside = (
+            array[layer, which, :, index].tolist()
+            for array in (merged.values, merged.prompts, merged.tokens, merged.beside)
         )
-        read = self._reader
-        return [
-            Context(sign * value, prompt, token, read.tokens(prompt), read.target(prompt))
-            for value, prompt, token in rows
-            if prompt >= 0
-        ]
+        read, contexts = self._reader, []
+        for value, prompt, position, other in zip(own, prompts, positions, beside, strict=True):
+            if prompt < 0:
+                break
+            pair = (sign * value, other)
+            relevance, activation = pair if LISTS[which].startswith("relevance") else pair[::-1]
+            tokens, target = read.tokens(prompt), read.target(prompt)
+            contexts.append(Context(relevance, activation, prompt, position, tokens, target))
+        return contexts

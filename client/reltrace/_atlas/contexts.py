@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from reltrace._atlas.merged import quantile
 from reltrace._atlas.part import MEASURES
+from reltrace._edit import Steer
 from reltrace._errors import invalid
 from reltrace._trace import Array
 
@@ -19,8 +20,8 @@ class Context:
 
     Attributes
     ----------
-    value : float
-        Relevance or activation there.
+    relevance, activation : float
+        Of it, there.
     prompt : int
         Number of the prompt in the corpus.
     position : int
@@ -31,11 +32,16 @@ class Context:
         The token that was explained: by default what the model predicts after the prompt.
     """
 
-    value: float
+    relevance: float
+    activation: float
     prompt: int
     position: int
     tokens: tuple[str, ...]
     target: str
+
+    def value(self, measure: str) -> float:
+        """Return the "relevance" or the "activation"."""
+        return self.relevance if measure == "relevance" else self.activation
 
     @property
     def token(self) -> str:
@@ -110,6 +116,30 @@ class Feature:
     mean: dict[str, float]
     mass: float
     _histograms: dict[str, Array]
+
+    def steer(self, times: float = 1.0) -> Steer:
+        """Return what makes generation speak of what this neuron stands for.
+
+        The neuron is set to the mean activation that it has where it speaks for predictions, in its
+        contexts of positive relevance, times a factor.
+
+        Parameters
+        ----------
+        times : float, default 1
+            The factor; negative ones make it speak against.
+
+        Raises
+        ------
+        InvalidArgument
+            This is a head, or a neuron that has no such context.
+        """
+        contexts = self.contexts["relevance+"]
+        if self.site != "neuron" or not contexts:
+            raise invalid(
+                self.site, f"{self.index} of layer {self.layer} has nothing to be steered by"
+            )
+        usual = sum(context.activation for context in contexts) / len(contexts)
+        return Steer(self.layer, self.index, value=times * usual)
 
     def quantile(self, share: float, measure: str = "relevance") -> float:
         """Return the value below which a share of all tokens' values lies, to within its octave."""

@@ -187,7 +187,8 @@ def described(feature: Feature) -> dict[str, Any]:
         "mass": feature.mass,
         "contexts": [
             {
-                "value": context.value,
+                "relevance": context.relevance,
+                "activation": context.activation,
                 "text": _marked(context),
                 "token": context.token,
                 "target": context.target,

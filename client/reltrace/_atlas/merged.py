@@ -25,6 +25,9 @@ class Merged:
     ----------
     values : ndarray
         float32 [L, 4, k, F]: sizes, the strongest first; 0: there is none.
+    beside : ndarray
+        float32 of the same shape: the activation at places of relevance, the relevance at those of
+        activation.
     prompts, tokens : ndarray
         int64 and int32 of the same shape: number of the prompt in the corpus, and index of the
         token; -1.
@@ -35,6 +38,7 @@ class Merged:
     """
 
     values: Array
+    beside: Array
     prompts: Array
     tokens: Array
     high: Array
@@ -47,6 +51,7 @@ class Merged:
         layers, _, _, features = strongest
         return cls(
             values=np.zeros(strongest, np.float32),
+            beside=np.zeros(strongest, np.float32),
             prompts=np.full(strongest, -1, np.int64),
             tokens=np.full(strongest, -1, np.int32),
             high=np.zeros((layers, len(SUMS), features), np.int64),
@@ -76,12 +81,13 @@ class Merged:
                 (self.values, values),
                 (self.prompts, prompts),
                 (self.tokens, tokens),
+                (self.beside, slice_["beside"]),
             )
         ]
         # The strongest first; of equal ones the earliest place, whoever came first.
         order = np.lexsort((columns[2], columns[1], -columns[0]), axis=2)
         order = order[:, :, : self.values.shape[2]]
-        self.values, self.prompts, self.tokens = (
+        self.values, self.prompts, self.tokens, self.beside = (
             np.take_along_axis(column, order, axis=2) for column in columns
         )
         low = self.low + slice_["low"]

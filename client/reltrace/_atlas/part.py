@@ -23,10 +23,12 @@ class AtlasPart:
     arrays : mapping of str to mapping of str to ndarray
         Of the sites "neuron" and "head": "strongest", int64 [L, 4, k, F], keys in the order of
         `LISTS`: bits of a positive float32 above, below them the complement of
-        ``prompt << 16 | token``, 0 where there is none; "high" and "low", int64 [L, 3, F], sums in
-        the order of `SUMS`: ``high * 2**32 + low`` units of 2**-40; "histogram", int32
-        [L, 2, F, bins], in the order of `MEASURES`. Of the site "corpus": "token_ids", int32 [T],
-        "lengths", int32 [P], and "targets", int32 [P], the token that is explained; -1: left out.
+        ``prompt << 16 | token``, 0 where there is none; "beside", float32 of the same shape, the
+        activation at places of relevance and the relevance at those of activation; "high" and
+        "low", int64 [L, 3, F], sums in the order of `SUMS`: ``high * 2**32 + low`` units of 2**-40;
+        "histogram", int32 [L, 2, F, bins], in the order of `MEASURES`. Of the site "corpus":
+        "token_ids", int32 [T], "lengths", int32 [P], and "targets", int32 [P], the token that is
+        explained; -1: left out.
     vocabulary : dict of int to str
         Texts of the tokens of the prompts, and of those that are explained.
     skipped : dict of int to str

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -16,7 +15,7 @@ from rich.text import Text
 
 import reltrace
 from reltrace._atlas.part import LISTS
-from reltrace._batch.items import InputFormat, format_of, read_items
+from reltrace._batch.items import InputFormat, count_items, format_of, read_items
 from reltrace._command.options import (
     AsJson,
     Model,
@@ -83,7 +82,12 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Build an atlas, or what is missing of one."""
-    with _opened(corpus, column) as prompts, access_of(context).client(server) as client:
+    prompts: Iterable[str] = (
+        _texts(sys.stdin.buffer, InputFormat("text"))
+        if corpus == "-"
+        else _File(Path(corpus), column)
+    )
+    with access_of(context).client(server) as client:
         found = client.build_atlas(
             prompts,
             out,
@@ -133,7 +137,9 @@ def show(
     table.add_column("explained")
     for name in names:
         for place in found.contexts[name]:
-            table.add_row(f"{place.value:+.4g}", _line(place), Text(label(place.target).strip()))
+            value = place.value(measure)
+            target = Text(label(place.target).strip())
+            table.add_row(f"{value:+.4g}", _line(place, value), target)
     Console().print(table)
 
 
@@ -159,7 +165,8 @@ def find(
     table.add_column("label")
     table.add_column(f"strongest of them, by {measure}")
     for match in found:
-        line = _line(match.strongest) if match.strongest else Text("-")
+        place = match.strongest
+        line = _line(place, place.value(measure)) if place else Text("-")
         table.add_row(
             str(match.layer),
             str(match.index),
@@ -211,17 +218,22 @@ def import_labels(
     typer.echo(f"{folder}: {count} labels changed")
 
 
-@contextmanager
-def _opened(corpus: str, column: str | None) -> Iterator[Iterator[str]]:
-    """Open a corpus, for the texts of its prompts."""
-    if corpus == "-":
-        yield _texts(sys.stdin.buffer, InputFormat("text"))
-        return
-    path = Path(corpus)
-    if not path.is_file():
-        raise invalid("corpus", f"there is no file {corpus!r}")
-    with path.open("rb") as file:
-        yield _texts(file, InputFormat.of(path, format_of(path) or "text", column, None))
+class _File:
+    """The prompts of a file, and how many they are."""
+
+    def __init__(self, path: Path, column: str | None) -> None:
+        if not path.is_file():
+            raise invalid("corpus", f"there is no file {str(path)!r}")
+        self._path = path
+        self._reading = InputFormat.of(path, format_of(path) or "text", column, None)
+
+    def __len__(self) -> int:
+        with self._path.open("rb") as file:
+            return count_items(file, self._reading)
+
+    def __iter__(self) -> Iterator[str]:
+        with self._path.open("rb") as file:
+            yield from _texts(file, self._reading)
 
 
 def _texts(file: BinaryIO, reading: InputFormat) -> Iterator[str]:
@@ -233,11 +245,11 @@ def _texts(file: BinaryIO, reading: InputFormat) -> Iterator[str]:
         yield item.arguments["prompt"]
 
 
-def _line(place: reltrace.Context) -> Text:
+def _line(place: reltrace.Context, value: float) -> Text:
     """Return the tokens around a place, the one that is strong in colour."""
     words = readable_all(place.tokens)
     line = Text("… " if place.window.start else "")
     for index in place.window:
-        strong = "bold red" if place.value > 0 else "bold blue"
+        strong = "bold red" if value > 0 else "bold blue"
         line.append(words[index], style=strong if index == place.position else "")
     return line + Text(" …" if place.window.stop < len(place.tokens) else "")

@@ -96,8 +96,8 @@ class _Snippets:
         self.words: dict[str, int] = {}
         self._numbers: dict[tuple[int, int, int], int] = {}
 
-    def place(self, context: Context) -> tuple[float, int, int]:
-        """Return value, number of the snippet, and index of the word in it."""
+    def place(self, context: Context) -> tuple[float, float, int, int]:
+        """Return relevance, activation, number of the snippet, and index of the word in it."""
         window = context.window
         key = (context.prompt, window.start, window.stop)
         number = self._numbers.get(key)
@@ -113,4 +113,5 @@ class _Snippets:
                     int(window.stop < len(context.tokens)),
                 ]
             )
-        return _short(context.value), number, context.position - window.start
+        values = _short(context.relevance), _short(context.activation)
+        return *values, number, context.position - window.start

@@ -32,8 +32,14 @@ def test_labels_are_written_with_what_they_rest_on(atlas: reltrace.Atlas, tmp_pa
         "site": "neuron", "layer": 1, "index": 0, "label": "cats", "by": "log-odds",
         "mass": 1.25,
         "contexts": [
-            {"value": 0.75, "text": " the big⟦ cats⟧", "token": " cats", "target": " sleep"},
-            {"value": 0.5, "text": " my⟦ cats⟧ run", "token": " cats", "target": " far"},
+            {
+                "relevance": 0.75, "activation": 7.5,
+                "text": " the big⟦ cats⟧", "token": " cats", "target": " sleep",
+            },
+            {
+                "relevance": 0.5, "activation": 5.0,
+                "text": " my⟦ cats⟧ run", "token": " cats", "target": " far",
+            },
         ],
     }  # fmt: skip
     # By relevance mass; one that never speaks for a prediction has no contexts of that kind.

@@ -60,12 +60,23 @@ def test_places_of_one_prompt_are_one_context(tmp_path: Path) -> None:
 
 def test_features_know_their_context_and_mass(atlas: reltrace.Atlas) -> None:
     strongest = atlas.neuron(1, 0).contexts["relevance+"][0]
-    assert (strongest.token, strongest.target, strongest.value) == (" cats", " eat", 1.0)
+    assert (strongest.token, strongest.target) == (" cats", " eat")
+    assert (strongest.relevance, strongest.activation) == (1.0, 10.0)
+    assert (strongest.value("relevance"), strongest.value("activation")) == (1.0, 10.0)
     assert strongest.window == range(1)
     assert atlas.neuron(1, 0).mass == pytest.approx(2.5)
     assert [(f.layer, f.index) for f in atlas.by_mass(most=3)] == [(1, 0), (1, 2), (1, 1)]
     assert atlas.mass()[1].tolist() == pytest.approx([2.5, 1.0, 1.6], abs=1e-6)
     assert (atlas.prompts, list(atlas.skipped)) == (208, [8])
+
+
+def test_steering_is_by_the_activation_of_its_contexts(atlas: reltrace.Atlas) -> None:
+    steer = atlas.neuron(1, 0).steer(2)
+    assert (steer.layer, steer.neuron, steer.value) == (1, 0, pytest.approx(2 * 6.25))
+    with pytest.raises(reltrace.InvalidArgument, match="neuron: 0 of layer 0 has nothing"):
+        atlas.neuron(0, 0).steer()
+    with pytest.raises(reltrace.InvalidArgument, match="head: 0 of layer 1 has nothing"):
+        atlas.head(1, 0).steer()
 
 
 def test_contexts_of_long_prompts_are_cut(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Slices put together: exact, in whatever order."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,12 +23,20 @@ def keys(pairs: list[tuple[float, int, int]]) -> np.ndarray:
 
 def slice_of(strongest: np.ndarray, sums: int = 0) -> dict[str, np.ndarray]:
     """A slice with these lists; all of its sums are the same."""
+    values = (strongest >> 32).astype(np.int32).view(np.float32)
+    token = (0xFFFFFFFF - (strongest & 0xFFFFFFFF)) & 0xFFFF
     return {
         "strongest": strongest,
+        "beside": np.where(strongest > 0, beside(values, token), 0).astype(np.float32),
         "high": np.full((1, 3, 1), sums >> 32, np.int64),
         "low": np.full((1, 3, 1), sums & 0xFFFFFFFF, np.int64),
         "histogram": np.zeros((1, 2, 1, BINS), np.int32),
     }
+
+
+def beside(value: Any, token: Any) -> Any:
+    """What is beside a place tells it from others."""
+    return 100 * value + token
 
 
 def merged(slices: list[tuple[int, list[tuple[float, int, int]]]]) -> Merged:
@@ -55,7 +65,10 @@ def test_the_order_of_slices_does_not_matter(parts: list, order: object) -> None
     every = [(v, first + p, t) for first, part in slices for v, p, t in part]
     expected = sorted(every, key=lambda place: (-place[0], place[1], place[2]))[:K]
     order.shuffle(slices)  # type: ignore[attr-defined]
-    assert listed(merged(slices)) == expected
+    whole = merged(slices)
+    assert listed(whole) == expected
+    assert whole.beside[0, 0, : len(expected), 0].tolist() == [beside(v, t) for v, _, t in expected]
+    assert not whole.beside[0, 0, len(expected) :].any()
 
 
 def test_sums_stay_exact_beyond_what_64_bits_hold() -> None:

@@ -118,7 +118,7 @@ def test_a_page_holds_those_with_most_mass(
     )
     assert rows(page)[0] == "0 2 9 <img src=x>"
     assert "<img src=x> (by Ida)" in detail(page)
-    assert page.locator(".contexts tr").count() == 1
+    assert page.locator(".contexts .text").count() == 1
 
 
 def test_bad_arguments_say_what_is_allowed(atlas: reltrace.Atlas, tmp_path: Path) -> None:

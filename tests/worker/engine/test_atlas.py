@@ -79,6 +79,20 @@ def test_the_strongest_places_are_those_that_sorting_finds() -> None:
         assert listed(atlas, 0, which) == [[]] * 5
 
 
+def test_beside_a_place_is_the_other_measure_there() -> None:
+    atlas = SiteAtlas.empty(1, 5, 4, CPU)
+    relevance, activation, places = rows(4, 700, 5)
+    # Few places are left for the last feature's negative relevance: the rest stays empty.
+    relevance[2:, 4] = relevance[2:, 4].abs()
+    atlas.add(0, relevance, activation, places)
+    at = {int(place): index for index, place in enumerate(places)}
+    for which, other in zip(LISTS, (activation, activation, relevance, relevance), strict=True):
+        for feature, found in enumerate(listed(atlas, 0, which)):
+            expected = [float(other[at[place], feature]) for _, place in found]
+            beside = atlas.beside[0, LISTS.index(which), :, feature].tolist()
+            assert beside == expected + [0.0] * (4 - len(found))
+
+
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     seed=st.integers(0, 1000),
@@ -97,6 +111,7 @@ def test_parts_in_any_order_give_the_same_bits(seed: int, cuts: list[int], order
         part = slice(start, stop)
         pieces.add(0, relevance[part], activation[part], places[part])
     assert torch.equal(pieces.strongest, whole.strongest)
+    assert torch.equal(pieces.beside, whole.beside)
     assert torch.equal(pieces.high, whole.high)
     assert torch.equal(pieces.low, whole.low)
     assert torch.equal(pieces.histogram, whole.histogram)
@@ -274,7 +289,7 @@ def test_a_slice_says_which_tokens_it_has(checkpoints: Checkpoints) -> None:
         *(
             (site, part)
             for site in ("neuron", "head")
-            for part in ("strongest", "high", "low", "histogram")
+            for part in ("strongest", "beside", "high", "low", "histogram")
         ),
     }
 

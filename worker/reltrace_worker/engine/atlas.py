@@ -100,6 +100,9 @@ class SiteAtlas:
     ----------
     strongest
         int64 [L, 4, k, F]: keys, in the order of ``LISTS``, the strongest first; 0: there is none.
+    beside
+        float32 of the same shape: the activation at places of relevance, and the relevance at those
+        of activation; 0 where there is no place.
     high, low
         int64 [L, 3, F]: sums in the order of ``SUMS``, in units of 2**-``POINT``, are
         ``high * 2**32 + low``; ``low`` is less than 2**32.
@@ -108,6 +111,7 @@ class SiteAtlas:
     """
 
     strongest: torch.Tensor
+    beside: torch.Tensor
     high: torch.Tensor
     low: torch.Tensor
     histogram: torch.Tensor
@@ -117,6 +121,7 @@ class SiteAtlas:
         """Return the atlas of no prompt."""
         return cls(
             torch.zeros(layers, 4, k, features, dtype=torch.int64, device=device),
+            torch.zeros(layers, 4, k, features, dtype=torch.float32, device=device),
             torch.zeros(layers, len(SUMS), features, dtype=torch.int64, device=device),
             torch.zeros(layers, len(SUMS), features, dtype=torch.int64, device=device),
             torch.zeros(layers, 2, features, BINS, dtype=torch.int32, device=device),
@@ -134,20 +139,27 @@ class SiteAtlas:
         places
             int64 [N].
         """
-        k = self.strongest.shape[2]
         for start in range(0, len(places), _ROWS):
             rows = slice(start, start + _ROWS)
             at = places[rows]
-            for measure, values in enumerate((relevance[rows], activation[rows])):
+            both = relevance[rows], activation[rows]
+            for measure, values in enumerate(both):
                 for sign, turned in enumerate((values, -values)):
-                    kept = self.strongest[layer, 2 * measure + sign]
-                    both = torch.cat([kept, keys_of(turned.contiguous(), at)])
-                    kept.copy_(both.topk(k, dim=0).values)
+                    keys = keys_of(turned.contiguous(), at)
+                    self._keep(layer, 2 * measure + sign, keys, both[1 - measure])
                 units = (values.double() * 2.0**POINT).round().long()
                 self._sum(layer, measure, units)
                 if measure == 0:
                     self._sum(layer, SUMS.index("relevance mass"), units.abs())
                 self._count(self.histogram[layer, measure], values)
+
+    def _keep(self, layer: int, which: int, keys: torch.Tensor, beside: torch.Tensor) -> None:
+        kept, kept_beside = self.strongest[layer, which], self.beside[layer, which]
+        top = torch.cat([kept, keys]).topk(len(kept), dim=0)
+        found = torch.cat([kept_beside, beside]).gather(0, top.indices)
+        # Of keys of 0 any may be taken; all others are different.
+        kept_beside.copy_(torch.where(top.values > 0, found, found.new_zeros(())))
+        kept.copy_(top.values)
 
     def _sum(self, layer: int, which: int, units: torch.Tensor) -> None:
         # In halves: together they would overflow after some million tokens.

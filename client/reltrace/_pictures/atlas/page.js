@@ -51,7 +51,7 @@ function matches() {
     one.named = wanted !== "" && one.label.toLowerCase().includes(wanted);
     if (!wanted) return true;
     if (place && one.layer === Number(place[1]) && one.index === Number(place[2])) return true;
-    for (const list of [0, 1]) for (const [, snippet] of one.lists[list]) one.count += has[snippet];
+    for (const list of [0, 1]) for (const [, , snippet] of one.lists[list]) one.count += has[snippet];
     return one.named || one.count > 0;
   });
 }
@@ -132,11 +132,16 @@ function showDetail() {
     tab.addEventListener("click", () => { state.list = index; showDetail(); });
   });
   const table = element(detail, "table", "", "contexts");
-  const most = Math.max(...one.lists[state.list].map(([value]) => Math.abs(value)), 0) || 1;
-  for (const [value, snippet, at] of one.lists[state.list]) {
+  const contexts = one.lists[state.list], measure = state.list < 2 ? 0 : 1;
+  const most = Math.max(...contexts.map(values => Math.abs(values[measure])), 0) || 1;
+  if (contexts.length) {
+    const head = element(table, "tr");
+    for (const name of ["relevance", "activation", ""]) element(head, "th", name).scope = "col";
+  }
+  for (const [relevance, activation, snippet, at] of contexts) {
     const line = element(table, "tr");
-    element(line, "td", number(value), "number");
-    context(element(line, "td", "", "text"), snippets[snippet], at, value / most);
+    for (const value of [relevance, activation]) element(line, "td", number(value), "number");
+    context(element(line, "td", "", "text"), snippets[snippet], at, [relevance, activation][measure] / most);
   }
   if (!one.lists[state.list].length) element(detail, "p", "There is none in this corpus.");
 }
