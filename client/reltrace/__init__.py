@@ -47,6 +47,7 @@ from reltrace._info import JobStatus, Model, Queue, Status, Worker
 from reltrace._neurons import StrongHead, StrongNeuron
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 from reltrace._target import Target
+from reltrace._text_stream import AsyncTextStream, TextPiece, TextStream
 from reltrace._trace import Failure, Trace
 from reltrace._transport.security import TlsOptions
 
@@ -107,6 +108,7 @@ def load_atlas(folder: str | _PathLike[str]) -> Atlas:
 
 __all__ = [
     "AsyncClient",
+    "AsyncTextStream",
     "Atlas",
     "Cancelled",
     "Client",
@@ -145,6 +147,8 @@ __all__ = [
     "StrongNeuron",
     "Target",
     "Tenant",
+    "TextPiece",
+    "TextStream",
     "Timings",
     "TlsOptions",
     "Trace",

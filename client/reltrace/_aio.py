@@ -10,6 +10,7 @@ from typing import Any, Self, TypeAlias, overload
 
 from reltrace._edit import EditLike
 from reltrace._errors import TraceError, invalid
+from reltrace._generate import AsyncGenerate
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._queries import AsyncQueries
@@ -30,7 +31,7 @@ Item: TypeAlias = str | Mapping[str, Any]
 _CLOSE_TIMEOUT = 5.0
 
 
-class AsyncClient(AsyncQueries, AsyncStudies):
+class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
     """A client of a reltrace server for asyncio code.
 
     The methods of `Client`, awaitable; `trace_many` is an async iterator. A client belongs to

@@ -9,6 +9,7 @@ from typing import Any, Self, overload
 from reltrace import _loop
 from reltrace._aio import AsyncClient, Item, Targets
 from reltrace._edit import EditLike
+from reltrace._generate import Generate
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
 from reltrace._queries import Queries
@@ -19,7 +20,7 @@ from reltrace._trace import Failure, Trace
 from reltrace._transport.security import Tls, Token
 
 
-class Client(Queries, Studies):
+class Client(Queries, Generate, Studies):
     """A client of a reltrace server.
 
     It may be used from several threads at once, in a notebook, and as a context manager.

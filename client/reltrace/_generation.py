@@ -95,8 +95,13 @@ class Writing:
     seed: int
     model: str | None
 
-    def jobs(self) -> list[Job]:
+    def jobs(self, *, stream: bool = False) -> list[Job]:
         """Check the arguments; return the job, and the same without steering if there is any.
+
+        Parameters
+        ----------
+        stream : bool
+            Whether somebody reads along.
 
         Raises
         ------
@@ -109,6 +114,7 @@ class Writing:
             temperature=_number(self.temperature, "temperature", _MOST_TEMPERATURE),
             top_p=_number(self.top_p, "top_p", 1.0),
             seed=_whole(self.seed, "seed", 0, _LARGEST_SEED),
+            stream=stream,
         )
         jobs = []
         for wanted in (edits, []) if edits else ([],):

@@ -1,11 +1,9 @@
-"""What clients do with a model besides tracing it: let it write, and see which rule to trust."""
+"""What clients learn of a model from many prompts: its atlas, and which rule to trust."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +11,14 @@ from typing import TYPE_CHECKING, Any
 from reltrace._atlas.atlas import Atlas
 from reltrace._atlas.build import Plan as AtlasPlan
 from reltrace._atlas.build import build
-from reltrace._edit import EditLike
-from reltrace._errors import TraceError
 from reltrace._evaluate.evaluation import Evaluation
 from reltrace._evaluate.run import Plan
 from reltrace._evaluate.run import Run as EvaluationRun
-from reltrace._generation import Generation, Writing
 from reltrace._loop import LoopThread
 from reltrace._progress import Progress
-from reltrace._request import Priority, wire_priority
+from reltrace._request import Priority
 from reltrace._target import TargetLike
-from reltrace._transport.connection import Connection, Deadline
-from reltrace._transport.submission import Entry, Rejected, deliveries, submit
+from reltrace._transport.connection import Connection
 
 if TYPE_CHECKING:
     from reltrace._aio import AsyncClient
@@ -34,36 +28,6 @@ class AsyncStudies:
     """See `Studies`."""
 
     _connection: Connection
-
-    async def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        input_ids: Sequence[int] | None = None,
-        steer: EditLike | Sequence[EditLike] = (),
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 0.0,
-        seed: int = 0,
-        model: str | None = None,
-        priority: Priority = "interactive",
-        timeout: float | None = None,
-    ) -> Generation:
-        """Let a model go on with a prompt. See `Client.generate`."""
-        writing = Writing(prompt, input_ids, steer, max_new_tokens, temperature, top_p, seed, model)
-        deadline = Deadline(timeout)
-        entries = [Entry(job, None) for job in writing.jobs()]
-        answer = await submit(self._connection, entries, deadline, wire_priority(priority))
-        if isinstance(answer, Rejected):
-            raise next(iter(answer.errors.values()))
-        found: dict[int, Generation] = {}
-        async with aclosing(deliveries(self._connection, answer, entries, deadline)) as stream:
-            async for delivery in stream:
-                if isinstance(delivery.outcome, TraceError):
-                    raise delivery.outcome
-                assert isinstance(delivery.outcome, Generation)
-                found[delivery.index] = delivery.outcome
-        return replace(found[0], unsteered=found.get(1))
 
     async def build_atlas(
         self,
@@ -108,80 +72,6 @@ class Studies:
 
     _client: AsyncStudies
     _loop: LoopThread
-
-    def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        input_ids: Sequence[int] | None = None,
-        steer: EditLike | Sequence[EditLike] = (),
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 0.0,
-        seed: int = 0,
-        model: str | None = None,
-        priority: Priority = "interactive",
-        timeout: float | None = None,
-    ) -> Generation:
-        """Let a model go on with a prompt, as it is and steered.
-
-        Parameters
-        ----------
-        prompt : str
-            Text, encoded by the model's tokenizer with its special tokens.
-        input_ids : sequence of int
-            Token ids, used as they are; instead of `prompt`.
-        steer : Steer, Edit or a sequence of these, optional
-            Made in this order for every token, of the prompt and of what is written. The same text
-            without them is written as well, in the same batch.
-        max_new_tokens : int, default 64
-            At most so many tokens, 1 to 1024.
-        temperature : float, default 0
-            0: always the token with the largest logit; else logits are divided by it and drawn
-            from.
-        top_p : float, default 0
-            Draw from the likeliest tokens that have this much probability together; 0: from all.
-        seed : int, default 0
-            Of the draws: the same seed gives the same text.
-        model : str, optional
-            Name of a served model; default: the only one.
-        priority : {"interactive", "batch"}
-            Who goes first where jobs wait.
-        timeout : float, optional
-            Seconds for the whole call; default: as long as the server takes.
-
-        Returns
-        -------
-        Generation
-            With what the model writes unsteered in `unsteered`, if anything was steered.
-
-        Raises
-        ------
-        InvalidArgument
-            If an argument is wrong; the message names it and what is allowed.
-        ModelNotFound
-            If no worker serves the model.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        DeadlineExceeded
-            If `timeout` is over.
-        JobFailed
-            If the worker failed.
-        """
-        return self._loop.run(
-            self._client.generate(
-                prompt,
-                input_ids=input_ids,
-                steer=steer,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                model=model,
-                priority=priority,
-                timeout=timeout,
-            )
-        )
 
     def build_atlas(
         self,

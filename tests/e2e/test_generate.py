@@ -4,11 +4,12 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import reltrace
 import torch
-from e2e.conftest import Process
+from e2e.conftest import Process, wait_until
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.model import load_model
 
@@ -17,6 +18,8 @@ PROMPTS = [
     "Here is an indigo table. The colour of the table is",
     "She has 40 lizards and 2 turkeys. Her lizards love to play with her",
 ]
+
+STEER = reltrace.Steer(2, 50, value=-5)
 
 
 def test_it_writes_what_transformers_writes(demo_address: str) -> None:
@@ -131,3 +134,111 @@ def test_the_command_shows_both_texts(demo_address: str, start: Callable[..., Pr
     bad.popen.communicate(timeout=60)
     assert bad.popen.returncode == 1
     assert "steer: must be LAYER:NEURON=VALUE" in bad.errors.read_text()
+
+
+# -- read along ---------------------------------------------------------------------------
+
+
+def put_together(pieces: list[reltrace.TextPiece]) -> dict[bool, str]:
+    """The texts that somebody has who believes the pieces, steered or not."""
+    texts: dict[bool, str] = {}
+    for piece in pieces:
+        before = "" if piece.again else texts.get(piece.steered, "")
+        texts[piece.steered] = before + piece.text
+    return texts
+
+
+def test_pieces_are_what_generate_returns(demo_address: str) -> None:
+    with reltrace.Client(demo_address) as client:
+        stream = client.generate_stream(PROMPTS[0], max_new_tokens=50, steer=STEER)
+        assert stream.result is None
+        pieces = list(stream)
+        found = stream.result
+        plain = client.generate(PROMPTS[0], max_new_tokens=50, steer=STEER)
+        assert found is not None
+        assert found.unsteered is not None
+        assert plain.unsteered is not None
+        assert (found.text, found.unsteered.text) == (plain.text, plain.unsteered.text)
+        assert put_together(pieces) == {True: found.text, False: found.unsteered.text}
+        for steered, whole in ((True, found), (False, found.unsteered)):
+            ids = [
+                token for piece in pieces if piece.steered is steered for token in piece.token_ids
+            ]
+            assert ids == whole.token_ids
+        assert next(stream, None) is None
+
+
+async def test_the_first_piece_comes_before_the_text_has_ended(demo_address: str) -> None:
+    """
+    Given a long text
+    When its first piece is there
+    I expect its job to be running still, whose id nobody but the server knows.
+    """
+    async with reltrace.AsyncClient(demo_address) as client:
+        stream = client.generate_stream(PROMPTS[0], max_new_tokens=400)
+        first = await anext(stream)
+        assert first.token_ids
+        assert len(first.token_ids) < 400
+        assert sum(queue.leased for queue in (await client.status()).queues) == 1
+        rest = [piece async for piece in stream]
+        assert stream.result is not None
+        assert put_together([first, *rest]) == {False: stream.result.text}
+
+
+def test_who_leaves_early_cancels_the_rest(demo_address: str) -> None:
+    with reltrace.Client(demo_address) as client:
+        ended = dict(client.status().ended)
+        stream = client.generate_stream(PROMPTS[0], max_new_tokens=400)
+        next(stream)
+        stream.close()
+        assert stream.result is None
+
+        def cancelled() -> int:
+            return client.status().ended.get("CANCELLED", 0) - ended.get("CANCELLED", 0)
+
+        wait_until(lambda: cancelled() == 1, "the job is cancelled", 20)
+        wait_until(
+            lambda: not any(queue.leased for queue in client.status().queues), "nothing runs", 20
+        )
+
+
+def test_another_scheduler_and_another_worker_go_on_with_a_text(
+    start: Callable[..., Process], tmp_path: Path
+) -> None:
+    """
+    Given two schedulers on one Redis, with a worker at each
+    If a text is read along with at the scheduler where its worker is not, and that worker is
+    killed in mid-text
+    I expect the other worker to write it from the beginning, and the reader to notice nothing: no
+    piece is said again.
+    """
+    common = ("--listen", "127.0.0.1:0", "--lease", "2")
+    first = start("reltrace_scheduler", "--data", str(tmp_path / "data"), *common)
+    one = first.first_line().split()[-1]
+    (socket,) = (tmp_path / "data").rglob("redis.sock")
+    second = start("reltrace_scheduler", "--redis", f"unix://{socket}", *common)
+    two = second.first_line().split()[-1]
+    model = ("--model", "demo", "--threads", "1")
+    worker = start("reltrace_worker", "--scheduler", one, *model)
+    with reltrace.Client(two, retry_timeout=100) as client:
+        wait_until(lambda: len(client.status().workers) == 1, "the worker is there", 100)
+        stream = client.generate_stream(PROMPTS[0], max_new_tokens=450)
+        pieces = [next(stream)]
+        worker.kill()
+        start("reltrace_worker", "--scheduler", two, *model)
+        pieces += list(stream)
+        assert stream.result is not None
+        assert len(stream.result.token_ids) == 450
+        assert not any(piece.again for piece in pieces)
+        assert put_together(pieces) == {False: stream.result.text}
+
+
+def test_the_command_writes_as_it_comes(demo_address: str, start: Callable[..., Process]) -> None:
+    with reltrace.Client(demo_address) as client:
+        expected = client.generate(PROMPTS[0], max_new_tokens=30).text
+    command = start(
+        "reltrace", "generate", PROMPTS[0], "--max-new-tokens", "30", "--server", demo_address
+    )
+    said, _ = command.popen.communicate(timeout=60)
+    assert command.popen.returncode == 0, command.errors.read_text()
+    assert said == expected + "\n"

@@ -288,7 +288,9 @@ async def _run(
         device=served.device,
         version=__version__,
     )
-    session = Session(scheduler, hello, served.runner, access=access, spans=spans)
+    session = Session(
+        scheduler, hello, served.runner, access=access, spans=spans, drafts=served.drafts
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, session.asked_to_drain.set)

@@ -20,6 +20,7 @@ from reltrace_worker.metrics import PassStats
 from reltrace_worker.model import LoadedModel, load_model
 from reltrace_worker.rules import RULES, verify_rule
 from reltrace_worker.session.convert import model_info
+from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.routing import RoutingRunner
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.tracing import Spans
@@ -82,6 +83,8 @@ class Served:
         Of each model's passes.
     memory : callable
         Returns bytes of device memory by kind.
+    drafts : Drafts
+        Texts as they are written.
     """
 
     runner: RoutingRunner
@@ -89,6 +92,7 @@ class Served:
     device: str
     stats: dict[str, PassStats]
     memory: Callable[[], dict[str, int]]
+    drafts: Drafts
 
 
 def sources(models: Sequence[str], names: Sequence[str], revision: str | None) -> list[ModelSource]:
@@ -162,7 +166,8 @@ def serve(
         loaded.append(one)
     # One thread for all: passes over different models take turns, as those over one do.
     device_thread = ThreadPoolExecutor(1, "engine")
-    runners = [_runner(one, options, device_thread, spans) for one in loaded]
+    drafts = Drafts()
+    runners = [_runner(one, options, device_thread, spans, drafts) for one in loaded]
     infos = tuple(model_info(one) for one in loaded)
     devices = list(dict.fromkeys(device for one in loaded for device in one.devices))
     return Served(
@@ -178,6 +183,7 @@ def serve(
         device=loaded[0].describe().device,
         stats={one.name: runner.stats for one, runner in zip(loaded, runners, strict=True)},
         memory=lambda: device_memory(devices),
+        drafts=drafts,
     )
 
 
@@ -191,7 +197,11 @@ def _check_name(name: str, others: Sequence[str]) -> None:
 
 
 def _runner(
-    one: LoadedModel, options: PassOptions, thread: ThreadPoolExecutor, spans: Spans | None
+    one: LoadedModel,
+    options: PassOptions,
+    thread: ThreadPoolExecutor,
+    spans: Spans | None,
+    drafts: Drafts,
 ) -> Runner:
     limit = None if options.memory_gib is None else int(options.memory_gib * 2**30)
     engine = Engine(one, options.checkpointing, limit, compile=options.compile)
@@ -203,4 +213,4 @@ def _runner(
         tokens_per_pass=budget,
         checkpointing=options.checkpointing,
     )
-    return Runner(one, engine, budget, thread, spans)
+    return Runner(one, engine, budget, thread, spans, drafts)

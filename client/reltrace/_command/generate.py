@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Annotated
 
 import typer
@@ -52,7 +53,7 @@ def generate(
 ) -> None:
     """Let a model go on with a prompt, as it is and steered."""
     with access_of(context).client(server) as client:
-        found = client.generate(
+        pieces = client.generate_stream(
             prompt,
             steer=[steer_of(text) for text in steer or ()],
             max_new_tokens=max_new_tokens,
@@ -61,10 +62,17 @@ def generate(
             seed=seed,
             model=model,
         )
+        for piece in pieces:
+            if not steer and not as_json:
+                # Text that begins again is another: it can not be taken back.
+                typer.echo("\n" * piece.again + piece.text, nl=False)
+                sys.stdout.flush()
+    found = pieces.result
+    assert found is not None
     if as_json:
         echo_json(found.to_dict())
     elif found.unsteered is None:
-        typer.echo(found.text)
+        typer.echo()
     else:
         Console().print(_side_by_side(found, found.unsteered))
 

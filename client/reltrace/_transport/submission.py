@@ -26,9 +26,10 @@ from reltrace._errors import (
 )
 from reltrace._request import Job
 from reltrace._stored import StoredArrays, read_together
-from reltrace._transport.assemble import Assembler, Outcome
+from reltrace._transport.assemble import Outcome
 from reltrace._transport.connection import PASSING, Connection, Deadline, Method
 from reltrace._transport.leaving import Open
+from reltrace._transport.reading import Delivery, Draft, Reader
 from reltrace._transport.servers import Server
 
 # Results are freed on the server in steps of this size, and at the end.
@@ -57,25 +58,6 @@ class Rejected:
     """Jobs that keep a submission from being accepted, by index, with their errors."""
 
     errors: dict[int, TraceError]
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """One job that ended.
-
-    Attributes
-    ----------
-    index : int
-        Of the job in the submission.
-    outcome : list of Trace, Generation, AtlasPart or TraceError
-        One trace per target, what was written, or the atlas of a corpus, or why there is none.
-    bytes : int
-        Size of the tensors.
-    """
-
-    index: int
-    outcome: Outcome
-    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +164,7 @@ async def deliveries(
     entries: Sequence[Entry],
     deadline: Deadline,
     room: Callable[[], Awaitable[None]] | None = None,
+    drafts: Callable[[Draft], None] | None = None,
 ) -> AsyncGenerator[Delivery, None]:
     """Read the results of a submission as its jobs end, each once, and acknowledge them.
 
@@ -201,13 +184,15 @@ async def deliveries(
         When to give up.
     room : callable, optional
         Awaited before each message is read: how the reader slows the server down.
+    drafts : callable, optional
+        Takes what jobs that ask for it write, while they do.
 
     Raises
     ------
     TraceError
         If the results can not be had.
     """
-    reader = _Reader(accepted, entries)
+    reader = Reader(accepted.positions, entries)
     acknowledger = _Acknowledger(connection, accepted.id)
     retries = connection.retries(deadline)
     expired = False
@@ -219,6 +204,7 @@ async def deliveries(
                     submission_id=accepted.id,
                     after_entry=reader.last_entry,
                     after_chunk=reader.chunks_seen,
+                    drafts_of=reader.unfinished if drafts else (),
                 ),
                 timeout=deadline.remaining(),
                 metadata=metadata,
@@ -229,6 +215,9 @@ async def deliveries(
                     connection.check_open()
                     retries.succeeded()
                     server.succeeded()
+                    if drafts is not None:
+                        for draft in filter(None, map(reader.draft, response.drafts)):
+                            drafts(draft)
                     for event in response.events:
                         if (delivery := reader.take(event)) is not None:
                             _check_time(delivery, deadline)
@@ -307,44 +296,6 @@ async def _fetched(
     else:
         outcome = [replace(trace, arrays=own) for trace, own in zip(found, arrays, strict=True)]
     return replace(delivery, outcome=outcome, bytes=size)
-
-
-class _Reader:
-    """Where in the results of a submission we are."""
-
-    def __init__(self, accepted: Accepted, entries: Sequence[Entry]) -> None:
-        self._positions = dict(accepted.positions)
-        self._entries = entries
-        self._current: Assembler | None = None
-        self._current_job = ""
-        self.last_entry = 0
-
-    @property
-    def chunks_seen(self) -> int:
-        return 0 if self._current is None else self._current.chunks
-
-    @property
-    def missing(self) -> int:
-        return len(self._positions)
-
-    def take(self, event: trace_pb2.ResultEvent) -> Delivery | None:
-        chunk = event.chunk
-        index = self._positions.get(chunk.job_id)
-        if index is None or event.entry <= self.last_entry:
-            raise ProtocolError(f"entry {event.entry} delivers job {chunk.job_id!r} unasked")
-        if self._current is None:
-            self._current = Assembler(self._entries[index].job, self._entries[index].id)
-            self._current_job = chunk.job_id
-        elif self._current_job != chunk.job_id:
-            raise ProtocolError(f"chunks of job {chunk.job_id!r} came inside another entry")
-        outcome = self._current.add(chunk)
-        if outcome is None:
-            return None
-        size = self._current.bytes
-        self._current = None
-        self.last_entry = event.entry
-        del self._positions[chunk.job_id]
-        return Delivery(index, outcome, size)
 
 
 class _Acknowledger:

@@ -84,21 +84,27 @@ class StreamResultsRequest(_message.Message):
     SUBMISSION_ID_FIELD_NUMBER: _builtins.int
     AFTER_ENTRY_FIELD_NUMBER: _builtins.int
     AFTER_CHUNK_FIELD_NUMBER: _builtins.int
+    DRAFTS_OF_FIELD_NUMBER: _builtins.int
     submission_id: _builtins.str
     after_entry: _builtins.int
     """Resume after this entry; 0: from the start."""
     after_chunk: _builtins.int
     """Resume inside the entry that follows `after_entry`: chunks already seen."""
+    @_builtins.property
+    def drafts_of(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Jobs of the submission whose drafts are wanted, from the first on; at most 16."""
+
     def __init__(
         self,
         *,
         submission_id: _builtins.str = ...,
         after_entry: _builtins.int = ...,
         after_chunk: _builtins.int = ...,
+        drafts_of: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_chunk", b"after_chunk", "after_entry", b"after_entry", "submission_id", b"submission_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_chunk", b"after_chunk", "after_entry", b"after_entry", "drafts_of", b"drafts_of", "submission_id", b"submission_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -136,16 +142,20 @@ class StreamResultsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENTS_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResultEvent]: ...
+    @_builtins.property
+    def drafts(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Draft]: ...
     def __init__(
         self,
         *,
         events: _abc.Iterable[Global___ResultEvent] | None = ...,
+        drafts: _abc.Iterable[_types_pb2.Draft] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "events", b"events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -30,6 +30,7 @@ class WorkRequest(_message.Message):
     RESULTS_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First, once."""
@@ -46,6 +47,8 @@ class WorkRequest(_message.Message):
     def leave(self) -> Global___Leave:
         """Last."""
 
+    @_builtins.property
+    def drafts(self) -> Global___Drafts: ...
     def __init__(
         self,
         *,
@@ -55,12 +58,13 @@ class WorkRequest(_message.Message):
         results: Global___Results | None = ...,
         release: Global___Release | None = ...,
         leave: Global___Leave | None = ...,
+        drafts: Global___Drafts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "message", b"message", "ready", b"ready", "release", b"release", "results", b"results"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "message", b"message", "ready", b"ready", "release", b"release", "results", b"results"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "message", b"message", "ready", b"ready", "release", b"release", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "message", b"message", "ready", b"ready", "release", b"release", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "ready", "heartbeat", "results", "release", "leave"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "ready", "heartbeat", "results", "release", "leave", "drafts"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -218,6 +222,28 @@ class Results(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Results: _TypeAlias = Results  # noqa: Y015
+
+@_typing.final
+class Drafts(_message.Message):
+    """Of jobs that ask for them; those whose lease is lost are passed over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAFTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def drafts(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Draft]: ...
+    def __init__(
+        self,
+        *,
+        drafts: _abc.Iterable[_types_pb2.Draft] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drafts: _TypeAlias = Drafts  # noqa: Y015
 
 @_typing.final
 class Release(_message.Message):

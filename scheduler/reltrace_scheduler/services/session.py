@@ -25,6 +25,7 @@ from reltrace_scheduler.store.records import (
     LeasedJob,
     ModelRecord,
     NewChunk,
+    NewDraft,
     Priority,
     WorkerRecord,
 )
@@ -34,6 +35,8 @@ from reltrace_scheduler.tracing import Spans
 log = structlog.get_logger()
 
 _LEASES_BYTES = 16 << 20
+_DRAFT_BYTES = 1 << 18
+"""A text has at most 1,024 tokens: more than any vocabulary needs for them."""
 _MISSED = 2
 """Heartbeats that may be late before a worker is leased nothing: less than a lease."""
 _SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
@@ -138,6 +141,10 @@ class Session:
                 return await self._commit(request.results)
             case "release":
                 await self._release(request.release)
+                return []
+            case "drafts":
+                drafts = [_new_draft(n, draft) for n, draft in enumerate(request.drafts.drafts)]
+                await self._store.draft(self.worker_id, drafts)
                 return []
             case other:
                 raise InvalidRequestError(
@@ -280,6 +287,21 @@ def _new_chunk(index: int, leased: worker_pb2.LeasedChunk) -> NewChunk:
     return NewChunk(
         Lease(chunk.job_id, leased.attempt), chunk.number, end, chunk.SerializeToString()
     )
+
+
+def _new_draft(index: int, draft: types_pb2.Draft) -> NewDraft:
+    path = f"drafts.drafts[{index}]"
+    if not submission_of(draft.job_id):
+        raise InvalidRequestError(Violation(f"{path}.job_id", f"{draft.job_id!r} is no job id"))
+    if len(draft.tokens) != len(draft.token_ids):
+        raise InvalidRequestError(
+            Violation(f"{path}.tokens", f"are {len(draft.tokens)} of {len(draft.token_ids)} ids")
+        )
+    if (size := draft.ByteSize()) > _DRAFT_BYTES:
+        raise InvalidRequestError(
+            Violation(path, f"is {size} bytes long; at most {_DRAFT_BYTES} are allowed")
+        )
+    return NewDraft(Lease(draft.job_id, draft.attempt), draft.SerializeToString())
 
 
 def _leases(refs: Iterable[worker_pb2.LeaseRef]) -> list[Lease]:

@@ -1,7 +1,7 @@
 """TraceService: what clients call."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc
@@ -12,6 +12,7 @@ from reltrace_scheduler.endings import cancelled, end
 from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
+from reltrace_scheduler.store.keys import submission_of
 from reltrace_scheduler.store.records import Priority
 from reltrace_scheduler.store.results import Progress
 from reltrace_scheduler.store.signals import Signals, wait
@@ -23,6 +24,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _MESSAGE_BYTES = 1 << 20
 """A message is sent once it holds this much, or nothing more is there."""
+
+_MOST_DRAFTS = 16
+"""Jobs that one call reads along with: each is looked at whenever there is something."""
 
 _LOOK_AGAIN = 1.0
 """Seconds between looks at the store while no signal comes."""
@@ -85,6 +89,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     ) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
         submission = request.submission_id
         entry, chunk = request.after_entry, request.after_chunk
+        _check_drafts(request)
+        drafts = dict.fromkeys(request.drafts_of, 0)
         with self._signals.listen(self._store.of(submission).keys.done(submission)) as signal:
             while True:
                 progress = await self._progress(submission)
@@ -95,6 +101,10 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                     chunk = 0
                 elif entry >= progress.jobs:
                     return
+                elif drafts and (found := await self._store.drafts(submission, drafts)):
+                    yield _drafts(found)
+                    for job_id, new in found.items():
+                        drafts[job_id] += len(new)
                 else:
                     await wait(signal, _LOOK_AGAIN)
 
@@ -178,3 +188,23 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             for route in revisions if len(revisions) > 1 else [name]:
                 response.models.add(model=models.known[route], workers=models.workers.get(route, 0))
         return response
+
+
+def _check_drafts(request: trace_pb2.StreamResultsRequest) -> None:
+    if (count := len(request.drafts_of)) > _MOST_DRAFTS:
+        raise InvalidRequestError(
+            Violation("drafts_of", f"names {count} jobs; at most {_MOST_DRAFTS} are allowed")
+        )
+    for index, job_id in enumerate(request.drafts_of):
+        if submission_of(job_id) != request.submission_id:
+            raise InvalidRequestError(
+                Violation(f"drafts_of[{index}]", f"{job_id!r} is no job of the submission")
+            )
+
+
+def _drafts(found: Mapping[str, list[bytes]]) -> trace_pb2.StreamResultsResponse:
+    message = trace_pb2.StreamResultsResponse()
+    for drafts in found.values():
+        for draft in drafts:
+            message.drafts.add().MergeFromString(draft)
+    return message

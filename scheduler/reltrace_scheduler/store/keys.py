@@ -29,6 +29,8 @@ key                              type     holds
                                           ``l`` = the key of a list with all chunks and
                                           ``b`` = their bytes
 ``chunks:<job>:<attempt>``       list     chunks of a result that is more than one
+``draft:<job>``                  list     what is written so far of a text, for those who
+                                          read along; gone a minute after the last
 ``expiring``                     zset     submissions that ended, by when they expire
 ``idempotency:<tenant>:<key>``   string   the submission that the key named first
 ``load``                         hash     jobs, bytes (of specs), results (bytes)
@@ -67,8 +69,8 @@ The classes of queues: ``interactive`` and ``batch`` are the priorities; ``suspe
 ``alone`` hold jobs that were leased to a worker when it fell silent (see `lease.lua`).
 
 Channels (hints only: whoever misses one polls): ``wake:<model>`` when jobs were
-queued, ``done:<sub>`` when jobs of a submission ended, ``revoked:<worker>`` when jobs
-that a worker holds were ended by somebody else, or it was told to drain.
+queued, ``done:<sub>`` when jobs of a submission ended or have a draft, ``revoked:<worker>``
+when jobs that a worker holds were ended by somebody else, or it was told to drain.
 """
 
 import re
@@ -165,6 +167,9 @@ class Keys:
 
     def job(self, job_id: str) -> str:
         return f"{self.prefix}job:{job_id}"
+
+    def draft(self, job_id: str) -> str:
+        return f"{self.prefix}draft:{job_id}"
 
     def dead_job(self, job_id: str) -> str:
         return f"{self.prefix}dead:{job_id}"

@@ -85,6 +85,15 @@ class NewChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class NewDraft:
+    """What is written of a text, as a worker sends it."""
+
+    lease: Lease
+    data: bytes
+    """A serialized ``Draft``."""
+
+
+@dataclass(frozen=True, slots=True)
 class StoredChunk:
     """A chunk of a result, as a client reads it."""
 

@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.store.drafts import Drafts
 from reltrace_scheduler.store.keys import CLUSTER, SHARDS, Keys, partition, shard_of
 from reltrace_scheduler.store.queue import Queue
 from reltrace_scheduler.store.recent import Recent
@@ -20,6 +21,7 @@ from reltrace_scheduler.store.records import (
     JobRecord,
     Lease,
     NewChunk,
+    NewDraft,
     NewJob,
     Priority,
     QueueRecord,
@@ -43,6 +45,7 @@ class Shard:
     queue: Queue
     upkeep: Upkeep
     results: Results
+    drafts: Drafts
 
 
 class Store:
@@ -62,6 +65,7 @@ class Store:
                 queue=Queue(redis, settings, each),
                 upkeep=Upkeep(redis, settings, each),
                 results=Results(redis, settings, each),
+                drafts=Drafts(redis, each),
             )
             for each in keys
         )
@@ -174,6 +178,10 @@ class Store:
         """Read results; see `Results.read`."""
         return self.of(submission_id).results.read(submission_id, entry, chunk)
 
+    async def drafts(self, submission_id: str, after: Mapping[str, int]) -> dict[str, list[bytes]]:
+        """Read drafts of jobs of a submission; see `Drafts.read`."""
+        return await self.of(submission_id).drafts.read(after)
+
     async def acknowledge(self, submission_id: str, through_entry: int) -> int:
         """Free results; see `Results.acknowledge`."""
         return await self.of(submission_id).results.acknowledge(submission_id, through_entry)
@@ -201,6 +209,12 @@ class Store:
             lambda chunk: chunk.lease.job_id,
             lambda shard, own: shard.queue.commit(worker, own),
         )
+
+    async def draft(self, worker: str, drafts: Sequence[NewDraft]) -> None:
+        """Keep drafts of texts; see `Drafts.write`."""
+        for shard in self.shards:
+            if own := [draft for draft in drafts if self.of(draft.lease.job_id) is shard]:
+                await shard.drafts.write(worker, own)
 
     async def release(self, worker: str, leases: Sequence[Lease]) -> None:
         """Queue leased jobs again at once; see `Queue.release`."""

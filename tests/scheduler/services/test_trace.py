@@ -338,3 +338,56 @@ async def test_models_and_their_workers(client, channel, worker: FakeWorker) -> 
     (served,) = (await client.ListModels(trace_pb2.ListModelsRequest())).models
     assert served.model == MODEL
     assert served.workers == 2
+
+
+def draft(lease: worker_pb2.Lease, first: int, *ids: int) -> types_pb2.Draft:
+    tokens = [str(token) for token in ids]
+    return types_pb2.Draft(
+        job_id=lease.job_id, attempt=lease.attempt, first=first, token_ids=ids, tokens=tokens,
+        text="".join(tokens),
+    )  # fmt: skip
+
+
+async def test_who_reads_along_gets_drafts_before_the_result(client, worker: FakeWorker) -> None:
+    """
+    Given a job whose worker sends drafts
+    If its results are read with its drafts, and by somebody else without
+    I expect the drafts in order and then the result, and nothing but the result; and the drafts
+    from the first on for who connects again.
+    """
+    answer = await client.SubmitJobs(submission(JobSpec(prompt="a")))
+    (job_id,) = answer.job_ids
+    (lease,) = await worker.lease(1)
+    request = trace_pb2.StreamResultsRequest(submission_id=answer.submission_id, drafts_of=[job_id])
+    reading = client.StreamResults(request)
+    async with asyncio.timeout(20):
+        for first, ids in ((0, (7,)), (1, (8, 9))):
+            sent = draft(lease, first, *ids)
+            await worker.send(drafts=worker_pb2.Drafts(drafts=[sent]))
+            message = await reading.read()
+            assert list(message.drafts) == [sent]
+            assert not message.events
+        again = await client.StreamResults(request).read()
+        assert [list(one.token_ids) for one in again.drafts] == [[7], [8, 9]]
+        await worker.finish([lease])
+        (event,) = (await reading.read()).events
+        assert event.chunk.job_id == job_id
+        assert await reading.read() is grpc.aio.EOF
+    assert len(await collect(client, answer.submission_id)) == 1
+
+
+async def test_drafts_of_other_submissions_are_refused(client, worker: FakeWorker) -> None:
+    mine = await client.SubmitJobs(submission(JobSpec(prompt="a")))
+    other = await client.SubmitJobs(submission(JobSpec(prompt="b")))
+    for drafts_of, field in (
+        ([*mine.job_ids, *other.job_ids], "drafts_of[1]"),
+        (["nonsense"], "drafts_of[0]"),
+        (list(mine.job_ids) * 17, "drafts_of"),
+    ):
+        request = trace_pb2.StreamResultsRequest(
+            submission_id=mine.submission_id, drafts_of=drafts_of
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await client.StreamResults(request).read()
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert fields(error.value) == [field]

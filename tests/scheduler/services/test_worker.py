@@ -364,3 +364,21 @@ async def test_a_malformed_message_ends_the_stream(
     other = FakeWorker(channel, "w2")
     await other.connect()
     assert len(await other.lease(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("draft", "field"),
+    [
+        (types_pb2.Draft(job_id="nonsense"), "drafts.drafts[1].job_id"),
+        (types_pb2.Draft(job_id="s-0", token_ids=[1, 2], tokens=["a"]), "drafts.drafts[1].tokens"),
+        (types_pb2.Draft(job_id="s-0", text="x" * 300_000), "drafts.drafts[1]"),
+    ],
+)
+async def test_a_draft_that_is_malformed_ends_the_stream(
+    worker: FakeWorker, draft: types_pb2.Draft, field: str
+) -> None:
+    good = types_pb2.Draft(job_id="s-0", attempt=1)
+    await worker.send(drafts=worker_pb2.Drafts(drafts=[good, draft]))
+    async with asyncio.timeout(10):
+        assert await worker.call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert field in await worker.call.details()

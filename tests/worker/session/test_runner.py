@@ -275,7 +275,7 @@ async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(
     shape = checkpoints.loaded("plain").shape
     found = {(t.site, t.part): list(t.shape) for chunk in pieces for t in chunk.tensors}
     assert found["neuron", "strongest"] == [shape.layers, 4, 4, shape.intermediate_size]
-    assert found["head", "sums"] == [shape.layers, 2, shape.heads]
+    assert found["head", "high"] == [shape.layers, 3, shape.heads]
     assert found["corpus", "lengths"] == [12]
 
 

@@ -13,6 +13,7 @@ from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_worker.engine import Engine
 from reltrace_worker.errors import DeviceLostError, PassFailedError
+from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.session import RefusedError, Session
 
@@ -380,3 +381,34 @@ async def test_a_lost_device_ends_the_session(
         with pytest.raises(DeviceLostError, match="illegal memory access"):
             async with asyncio.timeout(20):
                 await working
+
+
+async def test_texts_that_stream_are_told_while_they_are_written(
+    scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine
+) -> None:
+    """
+    Given a text that somebody reads along with, and one that nobody does
+    I expect drafts of the first alone, the first of them before its result, each token once.
+    """
+    drafts = Drafts()
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=256, drafts=drafts)
+    hello = worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="m"))
+    async with serving(scheduler) as address:
+        task = asyncio.create_task(Session(address, hello, runner, drafts=drafts).run())
+        connection = await scheduler.next()
+        await connection.receive("hello")
+        texts = [types_pb2.Generation(max_new_tokens=40, stream=stream) for stream in (True, False)]
+        await connection.lease(*(spec(generation=text) for text in texts))
+        ids: list[int] = []
+        async with asyncio.timeout(20):
+            while (request := await connection.requests.get()).WhichOneof("message") != "results":
+                for draft in request.drafts.drafts:
+                    assert (draft.job_id, draft.attempt, draft.first) == ("s-0", 1, len(ids))
+                    ids += draft.token_ids
+        written = {leased.chunk.job_id: leased.chunk.generated for leased in request.results.chunks}
+        assert len(written) == 2
+        assert ids
+        assert ids == list(written["s-0"].token_ids)[: len(ids)]
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

@@ -301,8 +301,8 @@ class Engine:
         """
         return Writing(self._loaded, jobs)
 
-    def go_on(self, writing: Writing, tokens: int) -> None:
-        """Write at most so many further tokens of each text.
+    def go_on(self, writing: Writing, tokens: int, wrote: Callable[[], None] | None = None) -> None:
+        """Write at most so many further tokens of each text; call `wrote` after each.
 
         Raises
         ------
@@ -314,7 +314,7 @@ class Engine:
             clock.begins("forward")
             try:
                 with through_onednn(self._linears):
-                    writing.go_on(tokens)
+                    writing.go_on(tokens, wrote)
             except torch.AcceleratorError as error:
                 raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
         for phase, seconds in clock.seconds().items():

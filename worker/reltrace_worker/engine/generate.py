@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,13 +116,19 @@ class Writing:
         """Write no more of a job that nobody waits for."""
         self._texts[job].stopped = True
 
-    def go_on(self, tokens: int) -> None:
-        """Write at most so many further tokens of each text."""
+    def token_ids(self, job: int) -> list[int]:
+        """Return what is written of a job."""
+        return list(self._texts[job].ids)
+
+    def go_on(self, tokens: int, wrote: Callable[[], None] | None = None) -> None:
+        """Write at most so many further tokens of each text; call `wrote` after each."""
         with torch.no_grad(), self._edits.attached():
             for _ in range(tokens):
                 if self.over:
                     return
                 self._next(self._logits())
+                if wrote is not None:
+                    wrote()
 
     def _logits(self) -> torch.Tensor:
         """Run the model over the tokens that come next; return the logits of the last, [B, V]."""
@@ -156,7 +162,7 @@ class Writing:
     def written(self) -> list[Written]:
         """Return what is written, one per job, in order."""
         vocabulary = Vocabulary(self._loaded.tokenizer)
-        return [_written(text, vocabulary, self._loaded.tokenizer) for text in self._texts]
+        return [_written(text, vocabulary) for text in self._texts]
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:
@@ -170,13 +176,11 @@ def end_tokens(loaded: LoadedModel) -> frozenset[int]:
     return frozenset(found if isinstance(found, list | tuple) else [found])
 
 
-def _written(text: _Text, vocabulary: Vocabulary, tokenizer: Any) -> Written:
+def _written(text: _Text, vocabulary: Vocabulary) -> Written:
     return Written(
         token_ids=tuple(text.ids),
         tokens=vocabulary.texts(text.ids),
-        text=tokenizer.decode(
-            text.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        ),
+        text=vocabulary.decoded(text.ids),
         logprobs=tuple(text.logprobs),
         stopped=text.stopped,
     )

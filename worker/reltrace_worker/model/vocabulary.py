@@ -49,6 +49,13 @@ class Vocabulary:
         """Return :meth:`text` of each token."""
         return tuple(self.text(token_id) for token_id in token_ids)
 
+    def decoded(self, token_ids: Sequence[int]) -> str:
+        """Return what was written, decoded together, without special tokens."""
+        decoded: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
     def joined(self, token_ids: Sequence[int]) -> str:
         """Return several tokens as one text, decoded together."""
         decoded: str = self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)

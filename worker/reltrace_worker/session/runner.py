@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,8 +18,10 @@ from reltrace_worker.errors import DeviceLostError, EngineError, InvalidJob, Pas
 from reltrace_worker.jobs import JobResult, JobSpec, PreparedCorpus, PreparedJob
 from reltrace_worker.metrics import PassStats
 from reltrace_worker.model import JobPreparer, LoadedModel
+from reltrace_worker.model.vocabulary import Vocabulary
 from reltrace_worker.rules import RULES
 from reltrace_worker.session.convert import job_spec
+from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.encoding import Done, Encoder, Ready, broken, invalid
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.stored import LargeResults
@@ -62,6 +64,8 @@ class Runner:
         One thread, on which passes run, shared with the runners of other models.
     spans : Spans, optional
         Takes what is done for jobs that are traced.
+    drafts : Drafts, optional
+        Takes texts as they are written.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Runner:
         max_tokens: int,
         engine_thread: ThreadPoolExecutor | None = None,
         spans: Spans | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         self._model = model
         self._engine = engine
@@ -90,6 +95,8 @@ class Runner:
         self._text_is_next = False
         self._encoder = Encoder(model, engine.attention)
         self._spans = spans or NoSpans()
+        self._drafts = drafts or Drafts()
+        self._vocabulary = Vocabulary(model.tokenizer)
         self.stats = PassStats(seconds=engine.seconds)
         self.running: frozenset[LeaseKey] = frozenset()
         """Leases in the pass that is under way."""
@@ -123,6 +130,7 @@ class Runner:
                 for index, job in enumerate(texts.batch):
                     if job.key in keys:
                         texts.work.drop(index)
+        self._drafts.forget(keys)
 
     def take_back(self) -> list[LeaseKey]:
         """Give up all jobs that wait for a pass; return their leases."""
@@ -272,7 +280,7 @@ class Runner:
                 self._engine.add_to(work)
                 results = self._engine.atlas(work) if work.over else None
             else:
-                self._engine.go_on(work, _STEPS)
+                self._engine.go_on(work, _STEPS, self._drafting(texts.batch, work))
                 results = self._engine.texts(work) if work.over else None
         except DeviceLostError:
             raise
@@ -293,6 +301,18 @@ class Runner:
             return None
         return self._done(texts.batch, results, texts.seconds, texts.crowded)
 
+    def _drafting(self, batch: Sequence[Ready], work: Writing) -> Callable[[], None] | None:
+        """Return what notes the texts that somebody reads along with; None: there is none."""
+        followed = [
+            (index, job.key) for index, job in enumerate(batch) if job.lease.spec.generation.stream
+        ]
+
+        def note() -> None:
+            for index, key in followed:
+                self._drafts.note(key, work.token_ids(index), self._vocabulary)
+
+        return note if followed else None
+
     def _done(
         self,
         batch: list[Ready],
@@ -300,6 +320,7 @@ class Runner:
         seconds: float,
         crowded: bool,
     ) -> Done:
+        self._drafts.forget(job.key for job in batch)
         of_tenants: Counter[str] = Counter()
         for job, result in zip(batch, results, strict=True):
             of_tenants[job.lease.tenant] += _tokens(job, result)

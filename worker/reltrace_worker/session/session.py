@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import grpc
@@ -11,8 +11,10 @@ import structlog
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 from reltrace_worker.errors import WorkerError
+from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.endpoint import Access, EndpointError, Endpoints
 from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey, Window
+from reltrace_worker.session.messages import beat, ended, messages, ref
 from reltrace_worker.tracing import NoSpans, Spans
 
 log = structlog.get_logger()
@@ -20,9 +22,11 @@ log = structlog.get_logger()
 _MOST_ARRIVED = 256
 """Messages of leases, which hold one job at least."""
 
-_MESSAGE_BYTES = 1 << 20
 _UNCOMMITTED_MESSAGES = 32
 """Messages of results that may be on their way: at most about 32 MiB."""
+
+_DRAFTS_EVERY = 0.03
+"""Seconds: faster than people read, and no more than 33 messages a second, of all texts."""
 
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.1, 5.0
 _WELCOME_DEADLINE = 10.0
@@ -71,6 +75,8 @@ class Session:
         Of the choice between several schedulers.
     spans : Spans, optional
         Takes what is done for jobs that are traced.
+    drafts : Drafts, optional
+        Has texts as they are written.
 
     Raises
     ------
@@ -87,7 +93,9 @@ class Session:
         access: Access | None = None,
         seed: int | None = None,
         spans: Spans | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
+        self._drafts = drafts or Drafts()
         self._endpoints = Endpoints(address, access or Access(), seed)
         # Addresses that failed since a scheduler last took us.
         self._failed_in_a_row = 0
@@ -126,7 +134,13 @@ class Session:
         """
         tasks = [
             asyncio.create_task(work())
-            for work in (self._prepare, self._compute, self._upload, self._stay_connected)
+            for work in (
+                self._prepare,
+                self._compute,
+                self._upload,
+                self._draft,
+                self._stay_connected,
+            )
         ]
         try:
             # Only a failure ends one of them, or the end of a drained connection.
@@ -226,7 +240,7 @@ class Session:
             self._send_release(keys)
 
     def _send_release(self, keys: set[LeaseKey], error: types_pb2.JobError | None = None) -> None:
-        release = worker_pb2.Release(leases=[_ref(key) for key in keys], error=error)
+        release = worker_pb2.Release(leases=[ref(key) for key in keys], error=error)
         self._send(worker_pb2.WorkRequest(release=release))
 
     # -- uploads ----------------------------------------------------------------------
@@ -234,19 +248,31 @@ class Session:
     async def _upload(self) -> None:
         while True:
             results = await self._finished.get()
-            for message in _messages(results, self._held):
+            for message in messages(results, self._held):
                 await self._room.acquire()
                 message.id = self._next_id
                 self._next_id += 1
                 self._uncommitted[message.id] = message
                 self._send(worker_pb2.WorkRequest(results=message))
 
+    async def _draft(self) -> None:
+        while True:
+            drafts = [
+                draft
+                for draft in await self._drafts.next()
+                if LeaseKey(draft.job_id, draft.attempt) in self._held
+            ]
+            if drafts:
+                self._send(worker_pb2.WorkRequest(drafts=worker_pb2.Drafts(drafts=drafts)))
+            # What is written meanwhile comes together.
+            await asyncio.sleep(_DRAFTS_EVERY)
+
     def _committed(self, number: int) -> None:
         message = self._uncommitted.pop(number, None)
         if message is None:
             return
         self._room.release()
-        self._drop(_ended(message))
+        self._drop(ended(message))
 
     # -- the connection ---------------------------------------------------------------
 
@@ -319,12 +345,12 @@ class Session:
             period = welcome.welcome.heartbeat.ToTimedelta().total_seconds()
             # Whoever is away for longer than the scheduler may lose its leases over it.
             self._longest_backoff = min(_LAST_BACKOFF, max(period, _FIRST_BACKOFF))
-            beat = asyncio.create_task(self._heartbeat(outgoing, period))
+            beating = asyncio.create_task(self._heartbeat(outgoing, period))
             try:
                 while isinstance(response := await call.read(), worker_pb2.WorkResponse):
                     self._handle(response)
             finally:
-                beat.cancel()
+                beating.cancel()
             await _raise_status(call)
         finally:
             call.cancel()
@@ -332,7 +358,7 @@ class Session:
     def _resume(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
         # Leases that ran out meanwhile come back as revoked.
-        self._send(_beat(self._held))
+        self._send(beat(self._held))
         for message in self._uncommitted.values():
             self._send(worker_pb2.WorkRequest(results=message))
         if self._leaving:
@@ -344,8 +370,8 @@ class Session:
         while True:
             await asyncio.sleep(period)
             # What has ended on its way up is no lease any more once the beat comes after it.
-            ended = set[LeaseKey]().union(*map(_ended, self._uncommitted.values()))
-            outgoing.put_nowait(_beat(self._held - ended))
+            over = set[LeaseKey]().union(*map(ended, self._uncommitted.values()))
+            outgoing.put_nowait(beat(self._held - over))
 
     def _handle(self, response: worker_pb2.WorkResponse) -> None:
         match response.WhichOneof("message"):
@@ -382,38 +408,3 @@ async def _raise_status(call: "Call") -> None:
 def _leave(outgoing: Outgoing) -> None:
     outgoing.put_nowait(worker_pb2.WorkRequest(leave=worker_pb2.Leave()))
     outgoing.put_nowait(None)
-
-
-def _beat(keys: set[LeaseKey]) -> worker_pb2.WorkRequest:
-    refs = [_ref(key) for key in keys]
-    return worker_pb2.WorkRequest(heartbeat=worker_pb2.Heartbeat(leases=refs))
-
-
-def _ended(message: worker_pb2.Results) -> set[LeaseKey]:
-    """Return the leases that end with a message."""
-    return {
-        LeaseKey(leased.chunk.job_id, leased.attempt)
-        for leased in message.chunks
-        if leased.chunk.HasField("end")
-    }
-
-
-def _ref(key: LeaseKey) -> worker_pb2.LeaseRef:
-    return worker_pb2.LeaseRef(job_id=key.job_id, attempt=key.attempt)
-
-
-def _messages(results: list[Chunks], held: set[LeaseKey]) -> Iterator[worker_pb2.Results]:
-    """Fill messages with the chunks of many jobs; skip jobs whose lease is gone."""
-    message, size = worker_pb2.Results(), 0
-    for chunks in results:
-        for leased in chunks:
-            if LeaseKey(leased.chunk.job_id, leased.attempt) not in held:
-                break
-            length = leased.ByteSize()
-            if size and size + length > _MESSAGE_BYTES:
-                yield message
-                message, size = worker_pb2.Results(), 0
-            message.chunks.append(leased)
-            size += length
-    if size:
-        yield message

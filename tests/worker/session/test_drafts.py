@@ -1,0 +1,91 @@
+"""Texts for those who read along: whole characters, from another thread, each token once."""
+
+import asyncio
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.session.drafts import Drafts
+from reltrace_worker.session.leases import LeaseKey
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+KEY = LeaseKey("s-0", 1)
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are bytes: most characters need several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+TOKENIZER = byte_level()
+VOCABULARY = Vocabulary(TOKENIZER)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(text=st.text("aé ü€漢🐈", min_size=1, max_size=8), size=st.integers(1, 5))
+def test_characters_come_whole(text: str, size: int) -> None:
+    """
+    Given a text whose characters are several tokens
+    If it grows by some tokens at a time
+    I expect the drafts' texts to be the text, and never half a character.
+    """
+    ids = TOKENIZER.encode(text)
+    drafts = Drafts()
+
+    async def grow() -> list:
+        found = []
+        for end in range(size, len(ids) + size, size):
+            drafts.note(KEY, ids[:end], VOCABULARY)
+            found += await drafts.next()
+        return found
+
+    found = asyncio.run(grow())
+    assert "".join(draft.text for draft in found) == text
+    assert [token for draft in found for token in draft.token_ids] == ids
+    assert [draft.first for draft in found] == list(range(0, len(ids), size))
+    assert all(text.startswith("".join(d.text for d in found[:n])) for n in range(len(found)))
+    assert {(draft.job_id, draft.attempt) for draft in found} == {("s-0", 1)}
+
+
+async def test_what_is_noted_on_another_thread_wakes_who_waits() -> None:
+    drafts = Drafts()
+    waiting = asyncio.create_task(drafts.next())
+    await asyncio.sleep(0)
+    thread = threading.Thread(target=drafts.note, args=(KEY, [65], VOCABULARY))
+    thread.start()
+    async with asyncio.timeout(10):
+        (draft,) = await waiting
+    thread.join()
+    assert list(draft.token_ids) == [65]
+
+
+async def test_what_nobody_takes_is_put_together() -> None:
+    drafts = Drafts()
+    other = LeaseKey("s-1", 1)
+    for end in range(1, 4):
+        drafts.note(KEY, [65, 66, 67][:end], VOCABULARY)
+    drafts.note(other, [68], VOCABULARY)
+    found = await drafts.next()
+    assert [(d.job_id, d.first, list(d.token_ids)) for d in found] == [
+        ("s-0", 0, [65, 66, 67]), ("s-1", 0, [68]),
+    ]  # fmt: skip
+    # The same again is nothing new.
+    drafts.note(other, [68], VOCABULARY)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await drafts.next()
+
+
+async def test_what_is_forgotten_comes_no_more() -> None:
+    drafts = Drafts()
+    drafts.note(KEY, [65], VOCABULARY)
+    drafts.forget([KEY, LeaseKey("unknown", 1)])
+    drafts.note(LeaseKey("s-1", 1), [66], VOCABULARY)
+    assert [draft.job_id for draft in await drafts.next()] == ["s-1"]

@@ -1,0 +1,97 @@
+"""Texts that are being written, for those who read along: from the engine's thread to the session.
+
+A hint beside the results: what is noted while nobody takes it is put together, and what is taken
+and then lost is not sent again.
+"""
+
+import asyncio
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reltrace_proto.v1 import types_pb2
+
+from reltrace_worker.session.leases import LeaseKey
+
+if TYPE_CHECKING:
+    from reltrace_worker.model.vocabulary import Vocabulary
+
+_REPLACEMENT = "\ufffd"
+"""What tokenizers decode the beginning of a character to."""
+
+
+@dataclass(slots=True)
+class _Text:
+    """One text: what is written, and what was taken of it."""
+
+    vocabulary: "Vocabulary"
+    ids: tuple[int, ...] = ()
+    taken: int = 0
+    text: str = ""
+
+    def draft(self, key: LeaseKey) -> types_pb2.Draft:
+        """Return what is new, and note it as taken."""
+        ids, first = self.ids, self.taken
+        # All of it each time: tokens one by one have other spaces and no whole characters.
+        text = self.vocabulary.decoded(ids).rstrip(_REPLACEMENT)
+        added = text[len(self.text) :] if text.startswith(self.text) else ""
+        self.text += added
+        self.taken = len(ids)
+        return types_pb2.Draft(
+            job_id=key.job_id,
+            attempt=key.attempt,
+            first=first,
+            token_ids=ids[first:],
+            tokens=self.vocabulary.texts(ids[first:]),
+            text=added,
+        )
+
+
+class Drafts:
+    """Takes in texts as they grow, on any thread, and gives out what is new."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._texts: dict[LeaseKey, _Text] = {}
+        self._changed: set[LeaseKey] = set()
+        self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def note(self, key: LeaseKey, ids: Sequence[int], vocabulary: "Vocabulary") -> None:
+        """Note all that is written of a text."""
+        with self._lock:
+            text = self._texts.setdefault(key, _Text(vocabulary))
+            if len(ids) == len(text.ids):
+                return
+            text.ids = tuple(ids)
+            self._changed.add(key)
+            if self._waiting is not None:
+                loop, arrived = self._waiting
+                loop.call_soon_threadsafe(arrived.set)
+
+    def forget(self, keys: Iterable[LeaseKey]) -> None:
+        """Forget texts: their result is there, or nobody waits for them."""
+        with self._lock:
+            for key in keys:
+                self._texts.pop(key, None)
+                self._changed.discard(key)
+
+    async def next(self) -> list[types_pb2.Draft]:
+        """Wait until something is new; return it, one draft per text."""
+        arrived = asyncio.Event()
+        with self._lock:
+            self._waiting = asyncio.get_running_loop(), arrived
+            if self._changed:
+                arrived.set()
+        try:
+            await arrived.wait()
+        finally:
+            with self._lock:
+                self._waiting = None
+        return await asyncio.to_thread(self._take)
+
+    def _take(self) -> list[types_pb2.Draft]:
+        with self._lock:
+            texts = {key: self._texts[key] for key in sorted(self._changed, key=str)}
+            self._changed.clear()
+        return [text.draft(key) for key, text in texts.items()]

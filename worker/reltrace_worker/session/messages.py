@@ -1,0 +1,46 @@
+"""What a worker says on its stream, as messages."""
+
+from collections.abc import Iterator
+
+from reltrace_proto.v1 import worker_pb2
+
+from reltrace_worker.session.leases import Chunks, LeaseKey
+
+_MESSAGE_BYTES = 1 << 20
+
+
+def beat(keys: set[LeaseKey]) -> worker_pb2.WorkRequest:
+    """Return a heartbeat for leases."""
+    refs = [ref(key) for key in keys]
+    return worker_pb2.WorkRequest(heartbeat=worker_pb2.Heartbeat(leases=refs))
+
+
+def ended(message: worker_pb2.Results) -> set[LeaseKey]:
+    """Return the leases that end with a message."""
+    return {
+        LeaseKey(leased.chunk.job_id, leased.attempt)
+        for leased in message.chunks
+        if leased.chunk.HasField("end")
+    }
+
+
+def ref(key: LeaseKey) -> worker_pb2.LeaseRef:
+    """Return a lease as it travels."""
+    return worker_pb2.LeaseRef(job_id=key.job_id, attempt=key.attempt)
+
+
+def messages(results: list[Chunks], held: set[LeaseKey]) -> Iterator[worker_pb2.Results]:
+    """Fill messages with the chunks of many jobs; skip jobs whose lease is gone."""
+    message, size = worker_pb2.Results(), 0
+    for chunks in results:
+        for leased in chunks:
+            if LeaseKey(leased.chunk.job_id, leased.attempt) not in held:
+                break
+            length = leased.ByteSize()
+            if size and size + length > _MESSAGE_BYTES:
+                yield message
+                message, size = worker_pb2.Results(), 0
+            message.chunks.append(leased)
+            size += length
+    if size:
+        yield message
