@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-war
 PROJECTS := $(wildcard */pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint proto bench fleet chaos upgrade model clean
+.PHONY: help setup setup-dev demo test lint proto bench fleet chaos proof upgrade model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,9 @@ fleet: $(VENV)/.setup-dev ## 500 simulated workers, two schedulers, 100,000 jobs
 
 chaos: $(VENV)/.setup-dev ## kill everything at random, 200 times, and watch Redis' memory (minutes)
 	@$(BIN)/python tests/chaos/run.py
+
+proof: $(VENV)/.setup-dev ## prove relevance and labels of neurons on the demo model, with intervals (two minutes)
+	@$(BIN)/python tests/proof/run.py
 
 upgrade: $(VENV)/.setup-dev ## replace schedulers and workers one by one under load, as root on hosts of namespaces
 	@$(BIN)/python tests/chaos/upgrade.py --hosts

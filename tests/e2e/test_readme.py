@@ -18,6 +18,7 @@ import pytest
 from e2e.conftest import Process, address_in, wait_until
 from e2e.printed import ROOT, commands, environment, shell
 from nbclient import NotebookClient
+from reltrace_worker.demo.corpus import held_out
 
 PAGES = ["README.md", "client/README.md", "client/NUMBERS.md", "client/BATCH.md"]
 PYTHON = [
@@ -33,6 +34,7 @@ NOT_HERE = re.compile(
     # These have tests of their own: below, in test_s3.py and in test_atlas.py.
     r"|--watch|s3://|drain|CORPUS|OUT "
 )
+BUILD = "reltrace atlas build corpus.txt atlas --quiet"
 PROMPTS = '{"id": "a", "prompt": "I have 2 birds and 4 fish. My birds"}\n"We have a dog"\n'
 
 
@@ -41,6 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the snippets of a page are pasted, one after another."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "prompts.jsonl").write_text(PROMPTS)
+    # The first of those that the README's line writes.
+    (folder / "corpus.txt").write_text("\n".join(e.prompt for e in held_out(300, 9)))
     return folder
 
 
@@ -81,6 +85,8 @@ def test_there_is_something_to_paste() -> None:
 def test_a_command_runs_as_printed(page: str, command: str, folder: Path) -> None:
     if command.startswith("reltrace batch") and "--shard" in command:
         command = command.replace(" traces ", " sharded ")
+    if command.startswith("reltrace atlas"):
+        shell(BUILD, folder)
     out = shell(command, folder)
     if "--plot trace.html" in command:
         assert (folder / "trace.html").read_text().startswith("<!DOCTYPE html>")
@@ -136,6 +142,8 @@ def test_a_worker_is_drained_as_printed(command: str, folder: Path) -> None:
 @pytest.mark.usefixtures("default_server")
 @pytest.mark.parametrize(("page", "number", "snippet"), PYTHON)
 def test_a_snippet_runs_as_printed(page: str, number: int, snippet: str, folder: Path) -> None:
+    if "load_atlas" in snippet:
+        shell(BUILD, folder)
     if "load_batch" in snippet:
         shell("reltrace batch prompts.jsonl traces --quiet", folder)
     done = subprocess.run(
@@ -150,6 +158,8 @@ def test_a_snippet_runs_as_printed(page: str, number: int, snippet: str, folder:
     if "trace.plot(" in snippet:
         assert (folder / "trace.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / "trace.safetensors").stat().st_size > 0
+    if "load_atlas" in snippet:
+        assert "instead of  turkeys" in done.stdout
     if (page, number) == ("README.md", 0):
         assert "dogs" in done.stdout
     if page == "client/NUMBERS.md":

@@ -69,31 +69,30 @@ class Merged:
         first : int
             Number in the corpus of the slice's first prompt.
         """
-        keys = slice_["strongest"]
-        there = keys > 0
-        place = _LOW - (keys & _LOW)
-        values = np.where(there, keys >> 32, 0).astype(np.int32).view(np.float32)
-        prompts = np.where(there, first + (place >> _TOKEN_BITS), -1)
-        tokens = np.where(there, place & ((1 << _TOKEN_BITS) - 1), -1).astype(np.int32)
-        columns = [
-            np.concatenate(pair, axis=2)
-            for pair in (
-                (self.values, values),
-                (self.prompts, prompts),
-                (self.tokens, tokens),
-                (self.beside, slice_["beside"]),
-            )
-        ]
-        # The strongest first; of equal ones the earliest place, whoever came first.
-        order = np.lexsort((columns[2], columns[1], -columns[0]), axis=2)
-        order = order[:, :, : self.values.shape[2]]
-        self.values, self.prompts, self.tokens, self.beside = (
-            np.take_along_axis(column, order, axis=2) for column in columns
-        )
+        for layer in range(len(self.values)):
+            # One at a time: of a large model, what is put together here is gigabytes.
+            self._keep(layer, slice_["strongest"][layer], slice_["beside"][layer], first)
         low = self.low + slice_["low"]
         self.high += slice_["high"] + (low >> 32)
         self.low = low & _LOW
         self.histogram += slice_["histogram"]
+
+    def _keep(self, layer: int, keys: Array, beside: Array, first: int) -> None:
+        there = keys > 0
+        place = _LOW - (keys & _LOW)
+        new = (
+            np.where(there, keys >> 32, 0).astype(np.int32).view(np.float32),
+            np.where(there, first + (place >> _TOKEN_BITS), -1),
+            np.where(there, place & ((1 << _TOKEN_BITS) - 1), -1).astype(np.int32),
+            beside,
+        )
+        kept = (self.values, self.prompts, self.tokens, self.beside)
+        columns = [np.concatenate((k[layer], n), axis=1) for k, n in zip(kept, new, strict=True)]
+        # The strongest first; of equal ones the earliest place, whoever came first.
+        order = np.lexsort((columns[2], columns[1], -columns[0]), axis=1)
+        order = order[:, : self.values.shape[2]]
+        for mine, column in zip(kept, columns, strict=True):
+            mine[layer] = np.take_along_axis(column, order, axis=1)
 
     def sums(self) -> Array:
         """Return the sums, float64 [L, 3, F], in the order of `SUMS`."""

@@ -1,0 +1,119 @@
+"""Do labels say what neurons stand for? Steer by them and see whether the model says it.
+
+Every neuron of the last layer whose label begins with an answer, "→ dogs", is set to what it is
+where it speaks for predictions, times a factor, in prompts that ask for something else. So is
+another neuron of that layer, drawn by chance, to its own value; and the log-probability of the
+answer that the first one's label names is read at the last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import reltrace
+from reltrace._evaluate.scores import Mean
+from reltrace_worker.demo.corpus import Example
+
+PROMPTS = 20
+"""In which each neuron is steered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """What steering with one factor did.
+
+    Attributes
+    ----------
+    times : float
+        The factor.
+    neurons : int
+        How many have such a label.
+    labelled, chance : Mean
+        By how much the log-probability of the label's answer rose, with the labelled neuron and
+        with another; over neurons.
+    more : Mean
+        By how much more it rose, neuron by neuron.
+    wins : float
+        Share of neurons that raised it more than the other did.
+    factor, chance_factor : float
+        Medians of what the answer's probability was multiplied by.
+    """
+
+    times: float
+    neurons: int
+    labelled: Mean
+    chance: Mean
+    more: Mean
+    wins: float
+    factor: float
+    chance_factor: float
+
+
+def answers_of(atlas: reltrace.Atlas, layer: int, words: set[str]) -> dict[int, str]:
+    """Return the neurons of a layer whose label begins with an answer, and the answer."""
+    found = {}
+    for index in range(atlas.features()):
+        clearest = atlas.neuron(layer, index).stands_out[:1]
+        if clearest and clearest[0].role == "target" and clearest[0].token.strip() in words:
+            found[index] = clearest[0].token
+    return found
+
+
+def steer(
+    client: reltrace.Client,
+    atlas: reltrace.Atlas,
+    answers: set[str],
+    examples: Sequence[Example],
+    times: Sequence[float],
+    seed: int,
+    most: int | None = None,
+) -> list[Steering]:
+    """Steer the labelled neurons of the last layer, all or the first ones, and others."""
+    layer = atlas.layers - 1
+    labelled = answers_of(atlas, layer, answers)
+    chance = np.random.default_rng(seed)
+    rose: dict[float, list[tuple[float, float]]] = {factor: [] for factor in times}
+    for index, answer in list(labelled.items())[:most]:
+        usable = [i for i in range(atlas.features()) if i != index and _usable(atlas, layer, i)]
+        other = int(chance.choice(usable))
+        others = [e.prompt for e in examples if e.answer != answer.strip()]
+        prompts = [others[i] for i in chance.permutation(len(others))[:PROMPTS]]
+        before = _log_probabilities(client, prompts, answer, [])
+        for factor in times:
+            pair = [
+                float((_log_probabilities(client, prompts, answer, [own]) - before).mean())
+                for own in (
+                    atlas.neuron(layer, index).steer(factor),
+                    atlas.neuron(layer, other).steer(factor),
+                )
+            ]
+            rose[factor].append((pair[0], pair[1]))
+    return [_summed(factor, np.array(pairs)) for factor, pairs in rose.items()]
+
+
+def _usable(atlas: reltrace.Atlas, layer: int, index: int) -> bool:
+    return bool(atlas.neuron(layer, index).contexts["relevance+"])
+
+
+def _log_probabilities(
+    client: reltrace.Client, prompts: Sequence[str], answer: str, edits: list[reltrace.Steer]
+) -> np.ndarray:
+    target = reltrace.Target(answer, logprob=True)
+    results = client.trace_many(prompts, target=target, sites=(), edits=edits, ordered=True)
+    return np.array([result.target.logit for result in results])  # type: ignore[union-attr]
+
+
+def _summed(times: float, rose: np.ndarray) -> Steering:
+    more = rose[:, 0] - rose[:, 1]
+    return Steering(
+        times,
+        len(rose),
+        Mean.of(rose[:, 0].tolist()),
+        Mean.of(rose[:, 1].tolist()),
+        Mean.of(more.tolist()),
+        float((more > 0).mean()),
+        float(np.exp(np.median(rose[:, 0]))),
+        float(np.exp(np.median(rose[:, 1]))),
+    )
