@@ -1,7 +1,7 @@
 """TraceService: what clients call."""
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -12,8 +12,9 @@ from reltrace_scheduler.endings import cancelled, end
 from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
+from reltrace_scheduler.store.drafts import START
 from reltrace_scheduler.store.keys import submission_of
-from reltrace_scheduler.store.records import Priority
+from reltrace_scheduler.store.records import Priority, StoredDraft
 from reltrace_scheduler.store.results import Progress
 from reltrace_scheduler.store.signals import Signals, wait
 from reltrace_scheduler.store.store import Store
@@ -90,7 +91,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         submission = request.submission_id
         entry, chunk = request.after_entry, request.after_chunk
         _check_drafts(request)
-        drafts = dict.fromkeys(request.drafts_of, 0)
+        drafts = dict.fromkeys(request.drafts_of, START)
         with self._signals.listen(self._store.of(submission).keys.done(submission)) as signal:
             while True:
                 progress = await self._progress(submission)
@@ -102,9 +103,10 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 elif entry >= progress.jobs:
                     return
                 elif drafts and (found := await self._store.drafts(submission, drafts)):
-                    yield _drafts(found)
+                    for message in _draft_messages(found):
+                        yield message
                     for job_id, new in found.items():
-                        drafts[job_id] += len(new)
+                        drafts[job_id] = new[-1].position
                 else:
                     await wait(signal, _LOOK_AGAIN)
 
@@ -202,9 +204,15 @@ def _check_drafts(request: trace_pb2.StreamResultsRequest) -> None:
             )
 
 
-def _drafts(found: Mapping[str, list[bytes]]) -> trace_pb2.StreamResultsResponse:
-    message = trace_pb2.StreamResultsResponse()
-    for drafts in found.values():
-        for draft in drafts:
-            message.drafts.add().MergeFromString(draft)
-    return message
+def _draft_messages(
+    found: Mapping[str, list[StoredDraft]],
+) -> Iterator[trace_pb2.StreamResultsResponse]:
+    message, size = trace_pb2.StreamResultsResponse(), 0
+    for stored in (draft for drafts in found.values() for draft in drafts):
+        if size + len(stored.data) > _MESSAGE_BYTES and size:
+            yield message
+            message, size = trace_pb2.StreamResultsResponse(), 0
+        message.drafts.add().MergeFromString(stored.data)
+        size += len(stored.data)
+    if size:
+        yield message

@@ -6,14 +6,23 @@ from typing import Any
 from redis.asyncio import Redis
 
 from reltrace_scheduler.store.keys import Keys
-from reltrace_scheduler.store.records import NewDraft
+from reltrace_scheduler.store.records import NewDraft, StoredDraft
 from reltrace_scheduler.store.scripts import Scripts
 
-_TTL = 60_000
-"""Milliseconds after the last draft of a job: far longer than a reader takes to look."""
+START = "0"
+"""The position before the first draft."""
 
-_MOST = 4096
-"""Drafts of a job, of all its attempts: a text has at most 1,024 tokens."""
+_TTL = 60_000
+"""Milliseconds after the last draft of an attempt: they go with the lease, and in any case."""
+
+_MOST_BYTES = 1 << 20
+"""Of the drafts of an attempt: ten times what a text of 1,024 tokens needs, one by one."""
+
+_ENTRY_BYTES = 64
+"""What Redis needs for a draft beside it: empty ones are not free."""
+
+_PAGE = 256
+"""Drafts of a job that are read at a time."""
 
 
 class Drafts:
@@ -31,7 +40,8 @@ class Drafts:
             [],
             worker,
             _TTL,
-            _MOST,
+            _MOST_BYTES,
+            _ENTRY_BYTES,
             *(
                 part
                 for draft in drafts
@@ -40,21 +50,26 @@ class Drafts:
         )
         return int(kept)
 
-    async def read(self, after: Mapping[str, int]) -> dict[str, list[bytes]]:
-        """Return the drafts of some jobs.
+    async def read(self, after: Mapping[str, str]) -> dict[str, list[StoredDraft]]:
+        """Return drafts of some jobs, of the attempt that each is at.
 
         Parameters
         ----------
-        after : mapping of str to int
-            By job: how many of its drafts were read.
+        after : mapping of str to str
+            By job: the position of the last draft that was read, or `START`. It holds for what
+            another attempt drafts as well.
 
         Returns
         -------
-        dict of str to list of bytes
+        dict of str to list of StoredDraft
             Of the jobs that have further ones.
         """
         async with self._redis.pipeline(transaction=False) as pipe:
-            for job, read in after.items():
-                pipe.lrange(self._keys.draft(job), read, -1)
+            for job, position in after.items():
+                pipe.xrange(self._keys.draft(job), f"({position}", "+", count=_PAGE)
             rows: list[Any] = await pipe.execute()
-        return {job: row for job, row in zip(after, rows, strict=True) if row}
+        return {
+            job: [StoredDraft(position.decode(), fields[b"d"]) for position, fields in row]
+            for job, row in zip(after, rows, strict=True)
+            if row
+        }

@@ -16,8 +16,8 @@ key                              type     holds
 ``clock``                        hash     virtual time of ``<class>:<model>``, and
                                           how many jobs of ``<model>`` both classes got
 ``job:<job>``                    hash     state, attempt, lost, failures, worker, queue,
-                                          entry, spec, bytes, stored, queued_at, due,
-                                          history
+                                          entry, spec, bytes, stored, drafted, queued_at,
+                                          due, history
 ``held:<worker>``                set      jobs that a worker has leased
 ``delayed``                      zset     jobs that wait for another attempt, by time
 ``deadlines``                    zset     jobs that have a timeout, by the time it ends
@@ -29,8 +29,9 @@ key                              type     holds
                                           ``l`` = the key of a list with all chunks and
                                           ``b`` = their bytes
 ``chunks:<job>:<attempt>``       list     chunks of a result that is more than one
-``draft:<job>``                  list     what is written so far of a text, for those who
-                                          read along; gone a minute after the last
+``draft:<job>``                  stream   what the present attempt has written of a text, for
+                                          those who read along: ``d`` = a ``Draft``. Goes
+                                          with the lease
 ``expiring``                     zset     submissions that ended, by when they expire
 ``idempotency:<tenant>:<key>``   string   the submission that the key named first
 ``load``                         hash     jobs, bytes (of specs), results (bytes)

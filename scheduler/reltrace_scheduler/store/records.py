@@ -94,6 +94,16 @@ class NewDraft:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredDraft:
+    """What is written of a text, as a client reads it."""
+
+    position: str
+    """Where to read on."""
+    data: bytes
+    """A serialized ``Draft``."""
+
+
+@dataclass(frozen=True, slots=True)
 class StoredChunk:
     """A chunk of a result, as a client reads it."""
 

@@ -26,6 +26,7 @@ from reltrace_scheduler.store.records import (
     Priority,
     QueueRecord,
     StoredChunk,
+    StoredDraft,
     Submission,
 )
 from reltrace_scheduler.store.registry import Registry
@@ -178,7 +179,9 @@ class Store:
         """Read results; see `Results.read`."""
         return self.of(submission_id).results.read(submission_id, entry, chunk)
 
-    async def drafts(self, submission_id: str, after: Mapping[str, int]) -> dict[str, list[bytes]]:
+    async def drafts(
+        self, submission_id: str, after: Mapping[str, str]
+    ) -> dict[str, list[StoredDraft]]:
         """Read drafts of jobs of a submission; see `Drafts.read`."""
         return await self.of(submission_id).drafts.read(after)
 

@@ -376,6 +376,42 @@ async def test_who_reads_along_gets_drafts_before_the_result(client, worker: Fak
     assert len(await collect(client, answer.submission_id)) == 1
 
 
+async def test_who_reads_late_gets_all_drafts_in_messages_of_bounded_size(
+    client, worker: FakeWorker
+) -> None:
+    """
+    Given more drafts of some jobs than one message may hold
+    If somebody comes to read them
+    I expect each of them once, in order, in several messages.
+    """
+    answer = await client.SubmitJobs(submission(*[JobSpec(prompt="a")] * 8))
+    leases = await worker.lease(8)
+    sent = []
+    for lease in leases:
+        own = [draft(lease, first, first) for first in range(4)]
+        for one in own:
+            one.text = "x" * 200_000
+        await worker.send(drafts=worker_pb2.Drafts(drafts=own))
+        sent += own
+    # Messages of a worker are handled in order: once this one is answered, all are there.
+    await worker.finish(leases[:1])
+    await worker.receive("committed")
+    sizes, found = [], []
+    reading = client.StreamResults(
+        trace_pb2.StreamResultsRequest(
+            submission_id=answer.submission_id, after_entry=1, drafts_of=answer.job_ids[1:]
+        )
+    )
+    async with asyncio.timeout(20):
+        while len(found) < len(sent) - 4:
+            message = await reading.read()
+            sizes.append(message.ByteSize())
+            found += message.drafts
+    reading.cancel()
+    assert found == [one for one in sent if one.job_id != answer.job_ids[0]]
+    assert max(sizes) < 1.1 * 2**20
+
+
 async def test_drafts_of_other_submissions_are_refused(client, worker: FakeWorker) -> None:
     mine = await client.SubmitJobs(submission(JobSpec(prompt="a")))
     other = await client.SubmitJobs(submission(JobSpec(prompt="b")))

@@ -9,7 +9,14 @@ import grpc
 import pytest
 from redis.asyncio.cluster import RedisCluster
 from redis_cluster import redis_cluster
-from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, trace_pb2, trace_pb2_grpc, types_pb2
+from reltrace_proto.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    trace_pb2,
+    trace_pb2_grpc,
+    types_pb2,
+    worker_pb2,
+)
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.server import serving
@@ -119,10 +126,20 @@ async def test_a_shard_is_one_slot(connection: Connection, sharded: Settings) ->
         worker = FakeWorker(channel)
         await worker.connect()
         jobs = [types_pb2.JobSpec(prompt="a")]
-        answer = await trace_pb2_grpc.TraceServiceStub(channel).SubmitJobs(
+        client = trace_pb2_grpc.TraceServiceStub(channel)
+        answer = await client.SubmitJobs(
             trace_pb2.SubmitJobsRequest(idempotency_key="k", jobs=jobs)
         )
-        await worker.lease(1)
+        (lease,) = await worker.lease(1)
+        draft = types_pb2.Draft(job_id=lease.job_id, attempt=1, token_ids=[7], tokens=["x"])
+        await worker.send(drafts=worker_pb2.Drafts(drafts=[draft]))
+        reading = client.StreamResults(
+            trace_pb2.StreamResultsRequest(
+                submission_id=answer.submission_id, drafts_of=answer.job_ids
+            )
+        )
+        async with asyncio.timeout(10):
+            assert list((await reading.read()).drafts) == [draft]
         cluster = connection.redis
         assert isinstance(cluster, RedisCluster)
         keys = [key.decode() async for key in cluster.scan_iter(match="reltrace:{*")]
@@ -132,6 +149,7 @@ async def test_a_shard_is_one_slot(connection: Connection, sharded: Settings) ->
         assert all(len(found) == 1 for found in slots.values()), slots
         home = partition(SHARDS)[shard_of(answer.submission_id)]
         assert home.submission(submission_of(answer.job_ids[0])) in keys
+        assert home.draft(answer.job_ids[0]) in keys
 
 
 async def test_schedulers_must_agree_on_the_shards(

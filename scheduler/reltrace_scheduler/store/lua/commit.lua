@@ -7,6 +7,7 @@
 --       submission:<sub>                hash    ended + 1, stored
 --       results:<sub>                   stream  an entry per ended job
 --       chunks:<job>:<attempt>          list    chunks of results that are more than one
+--       draft:<job>                     stream  deleted
 --       expiring                        zset    a submission that ended
 --       deadlines                       zset    the job removed
 --       load, tenant:<tenant>, ended    hash    counted

@@ -67,22 +67,28 @@ end
 local function read_job(id)
     local key = prefix .. "job:" .. id
     local row = redis.call("HMGET", key, "state", "worker", "attempt", "queue", "entry",
-        "bytes", "stored", "due")
+        "bytes", "stored", "due", "drafted")
     if not row[1] then
         return nil
     end
     return {
         id = id, key = key, state = row[1], worker = row[2], attempt = row[3], queue = row[4],
         entry = row[5], bytes = tonumber(row[6]), stored = tonumber(row[7] or 0), due = row[8],
+        drafted = row[9],
     }
 end
 
 -- queue:<name>: entries that go, leased or not; held:<worker>: jobs that it holds no more.
 local gone, dropped = {}, {}
 
+-- Every lease ends here, and what was drafted under it goes too: draft:<job>.
 local function drop_lease(job)
     append(gone, job.queue, job.entry)
     append(dropped, job.worker, job.id)
+    if job.drafted then
+        redis.call("DEL", prefix .. "draft:" .. job.id)
+        redis.call("HDEL", job.key, "drafted")
+    end
 end
 
 -- chunks:<job>:<attempt> of an attempt that is void.

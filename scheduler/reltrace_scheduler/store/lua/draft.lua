@@ -1,24 +1,27 @@
 -- Keeps drafts of texts that are being written, for whoever reads along. A hint: a draft is
--- dropped where its lease is lost, or where there are too many.
+-- dropped where its lease is lost, or where there are too many. They go with the lease
+-- (drop_lease() in common.lua), so that nothing is left of them when the job ends.
 --
--- also: job:<job>      hash   read
---       draft:<job>    list   a draft added; gone after a while
+-- also: job:<job>      hash    drafted: bytes of what the present attempt drafted
+--       draft:<job>    stream  a draft added
 -- publishes done:<sub>
 --
--- ARGV: prefix, group, worker, time to live (ms), most drafts of a job, then per draft:
---       job id, attempt, draft
+-- ARGV: prefix, group, worker, time to live (ms), most bytes of an attempt, bytes that a draft
+--       counts for beside its own, then per draft: job id, attempt, draft
 --
 -- Returns how many were kept.
-local worker, ttl, most = ARGV[3], ARGV[4], tonumber(ARGV[5])
+local worker, ttl, most, each = ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
 local kept, told = 0, {}
 
-for i = 6, #ARGV, 3 do
-    local job = redis.call("HMGET", prefix .. "job:" .. ARGV[i], "state", "worker", "attempt")
-    local key = prefix .. "draft:" .. ARGV[i]
-    if job[1] == "LEASED" and job[2] == worker and job[3] == ARGV[i + 1]
-        and redis.call("LLEN", key) < most then
-        redis.call("RPUSH", key, ARGV[i + 2])
+for i = 7, #ARGV, 3 do
+    local row = prefix .. "job:" .. ARGV[i]
+    local job = redis.call("HMGET", row, "state", "worker", "attempt", "drafted")
+    local bytes = tonumber(job[4] or 0) + #ARGV[i + 2] + each
+    if job[1] == "LEASED" and job[2] == worker and job[3] == ARGV[i + 1] and bytes <= most then
+        local key = prefix .. "draft:" .. ARGV[i]
+        redis.call("XADD", key, "*", "d", ARGV[i + 2])
         redis.call("PEXPIRE", key, ttl)
+        redis.call("HSET", row, "drafted", bytes)
         told[string.match(ARGV[i], "^(.+)%-%d+$")] = true
         kept = kept + 1
     end

@@ -7,6 +7,7 @@
 --       parked:<sub>                    list    the job removed
 --       held:<worker>                   set     the job removed
 --       chunks:<job>:<attempt>          list    deleted
+--       draft:<job>                     stream  deleted
 --       submission:<sub>, results:<sub>, expiring, load, tenant:<tenant>, ended
 --                                       as in commit.lua
 --       dead                            zset    a job that is quarantined

@@ -10,6 +10,7 @@
 --       queue:suspect:..., queue:alone:... stream new entries
 --       held:<worker>                     set     the jobs removed
 --       chunks:<job>:<attempt>            list    deleted: what was computed so far is void
+--       draft:<job>                       stream  deleted
 --       submission:<sub>, load, tenant:<tenant>  hash  bytes of those chunks taken off
 --       turns:<class>:<model>             zset    the tenant of an empty queue removed
 -- publishes wake:<model>

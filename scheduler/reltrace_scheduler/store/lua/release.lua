@@ -6,6 +6,7 @@
 --       delayed                         zset    jobs whose attempt failed
 --       held:<worker>                   set     the jobs removed
 --       chunks:<job>:<attempt>          list    deleted: what was computed so far is void
+--       draft:<job>                     stream  deleted
 --       submission:<sub>, load, tenant:<tenant>  hash  bytes of those chunks taken off
 -- publishes wake:<model>
 --
