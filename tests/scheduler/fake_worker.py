@@ -12,7 +12,7 @@ MODEL = types_pb2.ModelInfo(
     sites=["embed", "resid"],
     rules=["attnlrp"],
     reductions=["token"],
-    capabilities=["edits", "forward_only", "generation", "corpus"],
+    capabilities=["edits", "forward_only", "generation", "generation.stream", "corpus"],
 )
 
 

@@ -327,7 +327,7 @@ Global___Generation: _TypeAlias = Generation  # noqa: Y015
 @_typing.final
 class Draft(_message.Message):
     """What has been written of a text since the last draft. A hint, and no part of the result: one may
-    be missing, and another attempt begins again.
+    be missing, another attempt begins again, and so does a worker that lost its connection.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1078,8 +1078,8 @@ class ModelInfo(_message.Message):
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What its workers can do beside tracing, by the names of the fields that ask for it: "edits",
-        "forward_only", "generation", "corpus". A job that asks for another is refused: a worker
-        that does not know a field would pass over it.
+        "forward_only", "generation", "generation.stream", "corpus". A job that asks for another is
+        refused: a worker that does not know a field would pass over it.
         """
 
     def __init__(

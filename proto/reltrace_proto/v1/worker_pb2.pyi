@@ -225,7 +225,7 @@ Global___Results: _TypeAlias = Results  # noqa: Y015
 
 @_typing.final
 class Drafts(_message.Message):
-    """Of jobs that ask for them; those whose lease is lost are passed over."""
+    """Of jobs that ask for them, if Welcome has `drafts`; those whose lease is lost are passed over."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -342,9 +342,12 @@ class Welcome(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     RESULTS_URL_FIELD_NUMBER: _builtins.int
     RESULTS_ABOVE_BYTES_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
     results_url: _builtins.str
     """Folder, as a URL, for the tensors of results that are larger than this; empty: none."""
     results_above_bytes: _builtins.int
+    drafts: _builtins.bool
+    """Drafts may be sent. A scheduler that does not know them would end the stream."""
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
         """Unrenewed, a lease is lost after this time."""
@@ -360,10 +363,11 @@ class Welcome(_message.Message):
         heartbeat: _duration_pb2.Duration | None = ...,
         results_url: _builtins.str = ...,
         results_above_bytes: _builtins.int = ...,
+        drafts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "lease", b"lease", "results_above_bytes", b"results_above_bytes", "results_url", b"results_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "heartbeat", b"heartbeat", "lease", b"lease", "results_above_bytes", b"results_above_bytes", "results_url", b"results_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

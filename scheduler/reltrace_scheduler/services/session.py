@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_scheduler import endings
+from reltrace_scheduler.config import MAX_NEW_TOKENS
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
@@ -36,7 +37,7 @@ log = structlog.get_logger()
 
 _LEASES_BYTES = 16 << 20
 _DRAFT_BYTES = 1 << 18
-"""A text has at most 1,024 tokens: more than any vocabulary needs for them."""
+"""More than any vocabulary needs for a whole text."""
 _MISSED = 2
 """Heartbeats that may be late before a worker is leased nothing: less than a lease."""
 _SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
@@ -293,6 +294,14 @@ def _new_draft(index: int, draft: types_pb2.Draft) -> NewDraft:
     path = f"drafts.drafts[{index}]"
     if not submission_of(draft.job_id):
         raise InvalidRequestError(Violation(f"{path}.job_id", f"{draft.job_id!r} is no job id"))
+    if not 1 <= len(draft.token_ids) <= MAX_NEW_TOKENS - draft.first:
+        raise InvalidRequestError(
+            Violation(
+                f"{path}.token_ids",
+                f"are {len(draft.token_ids)} from {draft.first} on; "
+                f"a draft has one at least, and a text {MAX_NEW_TOKENS} at most",
+            )
+        )
     if len(draft.tokens) != len(draft.token_ids):
         raise InvalidRequestError(
             Violation(f"{path}.tokens", f"are {len(draft.tokens)} of {len(draft.token_ids)} ids")

@@ -62,6 +62,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                     heartbeat=duration(settings.heartbeat),
                     results_url=self._store.results_url,
                     results_above_bytes=settings.results_above,
+                    drafts=True,
                 )
             )
         )

@@ -223,6 +223,21 @@ async def test_what_a_models_workers_do_not_know_is_refused(
     assert "is more than the workers of m can do" in (caught.value.details() or "")
 
 
+async def test_a_text_is_streamed_only_where_workers_know_how(
+    client, channel: grpc.aio.Channel
+) -> None:
+    model = types_pb2.ModelInfo()
+    model.CopyFrom(MODEL)
+    model.capabilities.remove("generation.stream")
+    await FakeWorker(channel, model=model).connect()
+    generation = types_pb2.Generation(max_new_tokens=1)
+    await client.SubmitJobs(submission(JobSpec(prompt="a", generation=generation)))
+    generation.stream = True
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(JobSpec(prompt="a", generation=generation)))
+    assert fields(caught.value) == ["jobs[0].generation.stream"]
+
+
 async def test_one_malformed_job_refuses_the_request_whole(client, worker: FakeWorker) -> None:
     good = JobSpec(prompt="a")
     with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -370,14 +370,26 @@ async def test_a_malformed_message_ends_the_stream(
     ("draft", "field"),
     [
         (types_pb2.Draft(job_id="nonsense"), "drafts.drafts[1].job_id"),
+        (types_pb2.Draft(job_id="s-0", text="x"), "drafts.drafts[1].token_ids"),
+        (
+            types_pb2.Draft(job_id="s-0", first=1024, token_ids=[1], tokens=["a"]),
+            "drafts.drafts[1].token_ids",
+        ),
+        (
+            types_pb2.Draft(job_id="s-0", first=2**32 - 1, token_ids=[1], tokens=["a"]),
+            "drafts.drafts[1].token_ids",
+        ),
         (types_pb2.Draft(job_id="s-0", token_ids=[1, 2], tokens=["a"]), "drafts.drafts[1].tokens"),
-        (types_pb2.Draft(job_id="s-0", text="x" * 300_000), "drafts.drafts[1]"),
+        (
+            types_pb2.Draft(job_id="s-0", token_ids=[1], tokens=["a"], text="x" * 300_000),
+            "drafts.drafts[1]:",
+        ),
     ],
 )
 async def test_a_draft_that_is_malformed_ends_the_stream(
     worker: FakeWorker, draft: types_pb2.Draft, field: str
 ) -> None:
-    good = types_pb2.Draft(job_id="s-0", attempt=1)
+    good = types_pb2.Draft(job_id="s-0", attempt=1, token_ids=[1], tokens=["a"])
     await worker.send(drafts=worker_pb2.Drafts(drafts=[good, draft]))
     async with asyncio.timeout(10):
         assert await worker.call.code() is grpc.StatusCode.INVALID_ARGUMENT

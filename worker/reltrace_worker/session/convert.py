@@ -34,7 +34,7 @@ _TORCH_DTYPES = {
 _SCALAR_TYPES = {dtype: scalar for scalar, dtype in _TORCH_DTYPES.items()}
 
 
-CAPABILITIES = ("edits", "forward_only", "generation", "corpus")
+CAPABILITIES = ("edits", "forward_only", "generation", "generation.stream", "corpus")
 """Fields of a job that workers have not always known."""
 
 
