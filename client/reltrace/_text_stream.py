@@ -67,12 +67,14 @@ class _Along:
 
     def draft(self, draft: Draft) -> TextPiece | None:
         """Take a draft; return what is new."""
-        if draft.attempt > self._attempt:
+        if draft.attempt < self._attempt:
+            return None
+        # Another attempt, and another connection of ours or of the worker's, begin again.
+        if draft.attempt > self._attempt or draft.first == 0:
             self._attempt, self._known = draft.attempt, _Text()
         known = self._known
-        # Another connection begins with the first draft again; one that is missing is made up for
-        # by the result.
-        if draft.attempt < self._attempt or draft.first != len(known.token_ids):
+        # One that is missing is made up for when the text begins again, or by the result.
+        if draft.first != len(known.token_ids):
             return None
         known.text += draft.text
         known.tokens += draft.tokens

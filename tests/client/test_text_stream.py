@@ -51,17 +51,22 @@ IDS = st.lists(st.integers(0, 3), min_size=1, max_size=12)
     attempts=st.lists(st.tuples(IDS, st.integers(1, 4)), min_size=1, max_size=3),
     lost=st.sets(st.integers(0, 40), max_size=4),
     again=st.integers(0, 20),
+    anew=st.none() | st.integers(0, 12),
 )
 def test_pieces_are_the_text_whatever_happens(
-    attempts: list[tuple[list[int], int]], lost: set[int], again: int
+    attempts: list[tuple[list[int], int]], lost: set[int], again: int, anew: int | None
 ) -> None:
     """
     Given drafts of some attempts, of which the last one's text is the result, some of them lost,
-    and all of them sent once more after a connection was made anew
+    the last attempt begun again by a worker that lost its connection, and some drafts sent once
+    more after the client's was made anew
     I expect the pieces together to be the result.
     """
     sent = [one for number, (ids, size) in enumerate(attempts, 1)
             for one in drafts(number, ids, size)]  # fmt: skip
+    if anew is not None:
+        ids, size = attempts[-1]
+        sent += [draft(len(attempts), 0, ids[: anew + 1]), *drafts(len(attempts), ids, size)]
     along = _Along(steered=False)
     arrived = [one for number, one in enumerate(sent) if number not in lost]
     arrived = arrived[:again] + arrived
@@ -81,6 +86,20 @@ def test_another_attempt_that_writes_the_same_goes_on_silently() -> None:
     assert (second[1].text, second[1].token_ids, second[1].again) == (" 4", (4,), False)
     assert along.result(generation(ids)) is None
     assert all(piece.steered for piece in [*first, *second[1:]])
+
+
+def test_a_draft_that_was_lost_is_made_up_for_when_the_worker_begins_again() -> None:
+    """
+    Given a reader that missed a draft, and could make nothing of the next
+    When the worker connects again and drafts its text from the beginning
+    I expect the reader to go on from what it has, and with what follows.
+    """
+    along = _Along(steered=False)
+    along.draft(draft(1, 0, [1, 2]))
+    assert along.draft(draft(1, 3, [4])) is None
+    piece = along.draft(draft(1, 0, [1, 2, 3, 4]))
+    assert (piece.text, piece.token_ids, piece.again) == (" 3 4", (3, 4), False)
+    assert along.draft(draft(1, 4, [5])).text == " 5"
 
 
 def test_another_attempt_that_writes_something_else_begins_again() -> None:

@@ -83,6 +83,43 @@ async def test_what_nobody_takes_is_put_together() -> None:
             await drafts.next()
 
 
+async def test_texts_begin_again_on_another_connection() -> None:
+    """
+    Given texts of which something was taken, one that has gone on since, and one that is over
+    When they begin again
+    I expect all that is written of the texts that are not over, though nothing new was.
+    """
+    drafts = Drafts()
+    other, over = LeaseKey("s-1", 1), LeaseKey("s-2", 1)
+    for key in (KEY, other, over):
+        drafts.note(key, [65, 66], VOCABULARY)
+    assert len(await drafts.next()) == 3
+    drafts.note(KEY, [65, 66, 67], VOCABULARY)
+    drafts.forget([over])
+    drafts.begin_again()
+    found = await drafts.next()
+    assert [(d.job_id, d.first, list(d.token_ids), d.text) for d in found] == [
+        ("s-0", 0, [65, 66, 67], VOCABULARY.decoded([65, 66, 67])),
+        ("s-1", 0, [65, 66], VOCABULARY.decoded([65, 66])),
+    ]
+    drafts.note(KEY, [65, 66, 67, 68], VOCABULARY)
+    (last,) = await drafts.next()
+    assert (last.first, list(last.token_ids)) == (3, [68])
+
+
+async def test_beginning_again_wakes_who_waits() -> None:
+    drafts = Drafts()
+    drafts.begin_again()
+    drafts.note(KEY, [65], VOCABULARY)
+    await drafts.next()
+    waiting = asyncio.create_task(drafts.next())
+    await asyncio.sleep(0)
+    drafts.begin_again()
+    async with asyncio.timeout(10):
+        (draft,) = await waiting
+    assert draft.first == 0
+
+
 async def test_what_is_forgotten_comes_no_more() -> None:
     drafts = Drafts()
     drafts.note(KEY, [65], VOCABULARY)

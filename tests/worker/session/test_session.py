@@ -1,7 +1,8 @@
 """A worker's session against a scripted scheduler: real gRPC, a real (small) model."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 
@@ -12,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_worker.engine import Engine
+from reltrace_worker.engine.generate import Writing
 from reltrace_worker.errors import DeviceLostError, PassFailedError
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.runner import Runner
@@ -24,6 +26,7 @@ class Scheduler(worker_pb2_grpc.WorkerServiceServicer):
     """Takes connections; a test reads and writes them as it likes."""
 
     def __init__(self, heartbeat: float = 60.0) -> None:
+        self.takes_drafts = True
         self.connections: asyncio.Queue[Connection] = asyncio.Queue()
         self.refuse: grpc.StatusCode | None = None
         self._heartbeat = heartbeat
@@ -34,7 +37,9 @@ class Scheduler(worker_pb2_grpc.WorkerServiceServicer):
         connection = Connection()
         heartbeat = Duration()
         heartbeat.FromTimedelta(timedelta(seconds=self._heartbeat))
-        yield worker_pb2.WorkResponse(welcome=worker_pb2.Welcome(heartbeat=heartbeat))
+        yield worker_pb2.WorkResponse(
+            welcome=worker_pb2.Welcome(heartbeat=heartbeat, drafts=self.takes_drafts)
+        )
         await self.connections.put(connection)
 
         async def receive() -> None:
@@ -383,6 +388,26 @@ async def test_a_lost_device_ends_the_session(
                 await working
 
 
+@asynccontextmanager
+async def drafting(
+    scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine
+) -> AsyncIterator[None]:
+    """A session whose texts can be read along with."""
+    drafts = Drafts()
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=256, drafts=drafts)
+    hello = worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="m"))
+    async with serving(scheduler) as address:
+        task = asyncio.create_task(Session(address, hello, runner, drafts=drafts).run())
+        yield
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def text(tokens: int, *, stream: bool) -> types_pb2.JobSpec:
+    return spec(generation=types_pb2.Generation(max_new_tokens=tokens, stream=stream))
+
+
 async def test_texts_that_stream_are_told_while_they_are_written(
     scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine
 ) -> None:
@@ -390,15 +415,10 @@ async def test_texts_that_stream_are_told_while_they_are_written(
     Given a text that somebody reads along with, and one that nobody does
     I expect drafts of the first alone, the first of them before its result, each token once.
     """
-    drafts = Drafts()
-    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=256, drafts=drafts)
-    hello = worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="m"))
-    async with serving(scheduler) as address:
-        task = asyncio.create_task(Session(address, hello, runner, drafts=drafts).run())
+    async with drafting(scheduler, checkpoints, engine):
         connection = await scheduler.next()
         await connection.receive("hello")
-        texts = [types_pb2.Generation(max_new_tokens=40, stream=stream) for stream in (True, False)]
-        await connection.lease(*(spec(generation=text) for text in texts))
+        await connection.lease(text(40, stream=True), text(40, stream=False))
         ids: list[int] = []
         async with asyncio.timeout(20):
             while (request := await connection.requests.get()).WhichOneof("message") != "results":
@@ -409,6 +429,54 @@ async def test_texts_that_stream_are_told_while_they_are_written(
         assert len(written) == 2
         assert ids
         assert ids == list(written["s-0"].token_ids)[: len(ids)]
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+
+
+async def test_a_text_begins_again_on_the_next_connection(
+    scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a text in the middle, of which drafts may be lost with the connection
+    I expect all of it so far to be the first draft of the next connection, and then what follows.
+    """
+    go_on, write = threading.Event(), engine.go_on
+
+    def four_tokens(writing: Writing, tokens: int, wrote: Callable[[], None] | None = None) -> None:
+        write(writing, 4, wrote)
+        go_on.wait(20)
+
+    monkeypatch.setattr(engine, "go_on", four_tokens)
+    async with drafting(scheduler, checkpoints, engine):
+        first = await scheduler.next()
+        await first.lease(text(40, stream=True))
+        (draft,) = (await first.receive("drafts")).drafts.drafts
+        assert draft.first == 0
+        await first.cut()
+        second = await scheduler.next()
+        (again,) = (await second.receive("drafts")).drafts.drafts
+        assert again.first == 0
+        ids = list(again.token_ids)
+        assert ids[: len(draft.token_ids)] == list(draft.token_ids)
+        assert len(ids) <= 4
+        go_on.set()
+        async with asyncio.timeout(20):
+            while (request := await second.requests.get()).WhichOneof("message") != "results":
+                for draft in request.drafts.drafts:
+                    assert draft.first == len(ids)
+                    ids += draft.token_ids
+        (leased,) = request.results.chunks
+        assert ids == list(leased.chunk.generated.token_ids)[: len(ids)]
+
+
+async def test_a_scheduler_that_knows_no_drafts_gets_none(
+    scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine
+) -> None:
+    """It would end the stream, with everybody's leases on it."""
+    scheduler.takes_drafts = False
+    async with drafting(scheduler, checkpoints, engine):
+        connection = await scheduler.next()
+        await connection.lease(text(40, stream=True))
+        kinds = []
+        async with asyncio.timeout(20):
+            while "results" not in kinds:
+                kinds.append((await connection.requests.get()).WhichOneof("message"))
+        assert "drafts" not in kinds

@@ -1,7 +1,7 @@
 """Texts that are being written, for those who read along: from the engine's thread to the session.
 
-A hint beside the results: what is noted while nobody takes it is put together, and what is taken
-and then lost is not sent again.
+A hint beside the results: what is noted while nobody takes it is put together, and what may have
+been lost with a connection is begun again on the next one.
 """
 
 import asyncio
@@ -65,9 +65,16 @@ class Drafts:
                 return
             text.ids = tuple(ids)
             self._changed.add(key)
-            if self._waiting is not None:
-                loop, arrived = self._waiting
-                loop.call_soon_threadsafe(arrived.set)
+            self._wake()
+
+    def begin_again(self) -> None:
+        """Give out every text from its beginning: what was taken may not have arrived."""
+        with self._lock:
+            # New ones: what is being taken at this moment is noted in the old.
+            for key, text in self._texts.items():
+                self._texts[key] = _Text(text.vocabulary, text.ids)
+            self._changed.update(self._texts)
+            self._wake()
 
     def forget(self, keys: Iterable[LeaseKey]) -> None:
         """Forget texts: their result is there, or nobody waits for them."""
@@ -75,6 +82,11 @@ class Drafts:
             for key in keys:
                 self._texts.pop(key, None)
                 self._changed.discard(key)
+
+    def _wake(self) -> None:
+        if self._changed and self._waiting is not None:
+            loop, arrived = self._waiting
+            loop.call_soon_threadsafe(arrived.set)
 
     async def next(self) -> list[types_pb2.Draft]:
         """Wait until something is new; return it, one draft per text."""

@@ -1,12 +1,28 @@
 """What a worker says on its stream, as messages."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 
 from reltrace_proto.v1 import worker_pb2
 
 from reltrace_worker.session.leases import Chunks, LeaseKey
 
 _MESSAGE_BYTES = 1 << 20
+
+Outgoing = asyncio.Queue[worker_pb2.WorkRequest | None]
+"""None closes our side of the stream."""
+
+
+async def requests(outgoing: Outgoing) -> AsyncIterator[worker_pb2.WorkRequest]:
+    """Yield what is put into a queue, until it is closed."""
+    while (request := await outgoing.get()) is not None:
+        yield request
+
+
+def leave(outgoing: Outgoing) -> None:
+    """Say that this worker leaves, as the last thing on the stream."""
+    outgoing.put_nowait(worker_pb2.WorkRequest(leave=worker_pb2.Leave()))
+    outgoing.put_nowait(None)
 
 
 def beat(keys: set[LeaseKey]) -> worker_pb2.WorkRequest:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import grpc
@@ -14,7 +13,15 @@ from reltrace_worker.errors import WorkerError
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.endpoint import Access, EndpointError, Endpoints
 from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey, Window
-from reltrace_worker.session.messages import beat, ended, messages, ref
+from reltrace_worker.session.messages import (
+    Outgoing,
+    beat,
+    ended,
+    leave,
+    messages,
+    ref,
+    requests,
+)
 from reltrace_worker.tracing import NoSpans, Spans
 
 log = structlog.get_logger()
@@ -40,10 +47,6 @@ _FINAL = {
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
-
-
-Outgoing = asyncio.Queue[worker_pb2.WorkRequest | None]
-"""None closes our side of the stream."""
 
 
 if TYPE_CHECKING:
@@ -96,6 +99,7 @@ class Session:
         drafts: Drafts | None = None,
     ) -> None:
         self._drafts = drafts or Drafts()
+        self._takes_drafts = False
         self._endpoints = Endpoints(address, access or Access(), seed)
         # Addresses that failed since a scheduler last took us.
         self._failed_in_a_row = 0
@@ -169,7 +173,7 @@ class Session:
         self._release(set(self._held))
         self._leaving = True
         if self._outgoing is not None:
-            _leave(self._outgoing)
+            leave(self._outgoing)
 
     # -- the pass ---------------------------------------------------------------------
 
@@ -262,7 +266,7 @@ class Session:
                 for draft in await self._drafts.next()
                 if LeaseKey(draft.job_id, draft.attempt) in self._held
             ]
-            if drafts:
+            if drafts and self._takes_drafts:
                 self._send(worker_pb2.WorkRequest(drafts=worker_pb2.Drafts(drafts=drafts)))
             # What is written meanwhile comes together.
             await asyncio.sleep(_DRAFTS_EVERY)
@@ -326,7 +330,7 @@ class Session:
         """Greet, and handle what comes until the stream ends."""
         outgoing: Outgoing = asyncio.Queue()
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        call = stub.Work(_requests(outgoing), metadata=metadata)
+        call = stub.Work(requests(outgoing), metadata=metadata)
         try:
             outgoing.put_nowait(worker_pb2.WorkRequest(hello=self._hello))
             async with asyncio.timeout(_WELCOME_DEADLINE):
@@ -337,6 +341,7 @@ class Session:
             log.info("scheduler.connected", address=self._endpoints.current)
             self._backoff = _FIRST_BACKOFF
             self._failed_in_a_row = 0
+            self._takes_drafts = welcome.welcome.drafts
             # Nothing is leased before the heartbeat that follows.
             self._runner.store_large(
                 welcome.welcome.results_url, welcome.welcome.results_above_bytes
@@ -361,8 +366,10 @@ class Session:
         self._send(beat(self._held))
         for message in self._uncommitted.values():
             self._send(worker_pb2.WorkRequest(results=message))
+        # A reader that misses one draft could make nothing of those that follow.
+        self._drafts.begin_again()
         if self._leaving:
-            _leave(outgoing)
+            leave(outgoing)
         self._window.connected()
         self._offer()
 
@@ -389,11 +396,6 @@ class Session:
                 self.asked_to_drain.set()
 
 
-async def _requests(outgoing: Outgoing) -> AsyncIterator[worker_pb2.WorkRequest]:
-    while (request := await outgoing.get()) is not None:
-        yield request
-
-
 async def _raise_status(call: "Call") -> None:
     code = await call.code()
     if code is not grpc.StatusCode.OK:
@@ -403,8 +405,3 @@ async def _raise_status(call: "Call") -> None:
             await call.trailing_metadata(),
             details=await call.details(),
         )
-
-
-def _leave(outgoing: Outgoing) -> None:
-    outgoing.put_nowait(worker_pb2.WorkRequest(leave=worker_pb2.Leave()))
-    outgoing.put_nowait(None)
