@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -177,6 +177,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         The stream breaks off before the n-th event that is sent in all, for every n in it.
     run
         From (spec, job id) to the chunks of the result.
+    drafts
+        From a job's id to what is drafted of it before it ends, for those who ask for it.
     reverse
         Jobs end in the reverse order.
     hold
@@ -205,6 +207,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     lose_answer: bool = False
     drop_at: set[int] = field(default_factory=set)
     run: Callable[[types_pb2.JobSpec, str], list[types_pb2.ResultChunk]] | None = None
+    drafts: Callable[[str], Iterable[types_pb2.Draft]] = lambda job_id: ()
     reverse: bool = False
     hold: Callable[[types_pb2.JobSpec], None] = lambda spec: None
     truncate: bool = False
@@ -317,6 +320,9 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         for entry, (job_id, spec) in enumerate(jobs, start=1):
             if entry <= request.after_entry:
                 continue
+            if job_id in request.drafts_of:
+                for draft in self.drafts(job_id):
+                    yield trace_pb2.StreamResultsResponse(drafts=[draft])
             chunks = self._finish(spec, job_id)
             seen = request.after_chunk if entry == request.after_entry + 1 else 0
             for chunk in chunks[seen:]:

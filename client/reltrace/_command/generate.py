@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from reltrace._command.options import AsJson, Model, Server, access_of, echo_jso
 from reltrace._edit import Steer
 from reltrace._errors import invalid
 from reltrace._generation import Generation
+from reltrace._text_stream import TextStream
 
 _STEER = re.compile(r"(\d+):(\d+)(=|\*)(\S+)")
 
@@ -52,29 +53,40 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Let a model go on with a prompt, as it is and steered."""
+    asked: dict[str, Any] = {
+        "steer": [steer_of(text) for text in steer or ()],
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "model": model,
+    }
     with access_of(context).client(server) as client:
-        pieces = client.generate_stream(
-            prompt,
-            steer=[steer_of(text) for text in steer or ()],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            model=model,
-        )
-        for piece in pieces:
-            if not steer and not as_json:
-                # Text that begins again is another: it can not be taken back.
-                typer.echo("\n" * piece.again + piece.text, nl=False)
-                sys.stdout.flush()
-    found = pieces.result
-    assert found is not None
+        # A file or a pipe must not get a text that begins again after it has begun.
+        if sys.stdout.isatty() and not steer and not as_json:
+            _write_along(client.generate_stream(prompt, **asked))
+            return
+        found = client.generate(prompt, **asked)
     if as_json:
         echo_json(found.to_dict())
     elif found.unsteered is None:
-        typer.echo()
+        typer.echo(found.text)
     else:
         Console().print(_side_by_side(found, found.unsteered))
+
+
+def _write_along(stream: TextStream) -> None:
+    """Print a text as it comes; one that begins again does so on a new line."""
+    begun = False
+    try:
+        for piece in stream:
+            typer.echo("\n" * piece.again + piece.text, nl=False)
+            sys.stdout.flush()
+            begun = True
+    finally:
+        # What an error says stands on a line of its own too.
+        if begun:
+            typer.echo()
 
 
 def steer_of(text: str) -> Steer:

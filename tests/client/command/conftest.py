@@ -8,7 +8,15 @@ from reltrace._command import app
 
 
 class Run:
-    """Calls the command in this process."""
+    """Calls the command in this process.
+
+    Attributes
+    ----------
+    terminal
+        Whether the command is to take its output for one.
+    """
+
+    terminal = False
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch = monkeypatch
@@ -16,6 +24,7 @@ class Run:
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
         self._monkeypatch.setattr(sys, "argv", ["reltrace", *arguments])
+        self._monkeypatch.setattr(sys.stdout, "isatty", lambda: self.terminal, raising=False)
         with pytest.raises(SystemExit) as caught:
             app.main()
         out, err = self._capsys.readouterr()

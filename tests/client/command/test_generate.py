@@ -1,0 +1,93 @@
+"""`reltrace generate`: along with the text on a terminal, whole anywhere else."""
+
+import json
+import sys
+import threading
+
+import pytest
+from command.conftest import Run
+from fake_server import FakeServer
+from make_text import draft, written
+from reltrace_proto.v1 import types_pb2
+
+
+@pytest.fixture
+def terminal(command: Run) -> None:
+    command.terminal = True
+
+
+@pytest.fixture
+def writing(server: FakeServer) -> FakeServer:
+    """A server whose jobs are lost once, and write something else then."""
+    server.drafts = lambda job: [draft(job, [1, 2]), draft(job, [1, 3], attempt=2)]
+    server.run = lambda spec, job: written(job, [1, 3, 4])
+    return server
+
+
+def asked(server: FakeServer) -> list[bool]:
+    """Whether the jobs were to stream."""
+    return [job.generation.stream for request in server.requests for job in request.jobs]
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_terminal_shows_text_as_it_comes(
+    command: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a job that does not end before its first words were printed
+    I expect it to end.
+    """
+    printed, write = threading.Event(), sys.stdout.write
+
+    def note(text: str) -> int:
+        if " 1 2" in text:
+            printed.set()
+        return write(text)
+
+    def hold(spec: types_pb2.JobSpec) -> None:
+        assert printed.wait(20)
+
+    monkeypatch.setattr(sys.stdout, "write", note)
+    server.drafts = lambda job: [draft(job, [1, 2])]
+    server.hold = hold
+    server.run = lambda spec, job: written(job, [1, 2, 3])
+    assert command("generate", "a") == (0, " 1 2 3\n", "")
+    assert asked(server) == [True]
+
+
+@pytest.mark.usefixtures("terminal")
+def test_on_a_terminal_a_text_that_begins_again_has_its_own_line(
+    command: Run, writing: FakeServer
+) -> None:
+    assert command("generate", "a") == (0, " 1 2\n 1 3 4\n", "")
+
+
+@pytest.mark.usefixtures("terminal")
+def test_an_error_comes_on_its_own_line(command: Run, server: FakeServer) -> None:
+    server.drafts = lambda job: [draft(job, [1, 2])]
+
+    def failed(spec: types_pb2.JobSpec, job: str) -> list[types_pb2.ResultChunk]:
+        chunk = types_pb2.ResultChunk(job_id=job, number=1)
+        chunk.end.state = types_pb2.JOB_STATE_FAILED
+        chunk.end.error.message = "the device is gone"
+        return [chunk]
+
+    server.run = failed
+    code, out, err = command("generate", "a")
+    assert (code, out) == (1, " 1 2\n")
+    assert "the device is gone" in err
+
+
+def test_a_pipe_gets_the_text_alone(command: Run, writing: FakeServer) -> None:
+    assert command("generate", "a") == (0, " 1 3 4\n", "")
+    assert asked(writing) == [False]
+
+
+@pytest.mark.usefixtures("terminal")
+def test_what_is_shown_whole_is_not_streamed(command: Run, writing: FakeServer) -> None:
+    code, out, _ = command("generate", "a", "--json")
+    assert (code, json.loads(out)["text"]) == (0, " 1 3 4")
+    code, out, _ = command("generate", "a", "--steer", "0:1=4")
+    assert code == 0
+    assert "as it is" in out
+    assert asked(writing) == [False] * 3
