@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
+from reltrace_worker.engine.generate import Writing
 from reltrace_worker.jobs import PreparedCorpus, PreparedJob
 from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.session.runner import Runner
@@ -233,6 +234,35 @@ async def test_texts_and_traces_take_turns(
     assert sorted(ended) == ["j-0", "j-1", "t-0", "t-1", "t-2"]
     assert begun == [2, 1]
     assert runner.running == frozenset()
+
+
+async def test_a_text_is_dropped_in_the_middle_of_its_turn(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given two texts of which the engine is just writing a token
+    If nobody waits for one of them any more
+    I expect the engine to write no further token of it, and all of the other.
+    """
+    runner = Runner(checkpoints.loaded("plain"), engine, 4096)
+    writes, dropped, write = threading.Event(), threading.Event(), engine.go_on
+    written: list[int] = []
+
+    def one_token(writing: Writing, tokens: int, wrote: Callable[[], None] | None = None) -> None:
+        write(writing, 1, wrote)
+        writes.set()
+        assert dropped.wait(20)
+        written[:] = [len(writing.token_ids(job)) for job in range(2)]
+
+    monkeypatch.setattr(engine, "go_on", one_token)
+    asked = types_pb2.Generation(max_new_tokens=24)
+    await runner.add([lease(0, 5, generation=asked), lease(1, 5, generation=asked)])
+    waiting = asyncio.create_task(results(runner))
+    assert await asyncio.to_thread(writes.wait, 20)
+    runner.drop({LeaseKey("j-0", 1)})
+    dropped.set()
+    await waiting
+    assert written == [1, 24]
 
 
 async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(

@@ -39,7 +39,7 @@ _PASSES_AHEAD = 2
 """The pass under way and the one that follows it."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Open:
     """What takes many passes: texts that are written together, or the atlas of a corpus."""
 
@@ -218,7 +218,9 @@ class Runner:
                 self._text_is_next = bool(self._open)
                 return None
             self._text_is_next = False
-            texts = self._open.popleft()
+            # Among them still: jobs are dropped in mid-turn too.
+            texts = self._open[0]
+            self._open.rotate(-1)
             self._note_running(texts.batch)
             return texts
 
@@ -254,7 +256,10 @@ class Runner:
         crowded = bool(self._ready)
         work = self._begun([job.job for job in batch])
         if work is not None:
-            return self._go_on(_Open(batch, work, crowded))
+            texts = _Open(batch, work, crowded)
+            with self._lock:
+                self._open.append(texts)
+            return self._go_on(texts)
         started = time.perf_counter()
         try:
             results = self._run_engine(batch)
@@ -277,7 +282,8 @@ class Runner:
         work = texts.work
         try:
             if isinstance(work, Slice):
-                self._engine.add_to(work)
+                if not work.over:
+                    self._engine.add_to(work)
                 results = self._engine.atlas(work) if work.over else None
             else:
                 self._engine.go_on(work, _STEPS, self._drafting(texts.batch, work))
@@ -294,8 +300,8 @@ class Runner:
             )
         texts.seconds += time.perf_counter() - started
         with self._lock:
-            if results is None:
-                self._open.append(texts)
+            if results is not None:
+                self._open.remove(texts)
             self._note_running()
         if results is None:
             return None
