@@ -108,8 +108,12 @@ def test_texts_and_traces_of_many_callers_share_the_worker(demo_address: str) ->
     ],
 )
 def test_what_can_not_be_is_named(demo_address: str, given: dict, said: str) -> None:
-    with reltrace.Client(demo_address) as client, pytest.raises(reltrace.TraceError, match=said):
-        client.generate(PROMPTS[0], **given)
+    with reltrace.Client(demo_address) as client:
+        with pytest.raises(reltrace.TraceError, match=said) as whole:
+            client.generate(PROMPTS[0], **given)
+        with pytest.raises(reltrace.TraceError, match=said) as along:
+            next(client.generate_stream(PROMPTS[0], **given))
+        assert along.type is whole.type
 
 
 def test_the_command_shows_both_texts(demo_address: str, start: Callable[..., Process]) -> None:
@@ -231,14 +235,3 @@ def test_another_scheduler_and_another_worker_go_on_with_a_text(
         assert len(stream.result.token_ids) == 450
         assert not any(piece.again for piece in pieces)
         assert put_together(pieces) == {False: stream.result.text}
-
-
-def test_the_command_writes_as_it_comes(demo_address: str, start: Callable[..., Process]) -> None:
-    with reltrace.Client(demo_address) as client:
-        expected = client.generate(PROMPTS[0], max_new_tokens=30).text
-    command = start(
-        "reltrace", "generate", PROMPTS[0], "--max-new-tokens", "30", "--server", demo_address
-    )
-    said, _ = command.popen.communicate(timeout=60)
-    assert command.popen.returncode == 0, command.errors.read_text()
-    assert said == expected + "\n"
