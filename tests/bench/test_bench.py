@@ -22,6 +22,15 @@ def run(script: str, *arguments: str) -> dict[str, Any]:
     return report
 
 
+def test_the_benchmark_of_texts_gives_its_figures() -> None:
+    report = run("stream.py", "--tokens", "40", "--rounds", "1")
+    for figures in report.values():
+        assert figures["tokens"] == 40
+        assert 0 < figures["first_token_milliseconds"] < 20_000
+        assert figures["time_against_generate"] > 0
+        assert figures["redis_commands_per_piece"] > 0
+
+
 def test_the_engine_benchmark_gives_its_figures() -> None:
     command = [
         sys.executable, str(HERE / "engine.py"), "--shape", "tiny", "--prompts", "3",

@@ -12,7 +12,7 @@ from reltrace_scheduler.endings import cancelled, end
 from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
-from reltrace_scheduler.store.drafts import START
+from reltrace_scheduler.store.drafts import PAGE, START
 from reltrace_scheduler.store.keys import submission_of
 from reltrace_scheduler.store.records import Priority, StoredDraft
 from reltrace_scheduler.store.results import Progress
@@ -102,13 +102,15 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                     chunk = 0
                 elif entry >= progress.jobs:
                     return
-                elif drafts and (found := await self._store.drafts(submission, drafts)):
+                else:
+                    found = await self._store.drafts(submission, drafts) if drafts else {}
                     for message in _draft_messages(found):
                         yield message
                     for job_id, new in found.items():
                         drafts[job_id] = new[-1].position
-                else:
-                    await wait(signal, _LOOK_AGAIN)
+                    # What came since we began to look has been signalled.
+                    if all(len(new) < PAGE for new in found.values()):
+                        await wait(signal, _LOOK_AGAIN)
 
     async def _progress(self, submission: str) -> Progress:
         """Look a submission up; another tenant's does not exist for the caller."""

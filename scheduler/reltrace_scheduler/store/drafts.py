@@ -21,8 +21,8 @@ _MOST_BYTES = 1 << 20
 _ENTRY_BYTES = 64
 """What Redis needs for a draft beside it: empty ones are not free."""
 
-_PAGE = 256
-"""Drafts of a job that are read at a time."""
+PAGE = 256
+"""Drafts of a job that are read at a time: where it is full, there may be more."""
 
 
 class Drafts:
@@ -66,7 +66,7 @@ class Drafts:
         """
         async with self._redis.pipeline(transaction=False) as pipe:
             for job, position in after.items():
-                pipe.xrange(self._keys.draft(job), f"({position}", "+", count=_PAGE)
+                pipe.xrange(self._keys.draft(job), f"({position}", "+", count=PAGE)
             rows: list[Any] = await pipe.execute()
         return {
             job: [StoredDraft(position.decode(), fields[b"d"]) for position, fields in row]

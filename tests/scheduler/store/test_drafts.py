@@ -3,7 +3,7 @@
 import pytest
 import redis.asyncio
 from reltrace_scheduler.store import drafts as module
-from reltrace_scheduler.store.drafts import START, Drafts
+from reltrace_scheduler.store.drafts import PAGE, START, Drafts
 from reltrace_scheduler.store.keys import Keys
 from reltrace_scheduler.store.records import Ending, Lease, NewDraft, StoredDraft
 from scheduler.driver import Driver, end, jobs, lease_of
@@ -127,12 +127,12 @@ async def test_they_are_never_many(
 async def test_a_page_is_bounded(driver: Driver, drafts: Drafts) -> None:
     await driver.submit(jobs(1))
     (job,) = await driver.lease("w", 1)
-    count = module._PAGE + 10
+    count = PAGE + 10
     await drafts.write("w", [NewDraft(lease_of(job), b"%d" % n) for n in range(count)])
     after, read = START, []
     while found := await drafts.read({job.job_id: after}):
         page = found[job.job_id]
-        assert len(page) <= module._PAGE
+        assert len(page) <= PAGE
         read += [int(draft.data) for draft in page]
         after = page[-1].position
     assert read == list(range(count))
