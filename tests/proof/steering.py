@@ -1,7 +1,8 @@
 """Do labels say what neurons stand for? Steer by them and see whether the model says it.
 
 Every neuron of the last layer whose label begins with an answer, "→ dogs", is set to what it is
-where it speaks for predictions, times a factor, in prompts that ask for something else. So is
+where it speaks for predictions, times a factor, in prompts that ask for something else and that
+the atlas has not seen. So is
 another neuron of that layer, drawn by chance, to its own value; and the log-probability of the
 answer that the first one's label names is read at the last token.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import reltrace
 from reltrace._evaluate.scores import Mean
-from reltrace_worker.demo.corpus import Example
+from reltrace_worker.demo.corpus import Example, held_out
 
 PROMPTS = 20
 """In which each neuron is steered."""
@@ -28,8 +29,8 @@ class Steering:
     ----------
     times : float
         The factor.
-    neurons : int
-        How many have such a label.
+    neurons, answers : int
+        How many have such a label, and how many different answers these name.
     labelled, chance : Mean
         By how much the log-probability of the label's answer rose, with the labelled neuron and
         with another; over neurons.
@@ -43,12 +44,24 @@ class Steering:
 
     times: float
     neurons: int
+    answers: int
     labelled: Mean
     chance: Mean
     more: Mean
     wins: float
     factor: float
     chance_factor: float
+
+
+def unseen(corpus: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """Return held-out sentences that are not in a corpus.
+
+    Another seed is not enough: most kinds of sentences are few, and come up again.
+    """
+    seen = {example.prompt for example in corpus}
+    found = [example for example in held_out(10 * count, seed) if example.prompt not in seen]
+    assert len(found) >= count
+    return found[:count]
 
 
 def answers_of(atlas: reltrace.Atlas, layer: int, words: set[str]) -> dict[int, str]:
@@ -70,12 +83,31 @@ def steer(
     seed: int,
     most: int | None = None,
 ) -> list[Steering]:
-    """Steer the labelled neurons of the last layer, all or the first ones, and others."""
+    """Steer the labelled neurons of the last layer, and others.
+
+    Parameters
+    ----------
+    client : reltrace.Client
+        Of a service that serves the model.
+    atlas : reltrace.Atlas
+        With the labels.
+    answers : set of str
+        Words that count as answers.
+    examples : sequence of Example
+        From which prompts are drawn, those that ask for something else.
+    times : sequence of float
+        Factors.
+    seed : int
+        Of what is drawn.
+    most : int, optional
+        Only the first so many neurons, by their index.
+    """
     layer = atlas.layers - 1
-    labelled = answers_of(atlas, layer, answers)
+    labelled = dict(list(answers_of(atlas, layer, answers).items())[:most])
+    names = len(set(labelled.values()))
     chance = np.random.default_rng(seed)
     rose: dict[float, list[tuple[float, float]]] = {factor: [] for factor in times}
-    for index, answer in list(labelled.items())[:most]:
+    for index, answer in labelled.items():
         usable = [i for i in range(atlas.features()) if i != index and _usable(atlas, layer, i)]
         other = int(chance.choice(usable))
         others = [e.prompt for e in examples if e.answer != answer.strip()]
@@ -90,7 +122,7 @@ def steer(
                 )
             ]
             rose[factor].append((pair[0], pair[1]))
-    return [_summed(factor, np.array(pairs)) for factor, pairs in rose.items()]
+    return [_summed(factor, names, np.array(pairs)) for factor, pairs in rose.items()]
 
 
 def _usable(atlas: reltrace.Atlas, layer: int, index: int) -> bool:
@@ -105,11 +137,12 @@ def _log_probabilities(
     return np.array([result.target.logit for result in results])  # type: ignore[union-attr]
 
 
-def _summed(times: float, rose: np.ndarray) -> Steering:
+def _summed(times: float, answers: int, rose: np.ndarray) -> Steering:
     more = rose[:, 0] - rose[:, 1]
     return Steering(
         times,
         len(rose),
+        answers,
         Mean.of(rose[:, 0].tolist()),
         Mean.of(rose[:, 1].tolist()),
         Mean.of(more.tolist()),
