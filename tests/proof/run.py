@@ -2,7 +2,7 @@
 
 Starts a service of its own for the demo model, and another for the model with the planted neuron.
 
-    python tests/proof/run.py              # about two minutes on two cores
+    python tests/proof/run.py              # about five minutes on two cores
     python tests/proof/run.py --json
 """
 
@@ -95,9 +95,11 @@ def show(report: Report) -> None:
         table.add_row(f"steered x {row.times:g}", f"{named}: log p rises", str(row.labelled))
         table.add_row("", "with another neuron", str(row.chance))
         table.add_row("", "difference", str(row.more))
+        table.add_row("", "difference, over answers", str(row.more_by_answer))
         table.add_row("", "labelled one raises it more", f"{row.wins:.0%}")
         factors = f"{row.factor:.2f}, {row.chance_factor:.2f}"
         table.add_row("", "median factor of p: labelled, other", factors)
+        table.add_row("", "prompts in which the model then says it", f"{row.says:.1%}")
         table.add_section()
     for found, change in zip(report.planted, report.change, strict=True):
         table.add_row("planted", f"label ({report.was!r} before)", repr(found.label))

@@ -50,6 +50,7 @@ def test_labels_name_what_neurons_speak_for(demo_address: str, tmp_path: Path) -
     assert found.neurons == 80
     assert above_0(found.labelled)
     assert above_0(found.more)
+    assert above_0(found.more_by_answer)
     assert found.wins > 0.6
 
 
