@@ -176,6 +176,35 @@ def test_an_atlas_that_is_broken_off_goes_on(
     same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_an_atlas_goes_on_after_sigkill(
+    services: tuple[str, str], start: Callable[..., Process], tmp_path: Path
+) -> None:
+    """
+    Given a command that builds an atlas
+    If it is killed with SIGKILL as soon as some slices are on disk, twice, and called again
+    I expect the atlas of one that was left alone.
+    """
+    source = tmp_path / "corpus.txt"
+    source.write_text("\n".join(CORPUS))
+    build = ("atlas", "build", str(source), "--server", services[1], "--slice", "5", "--quiet")
+    slices = tmp_path / "killed" / "corpus"
+    for there in (2, 20):
+        killed = start("reltrace", *build, str(tmp_path / "killed"))
+        wait_until(
+            lambda there=there: len(list(slices.glob("*.safetensors"))) >= there,
+            "some slices are there",
+            60,
+        )
+        killed.kill()
+        # The first time much is missing; the second, on a fast machine, perhaps nothing.
+        assert there > 2 or len(list(slices.glob("*.safetensors"))) < len(CORPUS) // 5
+    for out in ("killed", "whole"):
+        last = start("reltrace", *build, str(tmp_path / out))
+        last.popen.communicate(timeout=100)
+        assert last.popen.returncode == 0, last.errors.read_text()
+    same(tmp_path / "killed", tmp_path / "whole")
+
+
 def test_another_corpus_or_other_settings_are_refused(
     services: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -262,6 +291,7 @@ def test_a_line_that_is_no_prompt_is_named(
 def test_the_commands_show_and_find(built: Path, say: Callable[..., Said]) -> None:
     said = say("show", str(built), "2", "17")
     assert "neuron 17 of layer 2" in said.text
+    assert said.text.count("⟦") == said.text.count("⟧") == 32
     plain = json.loads(say("show", str(built), "1", "3", "--site", "head", "--json").text)
     assert set(plain) == {"label", "mass", "relevance+", "relevance-"}
     bad = say("show", str(built), "2", "9999")

@@ -8,6 +8,7 @@ from reltrace._atlas.merged import quantile
 from reltrace._atlas.part import MEASURES
 from reltrace._edit import Steer
 from reltrace._errors import invalid
+from reltrace._pictures.display import readable_all
 from reltrace._trace import Array
 
 BEFORE, AFTER = 24, 8
@@ -38,6 +39,24 @@ class Context:
     position: int
     tokens: tuple[str, ...]
     target: str
+
+    def __str__(self) -> str:
+        """Return the text around the token, which is between ⟦ and ⟧."""
+        before, token, after = self.parts()
+        return f"{before}⟦{token}⟧{after}"
+
+    def parts(self) -> tuple[str, str, str]:
+        """Return the text before the token, the token without its space, and the text after."""
+        words, window = readable_all(self.tokens), self.window
+        word = words[self.position]
+        token = word.lstrip() or word
+        before = "".join(words[window.start : self.position]) + word[: len(word) - len(token)]
+        after = "".join(words[self.position + 1 : window.stop])
+        return (
+            f"… {before}" if window.start else before,
+            token,
+            f"{after} …" if window.stop < len(words) else after,
+        )
 
     def value(self, measure: str) -> float:
         """Return the "relevance" or the "activation"."""
@@ -79,7 +98,7 @@ class StandsOut:
     score: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Feature:
     """A neuron or head of an atlas.
 
@@ -116,6 +135,16 @@ class Feature:
     mean: dict[str, float]
     mass: float
     _histograms: dict[str, Array]
+
+    def __repr__(self) -> str:
+        called = repr(self.label) if self.label else "no label"
+        return f"Feature({self.site} {self.index} of layer {self.layer}, {called})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from reltrace._pictures.feature_fragment import feature_fragment
+
+        return feature_fragment(self)
 
     def steer(self, times: float = 1.0) -> Steer:
         """Return what makes generation speak of what this neuron stands for.

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reltrace._atlas.contexts import Context, Feature
+from reltrace._atlas.contexts import Feature
 from reltrace._errors import TraceError, invalid
-from reltrace._pictures.display import readable_all
 
 _FILE = "labels.jsonl"
 _EXPORTED_CONTEXTS = 8
@@ -189,16 +188,10 @@ def described(feature: Feature) -> dict[str, Any]:
             {
                 "relevance": context.relevance,
                 "activation": context.activation,
-                "text": _marked(context),
+                "text": str(context),
                 "token": context.token,
                 "target": context.target,
             }
             for context in feature.contexts["relevance+"][:_EXPORTED_CONTEXTS]
         ],
     }
-
-
-def _marked(context: Context) -> str:
-    words = readable_all(context.tokens)
-    words[context.position] = f"⟦{words[context.position]}⟧"
-    return "".join(words[index] for index in context.window)

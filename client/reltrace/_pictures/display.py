@@ -90,6 +90,11 @@ def colour(value: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def css(shade: tuple[int, int, int]) -> str:
+    """Return a colour as styles write it."""
+    return f"#{shade[0]:02x}{shade[1]:02x}{shade[2]:02x}"
+
+
 def ink(background: tuple[int, int, int]) -> tuple[int, int, int]:
     """Return black or white, whichever is easier to read on a colour (Rec. 709 luma)."""
     red, green, blue = background

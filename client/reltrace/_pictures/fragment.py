@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from reltrace._entries import Entry
 from reltrace._pictures.display import (
     colour,
+    css,
     ink,
     is_special,
     label,
@@ -28,10 +29,11 @@ _END_TOKENS = 300
 _MAP_TOKENS, _MAP_LAYERS = 80, 80
 _STRONGEST = 10
 
-_BOX = (
+BOX = (
     "font-family:system-ui,sans-serif;font-size:13px;line-height:1.5;color:#1a1a1a;"
     "background:#fff;padding:10px 12px;border:1px solid #ddd;border-radius:4px"
 )
+GREY = "color:#666;font-size:11px"
 
 
 def trace_fragment(trace: Trace) -> str:
@@ -40,7 +42,7 @@ def trace_fragment(trace: Trace) -> str:
     Every colour is set, so that it reads the same in a dark notebook; nothing leaks out of it.
     """
     target = html.escape(describe_target(trace))
-    parts = [f'<div style="{_BOX}"><div>Relevance of <b>{target}</b></div>']
+    parts = [f'<div style="{BOX}"><div>Relevance of <b>{target}</b></div>']
     if trace.provenance.reduction in ("feature", "topk"):
         parts.append(_entries(trace.top(_STRONGEST)))
     else:
@@ -48,7 +50,7 @@ def trace_fragment(trace: Trace) -> str:
         parts.append(_map(trace))
     shapes = html.escape(", ".join(_shapes(trace)))
     origin = html.escape(f"{trace.provenance.model}, rule {trace.provenance.rule}")
-    parts.append(f'<div style="color:#666;font-size:11px">{shapes}; model {origin}</div></div>')
+    parts.append(f'<div style="{GREY}">{shapes}; model {origin}</div></div>')
     return "".join(parts)
 
 
@@ -71,7 +73,7 @@ def _text(trace: Trace) -> str:
                 spans.append(f"<i> … {count - 2 * _END_TOKENS} tokens … </i>")
             continue
         background = colour(float(shares[position]))
-        style = f"background:{_css(background)};color:{_css(ink(background))};border-radius:3px"
+        style = f"background:{css(background)};color:{css(ink(background))};border-radius:3px"
         if is_special(trace.tokens[position]):
             style += ";font-size:10px"
         title = html.escape(f"{position}: {shown.values[position]:+.4g}", quote=True)
@@ -79,7 +81,7 @@ def _text(trace: Trace) -> str:
     return (
         '<div style="margin:6px 0 2px;font-size:15px;line-height:1.9;white-space:pre-wrap;'
         f'overflow-wrap:anywhere">{"".join(spans)}</div>'
-        f'<div style="color:#666;font-size:11px">Text coloured by {html.escape(shown.title)}; '
+        f'<div style="{GREY}">Text coloured by {html.escape(shown.title)}; '
         "red speaks for the target, blue against it.</div>"
     )
 
@@ -122,7 +124,7 @@ def _row(
     shares: NDArray[np.float32],
 ) -> str:
     cells = "".join(
-        f'<td style="width:18px;height:14px;padding:0;border:0;background:{_css(colour(share))}"'
+        f'<td style="width:18px;height:14px;padding:0;border:0;background:{css(colour(share))}"'
         f' title="layer {number}: {value:+.4g}"></td>'
         for number, value, share in zip(numbers, values, shares.tolist(), strict=True)
     )
@@ -153,7 +155,3 @@ def _entries(entries: Sequence[Entry]) -> str:
         '<table style="border-collapse:collapse;border:0;margin:4px 0;font-size:13px">'
         f"<tr>{head}</tr>{''.join(rows)}</table>"
     )
-
-
-def _css(shade: tuple[int, int, int]) -> str:
-    return f"#{shade[0]:02x}{shade[1]:02x}{shade[2]:02x}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from make_atlas import make_atlas
 from make_trace import make_trace
 
 
@@ -73,3 +75,25 @@ def test_nan_is_grey() -> None:
     trace = make_trace({"embed": (5,)})
     trace["embed"][1] = np.nan
     assert "background:#808080" in trace._repr_html_()
+
+
+def test_a_neuron_with_its_contexts(tmp_path: Path) -> None:
+    """
+    Given a neuron of an atlas that speaks for a prediction and against another
+    I expect its label and its contexts, the token where it is strong apart from the others, and
+    what a prompt says to be no markup.
+    """
+    prompts = [("my <b>cats</b> run", "far"), ("the big cats", "</div>")]
+    places = {(1, 0): [(0, 1, 0.5), (1, 2, -0.25)]}
+    neuron = make_atlas(tmp_path, prompts, places).neuron(1, 0)
+    found = Checked(neuron._repr_html_())
+    assert "no token stands out in its contexts" in found.words
+    assert {"+0.5", " my ", "<b>cats</b>", " run", "far"} <= set(found.words)
+    assert {"-0.25", " the big ", "cats", "</div>"} <= set(found.words)
+    assert repr(neuron) == "Feature(neuron 0 of layer 1, no label)"
+    assert str(neuron.contexts["relevance-"][0]) == " the big ⟦cats⟧"
+
+
+def test_a_neuron_that_is_never_relevant_is_shown_too(tmp_path: Path) -> None:
+    neuron = make_atlas(tmp_path, [("a b", "c")], {}).neuron(0, 0)
+    assert "R" in Checked(neuron._repr_html_()).words

@@ -13,6 +13,7 @@ from reltrace_worker.engine.generate import Writing, draw
 from reltrace_worker.errors import InvalidJob
 from reltrace_worker.jobs import EditSpec, GenerationSpec, JobSpec, PreparedJob, TargetSpec, Written
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.rules import RULES
 
 RECIPES = ["grouped", "tied", "llama3_rope", "deep", *FAMILY_RECIPES]
 
@@ -63,6 +64,40 @@ def test_log_probabilities_are_those_of_a_forward_pass_over_the_whole(
         for place, (token, logprob) in enumerate(zip(ours.token_ids, ours.logprobs, strict=True)):
             before = len(job.token_ids) + place - 1
             assert logprob == pytest.approx(float(logprobs[before, token]), abs=2e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("steered", [False, True])
+def test_the_rules_change_nothing_in_a_forward_pass(
+    checkpoints: Checkpoints, recipe: str, rule: str, steered: bool
+) -> None:
+    """
+    Given texts that a model wrote without any rule, steered or not
+    If every token of them is predicted again by a trace under a rule, with the same steering
+    I expect the same token to be likeliest, with the same probability but for rounding.
+    """
+    loaded = checkpoints.loaded(recipe)
+    edits = (EditSpec("neuron", 1, (3, 5), scale=0.0, value=6.0),) if steered else ()
+    batch = jobs(loaded, *edits)
+    prompts = [list(job.token_ids) for job in batch]
+    texts = list(zip(prompts, written(loaded, batch), strict=True))
+    specs = [
+        JobSpec(
+            (*ids, *text.token_ids[:place]),
+            targets=(TargetSpec(logprob=True),),
+            rule=rule,
+            edits=edits,
+        )
+        for ids, text in texts
+        for place in range(0, len(text.token_ids), 3)
+    ]
+    found = iter(run(Engine(loaded, "off"), prepare(loaded, *specs)))
+    for _, text in texts:
+        for place in range(0, len(text.token_ids), 3):
+            (target,) = next(found).targets
+            assert target.token_id == text.token_ids[place]
+            assert target.logit == pytest.approx(text.logprobs[place], abs=2e-4)
 
 
 def test_a_seed_gives_the_same_text_whatever_the_batch(checkpoints: Checkpoints) -> None:
