@@ -4,7 +4,8 @@ The weights of one neuron in the first layer of the demo model are replaced: it 
 and writes there a direction of chance. Nothing of the atlas is told of it.
 
 The word must be one that a neuron can tell from all others. It sees 128 dimensions that 737 tokens
-share: no direction tells one of the animals, foods or cities from the rest of them.
+share: of the answers that were tried (parrots, llamas, cats, dogs, steak, violet, nurse, Tara), the
+direction below tells none from all other tokens at all of its places, so the word is another.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def prove(sentences: int, prompts: int, made_from: int, directions: int, progres
 
 def show(report: Report) -> None:
     """Print it for people."""
-    table = Table(title="What was proven, on the demo model (mean ± half of the 95 % interval)")
+    table = Table(title="Proofs, measured on the demo model (mean ± half of the 95 % interval)")
     for column in ("proof", "what", "figure"):
         table.add_column(column, overflow="fold")
     for one in report.ablation:
@@ -96,10 +96,10 @@ def show(report: Report) -> None:
         table.add_row("", "with another neuron", str(row.chance))
         table.add_row("", "difference", str(row.more))
         table.add_row("", "difference, over answers", str(row.more_by_answer))
-        table.add_row("", "labelled one raises it more", f"{row.wins:.0%}")
+        table.add_row("", "labelled one raises it more", f"{row.wins.mean:.0%} ± {row.wins.margin:.0%}")
         factors = f"{row.factor:.2f}, {row.chance_factor:.2f}"
         table.add_row("", "median factor of p: labelled, other", factors)
-        table.add_row("", "prompts in which the model then says it", f"{row.says:.1%}")
+        table.add_row("", "prompts in which the model then says it", f"{row.says:.2%}")
         table.add_section()
     for found, change in zip(report.planted, report.change, strict=True):
         table.add_row("planted", f"label ({report.was!r} before)", repr(found.label))

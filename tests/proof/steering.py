@@ -38,7 +38,7 @@ class Steering:
     more, more_by_answer : Mean
         By how much more it rose, neuron by neuron; and over answers, each the mean of its neurons:
         what two of them do is not two findings.
-    wins : float
+    wins : Mean
         Share of neurons that raised it more than the other did.
     factor, chance_factor : float
         Medians of what the answer's probability was multiplied by.
@@ -53,7 +53,7 @@ class Steering:
     chance: Mean
     more: Mean
     more_by_answer: Mean
-    wins: float
+    wins: Mean
     factor: float
     chance_factor: float
     says: float
@@ -155,7 +155,7 @@ def _summed(times: float, answers: Sequence[str], found: np.ndarray) -> Steering
         Mean.of(chance.tolist()),
         Mean.of(more.tolist()),
         Mean.of([float(np.mean(values)) for values in by_answer.values()]),
-        float((more > 0).mean()),
+        Mean.of((more > 0).tolist()),
         float(np.exp(np.median(labelled))),
         float(np.exp(np.median(chance))),
         float(said.mean()),

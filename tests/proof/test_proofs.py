@@ -51,7 +51,7 @@ def test_labels_name_what_neurons_speak_for(demo_address: str, tmp_path: Path) -
     assert above_0(found.labelled)
     assert above_0(found.more)
     assert above_0(found.more_by_answer)
-    assert found.wins > 0.6
+    assert found.wins.mean - found.wins.margin > 0.5
 
 
 def test_a_planted_neuron_is_found_and_labelled(tmp_path: Path) -> None:
