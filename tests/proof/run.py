@@ -96,7 +96,8 @@ def show(report: Report) -> None:
         table.add_row("", "with another neuron", str(row.chance))
         table.add_row("", "difference", str(row.more))
         table.add_row("", "difference, over answers", str(row.more_by_answer))
-        table.add_row("", "labelled one raises it more", f"{row.wins.mean:.0%} ± {row.wins.margin:.0%}")
+        wins = f"{row.wins.mean:.0%} ± {row.wins.margin:.0%}"
+        table.add_row("", "labelled one raises it more", wins)
         factors = f"{row.factor:.2f}, {row.chance_factor:.2f}"
         table.add_row("", "median factor of p: labelled, other", factors)
         table.add_row("", "prompts in which the model then says it", f"{row.says:.2%}")
