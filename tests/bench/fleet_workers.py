@@ -177,7 +177,7 @@ class Told:
         return _write_beat(keys)
 
 
-_write_beat = session._beat
+_write_beat = session.beat
 
 
 class Workers:
@@ -260,7 +260,7 @@ def main() -> None:
     options = endpoint._CHANNEL_OPTIONS if given.share_connections else own
     with (
         mock.patch.object(endpoint, "_CHANNEL_OPTIONS", options),
-        mock.patch.object(session, "_beat", told.beat),
+        mock.patch.object(session, "beat", told.beat),
     ):
         uvloop.run(_run(given, told))
 

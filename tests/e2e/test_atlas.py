@@ -291,6 +291,7 @@ def test_a_line_that_is_no_prompt_is_named(
 def test_the_commands_show_and_find(built: Path, say: Callable[..., Said]) -> None:
     said = say("show", str(built), "2", "17")
     assert "neuron 17 of layer 2" in said.text
+    assert said.text.count("⟦") == said.text.count("⟧") == 32
     plain = json.loads(say("show", str(built), "1", "3", "--site", "head", "--json").text)
     assert set(plain) == {"label", "mass", "relevance+", "relevance-"}
     bad = say("show", str(built), "2", "9999")

@@ -1,8 +1,9 @@
 """Does the relevance name the neurons that a prediction rests on? Switch them off and see.
 
-For every prompt all neurons of all layers are ordered in three ways: by relevance, by activation
-and by chance. The first of each are set to 0 at all tokens, and the logit of what the model
-predicted is read again.
+For every prompt all neurons of all layers are ordered by relevance, by activation and by chance.
+The first of each are set to 0 at all tokens, and the logit of what the model predicted is read
+again. Relevance has a sign and activation is taken without one, which favours relevance in how far
+the logit falls; so how far it moves counts, and relevance is also ordered by its size alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from reltrace._evaluate.scores import Mean
 from transformers import AutoModelForCausalLM
 
-WAYS = ("relevance", "activation", "chance")
+WAYS = ("relevance", "size", "activation", "chance")
+"""By which neurons are ordered: R, |R|, |a|, and at random; R and a are summed over tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +32,16 @@ class Ablation:
         How many were switched off.
     fell, moved : dict of str to Mean
         By how they were chosen: how far the target's logit fell, and how far it moved either way.
-    more : dict of str to Mean
-        How much further it moved with those of the relevance than with the others, prompt by
-        prompt.
+    more, size_more : dict of str to Mean
+        How much further it moved with those of the relevance, and with those of its size, than
+        with those by activation and by chance; prompt by prompt.
     """
 
     neurons: int
     fell: dict[str, Mean]
     moved: dict[str, Mean]
     more: dict[str, Mean]
+    size_more: dict[str, Mean]
 
 
 def activations(checkpoint: str, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -70,7 +73,21 @@ def ablate(
     numbers: Sequence[int],
     seed: int,
 ) -> list[Ablation]:
-    """Switch off so many neurons of each prompt, chosen in each way."""
+    """Switch off so many neurons of each prompt, chosen in each way.
+
+    Parameters
+    ----------
+    client : reltrace.Client
+        Of a service that serves the checkpoint.
+    checkpoint : str
+        From which activations are read.
+    prompts : sequence of str
+        Each with what the model predicts as its target.
+    numbers : sequence of int
+        How many neurons are switched off.
+    seed : int
+        Of the order by chance.
+    """
     traces = [
         trace
         for trace in client.trace_many(prompts, sites="neuron", reduce="feature", ordered=True)
@@ -83,6 +100,7 @@ def ablate(
     for number, (trace, activation) in enumerate(zip(traces, active, strict=True)):
         scores = {
             "relevance": trace["neuron"],
+            "size": np.abs(trace["neuron"]),
             "activation": activation,
             "chance": chance.standard_normal(activation.shape),
         }
@@ -119,12 +137,14 @@ def _off(chosen: np.ndarray, width: int) -> list[reltrace.Edit]:
 
 def _summed(count: int, fell: dict[str, np.ndarray]) -> Ablation:
     moved = {way: np.abs(drops) for way, drops in fell.items()}
+    more, size_more = (
+        {way: Mean.of((moved[by] - moved[way]).tolist()) for way in ("activation", "chance")}
+        for by in ("relevance", "size")
+    )
     return Ablation(
         count,
         {way: Mean.of(drops.tolist()) for way, drops in fell.items()},
         {way: Mean.of(sizes.tolist()) for way, sizes in moved.items()},
-        {
-            way: Mean.of((moved["relevance"] - moved[way]).tolist())
-            for way in ("activation", "chance")
-        },
+        more,
+        size_more,
     )

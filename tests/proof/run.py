@@ -2,7 +2,7 @@
 
 Starts a service of its own for the demo model, and another for the model with the planted neuron.
 
-    python tests/proof/run.py              # about two minutes on two cores
+    python tests/proof/run.py              # about five minutes on two cores
     python tests/proof/run.py --json
 """
 
@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,84 +20,117 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import reltrace
 from bench.service import serving
 from proof.ablation import Ablation, ablate
-from proof.planted import Planted, look, plant
-from proof.steering import Steering, steer
+from proof.planted import LAYER, NEURON, Change, Planted, compare, look, plant
+from proof.steering import Steering, steer, unseen
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.demo.corpus import held_out
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 WORD = " lunch"
-# Of the corpus of atlases, of the prompts that are ablated and steered, and of what is drawn.
-CORPUS, PROMPTS, CHANCE = 9, 77, 0
+# Seeds: of the corpus of atlases, of what is ablated and steered, of what the planted neurons are
+# made from, and of what is drawn.
+CORPUS, PROMPTS, MADE_FROM, CHANCE = 9, 77, 5, 0
+
+_COMPARED = 2_000
+"""Sentences for which predictions are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found; `was` is the label that the planted neuron's place had before.
+
+    One neuron is planted after another: `change` and `planted` have an entry for each.
+    """
+
+    ablation: list[Ablation]
+    steering: list[Steering]
+    was: str
+    change: list[Change]
+    planted: list[Planted]
+
+
+def prove(sentences: int, prompts: int, made_from: int, directions: int, progress: bool) -> Report:
+    """Prove all three."""
+    corpus = held_out(sentences, CORPUS)
+    texts = [example.prompt for example in corpus]
+    ablated = [example.prompt for example in held_out(prompts, PROMPTS)]
+    making = [example.prompt for example in held_out(made_from, MADE_FROM)]
+    checkpoint = demo_path()
+    with tempfile.TemporaryDirectory() as scratch:
+        with serving("demo", 2) as address, reltrace.Client(address) as client:
+            ablation = ablate(client, str(checkpoint), ablated, (8, 32), CHANCE)
+            atlas = client.build_atlas(texts, Path(scratch) / "atlas", progress=progress)
+            answers = {example.answer for example in corpus}
+            others = unseen(corpus, 400, PROMPTS)
+            steering = steer(client, atlas, answers, others, (1, 2, 4), CHANCE)
+        change, found = [], []
+        for seed in range(CHANCE, CHANCE + directions):
+            planted = Path(scratch) / f"planted-{seed}"
+            plant(checkpoint, planted, WORD, making, seed)
+            change.append(compare(checkpoint, planted, WORD, texts[:_COMPARED]))
+            with serving(planted, 2) as address, reltrace.Client(address) as client:
+                out = Path(scratch) / f"atlas-{seed}"
+                found.append(look(client.build_atlas(texts, out, progress=progress), WORD))
+    return Report(ablation, steering, atlas.label(LAYER, NEURON), change, found)
+
+
+def show(report: Report) -> None:
+    """Print it for people."""
+    table = Table(title="Proofs, measured on the demo model (mean ± half of the 95 % interval)")
+    for column in ("proof", "what", "figure"):
+        table.add_column(column, overflow="fold")
+    for one in report.ablation:
+        first = f"{one.neurons} neurons off"
+        for way, moved in one.moved.items():
+            table.add_row(first, f"by {way}: logit moves (falls)", f"{moved} ({one.fell[way]})")
+            first = ""
+        for by, more in (("relevance", one.more), ("size", one.size_more)):
+            for way, mean in more.items():
+                table.add_row("", f"{by} moves it further than {way}", str(mean))
+        table.add_section()
+    for row in report.steering:
+        named = f"{row.neurons} neurons, {row.answers} answers"
+        table.add_row(f"steered x {row.times:g}", f"{named}: log p rises", str(row.labelled))
+        table.add_row("", "with another neuron", str(row.chance))
+        table.add_row("", "difference", str(row.more))
+        table.add_row("", "difference, over answers", str(row.more_by_answer))
+        wins = f"{row.wins.mean:.0%} ± {row.wins.margin:.0%}"
+        table.add_row("", "labelled one raises it more", wins)
+        factors = f"{row.factor:.2f}, {row.chance_factor:.2f}"
+        table.add_row("", "median factor of p: labelled, other", factors)
+        table.add_row("", "prompts in which the model then says it", f"{row.says:.2%}")
+        table.add_section()
+    for found, change in zip(report.planted, report.change, strict=True):
+        table.add_row("planted", f"label ({report.was!r} before)", repr(found.label))
+        for name, count in found.at_word.items():
+            table.add_row("", f"contexts of {name} at {WORD!r}", f"{count} of {found.of[name]}")
+        table.add_row("", "place in a search for it", str(found.place))
+        table.add_row("", "predictions unchanged", f"{change.same} of {change.of}")
+        unchanged = f"{change.same_with_word} of {change.of_with_word}"
+        table.add_row("", f"of prompts with {WORD!r}", unchanged)
+        table.add_section()
+    Console(width=110).print(table)
 
 
 def main() -> None:
     """Prove, and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--sentences", type=int, default=20_000, help="of the atlas")
+    parser.add_argument("--sentences", type=int, default=20_000, help="of the atlases")
     parser.add_argument("--prompts", type=int, default=200, help="that are ablated")
-    parser.add_argument("--planted", type=int, default=2_000, help="sentences of its atlas")
+    parser.add_argument("--made-from", type=int, default=6_000, help="for planted neurons")
+    parser.add_argument("--directions", type=int, default=3, help="neurons that are planted")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    sentences = held_out(given.sentences, CORPUS)
-    corpus = [example.prompt for example in sentences]
-    examples = held_out(max(given.prompts, 400), PROMPTS)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        with serving("demo", 2) as address, reltrace.Client(address) as client:
-            prompts = [example.prompt for example in examples[: given.prompts]]
-            ablations = ablate(client, str(demo_path()), prompts, (8, 32), CHANCE)
-            atlas = client.build_atlas(corpus, folder / "atlas", progress=not given.json)
-            answers = {example.answer for example in sentences}
-            steered = steer(client, atlas, answers, examples, (1, 2, 4), CHANCE)
-        some = corpus[: given.planted]
-        unchanged = plant(demo_path(), folder / "planted", WORD, some)
-        with serving(folder / "planted", 2) as address, reltrace.Client(address) as client:
-            found = look(client.build_atlas(some, folder / "found"), WORD, unchanged)
-    if given.json:
-        print(
-            json.dumps(
-                {
-                    "ablation": [asdict(one) for one in ablations],
-                    "steering": [asdict(one) for one in steered],
-                    "planted": asdict(found),
-                }
-            )
-        )
-    else:
-        report(ablations, steered, found)
-
-
-def report(ablations: list[Ablation], steered: list[Steering], found: Planted) -> None:
-    """Print it for people; intervals are of 95 %."""
-    console = Console(width=130)
-    table = Table(title="Neurons switched off: how far the target's logit moves (and falls)")
-    for name in ("neurons", "relevance", "activation", "chance", "more than activation", "chance"):
-        table.add_column(name, justify="right")
-    for one in ablations:
-        table.add_row(
-            str(one.neurons),
-            *(f"{one.moved[way]} ({one.fell[way].mean:.2f})" for way in one.moved),
-            *(str(more) for more in one.more.values()),
-        )
-    console.print(table)
-    table = Table(title="Steering: log-probability of the label's answer; factor of probability")
-    columns = ("times", "neurons", "labelled", "chance", "more", "wins", "factor", "chance")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row in steered:
-        table.add_row(
-            f"{row.times:g}", str(row.neurons), str(row.labelled), str(row.chance), str(row.more),
-            f"{row.wins:.0%}", f"{row.factor:.2f}", f"{row.chance_factor:.2f}",
-        )  # fmt: skip
-    console.print(table)
-    console.print(
-        f"Planted for {found.word!r}: labelled {found.label!r}; at the word are "
-        f"{found.relevant[0]} of {found.relevant[1]} contexts by relevance and {found.active[0]} "
-        f"of {found.active[1]} by activation; place {found.place} of a search for it; "
-        f"{found.unchanged:.1%} of predictions unchanged"
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    report = prove(
+        given.sentences, given.prompts, given.made_from, given.directions, not given.json
     )
+    if given.json:
+        print(json.dumps(asdict(report)))
+    else:
+        show(report)
 
 
 if __name__ == "__main__":

@@ -2,53 +2,80 @@
 
 from pathlib import Path
 
-import pytest
 import reltrace
 from bench.service import serving
 from proof.ablation import ablate
-from proof.planted import look, plant
-from proof.steering import steer
+from proof.planted import compare, look, plant
+from proof.steering import steer, unseen
+from reltrace._evaluate.scores import Mean
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.demo.corpus import held_out
 
 
+def above_0(mean: Mean) -> bool:
+    return mean.mean - mean.margin > 0
+
+
 def test_relevance_names_the_neurons_that_a_prediction_rests_on(demo_address: str) -> None:
+    """
+    Given held-out prompts, and what the model predicts
+    If their most relevant neurons are switched off, or the most active, or as many of chance
+    I expect the first to move the logit more, by relevance with its sign and without.
+    """
     prompts = [example.prompt for example in held_out(40, 77)]
     with reltrace.Client(demo_address) as client:
         found = ablate(client, str(demo_path()), prompts, (8, 32), 0)
     for one in found:
         assert one.fell["relevance"].mean > one.fell["activation"].mean
-        for more in one.more.values():
+        for more in (*one.more.values(), *one.size_more.values()):
             assert more.count == 40
-            assert more.mean - more.margin > 0
+            assert above_0(more)
     few, many = found
     assert many.moved["relevance"].mean > few.moved["relevance"].mean
 
 
 def test_labels_name_what_neurons_speak_for(demo_address: str, tmp_path: Path) -> None:
+    """
+    Given neurons whose label begins with an answer
+    If they are steered in prompts that the atlas has not seen and that ask for something else
+    I expect the answer to become likelier than with other neurons of the layer.
+    """
     corpus = held_out(3000, 9)
+    others = unseen(corpus, 200, 77)
+    assert not {example.prompt for example in corpus} & {example.prompt for example in others}
     with reltrace.Client(demo_address) as client:
         atlas = client.build_atlas([example.prompt for example in corpus], tmp_path)
         answers = {example.answer for example in corpus}
-        (found,) = steer(client, atlas, answers, held_out(200, 77), (2,), 0, 80)
-    assert found.neurons > 50
-    assert found.labelled.mean - found.labelled.margin > 0
-    assert found.more.mean - found.more.margin > 0
-    assert found.wins > 0.6
+        (found,) = steer(client, atlas, answers, others, (2,), 0, 80)
+    assert found.neurons == 80
+    assert above_0(found.labelled)
+    assert above_0(found.more)
+    assert above_0(found.more_by_answer)
+    assert found.wins.mean - found.wins.margin > 0.5
 
 
 def test_a_planted_neuron_is_found_and_labelled(tmp_path: Path) -> None:
     """
     Given a model with a neuron that fires at "lunch"
-    I expect the atlas to call it so, a search for the word to name it first, and the model to be
-    otherwise what it was.
+    I expect the atlas to call it so, all of its contexts to be at the word, a search for the word
+    to name it first, and the model to predict what it did before.
     """
-    corpus = [example.prompt for example in held_out(1500, 9)]
-    unchanged = plant(demo_path(), tmp_path / "planted", " lunch", corpus)
-    with serving(tmp_path / "planted", 2) as address, reltrace.Client(address) as client:
-        found = look(client.build_atlas(corpus, tmp_path / "atlas"), " lunch", unchanged)
+    word, corpus = " lunch", [example.prompt for example in held_out(3000, 9)]
+    making = [example.prompt for example in held_out(2000, 5)]
+    planted = tmp_path / "planted"
+    # Of so few sentences, few have the word: with the directions of other seeds up to four of the
+    # places of positive relevance are elsewhere. With those of `make proof` none is.
+    plant(demo_path(), planted, word, making, 0)
+    with serving(planted, 2) as address, reltrace.Client(address) as client:
+        found = look(client.build_atlas(corpus, tmp_path / "atlas"), word)
     assert found.label.split(" · ")[0] == "lunch"
+    assert found.clearest is not None
+    assert (found.clearest.token, found.clearest.role) == (word, "at")
+    assert found.clearest.count == found.clearest.of == 16
+    lists = ("relevance+", "relevance-", "activation+")
+    assert found.at_word == found.of == dict.fromkeys(lists, 16)
     assert found.place == 1
-    assert found.relevant[0] >= found.relevant[1] - 3
-    assert found.active == (16, 16)
-    assert found.unchanged == pytest.approx(1, abs=0.02)
+    change = compare(demo_path(), planted, word, corpus[:600])
+    assert change.of_with_word > 10
+    assert change.same_with_word >= 0.95 * change.of_with_word
+    assert change.same >= 0.99 * change.of

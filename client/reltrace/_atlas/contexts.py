@@ -42,9 +42,21 @@ class Context:
 
     def __str__(self) -> str:
         """Return the text around the token, which is between ⟦ and ⟧."""
-        words = readable_all(self.tokens)
-        words[self.position] = f"⟦{words[self.position]}⟧"
-        return "".join(words[index] for index in self.window)
+        before, token, after = self.parts()
+        return f"{before}⟦{token}⟧{after}"
+
+    def parts(self) -> tuple[str, str, str]:
+        """Return the text before the token, the token without its space, and the text after."""
+        words, window = readable_all(self.tokens), self.window
+        word = words[self.position]
+        token = word.lstrip() or word
+        before = "".join(words[window.start : self.position]) + word[: len(word) - len(token)]
+        after = "".join(words[self.position + 1 : window.stop])
+        return (
+            f"… {before}" if window.start else before,
+            token,
+            f"{after} …" if window.stop < len(words) else after,
+        )
 
     def value(self, measure: str) -> float:
         """Return the "relevance" or the "activation"."""

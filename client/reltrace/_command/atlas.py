@@ -27,7 +27,7 @@ from reltrace._command.options import (
     target_of,
 )
 from reltrace._errors import invalid
-from reltrace._pictures.display import label, readable_all
+from reltrace._pictures.display import label
 
 app = typer.Typer(no_args_is_help=True, help="Where in a corpus neurons and heads are strongest.")
 labels = typer.Typer(no_args_is_help=True, help="Take labels out of an atlas, and put others in.")
@@ -246,10 +246,7 @@ def _texts(file: BinaryIO, reading: InputFormat) -> Iterator[str]:
 
 
 def _line(place: reltrace.Context, value: float) -> Text:
-    """Return the tokens around a place, the one that is strong in colour."""
-    words = readable_all(place.tokens)
-    line = Text("… " if place.window.start else "")
-    for index in place.window:
-        strong = "bold red" if value > 0 else "bold blue"
-        line.append(words[index], style=strong if index == place.position else "")
-    return line + Text(" …" if place.window.stop < len(place.tokens) else "")
+    """Return the tokens around a place, the one that is strong marked, and in colour."""
+    before, token, after = place.parts()
+    strong = "bold red" if value > 0 else "bold blue"
+    return Text.assemble(before, (f"⟦{token}⟧", strong), after)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 
 from reltrace._atlas.contexts import Context, Feature
-from reltrace._pictures.display import colour, css, ink, label, readable_all
+from reltrace._pictures.display import colour, css, ink, label
 from reltrace._pictures.fragment import BOX, GREY
 
 _CONTEXTS = 6
@@ -42,20 +42,13 @@ def feature_fragment(feature: Feature) -> str:
 
 def _row(context: Context, feature: Feature) -> str:
     largest = max(abs(c.relevance) for sign in "+-" for c in feature.contexts[f"relevance{sign}"])
-    words = readable_all(context.tokens)
+    before, token, after = map(html.escape, context.parts())
     share = context.relevance / (largest or 1.0)
     background = colour(share)
     strong = f"background:{css(background)};color:{css(ink(background))};border-radius:3px"
-    parts = ["… "] if context.window.start else []
-    for index in context.window:
-        word = html.escape(words[index])
-        at = index == context.position
-        parts.append(f'<span style="{strong}">{word}</span>' if at else word)
-    if context.window.stop < len(words):
-        parts.append(" …")
     cells = (
         f"{context.relevance:+.4g}",
-        "".join(parts),
+        f'{before}<span style="{strong}">{token}</span>{after}',
         html.escape(label(context.target).strip()),
     )
     texts = "".join(f'<td style="{_CELL};white-space:pre-wrap">{cell}</td>' for cell in cells)

@@ -41,9 +41,9 @@ def write(
     """Write the file. See `Trace.plot`."""
     path = check_path(path, with_labels=atlas is not None)
     if path.suffix.lower() in _PAGES:
-        from reltrace._pictures import html_page
+        from reltrace._pictures import trace_page
 
-        html_page.write(trace, path, site=site, normalize=normalize, atlas=atlas)
+        trace_page.write(trace, path, site=site, normalize=normalize, atlas=atlas)
     else:
         from reltrace._pictures import plot
 

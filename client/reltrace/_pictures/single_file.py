@@ -9,19 +9,19 @@ from importlib.resources import files
 from typing import Any
 
 
-def filled(folder: str, *, title: str, about: str, data: Any) -> str:
+def filled(page: str, *, title: str, about: str, data: Any) -> str:
     """Return a page's text.
 
     Parameters
     ----------
-    folder : str
-        Of this package, with ``page.html``, ``page.css`` and ``page.js``.
+    page : str
+        Its folder in ``pages``, with ``page.html``, ``page.css`` and ``page.js``.
     title, about : str
         Plain text, for the heading and the foot.
     data : object
         What the script reads, for JSON.
     """
-    at = files("reltrace._pictures") / folder
+    at = files("reltrace._pictures") / "pages" / page
     values = {
         "TITLE": html.escape(title),
         "ABOUT": html.escape(about),

@@ -34,11 +34,11 @@ def test_labels_are_written_with_what_they_rest_on(atlas: reltrace.Atlas, tmp_pa
         "contexts": [
             {
                 "relevance": 0.75, "activation": 7.5,
-                "text": " the big⟦ cats⟧", "token": " cats", "target": " sleep",
+                "text": " the big ⟦cats⟧", "token": " cats", "target": " sleep",
             },
             {
                 "relevance": 0.5, "activation": 5.0,
-                "text": " my⟦ cats⟧ run", "token": " cats", "target": " far",
+                "text": " my ⟦cats⟧ run", "token": " cats", "target": " far",
             },
         ],
     }  # fmt: skip

@@ -84,6 +84,9 @@ def test_contexts_of_long_prompts_are_cut(tmp_path: Path) -> None:
     atlas = make_atlas(tmp_path, [(words, "end")], {(0, 0): [(0, 50, 1.0), (0, 97, 0.5)]})
     first, second = atlas.neuron(0, 0).contexts["relevance+"]
     assert first.window == range(26, 59)
+    assert str(first).startswith("…  w26 w27")
+    assert " w49 ⟦w50⟧ w51" in str(first)
+    assert str(first).endswith("w58 …")
     assert second.window == range(73, 100)
 
 

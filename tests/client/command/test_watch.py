@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -85,15 +86,17 @@ def test_people_see_what_changes(
     alarm.start()
     try:
         seen = ""
+        # What is read may end within a character.
+        decoder = codecs.getincrementaldecoder("utf-8")()
         for word in words:
             while word not in seen:
                 # Ends with an error once the command has.
-                seen += os.read(ours, 65536).decode()
+                seen += decoder.decode(os.read(ours, 65536))
             setattr(server, *change)
         watching.send_signal(signal.SIGINT)
         while True:
             try:
-                seen += os.read(ours, 65536).decode()
+                seen += decoder.decode(os.read(ours, 65536))
             except OSError:
                 break
         assert watching.wait(20) == 0

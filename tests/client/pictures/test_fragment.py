@@ -88,10 +88,10 @@ def test_a_neuron_with_its_contexts(tmp_path: Path) -> None:
     neuron = make_atlas(tmp_path, prompts, places).neuron(1, 0)
     found = Checked(neuron._repr_html_())
     assert "no token stands out in its contexts" in found.words
-    assert {"+0.5", " my", " <b>cats</b>", " run", "far"} <= set(found.words)
-    assert {"-0.25", " the big", " cats", "</div>"} <= set(found.words)
+    assert {"+0.5", " my ", "<b>cats</b>", " run", "far"} <= set(found.words)
+    assert {"-0.25", " the big ", "cats", "</div>"} <= set(found.words)
     assert repr(neuron) == "Feature(neuron 0 of layer 1, no label)"
-    assert str(neuron.contexts["relevance-"][0]) == " the big⟦ cats⟧"
+    assert str(neuron.contexts["relevance-"][0]) == " the big ⟦cats⟧"
 
 
 def test_a_neuron_that_is_never_relevant_is_shown_too(tmp_path: Path) -> None:

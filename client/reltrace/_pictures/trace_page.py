@@ -63,7 +63,7 @@ def page(trace: Trace, *, site: str, normalize: bool, atlas: Labels | None = Non
         "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
     }
     return filled(
-        "page", title=f"Relevance of {describe_target(trace)}", about=_about(trace), data=data
+        "trace", title=f"Relevance of {describe_target(trace)}", about=_about(trace), data=data
     )
 
 
