@@ -30,8 +30,8 @@ key                              type     holds
                                           ``b`` = their bytes
 ``chunks:<job>:<attempt>``       list     chunks of a result that is more than one
 ``draft:<job>``                  stream   what the present attempt has written of a text, for
-                                          those who read along: ``d`` = a ``Draft``. Goes
-                                          with the lease
+                                          those who read along: ``<attempt>-<bytes so far>``,
+                                          ``d`` = a ``Draft``. Goes with the lease
 ``expiring``                     zset     submissions that ended, by when they expire
 ``idempotency:<tenant>:<key>``   string   the submission that the key named first
 ``load``                         hash     jobs, bytes (of specs), results (bytes)

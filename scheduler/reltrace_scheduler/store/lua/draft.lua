@@ -3,7 +3,7 @@
 -- (drop_lease() in common.lua), so that nothing is left of them when the job ends.
 --
 -- also: job:<job>      hash    drafted: bytes of what the present attempt drafted
---       draft:<job>    stream  a draft added
+--       draft:<job>    stream  a draft added, as entry <attempt>-<drafted>
 -- publishes done:<sub>
 --
 -- ARGV: prefix, group, worker, time to live (ms), most bytes of an attempt, bytes that a draft
@@ -19,7 +19,8 @@ for i = 7, #ARGV, 3 do
     local bytes = tonumber(job[4] or 0) + #ARGV[i + 2] + each
     if job[1] == "LEASED" and job[2] == worker and job[3] == ARGV[i + 1] and bytes <= most then
         local key = prefix .. "draft:" .. ARGV[i]
-        redis.call("XADD", key, "*", "d", ARGV[i + 2])
+        -- By attempt and bytes, not by the clock: a reader's position holds for the next attempt.
+        redis.call("XADD", key, job[3] .. "-" .. bytes, "d", ARGV[i + 2])
         redis.call("PEXPIRE", key, ttl)
         redis.call("HSET", row, "drafted", bytes)
         told[string.match(ARGV[i], "^(.+)%-%d+$")] = true
