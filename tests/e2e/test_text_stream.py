@@ -17,7 +17,7 @@ from reference.checkpoints import Recipe, save_checkpoint
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 PROMPT = "I have 5 cats and 3 dogs. My cats love to play with my"
-LONG = 1000
+LONG = 600
 """Tokens: seconds of writing, far longer than anything here takes to look."""
 
 SLOW = Recipe(seed=11, layers=32, context_length=2048)
@@ -166,7 +166,7 @@ def test_reader_and_worker_go_on_when_their_scheduler_dies(
         pieces = [next(stream)]
         first.kill()
         known = tokens(pieces)
-        while tokens(pieces) < known + 200:
+        while tokens(pieces) < known + 100:
             pieces.append(next(stream))
         # That many can not have been on their way, and a result would have ended the job.
         assert sum(queue.leased for queue in other.status().queues) == 1
