@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, serving("demo", threads=1) as address:
+    with tempfile.TemporaryDirectory() as folder, serving("demo", RELTRACE_THREADS="1") as address:
         source, first, second = (Path(folder) / name for name in ("in.jsonl", "one", "other"))
         write_prompts(source, arguments.prompts, arguments.seed)
         seconds, memory = undisturbed(source, first, address)

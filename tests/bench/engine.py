@@ -6,6 +6,7 @@ machines are noisy, and a ratio of neighbours is not. Prints one JSON object.
     python tests/bench/engine.py                          # 135M shape: minutes
     python tests/bench/engine.py --shape tiny --prompts 4 --rounds 1
     python tests/bench/engine.py --only example --shape 135m --prompts 24
+    python tests/bench/engine.py --device cuda --dtype bfloat16 --shape 8b --prompts 248
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from reltrace_worker.engine import Checkpointing, Engine
 from reltrace_worker.engine.memory import peak_bytes
 from reltrace_worker.engine.pack import Pack, Readout
 from reltrace_worker.jobs import JobResult, PreparedJob
-from reltrace_worker.model.loading import LoadedModel
+from reltrace_worker.model.loading import LoadedModel, ModelShape
 from reltrace_worker.rules import RULES, apply_rule
 from reltrace_worker.rules.linear import linear_layers, through_onednn
 
@@ -87,32 +88,74 @@ def run_all(engine: Engine, packs: list[list[PreparedJob]]) -> list[JobResult]:
     return results
 
 
-def against_example(loaded: LoadedModel, inputs: list[list[int]], rounds: int) -> Row:
-    """Prompts per second against LXT's example, prompt by prompt, checkpointed as documented."""
-    engine = Engine(loaded)
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, as torch runs it: the median of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    seconds = statistics.median(timed(device, lambda: left @ right) for _ in range(10))
+    return 2 * size**3 / seconds
+
+
+def forward_flops(shape: ModelShape, weights: int, inputs: list[list[int]]) -> float:
+    """Multiplications and additions of one forward pass over all prompts, causal attention halved.
+
+    `weights` are those of the linear layers inside the decoder layers.
+    """
+    tokens = sum(map(len, inputs))
+    products = 2 * (weights * tokens + shape.vocab_size * shape.hidden_size * len(inputs))
+    attention = 4 * shape.layers * shape.hidden_size * sum(len(ids) ** 2 for ids in inputs) / 2
+    return products + attention
+
+
+def against_example(
+    loaded: LoadedModel, inputs: list[list[int]], rounds: int, engine: Engine, every: int
+) -> Row:
+    """Prompts per second against LXT's example, prompt by prompt, checkpointed as documented.
+
+    The example takes one of `every` so many prompts.
+    """
     packs = passes_of([job(ids) for ids in inputs], engine.token_budget())
 
     def theirs() -> list[torch.Tensor]:
         with example.patched(loaded.model):
-            return [example.trace(loaded.model, ids) for ids in inputs]
+            return [example.trace(loaded.model, ids) for ids in inputs[::every]]
 
     ours = run_all(engine, packs)
     errors = []
-    for result, reference in zip(ours, theirs(), strict=True):
+    for result, reference in zip(ours[::every], theirs(), strict=True):
         difference = (result.tensors[0].values - reference).abs().amax(-1)
         errors.append(float((difference / reference.abs().amax(-1)).max()))
-    times = in_turns(loaded.device, rounds, theirs, lambda: run_all(engine, packs))
-    count = len(inputs)
+    # Seconds per prompt.
+    times = [
+        [example_s / len(inputs[::every]), engine_s / len(inputs)]
+        for example_s, engine_s in in_turns(
+            loaded.device, rounds, theirs, lambda: run_all(engine, packs)
+        )
+    ]
+    checkpointing = sorted({result.checkpointing for result in ours})
+    layers = loaded.family.decoder_layers(loaded.model)
+    weights = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2)
+    # A backward pass to the activations alone has the products of a forward pass.
+    flops = forward_flops(loaded.shape, weights, inputs) * (3 if checkpointing == [True] else 2)
+    ours_per_second = 1 / statistics.median(r[1] for r in times)
+    rate, peak = flops / len(inputs) * ours_per_second, matmul_peak(loaded.device, loaded.dtype)
     return {
-        "prompts": count,
+        "prompts": len(inputs),
+        "prompts_of_the_example": len(inputs[::every]),
         "tokens": sum(map(len, inputs)),
         "passes": len(packs),
-        "checkpointing": sorted({result.checkpointing for result in ours}),
-        "example_prompts_per_second": round(count / statistics.median(r[0] for r in times), 3),
-        "engine_prompts_per_second": round(count / statistics.median(r[1] for r in times), 3),
+        "checkpointing": checkpointing,
+        "example_prompts_per_second": round(1 / statistics.median(r[0] for r in times), 3),
+        "engine_prompts_per_second": round(ours_per_second, 3),
         "speedup": ratios(times, 0, 1),
-        "largest_difference_per_layer": max(errors),
-        "goal": 4.0,
+        "tokens_per_second": round(sum(map(len, inputs)) / len(inputs) * ours_per_second, 1),
+        "tflops": round(rate / 1e12, 3),
+        "matmul_peak_tflops": round(peak / 1e12, 3),
+        "share_of_matmul_peak": round(rate / peak, 3),
+        "difference_per_layer": {"median": statistics.median(errors), "largest": max(errors)},
+        "goal": 15.0 if loaded.device.type == "cuda" else 4.0,
     }
 
 
@@ -235,7 +278,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--shortest", type=int, default=8)
     parser.add_argument("--longest", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--example-every", type=int, default=1, help="it takes one of so many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="the rules' element-wise functions")
     parser.add_argument("--only", choices=PARTS, action="append")
     return parser.parse_args()
 
@@ -265,7 +310,10 @@ def main() -> None:
         loaded = build(shape, dtype, given.device)
         report["attention"] = Engine(loaded).attention
         if "example" in parts:
-            report["example"] = against_example(loaded, inputs, given.rounds)
+            engine = Engine(loaded, compile=given.compile)
+            report["example"] = against_example(
+                loaded, inputs, given.rounds, engine, given.example_every
+            )
         if "forward" in parts:
             report["forward"] = against_forward(loaded, inputs, given.rounds)
         del loaded

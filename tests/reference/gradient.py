@@ -18,7 +18,7 @@ def plain_gradient_times_input(
 ) -> dict[str, torch.Tensor]:
     """Full traces of one prompt by ``retain_grad``, on the model as transformers runs it.
 
-    Returns float32 [L, T, F] per site, ``embed`` [T, F].
+    Returns float32 [L, T, F] per site, ``embed`` [T, F], on the CPU.
     """
     model: Any = loaded.model
     kept: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
@@ -43,14 +43,16 @@ def plain_gradient_times_input(
             layer.self_attn.o_proj.register_forward_pre_hook(keep("head")),
             layer.mlp.down_proj.register_forward_pre_hook(keep("neuron")),
         ]
-    embeddings = model.model.embed_tokens(torch.tensor([token_ids])).requires_grad_()
+    embeddings = model.model.embed_tokens(
+        torch.tensor([token_ids], device=loaded.device)
+    ).requires_grad_()
     kept["embed"].append(embeddings)
     model(inputs_embeds=embeddings, use_cache=False).logits[0, -1].max().backward()
     for handle in handles:
         handle.remove()
     traces = {}
     for site, tensors in kept.items():
-        relevance = torch.stack([(t * t.grad).detach()[0] for t in tensors])
+        relevance = torch.stack([(t * t.grad).detach()[0].cpu() for t in tensors])
         if site == "head":
             relevance = relevance.unflatten(-1, (model.config.num_attention_heads, -1)).sum(-1)
         traces[site] = relevance[0] if site == "embed" else relevance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,9 @@ from reltrace_worker.engine import REDUCTIONS, SITES, Engine
 from reltrace_worker.jobs import JobResult, JobSpec, PreparedJob
 from reltrace_worker.model import JobPreparer, LoadedModel, load_model
 from reltrace_worker.rules import RULES
+
+DEVICE = os.environ.get("RELTRACE_TEST_DEVICE", "cpu")
+"""Where the models of these tests are: `make gpu` sets it to cuda."""
 
 PROMPTS: tuple[str | tuple[int, ...], ...] = (
     "I have 5 cats and 3 dogs. My cats love to play with my",
@@ -38,7 +42,7 @@ class Checkpoints:
         return save_checkpoint(self._root / name, RECIPES[name])
 
     def _loaded(self, name: str, dtype: str = "float32") -> LoadedModel:
-        return load_model(str(self.folder(name)), dtype=dtype, device="cpu")
+        return load_model(str(self.folder(name)), dtype=dtype, device=DEVICE)
 
 
 def preparer(loaded: LoadedModel) -> JobPreparer:

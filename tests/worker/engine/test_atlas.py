@@ -19,6 +19,7 @@ from reltrace_worker.engine.atlas import (
     SiteAtlas,
     Slice,
     bins_of,
+    classes_of,
     keys_of,
     places_of,
     values_of,
@@ -164,7 +165,7 @@ def test_a_bin_is_an_octave() -> None:
         -1.0: zero - 1 + OCTAVES.start,
         -high * 100: 0,
     }
-    assert bins_of(torch.tensor(list(cases))).tolist() == list(cases.values())
+    assert bins_of(classes_of(torch.tensor(list(cases)))).tolist() == list(cases.values())
 
 
 def corpus(prompts: list[PreparedJob], first: int = 0, k: int = 3) -> PreparedCorpus:
@@ -200,7 +201,7 @@ def test_a_slice_is_what_its_full_traces_say(checkpoints: Checkpoints, checkpoin
                 expected = by_hand(sign * every[layer], places, 3)
                 assert listed(atlas.atlas[site], layer, which) == expected
         torch.testing.assert_close(
-            sums(atlas.atlas[site])[:, 0],
+            sums(atlas.atlas[site])[:, 0].cpu(),
             every.double().sum(1),
             rtol=1e-6,
             atol=1e-9,
@@ -222,7 +223,7 @@ def test_activations_are_those_that_hooks_see(checkpoints: Checkpoints) -> None:
     ]
     with torch.no_grad():
         for job in prompts:
-            loaded.model(torch.tensor([job.token_ids]))
+            loaded.model(torch.tensor([job.token_ids], device=loaded.device))
     for handle in handles:
         handle.remove()
     neurons = torch.cat(seen["neuron"])

@@ -7,7 +7,7 @@ import shutil
 from typing import Any
 
 import pytest
-from reference.loaded import Checkpoints
+from reference.loaded import DEVICE, Checkpoints
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.sites import SITES
 from reltrace_worker.errors import ModelError
@@ -103,5 +103,5 @@ def test_without_a_compiler_the_error_says_so(
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
 
     monkeypatch.setattr(compiled, "_compiled", lambda _: Kernels(refuse, refuse))
-    with pytest.raises(ModelError, match=r"compile on cpu, .*C\+\+ compiler: Inv.* found$"):
+    with pytest.raises(ModelError, match=rf"compile on {DEVICE}.*, .*: Inv.* compiler found$"):
         Engine(checkpoints.loaded("grouped"), compile=True)

@@ -47,7 +47,7 @@ def plain_logits(loaded: LoadedModel, ids: tuple[int, ...], *hooks: Any) -> torc
     with torch.no_grad(), ExitStack() as stack:
         for layer, path, change in hooks:
             stack.enter_context(hooked(loaded, layer, path, change))
-        logits: torch.Tensor = loaded.model(torch.tensor([ids])).logits[0, -1]
+        logits: torch.Tensor = loaded.model(torch.tensor([ids], device=loaded.device)).logits[0, -1]
         return logits
 
 
@@ -129,7 +129,9 @@ def test_a_direction_is_added(checkpoints: Checkpoints) -> None:
     edit = EditSpec("resid", 1, direction=tuple(direction.tolist()))
     prepared = job(loaded, edit, forward_only=True, sites=())
     (result,) = run(Engine(loaded, "off"), [prepared])
-    expected = plain_logits(loaded, prepared.token_ids, (1, "", lambda x: x + direction))[7]
+    expected = plain_logits(
+        loaded, prepared.token_ids, (1, "", lambda x: x + direction.to(x.device))
+    )[7]
     assert logit(result) == pytest.approx(float(expected), abs=2e-5)
 
 
@@ -140,7 +142,9 @@ def test_the_embedding_of_a_token_is_switched_off(checkpoints: Checkpoints) -> N
     )
     (result,) = run(Engine(loaded, "off"), [prepared])
     with torch.no_grad():
-        embeddings = loaded.model.get_input_embeddings()(torch.tensor([prepared.token_ids]))
+        embeddings = loaded.model.get_input_embeddings()(
+            torch.tensor([prepared.token_ids], device=loaded.device)
+        )
         embeddings[0, 2] = 0
         expected = loaded.model(inputs_embeds=embeddings).logits[0, -1, 7]
     assert logit(result) == pytest.approx(float(expected), abs=2e-5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from reference.checkpoints import FAMILY_RECIPES
@@ -37,7 +35,7 @@ def test_a_padded_batch_writes_what_transformers_writes_prompt_by_prompt(
     batch = jobs(loaded)
     assert len({len(job.token_ids) for job in batch}) > 3
     for job, ours in zip(batch, written(loaded, batch), strict=True):
-        ids = torch.tensor([job.token_ids])
+        ids = torch.tensor([job.token_ids], device=loaded.device)
         expected = loaded.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -58,7 +56,7 @@ def test_log_probabilities_are_those_of_a_forward_pass_over_the_whole(
     loaded = checkpoints.loaded("grouped")
     batch = jobs(loaded, temperature=1.5, seed=3)
     for job, ours in zip(batch, written(loaded, batch), strict=True):
-        ids = torch.tensor([[*job.token_ids, *ours.token_ids]])
+        ids = torch.tensor([[*job.token_ids, *ours.token_ids]], device=loaded.device)
         with torch.no_grad():
             logprobs = loaded.model(ids).logits[0].float().log_softmax(-1)
         for place, (token, logprob) in enumerate(zip(ours.token_ids, ours.logprobs, strict=True)):
@@ -176,15 +174,20 @@ def test_jobs_of_a_batch_do_not_feel_each_others_edits(checkpoints: Checkpoints)
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     chances = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    source = torch.Generator().manual_seed(1)
-    drawn = Counter(draw(chances.log(), GenerationSpec(1, 1.0), source) for _ in range(4000))
+    sources = [torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)]
+    logits = chances.log().expand(3, -1)
+
+    def drawn() -> list[int]:
+        # Each text in its own way: all tokens, those that have 0.6 together, the likeliest.
+        specs = [GenerationSpec(1, 1.0), GenerationSpec(1, 1.0, 0.6), GenerationSpec(1)]
+        return draw(logits, specs, [*sources, sources[0]]).tolist()
+
+    anyone, likely, likeliest = zip(*(drawn() for _ in range(4000)), strict=True)
     for token, chance in enumerate(chances.tolist()):
-        assert drawn[token] / 4000 == pytest.approx(chance, abs=0.03)
-    # The likeliest that have 0.6 together are the first two.
-    cut = Counter(draw(chances.log(), GenerationSpec(1, 1.0, 0.6), source) for _ in range(4000))
-    assert set(cut) == {0, 1}
-    assert cut[0] / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
-    assert {draw(chances.log(), GenerationSpec(1), source) for _ in range(5)} == {0}
+        assert anyone.count(token) / 4000 == pytest.approx(chance, abs=0.03)
+    assert set(likely) == {0, 1}
+    assert likely.count(0) / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
+    assert set(likeliest) == {0}
 
 
 def test_traces_and_texts_share_a_batch(checkpoints: Checkpoints) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reference.loaded import DEVICE, PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine import engine as engine_module
 from reltrace_worker.engine.memory import Budget, Line, is_out_of_memory, peak_bytes
@@ -139,8 +139,10 @@ def test_auto_decides_by_the_budget(checkpoints: Checkpoints) -> None:
     assert modes(checkpointed) == {True}
     single = max(memory.need([job], True) for job in jobs)
     assert None not in modes(single)
-    assert None in modes(single - 1)
-    assert modes(1) == {None}
+    if DEVICE == "cpu":
+        # A GPU is tried all the same: running out of its memory is harmless.
+        assert None in modes(single - 1)
+        assert modes(1) == {None}
 
 
 def test_an_explicit_setting_keeps_its_limit(checkpoints: Checkpoints) -> None:
@@ -202,7 +204,7 @@ def test_the_token_budget(checkpoints: Checkpoints) -> None:
     def budget(setting: Any, limit: int) -> int:
         return Engine(loaded, setting, limit).token_budget()
 
-    assert budget("auto", 100 * GIB) == engine_module.MOST_TOKENS["cpu"]
+    assert budget("auto", 100 * GIB) == engine_module.MOST_TOKENS[loaded.device.type]
     assert budget("auto", roomy) == pytest.approx(2000, abs=1)
     assert budget("off", tight) == pytest.approx(500, abs=1)
     # With little room, more tokens with checkpointing beat few without.

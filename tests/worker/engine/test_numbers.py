@@ -62,7 +62,8 @@ def test_bfloat16_is_the_same_trace_with_noise(
 
 
 def plain_gradient(loaded: LoadedModel) -> torch.Tensor:
-    embeddings = loaded.model.get_input_embeddings()(torch.tensor([[3, 14, 15, 92, 65]]))
+    ids = torch.tensor([[3, 14, 15, 92, 65]], device=loaded.device)
+    embeddings = loaded.model.get_input_embeddings()(ids)
     embeddings.requires_grad_()
     loaded.model(inputs_embeds=embeddings).logits[0, -1, 7].backward()
     assert embeddings.grad is not None

@@ -105,11 +105,12 @@ def test_a_further_site_is_one_entry(
         kept.append(output)
 
     handles = [layer.self_attn.q_proj.register_forward_hook(keep) for layer in model.model.layers]
-    embeddings = model.model.embed_tokens(torch.tensor([jobs[0].token_ids])).requires_grad_()
+    ids = torch.tensor([jobs[0].token_ids], device=loaded.device)
+    embeddings = model.model.embed_tokens(ids).requires_grad_()
     model(inputs_embeds=embeddings, use_cache=False).logits[0, -1].max().backward()
     for handle in handles:
         handle.remove()
-    wanted = torch.stack([(t * t.grad).detach()[0] for t in kept])
+    wanted = torch.stack([(t * t.grad).detach()[0].cpu() for t in kept])
     values = result.tensors[0].values
     assert values.shape == wanted.shape
     assert float((values - wanted).abs().max() / wanted.abs().max()) < 1e-5

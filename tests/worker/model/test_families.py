@@ -80,7 +80,7 @@ def test_outputs_are_what_is_added_to_the_residual_stream(
             handles.append(module.register_forward_pre_hook(keep(site)))
         else:
             handles.append(module.register_forward_hook(keep(site)))
-    loaded.model(input_ids=torch.tensor([[3, 14, 15, 92]]))
+    loaded.model(input_ids=torch.tensor([[3, 14, 15, 92]], device=loaded.device))
     for handle in handles:
         handle.remove()
     assert torch.equal(seen["input"] + seen["attn_out"], seen["resid_mid"])
@@ -213,6 +213,10 @@ def test_a_rule_changes_no_value(checkpoints: Checkpoints, name: str, dtype: str
     spec = JobSpec(PROMPTS[0], ("embed",))
     (result,) = run(Engine(loaded), prepare(loaded, spec))
     (job,) = prepare(loaded, spec)
-    logits = loaded.model(input_ids=torch.tensor([job.token_ids])).logits[0, -1].float()
+    logits = (
+        loaded.model(input_ids=torch.tensor([job.token_ids], device=loaded.device))
+        .logits[0, -1]
+        .float()
+    )
     exact = 1e-5 if dtype == "float32" else 2e-2
     assert result.targets[0].logit == pytest.approx(float(logits.max()), rel=exact)

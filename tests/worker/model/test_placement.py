@@ -166,8 +166,8 @@ def test_accelerate_moves_tensors_and_changes_no_bit(
     """
     from accelerate import dispatch_model
 
-    plain = checkpoints.loaded(name)
     folder = str(checkpoints.folder(name))
+    plain = load_model(folder, dtype="float32", device="cpu")
     loaded = load_model(folder, dtype="float32", device_map={"": "cpu"})
     places = layer_map(loaded.shape.layers, "cpu", "cpu")
     dispatch_model(loaded.model, places, force_hooks=True)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reltrace_worker.rules import kernels
 from reltrace_worker.rules.attention import Packing, packed_attention
-from reltrace_worker.rules.kernels import KERNELS, block_mask, kernel_for, masked_attention
+from reltrace_worker.rules.kernels import KERNELS, kernel_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -23,10 +23,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
         (CPU, torch.bfloat16, 64, (0, 0), "sdpa"),
         (CUDA, torch.bfloat16, 64, (9, 0), "varlen"),
         (CUDA, torch.bfloat16, 256, (8, 0), "varlen"),
-        (CUDA, torch.float32, 64, (9, 0), "masked"),
-        (CUDA, torch.bfloat16, 320, (9, 0), "masked"),
-        (CUDA, torch.bfloat16, 100, (9, 0), "masked"),
-        (CUDA, torch.bfloat16, 64, (7, 5), "masked"),
+        (CUDA, torch.float32, 64, (9, 0), "sdpa"),
+        (CUDA, torch.bfloat16, 320, (9, 0), "sdpa"),
+        (CUDA, torch.bfloat16, 100, (9, 0), "sdpa"),
+        (CUDA, torch.bfloat16, 64, (7, 5), "sdpa"),
     ],
 )
 def test_the_choice(
@@ -41,9 +41,9 @@ def test_the_choice(
     assert kernel_for(device, dtype, head_size).name == name
 
 
-def test_without_varlen_in_torch_the_mask_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_varlen_in_torch_sdpa_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "varlen_attn", None)
-    assert kernel_for(CUDA, torch.bfloat16, 64).name == "masked"
+    assert kernel_for(CUDA, torch.bfloat16, 64).name == "sdpa"
 
 
 def test_this_torch_has_varlen_with_the_arguments_used() -> None:
@@ -125,31 +125,22 @@ def test_all_kernels_compute_the_same(
 
 
 @pytest.mark.parametrize("window", [1, 3, 50])
-def test_a_window_is_the_same_in_mask_and_varlen(
+def test_a_window_is_the_same_in_sdpa_and_varlen(
     monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
     torch.manual_seed(1)
     monkeypatch.setattr(kernels, "varlen_attn", reference_varlen)
-    packing = Packing((2, 7, 7))
     states = [torch.randn(1, 2, 16, 8) for _ in range(3)]
-    options: dict[str, Any] = {"packing": packing, "sliding_window": window}
-    masked, _ = masked_attention(torch.nn.Identity(), *states, None, **options)
+    options: dict[str, Any] = {"packing": Packing((2, 7, 7)), "sliding_window": window}
+    plain, _ = packed_attention(torch.nn.Identity(), *states, None, **options)
     varlen, _ = kernels.varlen_attention(torch.nn.Identity(), *states, None, **options)
-    assert torch.allclose(masked, varlen, atol=1e-5)
+    assert torch.allclose(plain, varlen, atol=1e-5)
     if window == 1:
         # A token that sees itself alone takes its own value.
-        assert torch.allclose(masked, states[2].transpose(1, 2), atol=1e-6)
+        assert torch.allclose(varlen, states[2].transpose(1, 2), atol=1e-6)
 
 
-def test_the_mask_is_made_once_per_pack() -> None:
-    packing = Packing((1, 2))
-    mask = block_mask(packing, None, CPU)
-    assert mask.tolist() == [[True, False, False], [False, True, False], [False, True, True]]
-    assert block_mask(packing, None, CPU) is mask
-    assert block_mask(packing, 1, CPU).tolist() == torch.eye(3).bool().tolist()
-
-
-@pytest.mark.parametrize("name", ["masked", "varlen"])
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"dropout": 0.1}, "neither a mask nor dropout"), ({"softcap": 30.0}, "cap the scores")],

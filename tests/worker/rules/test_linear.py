@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reference.loaded import Checkpoints
 from reltrace_worker.engine import Engine
 from reltrace_worker.jobs import JobResult, PreparedJob, PreparedTarget, Term
+from reltrace_worker.model import load_model
 from reltrace_worker.rules import linear
 from torch import nn
 
@@ -117,7 +118,7 @@ def test_a_trace_through_onednn_is_the_trace(
     If oneDNN computes all of its products
     I expect the relevance that torch's own give, to 1e-5 of the largest of the layer.
     """
-    loaded = checkpoints.loaded("grouped")
+    loaded = load_model(str(checkpoints.folder("grouped")), device="cpu")
     sites = ("embed", "resid", "resid_mid", "attn_out", "mlp_out", "head", "neuron")
     jobs = [
         PreparedJob(ids, ("",) * len(ids), sites, "full", "attnlrp", (PreparedTarget((term,)),))

@@ -19,11 +19,11 @@ PACKING = Packing((3, 4))
 
 def gradient(model: Any, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the last position of a pack, and d(largest)/d(embeddings)."""
-    ids = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])
+    ids = torch.tensor([[3, 14, 15, 92, 65, 35, 89]], device=model.device)
     embeddings = model.get_input_embeddings()(ids).requires_grad_()
     # Without a cache, transformers sees by the position ids where a prompt of a pack begins.
     more: dict[str, Any] = {"use_cache": False} | ({"packing": PACKING} if packed else {})
-    place = positions(PACKING, torch.device("cpu"))
+    place = positions(PACKING, model.device)
     logits = model(inputs_embeds=embeddings, position_ids=place, **more).logits[0, -1]
     (grad,) = torch.autograd.grad(logits.max(), embeddings)
     return logits.detach(), grad

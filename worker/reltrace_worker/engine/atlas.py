@@ -44,9 +44,17 @@ OCTAVES = range(-24, 8)
 BINS = 2 * len(OCTAVES) + 1
 """Negative values, the largest first; what is smaller than 2**-24 either way; positive values."""
 
+CLASSES = 1 << 9
+"""Signs and exponents of float32: what is counted first, since there they stand as they are."""
+
 _LARGEST = 2.0**22
-_ROWS = 512
-"""Rows whose keys are made at a time: they need 8 bytes for each of four lists and feature."""
+_ROWS = 2048
+"""Rows that are merged at a time: they need some 30 bytes for each feature."""
+
+_BLOCK = 16
+"""Rows of which the largest value is looked up first: most are smaller than what is kept."""
+
+_COARSE = 8
 
 _BIAS, _MANTISSA = 127, 23
 _LOW = (1 << 32) - 1
@@ -84,12 +92,16 @@ def places_of(keys: torch.Tensor) -> torch.Tensor:
     return torch.where(keys > 0, _LOW - (keys & _LOW), keys.new_full((), -1))
 
 
-def bins_of(values: torch.Tensor) -> torch.Tensor:
-    """Return the bin of each value, int64, from its exponent."""
-    bits = values.view(torch.int32)
-    exponent = ((bits & 0x7FFFFFFF) >> _MANTISSA) - _BIAS
+def classes_of(values: torch.Tensor) -> torch.Tensor:
+    """Return the sign bit and the exponent of each value, int32 from 0 to ``CLASSES`` - 1."""
+    return (values.view(torch.int32) >> _MANTISSA).bitwise_and_(CLASSES - 1)
+
+
+def bins_of(classes: torch.Tensor) -> torch.Tensor:
+    """Return the bin of the values of each class, int32."""
+    exponent = (classes & (CLASSES // 2 - 1)) - _BIAS
     step = (exponent - OCTAVES.start + 1).clamp(0, len(OCTAVES))
-    return torch.where(bits < 0, len(OCTAVES) - step, len(OCTAVES) + step).long()
+    return len(OCTAVES) + torch.where(classes < CLASSES // 2, step, -step)
 
 
 @dataclass(slots=True)
@@ -141,37 +153,90 @@ class SiteAtlas:
         """
         for start in range(0, len(places), _ROWS):
             rows = slice(start, start + _ROWS)
-            at = places[rows]
-            both = relevance[rows], activation[rows]
-            for measure, values in enumerate(both):
-                for sign, turned in enumerate((values, -values)):
-                    keys = keys_of(turned.contiguous(), at)
-                    self._keep(layer, 2 * measure + sign, keys, both[1 - measure])
-                units = (values.double() * 2.0**POINT).round().long()
-                self._sum(layer, measure, units)
-                if measure == 0:
-                    self._sum(layer, SUMS.index("relevance mass"), units.abs())
-                self._count(self.histogram[layer, measure], values)
+            # Features first: what is looked for of one feature stands together.
+            both = torch.stack((relevance[rows].T, activation[rows].T))
+            for measure in range(len(MEASURES)):
+                self._keep(layer, measure, both, places[rows])
+                self._count(self.histogram[layer, measure], both[measure])
+            for which, values in enumerate((*both, both[0].abs())):
+                self._sum(layer, which, values)
 
-    def _keep(self, layer: int, which: int, keys: torch.Tensor, beside: torch.Tensor) -> None:
-        kept, kept_beside = self.strongest[layer, which], self.beside[layer, which]
-        top = torch.cat([kept, keys]).topk(len(kept), dim=0)
-        found = torch.cat([kept_beside, beside]).gather(0, top.indices)
-        # Of keys of 0 any may be taken; all others are different.
-        kept_beside.copy_(torch.where(top.values > 0, found, found.new_zeros(())))
-        kept.copy_(top.values)
+    def _keep(self, layer: int, measure: int, both: torch.Tensor, places: torch.Tensor) -> None:
+        """Merge both lists of a measure with its values, [F, N], in ``both[measure]``."""
+        lists = slice(2 * measure, 2 * measure + 2)
+        values = both[measure]
+        features = len(values)
+        kept = self.strongest[layer, lists]
+        k = kept.shape[1]
+        candidates = _candidates(values, kept, places)
+        rows, columns = candidates.flatten(0, 1).nonzero().unbind(1)
+        if not len(rows):
+            return
+        counts = candidates.sum(-1).flatten()
+        # Of each candidate: how many of its list stand before it.
+        rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        found = values[rows % features, columns].abs()
+        keys = kept.new_zeros(2 * features, k + int(counts.max()))
+        beside = self.beside.new_zeros(keys.shape)
+        keys[:, :k] = kept.transpose(1, 2).reshape(-1, k)
+        beside[:, :k] = self.beside[layer, lists].transpose(1, 2).reshape(-1, k)
+        keys[rows, k + rank] = keys_of(found[:, None], places[columns])[:, 0]
+        beside[rows, k + rank] = both[1 - measure][rows % features, columns]
+        # All keys but those of 0, behind which nothing is beside, are different. Few as they are of
+        # one list, sorting them all takes a GPU less time than looking for the largest.
+        ordered, order = keys.sort(dim=1, descending=True)
+        kept.copy_(ordered[:, :k].view(2, features, k).transpose(1, 2))
+        chosen = beside.gather(1, order[:, :k]).view(2, features, k)
+        self.beside[layer, lists] = chosen.transpose(1, 2)
 
-    def _sum(self, layer: int, which: int, units: torch.Tensor) -> None:
-        # In halves: together they would overflow after some million tokens.
-        low = self.low[layer, which] + (units & _LOW).sum(0)
-        self.high[layer, which] += (units >> 32).sum(0) + (low >> 32)
+    def _sum(self, layer: int, which: int, values: torch.Tensor) -> None:
+        # In two parts of 2**-8 and of 2**-POINT, each exact in float32 and in the sum of float64.
+        fine = values * 2.0**_COARSE
+        coarse = fine.round()
+        fine = fine.sub_(coarse).mul_(2.0 ** (POINT - _COARSE)).round_()
+        low = self.low[layer, which] + fine.sum(-1, dtype=torch.float64).long()
+        self.high[layer, which] += coarse.sum(-1, dtype=torch.float64).long() + (low >> 32)
         self.low[layer, which] = low & _LOW
 
     def _count(self, histogram: torch.Tensor, values: torch.Tensor) -> None:
-        features, bins = histogram.shape
-        of_feature = torch.arange(features, device=values.device) * bins
-        flat = (bins_of(values.contiguous()) + of_feature).flatten()
-        histogram += torch.bincount(flat, minlength=features * bins).reshape(features, bins)
+        features = len(values)
+        of_feature = torch.arange(0, features * CLASSES, CLASSES, device=values.device)
+        flat = (classes_of(values) + of_feature[:, None].int()).flatten()
+        found = torch.bincount(flat, minlength=features * CLASSES).view(features, CLASSES)
+        bins = bins_of(torch.arange(CLASSES, dtype=torch.int32, device=values.device))
+        histogram.index_add_(1, bins, found.int())
+
+
+def _candidates(values: torch.Tensor, kept: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return which values may be among the k strongest: all that are, and few others.
+
+    Parameters
+    ----------
+    values
+        float32 [F, N].
+    kept
+        int64 [2, k, F]: the keys that are kept so far, of positive and of negative values.
+    places
+        int64 [N].
+
+    Returns
+    -------
+    torch.Tensor
+        bool [2, F, N], for positive and for negative values.
+    """
+    weakest = kept[:, -1]
+    bound = values_of(weakest)
+    # Of equal values the earlier place is kept: here, mostly the one that is.
+    stays = places_of(weakest) < places.min()
+    bound = torch.where(stays, bound.nextafter(bound.new_full((), torch.inf)), bound)
+    k, blocks = kept.shape[1], values.shape[-1] // _BLOCK
+    if blocks >= k:
+        # k blocks have a value that large, so the k-th largest of all is not smaller.
+        by_block = values[:, : blocks * _BLOCK].reshape(-1, blocks, _BLOCK)
+        largest = torch.stack((by_block.amax(-1), -by_block.amin(-1)))
+        bound = bound.maximum(largest.topk(k, dim=-1).values[..., -1])
+    positive, negative = bound[..., None]
+    return torch.stack((values >= positive, values <= -negative))
 
 
 class AtlasCapture(Watch):
@@ -218,7 +283,8 @@ class AtlasCapture(Watch):
             # What a head writes is a vector: how strong it is, its length says.
             activation = activation.reshape(*relevance.shape, -1).norm(dim=-1)
         for name, found in (("relevance", relevance), ("activation", activation)):
-            if not bool(((found.abs() < _LARGEST) & found.isfinite()).all()):
+            # Not so where one is NaN, too.
+            if not float(found.abs().amax()) < _LARGEST:
                 raise EngineError(
                     f"the {name} of site {site!r} at layer {layer} is not finite, or too large "
                     f"for an atlas ({_LARGEST:.0f})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,39 +31,52 @@ class _Text:
     def over(self) -> bool:
         return self.stopped or len(self.ids) == self.spec.max_new_tokens
 
-    def go_on(self, logits: torch.Tensor, ends: frozenset[int]) -> int:
-        """Take the logits of the next token, float32 [vocabulary]; return the token."""
-        token = draw(logits, self.spec, self.source)
+    def go_on(self, token: int, logprob: float, ends: frozenset[int]) -> None:
+        """Take the next token, unless the text is over."""
         if not self.over:
             self.ids.append(token)
-            self.logprobs.append(float(logits[token] - logits.logsumexp(-1)))
+            self.logprobs.append(logprob)
             self.stopped = token in ends
-        return token
 
 
-def draw(logits: torch.Tensor, spec: GenerationSpec, source: torch.Generator) -> int:
-    """Choose the next token.
+def draw(
+    logits: torch.Tensor, specs: Sequence[GenerationSpec], sources: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """Choose the next token of each text.
 
     Parameters
     ----------
     logits
-        float32 [vocabulary], on the CPU.
-    spec
-        How.
-    source
-        Gives one number per token, whatever the batch.
+        float32 [B, vocabulary].
+    specs
+        How, one per text.
+    sources
+        Of the CPU, one per text: gives one number per token that is sampled, whatever the batch.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 [B], on the device of the logits.
     """
-    if spec.temperature == 0:
-        return int(logits.argmax())
-    chances = (logits.double() / spec.temperature).softmax(-1)
-    chances, order = chances.sort(descending=True, stable=True)
-    through = chances.cumsum(0)
-    if spec.top_p:
-        # The token that passes the bound is still among them (Holtzman et al., 2020).
-        kept = int((through - chances < spec.top_p).sum())
-        through = through[:kept]
-    at = torch.rand((), generator=source, dtype=torch.float64) * through[-1]
-    return int(order[min(int(torch.searchsorted(through, at, right=True)), len(through) - 1)])
+    tokens = logits.argmax(-1)
+    sampled = [row for row, spec in enumerate(specs) if spec.temperature != 0]
+    if not sampled:
+        return tokens
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    rows = torch.tensor(sampled, device=logits.device)
+    heat = column([specs[row].temperature for row in sampled])
+    chances, order = (logits[rows] / heat).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    through = chances.cumsum(-1)
+    # The token that passes the bound is still among them (Holtzman et al., 2020).
+    bounds = column([specs[row].top_p or math.inf for row in sampled])
+    last = (through - chances < bounds).sum(-1, keepdim=True) - 1
+    random = [torch.rand((), generator=sources[row], dtype=torch.float64) for row in sampled]
+    at = column([float(number) for number in random]) * through.gather(-1, last)
+    places = torch.searchsorted(through, at, right=True).minimum(last)
+    return tokens.index_copy(0, rows, order.gather(-1, places)[:, 0])
 
 
 class Writing:
@@ -99,6 +113,7 @@ class Writing:
         )
         self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
         self._cache = DynamicCache(config=loaded.model.config)
+        self._places = [len(job.token_ids) for job in jobs]
         self._edits = Edits(
             loaded,
             [
@@ -141,23 +156,27 @@ class Writing:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: torch.Tensor = output.logits[:, -1].float().cpu()
+        logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
     def _next(self, logits: torch.Tensor) -> None:
-        chosen = [
-            text.go_on(row, self._ends) for text, row in zip(self._texts, logits, strict=True)
-        ]
-        self._ids = torch.tensor(chosen, device=self._loaded.device)[:, None]
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(chosen), 1)], 1)
+        specs, sources = [t.spec for t in self._texts], [t.source for t in self._texts]
+        tokens = draw(logits, specs, sources)
+        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        # In one transfer: float64 holds both as they are.
+        chosen = torch.stack((tokens.double(), logprobs.double())).tolist()
+        for text, token, logprob in zip(self._texts, *chosen, strict=True):
+            text.go_on(int(token), logprob, self._ends)
+        self._ids = tokens[:, None]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
         self._positions = self._positions[:, -1:] + 1
-        places = self._positions[:, 0].tolist()
         self._edits.move(
             [
                 Rows(job.edits, row, range(place, place + 1))
-                for row, (job, place) in enumerate(zip(self._jobs, places, strict=True))
+                for row, (job, place) in enumerate(zip(self._jobs, self._places, strict=True))
             ]
         )
+        self._places = [place + 1 for place in self._places]
 
     def written(self) -> list[Written]:
         """Return what is written, one per job, in order."""

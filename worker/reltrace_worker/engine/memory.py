@@ -22,9 +22,12 @@ from reltrace_worker.engine.reductions import REDUCTIONS, Extent
 from reltrace_worker.engine.sites import SITES
 from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel
+from reltrace_worker.rules.kernels import kernel_for
 
 GIB = 1 << 30
-_PROBE_TOKENS = (8, 40)
+_PROBE_TOKENS = {"cpu": (8, 40), "cuda": (128, 640)}
+"""Of two passes. On a GPU they must fill its blocks: as in large ones, so that peaks are alike."""
+
 _MARGIN = 0.9
 """Share of what is free that a pass may count on: allocators lose some to fragments."""
 
@@ -69,6 +72,8 @@ class MemoryModel:
         Values per token of each site's tensor, and of its feature axis.
     itemsize
         Bytes of an activation.
+    per_prompt
+        Bytes that the attention kernel needs for each prompt, whatever its length.
     """
 
     keeping: Line
@@ -78,13 +83,14 @@ class MemoryModel:
     vocab_size: int
     widths: dict[str, tuple[int, int]]
     itemsize: int
+    per_prompt: int = 0
 
     def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
         """Return the bytes that a pass over `jobs` needs."""
         # What is written has keys and values in a cache, which is less than a pass keeps.
         tokens = sum(job.extent for job in jobs)
         line = self.checkpointed if checkpointing else self.keeping
-        total = line.at(tokens)
+        total = line.at(tokens) + self.per_prompt * len(jobs)
         # Logits, their gradient, and three float32 copies for log-probabilities.
         for job in jobs:
             rows = len({term.position for target in job.targets for term in target.terms})
@@ -172,7 +178,8 @@ def measure(loaded: LoadedModel, probe: Callable[[int, bool], object]) -> Memory
     """
     lines = {}
     most = loaded.context_length
-    sizes = [min(tokens, max(1, most - place)) for place, tokens in enumerate(_PROBE_TOKENS[::-1])]
+    probes = _PROBE_TOKENS[loaded.device.type][::-1]
+    sizes = [min(tokens, max(1, most - place)) for place, tokens in enumerate(probes)]
     for checkpointing in (False, True):
         # The first pass of a process allocates what stays (cuBLAS workspaces, for example).
         probe(1, checkpointing)
@@ -185,6 +192,7 @@ def measure(loaded: LoadedModel, probe: Callable[[int, bool], object]) -> Memory
         lines[checkpointing] = Line.through(points[1], points[0])
     shape = loaded.shape
     wide = {"neuron": shape.intermediate_size, "head": shape.heads * head_size(loaded)}
+    kernel = kernel_for(loaded.device, loaded.dtype, head_size(loaded))
     return MemoryModel(
         keeping=lines[False],
         checkpointed=lines[True],
@@ -196,6 +204,7 @@ def measure(loaded: LoadedModel, probe: Callable[[int, bool], object]) -> Memory
             for name, site in SITES.items()
         },
         itemsize=loaded.dtype.itemsize,
+        per_prompt=kernel.padding * wide["head"] * torch.float32.itemsize,
     )
 
 

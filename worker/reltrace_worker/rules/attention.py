@@ -15,12 +15,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from reltrace_worker.rules.reproducible import in_fixed_order
 from reltrace_worker.rules.window import window_attention
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-
-# Above this head size CUDA's fused kernels refuse grouped heads (as in transformers' sdpa).
-_MAX_GROUPED_HEAD_SIZE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +123,8 @@ def packed_attention(
     check_arguments(attention_mask, dropout, softcap)
     heads, key_heads = query.shape[1], key.shape[1]
     grouped = heads != key_heads
-    if grouped and not key.shape[-1] == value.shape[-1] <= _MAX_GROUPED_HEAD_SIZE:
+    if grouped and query.device.type == "cuda":
+        # Of CUDA's fused kernels, the one for float32 takes no grouped heads.
         key = repeat_heads(key, heads // key_heads)
         value = repeat_heads(value, heads // key_heads)
         grouped = False
@@ -145,8 +144,10 @@ def packed_attention(
         if sliding_window is not None and length > sliding_window:
             output = window_attention(q, k, v, sliding_window, scaling=scaling, grouped=grouped)
         else:
-            output = scaled_dot_product_attention(
-                q, k, v, is_causal=length > 1, scale=scaling, enable_gqa=grouped
+            output = in_fixed_order(
+                scaled_dot_product_attention(
+                    q, k, v, is_causal=length > 1, scale=scaling, enable_gqa=grouped
+                )
             )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None

@@ -1,17 +1,15 @@
 """The attention kernels, and which of them a device and a number format get.
 
-======== ============================== ===================== ==========================
-name     where                          memory                how
-======== ============================== ===================== ==========================
-sdpa     CPU                            linear in the pack    one SDPA call per run of prompts
-                                                              of equal length
-varlen   CUDA, bfloat16 or float16      linear in the pack    one flash kernel over the pack:
-                                                              ``torch.nn.attention.varlen``
-masked   CUDA, what varlen can not take N x N bits of mask    one SDPA call under a block mask
-======== ============================== ===================== ==========================
+======== ============================ ========================================================
+name     where                        how
+======== ============================ ========================================================
+varlen   CUDA, bfloat16 or float16    one flash kernel over the pack:
+                                      ``torch.nn.attention.varlen``
+sdpa     CPU; CUDA in float32         one SDPA call per run of prompts of equal length
+======== ============================ ========================================================
 
-``varlen`` has not been run: the machines that this was written on have no GPU. Tests check its
-arguments against a reference on the CPU, and run ``masked`` there against ``sdpa``.
+Both need memory that is linear in the pack, and in both no prompt sees another: not even numbers
+that are not finite pass from one to the next, which they do where a mask multiplies them by zero.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from reltrace_worker.rules.attention import (
     AttentionFunction,
@@ -31,11 +28,14 @@ from reltrace_worker.rules.attention import (
     packed_attention,
     repeat_heads,
 )
+from reltrace_worker.rules.reproducible import in_fixed_order
 
 # What flash attention takes (torch 2.13, aten/src/ATen/native/transformers/cuda/flash_attn).
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 _VARLEN_LARGEST_HEAD = 256
 _VARLEN_CAPABILITY = (8, 0)
+# Where dQ is summed up, rounded up to blocks (mha_varlen_bwd in flash_api.cpp there).
+_VARLEN_PADDING = 128
 
 
 def _find_varlen() -> Callable[..., Any] | None:
@@ -66,61 +66,6 @@ def _boundaries(packing: Packing, device: torch.device) -> torch.Tensor:
     return found
 
 
-def block_mask(packing: Packing, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return who sees whom in a pack, bool [N, N]: what precedes, in one's own prompt alone.
-
-    Parameters
-    ----------
-    packing
-        Layout of the N tokens.
-    window
-        Tokens that a token sees, itself included; None: all that precede it.
-    device
-        Where the mask is needed.
-    """
-    key = ("mask", window, device)
-    if key not in packing.cache:
-        lengths = torch.tensor(packing.lengths, device=device)
-        prompt = torch.arange(len(packing.lengths), device=device).repeat_interleave(lengths)
-        place = torch.arange(packing.tokens, device=device)
-        distance = place[:, None] - place[None]
-        mask = (prompt[:, None] == prompt[None]) & (distance >= 0)
-        if window is not None:
-            mask &= distance < window
-        packing.cache[key] = mask
-    found: torch.Tensor = packing.cache[key]
-    return found
-
-
-def masked_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    packing: Packing,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention over a pack in one SDPA call under a block mask.
-
-    Parameters and result are those of :func:`reltrace_worker.rules.attention.packed_attention`;
-    `sliding_window` counts the tokens that a token sees, itself included.
-    """
-    check_arguments(attention_mask, dropout, softcap)
-    group = query.shape[1] // key.shape[1]
-    if group > 1:
-        # With a mask, no fused CUDA kernel takes grouped heads.
-        key, value = (repeat_heads(states, group) for states in (key, value))
-    mask = block_mask(packing, sliding_window, query.device)
-    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return output.transpose(1, 2), None
-
-
 def varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -137,7 +82,7 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention over a pack in one flash kernel of variable length.
 
-    Parameters and result are those of :func:`masked_attention`.
+    Parameters and result are those of :func:`reltrace_worker.rules.attention.packed_attention`.
     """
     check_arguments(attention_mask, dropout, softcap)
     assert varlen_attn is not None
@@ -161,7 +106,7 @@ def varlen_attention(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         **options,
     )
-    return output.unsqueeze(0), None
+    return in_fixed_order(output).unsqueeze(0), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +121,15 @@ class Kernel:
         Whether it takes tensors of a device, a dtype and a head size.
     function
         The kernel.
+    padding
+        Rows, as wide as all heads and in float32, that its backward pass needs for each prompt of
+        a pack beside those of its tokens.
     """
 
     name: str
     takes: Callable[[torch.device, torch.dtype, int], bool]
     function: AttentionFunction
+    padding: int = 0
 
 
 def _varlen_takes(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
@@ -198,8 +147,7 @@ def _varlen_takes(device: torch.device, dtype: torch.dtype, head_size: int) -> b
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        Kernel("varlen", _varlen_takes, varlen_attention),
-        Kernel("masked", lambda device, dtype, size: device.type == "cuda", masked_attention),
+        Kernel("varlen", _varlen_takes, varlen_attention, _VARLEN_PADDING),
         Kernel("sdpa", lambda device, dtype, size: True, packed_attention),
     )
 }

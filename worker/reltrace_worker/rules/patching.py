@@ -22,6 +22,7 @@ from reltrace_worker.rules.attention import (
     register_attention,
 )
 from reltrace_worker.rules.kernels import attention
+from reltrace_worker.rules.reproducible import setting_restored
 from reltrace_worker.rules.rule import Rule
 
 _MISSING = object()
@@ -118,6 +119,7 @@ def apply_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
     with (
         instance_forwards(patches),
         _attention_implementation(configs.values(), rule.attention_name),
+        setting_restored(),
     ):
         yield
 
