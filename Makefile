@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-war
 PROJECTS := $(wildcard */pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint proto bench fleet chaos proof upgrade model clean
+.PHONY: help setup setup-dev demo test lint proto bench gpu fleet chaos proof upgrade model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,10 @@ bench: $(VENV)/.setup-dev $(RIVALS)/.setup ## measure speed and memory, as tests
 	@$(BIN)/python tests/bench/service.py --prompts 24
 	@$(BIN)/python tests/bench/jobs.py --rivals $(RIVALS)/bin/python
 	@$(BIN)/python tests/bench/tensors.py
+
+gpu: $(VENV)/.setup-dev ## the engine's tests on the first GPU, and its speed there (minutes)
+	@RELTRACE_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 tests/worker/engine tests/worker/rules tests/worker/model
+	@$(BIN)/python tests/bench/engine.py --device cuda --dtype bfloat16 --shape 8b --prompts 120 --example-every 5 --only example --only forward
 
 fleet: $(VENV)/.setup-dev ## 500 simulated workers, two schedulers, 100,000 jobs (minutes)
 	@$(BIN)/python tests/bench/fleet.py

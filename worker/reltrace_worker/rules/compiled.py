@@ -3,7 +3,7 @@
 What is compiled is what walks over a tensor more than once and has no hook inside: norms and
 gated products, forward and backward. Modules, their hooks, linear layers and attention stay as
 they are, so that every site and both ways of checkpointing work as without. A compiled function
-rounds in other places than torch's own, which tests bound. CUDA is untried.
+rounds in other places than torch's own, which tests bound.
 """
 
 from __future__ import annotations
