@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,6 +12,8 @@ from reltrace_proto.v1 import types_pb2
 from reltrace._errors import invalid
 
 _LARGEST = 2**32 - 1
+# A norm squares what flows through it, which has to stay within float32.
+_LARGEST_VALUE = 1e9
 _CHANGES = ("value", "scale", "direction")
 
 
@@ -32,7 +33,7 @@ class Edit:
         Tokens at which they are changed, negative from the end of the prompt; default: all, of
         generated tokens too.
     value : float, optional
-        Set to this; of a head, every value that it is made of.
+        Set to this, -1e9 to 1e9; of a head, every value that it is made of.
     scale : float, optional
         Multiply by this: 0 switches off.
     direction : array of float, optional
@@ -184,8 +185,8 @@ def _finite(value: object, argument: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise invalid(argument, f"must be a number, not {type(value).__name__}")
     number = float(value)
-    if not math.isfinite(number):
-        raise invalid(argument, f"must be finite, not {number}")
+    if not abs(number) <= _LARGEST_VALUE:
+        raise invalid(argument, f"must be {-_LARGEST_VALUE:g} to {_LARGEST_VALUE:g}, not {number}")
     return number
 
 
@@ -196,6 +197,6 @@ def _vector(value: object) -> bytes:
         raise invalid("direction", f"must be a vector of numbers: {error}") from None
     if vector.ndim != 1 or not len(vector):
         raise invalid("direction", f"must be a vector, not an array of shape {vector.shape}")
-    if not np.isfinite(vector).all():
-        raise invalid("direction", "must be finite throughout")
+    if not (np.abs(vector) <= _LARGEST_VALUE).all():
+        raise invalid("direction", f"must be {-_LARGEST_VALUE:g} to {_LARGEST_VALUE:g} throughout")
     return vector.astype("<f4").tobytes()

@@ -67,6 +67,12 @@ class Generation:
         without = "" if self.unsteered is None else f", unsteered={self.unsteered.text!r}"
         return f"Generation({self.text!r}, {len(self.tokens)} tokens{without})"
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from reltrace._pictures.text_fragment import text_fragment
+
+        return text_fragment(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain lists and numbers, ready for `json.dumps`."""
         return {

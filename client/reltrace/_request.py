@@ -58,6 +58,10 @@ class Job:
         """Return the caller's name of a field of the job."""
         if wire_field.startswith("targets"):
             return _target.caller_field(wire_field, self.target)
+        if self.spec.HasField("generation"):
+            wire_field = wire_field.removeprefix("generation.")
+            if wire_field.startswith("edits"):
+                return "steer" + wire_field.removeprefix("edits")
         if wire_field == "input":
             return "prompt"
         if wire_field.startswith("input_ids.ids"):

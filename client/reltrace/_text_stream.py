@@ -108,6 +108,7 @@ class _State:
         self.pieces: deque[TextPiece] = deque()
         self.news = asyncio.Event()
         self.results: dict[int, Generation] = {}
+        self.job_ids: tuple[str, ...] = ()
 
     def add(self, piece: TextPiece | None) -> None:
         if piece is not None:
@@ -129,6 +130,7 @@ async def _read(
         answer = await submit(connection, entries, deadline, priority)
         if isinstance(answer, Rejected):
             raise next(iter(answer.errors.values()))
+        state.job_ids = tuple(answer.positions)
 
         def note(draft: Draft) -> None:
             state.add(texts[draft.index].draft(draft))
@@ -197,6 +199,11 @@ class AsyncTextStream(AsyncIterator[TextPiece]):
             return None
         return replace(found[0], unsteered=found.get(1))
 
+    @property
+    def job_ids(self) -> tuple[str, ...]:
+        """The job, and that of the text without steering; none until the first piece is there."""
+        return self._state.job_ids
+
 
 class TextStream(Iterator[TextPiece]):
     """The pieces of a text while it is written: an iterator.
@@ -220,6 +227,11 @@ class TextStream(Iterator[TextPiece]):
     def result(self) -> Generation | None:
         """The whole, once all pieces were taken; None before."""
         return self._stream.result
+
+    @property
+    def job_ids(self) -> tuple[str, ...]:
+        """The job, and that of the text without steering; none until the first piece is there."""
+        return self._stream.job_ids
 
 
 def _taken(stream: AsyncTextStream, loop: LoopThread) -> Generator[TextPiece, None, None]:

@@ -74,6 +74,8 @@ MAX_CORPUS_PROMPTS = 1 << 16
 MAX_ATLAS_PLACES = 64
 MAX_TEMPERATURE = 100
 MAX_EDITED_FEATURES = 65536
+# A norm squares what flows through it, which has to stay within float32.
+LARGEST_EDIT = 1e9
 
 # Above our own limit, so that an over-long message gets an error that names it; what is
 # longer still is refused by gRPC itself with RESOURCE_EXHAUSTED.

@@ -1,15 +1,15 @@
 """Checks the edits of a job against what the model's workers announced."""
 
-import math
 import struct
 from collections.abc import Iterator
 
 from reltrace_proto.v1 import types_pb2
 
-from reltrace_scheduler.config import MAX_EDITED_FEATURES, MAX_EDITS_PER_JOB
+from reltrace_scheduler.config import LARGEST_EDIT, MAX_EDITED_FEATURES, MAX_EDITS_PER_JOB
 from reltrace_scheduler.errors import Violation
 
 _WITHOUT_LAYERS = "embed"
+_ALLOWED = f"allowed: {-LARGEST_EDIT:g} to {LARGEST_EDIT:g}"
 
 
 def edit_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
@@ -46,8 +46,9 @@ def _faults(edit: types_pb2.Edit, model: types_pb2.ModelInfo) -> Iterator[Violat
         )
     match edit.WhichOneof("change"):
         case "value" | "scale" as change:
-            if not math.isfinite(getattr(edit, change)):
-                yield Violation(change, "is not finite")
+            number = getattr(edit, change)
+            if not abs(number) <= LARGEST_EDIT:
+                yield Violation(change, f"is {number:g}; {_ALLOWED}")
         case "direction":
             yield from _direction_faults(edit, width)
         case _:
@@ -58,11 +59,15 @@ def _direction_faults(edit: types_pb2.Edit, width: int) -> Iterator[Violation]:
     if edit.site == "head":
         yield Violation("direction", "is not for heads: use value or scale")
     elif len(edit.direction) != 4 * width:
+        values, rest = divmod(len(edit.direction), 4)
+        given = f"{len(edit.direction)} bytes" if rest else f"{values} values"
         yield Violation(
-            "direction",
-            f"has {len(edit.direction)} bytes; {edit.site} has {width} features of 4 bytes",
+            "direction", f"has {given}; {edit.site} has {width} features, each a float32"
         )
-    elif not all(math.isfinite(x) for (x,) in struct.iter_unpack("<f", edit.direction)):
-        yield Violation("direction", "has a number that is not finite")
+    else:
+        numbers = (number for (number,) in struct.iter_unpack("<f", edit.direction))
+        beyond = next((n for n in numbers if not abs(n) <= LARGEST_EDIT), None)
+        if beyond is not None:
+            yield Violation("direction", f"has a number that is {beyond:g}; {_ALLOWED}")
     if edit.features:
         yield Violation("features", "is not for a direction, which has a value for every one")

@@ -1,5 +1,8 @@
 """What `generate` takes, and what it refuses."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import reltrace
 from reltrace import Steer
@@ -52,13 +55,49 @@ def test_what_can_not_be_is_named(given: dict[str, object], said: str) -> None:
         writing(**given).jobs()
 
 
+def test_the_server_s_fields_are_named_as_the_arguments_are() -> None:
+    steered, plain = writing(steer=Steer(9, 1, value=4)).jobs()
+    assert steered.rename("edits[0].layer") == "steer[0].layer"
+    assert plain.rename("generation.max_new_tokens") == "max_new_tokens"
+    assert plain.rename("input") == "prompt"
+
+
 def test_steering_as_an_option() -> None:
     setting, scaling = steer_of("3:17=-2.5"), steer_of("0:4*0")
     assert (setting.layer, setting.neuron, setting.value, setting.scale) == (3, 17, -2.5, None)
     assert (scaling.layer, scaling.neuron, scaling.value, scaling.scale) == (0, 4, None, 0)
 
 
-@pytest.mark.parametrize("text", ["", "3", "3:4", "3:4=x", "a:4=1", "3:4+1", "3:4=nan"])
+def test_a_direction_comes_from_a_file(tmp_path: Path) -> None:
+    vector = np.array([0.5, -1.0, 2.0])
+    file = tmp_path / "dogs*cats+1.npy"
+    np.save(file, vector)
+    plain, scaled = steer_of(f"2+{file}"), steer_of(f"2+{file}*-3")
+    for steer, factor in ((plain, 1.0), (scaled, -3.0)):
+        assert (steer.layer, steer.neuron) == (2, None)
+        added = np.frombuffer(steer.edit().to_wire().direction, "<f4")
+        assert added.tolist() == (factor * vector).tolist()
+
+
+def test_a_file_without_a_direction_is_named(tmp_path: Path) -> None:
+    table, several, pickled = (tmp_path / name for name in ("a.npy", "b.npz", "c.npy"))
+    np.save(table, np.zeros((2, 2)))
+    np.savez(several, a=np.zeros(2), b=np.zeros(2))
+    np.save(pickled, np.array([{}]), allow_pickle=True)
+    for path, said in (
+        (table, "must be a vector"),
+        (several, "holds several arrays"),
+        (pickled, "no file of numpy.save's"),
+        (tmp_path / "none.npy", "can not be read: No such file"),
+        (tmp_path, "can not be read: Is a directory"),
+    ):
+        with pytest.raises(reltrace.InvalidArgument, match=said):
+            steer_of(f"0+{path}")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "3:4", "3:4=x", "a:4=1", "3:4+1", "3:4=nan", "3+", "+a.npy", "3+none.npy*x"]
+)
 def test_steering_that_can_not_be_read(text: str) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=r"steer|value"):
         steer_of(text)

@@ -1,8 +1,10 @@
 """Reading along with a text: whatever drafts are lost, repeated or begun again."""
 
+import make_text as words
 import numpy as np
 import pytest
 import reltrace
+from fake_server import FakeServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reltrace._text_stream import TextPiece, _Along
@@ -128,3 +130,20 @@ def test_what_is_asked_for_is_checked_before_anything_is_sent() -> None:
         with pytest.raises(reltrace.Unavailable):
             next(stream)
         assert stream.result is None
+        assert stream.job_ids == ()
+
+
+def test_the_jobs_of_a_text_are_known_while_it_is_written(server: FakeServer) -> None:
+    server.drafts = lambda job: [words.draft(job, [1, 2])]
+    server.run = lambda spec, job: words.written(job, [1, 2, 3])
+    with reltrace.Client(server.address) as client:
+        stream = client.generate_stream("a", steer=reltrace.Steer(0, 1, value=4))
+        next(stream)
+        assert stream.result is None
+        jobs = stream.job_ids
+        assert len(set(jobs)) == 2
+        for _ in stream:
+            pass
+        assert stream.result is not None
+        assert stream.result.unsteered is not None
+        assert (stream.result.job_id, stream.result.unsteered.job_id) == jobs

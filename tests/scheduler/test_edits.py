@@ -47,16 +47,17 @@ def test_edits_that_can_be() -> None:
         ),
         ({"site": "head", "features": [2], "value": 1}, "features[0]", "2 is not in 0..1 of head"),
         ({"site": "resid"}, "change", "is missing: give a value, a scale or a direction"),
-        ({"site": "resid", "scale": float("inf")}, "scale", "is not finite"),
+        ({"site": "resid", "scale": float("inf")}, "scale", "is inf; allowed: -1e+09 to 1e+09"),
+        ({"site": "resid", "value": -1e38}, "value", "is -1e+38; allowed: -1e+09 to 1e+09"),
         (
             {"site": "resid", "direction": floats(1)},
             "direction",
-            "has 4 bytes; resid has 3 features of 4 bytes",
+            "has 1 values; resid has 3 features, each a float32",
         ),
         (
             {"site": "resid", "direction": floats(1, 2, float("nan"))},
             "direction",
-            "has a number that is not finite",
+            "has a number that is nan; allowed: -1e+09 to 1e+09",
         ),
         ({"site": "head", "direction": floats(1, 2)}, "direction", "is not for heads"),
         (

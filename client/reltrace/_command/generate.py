@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from reltrace._command.options import AsJson, Model, Server, access_of, echo_json
 from reltrace._edit import Steer
 from reltrace._errors import invalid
-from reltrace._generation import Generation
 from reltrace._text_stream import TextStream
 
-_STEER = re.compile(r"(\d+):(\d+)(=|\*)(\S+)")
+_NEURON = re.compile(r"(\d+):(\d+)(=|\*)(\S+)")
+_DIRECTION = re.compile(r"(\d+)\+(.+)")
 
 
 def generate(
@@ -30,7 +34,8 @@ def generate(
         typer.Option(
             envvar="RELTRACE_STEER",
             metavar="LAYER:NEURON=VALUE",
-            help="Set a neuron, or multiply it (LAYER:NEURON*SCALE); may be repeated. The text "
+            help="Set a neuron, or multiply it (LAYER:NEURON*SCALE), or add a direction to the "
+            "residual stream (LAYER+FILE.npy or LAYER+FILE.npy*SCALE); may be repeated. The text "
             "without it is shown beside.",
             show_default=False,
         ),
@@ -63,8 +68,9 @@ def generate(
     }
     with access_of(context).client(server) as client:
         # A file or a pipe must not get a text that begins again after it has begun.
-        if sys.stdout.isatty() and not steer and not as_json:
-            _write_along(client.generate_stream(prompt, **asked))
+        if sys.stdout.isatty() and not as_json:
+            along = _write_beside if steer else _write_along
+            along(client.generate_stream(prompt, **asked))
             return
         found = client.generate(prompt, **asked)
     if as_json:
@@ -72,7 +78,7 @@ def generate(
     elif found.unsteered is None:
         typer.echo(found.text)
     else:
-        Console().print(_side_by_side(found, found.unsteered))
+        Console().print(_side_by_side(found.text, found.unsteered.text))
 
 
 def _write_along(stream: TextStream) -> None:
@@ -89,33 +95,67 @@ def _write_along(stream: TextStream) -> None:
             typer.echo()
 
 
+def _write_beside(stream: TextStream) -> None:
+    """Show both texts as they come."""
+    texts = {True: "", False: ""}
+    with Live(_side_by_side("", ""), console=Console()) as live:
+        for piece in stream:
+            before = "" if piece.again else texts[piece.steered]
+            texts[piece.steered] = before + piece.text
+            live.update(_side_by_side(texts[True], texts[False]))
+
+
 def steer_of(text: str) -> Steer:
-    """Read ``LAYER:NEURON=VALUE`` or ``LAYER:NEURON*SCALE``.
+    """Read ``LAYER:NEURON=VALUE``, ``LAYER:NEURON*SCALE`` or ``LAYER+FILE``, ``LAYER+FILE*SCALE``.
 
     Raises
     ------
     InvalidArgument
-        It is neither.
+        It is none of these, or the file holds no direction.
     """
-    found = _STEER.fullmatch(text)
-    try:
-        number = float(found[4]) if found else None
-    except ValueError:
-        number = None
-    if found is None or number is None:
-        raise invalid("steer", f"must be LAYER:NEURON=VALUE or LAYER:NEURON*SCALE, not {text!r}")
-    layer, neuron = int(found[1]), int(found[2])
-    return (
-        Steer(layer, neuron, value=number)
-        if found[3] == "="
-        else Steer(layer, neuron, scale=number)
+    if neuron := _NEURON.fullmatch(text):
+        number = _number(neuron[4])
+        if number is not None and neuron[3] == "=":
+            return Steer(int(neuron[1]), int(neuron[2]), value=number)
+        if number is not None:
+            return Steer(int(neuron[1]), int(neuron[2]), scale=number)
+    elif direction := _DIRECTION.fullmatch(text):
+        file, _, behind = direction[2].rpartition("*")
+        scale = _number(behind) if file else None
+        if scale is None:
+            # The asterisk, if there is one, is the file's own.
+            file = direction[2]
+        return Steer(int(direction[1]), direction=_vector(Path(file)), scale=scale)
+    raise invalid(
+        "steer",
+        "must be LAYER:NEURON=VALUE, LAYER:NEURON*SCALE, LAYER+FILE.npy or LAYER+FILE.npy*SCALE, "
+        f"not {text!r}",
     )
 
 
-def _side_by_side(steered: Generation, plain: Generation) -> Table:
-    table = Table(show_lines=False)
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _vector(path: Path) -> NDArray[Any]:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise invalid("steer", f"{path} can not be read: {error.strerror or error}") from None
+    except (ValueError, EOFError) as error:
+        raise invalid("steer", f"{path} is no file of numpy.save's: {error}") from None
+    if not isinstance(found, np.ndarray):
+        raise invalid("steer", f"{path} holds several arrays; a direction is one")
+    return found
+
+
+def _side_by_side(steered: str, plain: str) -> Table:
+    table = Table(show_lines=False, expand=True)
     table.add_column("as it is", ratio=1)
     table.add_column("steered", ratio=1)
     # What models write is no markup.
-    table.add_row(Text(plain.text), Text(steered.text))
+    table.add_row(Text(plain), Text(steered))
     return table

@@ -1,6 +1,7 @@
 """`reltrace generate`: along with the text on a terminal, whole anywhere else."""
 
 import json
+import re
 import sys
 import threading
 
@@ -87,7 +88,34 @@ def test_a_pipe_gets_the_text_alone(command: Run, writing: FakeServer) -> None:
 def test_what_is_shown_whole_is_not_streamed(command: Run, writing: FakeServer) -> None:
     code, out, _ = command("generate", "a", "--json")
     assert (code, json.loads(out)["text"]) == (0, " 1 3 4")
+    assert asked(writing) == [False]
+
+
+def steered_or_not(spec: types_pb2.JobSpec, job: str) -> list[types_pb2.ResultChunk]:
+    return written(job, [1, 3, 4] if spec.edits else [5, 6])
+
+
+def rows(out: str) -> list[list[str]]:
+    """The words of a table's lines that hold any, without what a terminal is told beside."""
+    return [words for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out).splitlines()
+            if (words := re.findall(r"[\w.]+", line))]  # fmt: skip
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_terminal_shows_both_texts_as_they_come(command: Run, server: FakeServer) -> None:
+    server.drafts = lambda job: [draft(job, [1, 2]), draft(job, [1, 3], attempt=2)]
+    server.run = steered_or_not
     code, out, _ = command("generate", "a", "--steer", "0:1=4")
     assert code == 0
-    assert "as it is" in out
-    assert asked(writing) == [False] * 3
+    assert asked(server) == [True, True]
+    assert rows(out)[0] == ["as", "it", "is", "steered"]
+    # What stays on the screen is the whole of both.
+    assert rows(out)[-1] == ["5", "6", "1", "3", "4"]
+
+
+def test_a_pipe_gets_both_texts_side_by_side(command: Run, server: FakeServer) -> None:
+    server.run = steered_or_not
+    code, out, _ = command("generate", "a", "--steer", "0:1=4")
+    assert code == 0
+    assert asked(server) == [False, False]
+    assert rows(out)[-1] == ["5", "6", "1", "3", "4"]

@@ -260,7 +260,7 @@ def test_a_job_without_backward_gives_the_logits_of_a_trace(checkpoints: Checkpo
         (EditSpec("resid", 0, (), (99,)), r"edits\[0\]\.positions\[0\]: position 99 is outside"),
         (EditSpec("resid", 0, direction=(1.0,)), r"edits\[0\]\.direction: has 1 values; resid"),
         (EditSpec("head", 0, direction=(1.0,)), r"edits\[0\]\.direction: is not for heads"),
-        (EditSpec("resid", 0, scale=float("nan")), r"edits\[0\]: has a number that is not fin"),
+        (EditSpec("resid", 0, scale=float("nan")), r"edits\[0\]: has a number beyond what is all"),
     ],
 )
 def test_an_edit_that_can_not_be_names_its_field(

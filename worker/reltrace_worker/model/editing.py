@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -12,6 +11,9 @@ from reltrace_worker.model.loading import ModelShape
 
 MAX_EDITS = 256
 """Most edits of one job."""
+
+LARGEST_EDIT = 1e9
+"""A norm squares what flows through it, which has to stay within float32."""
 
 
 class SiteExtent(Protocol):
@@ -90,8 +92,10 @@ class EditChecker:
                 )
         if edit.direction:
             self._check_direction(edit, field, width, fault)
-        if not all(map(math.isfinite, (edit.scale, edit.value, *edit.direction))):
-            fault(field, "has a number that is not finite")
+        if not all(abs(n) <= LARGEST_EDIT for n in (edit.scale, edit.value, *edit.direction)):
+            fault(
+                field, f"has a number beyond what is allowed: {-LARGEST_EDIT:g} to {LARGEST_EDIT:g}"
+            )
 
     def _check_direction(
         self, edit: EditSpec, field: str, width: int, fault: Callable[[str, str], None]

@@ -1,0 +1,32 @@
+"""What a notebook shows of a text that a model wrote: beside it, the same without steering."""
+
+from __future__ import annotations
+
+import html
+
+from reltrace._generation import Generation
+from reltrace._pictures.fragment import BOX, GREY
+
+_CELL = "flex:1;min-width:14em;white-space:pre-wrap;overflow-wrap:anywhere"
+
+
+def text_fragment(found: Generation) -> str:
+    """Return the prompt and what was written, HTML without scripts."""
+    texts = [("", found)]
+    if found.unsteered is not None:
+        texts = [("as it is", found.unsteered), ("steered", found)]
+    prompt = html.escape("".join(found.prompt_tokens))
+    cells = "".join(_cell(title, prompt, one) for title, one in texts)
+    origin = html.escape(found.provenance.model)
+    return (
+        f'<div style="{BOX}"><div style="display:flex;flex-wrap:wrap;gap:1.5em">{cells}</div>'
+        f'<div style="{GREY}">model {origin}</div></div>'
+    )
+
+
+def _cell(title: str, prompt: str, one: Generation) -> str:
+    ended = "" if one.stopped else '<span style="color:#666"> …</span>'
+    return (
+        f'<div style="{_CELL}"><div style="{GREY}">{title}</div>'
+        f'<span style="color:#666">{prompt}</span><b>{html.escape(one.text)}</b>{ended}</div>'
+    )
