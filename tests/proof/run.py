@@ -1,6 +1,6 @@
-"""The three proofs at full size: ablation, steering, and a neuron that was planted.
+"""The proofs at full size: ablation, steering, a corpus split over workers, a planted neuron.
 
-Starts a service of its own for the demo model, and another for the model with the planted neuron.
+Starts services of its own for the demo model, and for models with a planted neuron.
 
     python tests/proof/run.py              # about five minutes on two cores
     python tests/proof/run.py --json
@@ -21,6 +21,7 @@ import reltrace
 from bench.service import serving
 from proof.ablation import Ablation, ablate
 from proof.planted import LAYER, NEURON, Change, Planted, compare, look, plant
+from proof.split import Split, split
 from proof.steering import Steering, steer, unseen
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.demo.corpus import held_out
@@ -46,34 +47,42 @@ class Report:
 
     ablation: list[Ablation]
     steering: list[Steering]
+    split: Split
     was: str
     change: list[Change]
     planted: list[Planted]
 
 
 def prove(sentences: int, prompts: int, made_from: int, directions: int, progress: bool) -> Report:
-    """Prove all three."""
+    """Prove all four."""
     corpus = held_out(sentences, CORPUS)
     texts = [example.prompt for example in corpus]
     ablated = [example.prompt for example in held_out(prompts, PROMPTS)]
     making = [example.prompt for example in held_out(made_from, MADE_FROM)]
     checkpoint = demo_path()
     with tempfile.TemporaryDirectory() as scratch:
-        with serving("demo", 2) as address, reltrace.Client(address) as client:
+        with serving("demo", RELTRACE_THREADS="2") as address, reltrace.Client(address) as client:
             ablation = ablate(client, str(checkpoint), ablated, (8, 32), CHANCE)
             atlas = client.build_atlas(texts, Path(scratch) / "atlas", progress=progress)
             answers = {example.answer for example in corpus}
             others = unseen(corpus, 400, PROMPTS)
             steering = steer(client, atlas, answers, others, (1, 2, 4), CHANCE)
+        three = serving("demo", RELTRACE_THREADS="1", RELTRACE_WORKERS="3")
+        with three as address:
+            one, out = Path(scratch) / "atlas", Path(scratch) / "split"
+            parted = split(address, texts, one, out, progress)
         change, found = [], []
         for seed in range(CHANCE, CHANCE + directions):
             planted = Path(scratch) / f"planted-{seed}"
             plant(checkpoint, planted, WORD, making, seed)
             change.append(compare(checkpoint, planted, WORD, texts[:_COMPARED]))
-            with serving(planted, 2) as address, reltrace.Client(address) as client:
+            with (
+                serving(planted, RELTRACE_THREADS="2") as address,
+                reltrace.Client(address) as client,
+            ):
                 out = Path(scratch) / f"atlas-{seed}"
                 found.append(look(client.build_atlas(texts, out, progress=progress), WORD))
-    return Report(ablation, steering, atlas.label(LAYER, NEURON), change, found)
+    return Report(ablation, steering, parted, atlas.label(LAYER, NEURON), change, found)
 
 
 def show(report: Report) -> None:
@@ -102,6 +111,11 @@ def show(report: Report) -> None:
         table.add_row("", "median factor of p: labelled, other", factors)
         table.add_row("", "prompts in which the model then says it", f"{row.says:.2%}")
         table.add_section()
+    three = f"{report.split.workers} workers took part"
+    table.add_row("corpus split", three, f"{report.split.megabytes:.1f} MB")
+    equal = f"{report.split.arrays} of {report.split.of} arrays"
+    table.add_row("", "equal to one worker's, bit for bit", equal)
+    table.add_section()
     for found, change in zip(report.planted, report.change, strict=True):
         table.add_row("planted", f"label ({report.was!r} before)", repr(found.label))
         for name, count in found.at_word.items():

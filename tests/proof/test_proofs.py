@@ -66,7 +66,7 @@ def test_a_planted_neuron_is_found_and_labelled(tmp_path: Path) -> None:
     # Of so few sentences, few have the word: with the directions of other seeds up to four of the
     # places of positive relevance are elsewhere. With those of `make proof` none is.
     plant(demo_path(), planted, word, making, 0)
-    with serving(planted, 2) as address, reltrace.Client(address) as client:
+    with serving(planted, RELTRACE_THREADS="2") as address, reltrace.Client(address) as client:
         found = look(client.build_atlas(corpus, tmp_path / "atlas"), word)
     assert found.label.split(" · ")[0] == "lunch"
     assert found.clearest is not None

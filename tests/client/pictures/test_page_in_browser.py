@@ -139,7 +139,7 @@ def test_a_click_on_a_cell_shows_its_strongest_neurons_and_heads(
         order = np.argsort(-np.abs(values))[:count]
         found = rows(page, site)
         assert [int(row[0]) for row in found][: len(order)] == order.tolist()
-        assert found[0] == [str(order[0]), "1", " cats", shown(values[order[0]])]
+        assert found[0] == [str(order[0]), "1", "2", " cats", shown(values[order[0]])]
     headings = page.locator("#detail h2").all_inner_texts()
     assert headings[0] == "Strongest neurons (site neuron): token 2 \u201ccats\u201d, layer 1"
 
@@ -152,7 +152,7 @@ def test_a_click_on_a_layer_or_a_token(show: Open, trace: reltrace.Trace) -> Non
     assert "layer 2" in page.locator("#text-title").inner_text()
     point(page, 1, -1, click=True)
     layer, feature = np.unravel_index(np.abs(trace["neuron"][:, 1]).argmax(), (3, 40))
-    assert rows(page, "neuron")[0][:3] == [str(feature), str(layer), " My"]
+    assert rows(page, "neuron")[0][:4] == [str(feature), str(layer), "1", " My"]
     page.locator("#words span").nth(4).click()
     layer, feature = np.unravel_index(np.abs(trace["neuron"][:, 4]).argmax(), (3, 40))
     assert rows(page, "neuron")[0][:2] == [str(feature), str(layer)]
@@ -170,28 +170,28 @@ def test_labels_stand_beside_what_they_name(show: Open, trace: reltrace.Trace) -
     page = show(trace, atlas=FakeLabels(texts))
     point(page, 2, 1, click=True)
     heads = page.locator("#detail table[data-site=neuron] th").all_inner_texts()
-    assert heads == ["neuron", "layer", "token", "R", "label"]
+    assert heads == ["neuron", "layer", "position", "token", "R", "label"]
     found = rows(page, "neuron")[:10]
     assert [int(row[0]) for row in found] == order[:10].tolist()
-    assert [row[4] for row in found] == [
+    assert [row[5] for row in found] == [
         "</script><b>",
         "",
         *(f"label of {n}" for n in order[2:10]),
     ]
-    assert [row[4] for row in rows(page, "head")] == [
+    assert [row[5] for row in rows(page, "head")] == [
         f"head {n}" for n in np.argsort(-np.abs(trace["head"][1, 2]))
     ]
     assert page.locator("#detail b").count() == 0
     resid = page.locator("#detail table[data-site=resid] th").all_inner_texts()
-    assert resid == ["unit", "layer", "token", "R"]
+    assert resid == ["unit", "layer", "position", "token", "R"]
     point(page, 0, 0, click=True)
-    assert {row[4] for row in rows(page, "neuron")} == {""}
+    assert {row[5] for row in rows(page, "neuron")} == {""}
 
 
 def test_without_an_atlas_there_is_no_column_for_labels(show: Open, trace: reltrace.Trace) -> None:
     page = show(trace)
     heads = page.locator("#detail table[data-site=neuron] th").all_inner_texts()
-    assert heads == ["neuron", "layer", "token", "R"]
+    assert heads == ["neuron", "layer", "position", "token", "R"]
 
 
 def test_keys_move_and_choose(show: Open, trace: reltrace.Trace) -> None:

@@ -255,13 +255,15 @@ function showDetail() {
     const table = detail.appendChild(document.createElement("table"));
     table.dataset.site = site.name;
     const head = table.createTHead().insertRow();
-    for (const name of [site.feature, ...(site.layered ? ["layer"] : []), "token", "R", ...(site.labels ? ["label"] : [])]) cell(head, name, "th");
+    for (const name of [site.feature, ...(site.layered ? ["layer"] : []), "position", "token", "R", ...(site.labels ? ["label"] : [])]) cell(head, name, "th");
     const body = table.createTBody();
     const most = largest(there.map(entry => entry.value)) || 1;
     for (const entry of there.slice(0, STRONGEST)) {
       const row = body.insertRow();
       cell(row, entry.feature).className = "number";
       if (site.layered) cell(row, site.columns[entry.column]).className = "number";
+      // In a long prompt many tokens read the same.
+      cell(row, entry.token).className = "number";
       cell(row, data.tokens[entry.token]);
       const last = cell(row, number(entry.value));
       last.className = "number";
