@@ -37,7 +37,7 @@ demo: $(VENV)/.setup ## trace the example sentence through the whole service: ou
 test: $(VENV)/.setup-dev lint ## lint, types, and all tests but the long ones
 	@# Models in tests are tiny: a second thread costs them more than it gives. A second process does
 	@# not: two files run side by side, and those of one file, which share services, one by one.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.setup-dev ## ruff, mypy and buf
 	@$(BIN)/ruff check .

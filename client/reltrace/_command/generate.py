@@ -142,7 +142,7 @@ def _number(text: str) -> float | None:
 
 def _vector(path: Path) -> NDArray[Any]:
     try:
-        found = np.load(path, allow_pickle=False)
+        found = np.load(path)
     except OSError as error:
         raise invalid("steer", f"{path} can not be read: {error.strerror or error}") from None
     except (ValueError, EOFError) as error:
