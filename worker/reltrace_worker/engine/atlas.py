@@ -1,24 +1,16 @@
-"""The strongest places of every neuron and head over many prompts, merged on the device.
-
-For every feature of a site this keeps the k places (prompt, token) where its relevance, and where
-its activation, is strongest, positive and negative apart; and of both their sum and a histogram.
-(The idea of relevance maximization is that of Achtibat et al., "From attribution maps to
-human-understandable explanations", 2023, and of zennit-crp; here for language.)
-
-All of it is exact and does not depend on the order or on the packs in which prompts come: a list is
-the k largest of a set of distinct integers, and sums and histograms are integers.
-"""
+"""The atlas of a corpus: passes over its prompts, whose neurons and heads are merged on the way."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 
 from reltrace_worker.engine.capture import relevance_of
 from reltrace_worker.engine.pack import Pack
+from reltrace_worker.engine.site_atlas import SiteAtlas
 from reltrace_worker.engine.sites import SITES
 from reltrace_worker.engine.watch import Watch
 from reltrace_worker.errors import EngineError
@@ -27,216 +19,8 @@ from reltrace_worker.model.loading import LoadedModel, ModelShape
 
 ATLAS_SITES = ("neuron", "head")
 
-LISTS = ("relevance+", "relevance-", "activation+", "activation-")
-MEASURES = ("relevance", "activation")
-SUMS = (*MEASURES, "relevance mass")
-"""Mass is the size of the relevance, |R|, over all tokens."""
-
-MOST_PROMPTS = 1 << 16
-"""Of one slice: a place has 16 bits for its prompt, and 16 for its token."""
-
-POINT = 40
-"""Sums are kept in units of 2 to the power of minus this: about 1e-12."""
-
-OCTAVES = range(-24, 8)
-"""Histograms have one bin per octave of |x|, the first from 2**-24 to 2**-23."""
-
-BINS = 2 * len(OCTAVES) + 1
-"""Negative values, the largest first; what is smaller than 2**-24 either way; positive values."""
-
-CLASSES = 1 << 9
-"""Signs and exponents of float32: what is counted first, since there they stand as they are."""
-
 _LARGEST = 2.0**22
-_ROWS = 2048
-"""Rows that are merged at a time: they need some 30 bytes for each feature."""
-
-_BLOCK = 16
-"""Rows of which the largest value is looked up first: most are smaller than what is kept."""
-
-_COARSE = 8
-
-_BIAS, _MANTISSA = 127, 23
-_LOW = (1 << 32) - 1
-
-
-def keys_of(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return integers that are ordered as positive values, of equal ones the earliest place first.
-
-    Parameters
-    ----------
-    values
-        float32 [N, F].
-    places
-        int64 [N], less than 2**32, all different.
-
-    Returns
-    -------
-    torch.Tensor
-        int64 [N, F]: the value's bits above, the complement of the place below. Values that are not
-        positive give 0.
-    """
-    # The bits of positive floats are ordered as the floats are.
-    bits = values.view(torch.int32).long()
-    keys = (bits << 32) | (_LOW - places)[:, None]
-    return torch.where(values > 0, keys, keys.new_zeros(()))
-
-
-def values_of(keys: torch.Tensor) -> torch.Tensor:
-    """Return the values of keys, float32; 0 where there is none."""
-    return (keys >> 32).int().view(torch.float32)
-
-
-def places_of(keys: torch.Tensor) -> torch.Tensor:
-    """Return the places of keys, int64; -1 where there is none."""
-    return torch.where(keys > 0, _LOW - (keys & _LOW), keys.new_full((), -1))
-
-
-def classes_of(values: torch.Tensor) -> torch.Tensor:
-    """Return the sign bit and the exponent of each value, int32 from 0 to ``CLASSES`` - 1."""
-    return (values.view(torch.int32) >> _MANTISSA).bitwise_and_(CLASSES - 1)
-
-
-def bins_of(classes: torch.Tensor) -> torch.Tensor:
-    """Return the bin of the values of each class, int32."""
-    exponent = (classes & (CLASSES // 2 - 1)) - _BIAS
-    step = (exponent - OCTAVES.start + 1).clamp(0, len(OCTAVES))
-    return len(OCTAVES) + torch.where(classes < CLASSES // 2, step, -step)
-
-
-@dataclass(slots=True)
-class SiteAtlas:
-    """What is known of the features of one site.
-
-    Parameters
-    ----------
-    strongest
-        int64 [L, 4, k, F]: keys, in the order of ``LISTS``, the strongest first; 0: there is none.
-    beside
-        float32 of the same shape: the activation at places of relevance, and the relevance at those
-        of activation; 0 where there is no place.
-    high, low
-        int64 [L, 3, F]: sums in the order of ``SUMS``, in units of 2**-``POINT``, are
-        ``high * 2**32 + low``; ``low`` is less than 2**32.
-    histogram
-        int32 [L, 2, F, ``BINS``], in the order of ``MEASURES``.
-    """
-
-    strongest: torch.Tensor
-    beside: torch.Tensor
-    high: torch.Tensor
-    low: torch.Tensor
-    histogram: torch.Tensor
-
-    @classmethod
-    def empty(cls, layers: int, features: int, k: int, device: torch.device) -> SiteAtlas:
-        """Return the atlas of no prompt."""
-        return cls(
-            torch.zeros(layers, 4, k, features, dtype=torch.int64, device=device),
-            torch.zeros(layers, 4, k, features, dtype=torch.float32, device=device),
-            torch.zeros(layers, len(SUMS), features, dtype=torch.int64, device=device),
-            torch.zeros(layers, len(SUMS), features, dtype=torch.int64, device=device),
-            torch.zeros(layers, 2, features, BINS, dtype=torch.int32, device=device),
-        )
-
-    def add(
-        self, layer: int, relevance: torch.Tensor, activation: torch.Tensor, places: torch.Tensor
-    ) -> None:
-        """Add the rows of one layer.
-
-        Parameters
-        ----------
-        relevance, activation
-            float32 [N, F], finite.
-        places
-            int64 [N].
-        """
-        for start in range(0, len(places), _ROWS):
-            rows = slice(start, start + _ROWS)
-            # Features first: what is looked for of one feature stands together.
-            both = torch.stack((relevance[rows].T, activation[rows].T))
-            for measure in range(len(MEASURES)):
-                self._keep(layer, measure, both, places[rows])
-                self._count(self.histogram[layer, measure], both[measure])
-            for which, values in enumerate((*both, both[0].abs())):
-                self._sum(layer, which, values)
-
-    def _keep(self, layer: int, measure: int, both: torch.Tensor, places: torch.Tensor) -> None:
-        """Merge both lists of a measure with its values, [F, N], in ``both[measure]``."""
-        lists = slice(2 * measure, 2 * measure + 2)
-        values = both[measure]
-        features = len(values)
-        kept = self.strongest[layer, lists]
-        k = kept.shape[1]
-        candidates = _candidates(values, kept, places)
-        rows, columns = candidates.flatten(0, 1).nonzero().unbind(1)
-        if not len(rows):
-            return
-        counts = candidates.sum(-1).flatten()
-        # Of each candidate: how many of its list stand before it.
-        rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        found = values[rows % features, columns].abs()
-        keys = kept.new_zeros(2 * features, k + int(counts.max()))
-        beside = self.beside.new_zeros(keys.shape)
-        keys[:, :k] = kept.transpose(1, 2).reshape(-1, k)
-        beside[:, :k] = self.beside[layer, lists].transpose(1, 2).reshape(-1, k)
-        keys[rows, k + rank] = keys_of(found[:, None], places[columns])[:, 0]
-        beside[rows, k + rank] = both[1 - measure][rows % features, columns]
-        # All keys but those of 0, behind which nothing is beside, are different. Few as they are of
-        # one list, sorting them all takes a GPU less time than looking for the largest.
-        ordered, order = keys.sort(dim=1, descending=True)
-        kept.copy_(ordered[:, :k].view(2, features, k).transpose(1, 2))
-        chosen = beside.gather(1, order[:, :k]).view(2, features, k)
-        self.beside[layer, lists] = chosen.transpose(1, 2)
-
-    def _sum(self, layer: int, which: int, values: torch.Tensor) -> None:
-        # In two parts of 2**-8 and of 2**-POINT, each exact in float32 and in the sum of float64.
-        fine = values * 2.0**_COARSE
-        coarse = fine.round()
-        fine = fine.sub_(coarse).mul_(2.0 ** (POINT - _COARSE)).round_()
-        low = self.low[layer, which] + fine.sum(-1, dtype=torch.float64).long()
-        self.high[layer, which] += coarse.sum(-1, dtype=torch.float64).long() + (low >> 32)
-        self.low[layer, which] = low & _LOW
-
-    def _count(self, histogram: torch.Tensor, values: torch.Tensor) -> None:
-        features = len(values)
-        of_feature = torch.arange(0, features * CLASSES, CLASSES, device=values.device)
-        flat = (classes_of(values) + of_feature[:, None].int()).flatten()
-        found = torch.bincount(flat, minlength=features * CLASSES).view(features, CLASSES)
-        bins = bins_of(torch.arange(CLASSES, dtype=torch.int32, device=values.device))
-        histogram.index_add_(1, bins, found.int())
-
-
-def _candidates(values: torch.Tensor, kept: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return which values may be among the k strongest: all that are, and few others.
-
-    Parameters
-    ----------
-    values
-        float32 [F, N].
-    kept
-        int64 [2, k, F]: the keys that are kept so far, of positive and of negative values.
-    places
-        int64 [N].
-
-    Returns
-    -------
-    torch.Tensor
-        bool [2, F, N], for positive and for negative values.
-    """
-    weakest = kept[:, -1]
-    bound = values_of(weakest)
-    # Of equal values the earlier place is kept: here, mostly the one that is.
-    stays = places_of(weakest) < places.min()
-    bound = torch.where(stays, bound.nextafter(bound.new_full((), torch.inf)), bound)
-    k, blocks = kept.shape[1], values.shape[-1] // _BLOCK
-    if blocks >= k:
-        # k blocks have a value that large, so the k-th largest of all is not smaller.
-        by_block = values[:, : blocks * _BLOCK].reshape(-1, blocks, _BLOCK)
-        largest = torch.stack((by_block.amax(-1), -by_block.amin(-1)))
-        bound = bound.maximum(largest.topk(k, dim=-1).values[..., -1])
-    positive, negative = bound[..., None]
-    return torch.stack((values >= positive, values <= -negative))
+"""Sums are exact up to here, and far beyond what a model's numbers are."""
 
 
 class AtlasCapture(Watch):
