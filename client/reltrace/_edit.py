@@ -72,7 +72,7 @@ class Edit:
                 "value", f"give one of value, scale and direction, not {' and '.join(given) or 0}"
             )
         if self.direction is None:
-            setattr(wire, given[0], _finite(getattr(self, given[0]), given[0]))
+            setattr(wire, given[0], finite(getattr(self, given[0]), given[0]))
         else:
             wire.direction = _vector(self.direction)
             if wire.features:
@@ -129,7 +129,7 @@ class Steer:
             )  # fmt: skip
         if self.value is not None:
             raise invalid("value", "is for a neuron; how much of a direction is added, scale says")
-        factor = 1.0 if self.scale is None else _finite(self.scale, "scale")
+        factor = 1.0 if self.scale is None else finite(self.scale, "scale")
         vector = np.frombuffer(_vector(self.direction), "<f4") * np.float32(factor)
         return Edit("resid", self.layer, positions=self.positions, direction=vector)
 
@@ -181,7 +181,8 @@ def _numbers(value: object, argument: str, least: int) -> list[int]:
     return [_number(one, f"{argument}[{index}]", least) for index, one in enumerate(value)]
 
 
-def _finite(value: object, argument: str) -> float:
+def finite(value: object, argument: str) -> float:
+    """Return a finite number, or raise InvalidArgument naming the argument."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise invalid(argument, f"must be a number, not {type(value).__name__}")
     number = float(value)

@@ -92,12 +92,14 @@ class Studies:
         is largest, positive and negative apart, with counts, means and histograms. Workers take the
         corpus in slices and merge on their device; what comes back is merged into `out`. The same
         atlas comes of any number of workers of a kind, bit for bit. The call may be made again with
-        the same arguments: it does what is missing, also after SIGKILL.
+        the same arguments: it does what is missing, also after SIGKILL, and reads what the server
+        has made for the call before.
 
         Parameters
         ----------
         prompts : iterable of str
-            The corpus; pulled as needed. One that can not be traced is left out and noted.
+            The corpus, at least one; pulled as needed. One that can not be traced is left out and
+            noted.
         out : path
             Folder; made if need be.
         model : str, optional
@@ -124,7 +126,8 @@ class Studies:
         Raises
         ------
         InvalidArgument
-            If an argument is wrong, or `out` holds an atlas of other settings or prompts.
+            If an argument is wrong, or `out` holds an atlas of other settings, of other prompts or
+            of more.
         ModelNotFound
             If no worker serves the model.
         JobFailed

@@ -288,6 +288,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
                 )
             known = {s.key: s for s in self.submissions.values()}
             submission = known.get(request.idempotency_key)
+            before = submission is not None
             if submission is None:
                 number = len(self.submissions)
                 submission = Submission(
@@ -302,7 +303,9 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
                 self.lose_answer = False
                 context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
         self.before_answer()
-        return trace_pb2.SubmitJobsResponse(submission_id=submission.id, job_ids=submission.job_ids)
+        return trace_pb2.SubmitJobsResponse(
+            submission_id=submission.id, job_ids=submission.job_ids, deduplicated=before
+        )
 
     def StreamResults(
         self, request: trace_pb2.StreamResultsRequest, context: Any

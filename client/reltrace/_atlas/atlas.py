@@ -48,6 +48,19 @@ class Atlas:
         self._built_in = lru_cache(_LABELS_KEPT)(self._stands_out)
         self._sums = {site: merged.sums() for site, merged in self._state.sites.items()}
 
+    def __repr__(self) -> str:
+        model, _ = self.about["made_by"]
+        return (
+            f"Atlas({model}, {self.prompts} prompts, {self.tokens} tokens, {self.layers} layers of "
+            f"{self.features()} neurons and {self.features('head')} heads)"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from reltrace._pictures.atlas_fragment import atlas_fragment
+
+        return atlas_fragment(self)
+
     @property
     def about(self) -> dict[str, Any]:
         """Model, revision, rule, places of each list, prompts of a slice."""
@@ -94,6 +107,7 @@ class Atlas:
             There is none such.
         """
         self._check(site, layer, index)
+        layer, index = int(layer), int(index)
         merged = self._of(site)
         sums = dict(zip(SUMS, self._sums[site][layer, :, index].tolist(), strict=True))
         tokens = self._state.tokens
@@ -140,11 +154,25 @@ class Atlas:
         return result
 
     def by_mass(self, site: str = "neuron", most: int | None = None) -> Iterator[Feature]:
-        """Yield neurons or heads, those with most relevance first."""
+        """Return neurons or heads, those with most relevance first.
+
+        Parameters
+        ----------
+        site : {"neuron", "head"}
+            Of which.
+        most : int, optional
+            At most so many, 1 or more; default: all.
+
+        Raises
+        ------
+        InvalidArgument
+            An argument is wrong.
+        """
         mass = self.mass(site)
-        for flat in np.argsort(-mass, axis=None, kind="stable")[:most].tolist():
-            layer, index = divmod(flat, mass.shape[1])
-            yield self.feature(site, layer, index)
+        if most is not None:
+            check_positive("most", most)
+        order = np.argsort(-mass, axis=None, kind="stable")[:most].tolist()
+        return (self.feature(site, *divmod(flat, mass.shape[1])) for flat in order)
 
     def find(
         self,
@@ -156,8 +184,8 @@ class Atlas:
     ) -> list[FeatureMatch]:
         """Return the neurons or heads whose contexts, or given label, have a text.
 
-        A context has it up to the token where the feature is strong, from 24 tokens before, or as
-        what is explained.
+        A context has it where it begins at the token where the feature is strong, or at one of the
+        24 before; or as what is explained.
 
         Parameters
         ----------
@@ -210,7 +238,15 @@ class Atlas:
         return found
 
     def prompt(self, number: int) -> tuple[str, ...]:
-        """Return the tokens of a prompt of the corpus; none where it was left out."""
+        """Return the tokens of a prompt of the corpus; none where it was left out.
+
+        Raises
+        ------
+        InvalidArgument
+            There is none such.
+        """
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise invalid("number", f"must be a whole number, not {number!r}")
         return self._reader.tokens(number)
 
     def save_page(self, path: str | PathLike[str], *, most: int = 2000, contexts: int = 8) -> Path:
@@ -223,7 +259,7 @@ class Atlas:
         most : int, default 2000
             Neurons, and heads, that the page has: those with most relevance.
         contexts : int, default 8
-            Of each list.
+            Shown of each list. All are searched.
 
         Returns
         -------
@@ -262,16 +298,23 @@ class Atlas:
         site : {"neuron", "head"}
             Of which.
         most : int, optional
-            Those with most relevance; default: all.
+            Those with most relevance, 1 or more; default: all.
 
         Returns
         -------
         int
             How many labels.
+
+        Raises
+        ------
+        InvalidArgument
+            An argument is wrong; the file is as it was.
+        OSError
+            The file can not be written.
         """
-        count = 0
+        count, features = 0, self.by_mass(site, most)
         with Path(path).open("w", encoding="utf-8") as file:
-            for feature in self.by_mass(site, most):
+            for feature in features:
                 file.write(json.dumps(described(feature), ensure_ascii=False) + "\n")
                 count += 1
         return count
@@ -307,6 +350,9 @@ class Atlas:
 
     def _check(self, site: str, layer: int, index: int) -> None:
         layers, _, _, features = self._of(site).values.shape
+        for name, value in (("layer", layer), (site, index)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise invalid(name, f"must be a whole number, not {value!r}")
         if not 0 <= layer < layers:
             raise invalid("layer", f"must be 0 to {layers - 1}, not {layer}")
         if not 0 <= index < features:

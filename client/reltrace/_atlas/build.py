@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from reltrace_proto.v1 import types_pb2
 
 from reltrace import _target
 from reltrace._atlas.folder import Folder, State
-from reltrace._atlas.part import AtlasPart
-from reltrace._errors import TraceError, invalid
+from reltrace._atlas.sending import Made, Sender, free
+from reltrace._errors import invalid
 from reltrace._request import MAX_JOB_BYTES, Job, Priority, model_name, wire_priority
-from reltrace._transport.connection import Connection, Deadline
-from reltrace._transport.submission import Entry, Rejected, deliveries, submit
+from reltrace._transport.connection import Connection
+from reltrace._transport.submission import Accepted
 
 _AT_ONCE = 8
 """Slices on their way: what a few workers have, and what comes after."""
@@ -27,7 +27,11 @@ _AT_ONCE = 8
 _LEAST_SECONDS = 1.0
 _PAUSE = 10.0
 """What is merged is written when so many times the time has gone by that writing took, and at
-least a second: a kill costs no more than that, and writing no more than a tenth."""
+least a second: writing takes no more than a tenth."""
+
+_HELD_BYTES = 64 * 1024 * 1024
+"""And when it is so much: until it is written the server keeps it too, for who goes on after a
+kill, and where it has no room for more results, it gives out no more jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +89,59 @@ class Plan:
         }
 
 
-def slices(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Cut a corpus."""
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Some prompts of a corpus, one after the other.
+
+    Attributes
+    ----------
+    number : int
+        Which.
+    prompts : list of str
+        As many as a slice has; of the last, perhaps fewer.
+    """
+
+    number: int
+    prompts: list[str]
+
+    @property
+    def digest(self) -> str:
+        """What tells its prompts from others."""
+        whole = hashlib.sha256()
+        for prompt in self.prompts:
+            data = prompt.encode()
+            whole.update(len(data).to_bytes(8, "little") + data)
+        return whole.hexdigest()
+
+
+def slices(prompts: Iterable[str], size: int) -> Iterator[Slice]:
+    """Cut a corpus.
+
+    Raises
+    ------
+    InvalidArgument
+        Where something is no text; an empty one is left to the worker, who leaves it out.
+    """
     iterator = iter(prompts)
-    while some := list(islice(iterator, size)):
-        for index, prompt in enumerate(some):
+    for number in count():
+        some = list(islice(iterator, size))
+        if not some:
+            return
+        for index, prompt in enumerate(some, number * size):
             if not isinstance(prompt, str):
                 raise invalid(f"prompts[{index}]", f"must be text, not {type(prompt).__name__}")
-        yield some
+            if prompt:
+                _target.check_text(prompt, f"prompts[{index}]")
+        yield Slice(number, some)
 
 
-def digest(prompts: list[str]) -> str:
-    """Return what tells the prompts of a slice from others."""
-    whole = hashlib.sha256()
-    for prompt in prompts:
-        data = prompt.encode("utf-8", "surrogatepass")
-        whole.update(len(data).to_bytes(8, "little") + data)
-    return whole.hexdigest()
+def check_prompts(prompts: object) -> None:
+    """Raise InvalidArgument unless it is an iterable, and not a single text."""
+    kind = type(prompts).__name__
+    if isinstance(prompts, str | bytes | Mapping):
+        raise invalid("prompts", f"must be an iterable of prompts, not one {kind}")
+    if not isinstance(prompts, Iterable):
+        raise invalid("prompts", f"must be an iterable of prompts, not {kind}")
 
 
 async def build(
@@ -119,6 +159,7 @@ async def build(
         Takes how many further prompts are in it.
     """
     plan.check()
+    check_prompts(prompts)
     folder = Folder(out)
     state = await asyncio.to_thread(folder.read) if folder.exists else State(plan.about())
     given = {name: state.about.get(name) for name in plan.about()}
@@ -126,6 +167,7 @@ async def build(
         raise invalid("out", f"{out} holds an atlas of other settings: {given}")
     builder = _Builder(connection, folder, state, plan, progress)
     await builder.run(slices(prompts, plan.slice))
+    await asyncio.to_thread(folder.end)
     return state
 
 
@@ -143,79 +185,121 @@ class _Builder:
         self._state = state
         self._plan = plan
         self._progress = progress
+        self._sender: Sender | None = None
         self._write_at = time.monotonic() + _LEAST_SECONDS
+        # Merged, and not yet written: their submissions, and the bytes that the server holds.
+        self._unwritten: list[Accepted] = []
+        self._held = 0
 
-    async def run(self, source: Iterator[list[str]]) -> None:
-        """Send slices, some at a time, and merge what comes back."""
-        under_way: set[asyncio.Task[tuple[int, str, AtlasPart]]] = set()
-        done: set[asyncio.Task[tuple[int, str, AtlasPart]]] = set()
+    async def run(self, source: Iterator[Slice]) -> None:
+        """Send slices, some at a time, and merge what comes back.
+
+        Raises
+        ------
+        InvalidArgument
+            The corpus is not that of the folder, or empty.
+        """
+        under_way: set[asyncio.Task[tuple[Slice, Made]]] = set()
+        done: set[asyncio.Task[tuple[Slice, Made]]] = set()
         try:
-            number = 0
+            seen = prompts = 0
             more = True
             while more or under_way:
                 while more and len(under_way) < _AT_ONCE:
-                    some = await asyncio.to_thread(next, source, None)
-                    if some is None:
+                    following = await asyncio.to_thread(next, source, None)
+                    if following is None:
                         more = False
                         break
-                    if self._missing(number, found := digest(some)):
-                        under_way.add(asyncio.create_task(self._make(number, found, some)))
+                    seen, prompts = seen + 1, prompts + len(following.prompts)
+                    if await asyncio.to_thread(self._missing, following):
+                        sender = await self._begun()
+                        under_way.add(asyncio.create_task(self._make(sender, following)))
                     else:
-                        self._progress(len(some))
-                    number += 1
+                        self._progress(len(following.prompts))
                 if under_way:
                     done, under_way = await asyncio.wait(
-                        under_way, return_when=asyncio.FIRST_COMPLETED
+                        under_way,
+                        timeout=self._until_written(),
+                        return_when=asyncio.FIRST_COMPLETED,
                     )
                     for task in done:
-                        await asyncio.to_thread(self._merge, *task.result())
-                        self._progress(len(task.result()[2].arrays["corpus"]["lengths"]))
+                        some, made = task.result()
+                        await asyncio.to_thread(self._merge, some, made)
+                        self._progress(len(some.prompts))
+                    if self._until_written() == 0:
+                        await self._write()
         finally:
             for task in under_way:
                 task.cancel()
             # Also of those that failed together with the one whose error is raised.
             await asyncio.gather(*under_way, *done, return_exceptions=True)
-            if self._state.digests:
-                await asyncio.to_thread(self._folder.write, self._state)
+            await self._write()
+        self._check_end(seen, prompts)
 
-    def _missing(self, number: int, found: str) -> bool:
-        known = self._state.digests.get(number)
+    def _missing(self, some: Slice) -> bool:
+        known = self._state.digests.get(some.number)
         if known is None:
             return True
-        if known != found:
+        if known != some.digest:
             raise invalid(
                 "prompts",
-                f"are others than those of the atlas, from {number * self._plan.slice} on",
+                f"are others than those of the atlas, from {some.number * self._plan.slice} on",
             )
-        return False
+        return not self._folder.has_corpus(some.number, len(some.prompts))
 
-    async def _make(
-        self, number: int, found: str, prompts: list[str]
-    ) -> tuple[int, str, AtlasPart]:
-        entries = [Entry(self._plan.job(prompts), None)]
-        deadline = Deadline(None)
-        priority = wire_priority(self._plan.priority)
-        answer = await submit(self._connection, entries, deadline, priority)
-        if isinstance(answer, Rejected):
-            raise answer.errors[0]
-        async for delivery in deliveries(self._connection, answer, entries, deadline):
-            if isinstance(delivery.outcome, TraceError):
-                raise delivery.outcome
-            assert isinstance(delivery.outcome, AtlasPart)
-            part = delivery.outcome
-        return number, found, part
-
-    def _merge(self, number: int, found: str, part: AtlasPart) -> None:
-        made = (part.provenance.model, part.provenance.revision)
-        known = self._state.about.setdefault("made_by", list(made))
-        if tuple(known) != made:
+    def _check_end(self, seen: int, prompts: int) -> None:
+        if not prompts:
+            raise invalid("prompts", "there are none: the corpus is empty")
+        if further := [number for number in self._state.digests if number >= seen]:
             raise invalid(
-                "model", f"{made} is not {tuple(known)}, which made the rest of the atlas"
+                "prompts",
+                f"end after {prompts}, and {self._folder.path} holds the atlas of more: further "
+                f"slices of {self._plan.slice} ({len(further)}), the last of them from prompt "
+                f"{max(further) * self._plan.slice} on; give its whole corpus, or another folder",
             )
-        self._folder.write_corpus(number, part)
-        self._state.add(number, found, part)
+
+    async def _begun(self) -> Sender:
+        """Return the sender; the first time, note in the folder that it is being built."""
+        if self._sender is None:
+            identity = await asyncio.to_thread(self._folder.begin)
+            self._sender = Sender(
+                self._connection, identity, self._plan.about(), self._plan.priority
+            )
+        return self._sender
+
+    async def _make(self, sender: Sender, some: Slice) -> tuple[Slice, Made]:
+        job = self._plan.job(some.prompts)
+        return some, await sender.make(some.number, some.digest, job)
+
+    def _merge(self, some: Slice, made: Made) -> None:
+        part = made.part
+        made_by = (part.provenance.model, part.provenance.revision)
+        known = self._state.about.setdefault("made_by", list(made_by))
+        if tuple(known) != made_by:
+            raise invalid(
+                "model", f"{made_by} is not {tuple(known)}, which made the rest of the atlas"
+            )
+        self._folder.write_corpus(some.number, part)
+        # Of one that is in it already, only the corpus was lost.
+        if some.number not in self._state.digests:
+            self._state.add(some.number, some.digest, part)
+        self._unwritten.append(made.accepted)
+        self._held += made.bytes
+
+    def _until_written(self) -> float | None:
+        """Return in how many seconds what is merged is to be written; None: all is."""
+        if not self._unwritten:
+            return None
+        if self._held >= _HELD_BYTES:
+            return 0
+        return max(0, self._write_at - time.monotonic())
+
+    async def _write(self) -> None:
+        if not self._unwritten:
+            return
         began = time.monotonic()
-        if began >= self._write_at:
-            self._folder.write(self._state)
-            ended = time.monotonic()
-            self._write_at = ended + max(_LEAST_SECONDS, _PAUSE * (ended - began))
+        await asyncio.to_thread(self._folder.write, self._state)
+        ended = time.monotonic()
+        self._write_at = ended + max(_LEAST_SECONDS, _PAUSE * (ended - began))
+        written, self._unwritten, self._held = self._unwritten, [], 0
+        await free(self._connection, written)

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from reltrace._atlas.merged import quantile
 from reltrace._atlas.part import MEASURES
-from reltrace._edit import Steer
+from reltrace._edit import Steer, finite
 from reltrace._errors import invalid
 from reltrace._pictures.display import readable_all
 from reltrace._trace import Array
 
 BEFORE, AFTER = 24, 8
 """Tokens of a context before and after the one where the feature is strong."""
+
+QUANTILES = (0.01, 0.5, 0.99)
+"""Shares of all tokens that people are told the values of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +163,17 @@ class Feature:
         Raises
         ------
         InvalidArgument
-            This is a head, or a neuron that has no such context.
+            This is a head, or a neuron that has no such context; or `times` is no finite number.
         """
+        times = finite(times, "times")
+        if self.site != "neuron":
+            raise invalid(
+                "site",
+                f"is {self.site!r}: only a neuron can be set to an activation; instead, "
+                f'reltrace.Edit("{self.site}", {self.layer}, {self.index}, scale=...) scales it',
+            )
         contexts = self.contexts["relevance+"]
-        if self.site != "neuron" or not contexts:
+        if not contexts:
             raise invalid(
                 self.site, f"{self.index} of layer {self.layer} has nothing to be steered by"
             )
@@ -171,7 +181,21 @@ class Feature:
         return Steer(self.layer, self.index, value=times * usual)
 
     def quantile(self, share: float, measure: str = "relevance") -> float:
-        """Return the value below which a share of all tokens' values lies, to within its octave."""
+        """Return the value below which a share of all tokens' values lies, to within its octave.
+
+        Parameters
+        ----------
+        share : float
+            0 to 1.
+        measure : {"relevance", "activation"}
+            Of which.
+
+        Raises
+        ------
+        InvalidArgument
+            An argument is wrong.
+        """
+        share = finite(share, "share")
         if measure not in MEASURES:
             raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
         if not 0 <= share <= 1:

@@ -126,13 +126,16 @@ class Search:
         places: list[int] = []
         for prompt in named[named >= 0].tolist():
             first = prompt << _TOKEN_BITS
-            places += [first + token for token in tokens_with(wanted, reader.tokens(prompt))]
+            places += [first + token for token in starts_of(wanted, reader.tokens(prompt))]
             if reader.target_id(prompt) in explained:
                 places.append(first + _TARGET)
         self._places = np.array(places, np.int64)
 
     def hits(self, site: str, which: str) -> Hits:
-        """Return the contexts of a list that have the text: before it, at it, or explained."""
+        """Return the contexts of a list that have the text: it begins before the place or at it.
+
+        Or it is what is explained. Pages of atlases count as this does.
+        """
         merged, number = self._state.sites[site], LISTS.index(which)
         values = merged.values[:, number].astype(np.float64)
         prompts, tokens = merged.prompts[:, number], merged.tokens[:, number].astype(np.int64)
@@ -153,14 +156,14 @@ class Search:
         return result
 
 
-def tokens_with(wanted: str, tokens: tuple[str, ...]) -> list[int]:
-    """Return the indices of the tokens over which a casefolded text runs."""
+def starts_of(wanted: str, tokens: tuple[str, ...]) -> list[int]:
+    """Return the indices of the tokens in which a casefolded text begins."""
     words = [word.casefold() for word in readable_all(tokens)]
     text = "".join(words)
     ends = list(accumulate(map(len, words)))
     found: set[int] = set()
     at = text.find(wanted)
     while at >= 0:
-        found.update(range(bisect_right(ends, at), bisect_right(ends, at + len(wanted) - 1) + 1))
+        found.add(bisect_right(ends, at))
         at = text.find(wanted, at + 1)
     return sorted(found)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ import numpy as np
 from reltrace._atlas.merged import Merged
 from reltrace._atlas.part import SITES, AtlasPart
 from reltrace._atlas.words import WordCounts
-from reltrace._errors import invalid
+from reltrace._batch.disk import write_whole
+from reltrace._errors import TraceError, invalid
 from reltrace._trace import Array
 
 _FORMAT = 2
-_ATLAS, _CORPUS = "atlas.safetensors", "corpus"
+_ATLAS, _CORPUS, _UNFINISHED = "atlas.safetensors", "corpus", "unfinished"
 _FIELDS = tuple(field_.name for field_ in fields(Merged))
 _WORDS = tuple(field_.name for field_ in fields(WordCounts))
 
@@ -126,30 +129,26 @@ class Folder:
         """
         from safetensors import safe_open
 
+        path = self.path / _ATLAS
         try:
-            with safe_open(self.path / _ATLAS, "np") as file:
-                about = json.loads(file.metadata()["atlas"])
+            with safe_open(path, "np") as file:
+                metadata = (file.metadata() or {}).get("atlas")
+                if metadata is None:
+                    raise invalid("atlas", f"{path} is of safetensors, but holds no atlas")
+                about = json.loads(metadata)
+                if about["format"] != _FORMAT:
+                    raise invalid(
+                        "atlas", f"{self.path} is of format {about['format']}, not {_FORMAT}"
+                    )
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _state(about, arrays)
         except FileNotFoundError:
             raise invalid("atlas", f"{self.path} holds none") from None
+        except TraceError:
+            raise
         except Exception as error:
             # The library has no error of its own that could be named.
-            raise invalid("atlas", f"{self.path / _ATLAS} is damaged: {error}") from error
-        if about["format"] != _FORMAT:
-            raise invalid("atlas", f"{self.path} is of format {about['format']}, not {_FORMAT}")
-        return State(
-            about=about["about"],
-            sites={
-                site: Merged(**{name: arrays[f"{site}/{name}"] for name in _FIELDS})
-                for site in SITES
-                if f"{site}/values" in arrays
-            },
-            digests={int(number): digest for number, digest in about["digests"].items()},
-            vocabulary={int(token): text for token, text in about["vocabulary"].items()},
-            skipped={int(number): why for number, why in about["skipped"].items()},
-            tokens=about["tokens"],
-            words=WordCounts(**{name: arrays[f"words/{name}"] for name in _WORDS}),
-        )
+            raise invalid("atlas", f"{path} is damaged: {error}") from error
 
     def write(self, state: State) -> None:
         """Replace what is merged, durably and in one step."""
@@ -168,11 +167,35 @@ class Folder:
         }
         self._replace(self.path / _ATLAS, arrays, {"atlas": json.dumps(about)})
 
+    def begin(self) -> str:
+        """Note that the atlas is being built; return what tells this building from all others.
+
+        It is the same until `end`, however often the building is broken off.
+        """
+        path = self.path / _UNFINISHED
+        known = path.read_text("ascii", "replace") if path.exists() else ""
+        if not re.fullmatch("[0-9a-f]{32}", known):
+            known = secrets.token_hex(16)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(path, [known.encode()])
+        return known
+
+    def end(self) -> None:
+        """Note that the atlas is whole."""
+        (self.path / _UNFINISHED).unlink(missing_ok=True)
+
     def write_corpus(self, number: int, part: AtlasPart) -> None:
         """Keep the tokens of a slice; before it is merged, so that none is ever missing."""
         (self.path / _CORPUS).mkdir(parents=True, exist_ok=True)
         arrays = {name: np.ascontiguousarray(a) for name, a in part.arrays["corpus"].items()}
         self._replace(self._corpus_file(number), arrays, {})
+
+    def has_corpus(self, number: int, prompts: int) -> bool:
+        """Tell whether the tokens of a slice of so many prompts are there, and whole."""
+        try:
+            return len(self.corpus(number)) == prompts
+        except TraceError:
+            return False
 
     def corpus(self, number: int) -> Corpus:
         """Return the prompts of a slice.
@@ -202,3 +225,19 @@ class Folder:
         with scratch.open("rb") as file:
             os.fsync(file.fileno())
         scratch.replace(path)
+
+
+def _state(about: dict[str, Any], arrays: dict[str, Array]) -> State:
+    return State(
+        about=about["about"],
+        sites={
+            site: Merged(**{name: arrays[f"{site}/{name}"] for name in _FIELDS})
+            for site in SITES
+            if f"{site}/values" in arrays
+        },
+        digests={int(number): digest for number, digest in about["digests"].items()},
+        vocabulary={int(token): text for token, text in about["vocabulary"].items()},
+        skipped={int(number): why for number, why in about["skipped"].items()},
+        tokens=about["tokens"],
+        words=WordCounts(**{name: arrays[f"words/{name}"] for name in _WORDS}),
+    )

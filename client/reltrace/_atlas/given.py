@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,9 @@ _FILE = "labels.jsonl"
 _EXPORTED_CONTEXTS = 8
 _LONGEST = 200
 _LONGEST_LINE = 1 << 22
+
+_NOT_PRINTED = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Categories of characters that would move a terminal's cursor, break a line, or are no text."""
 
 BUILT_IN = "log-odds"
 """Who gave a label that nobody gave."""
@@ -60,7 +65,7 @@ class GivenLabels:
         self._check = check
         self._labels: dict[Key, GivenLabel] = {}
         if self._path.exists():
-            with self._path.open(encoding="utf-8") as lines:
+            with self._path.open("rb") as lines:
                 self._labels.update(self._read(lines, str(self._path)))
 
     def get(self, key: Key) -> GivenLabel | None:
@@ -101,7 +106,7 @@ class GivenLabels:
             The file can not be read.
         """
         labels = dict(self._labels)
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for key, label in self._read(lines, str(path)):
                 if label.by == BUILT_IN:
                     if label.text == built_in(key):
@@ -116,8 +121,11 @@ class GivenLabels:
         self._labels = labels
         return changed
 
-    def _read(self, lines: Iterable[str], source: str) -> Iterator[tuple[Key, GivenLabel]]:
+    def _read(self, lines: Iterable[bytes], source: str) -> Iterator[tuple[Key, GivenLabel]]:
         for number, line in enumerate(lines, 1):
+            if number == 1:
+                # What editors on Windows put there.
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
@@ -125,12 +133,14 @@ class GivenLabels:
             except TraceError as error:
                 raise invalid(f"{source}, line {number}", str(error)) from None
 
-    def _parsed(self, line: str) -> tuple[Key, GivenLabel]:
+    def _parsed(self, line: bytes) -> tuple[Key, GivenLabel]:
         if len(line) > _LONGEST_LINE:
-            raise invalid("line", f"has {len(line)} characters; allowed: {_LONGEST_LINE}")
+            raise invalid("line", f"has {len(line)} bytes; allowed: {_LONGEST_LINE}")
         try:
-            found: Any = json.loads(line)
-        except ValueError as error:
+            found: Any = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise invalid("line", f"is not UTF-8: {error}") from None
+        except (ValueError, RecursionError) as error:
             raise invalid("line", f"is no JSON: {error}") from None
         if not isinstance(found, dict):
             raise invalid("line", "must be an object")
@@ -172,6 +182,9 @@ def _text(record: dict[str, Any], name: str, default: str | None = None) -> str:
     value = record.get(name, default)
     if not isinstance(value, str) or len(value) > _LONGEST or "\n" in value:
         raise invalid(name, f"must be a line of at most {_LONGEST} characters")
+    for place, char in enumerate(value):
+        if unicodedata.category(char) in _NOT_PRINTED:
+            raise invalid(name, f"character {place} is {char!r}: control characters are not text")
     return value
 
 

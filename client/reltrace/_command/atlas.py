@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 import reltrace
-from reltrace._atlas.part import LISTS
+from reltrace._atlas.contexts import QUANTILES
+from reltrace._atlas.given import BUILT_IN
+from reltrace._atlas.part import LISTS, MEASURES
 from reltrace._batch.items import InputFormat, count_items, format_of, read_items
 from reltrace._command.options import (
     AsJson,
@@ -122,16 +124,25 @@ def show(
         echo_json(
             {
                 "label": found.label,
+                "labelled_by": found.labelled_by,
                 "mass": found.mass,
+                "count": found.count,
+                "mean": {of: _known(found.mean[of]) for of in MEASURES},
+                "quantiles": {
+                    of: {f"{share:g}": _known(found.quantile(share, of)) for share in QUANTILES}
+                    for of in MEASURES
+                },
                 **{name: [asdict(place) for place in found.contexts[name]] for name in names},
             }
         )
         return
+    low, middle, high = (f"{found.quantile(share, measure):.3g}" for share in QUANTILES)
     about = (
-        f"{found.count} tokens, mean {measure} {found.mean[measure]:.3g}, "
-        f"relevance mass {found.mass:.4g}"
+        f"{found.count} tokens, relevance mass {found.mass:.4g}\n"
+        f"{measure}: mean {found.mean[measure]:.3g}; 1 %, 50 %, 99 % below {low}, {middle}, {high}"
     )
-    table = Table(title=Text(f"{site} {index} of layer {layer}: {found.label or '-'}\n{about}"))
+    by = f" (by {found.labelled_by})" if found.labelled_by not in ("", BUILT_IN) else ""
+    table = Table(title=Text(f"{site} {index} of layer {layer}: {found.label or '-'}{by}\n{about}"))
     table.add_column(measure, justify="right")
     table.add_column("where")
     table.add_column("explained")
@@ -186,7 +197,10 @@ def page(
         typer.Option(envvar="RELTRACE_ATLAS_MOST", help="Neurons on it, by relevance mass."),
     ] = 2000,
     contexts: Annotated[
-        int, typer.Option(envvar="RELTRACE_ATLAS_CONTEXTS", help="Of each list.")
+        int,
+        typer.Option(
+            envvar="RELTRACE_ATLAS_CONTEXTS", help="Shown of each list; all are searched."
+        ),
     ] = 8,
 ) -> None:
     """Write a page to browse, in one file."""
@@ -243,6 +257,11 @@ def _texts(file: BinaryIO, reading: InputFormat) -> Iterator[str]:
         if set(item.arguments) != {"prompt"}:
             raise invalid(f"corpus, line {item.line}", "must have a prompt, and at most an id")
         yield item.arguments["prompt"]
+
+
+def _known(value: float) -> float | None:
+    """Return a number, or what JSON has for one that there is not."""
+    return value if value == value else None
 
 
 def _line(place: reltrace.Context, value: float) -> Text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reltrace._atlas.contexts import Context, Feature
+from reltrace._atlas.contexts import QUANTILES, Context, Feature
 from reltrace._atlas.part import LISTS, MEASURES, SITES
 from reltrace._pictures.display import NEGATIVE, POSITIVE, ZERO, label, readable_all
 from reltrace._pictures.single_file import filled
@@ -13,7 +13,7 @@ from reltrace._pictures.single_file import filled
 if TYPE_CHECKING:
     from reltrace._atlas.atlas import Atlas
 
-_QUANTILES = (0.01, 0.5, 0.99)
+_SEARCHED = LISTS[:2]
 _WORDS = 8
 """Tokens that stand out, of one neuron or head."""
 
@@ -68,7 +68,7 @@ def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) ->
         _short(feature.mass),
         [_number(feature.mean[measure]) for measure in MEASURES],
         [
-            [_number(feature.quantile(share, measure)) for share in _QUANTILES]
+            [_number(feature.quantile(share, measure)) for share in QUANTILES]
             for measure in MEASURES
         ],
         [
@@ -76,12 +76,18 @@ def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) ->
             for one in feature.stands_out[:_WORDS]
         ],
         [[texts.place(context) for context in feature.contexts[name][:contexts]] for name in LISTS],
+        # Those that are not shown, of the lists that are searched: it counts as the command does.
+        [
+            [texts.place(context) for context in feature.contexts[name][contexts:]]
+            for name in _SEARCHED
+        ],
+        [len(feature.contexts[name]) for name in LISTS],
     ]
 
 
-def _short(value: float) -> float:
+def _short(value: float, digits: int = 5) -> float:
     """Return a number with the digits that are shown: half of the page would be the others."""
-    return float(f"{value:.5g}")
+    return float(f"{value:.{digits}g}")
 
 
 def _number(value: float) -> float | None:
@@ -113,5 +119,6 @@ class _Snippets:
                     int(window.stop < len(context.tokens)),
                 ]
             )
-        values = _short(context.relevance), _short(context.activation)
+        # What is found is sorted by sums of relevance: all digits that a float32 has.
+        values = _short(context.relevance, 8), _short(context.activation)
         return *values, number, context.position - window.start

@@ -62,11 +62,24 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A submission that the server has stored."""
+    """A submission that the server has stored.
+
+    Attributes
+    ----------
+    id : str
+        Its id.
+    positions : dict of str to int
+        Index of each job, by its id.
+    open : Open
+        What is cancelled if its reader leaves.
+    before : bool
+        The server had it before, under the same key: its results may be there, or gone.
+    """
 
     id: str
     positions: dict[str, int]
     open: Open
+    before: bool
 
 
 async def submit(
@@ -74,10 +87,16 @@ async def submit(
     entries: Sequence[Entry],
     deadline: Deadline,
     priority: types_pb2.Priority.ValueType,
+    key: str | None = None,
 ) -> Accepted | Rejected:
     """Hand in jobs; repeated under one idempotency key until there is an answer.
 
     Left early, it is cancelled on the server, also where the answer was not seen.
+
+    Parameters
+    ----------
+    key : str, optional
+        The idempotency key, for jobs that were perhaps handed in before; default: a new one.
 
     Raises
     ------
@@ -87,7 +106,7 @@ async def submit(
     _limit_time(entries, deadline)
     _follow(entries)
     request = trace_pb2.SubmitJobsRequest(
-        idempotency_key=str(uuid.uuid4()),
+        idempotency_key=key or str(uuid.uuid4()),
         jobs=[entry.job.spec for entry in entries],
         priority=priority,
     )
@@ -115,7 +134,7 @@ async def submit(
         await connection.leftovers.leave(submission, away=False)
         raise ProtocolError(f"{len(entries)} jobs were accepted as {len(answer.job_ids)}")
     positions = {job_id: index for index, job_id in enumerate(answer.job_ids)}
-    return Accepted(answer.submission_id, positions, submission)
+    return Accepted(answer.submission_id, positions, submission, answer.deduplicated)
 
 
 def _limit_time(entries: Sequence[Entry], deadline: Deadline) -> None:
@@ -165,6 +184,7 @@ async def deliveries(
     deadline: Deadline,
     room: Callable[[], Awaitable[None]] | None = None,
     drafts: Callable[[Draft], None] | None = None,
+    keep: bool = False,
 ) -> AsyncGenerator[Delivery, None]:
     """Read the results of a submission as its jobs end, each once, and acknowledge them.
 
@@ -186,6 +206,8 @@ async def deliveries(
         Awaited before each message is read: how the reader slows the server down.
     drafts : callable, optional
         Takes what jobs that ask for it write, while they do.
+    keep : bool
+        Leave the results on the server: the caller has `acknowledge` free them.
 
     Raises
     ------
@@ -193,7 +215,7 @@ async def deliveries(
         If the results can not be had.
     """
     reader = Reader(accepted.positions, entries)
-    acknowledger = _Acknowledger(connection, accepted.id)
+    acknowledger = None if keep else _Acknowledger(connection, accepted.id)
     retries = connection.retries(deadline)
     expired = False
     try:
@@ -226,7 +248,8 @@ async def deliveries(
                                 if room is not None:
                                     await room()
                                 delivery = await _fetched(delivery, stored, deadline)
-                            acknowledger.note(reader.last_entry, delivery.bytes)
+                            if acknowledger is not None:
+                                acknowledger.note(reader.last_entry, delivery.bytes)
                             yield delivery
                     if room is not None and reader.missing:
                         await room()
@@ -247,13 +270,21 @@ async def deliveries(
                     f"the server ended the results with {reader.missing} of {len(entries)} missing"
                 )
             connection.leftovers.done(accepted.open)
-            await acknowledger.finish()
+            if acknowledger is not None:
+                await acknowledger.finish()
             return
     finally:
         if reader.missing and not expired:
             await connection.leftovers.leave(accepted.open, away=deadline.away)
         else:
             connection.leftovers.done(accepted.open)
+
+
+async def acknowledge(connection: Connection, accepted: Accepted) -> None:
+    """Free all results of a submission on the server. Where it does not answer, they expire."""
+    acknowledger = _Acknowledger(connection, accepted.id)
+    acknowledger.note(len(accepted.positions), 0)
+    await acknowledger.finish()
 
 
 def _check_time(delivery: Delivery, deadline: Deadline) -> None:

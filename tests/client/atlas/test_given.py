@@ -94,6 +94,10 @@ def test_what_was_exported_and_not_changed_stays_built_in(
         ('{"layer": 0, "index": 0, "label": "a\\nb"}', "label: must be a line"),
         (json.dumps({"layer": 0, "index": 0, "label": "x" * 201}), "label: must be a line"),
         ('{"layer": 0, "index": 0, "label": "x", "by": 7}', "by: must be a line"),
+        (r'{"layer": 0, "index": 0, "label": "\u001b[31m"}', r"label: character 0 is '\\x1b': "),
+        (r'{"layer": 0, "index": 0, "label": "a\tb"}', r"label: character 1 is '\\t': "),
+        (r'{"layer": 0, "index": 0, "label": "\ud800"}', r"label: character 0 is '\\ud800': "),
+        (r'{"layer": 0, "index": 0, "label": "x", "by": "\u2028"}', "by: character 0 is"),
         ('{"layer": 9, "index": 0, "label": "x"}', "layer: must be 0 to 1, not 9"),
         ('{"layer": 0, "index": 3, "label": "x"}', "neuron: must be 0 to 2, not 3"),
         ('{"site": "x", "layer": 0, "index": 0, "label": "x"}', "site: must be one of"),
@@ -109,3 +113,28 @@ def test_a_wrong_line_is_named_and_nothing_is_taken(
     assert f"{source}, line 2" in str(error.value)
     assert atlas.label(1, 0) == "cats"
     assert reltrace.load_atlas(tmp_path / "atlas").label(1, 0) == "cats"
+
+
+def test_labels_may_be_of_any_language_and_begin_with_a_mark(
+    atlas: reltrace.Atlas, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    line = json.dumps({"layer": 1, "index": 0, "label": "חתולים 🐈‍⬛"}, ensure_ascii=False)
+    source.write_text(f"{line}\r\n", encoding="utf-8-sig")
+    assert atlas.import_labels(source) == 1
+    assert reltrace.load_atlas(tmp_path / "atlas").label(1, 0) == "חתולים 🐈‍⬛"
+
+
+def test_a_file_that_is_not_utf8_is_named(atlas: reltrace.Atlas, tmp_path: Path) -> None:
+    good, bad = '{"layer": 1, "index": 0, "label": "Vögel"}\n', tmp_path / "in.jsonl"
+    bad.write_bytes(good.encode() + good.encode("latin-1"))
+    with pytest.raises(reltrace.InvalidArgument, match=f"{bad}, line 2: line: is not UTF-8"):
+        atlas.import_labels(bad)
+    bad.write_bytes(good.encode("utf-16"))
+    with pytest.raises(reltrace.InvalidArgument, match=f"{bad}, line 1: line: is not UTF-8"):
+        atlas.import_labels(bad)
+    assert atlas.label(1, 0) == "cats"
+    kept = tmp_path / "atlas" / "labels.jsonl"
+    kept.write_bytes(good.encode("latin-1"))
+    with pytest.raises(reltrace.InvalidArgument, match=f"{kept}, line 1: line: is not UTF-8"):
+        reltrace.load_atlas(tmp_path / "atlas")

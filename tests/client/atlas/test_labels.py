@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reltrace
 from make_atlas import make_atlas
+from safetensors.numpy import save
 
 FILLER = [("we eat the pie", "now")] * 200
 """A corpus in which the words of the others are rare."""
@@ -75,8 +77,15 @@ def test_steering_is_by_the_activation_of_its_contexts(atlas: reltrace.Atlas) ->
     assert (steer.layer, steer.neuron, steer.value) == (1, 0, pytest.approx(2 * 6.25))
     with pytest.raises(reltrace.InvalidArgument, match="neuron: 0 of layer 0 has nothing"):
         atlas.neuron(0, 0).steer()
-    with pytest.raises(reltrace.InvalidArgument, match="head: 0 of layer 1 has nothing"):
+    with pytest.raises(
+        reltrace.InvalidArgument, match=r'site: .* only a neuron .*Edit\("head", 1, 0, scale'
+    ):
         atlas.head(1, 0).steer()
+    for times in ("x", True, float("nan")):
+        with pytest.raises(reltrace.InvalidArgument, match="times: must be"):
+            atlas.neuron(1, 0).steer(times)
+    with pytest.raises(reltrace.InvalidArgument, match="share: must be a number, not str"):
+        atlas.neuron(1, 0).quantile("x")  # type: ignore[arg-type]
 
 
 def test_contexts_of_long_prompts_are_cut(tmp_path: Path) -> None:
@@ -96,6 +105,10 @@ def test_contexts_of_long_prompts_are_cut(tmp_path: Path) -> None:
         ((2, 0), "layer: must be 0 to 1, not 2"),
         ((0, 3), "neuron: must be 0 to 2, not 3"),
         ((0, 0, "resid"), "site: must be one of neuron, head, not 'resid'"),
+        (("1", 1), "layer: must be a whole number, not '1'"),
+        ((1.0, 1), r"layer: must be a whole number, not 1\.0"),
+        ((1, True), "neuron: must be a whole number, not True"),
+        ((1, None, "head"), "head: must be a whole number, not None"),
     ],
 )
 def test_what_there_is_not_has_no_label(
@@ -103,3 +116,55 @@ def test_what_there_is_not_has_no_label(
 ) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=message):
         atlas.label(*arguments)
+    with pytest.raises(reltrace.InvalidArgument, match=message):
+        atlas.feature((*arguments, "neuron")[2], *arguments[:2])
+
+
+def test_numbers_of_numpy_are_numbers(atlas: reltrace.Atlas) -> None:
+    layer, index = np.argwhere(atlas.mass() == atlas.mass().max())[0]
+    feature = atlas.neuron(layer, index)
+    assert (feature.layer, feature.index) == (1, 0)
+    assert type(feature.layer) is int
+    assert atlas.prompt(np.int64(2)) == (" cats",)
+    with pytest.raises(reltrace.InvalidArgument, match="number: must be a whole number, not '2'"):
+        atlas.prompt("2")  # type: ignore[arg-type]
+
+
+def test_at_most_so_many_is_one_or_more(atlas: reltrace.Atlas, tmp_path: Path) -> None:
+    kept = tmp_path / "labels.jsonl"
+    kept.write_text("as it was")
+    for most in (0, -1, True, 1.5):
+        with pytest.raises(reltrace.InvalidArgument, match="most: must be a whole number from 1"):
+            atlas.by_mass(most=most)  # type: ignore[arg-type]
+        with pytest.raises(reltrace.InvalidArgument, match="most: must be a whole number from 1"):
+            atlas.export_labels(kept, most=most)  # type: ignore[arg-type]
+    assert kept.read_text() == "as it was"
+
+
+def test_an_atlas_says_what_it_is(tmp_path: Path) -> None:
+    atlas = make_atlas(tmp_path, [("we <eat>", "pie"), ("", "")], {(1, 2): [(0, 1, 0.5)]})
+    assert repr(atlas) == ("Atlas(tiny, 1 prompts, 2 tokens, 2 layers of 3 neurons and 3 heads)")
+    labels = tmp_path / "in.jsonl"
+    labels.write_text('{"layer": 1, "index": 2, "label": "<script>"}')
+    atlas.import_labels(labels)
+    shown = atlas._repr_html_()
+    assert "<b>tiny</b>: 1 prompts, 2 tokens, 1 prompts left out" in shown
+    assert shown.index("&lt;script&gt;") > shown.index("relevance mass")
+    assert "<script>" not in shown
+
+
+def test_a_file_that_is_no_atlas_is_named(tmp_path: Path) -> None:
+    """
+    Given files in an atlas' place: of other tensors, of nothing, of another version
+    I expect each to be told apart.
+    """
+    file = tmp_path / "atlas.safetensors"
+    for content, message in (
+        (save({"x": np.zeros(1)}), "safetensors is of safetensors, but holds no atlas"),
+        (b"nothing", "atlas.safetensors is damaged: "),
+        (save({"x": np.zeros(1)}, {"atlas": '{"format": 1}'}), "is of format 1, not 2"),
+        (save({"x": np.zeros(1)}, {"atlas": '{"format": 2}'}), "is damaged: 'about'"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(reltrace.InvalidArgument, match=message):
+            reltrace.load_atlas(tmp_path)

@@ -68,18 +68,83 @@ def test_a_click_shows_contexts_with_the_token_that_is_strong(page: Page) -> Non
 
 def test_search_finds_labels_contexts_and_places(page: Page) -> None:
     page.fill("#search", "OLD")
-    assert rows(page) == ["1 1 0.9 2 → home · … old"]
+    assert rows(page) == ["1 1 0.9 2 of 2 → home · … old"]
     # What was typed stays in the box when the list is clicked, and the click is not lost.
     page.locator("#rows tr").click()
     assert page.locator(".contexts mark").all_inner_texts() == ["old", "old"]
     page.fill("#search", "big cats")
-    assert rows(page) == ["1 0 1.25 1 cats"]
+    assert rows(page) == ["1 0 1.25 1 of 2 cats"]
     page.fill("#search", "1/2")
-    assert rows(page) == ["1 2 0 0 –"]
-    page.fill("#search", "nowhere")
-    assert rows(page) == []
+    assert rows(page) == ["1 2 0 0 of 0 –"]
     page.fill("#search", "")
     assert len(rows(page)) == 6
+
+
+def test_what_is_not_listed_is_not_shown_beside_the_list(page: Page) -> None:
+    """
+    Given a neuron that is shown
+    If what is listed then has others, or nothing
+    I expect it to be gone, and a sentence in its place.
+    """
+    assert "Neuron 2 of layer 0" in detail(page)
+    expect(page.locator("#nothing")).to_be_hidden()
+    page.get_by_role("radio", name="heads").check()
+    assert detail(page) == "Choose a head in the list."
+    assert "#" not in page.url
+    page.locator("#rows tr").first.click()
+    assert "Head 0 of layer 0" in detail(page)
+    page.fill("#search", "nowhere")
+    expect(page.locator("#nothing")).to_have_text("Nothing matches.")
+    assert (rows(page), detail(page)) == ([], "")
+    page.fill("#search", "")
+    expect(page.locator("#nothing")).to_be_hidden()
+
+
+@pytest.mark.parametrize(("height", "scrolls"), [(900, False), (420, True)])
+def test_in_a_narrow_window_a_click_shows_something(page: Page, height: int, scrolls: bool) -> None:
+    page.set_viewport_size({"width": 500, "height": height})
+    page.evaluate("scrollTo(0, 0)")
+    page.locator("#rows tr").nth(1).click()
+    heading = page.locator("#detail h2")
+    expect(heading).to_have_text("Neuron 0 of layer 1")
+    expect(heading).to_be_in_viewport()
+    assert (page.evaluate("scrollY") > 0) == scrolls
+    # It does not scroll sideways.
+    assert page.evaluate("document.documentElement.scrollWidth") <= 500
+
+
+@pytest.mark.parametrize("contexts", [1, 8])
+def test_a_search_finds_what_the_command_finds(
+    visit: Callable[[Path], Page], tmp_path: Path, contexts: int
+) -> None:
+    """
+    Given texts in contexts of both signs, in several, and in labels somebody gave
+    I expect a page to list the same neurons as `Atlas.find`, in the same order, with the same
+    counts, however few contexts it shows.
+    """
+    long = " ".join(f"w{number}" for number in range(40))
+    prompts = [
+        ("my old cats eat the pie", "home"), ("an old dog eats", "PIE"), ("old STRASSE", "cats"),
+        (long, "end"), ("old cats at home", "old"),
+    ]  # fmt: skip
+    places = {
+        (0, 0): [(0, 2, 0.5), (1, 2, 0.25), (4, 3, -3.0)],
+        (0, 1): [(0, 5, 1.0), (4, 1, 0.125), (2, 0, -1.0), (2, 1, -2.0)],
+        (0, 2): [(1, 1, 0.75), (2, 1, 0.5)],
+        # The text begins 24 tokens before the first of these, 25 before the other.
+        (1, 0): [(3, 26, 1.0)], (1, 1): [(3, 27, 1.0)], (1, 2): [(0, 0, 0.5), (4, 0, 0.5)],
+    }  # fmt: skip
+    atlas = make_atlas(tmp_path / "atlas", prompts, places)
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text('{"layer": 1, "index": 1, "label": "Cats"}\n')
+    atlas.import_labels(labels)
+    page = visit(atlas.save_page(tmp_path / "page.html", contexts=contexts))
+    for text in ("old", "cats", "PIE", "home", "eat the", "straße", "w2 w3"):
+        found = [f"{m.layer} {m.index} {m.count} of {m.of}" for m in atlas.find(text)]
+        assert found, text
+        page.fill("#search", text)
+        cells = [row.locator("td").all_inner_texts() for row in page.locator("#rows tr").all()]
+        assert [f"{layer} {index} {count}" for layer, index, _, count, _ in cells] == found, text
 
 
 def test_lists_are_sorted_and_cut_to_a_layer(page: Page) -> None:
@@ -119,6 +184,8 @@ def test_a_page_holds_those_with_most_mass(
     assert rows(page)[0] == "0 2 9 <img src=x>"
     assert "<img src=x> (by Ida)" in detail(page)
     assert page.locator(".contexts .text").count() == 1
+    page.locator("#rows tr").nth(1).click()
+    assert page.locator(".tabs button").first.inner_text() == "for the prediction (1 of 2)"
 
 
 def test_bad_arguments_say_what_is_allowed(atlas: reltrace.Atlas, tmp_path: Path) -> None:

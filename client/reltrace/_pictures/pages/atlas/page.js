@@ -10,11 +10,17 @@ const LISTS = [
 // A snippet: indices of its words, what was explained, number of the prompt, whether it is cut at either end.
 const snippets = data.snippets.map(([words, target, prompt, before, after]) =>
   ({words: words.map(word => data.words[word]), target, prompt, before, after}));
-for (const one of snippets) one.text = `${one.words.join("")} \u2192 ${one.target}`.toLowerCase();
+// However it is capitalised: of \u00df and the like, only this makes one of all forms.
+const fold = text => text.toLowerCase().toUpperCase();
+for (const one of snippets) {
+  one.folded = one.words.map(fold);
+  one.text = one.folded.join("");
+  one.explained = fold(one.target);
+}
 for (const [name, site] of Object.entries(data.sites)) {
   site.name = name;
-  site.features = site.features.map(([layer, index, label, by, mass, means, quantiles, words, lists], rank) =>
-    ({site: name, layer, index, label, by, mass, means, quantiles, words, lists, rank, count: 0}));
+  site.features = site.features.map(([layer, index, label, by, mass, means, quantiles, words, lists, further, sizes], rank) =>
+    ({site: name, layer, index, label, by, mass, means, quantiles, words, lists, further, sizes, rank, count: 0, of: 0, strength: 0}));
   site.most = Math.max(0, ...site.features.map(one => one.mass));
 }
 
@@ -40,26 +46,40 @@ function element(parent, kind, text = "", className = "") {
 
 // -- what is listed
 
-// Contexts by relevance are searched: those for the prediction, and those against it.
+// Contexts by relevance are searched, as `reltrace atlas find` does: a context has a text that begins at the token
+// that is strong, or before it, or that is explained; of a neuron or head the list counts that has it more often.
 function matches() {
-  const wanted = state.query.toLowerCase();
+  const wanted = fold(state.query);
   const place = /^\s*(\d+)\s*[\/: ]\s*(\d+)\s*$/.exec(state.query);
-  const has = wanted ? snippets.map(one => one.text.includes(wanted)) : [];
+  const first = wanted ? snippets.map(one => one.explained.includes(wanted) ? -1 : beginning(one, wanted)) : [];
   return state.site.features.filter(one => {
     if (state.layer !== "" && one.layer !== Number(state.layer)) return false;
-    one.count = 0;
-    one.named = wanted !== "" && one.label.toLowerCase().includes(wanted);
+    Object.assign(one, {count: 0, of: 0, strength: 0, given: false});
     if (!wanted) return true;
-    if (place && one.layer === Number(place[1]) && one.index === Number(place[2])) return true;
-    for (const list of [0, 1]) for (const [, , snippet] of one.lists[list]) one.count += has[snippet];
-    return one.named || one.count > 0;
+    for (const list of [0, 1]) {
+      const all = [...one.lists[list], ...one.further[list]];
+      const having = all.filter(([, , snippet, at]) => first[snippet] <= at);
+      const strength = having.reduce((sum, [relevance]) => sum + Math.abs(relevance), 0);
+      if (having.length > one.count || (having.length === one.count && strength >= one.strength))
+        Object.assign(one, {count: having.length, of: one.sizes[list], strength});
+    }
+    const named = fold(one.label).includes(wanted);
+    one.given = named && one.by !== "log-odds";
+    return named || one.count > 0 || (place && one.layer === Number(place[1]) && one.index === Number(place[2]));
   });
+}
+// The word in which a text begins first.
+function beginning(snippet, wanted) {
+  const start = snippet.text.indexOf(wanted);
+  if (start < 0) return Infinity;
+  let end = 0;
+  return snippet.folded.findIndex(word => (end += word.length) > start);
 }
 const ORDERS = {
   mass: (a, b) => a.rank - b.rank,
   layer: (a, b) => a.layer - b.layer || a.index - b.index,
   label: (a, b) => (a.label === "") - (b.label === "") || bare(a.label).localeCompare(bare(b.label)) || a.rank - b.rank,
-  count: (a, b) => b.count - a.count || a.rank - b.rank,
+  count: (a, b) => b.given - a.given || b.count - a.count || b.strength - a.strength || a.layer - b.layer || a.index - b.index,
 };
 const bare = label => label.replace(/^[\u2192\u2026] /, "");
 function list() {
@@ -74,6 +94,13 @@ function list() {
   state.drawn = 0;
   drawMore();
   $("list").scrollTop = 0;
+  $("nothing").hidden = state.shown.length > 0;
+  // What is not in the list would be taken for a part of what was found.
+  if (state.chosen && !state.shown.includes(state.chosen)) {
+    state.chosen = null;
+    history.replaceState(null, "", location.href.split("#")[0]);
+  }
+  showDetail();
 }
 function drawMore() {
   const end = Math.min(state.shown.length, state.drawn + CHUNK);
@@ -89,7 +116,7 @@ function row(one) {
   const bar = element(mass, "span", "", "bar");
   element(bar, "i").style.width = `${100 * one.mass / (state.site.most || 1)}%`;
   mass.append(number(one.mass));
-  if (state.query) element(line, "td", one.count, "number");
+  if (state.query) element(line, "td", `${one.count} of ${one.of}`, "number");
   const label = element(line, "td", one.label || "\u2013", "label");
   label.title = one.label;
   return line;
@@ -109,7 +136,10 @@ const ROLES = {at: "", before: "\u2026 ", target: "\u2192 "};
 function showDetail() {
   const one = state.chosen, detail = $("detail");
   detail.replaceChildren();
-  if (!one) return;
+  if (!one) {
+    if (state.shown.length) element(detail, "p", `Choose a ${state.site.name} in the list.`);
+    return;
+  }
   const site = data.sites[one.site];
   const name = one.site === "neuron" ? "Neuron" : "Head";
   element(detail, "h2", `${name} ${one.index} of layer ${one.layer}`);
@@ -126,7 +156,8 @@ function showDetail() {
   }
   const tabs = element(detail, "div", "", "tabs");
   LISTS.forEach(([, title], index) => {
-    const tab = element(tabs, "button", `${title} (${one.lists[index].length})`);
+    const shown = one.lists[index].length, all = one.sizes[index];
+    const tab = element(tabs, "button", `${title} (${shown < all ? `${shown} of ${all}` : shown})`);
     tab.type = "button";
     tab.setAttribute("aria-pressed", index === state.list);
     tab.addEventListener("click", () => { state.list = index; showDetail(); });
@@ -148,13 +179,13 @@ function showDetail() {
 // The text of a context: the token that is strong in colour, what was searched for marked.
 function context(cell, snippet, at, share) {
   if (snippet.before) cell.append("\u2026 ");
-  const wanted = state.query.toLowerCase(), text = snippet.words.join("");
+  const wanted = fold(state.query), text = snippet.text;
   const starts = [];
-  if (wanted) for (let i = text.toLowerCase().indexOf(wanted); i >= 0; i = text.toLowerCase().indexOf(wanted, i + 1)) starts.push(i);
+  if (wanted) for (let i = text.indexOf(wanted); i >= 0; i = text.indexOf(wanted, i + 1)) starts.push(i);
   let place = 0;
   snippet.words.forEach((word, index) => {
     const from = place;
-    place += word.length;
+    place += snippet.folded[index].length;
     const found = starts.some(start => start < place && start + wanted.length > from);
     // The space before a word stays outside: a line may end there.
     const space = word.length - word.trimStart().length;
@@ -167,7 +198,8 @@ function context(cell, snippet, at, share) {
     part.style.color = ink(shade);
   });
   if (snippet.after) cell.append(" \u2026");
-  element(cell, "span", `  \u2192 ${snippet.target}`, "target");
+  const target = element(cell, "span", "  \u2192 ", "target");
+  element(target, wanted && snippet.explained.includes(wanted) ? "mark" : "span", snippet.target);
   element(cell, "small", `   prompt ${snippet.prompt}`);
 }
 
@@ -181,7 +213,6 @@ $("search").addEventListener("input", event => {
   if (!before && state.query) state.sort = $("sort").value = "count";
   if (before && !state.query && state.sort === "count") state.sort = $("sort").value = "mass";
   list();
-  showDetail();
 });
 $("controls").addEventListener("change", event => {
   // The search box says so too when it is left: a list made anew would take the row from under a click.
@@ -193,7 +224,10 @@ $("controls").addEventListener("change", event => {
 });
 $("rows").addEventListener("click", event => {
   const line = event.target.closest("tr");
-  if (line) choose(state.shown[line.sectionRowIndex], false);
+  if (!line) return;
+  choose(state.shown[line.sectionRowIndex], false);
+  // Where the list stands above it, and not beside it, what was chosen may be out of sight.
+  if ($("detail").getBoundingClientRect().top > 0.8 * innerHeight) $("detail").scrollIntoView();
 });
 $("list").addEventListener("scroll", () => {
   const list = $("list");

@@ -1,0 +1,90 @@
+"""Slices that an earlier run left on the server."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+import reltrace
+from fake_server import FakeServer, code_pb2, failed_chunk, status_with
+from reltrace._atlas.build import Plan
+from reltrace._atlas.sending import Made, Sender
+from reltrace_proto.v1 import types_pb2
+
+PLAN = Plan(None, "attnlrp", "max", 2, 9, "batch")
+JOB = PLAN.job(["My cats love to play"])
+
+
+def atlas_chunk(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
+    chunk = types_pb2.ResultChunk(job_id=job_id, number=1)
+    chunk.header.tokens.append("cats")
+    chunk.header.token_ids.append(5)
+    chunk.end.state = types_pb2.JOB_STATE_SUCCEEDED
+    return [chunk]
+
+
+async def make(server: FakeServer, identity: str = "one") -> Made:
+    async with reltrace.AsyncClient(server.address) as client:
+        sender = Sender(client._connection, identity, PLAN.about(), PLAN.priority)
+        return await sender.make(0, "digest", JOB)
+
+
+@pytest.fixture
+def server(server: FakeServer) -> FakeServer:
+    server.run = atlas_chunk
+    return server
+
+
+async def test_a_result_stays_until_it_is_freed(server: FakeServer) -> None:
+    made = await make(server)
+    assert made.part.vocabulary == {5: "cats"}
+    assert (server.acknowledged, server.cancelled) == ({}, [])
+    assert (await make(server)).accepted.id == made.accepted.id
+    assert (await make(server, "two")).accepted.id != made.accepted.id
+
+
+async def test_a_job_that_was_cancelled_is_handed_in_anew(server: FakeServer) -> None:
+    """
+    Given a job of an earlier run that was cancelled, by whoever left it or by hand
+    I expect another one, which is found again, and the first to be freed.
+    """
+    await make(server)
+    server.ended["s0-0"] = types_pb2.JOB_STATE_CANCELLED
+    assert (await make(server)).accepted.id == "s1"
+    assert server.acknowledged == {"s0": 1}
+    assert (await make(server)).accepted.id == "s1"
+
+
+async def test_a_job_that_failed_is_handed_in_anew_by_the_next_run_only(
+    server: FakeServer,
+) -> None:
+    def fail(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
+        failed = types_pb2.JOB_STATE_FAILED
+        return [failed_chunk(job_id, failed, code_pb2.INTERNAL, "out of memory")]
+
+    server.run = fail
+    with pytest.raises(reltrace.JobFailed, match="out of memory"):
+        await make(server)
+    assert list(server.submissions) == ["s0"]
+    with pytest.raises(reltrace.JobFailed, match="out of memory"):
+        await make(server)
+    assert list(server.submissions) == ["s0", "s1"]
+    server.run = atlas_chunk
+    assert (await make(server)).accepted.id == "s0"
+
+
+async def test_results_that_expired_are_made_anew(server: FakeServer) -> None:
+    await make(server)
+    gone = status_with(grpc.StatusCode.NOT_FOUND, "the submission is not known here")
+    server.stream_errors.append(gone)
+    assert (await make(server)).accepted.id == "s1"
+    # Of a run's own job it is an error, not a reason to go on for ever.
+    server.stream_errors.append(gone)
+    with pytest.raises(reltrace.NotFound):
+        await make(server, "two")
+
+
+async def test_a_server_that_refuses_ends_it(server: FakeServer) -> None:
+    server.faults = lambda spec: [("top_k", "must be less")]
+    with pytest.raises(reltrace.InvalidArgument, match="top_k: must be less"):
+        await make(server)
+    assert len(server.requests) == 1
