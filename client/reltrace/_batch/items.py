@@ -70,16 +70,25 @@ class InputFormat:
         Of CSV and Parquet; None: "prompt", and "id" if there is such a column.
     compressed : bool
         By gzip.
+    also : tuple of str
+        What a prompt may have beside what `trace` takes. Of CSV and Parquet: columns that are read
+        where they are there; without it, only prompts and ids are.
     """
 
     name: str
     column: str | None = None
     id_column: str | None = None
     compressed: bool = False
+    also: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, path: Path | None, name: str | None, column: str | None, id_column: str | None
+        cls,
+        path: Path | None,
+        name: str | None,
+        column: str | None,
+        id_column: str | None,
+        also: tuple[str, ...] = (),
     ) -> InputFormat:
         """Return the format of a file, from its ending or as it was named.
 
@@ -110,7 +119,7 @@ class InputFormat:
                 raise invalid(field_name, f"is for csv and parquet; {name} has no columns")
         if name == "parquet" and (path is None or compressed):
             raise invalid("input-format", "parquet is read from a file that is not compressed")
-        return cls(name, column, id_column, compressed)
+        return cls(name, column, id_column, compressed, also)
 
 
 def format_of(path: Path) -> str | None:
@@ -175,12 +184,12 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _jsonl(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     for index, (line, content) in enumerate(_lines(file)):
         try:
-            yield _from_json(index, line, content)
+            yield _from_json(index, line, content, input_format.also)
         except InvalidArgument as error:
             yield Item(index, line, index, fault=error, content=content)
 
 
-def _from_json(index: int, line: int, content: bytes) -> Item:
+def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> Item:
     if len(content) > _MOST_LINE_BYTES:
         raise invalid("line", f"is longer than {_MOST_LINE_BYTES} bytes")
     try:
@@ -199,7 +208,7 @@ def _from_json(index: int, line: int, content: bytes) -> Item:
         if "target" in arguments:
             arguments["target"] = _target(arguments["target"])
         # Unknown arguments; the rest is checked where the job is made.
-        Arguments().with_item(arguments)
+        Arguments().with_item({key: arguments[key] for key in arguments if key not in also})
     except InvalidArgument as error:
         known = isinstance(name, str | int) and not isinstance(name, bool)
         return Item(index, line, name if known else index, fault=error, content=content)
@@ -238,7 +247,7 @@ def _csv(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     csv.field_size_limit(_MOST_LINE_BYTES)
     try:
         reader = csv.DictReader(text, strict=True)
-        names = _columns(reader.fieldnames or [], input_format)
+        names = _Columns.of(reader.fieldnames or [], input_format)
         line = reader.line_num + 1
         for index, row in enumerate(reader):
             yield _from_row(index, line, row, names)
@@ -253,10 +262,9 @@ def _csv(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
 
 def _parquet(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     parquet = _parquet_file(file)
-    names = _columns(parquet.schema_arrow.names, input_format)
+    names = _Columns.of(parquet.schema_arrow.names, input_format)
     index = 0
-    wanted = [name for name in names if name is not None]
-    for batch in parquet.iter_batches(_PARQUET_ROWS, columns=wanted):
+    for batch in parquet.iter_batches(_PARQUET_ROWS, columns=names.all()):
         for row in batch.to_pylist():
             yield _from_row(index, index + 1, row, names)
             index += 1
@@ -275,27 +283,39 @@ def _parquet_file(file: BinaryIO) -> Any:
         raise invalid("input", f"is no Parquet file: {error}") from error
 
 
-def _columns(there: list[str] | Any, input_format: InputFormat) -> tuple[str, str | None]:
-    """Return the columns of the prompt and of the id."""
-    column = input_format.column or "prompt"
-    if column not in there:
-        raise invalid("column", f"{column!r} is not in the file; it has {', '.join(there)}")
-    id_column = input_format.id_column
-    if id_column is not None and id_column not in there:
-        raise invalid("id-column", f"{id_column!r} is not in the file; it has {', '.join(there)}")
-    return column, id_column or ("id" if "id" in there else None)
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The columns of the prompt, of the id, and of what else is read."""
+
+    prompt: str
+    id: str | None
+    also: tuple[str, ...]
+
+    @classmethod
+    def of(cls, there: list[str] | Any, input_format: InputFormat) -> _Columns:
+        column, id_column = input_format.column or "prompt", input_format.id_column
+        for field_name, name in (("column", column), ("id-column", id_column)):
+            if name is not None and name not in there:
+                raise invalid(field_name, f"{name!r} is not in the file; it has {', '.join(there)}")
+        also = tuple(name for name in input_format.also if name in there)
+        return cls(column, id_column or ("id" if "id" in there else None), also)
+
+    def all(self) -> list[str]:
+        return [self.prompt, *([] if self.id is None else [self.id]), *self.also]
 
 
-def _from_row(index: int, line: int, row: Mapping[str, Any], names: tuple[str, str | None]) -> Item:
-    prompt = row.get(names[0])
-    name = index if names[1] is None else row.get(names[1])
-    content = repr((prompt, name)).encode(errors="surrogatepass")
+def _from_row(index: int, line: int, row: Mapping[str, Any], names: _Columns) -> Item:
+    prompt = row.get(names.prompt)
+    name = index if names.id is None else row.get(names.id)
+    # An empty cell of CSV says nothing, as null does in JSON.
+    also = {key: row[key] for key in names.also if row.get(key) not in (None, "")}
+    content = repr((prompt, name, *also.items())).encode(errors="surrogatepass")
     if name is None or isinstance(name, bool) or not isinstance(name, str | int):
         name = index
     if not isinstance(prompt, str):
-        fault = invalid(names[0], f"must be text, not {type(prompt).__name__}")
+        fault = invalid(names.prompt, f"must be text, not {type(prompt).__name__}")
         return Item(index, line, name, fault=fault, content=content)
-    return Item(index, line, name, {"prompt": prompt}, content=content)
+    return Item(index, line, name, {"prompt": prompt, **also}, content=content)
 
 
 class Fingerprint:

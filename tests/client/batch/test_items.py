@@ -187,3 +187,17 @@ def test_a_fingerprint_tells_prompts_apart(first: list[str], second: list[str]) 
         return fingerprint.digest()
 
     assert (digest(first) == digest(second)) == (first == second)
+
+
+@pytest.mark.parametrize("name", ["csv", "jsonl"])
+def test_more_than_what_a_trace_takes_is_read_where_it_is_asked_for(name: str) -> None:
+    content = {
+        "csv": "prompt,answer\nx,y\nz,\n",
+        "jsonl": '{"prompt": "x", "answer": "y"}\n{"prompt": "z", "answer": null}\n',
+    }[name]
+    items = list(read_items(io.BytesIO(content.encode()), InputFormat(name, also=("answer",))))
+    assert [item.arguments for item in items] == [{"prompt": "x", "answer": "y"}, {"prompt": "z"}]
+    first = read(content, name)[0]
+    # A batch reads of CSV what it always did; of JSON it takes nothing that it does not know.
+    assert first.arguments == ({"prompt": "x"} if name == "csv" else {})
+    assert (first.fault is None) == (name == "csv")
