@@ -265,7 +265,7 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
             ordered=ordered,
             max_in_flight=max_in_flight,
             priority=priority,
-            timeout=timeout,
+            deadline=Deadline(timeout),
         )
         return self._iterate(run, Progress(items, shown=progress))
 
@@ -277,7 +277,7 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
         ordered: bool,
         max_in_flight: int,
         priority: Priority,
-        timeout: float | None,
+        deadline: Deadline,
     ) -> ManyRun:
         """Check the arguments of `trace_many` and make its run; for the clients' own use."""
         defaults.check_shared()
@@ -292,7 +292,7 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
             ordered=ordered,
             max_in_flight=max_in_flight,
             priority=wire_priority(priority),
-            deadline=Deadline(timeout),
+            deadline=deadline,
         )
 
     async def _iterate(self, run: ManyRun, progress: Progress) -> AsyncIterator[Result]:

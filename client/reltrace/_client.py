@@ -17,6 +17,7 @@ from reltrace._request import Arguments, Dtype, Priority
 from reltrace._studies import Studies
 from reltrace._target import TargetLike
 from reltrace._trace import Failure, Trace
+from reltrace._transport.connection import Deadline
 from reltrace._transport.security import Tls, Token
 
 
@@ -352,7 +353,7 @@ class Client(Queries, Generate, Studies):
             ordered=ordered,
             max_in_flight=max_in_flight,
             priority=priority,
-            timeout=timeout,
+            deadline=Deadline(timeout),
         )
 
     def _iterate(self, run: ManyRun, progress: Progress) -> Iterator[Result]:

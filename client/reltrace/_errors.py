@@ -149,11 +149,20 @@ def check_positive(argument: str, value: object) -> None:
 
 def with_item(error: TraceError, item: str | int) -> TraceError:
     """Return `error` with the id of the `trace_many` item in front of its message."""
-    named = type(error)(f"item {item!r}: {error}", violations=error.violations, job_id=error.job_id)
-    if isinstance(named, Quarantined) and isinstance(error, Quarantined):
-        named.lost_leases = error.lost_leases
-    named.__cause__ = error.__cause__
-    return named
+    return _saying(error, f"item {item!r}: {error}")
+
+
+def without_item(error: TraceError, item: str | int) -> TraceError:
+    """Return `error` without what `with_item` put there: for items that no caller knows of."""
+    return _saying(error, str(error).removeprefix(f"item {item!r}: "))
+
+
+def _saying(error: TraceError, message: str) -> TraceError:
+    other = type(error)(message, violations=error.violations, job_id=error.job_id)
+    if isinstance(other, Quarantined) and isinstance(error, Quarantined):
+        other.lost_leases = error.lost_leases
+    other.__cause__ = error.__cause__
+    return other
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,8 @@ class Source(Protocol):
         ...
 
 
-def open_source(items: object) -> Source:
-    """Return the source for what was passed as `items`.
+def open_source(items: object, argument: str = "items") -> Source:
+    """Return the source for what was passed as `items`, or as another argument.
 
     Raises
     ------
@@ -39,14 +39,15 @@ def open_source(items: object) -> Source:
         If it is no iterable of items.
     """
     if isinstance(items, str | bytes | dict):
-        raise invalid("items", f"must be an iterable of items, not one {type(items).__name__}")
+        kind = type(items).__name__
+        raise invalid(argument, f"must be an iterable of {argument}, not one {kind}")
     if isinstance(items, list | tuple):
         return _Ready(items)
     if isinstance(items, AsyncIterable):
         return _Async(items)
     if isinstance(items, Iterable):
         return _Blocking(items)
-    raise invalid("items", f"must be an iterable of items, not {type(items).__name__}")
+    raise invalid(argument, f"must be an iterable of {argument}, not {type(items).__name__}")
 
 
 class _Ready:

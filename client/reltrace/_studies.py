@@ -12,13 +12,13 @@ from reltrace._atlas.atlas import Atlas
 from reltrace._atlas.build import Plan as AtlasPlan
 from reltrace._atlas.build import build
 from reltrace._evaluate.evaluation import Evaluation
-from reltrace._evaluate.run import Plan
+from reltrace._evaluate.plan import Plan
 from reltrace._evaluate.run import Run as EvaluationRun
 from reltrace._loop import LoopThread
 from reltrace._progress import Progress
 from reltrace._request import Priority
 from reltrace._target import TargetLike
-from reltrace._transport.connection import Connection
+from reltrace._transport.connection import Connection, Deadline
 
 if TYPE_CHECKING:
     from reltrace._aio import AsyncClient
@@ -59,12 +59,23 @@ class AsyncStudies:
         points: int = 10,
         seed: int = 0,
         priority: Priority = "batch",
+        progress: bool = False,
+        timeout: float | None = None,
     ) -> Evaluation:
         """Measure how well each rule tells what predictions rest on. See `Client.evaluate`."""
         plan = Plan.of(rules, site, points, seed)
         client: AsyncClient = self  # type: ignore[assignment]
-        run = EvaluationRun(client, plan, {"model": model, "target": target}, priority)
-        return await run.over(prompts)
+        bar = Progress(prompts, shown=progress, unit="prompt")
+        run = EvaluationRun(
+            client,
+            plan,
+            {"model": model, "target": target},
+            priority,
+            Deadline(timeout),
+            bar.count,
+        )
+        with bar:
+            return await run.over(prompts)
 
 
 class Studies:
@@ -158,6 +169,8 @@ class Studies:
         points: int = 10,
         seed: int = 0,
         priority: Priority = "batch",
+        progress: bool = False,
+        timeout: float | None = None,
     ) -> Evaluation:
         """Measure how well each rule tells what predictions rest on.
 
@@ -166,38 +179,60 @@ class Studies:
         makes it fall at once in the one order and stay in the other: the area between the curves is
         its score. A random order has an area of 0 on average.
 
+        The area is that between the curves as `Evaluation.plot` draws them: straight from point to
+        point, on an axis of length 1, so that it is in units of the target. The axis of tokens is
+        their share. That of neurons has n of them at log(1 + n): as many of a model's thousands
+        matter as a few, and on an axis of numbers these would have no width. It ends at half of
+        the neurons, past which both orders switch off the same ones, or at 4,096.
+
         Parameters
         ----------
         prompts : iterable
             Prompts, or mappings with "prompt" or "input_ids" and, optionally, "id", "target" and
             "answer": what the prediction is known to rest on, as a text in the prompt that is made
-            of whole tokens, or as positions of tokens.
+            of whole tokens, or as positions of tokens. Pulled as needed, in a thread of its own
+            unless it is a list or tuple.
         rules : sequence of str
             Rules that the model's workers serve, and "random".
         site : {"embed", "neuron"}
             What is switched off: the input embeddings of tokens (set to 0), from none to all; or
-            neurons (set to 0 at all tokens), from one to 4,096 in steps of equal ratio.
+            neurons (set to 0 at all tokens), from none to half of them, at most 4,096.
         target : str, int or Target, default "max"
             As in `trace`, but for a continuation. What it resolves to stays the target while
             things are switched off.
         model : str, optional
             Name of a served model; default: the only one.
         points : int, default 10
-            Steps of a curve, 1 to 100.
+            Steps of a curve, 2 to 100, equal on its axis. As many as a prompt has tokens switch
+            them off one by one; fewer cut the corners of its curves.
         seed : int, default 0
-            Of the random order.
+            Of the random order, from 0.
         priority : {"interactive", "batch"}
             Of all jobs.
+        progress : bool, default False
+            Show a tqdm bar.
+        timeout : float, optional
+            Seconds for the whole run; default: as long as it takes.
 
         Returns
         -------
         Evaluation
-            Scores by rule, with 95 % confidence intervals over prompts.
+            Scores by rule, with 95 % confidence intervals over prompts. A prompt that can not be
+            evaluated is left out, and noted in its `failures`.
 
         Raises
         ------
         InvalidArgument
-            If an argument is wrong; the message names it and what is allowed.
+            If an argument is wrong, or there is no prompt; the message names it and what is
+            allowed. So do rules and targets that the model does not have.
+        ModelNotFound
+            If no worker serves the model.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        DeadlineExceeded
+            If `timeout` is over.
+        Exception
+            What `prompts` raises.
 
         Notes
         -----
@@ -213,5 +248,7 @@ class Studies:
                 points=points,
                 seed=seed,
                 priority=priority,
+                progress=progress,
+                timeout=timeout,
             )
         )

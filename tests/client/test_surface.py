@@ -46,7 +46,7 @@ def test_a_method_takes_the_same_arguments_on_both_clients(name: str) -> None:
         assert parameter.name == "items" or parameter.annotation == twin.annotation
 
 
-@pytest.mark.parametrize("name", ["trace", "trace_many"])
+@pytest.mark.parametrize("name", ["trace", "trace_many", "evaluate"])
 def test_every_argument_is_documented(name: str) -> None:
     method = getattr(reltrace.Client, name)
     documentation = inspect.getdoc(method) or ""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from reltrace._batch.items import InputFormat, InputName, read_items
 from reltrace._command.options import (
     AsJson,
     Model,
@@ -21,16 +26,21 @@ from reltrace._command.options import (
 )
 from reltrace._errors import invalid
 from reltrace._evaluate.evaluation import Evaluation
+from reltrace._evaluate.table import caption, table
+from reltrace._pictures.curves import check_path
+
+_ALSO = ("target", "answer")
 
 
 def evaluate(
     context: typer.Context,
     source: Annotated[
-        typer.FileText,
+        str,
         typer.Argument(
             metavar="IN",
-            help="File of prompts, -: standard input. A line is a prompt, or JSON with prompt or "
-            "input_ids and, optionally, id, target and answer.",
+            help="File of prompts by its ending: txt, jsonl, csv, parquet (and .gz); -: standard "
+            "input. A line of JSON has prompt or input_ids and, optionally, id, target and answer; "
+            "so have columns.",
         ),
     ],
     server: Server = None,
@@ -51,11 +61,35 @@ def evaluate(
     ] = "embed",
     target: TargetText = "max",
     points: Annotated[
-        int, typer.Option(envvar="RELTRACE_POINTS", min=1, max=100, help="Steps of a curve.")
+        int, typer.Option(envvar="RELTRACE_POINTS", min=2, max=100, help="Steps of a curve.")
     ] = 10,
     seed: Annotated[
         int, typer.Option(envvar="RELTRACE_SEED", min=0, help="Of the random order.")
     ] = 0,
+    input_format: Annotated[
+        InputName | None,
+        typer.Option(
+            envvar="RELTRACE_INPUT_FORMAT",
+            help="Of the prompts. (default: by the ending; of standard input: jsonl)",
+            show_default=False,
+        ),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_COLUMN",
+            help="Column of the prompts, in CSV and Parquet. (default: prompt)",
+            show_default=False,
+        ),
+    ] = None,
+    id_column: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_ID_COLUMN",
+            help="Column of their ids. (default: id, if there is one)",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(envvar="RELTRACE_LIMIT", min=1, help="Only so many prompts."),
@@ -66,56 +100,68 @@ def evaluate(
             envvar="RELTRACE_PLOT", metavar="FILE", help="Picture of the curves: png, svg or pdf."
         ),
     ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(envvar="RELTRACE_TIMEOUT", help="Seconds for the whole run."),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", envvar="RELTRACE_QUIET", help="Show no progress.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well each rule tells what predictions rest on."""
-    prompts = [_prompt(line, number) for number, line in enumerate(source, 1) if line.strip()]
-    rules = rule or ["attnlrp", "cp_lrp", "gradient", "random"]
+    # Before anything is run: that may take long.
+    if plot is not None:
+        check_path(plot)
+    path = None if source == "-" else Path(source)
+    reading = InputFormat.of(
+        path, input_format or ("jsonl" if path is None else None), column, id_column, _ALSO
+    )
+    prompts = list(islice(_prompts(path, reading), limit))
     with access_of(context).client(server) as client:
         found = client.evaluate(
-            prompts[:limit],
-            rules=rules,
+            prompts,
+            rules=rule or ["attnlrp", "cp_lrp", "gradient", "random"],
             site=site,
             target=target_of(target),
             model=model,
             points=points,
             seed=seed,
+            progress=not quiet and sys.stderr.isatty(),
+            timeout=timeout,
         )
-    if plot is not None:
-        found.plot(plot)
-    for key, error in found.failures.items():
-        typer.echo(f"reltrace: prompt {key}: {error}", err=True)
     if as_json:
         echo_json(found.to_dict())
-    else:
-        Console().print(_table(found))
-    if not found.prompts:
-        raise typer.Exit(1)
+    # Of no prompt there is none, which is told instead.
+    best = found.best()
+    for key, error in found.failures.items():
+        typer.echo(f"reltrace: prompt {key}: {error}", err=True)
+    if not as_json:
+        console = Console()
+        # A table's own title is no wider than the table.
+        console.print(Text(found.title))
+        console.print(_table(found, best))
+    if plot is not None:
+        found.plot(plot)
+        typer.echo(f"wrote {plot}", err=True)
 
 
-def _prompt(line: str, number: int) -> Any:
-    text = line.rstrip("\n")
-    if not text.startswith(("{", '"')):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise invalid(f"line {number}", f"is not JSON: {error}") from None
+def _prompts(path: Path | None, reading: InputFormat) -> Iterator[dict[str, Any]]:
+    if path is not None and (path.is_dir() or not path.exists()):
+        raise invalid("input", f"there is no file {str(path)!r}")
+    with ExitStack() as stack:
+        file = sys.stdin.buffer if path is None else stack.enter_context(path.open("rb"))
+        for item in read_items(file, reading):
+            if item.fault is not None:
+                raise invalid(f"input, line {item.line}", str(item.fault))
+            yield {"id": item.id, **item.arguments}
 
 
-def _table(found: Evaluation) -> Table:
-    what = "tokens" if found.site == "embed" else "neurons"
-    table = Table(title=f"{found.model}: {found.prompts} prompts, {what} switched off")
-    table.add_column("rule")
-    table.add_column("area between curves", justify="right")
-    located = any(score.hit for score in found.rules.values())
-    if located:
-        table.add_column("answer is strongest", justify="right")
-        table.add_column("positive relevance on it", justify="right")
-    for rule, score in found.rules.items():
-        cells = [rule, str(score.area)]
-        if located:
-            cells += [str(score.hit), str(score.mass)]
-        table.add_row(*cells, style="bold" if rule == found.best() else "")
-    table.caption = "mean ± half of the 95 % interval"
-    return table
+def _table(found: Evaluation, best: str) -> Table:
+    titles, rows = table(found)
+    shown = Table(caption=caption(found))
+    for place, title in enumerate(titles):
+        shown.add_column(title, justify="right" if place else "left")
+    for row in rows:
+        shown.add_row(*row, style="bold" if row[0] == best else "")
+    return shown

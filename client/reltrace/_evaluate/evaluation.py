@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from reltrace._errors import invalid
 from reltrace._evaluate.scores import Floats, Mean
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RuleScore:
     """How one rule did.
 
@@ -35,15 +36,19 @@ class RuleScore:
     hit: Mean | None
     mass: Mean | None
 
+    def __repr__(self) -> str:
+        located = "" if self.hit is None else f", hit {self.hit}, mass {self.mass}"
+        return f"RuleScore(area {self.area}{located}, curves of {len(self.most)} points)"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """What an evaluation found, rule by rule.
 
     Attributes
     ----------
     model : str
-        The model, as it named itself.
+        The model, as it named itself; "" if no prompt could be evaluated.
     site : str
         What was switched off: "embed" (tokens) or "neuron".
     prompts : int
@@ -63,8 +68,30 @@ class Evaluation:
     rules: Mapping[str, RuleScore]
     failures: Mapping[str | int, Exception]
 
+    def __repr__(self) -> str:
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        areas = ", ".join(f"{rule} {score.area}" for rule, score in self.rules.items())
+        return f"Evaluation({self.title}{failed}{f'; area {areas}' if self.prompts else ''})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from reltrace._pictures.evaluation_fragment import evaluation_fragment
+
+        return evaluation_fragment(self)
+
+    @property
+    def title(self) -> str:
+        """The model, how many prompts, and what was switched off, as tables and pictures say it."""
+        count = f"{self.prompts:,} prompt{'' if self.prompts == 1 else 's'}"
+        off = "tokens" if self.site == "embed" else "neurons"
+        # Of no prompt, no model has named itself.
+        return f"{self.model and f'{self.model}: '}{count}, {off} switched off"
+
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
+        """Return it as plain lists and numbers, ready for `json.dumps`.
+
+        None is what there is no number for: the margin of a single prompt, means of none.
+        """
         return {
             "model": self.model,
             "site": self.site,
@@ -72,11 +99,11 @@ class Evaluation:
             "at": self.at.tolist(),
             "rules": {
                 rule: {
-                    "area": asdict(score.area),
+                    "area": _plain(score.area),
                     "most": score.most.tolist(),
                     "least": score.least.tolist(),
-                    "hit": score.hit and asdict(score.hit),
-                    "mass": score.mass and asdict(score.mass),
+                    "hit": score.hit and _plain(score.hit),
+                    "mass": score.mass and _plain(score.mass),
                 }
                 for rule, score in self.rules.items()
             },
@@ -88,13 +115,35 @@ class Evaluation:
 
         Raises
         ------
+        InvalidArgument
+            If the path ends in something else or its folder is not there, or no prompt could be
+            evaluated.
         MissingDependency
             If matplotlib is not installed.
         """
-        from reltrace._pictures.curves import write
+        from reltrace._pictures.curves import check_path, write
 
-        write(self, Path(path))
+        path = check_path(path)
+        self._check_prompts()
+        write(self, path)
 
     def best(self) -> str:
-        """Return the rule with the largest area."""
-        return max(self.rules, key=lambda rule: np.nan_to_num(self.rules[rule].area.mean, nan=-1e9))
+        """Return the rule with the largest area.
+
+        Raises
+        ------
+        InvalidArgument
+            If no prompt could be evaluated; the message says why.
+        """
+        self._check_prompts()
+        return max(self.rules, key=lambda rule: self.rules[rule].area.mean)
+
+    def _check_prompts(self) -> None:
+        if self.prompts:
+            return
+        why = next((f": {key}: {error}" for key, error in self.failures.items()), "")
+        raise invalid("prompts", f"none of {len(self.failures)} could be evaluated{why}")
+
+
+def _plain(mean: Mean) -> dict[str, Any]:
+    return {name: None if np.isnan(number) else number for name, number in asdict(mean).items()}

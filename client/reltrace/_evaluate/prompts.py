@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reltrace._errors import invalid
+from reltrace._target import Target, is_several
 from reltrace._trace import Trace
 
 _ALLOWED = ("id", "prompt", "input_ids", "target", "answer")
@@ -18,6 +19,8 @@ class Prompt:
 
     Attributes
     ----------
+    number : int
+        Its place among the prompts, from 0.
     id : str or int
         The one that was given, else its number.
     item : mapping
@@ -26,6 +29,7 @@ class Prompt:
         What the prediction is known to rest on: a text, or positions of tokens.
     """
 
+    number: int
     id: str | int
     item: Mapping[str, Any]
     answer: str | tuple[int, ...] | None
@@ -40,13 +44,17 @@ class Prompt:
             Names what is wrong.
         """
         if isinstance(given, str):
-            return cls(number, {"prompt": given}, None)
+            return cls(number, number, {"prompt": given}, None)
         field = f"prompts[{number}]"
         if not isinstance(given, Mapping):
             raise invalid(field, f"must be text or a mapping, not {type(given).__name__}")
         unknown = [key for key in given if key not in _ALLOWED]
         if unknown:
             raise invalid(field, f"has {unknown[0]!r}; allowed: {', '.join(_ALLOWED)}")
+        name = given.get("id", number)
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise invalid(f"{field}.id", f"must be str or int, not {name!r}")
+        check_target(given.get("target"), f"{field}.target")
         answer = given.get("answer")
         if answer is not None and not isinstance(answer, str):
             if not isinstance(answer, Sequence) or not all(
@@ -55,7 +63,7 @@ class Prompt:
                 raise invalid(f"{field}.answer", "must be a text or positions of tokens from 0")
             answer = tuple(answer)
         item = {key: given[key] for key in ("prompt", "input_ids", "target") if key in given}
-        return cls(given.get("id", number), item, answer)
+        return cls(number, name, item, answer)
 
     def where(self, trace: Trace) -> list[int]:
         """Return the positions of the answer's tokens.
@@ -81,6 +89,14 @@ class Prompt:
                 if len(text.strip()) > len(wanted):
                     break
         raise invalid("answer", f"{self.answer!r} is not made of whole tokens of the prompt")
+
+
+def check_target(target: object, field: str) -> None:
+    """Raise InvalidArgument if a target is none whose logit can be read again."""
+    if is_several(target):
+        raise invalid(field, "must be one, not several")
+    if isinstance(target, Target) and target.continuation is not None:
+        raise invalid(field, "of a continuation can not be evaluated; name a token")
 
 
 def _plain(token: str) -> str:

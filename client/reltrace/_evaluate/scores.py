@@ -43,7 +43,8 @@ class Mean:
         return cls(float(found.mean()), margin, count)
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.margin:.3f}"
+        # A single value has no interval.
+        return f"{self.mean:.3f}" + (f" ± {self.margin:.3f}" if self.count > 1 else "")
 
 
 def strongest_first(scores: Floats) -> NDArray[np.int64]:
@@ -54,6 +55,15 @@ def strongest_first(scores: Floats) -> NDArray[np.int64]:
 def shares(points: int) -> Floats:
     """Return the shares that are switched off: `points` equal steps from none to all."""
     return np.linspace(0.0, 1.0, points + 1)
+
+
+def on_axis(site: str, at: Floats) -> Floats:
+    """Return where points are on the axis of a curve, from 0 to 1, as it is drawn and integrated.
+
+    Shares of tokens are where they are. Of neurons, a few of thousands make most of the difference:
+    n of them are at log(1 + n), the last point at 1.
+    """
+    return np.log1p(at) / np.log1p(at[-1]) if site == "neuron" else at
 
 
 def tokens_at(share: float, tokens: int) -> int:
@@ -74,6 +84,7 @@ def area(most: Floats, least: Floats, at: Floats) -> float:
     most, least
         float64 [P]: the target after each step, most and least relevant first.
     at
-        float64 [P]: where on the axis, rising from 0 to 1.
+        float64 [P]: where on the axis, rising from 0 to 1: see `on_axis`. Between points the curves
+        are straight there.
     """
     return float(np.trapezoid(least - most, at))

@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reltrace._errors import MissingDependency
+import numpy as np
+
+from reltrace._errors import MissingDependency, invalid
+from reltrace._evaluate.scores import on_axis
 
 if TYPE_CHECKING:
     from reltrace._evaluate.evaluation import Evaluation
 
 _AXES = {
     "embed": "tokens switched off (share)",
-    "neuron": "neurons switched off",
+    "neuron": "neurons switched off (n is at log(1 + n))",
 }
+_ENDINGS = (".png", ".svg", ".pdf")
 
 
-def write(evaluation: Evaluation, path: Path) -> None:
-    """Write the curves of every rule beside the areas between them.
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path if `write` can write it.
 
     Raises
     ------
+    InvalidArgument
+        If it ends in something else than a picture does, or its folder is not there.
     MissingDependency
         If matplotlib is not installed.
     """
+    path = Path(path)
+    if path.suffix.lower() not in _ENDINGS:
+        raise invalid("plot", f"must end in .png, .svg or .pdf, not {path.name!r}")
+    if not path.parent.is_dir():
+        raise invalid("plot", f"there is no folder {str(path.parent)!r}")
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError:
         raise MissingDependency("plots need matplotlib: pip install 'reltrace[plot]'") from None
+    return path
+
+
+def write(evaluation: Evaluation, path: Path) -> None:
+    """Write the curves of every rule beside the areas between them."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     colours = [f"C{number}" for number in range(len(evaluation.rules))]
-    for colour, (rule, score) in zip(colours, evaluation.rules.items(), strict=False):
-        left.plot(evaluation.at, score.most, color=colour, label=rule)
-        left.plot(evaluation.at, score.least, color=colour, linestyle="--")
+    # Where the area is taken: what is seen between two curves is what is counted.
+    axis = on_axis(evaluation.site, evaluation.at)
+    for colour, (rule, score) in zip(colours, evaluation.rules.items(), strict=True):
+        left.plot(axis, score.most, color=colour, label=rule)
+        left.plot(axis, score.least, color=colour, linestyle="--")
     if evaluation.site == "neuron":
-        left.set_xscale("symlog", linthresh=1)
+        numbers = ticks(int(evaluation.at[-1]))
+        left.set_xticks(
+            on_axis("neuron", np.array(numbers, np.float64)), [f"{n:,}" for n in numbers]
+        )
     left.set_xlabel(_AXES[evaluation.site])
     left.set_ylabel("target (mean over prompts)")
     left.set_title("most relevant first (solid), least relevant first (dashed)", fontsize="medium")
@@ -45,14 +69,21 @@ def write(evaluation: Evaluation, path: Path) -> None:
     right.barh(
         names,
         [found.mean for found in areas],
-        xerr=[found.margin for found in areas],
+        xerr=[found.margin for found in areas] if evaluation.prompts > 1 else None,
         color=colours,
         capsize=3,
     )
     right.invert_yaxis()
     right.axvline(0, color="black", linewidth=0.8)
-    right.set_xlabel("area between the curves (95 % interval)")
-    right.set_title(f"{evaluation.model}, {evaluation.prompts} prompts", fontsize="medium")
+    interval = " (95 % interval)" if evaluation.prompts > 1 else ""
+    right.set_xlabel(f"area between the curves{interval}")
+    right.set_title(evaluation.title, fontsize="medium")
     for axes in (left, right):
         axes.title.set_parse_math(False)
     figure.savefig(path, dpi=150)
+
+
+def ticks(last: int) -> list[int]:
+    """Return the numbers that an axis of neurons shows: 0, powers of ten, and its end."""
+    powers = [10**power for power in range(10) if 10**power <= last / 2]
+    return [0, *powers, last]

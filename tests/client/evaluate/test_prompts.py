@@ -4,7 +4,6 @@ import pytest
 import reltrace
 from make_trace import make_trace
 from reltrace._evaluate.prompts import Prompt
-from reltrace._evaluate.run import Plan
 
 TOKENS = ["<s>", "ĠMy", "Ġcats", "Ġlove", "Ġunder", "stand", "ing", "Ġcats"]
 
@@ -38,31 +37,15 @@ def test_an_answer_that_is_not_there_is_refused(answer: object) -> None:
         ({"prompt": "a", "rule": "x"}, r"prompts\[5\]: has 'rule'; allowed: id, prompt, input_ids"),
         ({"prompt": "a", "answer": 3}, r"prompts\[5\]\.answer: must be a text or positions"),
         ({"prompt": "a", "answer": [-1]}, r"prompts\[5\]\.answer: must be a text or positions"),
+        ({"prompt": "a", "id": [1]}, r"prompts\[5\]\.id: must be str or int, not \[1\]"),
+        ({"prompt": "a", "id": True}, r"prompts\[5\]\.id: must be str or int, not True"),
+        ({"prompt": "a", "target": [" b"]}, r"prompts\[5\]\.target: must be one, not several"),
+        (
+            {"prompt": "a", "target": reltrace.Target(continuation=" b c")},
+            r"prompts\[5\]\.target: of a continuation can not be evaluated",
+        ),
     ],
 )
 def test_what_is_no_prompt_is_named(given: object, said: str) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=said):
         Prompt.of(5, given)
-
-
-@pytest.mark.parametrize(
-    ("rules", "site", "points", "said"),
-    [
-        ([], "embed", 10, "rules: must be names"),
-        ("attnlrp", "embed", 10, "rules: must be names"),
-        (["gradient", "gradient"], "embed", 10, "rules: must be names of rules, each once"),
-        (["random"], "embed", 10, "rules: needs one beside random"),
-        (["gradient"], "resid", 10, "site: must be one of embed, neuron"),
-        (["gradient"], "embed", 0, "points: must be 1 to 100"),
-    ],
-)
-def test_a_plan_that_can_not_be(rules: object, site: str, points: int, said: str) -> None:
-    with pytest.raises(reltrace.InvalidArgument, match=said):
-        Plan.of(rules, site, points, 0)  # type: ignore[arg-type]
-
-
-def test_neurons_are_switched_off_in_steps_of_equal_ratio() -> None:
-    axis = Plan.of(["gradient"], "neuron", 10, 0).axis(100_000)
-    assert axis[:2].tolist() == [0, 1]
-    assert axis[-1] == 4096
-    assert Plan.of(["gradient"], "neuron", 10, 0).axis(64)[-1] == 64
