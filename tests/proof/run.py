@@ -1,4 +1,4 @@
-"""The proofs at full size: ablation, steering, a corpus split over workers, a planted neuron.
+"""The proofs at full size: rules, ablation, steering, a corpus over workers, a planted neuron.
 
 Starts services of its own for the demo model, and for models with a planted neuron.
 
@@ -21,6 +21,7 @@ import reltrace
 from bench.service import serving
 from proof.ablation import Ablation, ablate
 from proof.planted import LAYER, NEURON, Change, Planted, compare, look, plant
+from proof.rules import Judged, judge
 from proof.split import Split, split
 from proof.steering import Steering, steer, unseen
 from reltrace_worker.demo import path as demo_path
@@ -30,9 +31,12 @@ from rich.table import Table
 from transformers.utils import logging
 
 WORD = " lunch"
-# Seeds: of the corpus of atlases, of what is ablated and steered, of what the planted neurons are
-# made from, and of what is drawn.
+# Seeds: of the corpus of atlases, of the prompts of rules, ablation and steering, of what planted
+# neurons are made from, and of what is drawn.
 CORPUS, PROMPTS, MADE_FROM, CHANCE = 9, 77, 5, 0
+
+_JUDGED = 100
+"""Sentences that rules are judged by."""
 
 _COMPARED = 2_000
 """Sentences for which predictions are compared."""
@@ -45,6 +49,7 @@ class Report:
     One neuron is planted after another: `change` and `planted` have an entry for each.
     """
 
+    rules: list[Judged]
     ablation: list[Ablation]
     steering: list[Steering]
     split: Split
@@ -54,7 +59,7 @@ class Report:
 
 
 def prove(sentences: int, prompts: int, made_from: int, directions: int, progress: bool) -> Report:
-    """Prove all four."""
+    """Prove all five."""
     corpus = held_out(sentences, CORPUS)
     texts = [example.prompt for example in corpus]
     ablated = [example.prompt for example in held_out(prompts, PROMPTS)]
@@ -62,6 +67,7 @@ def prove(sentences: int, prompts: int, made_from: int, directions: int, progres
     checkpoint = demo_path()
     with tempfile.TemporaryDirectory() as scratch:
         with serving("demo", RELTRACE_THREADS="2") as address, reltrace.Client(address) as client:
+            rules = judge(client, held_out(_JUDGED, PROMPTS), CHANCE)
             ablation = ablate(client, str(checkpoint), ablated, (8, 32), CHANCE)
             atlas = client.build_atlas(texts, Path(scratch) / "atlas", progress=progress)
             answers = {example.answer for example in corpus}
@@ -82,7 +88,7 @@ def prove(sentences: int, prompts: int, made_from: int, directions: int, progres
             ):
                 out = Path(scratch) / f"atlas-{seed}"
                 found.append(look(client.build_atlas(texts, out, progress=progress), WORD))
-    return Report(ablation, steering, parted, atlas.label(LAYER, NEURON), change, found)
+    return Report(rules, ablation, steering, parted, atlas.label(LAYER, NEURON), change, found)
 
 
 def show(report: Report) -> None:
@@ -90,6 +96,12 @@ def show(report: Report) -> None:
     table = Table(title="Proofs, measured on the demo model (mean ± half of the 95 % interval)")
     for column in ("proof", "what", "figure"):
         table.add_column(column, overflow="fold")
+    for judged in report.rules:
+        table.add_row(judged.rule, "area between curves, tokens off", str(judged.tokens))
+        table.add_row("", "neurons off", str(judged.neurons))
+        table.add_row("", "the answer is the most relevant token", f"{judged.hit.mean:.0%}")
+        table.add_row("", "positive relevance on it", f"{judged.mass.mean:.0%}")
+        table.add_section()
     for one in report.ablation:
         first = f"{one.neurons} neurons off"
         for way, moved in one.moved.items():

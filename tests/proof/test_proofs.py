@@ -6,6 +6,7 @@ import reltrace
 from bench.service import serving
 from proof.ablation import ablate
 from proof.planted import compare, look, plant
+from proof.rules import judge
 from proof.steering import steer, unseen
 from reltrace._evaluate.scores import Mean
 from reltrace_worker.demo import path as demo_path
@@ -14,6 +15,28 @@ from reltrace_worker.demo.corpus import held_out
 
 def above_0(mean: Mean) -> bool:
     return mean.mean - mean.margin > 0
+
+
+def test_rules_that_know_what_a_prediction_rests_on_are_told_from_chance(demo_address: str) -> None:
+    """
+    Given held-out sentences with their answers
+    If tokens and neurons are switched off as each rule orders them
+    I expect curves apart for every rule, of tokens the furthest for AttnLRP, none for chance, and
+    AttnLRP's relevance on the answer.
+    """
+    with reltrace.Client(demo_address) as client:
+        found = {one.rule: one for one in judge(client, held_out(24, 77), 0)}
+    chance, attnlrp = found.pop("random"), found["attnlrp"]
+    assert set(found) == {"attnlrp", "cp_lrp", "gradient"}
+    for mean in (chance.tokens, chance.neurons):
+        assert abs(mean.mean) < 2 * mean.margin
+    for one in found.values():
+        assert one.tokens.count == one.neurons.count == 24
+        assert above_0(one.tokens)
+        assert above_0(one.neurons)
+        assert one.tokens.mean <= attnlrp.tokens.mean
+    assert attnlrp.hit.mean > 0.9
+    assert attnlrp.mass.mean > 0.5
 
 
 def test_relevance_names_the_neurons_that_a_prediction_rests_on(demo_address: str) -> None:
