@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from e2e.conftest import Process, address_in, wait_until
 from e2e.printed import ROOT, commands, environment, shell
@@ -45,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.jsonl").write_text(PROMPTS)
     # The first of those that the README's line writes.
     (folder / "corpus.txt").write_text("\n".join(e.prompt for e in held_out(300, 9)))
+    np.save(folder / "direction.npy", np.random.default_rng(0).normal(size=128))
     return folder
 
 
