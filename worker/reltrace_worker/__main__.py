@@ -1,6 +1,7 @@
 """The `reltrace-worker` command."""
 
 import asyncio
+import gc
 import os
 import secrets
 import signal
@@ -225,9 +226,13 @@ def worker(
     configure(level, log_format, own_id)
     options = Tls(tls_ca, tls_cert, tls_key, tls_name)
     access = Access(token_file, options if tls or options != Tls() else None, insecure)
-    # Only now: torch and transformers take seconds to import, and --help should not.
+    # Only now: torch and transformers take seconds to import, and --help should not. What they
+    # make stays: looking for garbage among it takes a second here, and again now and then.
+    gc.disable()
     from reltrace_worker.serving import PassOptions, serve, sources
 
+    gc.freeze()
+    gc.enable()
     try:
         # Before a model is loaded for minutes.
         Endpoints(scheduler, access)
