@@ -36,8 +36,8 @@ demo: $(VENV)/.setup ## trace the example sentence through the whole service: ou
 
 test: $(VENV)/.setup-dev lint ## lint, types, and all tests but the long ones
 	@# Models in tests are tiny: a second thread costs them more than it gives. Other processes do not:
-	@# three files run side by side, since many wait, and tests of one file, which share services, in turn.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	@# two files run side by side, and tests of one file, which share services, in turn.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.setup-dev ## ruff, mypy and buf
 	@$(BIN)/ruff check .

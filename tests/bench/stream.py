@@ -134,11 +134,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=MODELS, action="append")
     arguments = parser.parse_args()
     report = {}
-    for name, recipe in MODELS.items():
+    for name in arguments.only or MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            report[name] = figures(Path(folder), recipe, arguments.tokens, arguments.rounds)
+            report[name] = figures(Path(folder), MODELS[name], arguments.tokens, arguments.rounds)
     print(json.dumps(report))
 
 

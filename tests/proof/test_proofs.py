@@ -63,14 +63,14 @@ def test_labels_name_what_neurons_speak_for(demo_address: str, tmp_path: Path) -
     If they are steered in prompts that the atlas has not seen and that ask for something else
     I expect the answer to become likelier than with other neurons of the layer.
     """
-    corpus = held_out(3000, 9)
+    corpus = held_out(1500, 9)
     others = unseen(corpus, 200, 77)
     assert not {example.prompt for example in corpus} & {example.prompt for example in others}
     with reltrace.Client(demo_address) as client:
         atlas = client.build_atlas([example.prompt for example in corpus], tmp_path)
         answers = {example.answer for example in corpus}
-        (found,) = steer(client, atlas, answers, others, (2,), 0, 80)
-    assert found.neurons == 80
+        (found,) = steer(client, atlas, answers, others, (2,), 0, 60)
+    assert found.neurons == 60
     assert above_0(found.labelled)
     assert above_0(found.more)
     assert above_0(found.more_by_answer)
@@ -89,7 +89,7 @@ def test_a_planted_neuron_is_found_and_labelled(tmp_path: Path) -> None:
     # Of so few sentences, few have the word: with the directions of other seeds up to four of the
     # places of positive relevance are elsewhere. With those of `make proof` none is.
     plant(demo_path(), planted, word, making, 0)
-    with serving(planted, RELTRACE_THREADS="2") as address, reltrace.Client(address) as client:
+    with serving(planted, RELTRACE_THREADS="1") as address, reltrace.Client(address) as client:
         found = look(client.build_atlas(corpus, tmp_path / "atlas"), word)
     assert found.label.split(" · ")[0] == "lunch"
     assert found.clearest is not None

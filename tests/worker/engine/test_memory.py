@@ -157,7 +157,7 @@ def test_an_explicit_setting_keeps_its_limit(checkpoints: Checkpoints) -> None:
 
 
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     database=None,

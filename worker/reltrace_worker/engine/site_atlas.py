@@ -32,8 +32,11 @@ BINS = 2 * len(OCTAVES) + 1
 CLASSES = 1 << 9
 """Signs and exponents of float32: what is counted first, since there they stand as they are."""
 
-_ROWS = 2048
-"""Rows that are merged at a time: they need some 30 bytes for each feature."""
+_VALUES = 1 << 24
+"""Values that are merged at a time: they need some 30 bytes each."""
+
+_FEWEST_ROWS, _MOST_ROWS = 512, 2048
+"""Of few rows, the look-up of what is large leaves more over than of many."""
 
 _BLOCK = 16
 """Rows of which the largest value is looked up first: most are smaller than what is kept."""
@@ -135,8 +138,9 @@ class SiteAtlas:
         places
             int64 [N].
         """
-        for start in range(0, len(places), _ROWS):
-            rows = slice(start, start + _ROWS)
+        together = min(max(_VALUES // relevance.shape[-1], _FEWEST_ROWS), _MOST_ROWS)
+        for start in range(0, len(places), together):
+            rows = slice(start, start + together)
             # Features first: what is looked for of one feature stands together.
             both = torch.stack((relevance[rows].T, activation[rows].T))
             for measure in range(len(MEASURES)):
