@@ -166,8 +166,11 @@ async def build(
     if given != plan.about():
         raise invalid("out", f"{out} holds an atlas of other settings: {given}")
     builder = _Builder(connection, folder, state, plan, progress)
-    await builder.run(slices(prompts, plan.slice))
-    await asyncio.to_thread(folder.end)
+    try:
+        await builder.run(slices(prompts, plan.slice))
+        await asyncio.to_thread(folder.end)
+    finally:
+        folder.leave()
     return state
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import secrets
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -20,7 +21,8 @@ from reltrace._errors import TraceError, invalid
 from reltrace._trace import Array
 
 _FORMAT = 2
-_ATLAS, _CORPUS, _UNFINISHED = "atlas.safetensors", "corpus", "unfinished"
+_ATLAS, _CORPUS = "atlas.safetensors", "corpus"
+_UNFINISHED, _LOCK = "unfinished", ".lock"
 _FIELDS = tuple(field_.name for field_ in fields(Merged))
 _WORDS = tuple(field_.name for field_ in fields(WordCounts))
 
@@ -113,6 +115,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: IO[str] | None = None
 
     @property
     def exists(self) -> bool:
@@ -170,15 +173,39 @@ class Folder:
     def begin(self) -> str:
         """Note that the atlas is being built; return what tells this building from all others.
 
-        It is the same until `end`, however often the building is broken off.
+        It is the same until `end`, however often the building is broken off. Until `leave`, no
+        other process builds here.
+
+        Raises
+        ------
+        TraceError
+            Another does, or the folder can not be used.
         """
+        self._hold()
         path = self.path / _UNFINISHED
         known = path.read_text("ascii", "replace") if path.exists() else ""
         if not re.fullmatch("[0-9a-f]{32}", known):
             known = secrets.token_hex(16)
-            self.path.mkdir(parents=True, exist_ok=True)
             write_whole(path, [known.encode()])
         return known
+
+    def _hold(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / _LOCK).open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TraceError(
+                f"another process builds the atlas in {self.path}; stop it, or choose another "
+                "folder"
+            ) from None
+        except OSError as error:
+            raise invalid("out", f"{self.path} can not be used: {error.strerror}") from None
+
+    def leave(self) -> None:
+        """Let others build here."""
+        if self._lock is not None:
+            self._lock.close()
 
     def end(self) -> None:
         """Note that the atlas is whole."""

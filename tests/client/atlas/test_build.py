@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import reltrace
 from reltrace._atlas.build import Slice, slices
+from reltrace._atlas.folder import Folder
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,24 @@ def test_what_is_no_corpus_is_refused(
     with pytest.raises(reltrace.InvalidArgument, match=message):
         client.build_atlas(prompts, tmp_path / "atlas", slice=2**16)  # type: ignore[arg-type]
     assert not (tmp_path / "atlas").exists()
+
+
+def test_one_process_at_a_time_builds_in_a_folder(client: reltrace.Client, tmp_path: Path) -> None:
+    other = Folder(tmp_path)
+    identity = other.begin()
+    with pytest.raises(reltrace.TraceError, match="another process builds the atlas in"):
+        client.build_atlas(["a"], tmp_path)
+    other.leave()
+    # Nothing of it is lost for who goes on.
+    again = Folder(tmp_path)
+    assert again.begin() == identity
+    again.leave()
+
+
+def test_a_folder_that_can_not_be_is_named(client: reltrace.Client, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(reltrace.InvalidArgument, match=r"out: .* can not be used: Not a dir"):
+        client.build_atlas(["a"], tmp_path / "file" / "atlas")
 
 
 def test_a_prompt_is_named_by_its_number_in_the_corpus() -> None:
