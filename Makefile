@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-war
 PROJECTS := $(wildcard */pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint proto bench gpu fleet chaos proof upgrade model clean
+.PHONY: help setup setup-dev demo test slow lint proto bench gpu fleet chaos proof upgrade model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,10 +34,15 @@ $(VENV)/.setup-dev: $(VENV)/.setup tests/requirements.txt
 demo: $(VENV)/.setup ## trace the example sentence through the whole service: out/trace.png
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh deploy/demo.sh out
 
-test: $(VENV)/.setup-dev lint ## lint, types, and all tests but the long ones
-	@# Models in tests are tiny: a second thread costs them more than it gives. Other processes do not:
-	@# two files run side by side, and tests of one file, which share services, in turn.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# Models in tests are tiny: a second thread costs them more than it gives. A second process does not:
+# two files run side by side, and tests of one file, which share services, in turn.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(VENV)/.setup-dev lint ## lint, types, and all tests but the slow ones
+	@$(PYTEST) -m "not slow"
+
+slow: $(VENV)/.setup-dev ## the slow ones: small benchmarks and proofs, hosts, a dashboard, kills of real workers
+	@$(PYTEST) -m slow
 
 lint: $(VENV)/.setup-dev ## ruff, mypy and buf
 	@$(BIN)/ruff check .

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 RIVALS = HERE.parents[1] / ".venv/rivals/bin/python"
 

@@ -16,6 +16,8 @@ from chaos.submitting import submit
 from reltrace_proto.v1 import types_pb2
 from waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 StartOn = Callable[..., tuple[Cluster, Network]]
 
 

@@ -20,6 +20,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_traces_are_those_of_an_undisturbed_run(start: Start) -> None:
     """

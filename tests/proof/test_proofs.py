@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import reltrace
 from bench.service import serving
 from proof.ablation import ablate
@@ -11,6 +12,8 @@ from proof.steering import steer, unseen
 from reltrace._evaluate.scores import Mean
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.demo.corpus import held_out
+
+pytestmark = pytest.mark.slow
 
 
 def above_0(mean: Mean) -> bool:
