@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from types import UnionType
 from typing import Any, Protocol
 
 from reltrace._errors import invalid
@@ -38,16 +39,22 @@ def open_source(items: object, argument: str = "items") -> Source:
     InvalidArgument
         If it is no iterable of items.
     """
-    if isinstance(items, str | bytes | dict):
-        kind = type(items).__name__
-        raise invalid(argument, f"must be an iterable of {argument}, not one {kind}")
+    check_iterable(items, argument, Iterable | AsyncIterable)
     if isinstance(items, list | tuple):
         return _Ready(items)
     if isinstance(items, AsyncIterable):
         return _Async(items)
-    if isinstance(items, Iterable):
-        return _Blocking(items)
-    raise invalid(argument, f"must be an iterable of {argument}, not {type(items).__name__}")
+    assert isinstance(items, Iterable)
+    return _Blocking(items)
+
+
+def check_iterable(items: object, argument: str, kinds: UnionType | type = Iterable) -> None:
+    """Raise InvalidArgument if it is none of such a kind, or a single item."""
+    kind = type(items).__name__
+    if isinstance(items, str | bytes | Mapping):
+        raise invalid(argument, f"must be an iterable of {argument}, not one {kind}")
+    if not isinstance(items, kinds):
+        raise invalid(argument, f"must be an iterable of {argument}, not {kind}")
 
 
 class _Ready:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from reltrace._atlas.folder import Folder, State
 from reltrace._atlas.sending import Made, Sender, free
 from reltrace._errors import invalid
 from reltrace._request import MAX_JOB_BYTES, Job, Priority, model_name, wire_priority
+from reltrace._source import check_iterable
 from reltrace._transport.connection import Connection
 from reltrace._transport.submission import Accepted
 
@@ -135,15 +136,6 @@ def slices(prompts: Iterable[str], size: int) -> Iterator[Slice]:
         yield Slice(number, some)
 
 
-def check_prompts(prompts: object) -> None:
-    """Raise InvalidArgument unless it is an iterable, and not a single text."""
-    kind = type(prompts).__name__
-    if isinstance(prompts, str | bytes | Mapping):
-        raise invalid("prompts", f"must be an iterable of prompts, not one {kind}")
-    if not isinstance(prompts, Iterable):
-        raise invalid("prompts", f"must be an iterable of prompts, not {kind}")
-
-
 async def build(
     connection: Connection,
     prompts: Iterable[str],
@@ -159,7 +151,7 @@ async def build(
         Takes how many further prompts are in it.
     """
     plan.check()
-    check_prompts(prompts)
+    check_iterable(prompts, "prompts")
     folder = Folder(out)
     state = await asyncio.to_thread(folder.read) if folder.exists else State(plan.about())
     given = {name: state.about.get(name) for name in plan.about()}

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import secrets
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from reltrace._atlas.merged import Merged
 from reltrace._atlas.part import SITES, AtlasPart
 from reltrace._atlas.words import WordCounts
-from reltrace._batch.disk import write_whole
+from reltrace._batch.disk import held, write_whole
 from reltrace._errors import TraceError, invalid
 from reltrace._trace import Array
 
@@ -115,7 +115,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
+        self._held = ExitStack()
 
     @property
     def exists(self) -> bool:
@@ -181,7 +181,8 @@ class Folder:
         TraceError
             Another does, or the folder can not be used.
         """
-        self._hold()
+        busy = f"another process builds the atlas in {self.path}; stop it, or choose another folder"
+        self._held.enter_context(held(self.path, _LOCK, "out", busy))
         path = self.path / _UNFINISHED
         known = path.read_text("ascii", "replace") if path.exists() else ""
         if not re.fullmatch("[0-9a-f]{32}", known):
@@ -189,23 +190,9 @@ class Folder:
             write_whole(path, [known.encode()])
         return known
 
-    def _hold(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / _LOCK).open("a")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TraceError(
-                f"another process builds the atlas in {self.path}; stop it, or choose another "
-                "folder"
-            ) from None
-        except OSError as error:
-            raise invalid("out", f"{self.path} can not be used: {error.strerror}") from None
-
     def leave(self) -> None:
         """Let others build here."""
-        if self._lock is not None:
-            self._lock.close()
+        self._held.close()
 
     def end(self) -> None:
         """Note that the atlas is whole."""

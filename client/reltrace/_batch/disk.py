@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from reltrace._errors import TraceError, invalid
 
 # What a crash leaves unfinished has this ending, and is removed by the next run.
 UNFINISHED = ".unfinished"
+
+
+@contextmanager
+def held(folder: Path, lock_name: str, field: str, busy: str, mode: int = 0o777) -> Iterator[None]:
+    """Hold a folder, which is made if need be: one process at a time.
+
+    Raises
+    ------
+    InvalidArgument
+        Naming `field`, if the folder can not be used.
+    TraceError
+        Saying `busy`, if another process holds it.
+    """
+    try:
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        lock = (folder / lock_name).open("a")
+    except OSError as error:
+        raise invalid(field, f"{folder} can not be used: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TraceError(busy) from None
+        yield
 
 
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:

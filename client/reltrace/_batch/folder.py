@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import reltrace
-from reltrace._batch.disk import UNFINISHED, write_whole
+from reltrace._batch.disk import UNFINISHED, held, write_whole
 from reltrace._batch.journal import NAME as JOURNAL
 from reltrace._batch.parts import PartFormat
 from reltrace._errors import TraceError, invalid
@@ -85,8 +83,7 @@ class Folder:
         number, count = shard
         return cls(root, root if count == 1 else root / f"shard-{number}-of-{count}")
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Hold the folder: one process at a time writes to it.
 
         Raises
@@ -94,20 +91,8 @@ class Folder:
         TraceError
             If another does, or the folder can not be used.
         """
-        try:
-            self.own.mkdir(parents=True, exist_ok=True)
-            lock = (self.own / ".lock").open("a")
-        except OSError as error:
-            raise invalid("out", f"{self.own} can not be used: {error.strerror}") from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TraceError(
-                    f"another `reltrace batch` writes to {self.own}; stop it, or choose another "
-                    "folder"
-                ) from None
-            yield
+        busy = f"another `reltrace batch` writes to {self.own}; stop it, or choose another folder"
+        return held(self.own, ".lock", "out", busy)
 
     def enter(self, settings: Settings, input_name: str) -> None:
         """Write the manifest, or check that the one that is there has the same settings.

@@ -20,7 +20,9 @@ from reltrace._atlas.part import LISTS, MEASURES
 from reltrace._batch.items import InputFormat, count_items, format_of, read_items
 from reltrace._command.options import (
     AsJson,
+    Column,
     Model,
+    Quiet,
     Rule,
     Server,
     TargetText,
@@ -74,13 +76,8 @@ def build(
         int,
         typer.Option("--slice", envvar="RELTRACE_SLICE", help="Prompts a worker takes at a time."),
     ] = 1024,
-    column: Annotated[
-        str | None,
-        typer.Option(envvar="RELTRACE_COLUMN", help="Of csv and parquet. (default: prompt)"),
-    ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", envvar="RELTRACE_QUIET", help="Show no progress.")
-    ] = False,
+    column: Column = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Build an atlas, or what is missing of one."""

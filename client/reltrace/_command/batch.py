@@ -16,15 +16,20 @@ from typing import Annotated, Any
 import typer
 
 from reltrace._batch.folder import Settings
-from reltrace._batch.items import InputFormat, InputName, count_items
+from reltrace._batch.items import InputFormat, count_items
 from reltrace._batch.parts import PartFormat, pyarrow_modules
 from reltrace._batch.run import Options, Run, Summary
 from reltrace._batch.served import check_served
 from reltrace._command.options import (
     AsJson,
+    Column,
     Dtype,
+    IdColumn,
     Layers,
+    Limit,
     Model,
+    PromptFormat,
+    Quiet,
     Reduce,
     Rule,
     Server,
@@ -71,34 +76,10 @@ def batch(
     part_format: Annotated[
         PartFormat, typer.Option("--format", envvar="RELTRACE_FORMAT", help="Of the traces.")
     ] = "safetensors",
-    input_format: Annotated[
-        InputName | None,
-        typer.Option(
-            envvar="RELTRACE_INPUT_FORMAT",
-            help="Of the prompts. (default: by the ending; of standard input: jsonl)",
-            show_default=False,
-        ),
-    ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RELTRACE_COLUMN",
-            help="Column of the prompts, in CSV and Parquet. (default: prompt)",
-            show_default=False,
-        ),
-    ] = None,
-    id_column: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RELTRACE_ID_COLUMN",
-            help="Column of their ids. (default: id, if there is one)",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(envvar="RELTRACE_LIMIT", min=1, help="Only the first N prompts of the file."),
-    ] = None,
+    input_format: PromptFormat = None,
+    column: Column = None,
+    id_column: IdColumn = None,
+    limit: Limit = None,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -138,9 +119,7 @@ def batch(
             help="Seconds to wait for a server that is away.",
         ),
     ] = 600.0,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", envvar="RELTRACE_QUIET", help="Show no progress.")
-    ] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Trace a file of prompts. The same command again goes on where it was left.

@@ -14,10 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reltrace._batch.items import InputFormat, InputName, read_items
+from reltrace._batch.items import InputFormat, read_items
 from reltrace._command.options import (
     AsJson,
+    Column,
+    IdColumn,
+    Limit,
     Model,
+    PromptFormat,
+    Quiet,
     Server,
     TargetText,
     access_of,
@@ -66,34 +71,10 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(envvar="RELTRACE_SEED", min=0, help="Of the random order.")
     ] = 0,
-    input_format: Annotated[
-        InputName | None,
-        typer.Option(
-            envvar="RELTRACE_INPUT_FORMAT",
-            help="Of the prompts. (default: by the ending; of standard input: jsonl)",
-            show_default=False,
-        ),
-    ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RELTRACE_COLUMN",
-            help="Column of the prompts, in CSV and Parquet. (default: prompt)",
-            show_default=False,
-        ),
-    ] = None,
-    id_column: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RELTRACE_ID_COLUMN",
-            help="Column of their ids. (default: id, if there is one)",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(envvar="RELTRACE_LIMIT", min=1, help="Only so many prompts."),
-    ] = None,
+    input_format: PromptFormat = None,
+    column: Column = None,
+    id_column: IdColumn = None,
+    limit: Limit = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -104,9 +85,7 @@ def evaluate(
         float | None,
         typer.Option(envvar="RELTRACE_TIMEOUT", help="Seconds for the whole run."),
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", envvar="RELTRACE_QUIET", help="Show no progress.")
-    ] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well each rule tells what predictions rest on."""

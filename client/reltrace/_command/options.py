@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import reltrace
+from reltrace._batch.items import InputName
 from reltrace._errors import invalid
 from reltrace._request import Dtype as DtypeName
 from reltrace._transport.address import ADDRESS_VARIABLE, DEFAULT_ADDRESS
@@ -73,6 +74,35 @@ Dtype = Annotated[
     DtypeName,
     typer.Option(envvar="RELTRACE_RESULT_DTYPE", help="Number format in which relevance travels."),
 ]
+PromptFormat = Annotated[
+    InputName | None,
+    typer.Option(
+        envvar="RELTRACE_INPUT_FORMAT",
+        help="Of the prompts. (default: by the ending; of standard input: jsonl)",
+        show_default=False,
+    ),
+]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RELTRACE_COLUMN",
+        help="Column of the prompts, in CSV and Parquet. (default: prompt)",
+        show_default=False,
+    ),
+]
+IdColumn = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RELTRACE_ID_COLUMN",
+        help="Column of their ids. (default: id, if there is one)",
+        show_default=False,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(envvar="RELTRACE_LIMIT", min=1, help="Only the first N prompts of the file."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", envvar="RELTRACE_QUIET", help="Show no progress.")]
 AsJson = Annotated[
     bool, typer.Option("--json", envvar="RELTRACE_JSON", help="Print JSON for machines.")
 ]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
-from reltrace._pictures.fragment import BOX, GREY
+from reltrace._pictures.fragment import BOX, CELL, GREY
 
 if TYPE_CHECKING:
     from reltrace._atlas.atlas import Atlas
 
 _NEURONS = 8
 """Those with most relevance."""
-
-_CELL = "padding:1px 12px 1px 0;text-align:left;border:0;background:none;color:#1a1a1a"
 
 
 def atlas_fragment(atlas: Atlas) -> str:
@@ -31,7 +29,7 @@ def atlas_fragment(atlas: Atlas) -> str:
     ]
     table = "".join(
         '<tr style="background:none">'
-        + "".join(f'<td style="{_CELL};white-space:pre">{html.escape(cell)}</td>' for cell in row)
+        + "".join(f'<td style="{CELL};white-space:pre">{html.escape(cell)}</td>' for cell in row)
         + "</tr>"
         for row in rows
     )

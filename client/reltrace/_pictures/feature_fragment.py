@@ -6,12 +6,10 @@ import html
 
 from reltrace._atlas.contexts import Context, Feature
 from reltrace._pictures.display import colour, css, ink, label
-from reltrace._pictures.fragment import BOX, GREY
+from reltrace._pictures.fragment import BOX, CELL, GREY
 
 _CONTEXTS = 6
 """Of each sign."""
-
-_CELL = "padding:1px 12px 1px 0;text-align:left;border:0;background:none;color:#1a1a1a"
 
 
 def feature_fragment(feature: Feature) -> str:
@@ -28,7 +26,7 @@ def feature_fragment(feature: Feature) -> str:
         for context in feature.contexts[f"relevance{sign}"][:_CONTEXTS]
     ]
     head = "".join(
-        f'<th style="{_CELL};font-weight:400">{title}</th>'
+        f'<th style="{CELL};font-weight:400">{title}</th>'
         for title in ("R", "where it is strong", "explained")
     )
     return (
@@ -51,5 +49,5 @@ def _row(context: Context, feature: Feature) -> str:
         f'{before}<span style="{strong}">{token}</span>{after}',
         html.escape(label(context.target).strip()),
     )
-    texts = "".join(f'<td style="{_CELL};white-space:pre-wrap">{cell}</td>' for cell in cells)
+    texts = "".join(f'<td style="{CELL};white-space:pre-wrap">{cell}</td>' for cell in cells)
     return f'<tr style="background:none">{texts}</tr>'

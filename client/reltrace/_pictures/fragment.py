@@ -34,6 +34,7 @@ BOX = (
     "background:#fff;padding:10px 12px;border:1px solid #ddd;border-radius:4px"
 )
 GREY = "color:#666;font-size:11px"
+CELL = "padding:1px 12px 1px 0;text-align:left;border:0;background:none;color:#1a1a1a"
 
 
 def trace_fragment(trace: Trace) -> str:

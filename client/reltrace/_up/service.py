@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from reltrace._aio import AsyncClient
-from reltrace._errors import MissingDependency, TraceError, Unavailable, invalid
+from reltrace._batch.disk import held
+from reltrace._errors import MissingDependency, Unavailable, invalid
 from reltrace._info import Model
 from reltrace._up.supervise import Part
 
@@ -336,20 +336,8 @@ def _free_port(port: int) -> int:
         return chosen
 
 
-@contextmanager
-def _own_folder(data: Path) -> Iterator[None]:
+def _own_folder(data: Path) -> AbstractContextManager[None]:
     """Hold the folder: two stores on one append-only file would destroy it."""
-    try:
-        # Prompts are in it.
-        data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (data / "up.lock").open("a")
-    except OSError as error:
-        raise invalid("data", f"{data} can not be used: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TraceError(
-                f"another `reltrace up` uses {data}; stop it, or choose another folder by --data"
-            ) from None
-        yield
+    busy = f"another `reltrace up` uses {data}; stop it, or choose another folder by --data"
+    # Prompts are in it.
+    return held(data, "up.lock", "data", busy, mode=0o700)

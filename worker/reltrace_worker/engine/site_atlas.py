@@ -12,6 +12,7 @@ the k largest of a set of distinct integers, and sums and histograms are integer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -89,6 +90,11 @@ def bins_of(classes: torch.Tensor) -> torch.Tensor:
     exponent = (classes & (CLASSES // 2 - 1)) - _BIAS
     step = (exponent - OCTAVES.start + 1).clamp(0, len(OCTAVES))
     return len(OCTAVES) + torch.where(classes < CLASSES // 2, step, -step)
+
+
+@cache
+def _all_bins(device: torch.device) -> torch.Tensor:
+    return bins_of(torch.arange(CLASSES, dtype=torch.int32, device=device))
 
 
 @dataclass(slots=True)
@@ -191,8 +197,7 @@ class SiteAtlas:
         of_feature = torch.arange(0, features * CLASSES, CLASSES, device=values.device)
         flat = (classes_of(values) + of_feature[:, None].int()).flatten()
         found = torch.bincount(flat, minlength=features * CLASSES).view(features, CLASSES)
-        bins = bins_of(torch.arange(CLASSES, dtype=torch.int32, device=values.device))
-        histogram.index_add_(1, bins, found.int())
+        histogram.index_add_(1, _all_bins(values.device), found.int())
 
 
 def _candidates(values: torch.Tensor, kept: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,9 @@ from itertools import accumulate, groupby
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from reltrace_worker.rules.reproducible import in_fixed_order
+from reltrace_worker.rules.reproducible import sdpa
 from reltrace_worker.rules.window import window_attention
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -144,11 +143,7 @@ def packed_attention(
         if sliding_window is not None and length > sliding_window:
             output = window_attention(q, k, v, sliding_window, scaling=scaling, grouped=grouped)
         else:
-            output = in_fixed_order(
-                scaled_dot_product_attention(
-                    q, k, v, is_causal=length > 1, scale=scaling, enable_gqa=grouped
-                )
-            )
+            output = sdpa(q, k, v, is_causal=length > 1, scale=scaling, enable_gqa=grouped)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
 

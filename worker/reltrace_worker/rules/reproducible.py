@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def in_fixed_order(output: torch.Tensor) -> torch.Tensor:
@@ -33,6 +34,11 @@ def in_fixed_order(output: torch.Tensor) -> torch.Tensor:
     if output.grad_fn is not None and output.device.type == "cuda":
         run_deterministically(output.grad_fn)
     return output
+
+
+def sdpa(*arguments: Any, **options: Any) -> torch.Tensor:
+    """Return ``scaled_dot_product_attention``, whose backward pass adds in a fixed order."""
+    return in_fixed_order(scaled_dot_product_attention(*arguments, **options))
 
 
 def run_deterministically(node: Any) -> None:

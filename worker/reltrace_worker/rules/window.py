@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
-from reltrace_worker.rules.reproducible import in_fixed_order
+from reltrace_worker.rules.reproducible import sdpa
 
 
 def _blocks(states: torch.Tensor, window: int) -> torch.Tensor:
@@ -57,30 +57,21 @@ def window_attention(
     # Nothing is out of reach of the first block; it needs no mask.
     first_query, rest_query = torch.split(query, [window, length - window], dim=2)
     first_key, first_value = key[:, :, :window], value[:, :, :window]
-    first = in_fixed_order(
-        scaled_dot_product_attention(
-            first_query,
-            first_key,
-            first_value,
-            is_causal=window > 1,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
+    first = sdpa(
+        first_query, first_key, first_value, is_causal=window > 1, scale=scaling, enable_gqa=grouped
     )
     # What pads the last block follows every query that counts, so that none of them sees it.
     padding = (0, 0, 0, -length % window)
     i = torch.arange(window, device=query.device)[:, None]
     j = torch.arange(2 * window, device=query.device)[None]
-    rest = in_fixed_order(
-        scaled_dot_product_attention(
-            _blocks(pad(rest_query, padding), window).flatten(0, 1),
-            _own_and_previous(pad(key, padding), window),
-            _own_and_previous(pad(value, padding), window),
-            # Key j stands at j - window, counted from the block's first query.
-            attn_mask=(j > i) & (j <= i + window),
-            scale=scaling,
-            enable_gqa=grouped,
-        )
+    rest = sdpa(
+        _blocks(pad(rest_query, padding), window).flatten(0, 1),
+        _own_and_previous(pad(key, padding), window),
+        _own_and_previous(pad(value, padding), window),
+        # Key j stands at j - window, counted from the block's first query.
+        attn_mask=(j > i) & (j <= i + window),
+        scale=scaling,
+        enable_gqa=grouped,
     )
     rest = rest.view(prompts, -1, heads, window, size).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, rest[:, :, : length - window]], dim=2)
