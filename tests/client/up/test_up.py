@@ -130,13 +130,16 @@ def test_a_part_that_dies_is_started_again(start: Callable[..., Up]) -> None:
     for part in ("worker", "scheduler"):
         (pid,) = up.started(part)
         os.kill(pid, signal.SIGKILL)
-        said = ""
-        while "was ended by SIGKILL; starting it again\n" not in said:
+        said, lines = "", []
+        while not lines:
             readable, _, _ = select.select([up.process.stderr], [], [], SECONDS)
             assert readable
             # Past Python's own buffer, whose lines `select` does not see.
             said += os.read(up.process.stderr.fileno(), 65536).decode()
-        (line,) = (one for one in said.splitlines() if "was ended by SIGKILL" in one)
+            whole = said.splitlines(keepends=True)
+            wanted = "was ended by SIGKILL; starting it again"
+            lines = [one for one in whole if wanted in one and one.endswith("\n")]
+        (line,) = lines
         assert line.startswith(f"reltrace up: {part}")
         watch_until(lambda part=part: len(up.started(part)) == 2, up.events_file)
     assert up.end()[0] == 0
