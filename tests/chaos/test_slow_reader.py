@@ -36,8 +36,9 @@ def test_a_reader_that_does_not_read_slows_nobody_else(start: Start) -> None:
     """
     Given a client that asks for its large results and does not read them
     If another one works meanwhile
-    I expect the other to be as fast as before, but for the noise of busy cores, the scheduler not
-    to hold the results in memory, and the first one to get all of them when it reads at last.
+    I expect the other to be as fast as before and after, but for the noise of busy cores, the
+    scheduler not to hold the results in memory, and the first one to get all of them when it reads
+    at last.
     """
     cluster = start(schedulers=1, workers=1)
     numbers = count(1000)
@@ -54,7 +55,6 @@ def test_a_reader_that_does_not_read_slows_nobody_else(start: Start) -> None:
         first = next(stream)  # it has begun, and stands still from here on
         beside = round_trip(other, numbers)
         grown = scheduler.memory_info().rss - before
-        assert beside < 3 * alone
         assert grown < 20 << 20
         received = sum(
             len(piece.data)
@@ -63,3 +63,4 @@ def test_a_reader_that_does_not_read_slows_nobody_else(start: Start) -> None:
             for piece in event.chunk.tensors
         )
         assert received == sum(work.size for work in LARGE)
+        assert beside < 3 * max(alone, round_trip(other, numbers))

@@ -12,6 +12,7 @@ import grpc
 import pytest
 import reltrace
 from fake_server import FakeServer, queue_full, status_with
+from reltrace._transport import leaving
 
 PROMPTS = ["quick", "slow", "slow"]
 
@@ -124,14 +125,16 @@ def test_jobs_that_a_full_queue_refused_are_not_handed_in_again(
     assert server.jobs_submitted() == 0
 
 
-def test_nobody_waits_for_a_server_that_is_away() -> None:
+def test_nobody_waits_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wait in ("_WAIT", "_CLOSE_WAIT"):
+        monkeypatch.setattr(leaving, wait, 30.0)
     started = time.monotonic()
     with (
         reltrace.Client("127.0.0.1:1") as client,
         pytest.raises(reltrace.DeadlineExceeded),
     ):
         client.trace("x", timeout=0.3)
-    assert time.monotonic() - started < 1.2
+    assert time.monotonic() - started < 10
 
 
 def test_what_ended_or_expired_is_not_cancelled(
