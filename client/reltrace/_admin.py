@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.message import Message
 from reltrace_proto.v1 import admin_pb2
 
+from reltrace._checks import whole_number
 from reltrace._errors import LostLease, RpcStatus, invalid, lost_leases
 from reltrace._info import Worker, worker
 from reltrace._loop import LoopThread
@@ -92,11 +93,8 @@ class AsyncAdmin:
 
     async def dead_jobs(self, limit: int = 100) -> list[DeadJob]:
         """Return quarantined jobs. See `Admin.dead_jobs`."""
-        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit < 2**32:
-            raise invalid("limit", f"must be a whole number from 1 on, not {limit!r}")
-        answer = await self._call(
-            lambda server: server.admin.ListDeadJobs, admin_pb2.ListDeadJobsRequest(limit=limit)
-        )
+        request = admin_pb2.ListDeadJobsRequest(limit=whole_number(limit, "limit", 1, 2**32 - 1))
+        answer = await self._call(lambda server: server.admin.ListDeadJobs, request)
         return [
             DeadJob(
                 id=job.job_id,

@@ -8,8 +8,9 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeAlias, overload
 
+from reltrace._checks import whole_number
 from reltrace._edit import EditLike
-from reltrace._errors import TraceError, invalid
+from reltrace._errors import TraceError
 from reltrace._generate import AsyncGenerate
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
@@ -281,16 +282,12 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
     ) -> ManyRun:
         """Check the arguments of `trace_many` and make its run; for the clients' own use."""
         defaults.check_shared()
-        if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int):
-            raise invalid("max_in_flight", f"must be a whole number, not {max_in_flight!r}")
-        if max_in_flight < 1:
-            raise invalid("max_in_flight", f"must be 1 or more, not {max_in_flight}")
         return ManyRun(
             self._connection,
             open_source(items),
             defaults,
             ordered=ordered,
-            max_in_flight=max_in_flight,
+            max_in_flight=whole_number(max_in_flight, "max_in_flight", 1),
             priority=wire_priority(priority),
             deadline=deadline,
         )

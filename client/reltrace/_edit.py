@@ -9,9 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from reltrace_proto.v1 import types_pb2
 
+from reltrace._checks import number, whole_number
 from reltrace._errors import invalid
 
-_LARGEST = 2**32 - 1
+_INDICES = (0, 2**32 - 1)
+_POSITIONS = (-(2**31), 2**31 - 1)
 # A norm squares what flows through it, which has to stay within float32.
 _LARGEST_VALUE = 1e9
 _CHANGES = ("value", "scale", "direction")
@@ -62,9 +64,9 @@ class Edit:
             raise invalid("site", f"must be the name of a site, not {self.site!r}")
         wire = types_pb2.Edit(
             site=self.site,
-            layer=_number(self.layer, "layer", 0),
-            features=_numbers(self.features, "features", 0),
-            positions=_numbers(self.positions, "positions", -(2**31)),
+            layer=whole_number(self.layer, "layer", *_INDICES),
+            features=_numbers(self.features, "features", *_INDICES),
+            positions=_numbers(self.positions, "positions", *_POSITIONS),
         )
         given = [name for name in _CHANGES if getattr(self, name) is not None]
         if len(given) != 1:
@@ -123,10 +125,10 @@ class Steer:
         if (self.neuron is None) == (self.direction is None):
             raise invalid("neuron", "give either a neuron or a direction")
         if self.neuron is not None:
+            neuron = whole_number(self.neuron, "neuron", *_INDICES)
             return Edit(
-                "neuron", self.layer, _number(self.neuron, "neuron", 0), self.positions,
-                value=self.value, scale=self.scale,
-            )  # fmt: skip
+                "neuron", self.layer, neuron, self.positions, value=self.value, scale=self.scale
+            )
         if self.value is not None:
             raise invalid("value", "is for a neuron; how much of a direction is added, scale says")
         factor = 1.0 if self.scale is None else finite(self.scale, "scale")
@@ -159,15 +161,7 @@ def edits_to_wire(edits: object, argument: str = "edits") -> list[types_pb2.Edit
     return wire
 
 
-def _number(value: object, argument: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise invalid(argument, f"must be int, not {type(value).__name__}")
-    if not least <= value <= _LARGEST:
-        raise invalid(argument, f"must be {least} or more, not {value}")
-    return int(value)
-
-
-def _numbers(value: object, argument: str, least: int) -> list[int]:
+def _numbers(value: object, argument: str, least: int, most: int) -> list[int]:
     if value is None:
         return []
     if isinstance(value, np.ndarray):
@@ -178,17 +172,14 @@ def _numbers(value: object, argument: str, least: int) -> list[int]:
         raise invalid(argument, f"must be a number or a sequence of them, not {value!r}")
     if not value:
         raise invalid(argument, "is empty; leave it out for all")
-    return [_number(one, f"{argument}[{index}]", least) for index, one in enumerate(value)]
+    return [
+        whole_number(one, f"{argument}[{index}]", least, most) for index, one in enumerate(value)
+    ]
 
 
 def finite(value: object, argument: str) -> float:
-    """Return a finite number, or raise InvalidArgument naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise invalid(argument, f"must be a number, not {type(value).__name__}")
-    number = float(value)
-    if not abs(number) <= _LARGEST_VALUE:
-        raise invalid(argument, f"must be {-_LARGEST_VALUE:g} to {_LARGEST_VALUE:g}, not {number}")
-    return number
+    """Return a number that an edit may have, or raise InvalidArgument naming the argument."""
+    return number(value, argument, -_LARGEST_VALUE, _LARGEST_VALUE)
 
 
 def _vector(value: object) -> bytes:

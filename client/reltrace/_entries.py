@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reltrace._errors import MissingDependency, check_positive, invalid
+from reltrace._checks import whole_number
+from reltrace._errors import MissingDependency, invalid
 from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def places(trace: Trace, site: str, rows: Array) -> Places:
 
 def strongest(trace: Trace, k: int, site: str) -> list[Entry]:
     """Return the largest entries of a site. See `Trace.top`."""
-    check_positive("k", k)
+    k = whole_number(k, "k", 1)
     size = np.abs(values_of(trace, site), dtype=np.float32)
     # What is not finite is no larger than anything.
     size[~np.isfinite(size)] = -1

@@ -141,23 +141,9 @@ def invalid(field: str, description: str) -> InvalidArgument:
     return InvalidArgument(str(violation), violations=(violation,))
 
 
-def check_positive(argument: str, value: object) -> None:
-    """Raise InvalidArgument if an argument is no whole number from 1 on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise invalid(argument, f"must be a whole number from 1 on, not {value!r}")
-
-
 def with_item(error: TraceError, item: str | int) -> TraceError:
     """Return `error` with the id of the `trace_many` item in front of its message."""
-    return _saying(error, f"item {item!r}: {error}")
-
-
-def without_item(error: TraceError, item: str | int) -> TraceError:
-    """Return `error` without what `with_item` put there: for items that no caller knows of."""
-    return _saying(error, str(error).removeprefix(f"item {item!r}: "))
-
-
-def _saying(error: TraceError, message: str) -> TraceError:
+    message = f"item {item!r}: {error}"
     other = type(error)(message, violations=error.violations, job_id=error.job_id)
     if isinstance(other, Quarantined) and isinstance(error, Quarantined):
         other.lost_leases = error.lost_leases

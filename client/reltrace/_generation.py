@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from reltrace_proto.v1 import types_pb2
 
+from reltrace._checks import number, whole_number
 from reltrace._edit import EditLike, edits_to_wire
-from reltrace._errors import invalid
 from reltrace._origin import Provenance, Timings
 from reltrace._request import Job, model_name, set_input
 
@@ -116,10 +115,10 @@ class Writing:
         """
         edits = edits_to_wire(self.steer, "steer")
         wire = types_pb2.Generation(
-            max_new_tokens=_whole(self.max_new_tokens, "max_new_tokens", 1, _MOST_NEW_TOKENS),
-            temperature=_number(self.temperature, "temperature", _MOST_TEMPERATURE),
-            top_p=_number(self.top_p, "top_p", 1.0),
-            seed=_whole(self.seed, "seed", 0, _LARGEST_SEED),
+            max_new_tokens=whole_number(self.max_new_tokens, "max_new_tokens", 1, _MOST_NEW_TOKENS),
+            temperature=number(self.temperature, "temperature", 0, _MOST_TEMPERATURE),
+            top_p=number(self.top_p, "top_p", 0, 1),
+            seed=whole_number(self.seed, "seed", most=_LARGEST_SEED),
             stream=stream,
         )
         jobs = []
@@ -128,19 +127,3 @@ class Writing:
             set_input(spec, self.prompt, self.input_ids)
             jobs.append(Job(spec, (), False, None))
         return jobs
-
-
-def _whole(value: object, argument: str, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise invalid(argument, f"must be int, not {type(value).__name__}")
-    if not least <= value <= most:
-        raise invalid(argument, f"must be {least} to {most}, not {value}")
-    return value
-
-
-def _number(value: object, argument: str, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise invalid(argument, f"must be a number, not {type(value).__name__}")
-    if not (math.isfinite(value) and 0 <= value <= most):
-        raise invalid(argument, f"must be 0 to {most:g}, not {value}")
-    return float(value)

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 from reltrace_proto.v1 import types_pb2
 
-from reltrace._errors import InvalidArgument, NotFound, TraceError, invalid, with_item
+from reltrace._checks import check_id
+from reltrace._errors import InvalidArgument, NotFound, TraceError
 from reltrace._request import Arguments, JobMaker
 from reltrace._source import Source
 from reltrace._trace import Failure, Trace
@@ -215,10 +216,10 @@ class ManyRun:
         name: str | int = index
         try:
             if isinstance(item, Mapping):
-                name = _item_id(item, index)
+                name = check_id(item.get("id", index), "id")
             job = self._jobs.job(item)
         except TraceError as error:
-            self._emit(index, Failure(name, with_item(error, name)), 0)
+            self._emit(index, Failure(name, error), 0)
             return None
         return _Pending(index, Entry(job, name), job.spec.ByteSize())
 
@@ -282,7 +283,7 @@ class ManyRun:
 
     def _fail(self, item: _Pending, error: TraceError) -> None:
         name = item.entry.id if item.entry.id is not None else item.index
-        self._emit(item.index, Failure(name, with_item(error, name)), 0)
+        self._emit(item.index, Failure(name, error), 0)
 
     def _emit(self, index: int, result: Result, size: int) -> None:
         self._held_bytes += size
@@ -297,10 +298,3 @@ class ManyRun:
             self._ready.append((result, size))
         if self._ready:
             self._news.set()
-
-
-def _item_id(item: Mapping[str, Any], index: int) -> str | int:
-    name = item.get("id", index)
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise invalid("id", f"must be str or int, not {name!r}")
-    return name

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from reltrace_proto.v1 import types_pb2
 
 from reltrace import _target
+from reltrace._checks import check_text, whole_number
 from reltrace._edit import EditLike, edits_to_wire
 from reltrace._errors import invalid
 
@@ -212,7 +213,7 @@ def set_input(spec: types_pb2.JobSpec, prompt: object, input_ids: object) -> Non
     elif not isinstance(prompt, str):
         raise invalid("prompt", f"must be str, not {type(prompt).__name__}")
     else:
-        _target.check_text(prompt, "prompt")
+        check_text(prompt, "prompt")
         spec.prompt = prompt
     size = spec.ByteSize()
     if size > MAX_JOB_BYTES:
@@ -230,7 +231,7 @@ def model_name(model: object) -> str:
 def _name(value: object, argument: str) -> str:
     if not isinstance(value, str):
         raise invalid(argument, f"must be str, not {type(value).__name__}")
-    _target.check_text(value, argument)
+    check_text(value, argument)
     return value
 
 
@@ -260,11 +261,7 @@ def _layers(layers: object) -> tuple[int, ...]:
     if not layers:
         raise invalid("layers", "must name at least one layer; leave it out for all")
     for index, layer in enumerate(layers):
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise invalid(f"layers[{index}]", f"must be int, not {type(layer).__name__}")
-        if not 0 <= layer <= _MAX_LAYER:
-            raise invalid(f"layers[{index}]", f"must count from 0, not {layer}")
-        if layer in layers[:index]:
+        if whole_number(layer, f"layers[{index}]", most=_MAX_LAYER) in layers[:index]:
             raise invalid(f"layers[{index}]", f"repeats {layer}")
     return tuple(layers)
 
@@ -274,8 +271,4 @@ def _top_k(top_k: object, reduce: str) -> int:
         raise invalid("top_k", f'is for reduce="topk", not {reduce!r}')
     if top_k is None:
         raise invalid("top_k", 'is missing; reduce="topk" needs the number of values per layer')
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise invalid("top_k", f"must be int, not {type(top_k).__name__}")
-    if not 1 <= top_k <= _MAX_TOP_K:
-        raise invalid("top_k", f"must be 1 to {_MAX_TOP_K}, not {top_k}")
-    return top_k
+    return whole_number(top_k, "top_k", 1, _MAX_TOP_K)

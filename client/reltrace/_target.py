@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from reltrace_proto.v1 import types_pb2
 
+from reltrace._checks import check_text, whole_number
 from reltrace._errors import InvalidArgument, invalid
 
 _MAX_ID = 2**32 - 1
-_POSITIONS = range(-(2**31), 2**31)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class Target:
         _set(self, "token", _token(self.token, "token"))
         if self.contrast is not None:
             _set(self, "contrast", _token(self.contrast, "contrast"))
-        _set(self, "position", whole_number(self.position, "position", _POSITIONS))
+        _set(self, "position", whole_number(self.position, "position", -(2**31), 2**31 - 1))
         for name in ("logprob", "each"):
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, f"must be True or False, not {getattr(self, name)!r}")
@@ -79,33 +78,6 @@ def _set(target: Target, name: str, value: object) -> None:
     object.__setattr__(target, name, value)
 
 
-def whole_number(value: Any, field: str, allowed: range) -> int:
-    """Return `value` as an int, or raise `InvalidArgument` naming `field`."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise invalid(field, f"must be a whole number, not {value!r}")
-    if number not in allowed:
-        raise invalid(field, f"must be from {allowed.start} to {allowed.stop - 1}, not {number}")
-    return number
-
-
-def check_text(text: str, field: str) -> None:
-    """Raise `InvalidArgument` if `text` is empty or can not be encoded as UTF-8."""
-    if not text:
-        raise invalid(field, "must not be empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise invalid(
-            field,
-            f"character {error.start} is a lone surrogate ({text[error.start]!r}), which no "
-            "UTF-8 text holds",
-        ) from None
-
-
 def token_ids(ids: Any, field: str) -> tuple[int, ...]:
     """Return token ids as ints; takes lists, tuples, and 1-d arrays of whole numbers."""
     if hasattr(ids, "tolist"):
@@ -118,8 +90,7 @@ def token_ids(ids: Any, field: str) -> tuple[int, ...]:
         return tuple(ids)
     # Something is wrong, or of another type of whole number: one by one.
     return tuple(
-        whole_number(number, f"{field}[{index}]", range(_MAX_ID + 1))
-        for index, number in enumerate(ids)
+        whole_number(number, f"{field}[{index}]", most=_MAX_ID) for index, number in enumerate(ids)
     )
 
 
@@ -129,7 +100,7 @@ def _token(value: Any, field: str) -> str | int:
         return value
     if isinstance(value, bool | float) or not hasattr(value, "__index__"):
         raise invalid(field, f"must be a token's text or a token id, not {value!r}")
-    return whole_number(value, field, range(_MAX_ID + 1))
+    return whole_number(value, field, most=_MAX_ID)
 
 
 def is_several(target: object) -> bool:

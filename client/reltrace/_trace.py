@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from reltrace._errors import TraceError, invalid
+from reltrace._errors import TraceError, invalid, with_item
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 
 if TYPE_CHECKING:
@@ -363,12 +363,18 @@ class Failure:
     ----------
     id : str or int
         The item's id: the given one, else its index.
-    error : TraceError
+    reason : TraceError
         Why.
+    error : TraceError
+        Why, and of which item: `reason` with the id in front of its message, to be raised.
     """
 
     id: str | int
-    error: TraceError
+    reason: TraceError
+    error: TraceError = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "error", with_item(self.reason, self.id))
 
     @property
     def job_id(self) -> str | None:

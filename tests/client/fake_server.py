@@ -1,14 +1,12 @@
 """A server that speaks the protocol over a real socket, and misbehaves as told.
 
-It stands where the scheduler and its workers stand. Results are a function of the prompt
-(`relevance_of`), so that a test can say exactly what must come back.
+It stands where the scheduler and its workers stand. What comes back is in `fake_results`.
 """
 
 # ruff: noqa: N802 - the names of the service's methods
 from __future__ import annotations
 
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -16,116 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import grpc
-import numpy as np
+from fake_results import HIDDEN, LAYERS, chunks_of, failed_chunk
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, trace_pb2, trace_pb2_grpc, types_pb2
-
-LAYERS = 4
-HIDDEN = 6
-NUMPY = {
-    types_pb2.SCALAR_TYPE_UNSPECIFIED: "<f4",
-    types_pb2.SCALAR_TYPE_FLOAT32: "<f4",
-    types_pb2.SCALAR_TYPE_FLOAT16: "<f2",
-}
-
-
-def tokens_of(spec: types_pb2.JobSpec) -> list[str]:
-    if spec.WhichOneof("input") == "input_ids":
-        return [f"<{number}>" for number in spec.input_ids.ids]
-    return ["<s>", *spec.prompt.split()]
-
-
-def relevance_of(text: str, site: str, shape: tuple[int, ...], trace: int = 0) -> np.ndarray:
-    seed = zlib.crc32(f"{text}|{site}|{trace}".encode())
-    return np.random.default_rng(seed).standard_normal(shape).astype("<f4")
-
-
-def shape_of(spec: types_pb2.JobSpec, site: str) -> tuple[int, ...]:
-    tokens = len(tokens_of(spec))
-    shapes = {
-        "token": (LAYERS, tokens),
-        "feature": (LAYERS, HIDDEN),
-        "full": (LAYERS, tokens, HIDDEN),
-    }
-    shape = shapes[spec.reduction or "token"]
-    return shape[1:] if site == "embed" else shape
-
-
-def encode(values: np.ndarray, dtype: int) -> bytes:
-    if dtype == types_pb2.SCALAR_TYPE_BFLOAT16:
-        return (values.view("<u4") >> 16).astype("<u2").tobytes()
-    return values.astype(NUMPY[dtype]).tobytes()
-
-
-def chunks_of(
-    spec: types_pb2.JobSpec, job_id: str, piece_bytes: int
-) -> list[types_pb2.ResultChunk]:
-    """Return the result of a job that succeeds, cut into pieces of at most `piece_bytes`."""
-    text = " ".join(tokens_of(spec))
-    dtype = spec.dtype or types_pb2.SCALAR_TYPE_FLOAT32
-    header = types_pb2.TraceHeader(
-        tokens=tokens_of(spec),
-        token_ids=range(len(tokens_of(spec))),
-        provenance=types_pb2.Provenance(
-            model=spec.model or "fake",
-            revision="r1",
-            rule=spec.rule,
-            dtype=types_pb2.SCALAR_TYPE_FLOAT32,
-            attention="sdpa",
-            device="cpu",
-            reduction=spec.reduction,
-            versions={"lxt": "2.1", "torch": "2.13.0"},
-        ),
-    )
-    for index, target in enumerate(spec.targets):
-        count = len(target.continuation.ids.ids) if target.continuation.each else 1
-        for part in range(count):
-            header.targets.add(
-                token=target.token.text or "dogs",
-                token_id=7 + index,
-                logit=3.5 + part,
-                position=len(header.tokens) - 1,
-                logprob=target.logprob,
-            )
-    pieces = []
-    for trace in range(len(header.targets)):
-        for site in spec.sites:
-            shape = shape_of(spec, site)
-            data = encode(relevance_of(text, site, shape, trace), dtype)
-            pieces += [
-                types_pb2.TensorPiece(
-                    trace=trace, site=site, dtype=dtype, shape=shape, offset=offset,
-                    data=data[offset : offset + piece_bytes],
-                )
-                for offset in range(0, len(data), piece_bytes)
-            ]  # fmt: skip
-    per_chunk = len(pieces) if piece_bytes >= 1024 else 1
-    chunks = [
-        types_pb2.ResultChunk(tensors=pieces[start : start + per_chunk])
-        # A job without a site has a chunk all the same.
-        for start in range(0, max(len(pieces), 1), max(per_chunk, 1))
-    ]
-    chunks[0].header.CopyFrom(header)
-    chunks[-1].end.state = types_pb2.JOB_STATE_SUCCEEDED
-    chunks[-1].end.attempt = 1
-    for number, chunk in enumerate(chunks, start=1):
-        chunk.job_id = job_id
-        chunk.number = number
-    return chunks
-
-
-def failed_chunk(
-    job_id: str, state: int, code: int, message: str, field: str = ""
-) -> types_pb2.ResultChunk:
-    chunk = types_pb2.ResultChunk(job_id=job_id, number=1)
-    chunk.end.state = state
-    chunk.end.error.code = code
-    chunk.end.error.message = message
-    if field:
-        chunk.end.error.violations.add(field=field, description=message)
-    return chunk
 
 
 def status_with(code: grpc.StatusCode, message: str, *details: Any) -> status_pb2.Status:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from fake_server import chunks_of
+from fake_results import chunks_of
 from reltrace import _stored
 from reltrace_proto.v1 import types_pb2
 

@@ -45,20 +45,42 @@ def test_one_or_several_edits_of_either_kind() -> None:
         (lambda: Edit("resid"), "value: give one of value, scale and direction, not 0"),
         (lambda: Edit("resid", value=1, scale=2), "value: give one of value, scale and direction"),
         (lambda: Edit("", value=1), "site: must be the name of a site"),
-        (lambda: Edit("neuron", -1, value=1), "layer: must be 0 or more, not -1"),
-        (lambda: Edit("neuron", True, value=1), "layer: must be int, not bool"),
+        (
+            lambda: Edit("neuron", -1, value=1),
+            "layer: must be a whole number from 0 to 4294967295, not -1",
+        ),
+        (
+            lambda: Edit("neuron", True, value=1),
+            "layer: must be a whole number from 0 to 4294967295, not True",
+        ),
         (lambda: Edit("neuron", features=[], value=1), "features: is empty"),
-        (lambda: Edit("neuron", features=[1, -1], value=1), r"features\[1\]: must be 0 or more"),
+        (
+            lambda: Edit("neuron", features=[1, -1], value=1),
+            r"features\[1\]: must be a whole number from 0",
+        ),
         (lambda: Edit("neuron", features="x", value=1), "features: must be a number or a seq"),
-        (lambda: Edit("resid", value=float("nan")), r"value: must be -1e\+09 to 1e\+09, not nan"),
-        (lambda: Edit("resid", value="1"), "value: must be a number, not str"),
+        (
+            lambda: Edit("neuron", positions=2**31, value=1),
+            r"positions\[0\]: must be a whole number from -2147483648 to 2147483647",
+        ),
+        (
+            lambda: Edit("resid", value=float("nan")),
+            r"value: must be a number from -1e\+09 to 1e\+09, not nan",
+        ),
+        (
+            lambda: Edit("resid", value="1"),
+            r"value: must be a number from -1e\+09 to 1e\+09, not '1'",
+        ),
         (lambda: Edit("resid", direction=[[1.0]]), r"direction: must be a vector, not an array"),
         (lambda: Edit("resid", direction="abc"), "direction: must be a vector of numbers"),
         (
             lambda: Edit("resid", direction=[np.inf]),
             r"direction: must be -1e\+09 to 1e\+09 throughout",
         ),
-        (lambda: Edit("resid", scale=-2e9), r"scale: must be -1e\+09 to 1e\+09, not -2000000000"),
+        (
+            lambda: Edit("resid", scale=-2e9),
+            r"scale: must be a number from -1e\+09 to 1e\+09, not -2000000000",
+        ),
         (lambda: Edit("resid", features=1, direction=[1.0]), "features: is not for a direction"),
         (lambda: Steer(1), "neuron: give either a neuron or a direction"),
         (lambda: Steer(1, 2, 1.0, direction=[1.0]), "neuron: give either a neuron or a direction"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reltrace
-from fake_server import LAYERS, FakeServer, relevance_of
+from fake_results import LAYERS, relevance_of
+from fake_server import FakeServer
 from reltrace import _stored
 from reltrace._request import Arguments, wire_priority
 from reltrace._stored import StoredArrays

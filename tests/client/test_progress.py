@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import nbformat
 import pytest
 import reltrace
-from fake_server import FakeServer, failed_chunk
+from fake_results import failed_chunk
+from fake_server import FakeServer
 from google.rpc import code_pb2
 from nbclient import NotebookClient
 from reltrace_proto.v1 import types_pb2

@@ -61,13 +61,19 @@ def test_bad_targets(target: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"token": 2**32}, "token: must be from 0 to 4294967295"),
+        ({"token": 2**32}, "token: must be a whole number from 0 to 4294967295"),
         ({"token": None}, "token: must be a token's text or a token id, not None"),
-        ({"position": 1.0}, "position: must be a whole number, not 1.0"),
-        ({"position": 2**31}, "position: must be from"),
+        (
+            {"position": 1.0},
+            "position: must be a whole number from -2147483648 to 2147483647, not 1.0",
+        ),
+        ({"position": 2**31}, "position: must be a whole number from -2147483648 to 2147483647"),
         ({"contrast": False}, "contrast: must be a token's text or a token id"),
         ({"continuation": []}, "continuation: must not be empty"),
-        ({"continuation": [1, "b"]}, r"continuation\[1\]: must be a whole number, not 'b'"),
+        (
+            {"continuation": [1, "b"]},
+            r"continuation\[1\]: must be a whole number from 0 to 4294967295, not 'b'",
+        ),
         ({"continuation": 5}, "continuation: must be a sequence of token ids, not int"),
         ({"continuation": "x", "token": "y"}, "continuation: excludes token, position and"),
         ({"continuation": "x", "contrast": 1}, "continuation: excludes token, position and"),

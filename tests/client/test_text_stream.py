@@ -124,7 +124,9 @@ def test_a_shorter_result_begins_again() -> None:
 
 def test_what_is_asked_for_is_checked_before_anything_is_sent() -> None:
     with reltrace.Client("127.0.0.1:1", retry_timeout=0.1) as client:
-        with pytest.raises(reltrace.InvalidArgument, match="max_new_tokens: must be 1 to 1024"):
+        with pytest.raises(
+            reltrace.InvalidArgument, match="max_new_tokens: must be a whole number from 1 to 1024"
+        ):
             client.generate_stream("a", max_new_tokens=0)
         stream = client.generate_stream("a")
         with pytest.raises(reltrace.Unavailable):

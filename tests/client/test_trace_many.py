@@ -10,7 +10,8 @@ import grpc
 import numpy as np
 import pytest
 import reltrace
-from fake_server import LAYERS, FakeServer, failed_chunk, queue_full, relevance_of, status_with
+from fake_results import LAYERS, failed_chunk, relevance_of
+from fake_server import FakeServer, queue_full, status_with
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2
 
@@ -85,7 +86,7 @@ def test_invalid_items_fail_alone(server: FakeServer, client: reltrace.Client) -
     assert found["y"].startswith("item 'y': promt: is not an argument of trace(); allowed: id,")
     assert found["z"].startswith("item 'z': dtype: must be one of float32")
     assert found[5] == "item 5: item: must be a prompt or a mapping of arguments, not int"
-    assert found[6] == "item 6: id: must be str or int, not 1.5"
+    assert found[6] == "item 6: id: must be text or a whole number, not 1.5"
     assert server.jobs_submitted() == 2
 
 
@@ -129,7 +130,7 @@ def test_an_unknown_model_is_asked_for_once(server: FakeServer, client: reltrace
 def test_a_job_that_fails_on_its_worker_fails_alone(
     server: FakeServer, client: reltrace.Client
 ) -> None:
-    from fake_server import chunks_of
+    from fake_results import chunks_of
 
     def run(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
         if spec.prompt.endswith("1"):
@@ -225,7 +226,9 @@ def test_an_error_of_the_source_comes_after_the_results(
 def test_what_all_items_share_is_checked_at_once(client: reltrace.Client) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=r"^dtype: must be one of"):
         client.trace_many(prompts(2), dtype="int8")
-    with pytest.raises(reltrace.InvalidArgument, match=r"^max_in_flight: must be 1 or more"):
+    with pytest.raises(
+        reltrace.InvalidArgument, match=r"^max_in_flight: must be a whole number from 1 on"
+    ):
         client.trace_many(prompts(2), max_in_flight=0)
     with pytest.raises(reltrace.InvalidArgument, match=r"^items: must be an iterable of items"):
         client.trace_many("one prompt")

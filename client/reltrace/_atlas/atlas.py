@@ -19,7 +19,8 @@ from reltrace._atlas.labels import Standouts, label_of
 from reltrace._atlas.merged import Merged
 from reltrace._atlas.part import LISTS, MEASURES, SITES, SUMS
 from reltrace._atlas.reader import Reader
-from reltrace._errors import check_positive, invalid
+from reltrace._checks import whole_number
+from reltrace._errors import invalid
 from reltrace._trace import Array
 
 _LABELS_KEPT = 1 << 16
@@ -170,7 +171,7 @@ class Atlas:
         """
         mass = self.mass(site)
         if most is not None:
-            check_positive("most", most)
+            whole_number(most, "most", 1)
         order = np.argsort(-mass, axis=None, kind="stable")[:most].tolist()
         return (self.feature(site, *divmod(flat, mass.shape[1])) for flat in order)
 
@@ -213,7 +214,7 @@ class Atlas:
             raise invalid("text", "must not be empty")
         if measure not in MEASURES:
             raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
-        check_positive("k", k)
+        whole_number(k, "k", 1)
         merged = self._of(site)
         search = Search(self._reader, self._state, text)
         lists = [search.hits(site, name) for name in LISTS if name.startswith(measure)]
@@ -245,9 +246,7 @@ class Atlas:
         InvalidArgument
             There is none such.
         """
-        if isinstance(number, bool) or not isinstance(number, int | np.integer):
-            raise invalid("number", f"must be a whole number, not {number!r}")
-        return self._reader.tokens(number)
+        return self._reader.tokens(whole_number(number, "number"))
 
     def save_page(self, path: str | PathLike[str], *, most: int = 2000, contexts: int = 8) -> Path:
         """Write a page to browse: one file, which loads nothing.
@@ -274,8 +273,8 @@ class Atlas:
         path = Path(path)
         if path.suffix.lower() not in (".html", ".htm"):
             raise invalid("path", f"must end in .html, not {path.name!r}")
-        check_positive("most", most)
-        check_positive("contexts", contexts)
+        whole_number(most, "most", 1)
+        whole_number(contexts, "contexts", 1)
         from reltrace._pictures import atlas_page
 
         atlas_page.write(self, path, most=most, contexts=contexts)
@@ -350,13 +349,8 @@ class Atlas:
 
     def _check(self, site: str, layer: int, index: int) -> None:
         layers, _, _, features = self._of(site).values.shape
-        for name, value in (("layer", layer), (site, index)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise invalid(name, f"must be a whole number, not {value!r}")
-        if not 0 <= layer < layers:
-            raise invalid("layer", f"must be 0 to {layers - 1}, not {layer}")
-        if not 0 <= index < features:
-            raise invalid(site, f"must be 0 to {features - 1}, not {index}")
+        whole_number(layer, "layer", most=layers - 1)
+        whole_number(index, site, most=features - 1)
 
     def _stands_out(self, key: Key) -> list[StandsOut]:
         site, layer, index = key

@@ -16,6 +16,7 @@ from reltrace_proto.v1 import types_pb2
 from reltrace import _target
 from reltrace._atlas.folder import Folder, State
 from reltrace._atlas.sending import Made, Sender, free
+from reltrace._checks import check_text, whole_number
 from reltrace._errors import invalid
 from reltrace._request import MAX_JOB_BYTES, Job, Priority, model_name, wire_priority
 from reltrace._source import check_iterable
@@ -55,8 +56,7 @@ class Plan:
     def check(self) -> None:
         """Check all of it before the first prompt is read."""
         for name, value, most in (("k", self.k, 64), ("slice", self.slice, 1 << 16)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise invalid(name, f"must be 1 to {most}, not {value!r}")
+            whole_number(value, name, 1, most)
         if _target.is_several(self.target):
             raise invalid("target", "must be one, not several")
         wire_priority(self.priority)
@@ -132,7 +132,7 @@ def slices(prompts: Iterable[str], size: int) -> Iterator[Slice]:
             if not isinstance(prompt, str):
                 raise invalid(f"prompts[{index}]", f"must be text, not {type(prompt).__name__}")
             if prompt:
-                _target.check_text(prompt, f"prompts[{index}]")
+                check_text(prompt, f"prompts[{index}]")
         yield Slice(number, some)
 
 

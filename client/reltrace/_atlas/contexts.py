@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from reltrace._atlas.merged import quantile
 from reltrace._atlas.part import MEASURES
+from reltrace._checks import number
 from reltrace._edit import Steer, finite
 from reltrace._errors import invalid
 from reltrace._pictures.display import readable_all
@@ -195,9 +196,7 @@ class Feature:
         InvalidArgument
             An argument is wrong.
         """
-        share = finite(share, "share")
+        share = number(share, "share", 0, 1)
         if measure not in MEASURES:
             raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
-        if not 0 <= share <= 1:
-            raise invalid("share", f"must be 0 to 1, not {share}")
         return quantile(self._histograms[measure], share)

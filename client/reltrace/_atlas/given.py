@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reltrace._atlas.contexts import Feature
+from reltrace._checks import whole_number
 from reltrace._errors import TraceError, invalid
 
 _FILE = "labels.jsonl"
@@ -146,8 +147,8 @@ class GivenLabels:
             raise invalid("line", "must be an object")
         site, layer, index = (
             found.get("site", "neuron"),
-            _whole(found, "layer"),
-            _whole(found, "index"),
+            whole_number(found.get("layer"), "layer"),
+            whole_number(found.get("index"), "index"),
         )
         self._check(site, layer, index)
         return (site, layer, index), GivenLabel(
@@ -169,13 +170,6 @@ class GivenLabels:
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(self._path)
-
-
-def _whole(record: dict[str, Any], name: str) -> int:
-    value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise invalid(name, f"must be a whole number, not {value!r}")
-    return value
 
 
 def _text(record: dict[str, Any], name: str, default: str | None = None) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
+from reltrace._checks import check_id, is_id
 from reltrace._errors import InvalidArgument, MissingDependency, invalid
 from reltrace._request import Arguments
 from reltrace._target import Target
@@ -203,15 +204,14 @@ def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> 
     name = value.pop("id", None)
     arguments = {key: part for key, part in value.items() if part is not None}
     try:
-        if isinstance(name, bool) or not isinstance(name, str | int | None):
-            raise invalid("id", f"must be text or a whole number, not {name!r}")
+        if name is not None:
+            check_id(name, "id")
         if "target" in arguments:
             arguments["target"] = _target(arguments["target"])
         # Unknown arguments; the rest is checked where the job is made.
         Arguments().with_item({key: arguments[key] for key in arguments if key not in also})
     except InvalidArgument as error:
-        known = isinstance(name, str | int) and not isinstance(name, bool)
-        return Item(index, line, name if known else index, fault=error, content=content)
+        return Item(index, line, name if is_id(name) else index, fault=error, content=content)
     return Item(index, line, index if name is None else name, arguments, content=content)
 
 
@@ -310,7 +310,7 @@ def _from_row(index: int, line: int, row: Mapping[str, Any], names: _Columns) ->
     # An empty cell of CSV says nothing, as null does in JSON.
     also = {key: row[key] for key in names.also if row.get(key) not in (None, "")}
     content = repr((prompt, name, *also.items())).encode(errors="surrogatepass")
-    if name is None or isinstance(name, bool) or not isinstance(name, str | int):
+    if not is_id(name):
         name = index
     if not isinstance(prompt, str):
         fault = invalid(names.prompt, f"must be text, not {type(prompt).__name__}")

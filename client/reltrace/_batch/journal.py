@@ -58,9 +58,7 @@ class Failed:
             for violation in error.violations
         ]
         kind = InvalidArgument if isinstance(error, InvalidArgument) else type(error)
-        # Which prompt it was, the record says.
-        message = str(error).removeprefix(f"item {index}: ")
-        return cls(index, line, name, kind.__name__, message, violations)
+        return cls(index, line, name, kind.__name__, str(error), violations)
 
 
 @dataclass(frozen=True, slots=True)

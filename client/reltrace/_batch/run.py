@@ -233,7 +233,7 @@ class Run:
         with self._lock:
             name, line = self._named.pop(index)
         if isinstance(result, Failure):
-            return Failed.of(index, line, name, result.error)
+            return Failed.of(index, line, name, result.reason)
         traces = result if isinstance(result, list) else [result]
         return Traced(index, tuple(replace(trace, id=name) for trace in traces))
 

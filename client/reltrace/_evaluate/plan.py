@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from reltrace._checks import whole_number
 from reltrace._errors import invalid
 from reltrace._evaluate.scores import Floats, shares
-from reltrace._target import whole_number
 
 RANDOM = "random"
 SITES = ("embed", "neuron")
 
-_POINTS = range(2, 101)
-_SEEDS = range(2**63)
 _MOST_NEURONS = 4096
 
 
@@ -66,8 +64,8 @@ class Plan:
             tuple(rules),
             site,
             # With a single step both orders switch off nothing, or everything.
-            whole_number(points, "points", _POINTS),
-            whole_number(seed, "seed", _SEEDS),
+            whole_number(points, "points", 2, 100),
+            whole_number(seed, "seed", most=2**63 - 1),
         )
 
     def at(self, neurons: int) -> Floats:

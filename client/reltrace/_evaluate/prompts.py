@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reltrace._checks import check_id
 from reltrace._errors import invalid
 from reltrace._target import Target, is_several
 from reltrace._trace import Trace
@@ -51,9 +52,7 @@ class Prompt:
         unknown = [key for key in given if key not in _ALLOWED]
         if unknown:
             raise invalid(field, f"has {unknown[0]!r}; allowed: {', '.join(_ALLOWED)}")
-        name = given.get("id", number)
-        if isinstance(name, bool) or not isinstance(name, str | int):
-            raise invalid(f"{field}.id", f"must be str or int, not {name!r}")
+        name = check_id(given.get("id", number), f"{field}.id")
         check_target(given.get("target"), f"{field}.target")
         answer = given.get("answer")
         if answer is not None and not isinstance(answer, str):

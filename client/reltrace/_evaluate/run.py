@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reltrace._edit import Edit
-from reltrace._errors import TraceError, Violation, invalid, without_item
+from reltrace._errors import TraceError, Violation, invalid
 from reltrace._evaluate.evaluation import Evaluation, RuleScore
 from reltrace._evaluate.plan import RANDOM, Plan
 from reltrace._evaluate.prompts import Prompt, check_target
@@ -140,7 +140,7 @@ class Run:
         if not count:
             raise invalid("prompts", "is empty")
         rules = {rule: self._score(rule) for rule in self._plan.rules}
-        failed = {one.id: one.error for _, one in sorted(self._failures.items())}
+        failed = {one.id: one.reason for _, one in sorted(self._failures.items())}
         return Evaluation(self._model, self._plan.site, self._count, self._at, rules, failed)
 
     async def _next(self, source: Source) -> list[Any]:
@@ -203,7 +203,7 @@ class Run:
                 number, off = slots[result.id]
                 left[number] -= 1
                 if isinstance(result, Failure):
-                    self._fail(by_number[number].prompt, without_item(result.error, result.id))
+                    self._fail(by_number[number].prompt, result.reason)
                 else:
                     by_number[number].values[off] = result.target.logit
                 if not left[number] and number not in self._failures:
@@ -229,9 +229,8 @@ class Run:
             async for result in results:
                 place, which = divmod(result.id, len(self._traced))
                 if isinstance(result, Failure):
-                    error = without_item(result.error, result.id)
-                    _raise_if_shared(error, prompts[place])
-                    self._fail(prompts[place], error)
+                    _raise_if_shared(result.reason, prompts[place])
+                    self._fail(prompts[place], result.reason)
                 else:
                     traces[place][self._traced[which]] = result
         found = {}

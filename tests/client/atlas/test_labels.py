@@ -84,7 +84,7 @@ def test_steering_is_by_the_activation_of_its_contexts(atlas: reltrace.Atlas) ->
     for times in ("x", True, float("nan")):
         with pytest.raises(reltrace.InvalidArgument, match="times: must be"):
             atlas.neuron(1, 0).steer(times)
-    with pytest.raises(reltrace.InvalidArgument, match="share: must be a number, not str"):
+    with pytest.raises(reltrace.InvalidArgument, match="share: must be a number from 0 to 1, not"):
         atlas.neuron(1, 0).quantile("x")  # type: ignore[arg-type]
 
 
@@ -102,13 +102,13 @@ def test_contexts_of_long_prompts_are_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((2, 0), "layer: must be 0 to 1, not 2"),
-        ((0, 3), "neuron: must be 0 to 2, not 3"),
+        ((2, 0), "layer: must be a whole number from 0 to 1, not 2"),
+        ((0, 3), "neuron: must be a whole number from 0 to 2, not 3"),
         ((0, 0, "resid"), "site: must be one of neuron, head, not 'resid'"),
-        (("1", 1), "layer: must be a whole number, not '1'"),
-        ((1.0, 1), r"layer: must be a whole number, not 1\.0"),
-        ((1, True), "neuron: must be a whole number, not True"),
-        ((1, None, "head"), "head: must be a whole number, not None"),
+        (("1", 1), "layer: must be a whole number from 0 to 1, not '1'"),
+        ((1.0, 1), r"layer: must be a whole number from 0 to 1, not 1\.0"),
+        ((1, True), "neuron: must be a whole number from 0 to 2, not True"),
+        ((1, None, "head"), "head: must be a whole number from 0 to 2, not None"),
     ],
 )
 def test_what_there_is_not_has_no_label(
@@ -126,7 +126,9 @@ def test_numbers_of_numpy_are_numbers(atlas: reltrace.Atlas) -> None:
     assert (feature.layer, feature.index) == (1, 0)
     assert type(feature.layer) is int
     assert atlas.prompt(np.int64(2)) == (" cats",)
-    with pytest.raises(reltrace.InvalidArgument, match="number: must be a whole number, not '2'"):
+    with pytest.raises(
+        reltrace.InvalidArgument, match="number: must be a whole number from 0 on, not"
+    ):
         atlas.prompt("2")  # type: ignore[arg-type]
 
 

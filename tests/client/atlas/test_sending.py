@@ -5,7 +5,8 @@ from __future__ import annotations
 import grpc
 import pytest
 import reltrace
-from fake_server import FakeServer, code_pb2, failed_chunk, status_with
+from fake_results import failed_chunk
+from fake_server import FakeServer, code_pb2, status_with
 from reltrace._atlas.build import Plan
 from reltrace._atlas.sending import Made, Sender
 from reltrace_proto.v1 import types_pb2

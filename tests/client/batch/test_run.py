@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import reltrace
 from batch.conftest import Seen
-from fake_server import FakeServer, failed_chunk, relevance_of, status_with
+from fake_results import failed_chunk, relevance_of
+from fake_server import FakeServer, status_with
 from google.rpc import code_pb2
 from reltrace._batch.run import Summary
 from reltrace_proto.v1 import types_pb2

@@ -10,7 +10,8 @@ import grpc
 import numpy as np
 import pytest
 import reltrace
-from fake_server import FakeServer, relevance_of, status_with
+from fake_results import relevance_of
+from fake_server import FakeServer, status_with
 from reltrace._batch.run import Summary
 from reltrace._stored import StoredArrays
 from reltrace_proto.v1 import types_pb2

@@ -37,8 +37,14 @@ def test_an_answer_that_is_not_there_is_refused(answer: object) -> None:
         ({"prompt": "a", "rule": "x"}, r"prompts\[5\]: has 'rule'; allowed: id, prompt, input_ids"),
         ({"prompt": "a", "answer": 3}, r"prompts\[5\]\.answer: must be a text or positions"),
         ({"prompt": "a", "answer": [-1]}, r"prompts\[5\]\.answer: must be a text or positions"),
-        ({"prompt": "a", "id": [1]}, r"prompts\[5\]\.id: must be str or int, not \[1\]"),
-        ({"prompt": "a", "id": True}, r"prompts\[5\]\.id: must be str or int, not True"),
+        (
+            {"prompt": "a", "id": [1]},
+            r"prompts\[5\]\.id: must be text or a whole number, not \[1\]",
+        ),
+        (
+            {"prompt": "a", "id": True},
+            r"prompts\[5\]\.id: must be text or a whole number, not True",
+        ),
         ({"prompt": "a", "target": [" b"]}, r"prompts\[5\]\.target: must be one, not several"),
         (
             {"prompt": "a", "target": reltrace.Target(continuation=" b c")},

@@ -97,7 +97,7 @@ def test_what_are_no_prompts(prompts: object, said: str, client: reltrace.Client
         ({"model": 3}, "model: must be str"),
         ({"priority": "high"}, "priority: must be one of"),
         ({"timeout": -1}, "timeout: must be a number of seconds"),
-        ({"seed": -1}, "seed: must be from 0"),
+        ({"seed": -1}, "seed: must be a whole number from 0"),
     ],
 )
 def test_arguments_are_looked_at_before_prompts_are(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import reltrace
-from fake_server import LAYERS, chunks_of, relevance_of
+from fake_results import LAYERS, chunks_of, relevance_of
 from reltrace._request import Arguments
 from reltrace._transport.assemble import Assembler
 from reltrace_proto.v1 import types_pb2
