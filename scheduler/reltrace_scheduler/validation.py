@@ -103,7 +103,7 @@ def check_submission(
             continue
         spec.model = route
         timeout = spec.timeout.ToTimedelta().total_seconds() if spec.HasField("timeout") else 0.0
-        jobs.append(NewJob(route, spec.SerializeToString(), timeout))
+        jobs.append(_new_job(spec, timeout))
     if violations:
         raise InvalidRequestError(*violations)
     return jobs
@@ -140,6 +140,22 @@ def _output_faults(spec: types_pb2.JobSpec, allowed: Sequence[str]) -> Iterator[
         return
     folders = ", ".join(allowed) or "none (the operator names them by --output-uri)"
     yield Violation("output_uri", f"{spec.output_uri!r} is in no folder allowed here: {folders}")
+
+
+def _new_job(spec: types_pb2.JobSpec, timeout: float) -> NewJob:
+    span = spec.traceparent
+    if not span:
+        return NewJob(spec.model, spec.SerializeToString(), timeout)
+    # Who repeats a submission may do so within another span.
+    spec.ClearField("traceparent")
+    job = NewJob(
+        spec.model,
+        spec.SerializeToString(),
+        timeout,
+        aside=types_pb2.JobSpec(traceparent=span).SerializeToString(),
+    )
+    spec.traceparent = span
+    return job
 
 
 def _settings(spec: types_pb2.JobSpec) -> bytes:

@@ -28,7 +28,7 @@ class SubmitJobsRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """Chosen by the client. The same key again, with the same jobs, returns the first
-    answer; with others it is refused.
+    answer; with others it is refused. Their traceparent may differ: the first is kept.
     """
     priority: _types_pb2.Priority.ValueType
     @_builtins.property

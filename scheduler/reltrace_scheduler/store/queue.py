@@ -83,7 +83,11 @@ class Queue:
             settings.tenant_max_jobs,
             settings.tenant_max_bytes,
             settings.shards,
-            *(part for job in jobs for part in (job.route, milliseconds(job.timeout), job.spec)),
+            *(
+                part
+                for job in jobs
+                for part in (job.route, milliseconds(job.timeout), job.spec + job.aside)
+            ),
         )
         match reply[0]:
             case b"seen":

@@ -21,6 +21,8 @@ class NewJob:
     """A serialized ``JobSpec``."""
     timeout: float = 0.0
     """Seconds within which it must end; 0: for ever."""
+    aside: bytes = b""
+    """Rest of the ``JobSpec``, by which a submission that is repeated may differ."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,19 @@ async def test_the_same_key_gives_the_same_jobs(client, worker: FakeWorker) -> N
     assert not first.deduplicated
 
 
+async def test_the_same_jobs_within_another_span_are_the_same(client, worker: FakeWorker) -> None:
+    """A process that was killed hands its jobs in again, and has another span by then."""
+    spans = [f"00-{number:032x}-{number:016x}-01" for number in (1, 2)]
+    answers = [
+        await client.SubmitJobs(submission(JobSpec(prompt="a", traceparent=span), key="k"))
+        for span in (*spans, "")
+    ]
+    assert [answer.deduplicated for answer in answers] == [False, True, True]
+    assert len({answer.submission_id for answer in answers}) == 1
+    (lease,) = await worker.lease(1)
+    assert (lease.spec.prompt, lease.spec.traceparent) == ("a", spans[0])
+
+
 BAD = {
     "no input": (JobSpec(), ["jobs[0].prompt"], "is missing"),
     "empty prompt": (JobSpec(prompt=""), ["jobs[0].prompt"], "is empty"),
