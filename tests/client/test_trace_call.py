@@ -9,14 +9,8 @@ import grpc
 import numpy as np
 import pytest
 import reltrace
-from fake_server import (
-    LAYERS,
-    FakeServer,
-    failed_chunk,
-    queue_full,
-    relevance_of,
-    status_with,
-)
+from fake_results import LAYERS, failed_chunk, relevance_of
+from fake_server import FakeServer, queue_full, status_with
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2
 
