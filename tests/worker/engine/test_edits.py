@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.errors import InvalidJob
 from reltrace_worker.jobs import EditSpec, JobResult, JobSpec, TargetSpec
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.rules import RULES
 
 CHECKPOINTING: list[Any] = ["on", "off"]
 
@@ -194,6 +196,58 @@ def test_jobs_of_a_pack_do_not_feel_each_others_edits(
         for ours, wanted in zip(result.tensors, alone.tensors, strict=True):
             torch.testing.assert_close(ours.values, wanted.values, rtol=1e-3, atol=1e-5)
     assert len({round(logit(result), 4) for result in together}) == 4
+
+
+@pytest.mark.parametrize("recipe", ["grouped", *FAMILY_RECIPES])
+def test_the_stream_between_attention_and_mlp_is_changed_for_all_who_read_it(
+    checkpoints: Checkpoints, recipe: str
+) -> None:
+    """
+    Given an edit of the residual stream behind an attention
+    I expect what transformers computes with as much added to the attention's output: the MLP and
+    all layers above read the changed stream.
+    """
+    loaded = checkpoints.loaded(recipe)
+    layer = loaded.shape.layers - 2
+    edit = EditSpec("resid_mid", layer, features=(1, 4), scale=-2.0, value=0.5)
+    prepared = job(loaded, edit, forward_only=True, sites=())
+    (result,) = run(Engine(loaded, "off"), [prepared])
+    entered: list[torch.Tensor] = []
+
+    def enter(x: torch.Tensor) -> torch.Tensor:
+        entered[:] = [x]
+        return x
+
+    change = setting(ALL, [1, 4], -2.0, 0.5)
+    hooks = (
+        (layer, "<", enter),
+        (layer, loaded.family.attention_out, lambda x: change(entered[0] + x) - entered[0]),
+    )
+    expected = plain_logits(loaded, prepared.token_ids, *hooks)[7]
+    assert abs(expected - plain_logits(loaded, prepared.token_ids)[7]) > 1e-4
+    assert logit(result) == pytest.approx(float(expected), abs=5e-5)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("site", SITES)
+def test_an_edit_that_changes_nothing_leaves_all_relevance_as_it_is(
+    checkpoints: Checkpoints, checkpointing: Any, rule: str, site: str
+) -> None:
+    """Nor does it where it names a feature twice, or where a job beside it has none."""
+    loaded = checkpoints.loaded("grouped")
+    layer = 0 if site == "embed" else 1
+    options = {"sites": tuple(SITES), "reduction": "full", "rule": rule}
+    plain = job(loaded, **options)
+    edited = [
+        job(loaded, EditSpec(site, layer, features, scale=1.0), **options)
+        for features in ((), (3,), (3, 0, 3))
+    ]
+    wanted, *found = run(Engine(loaded, checkpointing), [plain, *edited])
+    (alone,) = run(Engine(loaded, checkpointing), [plain])
+    for result in (wanted, *found):
+        for ours, one in zip(result.tensors, alone.tensors, strict=True):
+            torch.testing.assert_close(ours.values, one.values, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("site", ["embed", "resid", "resid_mid", "attn_out", "mlp_out", "neuron"])

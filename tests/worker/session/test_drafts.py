@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -52,6 +53,32 @@ def test_characters_come_whole(text: str, size: int) -> None:
     assert [draft.first for draft in found] == list(range(0, len(ids), size))
     assert all(text.startswith("".join(d.text for d in found[:n])) for n in range(len(found)))
     assert {(draft.job_id, draft.attempt) for draft in found} == {("s-0", 1)}
+
+
+class Meanwhile(Vocabulary):
+    """While one text is decoded, another one grows."""
+
+    def __init__(self, grow: Callable[[], None]) -> None:
+        super().__init__(TOKENIZER)
+        self._grow = grow
+
+    def decoded(self, token_ids: Sequence[int]) -> str:
+        self._grow()
+        return super().decoded(token_ids)
+
+
+async def test_what_comes_while_drafts_are_made_is_in_the_next() -> None:
+    """No draft is empty: a scheduler would refuse it, and the worker with it."""
+    drafts = Drafts()
+    first, second = LeaseKey("s-0", 1), LeaseKey("s-1", 1)
+    drafts.note(first, [5], Meanwhile(lambda: drafts.note(second, [7, 8], VOCABULARY)))
+    drafts.note(second, [7], VOCABULARY)
+    found = [*await drafts.next(), *await drafts.next()]
+    assert [(draft.job_id, draft.first, list(draft.token_ids)) for draft in found] == [
+        ("s-0", 0, [5]),
+        ("s-1", 0, [7]),
+        ("s-1", 1, [8]),
+    ]
 
 
 async def test_what_is_noted_on_another_thread_wakes_who_waits() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from reltrace_worker.engine.sites import SITES, Side, Site
+from reltrace_worker.engine.sites import SITES, Side, Site, Tap
 from reltrace_worker.jobs import EditSpec
 from reltrace_worker.model.loading import LoadedModel, ModelShape
 
@@ -107,19 +107,22 @@ class Edits:
             for name, layer in self._by_place:
                 tap = SITES[name].tap
                 if tap is not None:
-                    module = tap(self._loaded.family).module(layers[layer])
-                    side = tap(self._loaded.family).side
-                    handles.append(self._hook(module, side, name, layer))
+                    there = tap(self._loaded.family)
+                    handles.append(self._hook(there, layers[layer], name, layer))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, module: nn.Module, side: Side, site: str, layer: int) -> RemovableHandle:
-        if side is Side.INPUT:
+    def _hook(self, tap: Tap, decoder: nn.Module, site: str, layer: int) -> RemovableHandle:
+        module = tap.module(decoder)
+        if tap.side is Side.INPUT:
 
             def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-                return (self._made(args[0], site, layer), *args[1:])
+                made = self._made(args[0], site, layer)
+                if tap.passes_by and made is not args[0]:
+                    made = args[0].copy_(made)
+                return (made, *args[1:])
 
             return module.register_forward_pre_hook(before)
 
@@ -154,7 +157,9 @@ def _steps(
         if not len(rows):
             continue
         if edit.features:
-            columns = [c for f in edit.features for c in site.columns(f, shape, width)]
+            # Each once: the gradient of a cell that is written twice would be counted twice.
+            features = sorted(set(edit.features))
+            columns = [c for f in features for c in site.columns(f, shape, width)]
             grid = torch.cartesian_prod(rows, torch.tensor(columns))
             cells.append((grid[:, 0], grid[:, 1], edit))
         else:

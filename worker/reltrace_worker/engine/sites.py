@@ -30,10 +30,14 @@ class Tap:
         Path of the module inside the layer; "" is the layer itself.
     side
         Its first positional input or its (first) output.
+    passes_by
+        The tensor is the residual stream itself, which goes on beside the module too: who changes
+        it changes it in place.
     """
 
     path: str
     side: Side
+    passes_by: bool = False
 
     @property
     def is_layer_output(self) -> bool:
@@ -100,7 +104,7 @@ SITES: dict[str, Site] = {
         Site(
             "resid_mid",
             lambda shape: shape.hidden_size,
-            lambda family: Tap(family.mid_reader, Side.INPUT),
+            lambda family: Tap(family.mid_reader, Side.INPUT, passes_by=True),
         ),
         Site(
             "attn_out",

@@ -30,9 +30,9 @@ class _Text:
     taken: int = 0
     text: str = ""
 
-    def draft(self, key: LeaseKey) -> types_pb2.Draft:
-        """Return what is new, and note it as taken."""
-        ids, first = self.ids, self.taken
+    def draft(self, key: LeaseKey, ids: tuple[int, ...]) -> types_pb2.Draft:
+        """Return what is new in these, which grew since; note it as taken."""
+        first = self.taken
         # All of it each time: tokens one by one have other spaces and no whole characters.
         text = self.vocabulary.decoded(ids).rstrip(_REPLACEMENT)
         added = text[len(self.text) :] if text.startswith(self.text) else ""
@@ -104,6 +104,10 @@ class Drafts:
 
     def _take(self) -> list[types_pb2.Draft]:
         with self._lock:
-            texts = {key: self._texts[key] for key in sorted(self._changed, key=str)}
+            # With their tokens as they are now: of what is noted meanwhile there is another draft.
+            texts = [
+                (key, self._texts[key], self._texts[key].ids)
+                for key in sorted(self._changed, key=str)
+            ]
             self._changed.clear()
-        return [text.draft(key) for key, text in texts.items()]
+        return [text.draft(key, ids) for key, text, ids in texts]
