@@ -112,7 +112,8 @@ class Generate:
         top_p : float, default 0
             Draw from the likeliest tokens that have this much probability together; 0: from all.
         seed : int, default 0
-            Of the draws: the same seed gives the same text.
+            Of the draws: the same seed gives the same text, but for how the model's numbers are
+            rounded beside other texts. In bfloat16 that often decides a draw.
         model : str, optional
             Name of a served model; default: the only one.
         priority : {"interactive", "batch"}

@@ -77,7 +77,7 @@ class IdleRunner:
         self._result = result
         self._waiting: deque[LeaseKey] = deque()
         self._arrived = asyncio.Event()
-        self._crowded = False
+        self._crowded = 0
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
         self._waiting.extend(LeaseKey(lease.job_id, lease.attempt) for lease in leases)
@@ -90,7 +90,7 @@ class IdleRunner:
             await self._arrived.wait()
         count = min(len(self._waiting), _AT_ONCE)
         batch = [self._waiting.popleft() for _ in range(count)]
-        self._crowded = bool(self._waiting)
+        self._crowded = count if self._waiting else 0
         if len(self._result) > 1:
             return [self._chunks(key) for key in batch]
         # As the engine's runner does: a result of one chunk is made before it is asked for.
@@ -105,7 +105,7 @@ class IdleRunner:
     def drop(self, keys: set[LeaseKey]) -> None:
         self._waiting = deque(key for key in self._waiting if key not in keys)
 
-    def crowded(self) -> bool:
+    def crowded(self) -> int:
         return self._crowded
 
     def store_large(self, url: str, above: int) -> None:

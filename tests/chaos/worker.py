@@ -31,7 +31,7 @@ class StandInRunner:
         self._jobs_per_pass = jobs_per_pass
         self._ready: deque[worker_pb2.Lease] = deque()
         self._arrived = asyncio.Event()
-        self._crowded = False
+        self._crowded = 0
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
         self._ready.extend(leases)
@@ -41,7 +41,7 @@ class StandInRunner:
     def drop(self, keys: set[LeaseKey]) -> None:
         self._ready = deque(lease for lease in self._ready if _key(lease) not in keys)
 
-    def crowded(self) -> bool:
+    def crowded(self) -> int:
         return self._crowded
 
     def store_large(self, url: str, above: int) -> None:
@@ -57,7 +57,7 @@ class StandInRunner:
             self._arrived.clear()
             await self._arrived.wait()
         batch = [self._ready.popleft() for _ in range(min(len(self._ready), self._jobs_per_pass))]
-        self._crowded = bool(self._ready)
+        self._crowded = len(batch) if self._ready else 0
         works = [standin.Work.of(lease.spec) for lease in batch]
         await asyncio.to_thread(_run, works)
         return [standin.chunks(work, lease) for work, lease in zip(works, batch, strict=True)]

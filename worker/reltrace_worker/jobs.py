@@ -228,6 +228,11 @@ class PreparedJob:
         return "predict" if self.forward_only else "trace", self.rule
 
     @property
+    def takes_many_passes(self) -> bool:
+        """It goes on in turns with others."""
+        return self.generation is not None
+
+    @property
     def extent(self) -> int:
         """Tokens that it has at its end."""
         written = 0 if self.generation is None else self.generation.max_new_tokens
@@ -275,6 +280,11 @@ class PreparedCorpus:
         for job in self.prompts:
             texts.update(zip(job.token_ids, job.tokens, strict=True))
         return dict(sorted(texts.items()))
+
+    @property
+    def takes_many_passes(self) -> bool:
+        """It goes on in turns with others."""
+        return True
 
     @property
     def extent(self) -> int:

@@ -304,7 +304,9 @@ class Generation(_message.Message):
     top_p: _builtins.float
     """Draw from the likeliest tokens that have this much probability together; 0: from all."""
     seed: _builtins.int
-    """Of the draws: the same seed gives the same text."""
+    """Of the draws: the same seed gives the same text, but for how the model's numbers are rounded
+    beside other texts. In bfloat16 that often decides a draw.
+    """
     stream: _builtins.bool
     """Send drafts of the text while it is written."""
     def __init__(
@@ -375,7 +377,9 @@ class Corpus(_message.Message):
     PROMPTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """1 to 65536. One that can not be traced is left out, and the result says why."""
+        """1 to 65536, of as many tokens at most. One that can not be traced is left out, and the result
+        says why.
+        """
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
@@ -10,7 +12,7 @@ from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import PASS_TOKENS, Slice
 from reltrace_worker.engine.site_atlas import values_of
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.jobs import JobResult, JobSpec, PreparedCorpus, PreparedJob
 
 
 def corpus(prompts: list[PreparedJob], first: int = 0, k: int = 3) -> PreparedCorpus:
@@ -160,3 +162,52 @@ def test_numbers_that_are_not_finite_are_an_error(checkpoints: Checkpoints) -> N
     finally:
         with torch.no_grad():
             weight[0, 0] = before
+
+
+def test_an_atlas_says_whether_its_passes_were_checkpointed(checkpoints: Checkpoints) -> None:
+    """
+    Given a limit on memory that a pass keeps to by checkpointing alone, and one for nothing
+    I expect the result to say so, or an error that names the pass and not one of its prompts.
+    """
+    loaded = checkpoints.loaded("deep")
+    prompts = prepare(loaded, *(JobSpec(prompt, sites=("neuron",)) for prompt in PROMPTS))
+    model = Engine(loaded).measure()
+    keeping, checkpointed = (model.need(prompts, mode) for mode in (False, True))
+    assert checkpointed < keeping - 1
+    for limit, said in ((keeping, False), (keeping - 1, True)):
+        engine = Engine(loaded, memory_bytes=limit)
+        (result,) = engine.atlas(made(engine, corpus(prompts)))
+        assert isinstance(result, JobResult)
+        assert result.checkpointing is said
+    tokens = sum(len(job.token_ids) for job in prompts)
+    engine = Engine(loaded, memory_bytes=checkpointed - 1)
+    atlas = engine.begin_atlas(corpus(prompts))
+    with pytest.raises(EngineError, match=f"^a pass of {len(prompts)} prompts of {tokens} tokens"):
+        engine.add_to(atlas)
+
+
+def test_tables_that_do_not_fit_are_refused_before_the_first_pass(
+    checkpoints: Checkpoints,
+) -> None:
+    loaded = checkpoints.loaded("deep")
+    (prompt,) = prepare(loaded, JobSpec("a", sites=("neuron",)))
+    empty = Slice(loaded, corpus([prompt], k=64)).atlas.values()
+    size = sum(getattr(one, part.name).nbytes for one in empty for part in fields(one))
+    assert Slice.size(loaded.shape, 64) == size
+    engine = Engine(loaded, memory_bytes=size - 1)
+    with pytest.raises(EngineError, match=f"an atlas of 64 places does not .* needs {size} bytes"):
+        engine.begin_atlas(corpus([prompt], k=64))
+
+
+def test_nothing_comes_of_an_atlas_before_its_end_or_when_it_is_dropped(
+    checkpoints: Checkpoints,
+) -> None:
+    loaded = checkpoints.loaded("grouped")
+    engine = Engine(loaded, "off")
+    prompts = prepare(loaded, *(JobSpec(prompt, sites=("neuron",)) for prompt in PROMPTS))
+    atlas = engine.begin_atlas(corpus(prompts))
+    assert engine.atlas(atlas) == []
+    atlas.drop()
+    engine.add_to(atlas)
+    assert atlas.over
+    assert engine.atlas(atlas) == []

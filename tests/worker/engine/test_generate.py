@@ -7,9 +7,17 @@ import torch
 from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.generate import Writing, draw
-from reltrace_worker.errors import InvalidJob
-from reltrace_worker.jobs import EditSpec, GenerationSpec, JobSpec, PreparedJob, TargetSpec, Written
+from reltrace_worker.engine.generate import Text, Writing, draw
+from reltrace_worker.errors import EngineError, InvalidJob
+from reltrace_worker.jobs import (
+    EditSpec,
+    GenerationSpec,
+    JobResult,
+    JobSpec,
+    PreparedJob,
+    TargetSpec,
+    Written,
+)
 from reltrace_worker.model import LoadedModel
 from reltrace_worker.rules import RULES
 
@@ -217,33 +225,73 @@ def test_what_can_not_be_is_named(
         jobs(checkpoints.loaded("grouped"), **how)
 
 
-def test_generate_wants_jobs_that_write(checkpoints: Checkpoints) -> None:
-    loaded = checkpoints.loaded("grouped")
-    with pytest.raises(AssertionError):
-        Writing(loaded, prepare(loaded, JobSpec("a")))
-
-
 def test_a_text_is_the_same_in_whatever_steps_it_is_written(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
     engine, batch = Engine(loaded, "off"), jobs(loaded, EditSpec("neuron", 1, (3,), scale=2.0))
     whole = written(loaded, batch)
     (trace,) = prepare(loaded, JobSpec(PROMPTS[1]))
-    writing = engine.begin(batch)
+    texts = engine.begin(batch)
+    found = {}
     for tokens in (1, 2, 3, 50):
-        engine.go_on(writing, tokens)
+        engine.go_on(texts, tokens)
+        found |= texts.ended()
         # Traces run in between, and find the model as it was.
         run(engine, [trace])
-    assert writing.over
-    assert [one.token_ids for one in writing.written()] == [one.token_ids for one in whole]
+    assert texts.over
+    assert [found[n].written.token_ids for n in sorted(found)] == [one.token_ids for one in whole]
 
 
-def test_what_nobody_waits_for_is_not_written_on(checkpoints: Checkpoints) -> None:
+@pytest.mark.parametrize("recipe", ["grouped", "mistral", "gemma3"])
+def test_who_has_ended_takes_no_more_room(
+    checkpoints: Checkpoints, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given texts of very different lengths, edited and drawn with seeds
+    If most of them have ended
+    I expect the model to run over the others alone, and these to be what they are alone.
+    """
+    loaded = checkpoints.loaded(recipe)
+    edit = EditSpec("neuron", 1, (3,), scale=2.0)
+    lengths = [30, 2, 3, 12, 2]
+    batch = [
+        jobs(loaded, edit, max_new_tokens=length, temperature=1.0, seed=n)[n]
+        for n, length in enumerate(lengths)
+    ]
+    alone = [written(loaded, [job])[0] for job in batch]
+    rows: list[int] = []
+    forward = Writing._logits
+
+    def counted(writing: Writing) -> torch.Tensor:
+        logits = forward(writing)
+        rows.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(Writing, "_logits", counted)
+    assert [one.token_ids for one in written(loaded, batch)] == [one.token_ids for one in alone]
+    longest = max(len(one.token_ids) for one in alone)
+    assert (rows[0], rows[-1], len(rows)) == (5, 1, longest)
+
+
+def test_a_model_that_overflows_on_one_text_writes_the_others(checkpoints: Checkpoints) -> None:
+    """
+    Given edits of one job that overflow, and neighbours that write greedily and draw
+    I expect its own error for that job alone, and the others' texts as they are without it.
+    """
     loaded = checkpoints.loaded("grouped")
-    engine = Engine(loaded, "off")
-    writing = engine.begin(jobs(loaded)[2:4])
-    engine.go_on(writing, 2)
-    writing.drop(0)
-    engine.go_on(writing, 50)
-    dropped, other = writing.written()
-    assert len(dropped.token_ids) == 2
-    assert len(other.token_ids) > 2
+    far = (EditSpec("resid", 2, scale=1e9),) * 5
+    broken = jobs(loaded, *far)[0]
+    drawn = jobs(loaded, temperature=1.0, seed=4)[1]
+    others = [jobs(loaded)[2], drawn]
+    found = Engine(loaded, "off").run([broken, *others, jobs(loaded, *far, temperature=1.0)[1]])
+    for error in (found[0], found[3]):
+        assert type(error) is EngineError
+        assert "the logits of token 0 of the text are not finite" in str(error)
+    for outcome, alone in zip(found[1:3], written(loaded, others), strict=True):
+        assert isinstance(outcome, JobResult)
+        assert outcome.written is not None
+        assert outcome.written.token_ids == alone.token_ids
+
+
+def test_a_text_has_a_generation(checkpoints: Checkpoints) -> None:
+    with pytest.raises(AssertionError):
+        Text(prepare(checkpoints.loaded("grouped"), JobSpec("a"))[0])

@@ -31,8 +31,8 @@ class Idle:
     def drop(self, keys: object) -> None:
         pass
 
-    def crowded(self) -> bool:
-        return False
+    def crowded(self) -> int:
+        return 0
 
     def store_large(self, url: str, above: int) -> None:
         pass

@@ -12,12 +12,12 @@ from reltrace_worker.session.routing import RoutingRunner
 class Recorder:
     """Takes jobs in, and gives results when it is told to."""
 
-    def __init__(self, name: str, *, full: bool = False) -> None:
+    def __init__(self, name: str, *, crowded: int = 0) -> None:
         self.name = name
         self.keys: list[LeaseKey] = []
         self.large: tuple[str, int] | None = None
         self.passes: asyncio.Queue[list[Chunks]] = asyncio.Queue()
-        self._full = full
+        self._crowded = crowded
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
         self.keys += [LeaseKey(lease.job_id, lease.attempt) for lease in leases]
@@ -26,8 +26,8 @@ class Recorder:
     async def next_results(self) -> list[Chunks]:
         return await self.passes.get()
 
-    def crowded(self) -> bool:
-        return self._full
+    def crowded(self) -> int:
+        return self._crowded
 
     def drop(self, keys: set[LeaseKey]) -> None:
         self.keys = [key for key in self.keys if key not in keys]
@@ -47,7 +47,7 @@ def lease(job: str, model: str, prompt: str = "a") -> worker_pb2.Lease:
 
 @pytest.fixture
 def pair() -> tuple[Recorder, Recorder, RoutingRunner]:
-    first, second = Recorder("first"), Recorder("second", full=True)
+    first, second = Recorder("first"), Recorder("second", crowded=3)
     routes = {"first": first, "first@r1": first, "second": second, "second@r1": second}
     return first, second, RoutingRunner(routes)
 
@@ -84,7 +84,7 @@ async def test_results_come_from_whichever_is_done_and_none_is_lost(
         async with asyncio.timeout(5):
             (chunks,) = await both.next_results()
         seen.append((chunks, both.crowded()))
-    assert sorted(seen, key=lambda pair: pair[1]) == [(one, False), (two, True)]
+    assert sorted(seen, key=lambda pair: pair[1]) == [(one, 0), (two, 3)]
 
 
 async def test_whoever_stops_waiting_stops_all(

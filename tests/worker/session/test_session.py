@@ -285,7 +285,7 @@ async def test_draining_hands_back_what_has_not_begun(
         while not session._runner.running:
             await asyncio.sleep(0.005)
         await connection.lease(spec(), spec(), first=1)
-        while len(session._runner._ready) < 2:
+        while len(session._runner._turns._ready) < 2:
             await asyncio.sleep(0.005)
         draining = asyncio.create_task(session.drain(20))
         released = (await connection.receive("release")).release.leases

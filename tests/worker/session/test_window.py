@@ -23,20 +23,20 @@ def test_long_prompts_make_a_small_window() -> None:
     """
     window = Window()
     window.leased(window.offer(held=0))
-    window.passed(8, crowded=True)
+    window.passed(8)
     assert window.offer(held=248) == 0
     assert window.offer(held=20) == 4
 
 
 def test_a_window_is_never_too_small_to_fill_a_pass_of_short_prompts() -> None:
     window = Window()
-    window.passed(1, crowded=True)
+    window.passed(1)
     assert window.size == 16
 
 
 def test_a_pass_that_takes_everything_lets_the_window_grow() -> None:
     window = Window()
-    window.passed(1, crowded=True)
+    window.passed(1)
     for size in (32, 64, 128, 256, 256):
-        window.passed(16, crowded=False)
+        window.passed(0)
         assert window.size == size

@@ -97,7 +97,17 @@ class Slice:
         By site: of the passes so far.
     targets
         By number of the prompt: what is explained of it.
+    checkpointing
+        A pass recomputed its layers.
+    dropped
+        Nobody waits for it.
     """
+
+    @staticmethod
+    def size(shape: ModelShape, k: int) -> int:
+        """Return the bytes of an atlas of a model."""
+        sites = (SITES[site].features(shape) for site in ATLAS_SITES)
+        return sum(SiteAtlas.size(shape.layers, features, k) for features in sites)
 
     def __init__(self, loaded: LoadedModel, corpus: PreparedCorpus) -> None:
         self.corpus = corpus
@@ -109,20 +119,27 @@ class Slice:
             for site in ATLAS_SITES
         }
         self.targets: dict[int, ResolvedTarget] = {}
+        self.checkpointing = False
+        self.dropped = False
         self._left = _passes(corpus.prompts)
 
     @property
     def over(self) -> bool:
-        """All prompts are in it."""
+        """All prompts are in it, or nobody waits for it."""
         return not self._left
 
     def drop(self, _: int = 0) -> None:
         """Go on no more: nobody waits for it."""
+        self.dropped = True
         self._left.clear()
 
     def take(self) -> list[int]:
-        """Return the places in the corpus of the prompts of the next pass."""
-        return self._left.popleft()
+        """Return the places in the corpus of the prompts of the next pass; none after the last."""
+        try:
+            return self._left.popleft()
+        except IndexError:
+            # It was dropped at this moment.
+            return []
 
     def tensors(self) -> tuple[SiteTensor, ...]:
         """Return the atlas: of each site what `SiteAtlas` has; and the corpus.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -14,17 +13,11 @@ import torch
 from reltrace_worker.engine.atlas import AtlasCapture, Slice
 from reltrace_worker.engine.capture import Capture
 from reltrace_worker.engine.clock import PHASES, PassClock
-from reltrace_worker.engine.generate import Writing
-from reltrace_worker.engine.memory import (
-    Budget,
-    MemoryModel,
-    head_size,
-    in_gib,
-    is_out_of_memory,
-    measure,
-)
+from reltrace_worker.engine.memory import MemoryModel, head_size, is_out_of_memory, release
 from reltrace_worker.engine.pack import Pack, Scalar
 from reltrace_worker.engine.passes import predict, trace_checkpointed, trace_keeping
+from reltrace_worker.engine.plan import Planner
+from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
 from reltrace_worker.jobs import (
     JobResult,
@@ -105,10 +98,9 @@ class Engine:
         self._loaded = loaded
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._checkpointing = checkpointing
-        self._budget = Budget(loaded, memory_bytes)
         # A limit is to be kept, whatever the mode.
-        self._plans = checkpointing == "auto" or memory_bytes is not None
-        self._memory: MemoryModel | None = None
+        always = checkpointing == "auto" or memory_bytes is not None
+        self._planner = Planner(loaded, self._probe, memory_bytes, always=always)
         self._lock = _lock_of(loaded.model)
         self._rules: Callable[[str], Rule] = RULES.__getitem__
         if compile:
@@ -126,10 +118,7 @@ class Engine:
     def measure(self) -> MemoryModel:
         """Measure what passes over this model need, once, and plan passes by it from now on."""
         with self._lock:
-            if self._memory is None:
-                self._memory = measure(self._loaded, self._probe)
-            self._plans = True
-            return self._memory
+            return self._planner.measure()
 
     def _probe(self, tokens: int, checkpointing: bool) -> None:
         target = PreparedTarget((Term(tokens - 1, 0),))
@@ -144,7 +133,7 @@ class Engine:
         As many as fit without checkpointing where that is allowed and they are enough to keep
         the device busy, else as many as fit with it; never more than ``MOST_TOKENS``.
         """
-        memory, available = self.measure(), self._budget.available()
+        memory, available = self.measure(), self._planner.available
         fitting = memory.checkpointed.tokens(available)
         if self._checkpointing != "on":
             kept = memory.keeping.tokens(available)
@@ -183,8 +172,8 @@ class Engine:
         results: dict[int, Outcome] = {}
         try:
             with self._lock:
-                if self._plans and batch:
-                    self.measure()
+                if batch:
+                    self._planner.prepare()
                 for (_, rule), indices in by_kind.items():
                     outcomes = self._run_jobs(rule, [batch[index] for index in indices])
                     results.update(zip(indices, outcomes, strict=True))
@@ -195,13 +184,15 @@ class Engine:
 
     def _run_jobs(self, rule: str, jobs: list[PreparedJob]) -> list[Outcome]:
         """Trace jobs of one rule: together if they fit, else in halves, at last checkpointed."""
+        if jobs[0].generation is not None:
+            return self._write(jobs)
         alone = len(jobs) == 1
         modes = {"on": [True], "auto": [False, True], "off": [False, True] if alone else [False]}
         # Running out of memory is harmless on CUDA, where the plan's margin may be too wide; a
         # CPU's memory is promised first and missing later, which takes the process down.
         try_anyway = alone and self._loaded.device.type == "cuda"
         for checkpointing in modes[self._checkpointing]:
-            if not (self._fits(jobs, checkpointing) or (checkpointing and try_anyway)):
+            if not (self._planner.fits(jobs, checkpointing) or (checkpointing and try_anyway)):
                 continue
             outcomes = self._run_pack(rule, jobs, checkpointing)
             if outcomes is not None:
@@ -209,7 +200,7 @@ class Engine:
             if not alone:
                 break
         if alone:
-            return [self._too_large(jobs[0])]
+            return [self._planner.too_large(jobs)]
         ordered = sorted(range(len(jobs)), key=lambda index: len(jobs[index].token_ids))
         half = len(ordered) // 2
         found: dict[int, Outcome] = {}
@@ -217,21 +208,6 @@ class Engine:
             outcomes = self._run_jobs(rule, [jobs[index] for index in indices])
             found.update(zip(indices, outcomes, strict=True))
         return [found[index] for index in range(len(jobs))]
-
-    def _fits(self, jobs: list[PreparedJob], checkpointing: bool) -> bool:
-        """Whether a pass may be tried: by plan, or, without one, always."""
-        if self._memory is None:
-            return True
-        return self._memory.need(jobs, checkpointing) <= self._budget.available()
-
-    def _too_large(self, job: PreparedJob) -> EngineError:
-        need = self.measure().need([job], checkpointing=True)
-        available = self._budget.available()
-        return EngineError(
-            f"one prompt of {len(job.token_ids)} tokens does not fit into memory, even with "
-            f"checkpointing: it needs {need} bytes ({in_gib(need)}) and {available} "
-            f"({in_gib(available)}) are available"
-        )
 
     def _run_pack(
         self, rule: str, jobs: list[PreparedJob], checkpointing: bool
@@ -251,14 +227,10 @@ class Engine:
                     f"{type(error).__name__}: {error}"
                 ) from error
         # Out here the exception is gone, and with it the frames that held the pass's tensors.
-        gc.collect()
-        if self._loaded.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self._loaded.device)
         return None
 
     def _pass(self, rule: str, jobs: list[PreparedJob], checkpointing: bool) -> list[Outcome]:
-        if jobs[0].generation is not None:
-            return self._write(jobs)
         pack = Pack.of(jobs)
         trace: Callable[[LoadedModel, Pack, Capture], list[Scalar]]
         trace = trace_checkpointed if checkpointing else trace_keeping
@@ -286,12 +258,14 @@ class Engine:
         return [outcomes[index] for index in range(len(jobs))]
 
     def _write(self, jobs: list[PreparedJob]) -> list[Outcome]:
-        writing = Writing(self._loaded, jobs)
-        while not writing.over:
-            self.go_on(writing, _STEPS)
-        return self.texts(writing)
+        texts = self.begin(jobs)
+        found: dict[int, Outcome] = {}
+        while not texts.over:
+            self.go_on(texts, _STEPS)
+            found |= texts.ended()
+        return [found[index] for index in range(len(jobs))]
 
-    def begin(self, jobs: Sequence[PreparedJob]) -> Writing:
+    def begin(self, jobs: Sequence[PreparedJob]) -> Texts:
         """Begin texts that are written together; nothing is written yet.
 
         Parameters
@@ -299,9 +273,11 @@ class Engine:
         jobs
             All with a `generation`.
         """
-        return Writing(self._loaded, jobs)
+        with self._lock:
+            self._planner.prepare()
+        return Texts(self._loaded, jobs, self._planner.fault_of_texts)
 
-    def go_on(self, writing: Writing, tokens: int, wrote: Callable[[], None] | None = None) -> None:
+    def go_on(self, texts: Texts, tokens: int, wrote: Callable[[], None] | None = None) -> None:
         """Write at most so many further tokens of each text; call `wrote` after each.
 
         Raises
@@ -314,14 +290,24 @@ class Engine:
             clock.begins("forward")
             try:
                 with through_onednn(self._linears):
-                    writing.go_on(tokens, wrote)
+                    texts.go_on(tokens, wrote)
             except torch.AcceleratorError as error:
                 raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
         for phase, seconds in clock.seconds().items():
             self.seconds[phase] += seconds
 
     def begin_atlas(self, corpus: PreparedCorpus) -> Slice:
-        """Begin the atlas of a corpus; nothing is in it yet."""
+        """Begin the atlas of a corpus; nothing is in it yet.
+
+        Raises
+        ------
+        EngineError
+            Its tables do not fit into memory.
+        """
+        with self._lock:
+            self._planner.prepare()
+        if (fault := self._planner.fault_of_atlas(corpus.k)) is not None:
+            raise fault
         return Slice(self._loaded, corpus)
 
     def add_to(self, slice_: Slice) -> None:
@@ -330,18 +316,21 @@ class Engine:
         Raises
         ------
         EngineError
-            Its numbers are not finite, or one prompt does not fit into memory.
+            Its numbers are not finite, or the pass does not fit into memory. It is not made
+            smaller, for then its numbers would be others.
         DeviceLostError
             The device does not work any more for this process.
         """
         corpus, chosen = slice_.corpus, slice_.take()
+        if not chosen:
+            return
         jobs = [corpus.prompts[index] for index in chosen]
         with self._lock:
-            if self._plans:
-                self.measure()
-            checkpointing = self._checkpointing == "on" or not self._fits(jobs, False)
-            if not self._fits(jobs, checkpointing):
-                raise self._too_large(max(jobs, key=lambda job: len(job.token_ids)))
+            self._planner.prepare()
+            checkpointing = self._checkpointing == "on" or not self._planner.fits(jobs, False)
+            if not self._planner.fits(jobs, checkpointing):
+                raise self._planner.too_large(jobs)
+            slice_.checkpointing |= checkpointing
             pack = Pack.of(jobs)
             numbers = [corpus.numbers[chosen[index]] for index in pack.order]
             capture = AtlasCapture(self._loaded, pack, numbers, slice_.atlas)
@@ -360,13 +349,14 @@ class Engine:
             slice_.targets[numbers[scalar.job]] = found
 
     def atlas(self, slice_: Slice) -> list[Outcome]:
-        """Return an atlas as the result of its job; its targets are each token once."""
-        targets = {target.token_id: target for target in slice_.targets.values()}
-        return [JobResult(tuple(targets.values()), slice_.tensors(), self._checkpointing == "on")]
+        """Return an atlas as the result of its job; its targets are each token once.
 
-    def texts(self, writing: Writing) -> list[Outcome]:
-        """Return what was written, one result per job."""
-        return [JobResult((), (), checkpointing=False, written=one) for one in writing.written()]
+        Nothing before it is over, or where nobody waits for it.
+        """
+        if slice_.dropped or not slice_.over:
+            return []
+        targets = {target.token_id: target for target in slice_.targets.values()}
+        return [JobResult(tuple(targets.values()), slice_.tensors(), slice_.checkpointing)]
 
     def _resolve(self, job: PreparedJob, scalar: Scalar) -> ResolvedTarget:
         target = job.targets[scalar.target]

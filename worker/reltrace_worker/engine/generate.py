@@ -11,32 +11,72 @@ import torch
 from transformers import DynamicCache
 
 from reltrace_worker.engine.edits import Edits, Rows
+from reltrace_worker.errors import EngineError
 from reltrace_worker.jobs import GenerationSpec, PreparedJob, Written
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
 
 
 @dataclass(slots=True)
-class _Text:
-    """One job's text, as far as it is written."""
+class Text:
+    """One job's text, as far as it is written.
+
+    Parameters
+    ----------
+    job
+        With a `generation`.
+    """
 
     job: PreparedJob
-    spec: GenerationSpec
-    source: torch.Generator
+    source: torch.Generator = field(init=False)
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
+    fault: EngineError | None = None
+    """Why it can not go on."""
+
+    def __post_init__(self) -> None:
+        self.source = torch.Generator().manual_seed(self.spec.seed)
+
+    @property
+    def spec(self) -> GenerationSpec:
+        """How it is written."""
+        assert self.job.generation is not None
+        return self.job.generation
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt, and what is written after it."""
+        return [*self.job.token_ids, *self.ids]
 
     @property
     def over(self) -> bool:
-        return self.stopped or len(self.ids) == self.spec.max_new_tokens
+        """Nothing is written after it any more."""
+        return self.stopped or self.fault is not None or len(self.ids) == self.spec.max_new_tokens
 
     def go_on(self, token: int, logprob: float, ends: frozenset[int]) -> None:
         """Take the next token, unless the text is over."""
-        if not self.over:
-            self.ids.append(token)
-            self.logprobs.append(logprob)
-            self.stopped = token in ends
+        if self.over:
+            return
+        if not math.isfinite(logprob):
+            self.fault = EngineError(
+                f"the logits of token {len(self.ids)} of the text are not finite: the model's "
+                "weights or activations, or its edits, overflow"
+            )
+            return
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        self.stopped = token in ends
+
+    def written(self, vocabulary: Vocabulary) -> Written:
+        """Return what is written."""
+        return Written(
+            token_ids=tuple(self.ids),
+            tokens=vocabulary.texts(self.ids),
+            text=vocabulary.decoded(self.ids),
+            logprobs=tuple(self.logprobs),
+            stopped=self.stopped,
+        )
 
 
 def draw(
@@ -86,39 +126,33 @@ class Writing:
     ----------
     loaded
         The model, plain: no rule is applied.
-    jobs
-        All with a `generation`; shorter prompts are padded on their left. What a job writes does
-        not depend on the others, but for rounding.
+    texts
+        As far as they are written; shorter ones are padded on their left. What is written of one
+        does not depend on the others, but for rounding.
     """
 
-    def __init__(self, loaded: LoadedModel, jobs: Sequence[PreparedJob]) -> None:
+    def __init__(self, loaded: LoadedModel, texts: Sequence[Text]) -> None:
         self._loaded = loaded
-        self._jobs = list(jobs)
-        self._texts = [
-            _Text(job, job.generation, torch.Generator().manual_seed(job.generation.seed))
-            for job in jobs
-            if job.generation is not None
-        ]
-        assert len(self._texts) == len(jobs)
+        self._texts = list(texts)
         self._ends = end_tokens(loaded)
-        longest = max(len(job.token_ids) for job in jobs)
-        pads = [longest - len(job.token_ids) for job in jobs]
+        tokens = [text.tokens for text in texts]
+        self._places = [len(ids) for ids in tokens]
+        longest = max(self._places)
+        pads = [longest - length for length in self._places]
         device = loaded.device
         self._mask = torch.tensor(
             [[0] * pad + [1] * (longest - pad) for pad in pads], device=device
         )
         self._ids = torch.tensor(
-            [[0] * pad + list(job.token_ids) for pad, job in zip(pads, jobs, strict=True)],
-            device=device,
+            [[0] * pad + ids for pad, ids in zip(pads, tokens, strict=True)], device=device
         )
         self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
         self._cache = DynamicCache(config=loaded.model.config)
-        self._places = [len(job.token_ids) for job in jobs]
         self._edits = Edits(
             loaded,
             [
-                Rows(job.edits, row * longest + pad, range(longest - pad))
-                for row, (job, pad) in enumerate(zip(jobs, pads, strict=True))
+                Rows(text.job.edits, row * longest + pad, range(longest - pad))
+                for row, (text, pad) in enumerate(zip(texts, pads, strict=True))
             ],
         )
 
@@ -127,23 +161,30 @@ class Writing:
         """All texts have ended."""
         return all(text.over for text in self._texts)
 
-    def drop(self, job: int) -> None:
-        """Write no more of a job that nobody waits for."""
-        self._texts[job].stopped = True
-
-    def token_ids(self, job: int) -> list[int]:
-        """Return what is written of a job."""
-        return list(self._texts[job].ids)
-
     def go_on(self, tokens: int, wrote: Callable[[], None] | None = None) -> None:
         """Write at most so many further tokens of each text; call `wrote` after each."""
         with torch.no_grad(), self._edits.attached():
             for _ in range(tokens):
                 if self.over:
                     return
+                self._leave_out_what_is_over()
                 self._next(self._logits())
                 if wrote is not None:
                     wrote()
+
+    def _leave_out_what_is_over(self) -> None:
+        """Go on with the others alone, where they are half of the batch at most."""
+        rows = [row for row, text in enumerate(self._texts) if not text.over]
+        if 2 * len(rows) > len(self._texts) or not self._cache.get_seq_length():
+            return
+        # On the CPU: a cache may be on several devices.
+        kept = torch.tensor(rows)
+        self._texts = [self._texts[row] for row in rows]
+        self._places = [self._places[row] for row in rows]
+        self._ids, self._mask = self._ids[kept], self._mask[kept]
+        self._positions = self._positions[kept]
+        self._cache.batch_select_indices(kept)
+        self._place_edits()
 
     def _logits(self) -> torch.Tensor:
         """Run the model over the tokens that come next; return the logits of the last, [B, V]."""
@@ -160,9 +201,12 @@ class Writing:
         return logits
 
     def _next(self, logits: torch.Tensor) -> None:
-        specs, sources = [t.spec for t in self._texts], [t.source for t in self._texts]
-        tokens = draw(logits, specs, sources)
+        # One text's overflow is not its neighbours': it goes on with anything, and counts no more.
+        broken = ~logits.isfinite().all(-1)
+        logits = logits.masked_fill(broken[:, None], 0.0)
+        tokens = draw(logits, [t.spec for t in self._texts], [t.source for t in self._texts])
         logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        logprobs = logprobs.masked_fill(broken, math.nan)
         # In one transfer: float64 holds both as they are.
         chosen = torch.stack((tokens.double(), logprobs.double())).tolist()
         for text, token, logprob in zip(self._texts, *chosen, strict=True):
@@ -170,18 +214,17 @@ class Writing:
         self._ids = tokens[:, None]
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
         self._positions = self._positions[:, -1:] + 1
+        self._places = [place + 1 for place in self._places]
+        self._place_edits()
+
+    def _place_edits(self) -> None:
+        """Let edits be made of the one token of each text that comes next."""
         self._edits.move(
             [
-                Rows(job.edits, row, range(place, place + 1))
-                for row, (job, place) in enumerate(zip(self._jobs, self._places, strict=True))
+                Rows(text.job.edits, row, range(place - 1, place))
+                for row, (text, place) in enumerate(zip(self._texts, self._places, strict=True))
             ]
         )
-        self._places = [place + 1 for place in self._places]
-
-    def written(self) -> list[Written]:
-        """Return what is written, one per job, in order."""
-        vocabulary = Vocabulary(self._loaded.tokenizer)
-        return [_written(text, vocabulary) for text in self._texts]
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:
@@ -193,13 +236,3 @@ def end_tokens(loaded: LoadedModel) -> frozenset[int]:
     if found is None:
         return frozenset()
     return frozenset(found if isinstance(found, list | tuple) else [found])
-
-
-def _written(text: _Text, vocabulary: Vocabulary) -> Written:
-    return Written(
-        token_ids=tuple(text.ids),
-        tokens=vocabulary.texts(text.ids),
-        text=vocabulary.decoded(text.ids),
-        logprobs=tuple(text.logprobs),
-        stopped=text.stopped,
-    )

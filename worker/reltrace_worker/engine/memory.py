@@ -8,6 +8,7 @@ every byte of a CUDA device, and its profiler every allocation on a CPU. What a 
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -74,6 +75,8 @@ class MemoryModel:
         Bytes of an activation.
     per_prompt
         Bytes that the attention kernel needs for each prompt, whatever its length.
+    cache_per_token
+        Bytes of a token's keys and values in all layers.
     """
 
     keeping: Line
@@ -84,11 +87,11 @@ class MemoryModel:
     widths: dict[str, tuple[int, int]]
     itemsize: int
     per_prompt: int = 0
+    cache_per_token: int = 0
 
     def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
         """Return the bytes that a pass over `jobs` needs."""
-        # What is written has keys and values in a cache, which is less than a pass keeps.
-        tokens = sum(job.extent for job in jobs)
+        tokens = sum(len(job.token_ids) for job in jobs)
         line = self.checkpointed if checkpointing else self.keeping
         total = line.at(tokens) + self.per_prompt * len(jobs)
         # Logits, their gradient, and three float32 copies for log-probabilities.
@@ -106,6 +109,25 @@ class MemoryModel:
             passes = max(len(job.targets) for job in jobs)
             total += max(0, passes - 1) * tokens * self.hidden_size * self.itemsize
         return int(total) + sum(self._result(job) for job in jobs)
+
+    def need_to_write(self, jobs: Sequence[PreparedJob]) -> int:
+        """Return the bytes that it takes to write the texts of `jobs` together, padded."""
+        rows = len(jobs)
+        longest = max(len(job.token_ids) for job in jobs)
+        extent = max(job.extent for job in jobs)
+        # Layer by layer, and nothing is kept: no more than a checkpointed pass needs.
+        total = self.checkpointed.at(rows * longest)
+        # A layer's cache is copied when it grows.
+        total += rows * extent * self.cache_per_token * (1 + 1 / self.layers)
+        if any(len(job.token_ids) < longest for job in jobs):
+            # Who sees whom, as truth values and as what is added to the scores.
+            total += rows * longest**2 * (1 + self.itemsize)
+        sampled = sum(
+            job.generation is not None and job.generation.temperature != 0 for job in jobs
+        )
+        # Logits as they come and as float32, twice; of those drawn from, five tables of 8 bytes.
+        total += self.vocab_size * (rows * (self.itemsize + 2 * 4) + sampled * 5 * 8)
+        return int(total)
 
     def _result(self, job: PreparedJob) -> int:
         """Return the bytes of a job's result, counted twice: as recorded, and as handed out."""
@@ -152,6 +174,12 @@ def head_size(loaded: LoadedModel) -> int:
     """Return the values of one attention head."""
     config: Any = loaded.model.config
     return int(getattr(config, "head_dim", None) or loaded.shape.hidden_size // loaded.shape.heads)
+
+
+def _key_width(loaded: LoadedModel) -> int:
+    config: Any = loaded.model.config
+    heads = getattr(config, "num_key_value_heads", None) or loaded.shape.heads
+    return int(heads) * head_size(loaded)
 
 
 def devices_of(loaded: LoadedModel) -> list[torch.device]:
@@ -205,6 +233,7 @@ def measure(loaded: LoadedModel, probe: Callable[[int, bool], object]) -> Memory
         },
         itemsize=loaded.dtype.itemsize,
         per_prompt=kernel.padding * wide["head"] * torch.float32.itemsize,
+        cache_per_token=2 * shape.layers * _key_width(loaded) * loaded.dtype.itemsize,
     )
 
 
@@ -283,6 +312,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+
+
+def release(device: torch.device) -> None:
+    """Give back what a pass that broke off has left behind; call it when its error is gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def in_gib(count: float) -> str:

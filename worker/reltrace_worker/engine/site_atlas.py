@@ -121,6 +121,11 @@ class SiteAtlas:
     low: torch.Tensor
     histogram: torch.Tensor
 
+    @staticmethod
+    def size(layers: int, features: int, k: int) -> int:
+        """Return the bytes of an atlas."""
+        return layers * features * (4 * k * (8 + 4) + len(SUMS) * 2 * 8 + 2 * BINS * 4)
+
     @classmethod
     def empty(cls, layers: int, features: int, k: int, device: torch.device) -> SiteAtlas:
         """Return the atlas of no prompt."""

@@ -26,6 +26,9 @@ MAX_TOP_K = 4096
 MOST_PROMPTS = 1 << 16
 """Of one atlas."""
 
+MOST_CORPUS_TOKENS = 1 << 16
+"""Of one prompt of an atlas: a place has 16 bits for the token."""
+
 MOST_PLACES = 64
 """That an atlas keeps of each feature."""
 
@@ -158,7 +161,7 @@ class JobPreparer:
         for number, prompt in enumerate(given):
             try:
                 one = replace(spec, input=prompt, corpus=None, k=0, sites=("neuron",))
-                prompts.append(self.prepare(one))
+                prompts.append(self._prepare_one_of_corpus(one))
                 numbers.append(number)
             except InvalidJob as error:
                 skipped.append((number, str(error)))
@@ -166,6 +169,14 @@ class JobPreparer:
             faults.add("corpus.prompts", f"can not be traced, none of them: {skipped[0][1]}")
         faults.raise_any()
         return PreparedCorpus(tuple(prompts), tuple(numbers), tuple(skipped), spec.k, spec.rule)
+
+    def _prepare_one_of_corpus(self, spec: JobSpec) -> PreparedJob:
+        job = self.prepare(spec)
+        if (tokens := len(job.token_ids)) > MOST_CORPUS_TOKENS:
+            faults = _Faults()
+            faults.add("prompt", f"has {tokens} tokens; in an atlas at most {MOST_CORPUS_TOKENS}")
+            faults.raise_any()
+        return job
 
     def _prepare_writing(
         self, spec: JobSpec, generation: GenerationSpec, faults: _Faults
@@ -195,8 +206,9 @@ class JobPreparer:
             token_ids=prompt,
             tokens=self._vocabulary.texts(prompt),
             sites=(),
-            reduction=spec.reduction,
-            rule=spec.rule,
+            # No relevance, so that no rule is applied.
+            reduction="",
+            rule="",
             targets=(),
             edits=edits,
             generation=generation,

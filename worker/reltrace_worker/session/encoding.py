@@ -47,12 +47,15 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A pass that is over; crowded: it left jobs behind when it took these."""
+    """A pass that is over, or jobs that have ended in one that goes on.
+
+    crowded: how many jobs it took, if it left others behind.
+    """
 
     batch: list[Ready]
     results: Sequence[JobResult | EngineError]
     seconds: float
-    crowded: bool
+    crowded: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Encoder:
         self.large = LargeResults()
         self._model = model
         self._attention = attention
+        self._plain_attention = str(model.model.config._attn_implementation)
         # Names files in stores of others' choosing.
         self._name, self._files = secrets.token_hex(8), count(1)
 
@@ -154,7 +158,8 @@ class Encoder:
             rule=job.rule,
             reduction=job.reduction,
             dtype=scalar_type(self._model.dtype),
-            attention=self._attention,
+            # Texts are written by the model as transformers runs it.
+            attention=self._attention if result.written is None else self._plain_attention,
             checkpointing=result.checkpointing,
             versions=VERSIONS,
             device=str(self._model.device),

@@ -48,10 +48,10 @@ class Window:
         """Note that leases came."""
         self._offered = max(0, self._offered - jobs)
 
-    def passed(self, jobs: int, *, crowded: bool) -> None:
-        """Note a pass over so many jobs, and whether it left some behind for want of room."""
+    def passed(self, crowded: int) -> None:
+        """Note a pass over so many jobs that left some behind for want of room; 0: it left none."""
         if crowded:
-            self.size = min(max(_PASSES * jobs, _LEAST_LEASES), _MOST_LEASES)
+            self.size = min(max(_PASSES * crowded, _LEAST_LEASES), _MOST_LEASES)
         else:
             self.size = min(2 * self.size, _MOST_LEASES)
 
@@ -71,17 +71,17 @@ class JobRunner(Protocol):
     async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
         """Wait until jobs have ended; return for each an iterator of chunks, or why not."""
 
-    def crowded(self) -> bool:
-        """Tell whether the pass of the last results left jobs behind for want of room.
+    def crowded(self) -> int:
+        """Return how many jobs the pass of the last results took, if it left some behind, else 0.
 
         As it was when the pass took its jobs: what came later says nothing of its size.
         """
 
     def drop(self, keys: set[LeaseKey]) -> None:
-        """Forget jobs that have not begun."""
+        """Forget jobs, and go on no more with those that take many passes."""
 
     def take_back(self) -> list[LeaseKey]:
-        """Give up all jobs that have not begun; return their leases."""
+        """Give up all jobs that have not begun, those being taken in too; return their leases."""
 
     def store_large(self, url: str, above: int) -> None:
         """Note where results of more than `above` bytes go; empty: they are sent as well.

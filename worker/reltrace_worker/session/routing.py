@@ -26,12 +26,11 @@ class RoutingRunner:
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
         """Take jobs in; return the chunks of those that have failed already."""
-        faulty: list[Chunks] = []
-        for runner in self._runners:
-            own = [lease for lease in leases if self._routes[lease.spec.model] is runner]
-            if own:
-                faulty += await runner.add(own)
-        return faulty
+        of_each: dict[JobRunner, list[worker_pb2.Lease]] = {}
+        for lease in leases:
+            of_each.setdefault(self._routes[lease.spec.model], []).append(lease)
+        faulty = await asyncio.gather(*(runner.add(own) for runner, own in of_each.items()))
+        return [chunks for of_runner in faulty for chunks in of_runner]
 
     async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
         """Wait for the next pass of any model; return an iterator of chunks per job, or why not."""
@@ -49,8 +48,8 @@ class RoutingRunner:
         self._last = self._waiting.pop(first)
         return first.result()
 
-    def crowded(self) -> bool:
-        """Tell whether the pass of the last results left jobs behind for want of room."""
+    def crowded(self) -> int:
+        """Return how many jobs the pass of the last results took, if it left some behind."""
         return self._last.crowded()
 
     def drop(self, keys: set[LeaseKey]) -> None:

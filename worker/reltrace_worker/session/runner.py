@@ -1,19 +1,17 @@
 """Runs leased jobs: tokenizing on one thread, the engine on another, encoding on a third."""
 
 import asyncio
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import structlog
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine
 from reltrace_worker.engine.atlas import Slice
-from reltrace_worker.engine.generate import Writing
+from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
 from reltrace_worker.jobs import JobResult, JobSpec, PreparedCorpus, PreparedJob
 from reltrace_worker.metrics import PassStats
@@ -25,6 +23,7 @@ from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.encoding import Done, Encoder, Ready, broken, invalid
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.stored import LargeResults
+from reltrace_worker.session.turns import HalfDone, Outcome, Turns
 from reltrace_worker.tracing import NoSpans, Spans
 
 log = structlog.get_logger()
@@ -37,16 +36,6 @@ _STEPS = 16
 
 _PASSES_AHEAD = 2
 """The pass under way and the one that follows it."""
-
-
-@dataclass(slots=True, eq=False)
-class _Open:
-    """What takes many passes: texts that are written together, or the atlas of a corpus."""
-
-    batch: list[Ready]
-    work: Writing | Slice
-    crowded: bool
-    seconds: float = 0.0
 
 
 class Runner:
@@ -81,25 +70,26 @@ class Runner:
         self._engine = engine
         self._prepare_job = JobPreparer(model, sites=SITES, reductions=REDUCTIONS, rules=RULES)
         self._max_tokens = max_tokens
+        self._turns = Turns(max_tokens)
         self._text_thread = ThreadPoolExecutor(1, "text")
+        self._corpus_thread = ThreadPoolExecutor(1, "corpus")
         self._engine_thread = engine_thread or ThreadPoolExecutor(1, "engine")
         self._encode_thread = ThreadPoolExecutor(1, "encode")
-        # Shared by the loop, which adds and drops, and the engine's thread, which takes.
-        self._lock = threading.Lock()
-        self._ready: deque[Ready] = deque()
+        # Leases that are being prepared; of the loop.
+        self._wanted: set[LeaseKey] = set()
         self._passes: deque[asyncio.Future[Done | None]] = deque()
         self._arrived = asyncio.Event()
-        self._crowded = False
-        # What is half done: it goes on in turns with what is ready.
-        self._open: deque[_Open] = deque()
-        self._text_is_next = False
+        self._crowded = 0
         self._encoder = Encoder(model, engine.attention)
         self._spans = spans or NoSpans()
         self._drafts = drafts or Drafts()
         self._vocabulary = Vocabulary(model.tokenizer)
         self.stats = PassStats(seconds=engine.seconds)
-        self.running: frozenset[LeaseKey] = frozenset()
-        """Leases in the pass that is under way."""
+
+    @property
+    def running(self) -> frozenset[LeaseKey]:
+        """Leases in the pass that is under way, and in what is half done."""
+        return self._turns.running
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
         """Tokenize and check jobs; they wait for a pass.
@@ -109,34 +99,45 @@ class Runner:
         list of iterators of chunks
             One for each job that is invalid: it has failed already.
         """
+        self._wanted |= {key_of(lease) for lease in leases}
+        # A corpus takes its time, and others do not wait for it.
+        corpora = [lease for lease in leases if lease.spec.HasField("corpus")]
+        others = [lease for lease in leases if not lease.spec.HasField("corpus")]
+        faulty = await asyncio.gather(
+            self._add(others, self._text_thread), self._add(corpora, self._corpus_thread)
+        )
+        return [*faulty[0], *faulty[1]]
+
+    async def _add(
+        self, leases: Sequence[worker_pb2.Lease], thread: ThreadPoolExecutor
+    ) -> list[Chunks]:
+        if not leases:
+            return []
         loop = asyncio.get_running_loop()
-        ready, faulty = await loop.run_in_executor(self._text_thread, self._prepare, leases)
-        with self._lock:
-            self._ready = deque(sorted([*self._ready, *ready], key=lambda job: job.turn))
+        ready, faulty = await loop.run_in_executor(thread, self._prepare, leases)
+        # Without what was dropped meanwhile.
+        ready = [job for job in ready if job.key in self._wanted]
+        self._wanted -= {key_of(lease) for lease in leases}
         if ready:
+            self._turns.add(ready)
             self._order_passes()
             self._arrived.set()
         return faulty
 
-    def crowded(self) -> bool:
-        """Tell whether the pass of the last results left jobs behind for want of room."""
+    def crowded(self) -> int:
+        """Return how many jobs the pass of the last results took, if it left some behind."""
         return self._crowded
 
     def drop(self, keys: set[LeaseKey]) -> None:
-        """Forget jobs that wait for a pass, and write no more of texts."""
-        with self._lock:
-            self._ready = deque(job for job in self._ready if job.key not in keys)
-            for texts in self._open:
-                for index, job in enumerate(texts.batch):
-                    if job.key in keys:
-                        texts.work.drop(index)
+        """Forget jobs that wait for a pass, and go on no more with what takes several."""
+        self._wanted -= keys
+        self._turns.drop(keys)
         self._drafts.forget(keys)
 
     def take_back(self) -> list[LeaseKey]:
         """Give up all jobs that wait for a pass; return their leases."""
-        with self._lock:
-            keys = [job.key for job in self._ready]
-            self._ready.clear()
+        keys = [*self._turns.take_back(), *self._wanted]
+        self._wanted.clear()
         return keys
 
     def store_large(self, url: str, above: int) -> None:
@@ -176,59 +177,17 @@ class Runner:
     def _order_passes(self) -> None:
         """Let the engine's thread run a pass, and another after it, if jobs wait."""
         loop = asyncio.get_running_loop()
-        while (self._ready or self._open) and len(self._passes) < _PASSES_AHEAD:
+        while self._turns and len(self._passes) < _PASSES_AHEAD:
             self._passes.append(loop.run_in_executor(self._engine_thread, self._run))
-
-    def _next_batch(self) -> list[Ready]:
-        """Take what goes into one pass: the job whose turn it is, and what goes with it.
-
-        That is, in the order of their turns, what is of its kind (another would be another pass)
-        and still fits. What is passed over stays in order, and comes first before long.
-        """
-        with self._lock:
-            # Of what takes many passes one of each kind at a time: it holds memory meanwhile.
-            begun = {work.batch[0].job.kind for work in self._open}
-            kinds = (job.job.kind for job in self._ready)
-            kind = next((kind for kind in kinds if kind not in begun), None)
-            if kind is None:
-                return []
-            batch: list[Ready] = []
-            left: deque[Ready] = deque()
-            tokens = 0
-            for job in self._ready:
-                length = job.job.extent
-                fits = tokens + length <= self._max_tokens and not _is_corpus(job)
-                if job.job.kind == kind and (not batch or fits):
-                    batch.append(job)
-                    tokens += length
-                else:
-                    left.append(job)
-            self._ready = left
-            self._note_running(batch)
-        return batch
-
-    def _note_running(self, batch: Sequence[Ready] = ()) -> None:
-        half_done = [job for texts in self._open for job in texts.batch]
-        self.running = frozenset(job.key for job in [*batch, *half_done])
-
-    def _next_texts(self) -> "_Open | None":
-        """Take texts that are half written, where nothing is ready or it is their turn."""
-        with self._lock:
-            if not self._open or (self._ready and not self._text_is_next):
-                self._text_is_next = bool(self._open)
-                return None
-            self._text_is_next = False
-            # Among them still: jobs are dropped in mid-turn too.
-            texts = self._open[0]
-            self._open.rotate(-1)
-            self._note_running(texts.batch)
-            return texts
 
     def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[Ready], list[Chunks]]:
         ready: list[Ready] = []
         faulty: list[Chunks] = []
         now = time.monotonic()
         for lease in leases:
+            key = key_of(lease)
+            if key not in self._wanted:
+                continue
             try:
                 job = self._prepared(job_spec(lease.spec))
             except InvalidJob as error:
@@ -238,7 +197,6 @@ class Runner:
                 log.exception("job.prepare_failed", job=lease.job_id, tenant=lease.tenant)
                 faulty.append(broken(lease, error))
             else:
-                key = LeaseKey(lease.job_id, lease.attempt)
                 ready.append(Ready(key, lease, job, now + _HANDICAPS.get(lease.priority, 0.0)))
         return ready, faulty
 
@@ -247,95 +205,114 @@ class Runner:
         return prepare.prepare(spec) if spec.corpus is None else prepare.prepare_corpus(spec)
 
     def _run(self) -> Done | None:
-        texts = self._next_texts()
-        if texts is not None:
-            return self._go_on(texts)
-        batch = self._next_batch()
+        half_done = self._turns.next_half_done()
+        if half_done is not None:
+            return self._go_on(half_done)
+        batch = self._turns.next_batch()
         if not batch:
             return None
-        crowded = bool(self._ready)
-        work = self._begun([job.job for job in batch])
-        if work is not None:
-            texts = _Open(batch, work, crowded)
-            with self._lock:
-                self._open.append(texts)
-            return self._go_on(texts)
+        crowded = len(batch) if self._turns.left_behind else 0
+        if batch[0].job.takes_many_passes:
+            return self._begin(batch, crowded)
         started = time.perf_counter()
         try:
             results = self._run_engine(batch)
         finally:
-            with self._lock:
-                self._note_running()
+            self._turns.passed()
         return self._done(batch, results, time.perf_counter() - started, crowded)
 
-    def _begun(self, jobs: Sequence[PreparedJob | PreparedCorpus]) -> Writing | Slice | None:
-        """Begin what takes many passes; None: one is enough."""
-        if isinstance(jobs[0], PreparedCorpus):
-            return self._engine.begin_atlas(jobs[0])
-        texts = [j for j in jobs if isinstance(j, PreparedJob) and j.generation is not None]
-        return self._engine.begin(texts) if texts else None
-
-    def _go_on(self, texts: "_Open") -> Done | None:
-        """Go on for a while with what takes many passes; None: it is not over."""
-        started = time.perf_counter()
-        results: Sequence[JobResult | EngineError] | None = None
-        work = texts.work
+    def _begin(self, batch: list[Ready], crowded: int) -> Done | None:
+        """Begin what takes many passes, and go on with it for a while."""
         try:
-            if isinstance(work, Slice):
-                if not work.over:
-                    self._engine.add_to(work)
-                results = self._engine.atlas(work) if work.over else None
-            else:
-                self._engine.go_on(work, _STEPS, self._drafting(texts.batch, work))
-                results = self._engine.texts(work) if work.over else None
+            work = self._begun([job.job for job in batch])
         except DeviceLostError:
             raise
         except Exception as error:
-            log.warning("work.failed", jobs=len(texts.batch), error=str(error))
-            # Texts from their beginning, in smaller batches where it was for memory.
-            results = (
-                [error if isinstance(error, EngineError) else PassFailedError(str(error))]
-                if isinstance(work, Slice)
-                else self._run_engine(texts.batch)
-            )
-        texts.seconds += time.perf_counter() - started
-        with self._lock:
-            if results is not None:
-                self._open.remove(texts)
-            self._note_running()
-        if results is None:
-            return None
-        return self._done(texts.batch, results, texts.seconds, texts.crowded)
+            self._turns.passed()
+            log.warning("work.failed", jobs=len(batch), error=str(error))
+            return self._done(batch, [_failure(error)] * len(batch), 0.0, crowded)
+        half_done = HalfDone(dict(enumerate(batch)), work, batch[0].job.kind, crowded)
+        self._turns.begun(half_done)
+        return self._go_on(half_done)
 
-    def _drafting(self, batch: Sequence[Ready], work: Writing) -> Callable[[], None] | None:
+    def _begun(self, jobs: Sequence[PreparedJob | PreparedCorpus]) -> Texts | Slice:
+        if isinstance(jobs[0], PreparedCorpus):
+            return self._engine.begin_atlas(jobs[0])
+        return self._engine.begin([job for job in jobs if isinstance(job, PreparedJob)])
+
+    def _go_on(self, half_done: HalfDone) -> Done | None:
+        """Go on for a while with what takes many passes; return what has ended, if anything."""
+        started = time.perf_counter()
+        work = half_done.work
+        ended: dict[int, Outcome]
+        failed = False
+        try:
+            if isinstance(work, Slice):
+                self._engine.add_to(work)
+                ended = dict(enumerate(self._engine.atlas(work)))
+            else:
+                self._engine.go_on(work, _STEPS, self._drafting(half_done, work))
+                ended = work.ended()
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            failed = True
+            log.warning("work.failed", jobs=len(half_done.batch), error=str(error))
+            ended = dict.fromkeys(half_done.batch, _failure(error))
+        half_done.seconds += time.perf_counter() - started
+        over = failed or work.over
+        jobs = self._turns.ended(half_done, ended, over=over)
+        if not jobs:
+            return None
+        spent, half_done.charged = half_done.seconds - half_done.charged, half_done.seconds
+        batch, results = [job for job, _ in jobs], [result for _, result in jobs]
+        return self._done(
+            batch, results, half_done.seconds, half_done.crowded, spent=spent, over=over
+        )
+
+    def _drafting(self, half_done: HalfDone, work: Texts) -> Callable[[], None] | None:
         """Return what notes the texts that somebody reads along with; None: there is none."""
-        followed = [
-            (index, job.key) for index, job in enumerate(batch) if job.lease.spec.generation.stream
-        ]
+
+        def followed() -> list[tuple[int, Ready]]:
+            return [
+                (index, job)
+                for index, job in half_done.batch.items()
+                if job.lease.spec.generation.stream
+            ]
 
         def note() -> None:
-            for index, key in followed:
-                self._drafts.note(key, work.token_ids(index), self._vocabulary)
+            # Nothing is noted of what is dropped and forgotten at this moment.
+            with self._turns.lock:
+                for index, job in followed():
+                    self._drafts.note(job.key, work.token_ids(index), self._vocabulary)
 
-        return note if followed else None
+        return note if followed() else None
 
     def _done(
         self,
         batch: list[Ready],
-        results: Sequence[JobResult | EngineError],
+        results: Sequence[Outcome],
         seconds: float,
-        crowded: bool,
+        crowded: int,
+        *,
+        spent: float | None = None,
+        over: bool = True,
     ) -> Done:
+        """Account for jobs that have ended, of a pass that took so long.
+
+        Of what takes many passes, they are charged with the `spent` part, and it may not be `over`.
+        """
         self._drafts.forget(job.key for job in batch)
         of_tenants: Counter[str] = Counter()
         for job, result in zip(batch, results, strict=True):
             of_tenants[job.lease.tenant] += _tokens(job, result)
         tokens = of_tenants.total()
-        self.stats.share(seconds, of_tenants)
-        self.stats.passes += 1
+        self.stats.share(seconds if spent is None else spent, of_tenants)
         self.stats.tokens += tokens
-        # A longer prompt is a pass of its own.
-        self.stats.capacity += max(tokens, self._max_tokens)
+        if over:
+            self.stats.passes += 1
+            # A longer prompt is a pass of its own.
+            self.stats.capacity += max(tokens, self._max_tokens)
         failed = sum(isinstance(result, EngineError) for result in results)
         self.stats.failed += failed
         self.stats.jobs += len(batch) - failed
@@ -357,7 +334,7 @@ class Runner:
         log.debug("pass.done", jobs=len(batch), tokens=tokens, seconds=round(seconds, 4))
         return Done(batch, results, seconds, crowded)
 
-    def _run_engine(self, jobs: Sequence[Ready]) -> Sequence[JobResult | EngineError]:
+    def _run_engine(self, jobs: Sequence[Ready]) -> Sequence[Outcome]:
         try:
             return self._engine.run([j.job for j in jobs if isinstance(j.job, PreparedJob)])
         except DeviceLostError:
@@ -366,17 +343,22 @@ class Runner:
             if len(jobs) == 1:
                 (job,) = jobs
                 log.exception("pass.failed", job=job.key.job_id, tenant=job.lease.tenant)
-                return [error if isinstance(error, EngineError) else PassFailedError(str(error))]
+                return [_failure(error)]
             # One job must not cost its neighbours their results.
             log.warning("pass.split", jobs=len(jobs), error=str(error))
             return [result for job in jobs for result in self._run_engine([job])]
 
 
-def _is_corpus(job: Ready) -> bool:
-    return isinstance(job.job, PreparedCorpus)
+def key_of(lease: worker_pb2.Lease) -> LeaseKey:
+    """Return the name of a lease."""
+    return LeaseKey(lease.job_id, lease.attempt)
 
 
-def _tokens(job: Ready, result: JobResult | EngineError) -> int:
+def _failure(error: Exception) -> EngineError:
+    return error if isinstance(error, EngineError) else PassFailedError(str(error))
+
+
+def _tokens(job: Ready, result: Outcome) -> int:
     """Return how many tokens went through the model for a job."""
     if isinstance(job.job, PreparedCorpus):
         return job.job.extent

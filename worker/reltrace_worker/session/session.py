@@ -26,9 +26,6 @@ from reltrace_worker.tracing import NoSpans, Spans
 
 log = structlog.get_logger()
 
-_MOST_ARRIVED = 256
-"""Messages of leases, which hold one job at least."""
-
 _UNCOMMITTED_MESSAGES = 32
 """Messages of results that may be on their way: at most about 32 MiB."""
 
@@ -115,7 +112,8 @@ class Session:
         self._outgoing: Outgoing | None = None
         self._backoff = _FIRST_BACKOFF
         self._longest_backoff = _LAST_BACKOFF
-        self._arrived: asyncio.Queue[list[worker_pb2.Lease]] = asyncio.Queue(_MOST_ARRIVED)
+        # Taken from at once: what is in it is a moment's.
+        self._arrived: asyncio.Queue[list[worker_pb2.Lease]] = asyncio.Queue()
         self._finished: asyncio.Queue[list[Chunks]] = asyncio.Queue(2)
         self._uncommitted: dict[int, worker_pb2.Results] = {}
         self._room = asyncio.Semaphore(_UNCOMMITTED_MESSAGES)
@@ -178,18 +176,23 @@ class Session:
     # -- the pass ---------------------------------------------------------------------
 
     async def _prepare(self) -> None:
-        while True:
-            leases = await self._arrived.get()
-            faulty = await self._runner.add(leases)
-            if self._draining:
-                self._release(set(self._runner.take_back()))
-            if faulty:
-                await self._finished.put(faulty)
+        # Side by side: a corpus takes its time, and whoever comes after it does not wait. There are
+        # as many as there is room for leases; those that were revoked meanwhile end at once.
+        async with asyncio.TaskGroup() as preparing:
+            while True:
+                preparing.create_task(self._add(await self._arrived.get()))
+
+    async def _add(self, leases: list[worker_pb2.Lease]) -> None:
+        faulty = await self._runner.add(leases)
+        if self._draining:
+            self._release(set(self._runner.take_back()))
+        if faulty:
+            await self._finished.put(faulty)
 
     async def _compute(self) -> None:
         while True:
             results = await self._runner.next_results()
-            self._window.passed(len(results), crowded=self._runner.crowded())
+            self._window.passed(self._runner.crowded())
             failed = [result for result in results if isinstance(result, FailedAttempt)]
             for attempt in failed:
                 self._drop({attempt.key})
@@ -212,7 +215,6 @@ class Session:
                 self._traced[key] = (lease.spec.traceparent, time.monotonic())
         self._window.leased(len(keys))
         self._idle.clear()
-        # Never full: the scheduler leases no more than there is room for.
         self._arrived.put_nowait(leases)
 
     def _drop(self, keys: set[LeaseKey]) -> None:

@@ -1,0 +1,211 @@
+"""Texts of several jobs: in parts where memory or a failure makes it necessary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from reference.loaded import PROMPTS, Checkpoints, prepare
+from reltrace_worker.engine import Engine
+from reltrace_worker.engine.generate import Text, Writing
+from reltrace_worker.engine.memory import measure, peak_bytes
+from reltrace_worker.engine.texts import Texts
+from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
+from reltrace_worker.jobs import GenerationSpec, JobResult, JobSpec, PreparedJob
+from reltrace_worker.model import LoadedModel
+
+Outcomes = dict[int, JobResult | EngineError]
+
+
+def jobs(loaded: LoadedModel, tokens: int = 20, **how: Any) -> list[PreparedJob]:
+    """One job per prompt, drawn with a seed: what a text begins anew with is seen."""
+    spec = GenerationSpec(tokens, temperature=1.0, seed=5, **how)
+    return prepare(loaded, *(JobSpec(prompt, sites=(), generation=spec) for prompt in PROMPTS))
+
+
+def finished(texts: Texts, step: int = 4) -> Outcomes:
+    found: Outcomes = {}
+    while not texts.over:
+        texts.go_on(step)
+        found |= texts.ended()
+    return found
+
+
+def ids(outcome: JobResult | EngineError) -> tuple[int, ...]:
+    assert isinstance(outcome, JobResult), outcome
+    assert outcome.written is not None
+    return outcome.written.token_ids
+
+
+def alone(loaded: LoadedModel, batch: Sequence[PreparedJob]) -> list[tuple[int, ...]]:
+    return [ids(finished(Texts(loaded, [job], lambda _: None))[0]) for job in batch]
+
+
+@pytest.fixture
+def loaded(checkpoints: Checkpoints) -> LoadedModel:
+    return checkpoints.loaded("grouped")
+
+
+class Failing:
+    """Lets passes fail, and notes how many texts and how many tokens of each they began with."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Sequence[Text]], Exception | None]
+    ) -> None:
+        self.begun: list[list[int]] = []
+        self._fault = fault
+        self._forward, self._init = Writing._logits, Writing.__init__
+        monkeypatch.setattr(Writing, "_logits", lambda writing: self.logits(writing))
+        monkeypatch.setattr(Writing, "__init__", lambda *given: self.begin(*given))
+
+    def begin(self, writing: Writing, loaded: LoadedModel, texts: Sequence[Text]) -> None:
+        self.begun.append([len(text.ids) for text in texts])
+        self._init(writing, loaded, texts)
+
+    def logits(self, writing: Writing) -> torch.Tensor:
+        if (error := self._fault(writing._texts)) is not None:
+            raise error
+        return self._forward(writing)
+
+
+def test_texts_that_do_not_fit_are_written_in_halves(loaded: LoadedModel) -> None:
+    batch = jobs(loaded)
+    asked: list[int] = []
+
+    def plan(some: Sequence[PreparedJob]) -> EngineError | None:
+        asked.append(len(some))
+        return EngineError("too many") if len(some) > 2 else None
+
+    found = finished(Texts(loaded, batch, plan))
+    assert [ids(found[n]) for n in range(len(batch))] == alone(loaded, batch)
+    assert asked[0] == len(batch)
+    assert asked.count(2) + asked.count(1) >= len(batch) / 2
+
+
+def test_a_text_that_does_not_fit_alone_has_the_plans_error(loaded: LoadedModel) -> None:
+    batch = jobs(loaded)
+    longest = max(batch, key=lambda job: len(job.token_ids))
+    error = EngineError("one of them is too long")
+    found = finished(Texts(loaded, batch, lambda some: error if longest in some else None))
+    for number, job in enumerate(batch):
+        assert (found[number] is error) == (job is longest)
+
+
+def test_what_was_written_when_memory_ran_out_stays_written(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given texts that are read along with while they are written
+    If memory runs out after some tokens
+    I expect halves to go on behind those tokens, and the texts to be what they are alone.
+    """
+    batch = jobs(loaded)
+    wanted = alone(loaded, batch)
+
+    def fault(texts: Sequence[Text]) -> Exception | None:
+        together = len(texts) == len(batch)
+        return torch.OutOfMemoryError() if together and len(texts[0].ids) == 7 else None
+
+    failing = Failing(monkeypatch, fault)
+    found = finished(Texts(loaded, batch, lambda _: None))
+    assert [ids(found[n]) for n in range(len(batch))] == wanted
+    first, *halves = failing.begun
+    assert first == [0] * len(batch)
+    assert len(halves) == 2
+    assert {count for half in halves for count in half} == {7}
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), torch.OutOfMemoryError("no")])
+def test_who_fails_alone_has_the_error(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    batch = jobs(loaded)
+    wanted = alone(loaded, batch)
+    Failing(monkeypatch, lambda texts: error if any(t.job is batch[3] for t in texts) else None)
+    found = finished(Texts(loaded, batch, lambda _: None))
+    for number, one in enumerate(wanted):
+        if number != 3:
+            assert ids(found[number]) == one
+    ended = found[3]
+    assert isinstance(ended, EngineError)
+    # An error of unknown cause may pass; want of memory stays.
+    assert isinstance(ended, PassFailedError) == isinstance(error, ValueError)
+
+
+def test_a_lost_device_is_nobodys_fault(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Failing(monkeypatch, lambda _: torch.AcceleratorError("illegal memory access"))
+    engine = Engine(loaded, "off")
+    texts = engine.begin(jobs(loaded))
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        engine.go_on(texts, 4)
+
+
+def test_a_text_is_handed_out_when_it_has_ended(loaded: LoadedModel) -> None:
+    short, long = jobs(loaded, 2)[0], jobs(loaded, 40)[1]
+    texts = Texts(loaded, [long, short], lambda _: None)
+    texts.go_on(3)
+    assert list(texts.ended()) == [1]
+    assert texts.ended() == {}
+    assert not texts.over
+    assert list(finished(texts)) == [0]
+
+
+def test_what_nobody_waits_for_is_not_written_on(loaded: LoadedModel) -> None:
+    texts = Texts(loaded, jobs(loaded)[2:4], lambda _: None)
+    texts.go_on(2)
+    texts.drop(0)
+    assert list(finished(texts)) == [1]
+    assert len(texts.token_ids(0)) == 2
+    assert len(texts.token_ids(1)) > 2
+    texts = Texts(loaded, jobs(loaded)[2:4], lambda _: None)
+    for job in (0, 1):
+        texts.drop(job)
+    assert texts.over
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "temperature"),
+    [
+        # One long prompt, to which all others are padded.
+        ((110, *[2] * 30), 4, 0.0),
+        ((3,), 60, 0.0),
+        ((60,) * 8, 60, 1.0),
+        ((2,) * 40, 2, 1.0),
+    ],
+)
+def test_the_plan_holds_what_texts_need(
+    checkpoints: Checkpoints, lengths: tuple[int, ...], tokens: int, temperature: float
+) -> None:
+    loaded = checkpoints.loaded("deep")
+    how = GenerationSpec(tokens, temperature=temperature)
+    batch = prepare(
+        loaded,
+        *(JobSpec(tuple(range(20, 20 + n)), sites=(), generation=how) for n in lengths),
+    )
+    engine = Engine(loaded)
+    need = engine.measure().need_to_write(batch)
+
+    def write() -> None:
+        finished(Texts(loaded, batch, lambda _: None))
+
+    write()  # what stays is allocated
+    peak = peak_bytes(loaded, write)
+    assert peak <= need < 6 * peak
+
+
+def test_want_of_memory_is_found_before_it_runs_out(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("deep")
+    batch = jobs(loaded, 4)
+    model = measure(loaded, Engine(loaded)._probe)
+    limit = max(model.need_to_write([job]) for job in batch)
+    assert model.need_to_write(batch) > limit
+    found = Engine(loaded, memory_bytes=limit).run(batch)
+    assert [ids(one) for one in found] == alone(loaded, batch)
+    shortest = min(model.need_to_write([job]) for job in batch)
+    refused = [str(one) for one in Engine(loaded, memory_bytes=shortest - 1).run(batch)]
+    assert all(text.startswith("writing up to ") for text in refused)
+    assert "tokens, prompts included, does not fit into memory: it needs" in refused[0]

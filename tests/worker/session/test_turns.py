@@ -1,0 +1,325 @@
+"""Work that takes many passes, in turns with traces: texts, and the atlas of a corpus."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from reference.leases import lease, results
+from reference.loaded import Checkpoints
+from reltrace_proto.v1 import types_pb2, worker_pb2
+from reltrace_worker.engine import Engine
+from reltrace_worker.engine.atlas import Slice
+from reltrace_worker.engine.texts import Texts
+from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.session.leases import FailedAttempt, LeaseKey
+from reltrace_worker.session.runner import Runner
+
+
+@pytest.fixture
+def engine(checkpoints: Checkpoints) -> Engine:
+    return Engine(checkpoints.loaded("plain"))
+
+
+async def test_texts_and_traces_take_turns(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given texts of many steps, and traces that come while they are written
+    I expect traces not to wait for their end, no second batch of texts beside the first, nothing of
+    one that is dropped, and what is half written to count as running.
+    """
+    monkeypatch.setattr("reltrace_worker.session.runner._STEPS", 1)
+    runner = Runner(checkpoints.loaded("plain"), engine, 4096)
+    long = types_pb2.Generation(max_new_tokens=24)
+    texts = [
+        worker_pb2.Lease(
+            job_id=f"t-{n}", attempt=1,
+            spec=types_pb2.JobSpec(input_ids=types_pb2.TokenIds(ids=[7, 300, 12]), generation=long),
+        )
+        for n in range(3)
+    ]  # fmt: skip
+    begun: list[int] = []
+    begin, loop, writes = engine.begin, asyncio.get_running_loop(), asyncio.Event()
+
+    def counted(jobs: Sequence[PreparedJob]) -> object:
+        begun.append(len(jobs))
+        loop.call_soon_threadsafe(writes.set)
+        return begin(jobs)
+
+    monkeypatch.setattr(engine, "begin", counted)
+    await runner.add(texts[:2])
+    waiting = asyncio.create_task(results(runner))
+    async with asyncio.timeout(20):
+        await writes.wait()
+    await runner.add([lease(0, 5), lease(1, 7), texts[2]])
+    first = await waiting
+    assert set(first) <= {"j-0", "j-1"}
+    assert LeaseKey("t-0", 1) in runner.running
+    runner.drop({LeaseKey("t-1", 1)})
+    ended = list(first)
+    async with asyncio.timeout(30):
+        while len(ended) < 4:
+            ended += await results(runner)
+    assert sorted(ended) == ["j-0", "j-1", "t-0", "t-2"]
+    assert begun == [2, 1]
+    assert runner.running == frozenset()
+
+
+async def test_a_text_is_dropped_in_the_middle_of_its_turn(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given two texts of which the engine is just writing a token
+    If nobody waits for one of them any more
+    I expect the engine to write no further token of it, and all of the other.
+    """
+    runner = Runner(checkpoints.loaded("plain"), engine, 4096)
+    writes, dropped, write = threading.Event(), threading.Event(), engine.go_on
+    written: list[int] = []
+
+    def one_token(texts: Texts, tokens: int, wrote: Callable[[], None] | None = None) -> None:
+        write(texts, 1, wrote)
+        writes.set()
+        assert dropped.wait(20)
+        written[:] = [len(texts.token_ids(job)) for job in range(2)]
+
+    monkeypatch.setattr(engine, "go_on", one_token)
+    asked = types_pb2.Generation(max_new_tokens=24)
+    await runner.add([lease(0, 5, generation=asked), lease(1, 5, generation=asked)])
+    waiting = asyncio.create_task(results(runner))
+    assert await asyncio.to_thread(writes.wait, 20)
+    runner.drop({LeaseKey("j-0", 1)})
+    dropped.set()
+    await waiting
+    assert written == [1, 24]
+
+
+async def test_a_text_is_handed_out_when_it_has_ended_and_padding_counts(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given texts of which one is short, in a pass that has room for two of the long ones
+    I expect the short one's result before the long one's, and the third in a batch of its own: it
+    would fit by its tokens, but not padded.
+    """
+    monkeypatch.setattr("reltrace_worker.session.runner._STEPS", 4)
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
+    begin, begun = engine.begin, []
+
+    def counted(jobs: Sequence[PreparedJob]) -> Texts:
+        begun.append([job.extent for job in jobs])
+        return begin(jobs)
+
+    monkeypatch.setattr(engine, "begin", counted)
+    await runner.add(
+        [
+            lease(number, 5, generation=types_pb2.Generation(max_new_tokens=tokens))
+            for number, tokens in enumerate((35, 2, 3))
+        ]
+    )
+    assert [await results(runner) for _ in range(3)] == [["j-1"], ["j-0"], ["j-2"]]
+    assert begun == [[40, 7], [8]]
+    assert runner.running == frozenset()
+    # A pass is what ran, not what was handed out.
+    assert (runner.stats.passes, runner.stats.jobs) == (2, 3)
+
+
+class Slow:
+    """Holds the tokenizing of corpora until it is let go."""
+
+    def __init__(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.prepared = 0
+        self._prepare = runner._prepare_job.prepare_corpus
+        monkeypatch.setattr(runner._prepare_job, "prepare_corpus", self.prepare)
+
+    def prepare(self, spec: JobSpec) -> PreparedCorpus:
+        self.prepared += 1
+        self.begun.set()
+        assert self.go_on.wait(20)
+        return self._prepare(spec)
+
+
+def corpus(number: int) -> worker_pb2.Lease:
+    spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=["I have 5 cats"]), top_k=2)
+    return worker_pb2.Lease(job_id=f"c-{number}", attempt=1, spec=spec)
+
+
+async def test_nobody_waits_for_the_tokenizing_of_a_corpus_and_it_can_be_cancelled(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given three corpora of which the first is being tokenized
+    If a trace comes, and two of the corpora are cancelled
+    I expect the trace's result at once, and of the corpora only the one that is wanted.
+    """
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
+    slow = Slow(runner, monkeypatch)
+    adding = asyncio.create_task(runner.add([corpus(number) for number in range(3)]))
+    assert await asyncio.to_thread(slow.begun.wait, 20)
+    assert await runner.add([lease(0, 5)]) == []
+    assert await results(runner) == ["j-0"]
+    runner.drop({LeaseKey("c-0", 1), LeaseKey("c-1", 1)})
+    slow.go_on.set()
+    assert await adding == []
+    assert set(await results(runner)) == {"c-2"}
+    # What was cancelled before its turn was not even tokenized.
+    assert slow.prepared == 2
+    assert runner.running == frozenset()
+
+
+async def test_what_is_being_tokenized_can_be_taken_back(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
+    slow = Slow(runner, monkeypatch)
+    adding = asyncio.create_task(runner.add([corpus(0)]))
+    assert await asyncio.to_thread(slow.begun.wait, 20)
+    assert runner.take_back() == [LeaseKey("c-0", 1)]
+    slow.go_on.set()
+    assert await adding == []
+    assert await runner.add([lease(0, 5)]) == []
+    assert await results(runner) == ["j-0"]
+
+
+async def test_an_atlas_that_can_not_begin_fails_alone(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(_: PreparedCorpus) -> object:
+        raise torch.OutOfMemoryError("no room for its tables")
+
+    monkeypatch.setattr(engine, "begin_atlas", begin)
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
+    await runner.add([corpus(0), lease(0, 5)])
+    async with asyncio.timeout(30):
+        found = [*await runner.next_results(), *await runner.next_results()]
+    failed = [one for one in found if isinstance(one, FailedAttempt)]
+    assert failed == [FailedAttempt(LeaseKey("c-0", 1), "no room for its tables")]
+    assert len(found) == 2
+
+
+async def test_nothing_comes_of_an_atlas_that_is_cancelled(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reltrace_worker.engine.atlas.PASS_TOKENS", 8)
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
+    add, dropped = engine.add_to, threading.Event()
+    passes: list[int] = []
+    begun = threading.Event()
+
+    def one_pass(slice_: Slice) -> None:
+        passes.append(len(slice_.corpus.prompts))
+        begun.set()
+        assert dropped.wait(20)
+        add(slice_)
+
+    monkeypatch.setattr(engine, "add_to", one_pass)
+    spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=["I have 5 cats"] * 9), top_k=2)
+    await runner.add([worker_pb2.Lease(job_id="c-0", attempt=1, spec=spec)])
+    waiting = asyncio.create_task(results(runner))
+    assert await asyncio.to_thread(begun.wait, 20)
+    runner.drop({LeaseKey("c-0", 1)})
+    dropped.set()
+    await runner.add([lease(0, 5)])
+    assert await waiting == ["j-0"]
+    assert len(passes) == 1
+    assert runner.stats.failed == 0
+    assert runner.running == frozenset()
+
+
+async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a corpus of several passes, one of whose prompts is empty
+    If a trace comes while its atlas is made
+    I expect the trace first, then the atlas of all other prompts, its tokens, and what is missing.
+    """
+    monkeypatch.setattr("reltrace_worker.engine.atlas.PASS_TOKENS", 8)
+    runner = Runner(checkpoints.loaded("plain"), engine, 4096)
+    prompts = ["The quick brown fox", "", "I have 5 cats", "The quick brown cat"] * 3
+    spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=prompts), top_k=4)
+    begun, loop, goes = engine.begin_atlas, asyncio.get_running_loop(), asyncio.Event()
+
+    def noted(corpus: PreparedCorpus) -> object:
+        loop.call_soon_threadsafe(goes.set)
+        return begun(corpus)
+
+    monkeypatch.setattr(engine, "begin_atlas", noted)
+    await runner.add([worker_pb2.Lease(job_id="atlas-0", attempt=1, spec=spec)])
+    waiting = asyncio.create_task(runner.next_results())
+    async with asyncio.timeout(20):
+        await goes.wait()
+    await runner.add([lease(0, 5)])
+    async with asyncio.timeout(30):
+        (trace,) = await waiting
+        (atlas,) = await runner.next_results()
+    assert next(iter(trace)).chunk.job_id == "j-0"
+    pieces = [leased.chunk for leased in atlas]
+    header = pieces[0].header
+    assert [fault.field for fault in header.skipped] == [
+        f"corpus.prompts[{number}]" for number in (1, 5, 9)
+    ]
+    assert "is empty" in header.skipped[0].description
+    assert list(header.token_ids) == sorted(set(header.token_ids))
+    assert len(header.tokens) == len(header.token_ids)
+    assert header.provenance.reduction == "atlas"
+    shape = checkpoints.loaded("plain").shape
+    found = {(t.site, t.part): list(t.shape) for chunk in pieces for t in chunk.tensors}
+    assert found["neuron", "strongest"] == [shape.layers, 4, 4, shape.intermediate_size]
+    assert found["head", "high"] == [shape.layers, 3, shape.heads]
+    assert found["corpus", "lengths"] == [12]
+
+
+async def test_a_prompt_with_more_tokens_than_places_have_room_for_is_left_out(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reltrace_worker.model.preparing.MOST_CORPUS_TOKENS", 12)
+    runner = Runner(checkpoints.loaded("plain"), engine, 4096)
+    prompts = ["I have 5 cats", "I have 5 cats and 3 dogs " * 3]
+    spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=prompts), top_k=2)
+    await runner.add([worker_pb2.Lease(job_id="a-0", attempt=1, spec=spec)])
+    async with asyncio.timeout(30):
+        (atlas,) = await runner.next_results()
+    (fault,) = next(iter(atlas)).chunk.header.skipped
+    assert fault.field == "corpus.prompts[1]"
+    assert fault.description.endswith("tokens; in an atlas at most 12")
+
+
+async def test_a_text_says_how_it_was_written(engine: Engine, checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("plain")
+    runner = Runner(loaded, engine, 4096)
+    await runner.add([lease(0, 5, generation=types_pb2.Generation(max_new_tokens=2))])
+    async with asyncio.timeout(30):
+        (text,) = await runner.next_results()
+    provenance = next(iter(text)).chunk.header.provenance
+    assert (provenance.rule, provenance.reduction, provenance.attention) == ("", "", "sdpa")
+    assert (provenance.model, provenance.dtype) == (loaded.name, types_pb2.SCALAR_TYPE_FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=["a"])), "top_k: is 0; of an atlas"),
+        (types_pb2.JobSpec(corpus=types_pb2.Corpus(), top_k=1), "corpus.prompts: are 0; allowed"),
+        (
+            types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=["", ""]), top_k=1),
+            "corpus.prompts: can not be traced, none of them: prompt: is empty",
+        ),
+        (
+            types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=["a"]), top_k=1, rule="x"),
+            "rule: rule 'x' is unknown",
+        ),
+    ],
+)
+async def test_an_atlas_that_can_not_be_made_fails_with_the_field(
+    engine: Engine, checkpoints: Checkpoints, spec: types_pb2.JobSpec, said: str
+) -> None:
+    runner = Runner(checkpoints.loaded("plain"), engine, 4096)
+    (faulty,) = await runner.add([worker_pb2.Lease(job_id="a-0", attempt=1, spec=spec)])
+    (leased,) = faulty
+    assert said in leased.chunk.end.error.message
