@@ -286,7 +286,8 @@ class Runner:
                 for index, job in followed():
                     self._drafts.note(job.key, work.token_ids(index), self._vocabulary)
 
-        return note if followed() else None
+        with self._turns.lock:
+            return note if followed() else None
 
     def _done(
         self,
