@@ -25,6 +25,12 @@ def overdue(job_id: str) -> Ending:
     return _ending(job_id, None, "FAILED", error)
 
 
+def abandoned(job_id: str) -> Ending:
+    """End a job of a submission whose results nobody reads."""
+    error = _error(code_pb2.CANCELLED, "was cancelled: nobody read the results of its submission")
+    return _ending(job_id, None, "CANCELLED", error)
+
+
 def quarantined(job: Condemned) -> Ending:
     """End a job that lost too many leases."""
     history = "; ".join(f"attempt {lost.attempt} on {lost.worker}" for lost in job.lost)

@@ -162,24 +162,49 @@ async def _abort(
         # A fault of ours: the caller learns that, the log learns what.
         log.exception("rpc.failed", method=method)
         error = SchedulerError("internal error in the scheduler; its log says more")
+    details = _details(error)
     await context.abort(
         error.code,
-        error.message,
-        trailing_metadata=(("grpc-status-details-bin", _details(error).SerializeToString()),),
+        details.message,
+        trailing_metadata=(("grpc-status-details-bin", details.SerializeToString()),),
     )
 
 
+# gRPC drops a status of more than 16 KiB, and says that the server had no room. The message is
+# in it twice, once with three bytes for each that is not ASCII.
+_MOST_MESSAGE, _MOST_DETAILS = 1024, 6144
+
+
 def _details(error: SchedulerError) -> Status:
-    status = Status(code=error.code.value[0], message=error.message)
+    """Return what is said of an error; of very many faults the first ones, and how many there are.
+
+    Who mends those, or leaves those jobs out, is told of the next.
+    """
+    status = Status(code=error.code.value[0], message=_cut(error.message, _MOST_MESSAGE))
     if error.violations:
-        bad = BadRequest()
+        bad, room = BadRequest(), _MOST_DETAILS
         for violation in error.violations:
-            bad.field_violations.add(field=violation.field, description=violation.description)
+            description = _cut(violation.description, _MOST_MESSAGE)
+            room -= len(violation.field.encode()) + len(description.encode()) + 8
+            if room < 0 and bad.field_violations:
+                break
+            bad.field_violations.add(
+                field=_cut(violation.field, _MOST_MESSAGE), description=description
+            )
+        if left := len(error.violations) - len(bad.field_violations):
+            more = f"; and {left} faults more"
+            status.message = _cut(error.message, _MOST_MESSAGE - len(more)) + more
         _pack(status, bad)
     if error.retry_after is not None:
         seconds, nanos = divmod(round(error.retry_after * 1e9), 1_000_000_000)
         _pack(status, RetryInfo(retry_delay=Duration(seconds=seconds, nanos=nanos)))
     return status
+
+
+def _cut(text: str, most: int) -> str:
+    """Return a text of at most so many bytes, with its beginning."""
+    data = text.encode()
+    return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
 
 
 def _pack(status: Status, detail: Message) -> None:

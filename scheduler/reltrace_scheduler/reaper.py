@@ -2,14 +2,17 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import structlog
 from redis.exceptions import RedisError
 
-from reltrace_scheduler.endings import end, overdue, quarantined
+from reltrace_scheduler.endings import abandoned, end, overdue, quarantined
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.store.keys import model_of, tenant_of
+from reltrace_scheduler.store.records import Abandoned
 from reltrace_scheduler.store.store import Shard, Store
+from reltrace_scheduler.store.upkeep import EXPIRE_AT_ONCE
 
 log = structlog.get_logger()
 
@@ -41,9 +44,10 @@ class Reaper:
                 for shard in self._store.shards:
                     if due:
                         await self._reap(shard)
+                        await self._abandon(shard, await shard.upkeep.unread())
                     await shard.upkeep.promote()
                     await self._end_overdue(shard)
-                    await shard.upkeep.expire()
+                    await self._expire(shard)
                 if due:
                     await self._forget()
             except (RedisError, OSError) as error:
@@ -70,6 +74,20 @@ class Reaper:
         while jobs := await shard.upkeep.overdue():
             await end(self._store, self._counts, [overdue(job_id) for job_id in jobs])
             log.info("jobs.overdue", jobs=len(jobs))
+
+    async def _expire(self, shard: Shard) -> None:
+        """Free what nobody has read in time, for a while; the rest comes with the next round."""
+        until = time.monotonic() + _LONGEST_PERIOD
+        freed = EXPIRE_AT_ONCE
+        while freed == EXPIRE_AT_ONCE and time.monotonic() < until:
+            freed, waiting = await shard.upkeep.expire()
+            await self._abandon(shard, waiting)
+
+    async def _abandon(self, shard: Shard, unread: Sequence[Abandoned]) -> None:
+        for one in unread:
+            ended = await end(self._store, self._counts, [abandoned(job) for job in one.job_ids])
+            await shard.upkeep.go(one.submission)
+            log.warning("submission.abandoned", submission=one.submission, jobs=ended)
 
     async def _forget(self) -> None:
         # Long enough for a worker to come back under its name after a cut line.

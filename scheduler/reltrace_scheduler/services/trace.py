@@ -99,7 +99,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                     async for message in self._messages(submission, entry, chunk):
                         yield message
                         entry = message.events[-1].entry
-                    chunk = 0
+                    # What had ended and did not come has been acknowledged, or was seen.
+                    entry, chunk = max(entry, progress.ended), 0
                 elif entry >= progress.jobs:
                     return
                 else:

@@ -13,8 +13,11 @@ key                              type     holds
 ``queue:<c>:<tenant>:<model>``   stream   an entry per queued or leased job: ``j`` = job
                                           id. Its group's pending entries are the leases
 ``turns:<class>:<model>``        zset     tenants that wait, by virtual time
-``clock``                        hash     virtual time of ``<class>:<model>``, and
-                                          how many jobs of ``<model>`` both classes got
+``turned:<class>:<model>``       zset     the same of those whose queue became empty ahead of
+                                          the clock
+``clock``                        hash     virtual time of ``<class>:<model>``, how many jobs
+                                          of ``<model>`` both classes got, and
+                                          ``large:<queue>`` of one with large specifications
 ``job:<job>``                    hash     state, attempt, lost, failures, worker, queue,
                                           entry, spec, bytes, stored, drafted, queued_at,
                                           due, history
@@ -32,7 +35,10 @@ key                              type     holds
 ``draft:<job>``                  stream   what the present attempt has written of a text, for
                                           those who read along: ``<attempt>-<bytes so far>``,
                                           ``d`` = a ``Draft``. Goes with the lease
-``expiring``                     zset     submissions that ended, by when they expire
+``expiring``                     zset     submissions that ended, or whose jobs are parked, by
+                                          when they expire
+``full``                         zset     tenants whose unread results take all their room, by
+                                          when they were first passed over for it
 ``idempotency:<tenant>:<key>``   string   the submission that the key named first
 ``load``                         hash     jobs, bytes (of specs), results (bytes)
 ``tenants``                      set      every tenant that had jobs or was set
@@ -42,7 +48,8 @@ key                              type     holds
 ``watch``                        hash     when leases were last looked after, and until
                                           when none is taken to be lost
 ``ended``                        hash     how many jobs ended, by state
-``worker:<id>``                  hash     epoch of its session, mode of its leases; in
+``worker:<id>``                  hash     epoch of its session, mode of its leases, its last
+                                          call that leased; in
                                           shard 0 also what it said of itself: routes
                                           (lines), models (number), of each name:<n>,
                                           revision:<n>, info:<n> (``ModelInfo``);
@@ -154,6 +161,10 @@ class Keys:
     @property
     def expiring(self) -> str:
         return f"{self.prefix}expiring"
+
+    @property
+    def full(self) -> str:
+        return f"{self.prefix}full"
 
     @property
     def watch(self) -> str:

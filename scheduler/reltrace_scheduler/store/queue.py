@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import IdempotencyError, QueueFullError, SupersededError
@@ -144,9 +145,14 @@ class Queue:
             workers,
             settings.shards,
             elsewhere,
+            # A driver that waits for an answer in vain sends the same call again.
+            secrets.token_hex(8),
+            milliseconds(settings.result_ttl),
         )
         if status == b"superseded":
             raise SupersededError(worker)
+        if status == b"repeated":
+            raise RedisTimeoutError("Redis answered a lease too late")
         return Leased(
             tuple(
                 LeasedJob(

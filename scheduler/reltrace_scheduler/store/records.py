@@ -134,6 +134,19 @@ class Condemned:
 
 
 @dataclass(frozen=True, slots=True)
+class Abandoned:
+    """A submission whose jobs can not go on, because nobody reads its results."""
+
+    submission: str
+    jobs: int
+
+    @property
+    def job_ids(self) -> list[str]:
+        """Ids of all of its jobs, also of those that have ended."""
+        return [f"{self.submission}-{index}" for index in range(self.jobs)]
+
+
+@dataclass(frozen=True, slots=True)
 class Ending:
     """How a job is to be ended from outside."""
 

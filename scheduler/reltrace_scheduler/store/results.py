@@ -83,16 +83,22 @@ class Results:
 
     async def acknowledge(self, submission_id: str, through_entry: int) -> int:
         """Free results up to and including an entry; return how many there were."""
-        freed = await self._scripts(
-            "acknowledge",
-            [
-                self._keys.results(submission_id),
-                self._keys.submission(submission_id),
-                self._keys.parked(submission_id),
-                self._keys.expiring,
-            ],
-            through_entry,
-            self._settings.max_unread,
-            _KEY_OUTLIVES_RESULTS,
-        )
-        return int(freed)
+        total = 0
+        while True:
+            freed = await self._scripts(
+                "acknowledge",
+                [
+                    self._keys.results(submission_id),
+                    self._keys.submission(submission_id),
+                    self._keys.parked(submission_id),
+                    self._keys.expiring,
+                ],
+                through_entry,
+                self._settings.max_unread,
+                _KEY_OUTLIVES_RESULTS,
+                _PAGE,
+                int(self._settings.result_ttl * 1000),
+            )
+            total += int(freed)
+            if int(freed) < _PAGE:
+                return total

@@ -8,13 +8,16 @@ from redis.asyncio import Redis
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.store.keys import REAPER, Keys
 from reltrace_scheduler.store.queue import milliseconds
-from reltrace_scheduler.store.records import Condemned, DeadJob, Ending, LostLease
+from reltrace_scheduler.store.records import Abandoned, Condemned, DeadJob, Ending, LostLease
 from reltrace_scheduler.store.scripts import Scripts
 
 _AT_ONCE = 500
 """Jobs that one script moves: bounds how long it holds Redis."""
 
 _END_AT_ONCE = 256
+
+EXPIRE_AT_ONCE = 16
+"""Submissions whose results one script frees."""
 
 
 class Upkeep:
@@ -111,9 +114,49 @@ class Upkeep:
         """Return the Unix time of the shard's own clock."""
         return int(await self._scripts("now", [])) / 1000
 
-    async def expire(self) -> int:
-        """Free results that nobody acknowledged in time; return of how many submissions."""
-        return int(await self._scripts("expire", [self._keys.expiring], 16))
+    async def expire(self) -> tuple[int, list[Abandoned]]:
+        """Free results that nobody acknowledged in time.
+
+        Returns
+        -------
+        int
+            Of how many submissions; as many as `EXPIRE_AT_ONCE`: there may be more.
+        list of Abandoned
+            Those whose jobs wait for a reader who has not come for as long. The caller ends their
+            jobs, and then lets them `go`.
+        """
+        freed, *waiting = await self._scripts("expire", [self._keys.expiring], EXPIRE_AT_ONCE)
+        return int(freed), [Abandoned(name.decode(), int(jobs)) for name, jobs in waiting]
+
+    async def go(self, submission: str) -> None:
+        """Let the results of a submission that has ended be freed next."""
+        await self._redis.zadd(self._keys.expiring, {submission: 0}, xx=True)
+
+    async def unread(self) -> list[Abandoned]:
+        """Return what tenants have that were passed over for as long as results are kept.
+
+        Their unread results take all the room that there is for them, and nobody has read any
+        since. Of their submissions those that have results and have not ended: no other ever will.
+        """
+        since = await self.now() - self._settings.result_ttl
+        full: Any = await self._redis.zrangebyscore(self._keys.full, "-inf", int(since * 1000))
+        if not full:
+            return []
+        found: list[Abandoned] = []
+        # Only here are all submissions looked at, and rarely: an index of them would cost each.
+        pattern = self._keys.submission("*")
+        names = [key async for key in self._redis.scan_iter(match=pattern, count=1000)]
+        for start in range(0, len(names), _AT_ONCE):
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for name in names[start : start + _AT_ONCE]:
+                    pipe.hmget(name.decode(), "tenant", "jobs", "ended", "stored")
+                rows: list[Any] = await pipe.execute()
+            for name, (tenant, jobs, ended, stored) in zip(names[start:], rows, strict=False):
+                if tenant in full and int(ended) < int(jobs) and int(stored or 0) > 0:
+                    submission = name.decode().removeprefix(pattern[:-1])
+                    found.append(Abandoned(submission, int(jobs)))
+        await self._redis.zrem(self._keys.full, *full)
+        return found
 
     async def dead(self, limit: int) -> list[DeadJob]:
         """Return jobs that were quarantined, latest first."""

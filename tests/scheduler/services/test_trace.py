@@ -6,6 +6,7 @@ from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from grpc_status import rpc_status
 from reltrace_proto.v1 import trace_pb2, types_pb2, worker_pb2
 from reltrace_scheduler.config import MAX_REQUEST_BYTES
+from reltrace_scheduler.store.store import Store
 from scheduler.fake_worker import MODEL, FakeWorker
 
 JobSpec = types_pb2.JobSpec
@@ -85,6 +86,65 @@ async def test_a_stream_goes_on_after_the_last_chunk_seen(client, worker: FakeWo
     for after in range(5):
         assert await collect(client, answer.submission_id, after) == whole[after:]
     assert await collect(client, answer.submission_id, 2, 1) == whole[3:]
+
+
+async def test_a_stream_from_what_was_acknowledged_waits_for_the_rest(
+    client, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a submission of which one result was acknowledged, and another is to come
+    If its stream is read from the beginning, or behind the only chunk of what was acknowledged
+    I expect it to wait, and not to look again and again; and then to give what comes, once.
+    """
+    looks = []
+    progress = Store.progress
+
+    async def counted(store: Store, submission_id: str) -> object:
+        looks.append(submission_id)
+        return await progress(store, submission_id)
+
+    answer = await client.SubmitJobs(submission(*[JobSpec(prompt="a")] * 3))
+    first, second, third = await worker.lease(3)
+    await worker.finish([first, second], b"data")
+    await worker.receive("committed")
+    await client.AcknowledgeResults(
+        trace_pb2.AcknowledgeResultsRequest(submission_id=answer.submission_id, through_entry=1)
+    )
+    other = await client.SubmitJobs(submission(*[JobSpec(prompt="a")] * 2))
+    gone, open_ = await worker.lease(2)
+    await worker.finish([gone], b"data")
+    await worker.receive("committed")
+    await client.AcknowledgeResults(
+        trace_pb2.AcknowledgeResultsRequest(submission_id=other.submission_id, through_entry=1)
+    )
+    monkeypatch.setattr(Store, "progress", counted)
+    readers = [
+        asyncio.create_task(collect(client, answer.submission_id, *position))
+        for position in ((0, 0), (1, 0), (1, 1))
+    ]
+    readers.append(asyncio.create_task(collect(client, other.submission_id)))
+    for _ in range(50):
+        await client.GetJobs(trace_pb2.GetJobsRequest(job_ids=answer.job_ids))
+    assert len(looks) < 20
+    await worker.finish([third, open_], b"data")
+    found = [[event.entry for event in await reader] for reader in readers]
+    assert found == [[2, 3], [2, 3], [3], [2]]
+
+
+@pytest.mark.parametrize("prompt", ["a", "é" * 4000])
+async def test_of_very_many_faults_the_first_are_named(
+    client, worker: FakeWorker, prompt: str
+) -> None:
+    """gRPC drops a status that is too long, and says that the server has no room."""
+    faulty = [JobSpec(prompt=prompt, rule="é" * 3000, sites=["ü"])] * 1000
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(*faulty))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    named = fields(caught.value)
+    assert {name.partition(".")[0] for name in named} >= {"jobs[0]", "jobs[1]"}
+    message = caught.value.details()
+    assert message.startswith("jobs[0].")
+    assert message.endswith(f"; and {2000 - len(named)} faults more")
 
 
 async def test_the_same_key_gives_the_same_jobs(client, worker: FakeWorker) -> None:

@@ -207,3 +207,38 @@ async def test_a_worker_that_is_left_alone_gets_the_rest(driver: Driver) -> None
     await driver.submit(jobs(100))
     assert len(await driver.lease("w1", 256, workers=2)) == 50
     assert len(await driver.lease("w1", 256, workers=1)) == 50
+
+
+@pytest.mark.parametrize("waiting", [1, 3, 15, 16, 40])
+async def test_whoever_keeps_its_queue_nearly_empty_gains_nothing_by_it(
+    driver: Driver, waiting: int
+) -> None:
+    """
+    Given a tenant with a backlog, and one that hands in a job for every job that is taken
+    I expect half of the jobs to be each one's.
+    """
+    await driver.submit(jobs(400, "steady"), tenant="steady")
+    await driver.submit(jobs(waiting, "quick"), tenant="quick")
+    shares: Counter[str] = Counter()
+    while shares.total() < 320:
+        leased = await driver.lease("w", 32)
+        assert leased
+        await driver.commit("w", [end(job, b"") for job in leased])
+        taken = Counter(owner(job) for job in leased)
+        shares += taken
+        if taken["quick"]:
+            await driver.submit(jobs(taken["quick"], "quick"), tenant="quick")
+    fair = min(160, 10 * waiting)
+    assert shares["quick"] == pytest.approx(fair, abs=40)
+    assert shares["steady"] >= 120
+
+
+async def test_turns_of_those_who_left_are_forgotten(
+    driver: Driver, store: redis.asyncio.Redis
+) -> None:
+    for tenant in ("a", "b", "c"):
+        await driver.submit(jobs(5, tenant), tenant=tenant)
+    while leased := await driver.lease("w", 4):
+        await driver.commit("w", [end(job, b"") for job in leased])
+    assert not await store.keys("*turned:*")
+    assert not await store.keys("*turns:*")

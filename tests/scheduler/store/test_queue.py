@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 
 import pytest
 import redis.asyncio
@@ -8,6 +9,7 @@ from reltrace_scheduler.store.keys import GROUP, Keys
 from reltrace_scheduler.store.queue import LOST, STORED
 from reltrace_scheduler.store.records import Lease, NewChunk, NewJob, Priority
 from reltrace_scheduler.store.results import Results
+from reltrace_scheduler.store.scripts import Scripts
 from scheduler.driver import EPOCH, MODEL, Driver, end, jobs, lease_of
 
 LEASE = 0.5  # seconds, as in the settings fixture
@@ -280,3 +282,108 @@ async def test_a_wait_that_is_not_over_goes_on(patient: Driver) -> None:
     (job,) = await patient.lease("w", 1)
     await patient.queue.retry("w", [lease_of(job)])
     assert await patient.upkeep.promote() == 0
+
+
+class Stalled:
+    """A Redis whose answers come too late: the driver sends each script once more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
+        scripts = driver.queue._scripts
+        call = type(scripts).__call__
+
+        async def twice(own: Scripts, *given: object) -> object:
+            await call(own, *given)
+            return await call(own, *given)
+
+        monkeypatch.setattr(Scripts, "__call__", twice)
+
+
+async def test_a_submission_that_redis_is_sent_twice_is_accepted_once(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    with monkeypatch.context() as patch:
+        Stalled(patch, driver)
+        submission = await driver.submit(jobs(3))
+    leased = await driver.lease("w", 10)
+    assert [job.job_id for job in leased] == submission.job_ids
+    await driver.commit("w", [end(job) for job in leased])
+    assert await driver.lease("w", 10) == []
+    assert {int(n) for n in await store.hmget(keys.load, "jobs", "bytes")} == {0}
+
+
+async def test_a_lease_that_redis_is_sent_twice_leases_nothing_more_and_breaks_off(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a lease whose answer comes too late, so that it is sent again
+    I expect an error, which ends the worker's stream; when it connects anew, the jobs that it was
+    not told of are queued again, and none of them counts as lost.
+    """
+    await driver.submit(jobs(6))
+    with monkeypatch.context() as patch:
+        Stalled(patch, driver)
+        with pytest.raises(redis.exceptions.TimeoutError, match="too late"):
+            await driver.lease("w", 2)
+    assert await driver.depth() == (4, 2)
+    assert await driver.queue.reconcile("w", []) == 2
+    assert await driver.depth() == (6, 0)
+    again = await driver.lease("w", 10)
+    assert {(job.attempt, job.queue_class) for job in again} == {
+        (1, "interactive"),
+        (2, "interactive"),
+    }
+
+
+async def test_what_a_lease_read_and_did_not_lease_is_queued_again(
+    driver: Driver, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    """
+    Given entries that were read by a call that broke off in their middle
+    If they grow old
+    I expect their jobs to be leased after all, as often as any other.
+    """
+    submission = await driver.submit(jobs(3))
+    (queue,) = await driver.queue.names()
+    await store.xreadgroup(GROUP, "w", {keys.queue(queue): ">"})
+    await driver.reap_until(requeued=3)
+    leased = await driver.lease("w", 10)
+    assert [(job.job_id, job.attempt) for job in leased] == [
+        (job_id, 1) for job_id in submission.job_ids
+    ]
+
+
+async def test_an_entry_of_a_job_that_is_gone_stops_nobody(
+    driver: Driver, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    first = await driver.submit(jobs(1))
+    (queue,) = await driver.queue.names()
+    await store.xadd(keys.queue(queue), {"j": "gone-0"})
+    await store.xadd(keys.queue(queue), {"j": first.job_ids[0]})
+    second = await driver.submit(jobs(1))
+    leased = await driver.lease("w", 10)
+    assert [job.job_id for job in leased] == [*first.job_ids, *second.job_ids]
+    assert await driver.depth() == (0, 2)
+
+
+async def test_large_specifications_are_handed_over_a_few_at_a_time(
+    store: redis.asyncio.Redis, keys: Keys, settings: Settings
+) -> None:
+    driver = Driver.over(store, keys, replace(settings, max_bytes=1 << 30))
+    await driver.submit([NewJob(MODEL, b"tiny")])
+    await driver.submit([NewJob(MODEL, bytes(6 << 20))] * 4)
+    sizes = [[len(job.spec) for job in await driver.lease(f"w{n}", 16)] for n in range(4)]
+    assert sizes == [[4, 6 << 20, 6 << 20], [6 << 20, 6 << 20], [], []]
+    (queue,) = await driver.queue.names()
+    assert await store.hexists(keys.clock, f"large:{queue}")
+
+
+async def test_a_backlog_of_one_model_takes_no_share_of_another(
+    driver: Driver, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    """Of the jobs of a model each of two workers may hold half, whatever else they hold."""
+    await driver.submit(jobs(30))
+    assert len(await driver.lease("w", 20, workers=2)) == 15
+    await driver.submit([NewJob("other", b"spec")] * 4)
+    leased = await driver.queue.lease("other", "w", EPOCH, 20, 20, 2)
+    assert len(leased.jobs) == 2
+    assert len((await driver.queue.lease("other", "w", EPOCH, 20, 20, 2)).jobs) == 0

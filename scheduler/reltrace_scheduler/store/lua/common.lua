@@ -103,11 +103,15 @@ local function drop_chunks(job)
     end
 end
 
--- Puts a job at the end of queue:<class>:<tenant>:<model> and its tenant among those
--- that wait: in at the turn that is being served, so that having been away is no merit.
+-- Specifications of more bytes are leased one by one: what a script hands over is bounded.
+local LARGE = 262144
+
+-- Puts a job at the end of queue:<class>:<tenant>:<model> and its tenant among those that wait:
+-- in at the turn that is being served, so that having been away is no merit, or at the one that
+-- was next for it when its queue became empty (turned:<class>:<model>), so that it is no trick.
 local opened, woken = {}, {}
 
-local function enqueue(id, class, tenant, model)
+local function enqueue(id, class, tenant, model, bytes)
     local name = class .. ":" .. tenant .. ":" .. model
     local queue = prefix .. "queue:" .. name
     if not opened[name] then
@@ -115,11 +119,40 @@ local function enqueue(id, class, tenant, model)
         if redis.call("SADD", prefix .. "queues", name) == 1 then
             redis.call("XGROUP", "CREATE", queue, group, "0", "MKSTREAM")
         end
-        local turn = redis.call("HGET", prefix .. "clock", class .. ":" .. model) or "0"
-        redis.call("ZADD", prefix .. "turns:" .. class .. ":" .. model, "NX", turn, tenant)
+        local of_all = class .. ":" .. model
+        if not redis.call("ZSCORE", prefix .. "turns:" .. of_all, tenant) then
+            local turn = redis.call("HGET", prefix .. "clock", of_all) or "0"
+            local own = redis.call("ZSCORE", prefix .. "turned:" .. of_all, tenant)
+            if own and tonumber(own) > tonumber(turn) then
+                turn = own
+            end
+            redis.call("ZADD", prefix .. "turns:" .. of_all, turn, tenant)
+            redis.call("ZREM", prefix .. "turned:" .. of_all, tenant)
+        end
         woken[model] = true
     end
+    if bytes > LARGE then
+        redis.call("HSET", prefix .. "clock", "large:" .. name, 1)
+    end
     return name, redis.call("XADD", queue, "*", "j", id)
+end
+
+-- Takes a tenant whose queue is empty from those that wait. Its next turn is kept until the clock
+-- is past it; when nobody waits any more all begin anew.
+local function leave_turns(class, tenant, model, turn)
+    local of_all = class .. ":" .. model
+    local turns, turned = prefix .. "turns:" .. of_all, prefix .. "turned:" .. of_all
+    redis.call("ZREM", turns, tenant)
+    if turn then
+        redis.call("ZADD", turned, turn, tenant)
+    end
+    if redis.call("EXISTS", turns) == 0 then
+        local last = redis.call("ZREVRANGE", turned, 0, 0, "WITHSCORES")[2]
+        if last and tonumber(last) > tonumber(redis.call("HGET", prefix .. "clock", of_all) or 0) then
+            redis.call("HSET", prefix .. "clock", of_all, last)
+        end
+        redis.call("DEL", turned)
+    end
 end
 
 local function split(queue)
@@ -129,7 +162,7 @@ end
 -- Queues a job again that is in no queue at present.
 local function requeue(job, class)
     local old, tenant, model = split(job.queue)
-    local name, entry = enqueue(job.id, class or old, tenant, model)
+    local name, entry = enqueue(job.id, class or old, tenant, model, job.bytes)
     redis.call("HSET", job.key, "state", "QUEUED", "queue", name, "entry", entry)
     redis.call("HDEL", job.key, "worker")
 end

@@ -10,33 +10,40 @@
 -- second loss one by one ("alone"), so that none of them is condemned for another's deed.
 -- They and all others take turns.
 --
+-- A call that is repeated, because its answer came too late, leases nothing: what the first one
+-- leased nobody was told of, and comes back when the worker connects anew.
+--
 -- Between workers: while several serve the model, none is leased more than its share of what has
 -- not ended; the rest is for those that ask next.
 --
--- KEYS[1] worker:<id>                 hash    epoch read; mode "isolated" set or deleted
+-- KEYS[1] worker:<id>                 hash    epoch read; call; mode "isolated" set or deleted
 -- KEYS[2] held:<worker>               set     jobs added
--- KEYS[3] clock                       hash    virtual times
+-- KEYS[3] clock                       hash    virtual times; large queues read
 -- KEYS[4] load                        hash    read
 -- also: queue:<class>:<tenant>:<model> stream entries become pending for the worker
 --       turns:<class>:<model>         zset    tenants' virtual times
+--       turned:<class>:<model>        zset    those of tenants whose queue is empty
 --       tenant:<tenant>               hash    read
 --       job:<job>                     hash    state LEASED, attempt + 1, worker
 --       submission:<sub>              hash    read
 --       parked:<sub>                  list    jobs whose submission has too many unread results
+--       expiring                      zset    a submission whose jobs are parked: nobody reads it
+--       full                          zset    tenants that are passed over, since when
 --
 -- ARGV: prefix, group, worker, model, epoch, most jobs, most jobs of batch, bound on unread
 --       results: of a submission, of a tenant, in all (bytes), workers of the model, number
 --       of shards, of which each has an equal part of the last two bounds, jobs that the
---       worker holds from other shards
+--       worker holds from other shards, name of this call, result ttl (ms)
 --
 -- Returns {"superseded"}: another session has the worker's name; {"idle"}: nothing waits;
+--         {"repeated"}: this call was made before;
 --         {"suspects"}: jobs wait for a worker that holds nothing else; or
 --         {"leased", {job id, attempt, spec, milliseconds queued, class, tenant}, ...}
 local worker, model, epoch = ARGV[3], ARGV[4], ARGV[5]
 local count, most_batch = tonumber(ARGV[6]), tonumber(ARGV[7])
 local max_unread, max_tenant, max_all = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local workers, shards = tonumber(ARGV[11]), tonumber(ARGV[12])
-local elsewhere = tonumber(ARGV[13])
+local elsewhere, call = tonumber(ARGV[13]), ARGV[14]
 max_all = max_all / shards
 
 -- Suspects leased together, and how many other jobs come between two groups of them.
@@ -46,9 +53,12 @@ local AT_ONCE, MOST_BYTES = 16, 8388608
 -- What a worker may hold in any case; and tenants that are counted.
 local LEAST_SHARE, COUNTED = 2, 64
 
-local row = redis.call("HMGET", KEYS[1], "epoch", "mode")
+local row = redis.call("HMGET", KEYS[1], "epoch", "mode", "call")
 if row[1] ~= epoch then
     return {"superseded"}
+end
+if row[3] == call then
+    return {"repeated"}
 end
 local isolated = row[2] == "isolated"
 local held = redis.call("SCARD", KEYS[2])
@@ -72,6 +82,11 @@ local function tenant_of(name)
             -- Without results of its own it holds nothing that could be read.
             full = results >= tonumber(fields[3] or max_tenant) / shards or (crowded and results > 0),
         }
+        if tenant.full then
+            redis.call("ZADD", prefix .. "full", "NX", time, name)
+        else
+            redis.call("ZREM", prefix .. "full", name)
+        end
         tenants[name] = tenant
     end
     return tenant
@@ -92,7 +107,8 @@ end
 
 -- Returns how many entries were read, how many jobs leased, and their bytes.
 local function take(class, tenant, most)
-    local queue = prefix .. "queue:" .. class .. ":" .. tenant .. ":" .. model
+    local name = class .. ":" .. tenant .. ":" .. model
+    local queue = prefix .. "queue:" .. name
     local reply = redis.call("XREADGROUP", "GROUP", group, worker, "COUNT", most,
         "STREAMS", queue, ">")
     if not reply then
@@ -102,13 +118,19 @@ local function take(class, tenant, most)
     for _, entry in ipairs(entries) do
         local id = entry[2][2]
         local key = prefix .. "job:" .. id
-        local job = redis.call("HMGET", key, "attempt", "spec", "queued_at")
-        local sub = submission_of(id)
-        if sub.stored >= max_unread then
+        local job = redis.call("HMGET", key, "attempt", "spec", "queued_at", "state", "entry")
+        local waits = job[4] == "QUEUED" and job[5] == entry[1]
+        local sub = waits and submission_of(id)
+        if not waits then
+            -- Of a job that is not there, or waits elsewhere.
+            redis.call("XACK", queue, group, entry[1])
+            redis.call("XDEL", queue, entry[1])
+        elseif sub.stored >= max_unread then
             redis.call("XACK", queue, group, entry[1])
             redis.call("XDEL", queue, entry[1])
             redis.call("HDEL", key, "entry")
             redis.call("RPUSH", prefix .. "parked:" .. sub.id, id)
+            redis.call("ZADD", prefix .. "expiring", "NX", time + tonumber(ARGV[15]), sub.id)
         else
             local attempt = job[1] + 1
             redis.call("HSET", key, "state", "LEASED", "worker", worker, "attempt", attempt)
@@ -135,28 +157,42 @@ local function serve(class, want)
         else
             local waiting = redis.call("ZCARD", turns) - skip
             local most = math.min(AT_ONCE, math.ceil((want - got) / waiting))
+            if redis.call("HEXISTS", KEYS[3], "large:" .. class .. ":" .. name .. ":" .. model) == 1 then
+                most = 1
+            end
             local read, taken, cost = take(class, name, most)
             got, bytes = got + taken, bytes + cost
             redis.call("HSET", KEYS[3], class .. ":" .. model, string.format("%.17g", turn))
+            local next_turn = string.format("%.17g", turn + cost / tenant.weight)
             if read < most then
-                redis.call("ZREM", turns, name)
+                leave_turns(class, name, model, next_turn)
             else
-                redis.call("ZADD", turns, string.format("%.17g", turn + cost / tenant.weight), name)
+                redis.call("ZADD", turns, next_turn, name)
             end
+            redis.call("ZREMRANGEBYSCORE", prefix .. "turned:" .. class .. ":" .. model,
+                "-inf", string.format("%.17g", turn))
         end
     end
     return got
 end
 
--- Returns how many jobs more the worker may hold: streams hold what waits and what is leased.
+-- Returns how many jobs more the worker may hold of those that wait here: streams hold what waits
+-- and what is leased. What it holds of other models is none of their business.
 local function share()
-    local jobs = 0
+    local jobs, own = 0, 0
     for _, class in ipairs({"interactive", "batch"}) do
         for _, name in ipairs(redis.call("ZRANGE", turns_of(class), 0, COUNTED - 1)) do
-            jobs = jobs + redis.call("XLEN", prefix .. "queue:" .. class .. ":" .. name .. ":" .. model)
+            local queue = prefix .. "queue:" .. class .. ":" .. name .. ":" .. model
+            local there = redis.call("XLEN", queue)
+            jobs = jobs + there
+            if there > 0 then
+                for _, consumer in ipairs(redis.call("XPENDING", queue, group)[4] or {}) do
+                    own = own + (consumer[1] == worker and tonumber(consumer[2]) or 0)
+                end
+            end
         end
     end
-    return math.max(LEAST_SHARE, math.ceil(jobs / workers)) - held
+    return math.max(LEAST_SHARE, math.ceil(jobs / workers)) - own
 end
 
 local function lease_by_priority()
@@ -201,6 +237,9 @@ end
 if #ids == 0 and redis.call("EXISTS", turns_of("interactive"), turns_of("batch"),
         turns_of("suspect"), turns_of("alone")) == 0 then
     return {"idle"}
+end
+if #ids > 0 then
+    redis.call("HSET", KEYS[1], "call", call)
 end
 call_many({"SADD", KEYS[2]}, ids)
 return leased

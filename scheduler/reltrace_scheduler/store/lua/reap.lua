@@ -12,7 +12,8 @@
 --       chunks:<job>:<attempt>            list    deleted: what was computed so far is void
 --       draft:<job>                       stream  deleted
 --       submission:<sub>, load, tenant:<tenant>  hash  bytes of those chunks taken off
---       turns:<class>:<model>             zset    the tenant of an empty queue removed
+--       turns:<class>:<model>, turned:... zset    the tenant of an empty queue removed
+--       clock                             hash    what is noted of an empty queue removed
 -- publishes wake:<model>
 --
 -- ARGV: prefix, group, reaper, name of the queue, lease (ms), most lost leases, cursor, count
@@ -54,6 +55,11 @@ for _, entry in ipairs(reply[2]) do
             requeue(job, lost == 1 and "suspect" or "alone")
             requeued = requeued + 1
         end
+    elseif job and job.state == "QUEUED" and job.entry == entry[1] then
+        -- Read, and not leased: the call that read it broke off.
+        append(gone, name, entry[1])
+        requeue(job)
+        requeued = requeued + 1
     elseif entry then
         append(gone, name, entry[1])
     end
@@ -63,6 +69,7 @@ if redis.call("XLEN", KEYS[1]) == 0 then
     local class, tenant, model = split(name)
     redis.call("DEL", KEYS[1])
     redis.call("SREM", KEYS[2], name)
-    redis.call("ZREM", prefix .. "turns:" .. class .. ":" .. model, tenant)
+    redis.call("HDEL", prefix .. "clock", "large:" .. name)
+    leave_turns(class, tenant, model)
 end
 return {reply[1], requeued, condemned}

@@ -1,4 +1,4 @@
--- Accepts the jobs of one submission, all or none.
+-- Accepts the jobs of one submission, all or none, and once: the call may be repeated.
 --
 -- KEYS[1] idempotency:<tenant>:<key>  string  read; set to the submission's id
 -- KEYS[2] submission:<sub>            hash    created
@@ -32,6 +32,11 @@ if ttl > 0 then
     end
 end
 
+-- The same call once more: its first answer came too late, and it was repeated.
+if redis.call("EXISTS", KEYS[2]) == 1 then
+    return {"accepted"}
+end
+
 local bytes = 0
 for i = 0, count - 1 do
     bytes = bytes + #ARGV[first + 3 * i + 2]
@@ -61,7 +66,7 @@ for i = 0, count - 1 do
     local at = first + 3 * i
     local model, timeout, spec = ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2]
     local id = sub .. "-" .. i
-    local name, entry = enqueue(id, class, tenant, model)
+    local name, entry = enqueue(id, class, tenant, model, #spec)
     local key = prefix .. "job:" .. id
     redis.call("HSET", key, "state", "QUEUED", "attempt", 0, "queue", name, "entry", entry,
         "spec", spec, "bytes", #spec, "queued_at", time)
