@@ -101,12 +101,11 @@ def check_submission(
         if faults:
             violations += [Violation(f"jobs[{index}].{v.field}", v.description) for v in faults]
             continue
-        spec.model = route
-        timeout = spec.timeout.ToTimedelta().total_seconds() if spec.HasField("timeout") else 0.0
-        jobs.append(_new_job(spec, timeout))
+        jobs.append((spec, route))
     if violations:
         raise InvalidRequestError(*violations)
-    return jobs
+    # Only now, for a request that is refused is looked at once more.
+    return [_new_job(spec, route) for spec, route in jobs]
 
 
 def check_job_ids(job_ids: Sequence[str]) -> None:
@@ -142,20 +141,24 @@ def _output_faults(spec: types_pb2.JobSpec, allowed: Sequence[str]) -> Iterator[
     yield Violation("output_uri", f"{spec.output_uri!r} is in no folder allowed here: {folders}")
 
 
-def _new_job(spec: types_pb2.JobSpec, timeout: float) -> NewJob:
-    span = spec.traceparent
-    if not span:
-        return NewJob(spec.model, spec.SerializeToString(), timeout)
+def as_sent(spec: types_pb2.JobSpec) -> bytes:
+    """Return what a job is, whichever span it belongs to."""
+    if not spec.traceparent:
+        return spec.SerializeToString()
     # Who repeats a submission may do so within another span.
-    spec.ClearField("traceparent")
-    job = NewJob(
-        spec.model,
-        spec.SerializeToString(),
-        timeout,
-        aside=types_pb2.JobSpec(traceparent=span).SerializeToString(),
-    )
-    spec.traceparent = span
-    return job
+    without = types_pb2.JobSpec()
+    without.CopyFrom(spec)
+    without.ClearField("traceparent")
+    return without.SerializeToString()
+
+
+def _new_job(spec: types_pb2.JobSpec, route: str) -> NewJob:
+    sent = as_sent(spec)
+    timeout = spec.timeout.ToTimedelta().total_seconds() if spec.HasField("timeout") else 0.0
+    if spec.model == route and not spec.traceparent:
+        return NewJob(route, sent, timeout)
+    spec.model = route
+    return NewJob(route, spec.SerializeToString(), timeout, sent)
 
 
 def _settings(spec: types_pb2.JobSpec) -> bytes:

@@ -132,7 +132,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             spec = types_pb2.JobSpec.FromString(job.spec)
             # The key makes a second call, or one that was cut off, find the first one's job.
             submission = await self._store.submit(
-                [NewJob(spec.model, job.spec)],
+                [NewJob(spec.model, job.spec, spec.timeout.ToTimedelta().total_seconds())],
                 tenant=job.tenant,
                 idempotency_key=f"dead:{job.job_id}",
             )

@@ -9,17 +9,23 @@ from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 from reltrace_scheduler.auth.identity import current
 from reltrace_scheduler.endings import cancelled, end
-from reltrace_scheduler.errors import InvalidRequestError, UnknownSubmissionError, Violation
+from reltrace_scheduler.errors import (
+    InvalidRequestError,
+    SchedulerError,
+    UnknownSubmissionError,
+    Violation,
+)
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
 from reltrace_scheduler.store.drafts import PAGE, START
 from reltrace_scheduler.store.keys import submission_of
-from reltrace_scheduler.store.records import Priority, StoredDraft
+from reltrace_scheduler.store.queue import digest
+from reltrace_scheduler.store.records import Priority, StoredDraft, Submission
 from reltrace_scheduler.store.results import Progress
 from reltrace_scheduler.store.signals import Signals, wait
 from reltrace_scheduler.store.store import Store
 from reltrace_scheduler.tracing import Spans
-from reltrace_scheduler.validation import check_job_ids, check_submission
+from reltrace_scheduler.validation import as_sent, check_job_ids, check_submission
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -63,7 +69,14 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         began = time.monotonic()
         self._spans.adopt(request.idempotency_key, request.jobs)
         models = await self._models.get(*(job.model for job in request.jobs))
-        jobs = check_submission(request, models, self._store.settings.output_uris)
+        try:
+            jobs = check_submission(request, models, self._store.settings.output_uris)
+        except SchedulerError:
+            # What was accepted stays accepted, also when models have come or gone since.
+            before = await self._seen(request)
+            if before is None:
+                raise
+            return _answer(before)
         tenant, priority = current().tenant, _PRIORITIES[request.priority]
         submission = await self._store.submit(
             jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key
@@ -79,11 +92,15 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 tenant=tenant,
                 jobs=len(jobs),
             )
-        return trace_pb2.SubmitJobsResponse(
-            submission_id=submission.id,
-            job_ids=submission.job_ids,
-            deduplicated=submission.deduplicated,
-        )
+        return _answer(submission)
+
+    async def _seen(self, request: trace_pb2.SubmitJobsRequest) -> Submission | None:
+        """Return what was accepted before, if this is a submission once more."""
+        priority = _PRIORITIES.get(request.priority)
+        if not request.idempotency_key or priority is None:
+            return None
+        jobs = digest(map(as_sent, request.jobs), priority)
+        return await self._store.seen(current().tenant, request.idempotency_key, jobs)
 
     async def StreamResults(  # noqa: N802
         self, request: trace_pb2.StreamResultsRequest, context: Context
@@ -193,6 +210,14 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             for route in revisions if len(revisions) > 1 else [name]:
                 response.models.add(model=models.known[route], workers=models.workers.get(route, 0))
         return response
+
+
+def _answer(submission: Submission) -> trace_pb2.SubmitJobsResponse:
+    return trace_pb2.SubmitJobsResponse(
+        submission_id=submission.id,
+        job_ids=submission.job_ids,
+        deduplicated=submission.deduplicated,
+    )
 
 
 def _check_drafts(request: trace_pb2.StreamResultsRequest) -> None:

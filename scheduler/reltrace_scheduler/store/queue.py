@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -78,17 +78,13 @@ class Queue:
             tenant,
             priority,
             milliseconds(_IDEMPOTENCY_TTL) if idempotency_key else 0,
-            _digest(jobs, priority) if idempotency_key else "-",
+            digest([job.sent or job.spec for job in jobs], priority) if idempotency_key else "-",
             settings.max_jobs,
             settings.max_bytes,
             settings.tenant_max_jobs,
             settings.tenant_max_bytes,
             settings.shards,
-            *(
-                part
-                for job in jobs
-                for part in (job.route, milliseconds(job.timeout), job.spec + job.aside)
-            ),
+            *(part for job in jobs for part in (job.route, milliseconds(job.timeout), job.spec)),
         )
         match reply[0]:
             case b"seen":
@@ -103,6 +99,14 @@ class Queue:
                     f"{max_bytes} bytes"
                 )
         return Submission(submission, len(jobs), deduplicated=False)
+
+    async def seen(self, tenant: str, idempotency_key: str, jobs: str) -> Submission | None:
+        """Return what was accepted under a key, if it was jobs of this `digest`."""
+        stored: Any = await self._redis.get(self._keys.idempotency(tenant, idempotency_key))
+        if stored is None:
+            return None
+        name, count, had = stored.decode().split(" ")
+        return Submission(name, int(count), deduplicated=True) if had == jobs else None
 
     async def lease(
         self,
@@ -306,9 +310,10 @@ def _flat(leases: Sequence[Lease]) -> list[str | int]:
     return [part for lease in leases for part in (lease.job_id, lease.attempt)]
 
 
-def _digest(jobs: Sequence[NewJob], priority: str) -> str:
-    digest = hashlib.blake2b(priority.encode(), digest_size=16)
-    for job in jobs:
-        digest.update(len(job.spec).to_bytes(8, "little"))
-        digest.update(job.spec)
-    return digest.hexdigest()
+def digest(jobs: Iterable[bytes], priority: str) -> str:
+    """Return what tells jobs, as they were sent, from all others."""
+    found = hashlib.blake2b(priority.encode(), digest_size=16)
+    for spec in jobs:
+        found.update(len(spec).to_bytes(8, "little"))
+        found.update(spec)
+    return found.hexdigest()

@@ -21,8 +21,8 @@ class NewJob:
     """A serialized ``JobSpec``."""
     timeout: float = 0.0
     """Seconds within which it must end; 0: for ever."""
-    aside: bytes = b""
-    """Rest of the ``JobSpec``, by which a submission that is repeated may differ."""
+    sent: bytes = b""
+    """The same as the client sent it, where that differs: by this a repeated one is known again."""
 
 
 @dataclass(frozen=True, slots=True)

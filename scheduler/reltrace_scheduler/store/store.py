@@ -149,13 +149,21 @@ class Store:
         idempotency_key: str = "",
     ) -> Submission:
         """Accept jobs, all or none; see `Queue.submit`."""
-        # The same key must come to the same shard, whichever scheduler it is sent to.
-        choice = f"{tenant} {idempotency_key}" if idempotency_key else secrets.token_hex(8)
-        digest = hashlib.blake2b(choice.encode(), digest_size=8).digest()
-        shard = self.shards[int.from_bytes(digest, "little") % len(self.shards)]
+        shard = self._shard_for(tenant, idempotency_key)
         return await shard.queue.submit(
             jobs, tenant=tenant, priority=priority, idempotency_key=idempotency_key
         )
+
+    async def seen(self, tenant: str, idempotency_key: str, jobs: str) -> Submission | None:
+        """Return what was accepted under a key; see `Queue.seen`."""
+        shard = self._shard_for(tenant, idempotency_key)
+        return await shard.queue.seen(tenant, idempotency_key, jobs)
+
+    def _shard_for(self, tenant: str, idempotency_key: str) -> Shard:
+        # The same key must come to the same shard, whichever scheduler it is sent to.
+        choice = f"{tenant} {idempotency_key}" if idempotency_key else secrets.token_hex(8)
+        digest = hashlib.blake2b(choice.encode(), digest_size=8).digest()
+        return self.shards[int.from_bytes(digest, "little") % len(self.shards)]
 
     async def jobs(self, job_ids: Sequence[str], *, tenant: str) -> list[JobRecord | None]:
         """Look jobs up; see `Queue.jobs`."""

@@ -16,6 +16,9 @@ _AT_ONCE = 500
 
 _END_AT_ONCE = 256
 
+_DEAD_AT_ONCE, _DEAD_BYTES = 4, 32 << 20
+"""Quarantined jobs that are read at a time, and bytes of theirs that one listing has."""
+
 EXPIRE_AT_ONCE = 16
 """Submissions whose results one script frees."""
 
@@ -159,9 +162,20 @@ class Upkeep:
         return found
 
     async def dead(self, limit: int) -> list[DeadJob]:
-        """Return jobs that were quarantined, latest first."""
+        """Return jobs that were quarantined, latest first; of large ones, fewer than `limit`."""
         ids: Any = await self._redis.zrevrange(self._keys.dead, 0, limit - 1)
-        return [job for job in await self.dead_jobs([i.decode() for i in ids]) if job]
+        found: list[DeadJob] = []
+        room = _DEAD_BYTES
+        for start in range(0, len(ids), _DEAD_AT_ONCE):
+            page = [name.decode() for name in ids[start : start + _DEAD_AT_ONCE]]
+            for job in await self.dead_jobs(page):
+                if job is None:
+                    continue
+                room -= len(job.spec)
+                if room < 0 and found:
+                    return found
+                found.append(job)
+        return found
 
     async def dead_jobs(self, job_ids: Sequence[str]) -> list[DeadJob | None]:
         """Look quarantined jobs up; None for one that is unknown or too old."""

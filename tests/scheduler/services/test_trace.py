@@ -155,6 +155,30 @@ async def test_the_same_key_gives_the_same_jobs(client, worker: FakeWorker) -> N
     assert not first.deduplicated
 
 
+async def test_the_same_jobs_are_the_same_when_models_have_come_since(
+    client, channel: grpc.aio.Channel, worker: FakeWorker
+) -> None:
+    """
+    Given jobs that name no model, accepted while there was one
+    If the same call is repeated after a second model has come
+    I expect the first answer; and for another call an error that names both models.
+    """
+    first = await client.SubmitJobs(submission(JobSpec(prompt="a"), key="k"))
+    other = types_pb2.ModelInfo()
+    other.CopyFrom(MODEL)
+    other.name = "second"
+    await FakeWorker(channel, worker_id="w2", model=other).connect()
+    async with asyncio.timeout(10):
+        while len((await client.ListModels(trace_pb2.ListModelsRequest())).models) < 2:
+            await asyncio.sleep(0.02)
+    again = await client.SubmitJobs(submission(JobSpec(prompt="a"), key="k"))
+    assert again.submission_id == first.submission_id
+    assert again.deduplicated
+    for request in (submission(JobSpec(prompt="a")), submission(JobSpec(prompt="b"), key="k")):
+        with pytest.raises(grpc.aio.AioRpcError, match="several models are served: m, second"):
+            await client.SubmitJobs(request)
+
+
 async def test_the_same_jobs_within_another_span_are_the_same(client, worker: FakeWorker) -> None:
     """A process that was killed hands its jobs in again, and has another span by then."""
     spans = [f"00-{number:032x}-{number:016x}-01" for number in (1, 2)]

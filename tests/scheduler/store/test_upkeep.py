@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 
 import redis.asyncio
 from reltrace_scheduler.config import Settings
@@ -238,3 +239,16 @@ async def test_nobody_looked_for_a_while(driver: Driver, settings: Settings) -> 
             await asyncio.sleep(settings.lease / 10)
     waited = asyncio.get_running_loop().time() - began
     assert 0.8 * settings.lease < waited
+
+
+async def test_a_listing_of_large_dead_jobs_is_short(
+    store: redis.asyncio.Redis, keys: Keys, settings: Settings
+) -> None:
+    driver = Driver.over(store, keys, replace(settings, max_bytes=1 << 30, max_lost_leases=1))
+    await driver.submit([NewJob("m", bytes(15 << 20))] * 4)
+    leased = [await driver.lease(f"w{number}", 1) for number in range(4)]
+    assert all(leased)
+    condemned = await driver.reap_until(condemned=4)
+    await driver.upkeep.end([quarantined(job) for job in condemned])
+    assert len(await driver.upkeep.dead(100)) == 2
+    assert len(await driver.upkeep.dead(1)) == 1
