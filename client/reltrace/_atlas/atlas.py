@@ -64,7 +64,9 @@ class Atlas:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Model, revision, rule, places of each list, prompts of a slice."""
+        """Model, revision, rule, target (a token's id is an int), places of each list, prompts of
+        a slice.
+        """
         return dict(self._state.about)
 
     @property

@@ -67,7 +67,7 @@ class State:
     Attributes
     ----------
     about : dict
-        Model, revision, rule, places, prompts of a slice.
+        Model, revision, rule, target, places, prompts of a slice.
     sites : dict of str to Merged
         Empty before the first slice.
     digests : dict of int to str
@@ -170,29 +170,32 @@ class Folder:
         }
         self._replace(self.path / _ATLAS, arrays, {"atlas": json.dumps(about)})
 
-    def begin(self) -> str:
-        """Note that the atlas is being built; return what tells this building from all others.
-
-        It is the same until `end`, however often the building is broken off. Until `leave`, no
-        other process builds here.
+    def hold(self) -> None:
+        """Keep all others from building here, until `leave`. What is read before may be replaced.
 
         Raises
         ------
         TraceError
-            Another does, or the folder can not be used.
+            Another process builds here, or the folder can not be used.
         """
         busy = f"another process builds the atlas in {self.path}; stop it, or choose another folder"
         self._held.enter_context(held(self.path, _LOCK, "out", busy))
+
+    def leave(self) -> None:
+        """Let others build here."""
+        self._held.close()
+
+    def begin(self) -> str:
+        """Note that the atlas is being built; return what tells this building from all others.
+
+        It is the same until `end`, however often the building is broken off.
+        """
         path = self.path / _UNFINISHED
         known = path.read_text("ascii", "replace") if path.exists() else ""
         if not re.fullmatch("[0-9a-f]{32}", known):
             known = secrets.token_hex(16)
             write_whole(path, [known.encode()])
         return known
-
-    def leave(self) -> None:
-        """Let others build here."""
-        self._held.close()
 
     def end(self) -> None:
         """Note that the atlas is whole."""

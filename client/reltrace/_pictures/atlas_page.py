@@ -37,8 +37,11 @@ def page(atlas: Atlas, *, most: int, contexts: int) -> str:
         "words": list(texts.words),
         "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
     }
+    target = about["target"]
+    # 4, the id, is not the token "4".
+    explained = target if isinstance(target, str) else f"token id {target}"
     foot = (
-        f"Model {model} at revision {revision}, rule {about['rule']}, target {about['target']}. "
+        f"Model {model} at revision {revision}, rule {about['rule']}, target {explained}. "
         "Relevance is R = x · dL/dx, the backward pass starting at 1; relevance mass is the sum of "
         "|R| over all tokens. The activation of a head is the length of what it writes. Words that "
         "stand out: by log-odds against the corpus."

@@ -26,7 +26,8 @@ def atlas_chunk(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultCh
 async def make(server: FakeServer, identity: str = "one") -> Made:
     async with reltrace.AsyncClient(server.address) as client:
         sender = Sender(client._connection, identity, PLAN.about(), PLAN.priority)
-        return await sender.make(0, "digest", JOB)
+        async with sender.made(0, "digest", JOB) as found:
+            return found
 
 
 @pytest.fixture
