@@ -173,7 +173,8 @@ def read_together(
 
 def _copied(arrays: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
     return {
-        site: {part: array.copy() for part, array in parts.items()}
+        # Those that were widened from bfloat16 are copies already.
+        site: {part: a if a.flags.writeable else a.copy() for part, a in parts.items()}
         for site, parts in arrays.items()
     }
 
