@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reltrace._atlas.contexts import Context, Feature, StandsOut
+from reltrace._atlas.contexts import Context, ContextLists, Feature, StandsOut
 from reltrace._atlas.find import FeatureMatch, Search, ranked
 from reltrace._atlas.folder import Folder
 from reltrace._atlas.given import GivenLabels, Key, described
@@ -121,10 +121,13 @@ class Atlas:
             label=self.label(layer, index, site),
             labelled_by=self._given.by((site, layer, index)),
             stands_out=self._built_in((site, layer, index)),
-            contexts={
-                name: self._contexts(merged, layer, index, place)
-                for place, name in enumerate(LISTS)
-            },
+            contexts=ContextLists(
+                partial(self._contexts, merged, layer, index),
+                {
+                    name: int((merged.prompts[layer, place, :, index] >= 0).sum())
+                    for place, name in enumerate(LISTS)
+                },
+            ),
             count=tokens,
             mean={name: sums[name] / tokens if tokens else float("nan") for name in MEASURES},
             mass=sums["relevance mass"],
@@ -224,7 +227,9 @@ class Atlas:
         found = []
         for layer, index, hits in ranked(lists, labelled, k):
             at = layer, index
-            contexts = self._contexts(merged, layer, index, LISTS.index(hits.name))
+            there = hits.counts[at] > 0
+            first = int(hits.first[at])
+            contexts = self._contexts(merged, layer, index, hits.name, first + 1) if there else []
             found.append(
                 FeatureMatch(
                     site,
@@ -235,7 +240,7 @@ class Atlas:
                     int(hits.counts[at]),
                     int(hits.of[at]),
                     float(hits.strength[at]),
-                    contexts[int(hits.first[at])] if hits.counts[at] else None,
+                    contexts[first] if contexts else None,
                 )
             )
         return found
@@ -362,10 +367,13 @@ class Atlas:
         there = prompts >= 0
         return self._standouts.of(prompts[there].tolist(), positions[there].tolist())
 
-    def _contexts(self, merged: Merged, layer: int, index: int, which: int) -> list[Context]:
-        sign = -1.0 if LISTS[which].endswith("-") else 1.0
+    def _contexts(
+        self, merged: Merged, layer: int, index: int, name: str, most: int
+    ) -> list[Context]:
+        """Return the strongest contexts of a list, `most` or as many as there are."""
+        which, sign = LISTS.index(name), -1.0 if name.endswith("-") else 1.0
         own, prompts, positions, beside = (
-            array[layer, which, :, index].tolist()
+            array[layer, which, :most, index].tolist()
             for array in (merged.values, merged.prompts, merged.tokens, merged.beside)
         )
         read, contexts = self._reader, []
@@ -373,7 +381,7 @@ class Atlas:
             if prompt < 0:
                 break
             pair = (sign * value, other)
-            relevance, activation = pair if LISTS[which].startswith("relevance") else pair[::-1]
-            tokens, target = read.tokens(prompt), read.target(prompt)
+            relevance, activation = pair if name.startswith("relevance") else pair[::-1]
+            tokens, target = read.tokens_around(prompt, position), read.target(prompt)
             contexts.append(Context(relevance, activation, prompt, position, tokens, target))
         return contexts

@@ -255,7 +255,8 @@ class _Builder:
                 "prompts",
                 f"are others than those of the atlas, from {some.number * self._plan.slice} on",
             )
-        return not self._folder.has_corpus(some.number, len(some.prompts))
+        known_tokens = self._state.known_tokens()
+        return not self._folder.has_corpus(some.number, len(some.prompts), known_tokens)
 
     def _check_end(self, seen: int, prompts: int) -> None:
         if further := [number for number in self._state.digests if number >= seen]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reltrace._atlas.contexts import Feature
+from reltrace._atlas.find import sought
 from reltrace._checks import whole_number
 from reltrace._errors import TraceError, invalid
 
@@ -80,8 +81,8 @@ class GivenLabels:
 
     def matching(self, text: str) -> set[Key]:
         """Return the features whose label has a text, however it is capitalised."""
-        wanted = text.casefold()
-        return {key for key, label in self._labels.items() if wanted in label.text.casefold()}
+        wanted = sought(text)
+        return {key for key, label in self._labels.items() if wanted in sought(label.text)}
 
     def take(self, path: Path, built_in: Callable[[Key], str]) -> int:
         """Add the labels of a file, all or none; an empty one takes a label away.
@@ -199,6 +200,6 @@ def described(feature: Feature) -> dict[str, Any]:
                 "token": context.token,
                 "target": context.target,
             }
-            for context in feature.contexts["relevance+"][:_EXPORTED_CONTEXTS]
+            for context in feature.contexts.first("relevance+", _EXPORTED_CONTEXTS)
         ],
     }

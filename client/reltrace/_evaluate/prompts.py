@@ -106,7 +106,7 @@ class Ids:
         if earlier != prompt.number:
             raise invalid(
                 f"prompts[{prompt.number}].id",
-                f"{prompt.id!r} is that of prompts[{earlier}]; where none is given, it is the place",
+                f"{prompt.id!r} is that of prompts[{earlier}]; by default it is the place",
             )
 
 

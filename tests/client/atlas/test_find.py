@@ -97,4 +97,4 @@ def test_a_text_begins_in_the_token_of_its_first_character(tokens: list[str], wa
     text = "".join(tokens)
     starts = [at for at in range(len(text)) if text.startswith(wanted, at)]
     expected = {owner[at] for at in starts}
-    assert starts_of(wanted, tuple(tokens)) == sorted(expected)
+    assert starts_of(wanted, tokens) == sorted(expected)

@@ -11,7 +11,7 @@ import reltrace
 from fake_server import FakeServer
 from reltrace_proto.v1 import types_pb2
 
-PLACE = "; where none is given, it is the place"
+PLACE = "; by default it is the place"
 PROMPTS = ["We have a dog", {"id": "b", "prompt": "My cats love"}, "one more"]
 
 
