@@ -300,7 +300,7 @@ class Atlas:
         Parameters
         ----------
         path : path
-            The file; one that is there is replaced.
+            The file; one that is there is replaced. Not the atlas' own, of the labels given to it.
         site : {"neuron", "head"}
             Of which.
         most : int, optional
@@ -319,6 +319,7 @@ class Atlas:
             The file can not be written.
         """
         count, features = 0, self.by_mass(site, most)
+        self._given.check_other(Path(path))
         with Path(path).open("w", encoding="utf-8") as file:
             for feature in features:
                 file.write(json.dumps(described(feature), ensure_ascii=False) + "\n")

@@ -43,7 +43,7 @@ class Reader:
     def _tokens(self, prompt: int) -> tuple[str, ...]:
         slice_, index = self._place(prompt)
         texts = self._state.vocabulary
-        return tuple(texts[token] for token in slice_.token_ids(index).tolist())
+        return tuple(map(texts.__getitem__, slice_.token_ids(index).tolist()))
 
     def tokens_around(self, prompt: int, position: int) -> tuple[str, ...]:
         """Return the tokens of a prompt, of which `position` is one.

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from reltrace._errors import invalid
 from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
 # The ends of ColorBrewer's RdBu, which people with any kind of colour blindness tell apart,
@@ -29,7 +30,7 @@ _ASCII_BYTE = re.compile(r"<0x([0-7][0-9A-F])>")
 _SIGNS = {"\n": "↵", "\t": "→"}
 
 # Parts of Persian and Indic words, and of emoji: not seen, and the text is not itself without them.
-_JOINERS = "\u200c\u200d"
+JOINERS = "\u200c\u200d"
 
 # Texts of tokens that are kept: what a few large vocabularies have.
 _KEPT = 1 << 18
@@ -81,7 +82,7 @@ def printable(text: str) -> str:
 
 
 def _shown(char: str) -> str:
-    if char in _JOINERS:
+    if char in JOINERS:
         return char
     if sign := _SIGNS.get(char):
         return sign
@@ -118,7 +119,7 @@ def is_special(token: str) -> bool:
 def label(token: str) -> str:
     """Return a token as a name in a table: what can not be seen alone is made visible."""
     word = readable(token)
-    if word.strip(f" {_JOINERS}"):
+    if word.strip(f" {JOINERS}"):
         return word
     return "".join("␣" if char == " " else repr(char)[1:-1] for char in word)
 
@@ -181,6 +182,8 @@ def token_values(trace: Trace, site: str | None = None) -> TokenValues:
         If the trace has no value per token.
     """
     if site is None:
+        if not trace.sites:
+            raise invalid("site", "is not there: no site was requested")
         site = next((name for name in ("embed", "resid") if name in trace.sites), trace.sites[0])
     values = trace.by_token(site).astype(np.float32)
     if site in SITES_WITHOUT_LAYERS:
