@@ -136,20 +136,22 @@ class State:
         """Raise ValueError if what is merged does not go together: values, not every text."""
         if len({len(getattr(self.words, name)) for name in _WORDS}) > 1:
             raise ValueError("the counts of tokens differ in length")
-        size = self.about["slice"]
-        slices = np.fromiter(self.digests, np.int64, len(self.digests))
+        size, known = self.about["slice"], np.zeros(1 + max(self.digests, default=-1), bool)
+        known[list(self.digests)] = True
         for site, merged in self.sites.items():
-            prompts, tokens = merged.prompts, merged.tokens
-            if not merged.values.shape == merged.beside.shape == prompts.shape == tokens.shape:
+            lists = merged.values, merged.beside, merged.prompts, merged.tokens
+            if len({array.shape for array in lists}) > 1:
                 raise ValueError(f"the lists of site {site!r} differ in shape")
-            there = prompts >= 0
-            if prompts.min(initial=-1) < -1 or tokens.min(initial=-1) < -1:
-                raise ValueError(f"site {site!r} has places below -1")
-            if not np.array_equal(there, tokens >= 0):
-                raise ValueError(f"site {site!r} has tokens without a prompt, or prompts without")
-            named = np.unique(prompts[there] // size)
-            if not np.isin(named, slices).all():
-                raise ValueError(f"site {site!r} names prompts that the corpus does not have")
+            # A layer at a time: of a large model all of them are gigabytes.
+            for prompts, tokens in zip(merged.prompts, merged.tokens, strict=True):
+                there = prompts >= 0
+                if min(prompts.min(initial=-1), tokens.min(initial=-1)) < -1:
+                    raise ValueError(f"site {site!r} has places below -1")
+                if not np.array_equal(there, tokens >= 0):
+                    raise ValueError(f"site {site!r} has tokens without a prompt, or the reverse")
+                numbers = prompts[there] // size
+                if numbers.max(initial=-1) >= len(known) or not known[numbers].all():
+                    raise ValueError(f"site {site!r} names prompts that the corpus does not have")
 
     def add(self, number: int, digest: str, part: AtlasPart) -> None:
         """Merge a slice."""

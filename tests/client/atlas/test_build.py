@@ -226,6 +226,19 @@ async def test_an_id_is_another_target_than_its_text(freed: list[str], tmp_path:
                 await built(tmp_path, target=other)
 
 
+async def test_a_damaged_file_of_the_corpus_is_made_again(freed: list[str], tmp_path: Path) -> None:
+    await built(tmp_path)
+    path = tmp_path / "corpus" / "000002.safetensors"
+    whole, atlas = path.read_bytes(), (tmp_path / "atlas.safetensors").read_bytes()
+    # The last of its numbers: a token that there is none of.
+    path.write_bytes(whole[:-4] + np.int32(1 << 20).tobytes())
+    FakeSender.asked.clear()
+    await built(tmp_path)
+    assert FakeSender.asked == [2]
+    assert path.read_bytes() == whole
+    assert (tmp_path / "atlas.safetensors").read_bytes() == atlas
+
+
 async def test_writing_takes_a_tenth_of_the_time_however_large_slices_are(
     freed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
