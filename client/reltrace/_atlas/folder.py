@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from reltrace._atlas.part import SITES, AtlasPart
 from reltrace._atlas.words import WordCounts
 from reltrace._batch.disk import held, write_whole
 from reltrace._errors import InvalidArgument, TraceError, invalid
+from reltrace._tensor_file import replace_tensors
 from reltrace._trace import Array
 
 _FORMAT = 2
@@ -315,15 +315,9 @@ class Folder:
         return self.path / _CORPUS / f"{number:06d}.safetensors"
 
     def _replace(self, path: Path, arrays: dict[str, Array], metadata: dict[str, str]) -> None:
-        # Not at the top: whoever only traces does not need it.
-        from safetensors.numpy import save_file
-
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".part")
-        save_file(arrays, scratch, metadata)
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        # Always the same: what a kill leaves of it is written over.
+        replace_tensors(path, arrays, metadata, path.with_suffix(".part"), durable=True)
 
 
 def _state(about: dict[str, Any], arrays: dict[str, Array]) -> State:

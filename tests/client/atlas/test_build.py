@@ -239,6 +239,18 @@ async def test_a_damaged_file_of_the_corpus_is_made_again(freed: list[str], tmp_
     assert (tmp_path / "atlas.safetensors").read_bytes() == atlas
 
 
+@pytest.mark.parametrize("file", ["atlas", "corpus/000001"])
+async def test_a_full_disk_is_an_error_that_names_the_file(
+    freed: list[str], tmp_path: Path, file: str
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / f"{file}.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        await built(tmp_path)
+    assert caught.value.filename == str(tmp_path / f"{file}.safetensors")
+    await built(tmp_path)
+
+
 async def test_writing_takes_a_tenth_of_the_time_however_large_slices_are(
     freed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
