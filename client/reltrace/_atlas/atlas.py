@@ -196,7 +196,8 @@ class Atlas:
         Parameters
         ----------
         text : str
-            However it is capitalised; it may run over several tokens.
+            However it is capitalised; it may run over several tokens, and over the end of a line. A
+            space finds white space of any kind that is shown as one.
         site : {"neuron", "head"}
             Of which.
         measure : {"relevance", "activation"}

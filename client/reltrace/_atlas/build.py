@@ -222,7 +222,7 @@ class _Builder:
                         more = False
                         break
                     seen, prompts = seen + 1, prompts + len(following.prompts)
-                    if await asyncio.to_thread(self._missing, following):
+                    if await self._missing(following):
                         sender = await self._begun()
                         under_way.add(asyncio.create_task(self._add(sender, following)))
                     else:
@@ -246,11 +246,15 @@ class _Builder:
             await self._write()
         self._check_end(seen, prompts)
 
-    def _missing(self, some: Slice) -> bool:
-        known = self._state.digests.get(some.number)
-        if known is None:
+    async def _missing(self, some: Slice) -> bool:
+        if some.number not in self._state.digests:
             return True
-        if known != some.digest:
+        async with self._turn:
+            return await asyncio.to_thread(self._lost, some)
+
+    def _lost(self, some: Slice) -> bool:
+        """Tell of a slice that is in the atlas whether its prompts are not."""
+        if self._state.digests[some.number] != some.digest:
             raise invalid(
                 "prompts",
                 f"are others than those of the atlas, from {some.number * self._plan.slice} on",

@@ -12,7 +12,7 @@ from reltrace._errors import invalid
 from reltrace._pictures.display import readable
 from reltrace._trace import Array
 
-_SLICES_OPEN = 256
+_SLICES_OPEN = 1024
 _PROMPTS_KEPT = 1024
 
 
@@ -39,6 +39,10 @@ class Reader:
     def folded(self) -> dict[int, str]:
         """The tokens of the vocabulary as people read them, without capitals."""
         return {token: readable(text).casefold() for token, text in self._state.vocabulary.items()}
+
+    @cached_property
+    def _known(self) -> Array:
+        return self._state.known_tokens()
 
     def _tokens(self, prompt: int) -> tuple[str, ...]:
         slice_, index = self._place(prompt)
@@ -108,7 +112,7 @@ class Reader:
 
     def _open(self, number: int) -> Corpus:
         # Each is looked through once, though it may be opened often.
-        known = None if number in self._checked else self._state.known_tokens()
+        known = None if number in self._checked else self._known
         corpus = self._folder.corpus(number, known)
         self._checked.add(number)
         return corpus
