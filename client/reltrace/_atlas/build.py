@@ -163,8 +163,8 @@ async def build(
     if first is None:
         raise invalid("prompts", "there are none: the corpus is empty")
     folder = Folder(out)
-    await to_the_end(folder.hold)
     try:
+        await to_the_end(folder.hold)
         # Not before it is held: another may have been building here until then.
         state = await asyncio.to_thread(folder.read) if folder.exists else State(plan.about())
         given = {name: state.about.get(name) for name in plan.about()}
