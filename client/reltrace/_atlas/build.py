@@ -172,7 +172,7 @@ async def build(
             raise invalid("out", f"{out} holds an atlas of other settings: {given}")
         builder = _Builder(connection, folder, state, plan, progress)
         await builder.run(chain([first], source))
-        await asyncio.to_thread(folder.end)
+        await to_the_end(folder.end)
     finally:
         folder.leave()
     return state
