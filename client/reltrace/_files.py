@@ -16,6 +16,7 @@ import numpy as np
 from reltrace._errors import invalid
 from reltrace._origin import Provenance, ResolvedTarget
 from reltrace._stored import Place, StoredArrays
+from reltrace._tensor_file import replace_tensors
 from reltrace._trace import Array, Trace
 
 _FORMAT = "reltrace-trace-1"
@@ -94,20 +95,12 @@ def _by_site(tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
 
 def save(trace: Trace, path: Path) -> Path:
     """Write a trace. See `Trace.save`."""
-    from safetensors.numpy import save as encode
-
     tensors = tensors_of(trace)
-    # safetensors sorts by name; the order of the sites is the caller's.
+    # The file sorts by size and name; the order of the sites is the caller's.
     about = {**describe(trace), "order": list(tensors)}
-    content = encode(tensors, {"format": _FORMAT, "trace": json.dumps(about)})
+    metadata = {"format": _FORMAT, "trace": json.dumps(about)}
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with unfinished.open("xb") as file:
-            file.write(content)
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    replace_tensors(path, tensors, metadata, unfinished)
     return path
 
 

@@ -131,7 +131,8 @@ class StoredArrays(Mapping[str, Mapping[str, Array]]):
         """
         with self._lock:
             if self._arrays is None:
-                self._arrays = self._arrays_in(_read(self.place))
+                # Copies: arrays that came over the wire can be written to as well.
+                self._arrays = _copied(self._arrays_in(_read(self.place)))
             return self._arrays
 
     def _arrays_in(self, data: bytes) -> dict[str, dict[str, Array]]:
@@ -147,8 +148,18 @@ class StoredArrays(Mapping[str, Mapping[str, Array]]):
         self.__dict__.update(state, _lock=threading.Lock())
 
 
-def read_together(traces: Sequence[StoredArrays]) -> list[dict[str, dict[str, Array]]]:
+def read_together(
+    traces: Sequence[StoredArrays], copy: bool = True
+) -> list[dict[str, dict[str, Array]]]:
     """Read the arrays of the traces of one job, which have one place; its bytes are read once.
+
+    Parameters
+    ----------
+    traces : sequence of StoredArrays
+        Of the job.
+    copy : bool, default True
+        False: the arrays can not be written to and keep all bytes of the job, which are then held
+        once, not twice.
 
     Raises
     ------
@@ -156,7 +167,16 @@ def read_together(traces: Sequence[StoredArrays]) -> list[dict[str, dict[str, Ar
         The store can not be reached, or holds something else there.
     """
     data = _read(traces[0].place)
-    return [trace._arrays_in(data) for trace in traces]
+    found = [trace._arrays_in(data) for trace in traces]
+    return [_copied(arrays) for arrays in found] if copy else found
+
+
+def _copied(arrays: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
+    return {
+        # Those that were widened from bfloat16 are copies already.
+        site: {part: a if a.flags.writeable else a.copy() for part, a in parts.items()}
+        for site, parts in arrays.items()
+    }
 
 
 def _array(tensor: StoredTensor, data: bytes) -> Array:
@@ -170,8 +190,7 @@ def _array(tensor: StoredTensor, data: bytes) -> Array:
     if tensor.dtype == "bfloat16":
         # bfloat16 is the upper half of a float32: exact.
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    # A copy: arrays that came over the wire can be written to as well.
-    return values.copy()
+    return values
 
 
 def _read(place: Place) -> bytes:

@@ -30,8 +30,12 @@ def make_atlas(
     slice_: int = 4,
     layers: int = 2,
     neurons: int = 3,
+    texts_of: Mapping[str, str] | None = None,
 ) -> reltrace.Atlas:
-    """Write an atlas that lists no activations, and whose heads are neurons that do nothing."""
+    """Write an atlas that lists no activations, and whose heads are neurons that do nothing.
+
+    What is in `texts_of` stands for another text: of what has no space before it, say.
+    """
     about = {"model": "", "rule": "attnlrp", "target": "max", "k": k, "slice": slice_,
              "made_by": [MODEL, REVISION]}  # fmt: skip
     state, at = State(about), Folder(folder)
@@ -79,7 +83,7 @@ def make_atlas(
         nothing = {name: np.zeros_like(array) for name, array in site.items()}
         part = AtlasPart(
             {"neuron": site, "head": nothing, "corpus": corpus},
-            {number: text for text, number in ids.items()},
+            {number: (texts_of or {}).get(text.strip(), text) for text, number in ids.items()},
             {index: "is empty" for index, (words, _) in enumerate(some) if not words},
             reltrace.Provenance(
                 MODEL, REVISION, "attnlrp", "atlas", "float32", "sdpa", True, "cpu"

@@ -15,6 +15,7 @@ from e2e.conftest import Process, wait_until
 from reltrace._atlas import build as module
 from reltrace._atlas.folder import Folder
 from reltrace._atlas.sending import Sender, free
+from reltrace._request import Job
 from reltrace_worker.demo.corpus import held_out
 
 CORPUS = [example.prompt for example in held_out(260, 9)]
@@ -227,6 +228,10 @@ def test_a_slice_that_was_handed_in_before_is_read_if_it_is_there(
     I expect the next run to read it; once it is freed, or was another job, to have it made anew.
     """
 
+    async def come(sender: Sender, number: int, job: Job) -> module.Made:
+        async with sender.made(number, "digest", job) as made:
+            return made
+
     async def run() -> None:
         async with reltrace.AsyncClient(services[0]) as client:
             plan = module.Plan(None, "attnlrp", "max", 2, 9, "batch")
@@ -235,18 +240,18 @@ def test_a_slice_that_was_handed_in_before_is_read_if_it_is_there(
                 Sender(client._connection, identity, plan.about(), "batch")
                 for identity in (*["one folder"] * 3, "another folder")
             )
-            made = await first.make(0, "digest", job)
-            again = await second.make(0, "digest", job)
+            made = await come(first, 0, job)
+            again = await come(second, 0, job)
             assert again.accepted.id == made.accepted.id
             np.testing.assert_array_equal(
                 again.part.arrays["neuron"]["strongest"], made.part.arrays["neuron"]["strongest"]
             )
-            assert (await elsewhere.make(0, "digest", job)).accepted.id != made.accepted.id
-            assert (await second.make(1, "digest", job)).accepted.id != made.accepted.id
+            assert (await come(elsewhere, 0, job)).accepted.id != made.accepted.id
+            assert (await come(second, 1, job)).accepted.id != made.accepted.id
             await free(client._connection, [again.accepted])
-            anew = await third.make(0, "digest", job)
+            anew = await come(third, 0, job)
             assert anew.accepted.id != made.accepted.id
-            changed = await second.make(0, "digest", other)
+            changed = await come(second, 0, other)
             assert len(changed.part.arrays["corpus"]["lengths"]) == 2
 
     asyncio.run(run())

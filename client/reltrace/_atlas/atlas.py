@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reltrace._atlas.contexts import Context, Feature, StandsOut
+from reltrace._atlas.contexts import Context, ContextLists, Feature, StandsOut
 from reltrace._atlas.find import FeatureMatch, Search, ranked
 from reltrace._atlas.folder import Folder
 from reltrace._atlas.given import GivenLabels, Key, described
@@ -64,7 +64,9 @@ class Atlas:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Model, revision, rule, places of each list, prompts of a slice."""
+        """Model, revision, rule, target (a token's id is an int), places of each list, prompts of
+        a slice.
+        """
         return dict(self._state.about)
 
     @property
@@ -119,10 +121,13 @@ class Atlas:
             label=self.label(layer, index, site),
             labelled_by=self._given.by((site, layer, index)),
             stands_out=self._built_in((site, layer, index)),
-            contexts={
-                name: self._contexts(merged, layer, index, place)
-                for place, name in enumerate(LISTS)
-            },
+            contexts=ContextLists(
+                partial(self._contexts, merged, layer, index),
+                {
+                    name: int((merged.prompts[layer, place, :, index] >= 0).sum())
+                    for place, name in enumerate(LISTS)
+                },
+            ),
             count=tokens,
             mean={name: sums[name] / tokens if tokens else float("nan") for name in MEASURES},
             mass=sums["relevance mass"],
@@ -191,7 +196,8 @@ class Atlas:
         Parameters
         ----------
         text : str
-            However it is capitalised; it may run over several tokens.
+            However it is capitalised; it may run over several tokens, and over the end of a line. A
+            space finds white space of any kind that is shown as one.
         site : {"neuron", "head"}
             Of which.
         measure : {"relevance", "activation"}
@@ -222,7 +228,9 @@ class Atlas:
         found = []
         for layer, index, hits in ranked(lists, labelled, k):
             at = layer, index
-            contexts = self._contexts(merged, layer, index, LISTS.index(hits.name))
+            there = hits.counts[at] > 0
+            first = int(hits.first[at])
+            contexts = self._contexts(merged, layer, index, hits.name, first + 1) if there else []
             found.append(
                 FeatureMatch(
                     site,
@@ -233,7 +241,7 @@ class Atlas:
                     int(hits.counts[at]),
                     int(hits.of[at]),
                     float(hits.strength[at]),
-                    contexts[int(hits.first[at])] if hits.counts[at] else None,
+                    contexts[first] if contexts else None,
                 )
             )
         return found
@@ -293,7 +301,7 @@ class Atlas:
         Parameters
         ----------
         path : path
-            The file; one that is there is replaced.
+            The file; one that is there is replaced. Not the atlas' own, of the labels given to it.
         site : {"neuron", "head"}
             Of which.
         most : int, optional
@@ -312,6 +320,7 @@ class Atlas:
             The file can not be written.
         """
         count, features = 0, self.by_mass(site, most)
+        self._given.check_other(Path(path))
         with Path(path).open("w", encoding="utf-8") as file:
             for feature in features:
                 file.write(json.dumps(described(feature), ensure_ascii=False) + "\n")
@@ -360,10 +369,13 @@ class Atlas:
         there = prompts >= 0
         return self._standouts.of(prompts[there].tolist(), positions[there].tolist())
 
-    def _contexts(self, merged: Merged, layer: int, index: int, which: int) -> list[Context]:
-        sign = -1.0 if LISTS[which].endswith("-") else 1.0
+    def _contexts(
+        self, merged: Merged, layer: int, index: int, name: str, most: int
+    ) -> list[Context]:
+        """Return the strongest contexts of a list, `most` or as many as there are."""
+        which, sign = LISTS.index(name), -1.0 if name.endswith("-") else 1.0
         own, prompts, positions, beside = (
-            array[layer, which, :, index].tolist()
+            array[layer, which, :most, index].tolist()
             for array in (merged.values, merged.prompts, merged.tokens, merged.beside)
         )
         read, contexts = self._reader, []
@@ -371,7 +383,7 @@ class Atlas:
             if prompt < 0:
                 break
             pair = (sign * value, other)
-            relevance, activation = pair if LISTS[which].startswith("relevance") else pair[::-1]
-            tokens, target = read.tokens(prompt), read.target(prompt)
+            relevance, activation = pair if name.startswith("relevance") else pair[::-1]
+            tokens, target = read.tokens_around(prompt, position), read.target(prompt)
             contexts.append(Context(relevance, activation, prompt, position, tokens, target))
         return contexts

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,19 @@ from reltrace._checks import check_text, whole_number
 from reltrace._errors import invalid
 from reltrace._request import MAX_JOB_BYTES, Job, Priority, model_name, wire_priority
 from reltrace._source import check_iterable
+from reltrace._threads import settled, to_the_end
 from reltrace._transport.connection import Connection
 from reltrace._transport.submission import Accepted
 
 _AT_ONCE = 8
-"""Slices on their way: what a few workers have, and what comes after."""
+"""Slices on their way: what a few workers have, and what comes after. `Room` bounds how many of
+them are read."""
 
 _LEAST_SECONDS = 1.0
 _PAUSE = 10.0
 """What is merged is written when so many times the time has gone by that writing took, and at
-least a second: writing takes no more than a tenth."""
-
-_HELD_BYTES = 64 * 1024 * 1024
-"""And when it is so much: until it is written the server keeps it too, for who goes on after a
-kill, and where it has no room for more results, it gives out no more jobs."""
+least a second: writing takes no more than a tenth. Until then the server keeps it too, for who goes
+on after a kill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,15 @@ class Plan:
         return {
             "model": self.model or "",
             "rule": self.rule,
-            "target": str(self.target),
+            "target": _known_again(self.target),
             "k": self.k,
             "slice": self.slice,
         }
+
+
+def _known_again(target: Any) -> str | int:
+    """Return what JSON keeps of a target: of an id the number, which is not the text of it."""
+    return operator.index(target) if hasattr(target, "__index__") else str(target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +157,22 @@ async def build(
     """
     plan.check()
     check_iterable(prompts, "prompts")
+    source = slices(prompts, plan.slice)
+    # Before the folder is touched: of what is no corpus nothing is left behind.
+    first = await asyncio.to_thread(next, source, None)
+    if first is None:
+        raise invalid("prompts", "there are none: the corpus is empty")
     folder = Folder(out)
-    state = await asyncio.to_thread(folder.read) if folder.exists else State(plan.about())
-    given = {name: state.about.get(name) for name in plan.about()}
-    if given != plan.about():
-        raise invalid("out", f"{out} holds an atlas of other settings: {given}")
-    builder = _Builder(connection, folder, state, plan, progress)
     try:
-        await builder.run(slices(prompts, plan.slice))
-        await asyncio.to_thread(folder.end)
+        await to_the_end(folder.hold)
+        # Not before it is held: another may have been building here until then.
+        state = await asyncio.to_thread(folder.read) if folder.exists else State(plan.about())
+        given = {name: state.about.get(name) for name in plan.about()}
+        if given != plan.about():
+            raise invalid("out", f"{out} holds an atlas of other settings: {given}")
+        builder = _Builder(connection, folder, state, plan, progress)
+        await builder.run(chain([first], source))
+        await to_the_end(folder.end)
     finally:
         folder.leave()
     return state
@@ -182,9 +194,13 @@ class _Builder:
         self._progress = progress
         self._sender: Sender | None = None
         self._write_at = time.monotonic() + _LEAST_SECONDS
-        # Merged, and not yet written: their submissions, and the bytes that the server holds.
+        # One at a time has the state: who merges, or who writes.
+        self._turn = asyncio.Lock()
+        # A slice is, or was when it failed, merged in part, which must not be written. Nothing is
+        # lost by that: the server has all that was merged since it was written last.
+        self._torn = False
+        # Merged, and not yet written.
         self._unwritten: list[Accepted] = []
-        self._held = 0
 
     async def run(self, source: Iterator[Slice]) -> None:
         """Send slices, some at a time, and merge what comes back.
@@ -192,10 +208,10 @@ class _Builder:
         Raises
         ------
         InvalidArgument
-            The corpus is not that of the folder, or empty.
+            The corpus is not that of the folder.
         """
-        under_way: set[asyncio.Task[tuple[Slice, Made]]] = set()
-        done: set[asyncio.Task[tuple[Slice, Made]]] = set()
+        under_way: set[asyncio.Task[None]] = set()
+        done: set[asyncio.Task[None]] = set()
         try:
             seen = prompts = 0
             more = True
@@ -206,9 +222,9 @@ class _Builder:
                         more = False
                         break
                     seen, prompts = seen + 1, prompts + len(following.prompts)
-                    if await asyncio.to_thread(self._missing, following):
+                    if await self._missing(following):
                         sender = await self._begun()
-                        under_way.add(asyncio.create_task(self._make(sender, following)))
+                        under_way.add(asyncio.create_task(self._add(sender, following)))
                     else:
                         self._progress(len(following.prompts))
                 if under_way:
@@ -218,33 +234,35 @@ class _Builder:
                         return_when=asyncio.FIRST_COMPLETED,
                     )
                     for task in done:
-                        some, made = task.result()
-                        await asyncio.to_thread(self._merge, some, made)
-                        self._progress(len(some.prompts))
+                        task.result()
                     if self._until_written() == 0:
                         await self._write()
         finally:
             for task in under_way:
                 task.cancel()
-            # Also of those that failed together with the one whose error is raised.
+            await settled([*under_way, *done])
+            # What failed together with the task whose error is raised has been seen, too.
             await asyncio.gather(*under_way, *done, return_exceptions=True)
             await self._write()
         self._check_end(seen, prompts)
 
-    def _missing(self, some: Slice) -> bool:
-        known = self._state.digests.get(some.number)
-        if known is None:
+    async def _missing(self, some: Slice) -> bool:
+        if some.number not in self._state.digests:
             return True
-        if known != some.digest:
+        async with self._turn:
+            return await asyncio.to_thread(self._lost, some)
+
+    def _lost(self, some: Slice) -> bool:
+        """Tell of a slice that is in the atlas whether its prompts are not."""
+        if self._state.digests[some.number] != some.digest:
             raise invalid(
                 "prompts",
                 f"are others than those of the atlas, from {some.number * self._plan.slice} on",
             )
-        return not self._folder.has_corpus(some.number, len(some.prompts))
+        known_tokens = self._state.known_tokens()
+        return not self._folder.has_corpus(some.number, len(some.prompts), known_tokens)
 
     def _check_end(self, seen: int, prompts: int) -> None:
-        if not prompts:
-            raise invalid("prompts", "there are none: the corpus is empty")
         if further := [number for number in self._state.digests if number >= seen]:
             raise invalid(
                 "prompts",
@@ -262,9 +280,14 @@ class _Builder:
             )
         return self._sender
 
-    async def _make(self, sender: Sender, some: Slice) -> tuple[Slice, Made]:
+    async def _add(self, sender: Sender, some: Slice) -> None:
         job = self._plan.job(some.prompts)
-        return some, await sender.make(some.number, some.digest, job)
+        async with sender.made(some.number, some.digest, job) as made, self._turn:
+            if self._torn:
+                # The error by which it is ends the build.
+                return
+            await to_the_end(self._merge, some, made)
+        self._progress(len(some.prompts))
 
     def _merge(self, some: Slice, made: Made) -> None:
         part = made.part
@@ -277,24 +300,24 @@ class _Builder:
         self._folder.write_corpus(some.number, part)
         # Of one that is in it already, only the corpus was lost.
         if some.number not in self._state.digests:
+            self._torn = True
             self._state.add(some.number, some.digest, part)
+            self._torn = False
         self._unwritten.append(made.accepted)
-        self._held += made.bytes
 
     def _until_written(self) -> float | None:
         """Return in how many seconds what is merged is to be written; None: all is."""
         if not self._unwritten:
             return None
-        if self._held >= _HELD_BYTES:
-            return 0
         return max(0, self._write_at - time.monotonic())
 
     async def _write(self) -> None:
-        if not self._unwritten:
-            return
-        began = time.monotonic()
-        await asyncio.to_thread(self._folder.write, self._state)
-        ended = time.monotonic()
-        self._write_at = ended + max(_LEAST_SECONDS, _PAUSE * (ended - began))
-        written, self._unwritten, self._held = self._unwritten, [], 0
+        async with self._turn:
+            if self._torn or not self._unwritten:
+                return
+            began = time.monotonic()
+            await to_the_end(self._folder.write, self._state)
+            ended = time.monotonic()
+            self._write_at = ended + max(_LEAST_SECONDS, _PAUSE * (ended - began))
+            written, self._unwritten = self._unwritten, []
         await free(self._connection, written)

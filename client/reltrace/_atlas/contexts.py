@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from reltrace._atlas.merged import quantile
 from reltrace._atlas.part import MEASURES
@@ -51,15 +53,17 @@ class Context:
 
     def parts(self) -> tuple[str, str, str]:
         """Return the text before the token, the token without its space, and the text after."""
-        words, window = readable_all(self.tokens), self.window
-        word = words[self.position]
+        window = self.window
+        words = readable_all(self.tokens, slice(window.start, window.stop))
+        at = self.position - window.start
+        word = words[at]
         token = word.lstrip() or word
-        before = "".join(words[window.start : self.position]) + word[: len(word) - len(token)]
-        after = "".join(words[self.position + 1 : window.stop])
+        before = "".join(words[:at]) + word[: len(word) - len(token)]
+        after = "".join(words[at + 1 :])
         return (
             f"… {before}" if window.start else before,
             token,
-            f"{after} …" if window.stop < len(words) else after,
+            f"{after} …" if window.stop < len(self.tokens) else after,
         )
 
     def value(self, measure: str) -> float:
@@ -76,6 +80,46 @@ class Context:
         """Indices of the tokens around it: 24 before, 8 after."""
         start = max(0, self.position - BEFORE)
         return range(start, min(len(self.tokens), self.position + AFTER + 1))
+
+
+class ContextLists(Mapping[str, list[Context]]):
+    """The contexts of a feature by the names of `LISTS`; each list is read when it is looked at.
+
+    Parameters
+    ----------
+    read : callable
+        Takes the name of a list and how many of its contexts, the strongest first; returns them.
+    sizes : mapping of str to int
+        How many there are, by list.
+    """
+
+    def __init__(self, read: Callable[[str, int], list[Context]], sizes: Mapping[str, int]) -> None:
+        self._read = read
+        self._known: dict[str, list[Context]] = {}
+        self.sizes = sizes
+
+    def __getitem__(self, name: str) -> list[Context]:
+        found = self._known.get(name)
+        if found is None:
+            found = self._known[name] = self._read(name, self.sizes[name])
+        return found
+
+    def first(self, name: str, most: int) -> list[Context]:
+        """Return the strongest of a list; the others are not read."""
+        return self[name] if most >= self.sizes[name] else self._read(name, most)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is pickled does not need the atlas.
+        return dict, (dict(self),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +162,7 @@ class Feature:
         Who gave the imported label, "" if nobody said; "log-odds": it was not imported.
     stands_out : list of StandsOut
         In the contexts of its positive relevance, the clearest first.
-    contexts : dict of str to list of Context
+    contexts : mapping of str to list of Context
         "relevance+", "relevance-", "activation+", "activation-": the strongest first.
     count : int
         Tokens that were seen.
@@ -134,7 +178,7 @@ class Feature:
     label: str
     labelled_by: str
     stands_out: list[StandsOut]
-    contexts: dict[str, list[Context]]
+    contexts: ContextLists
     count: int
     mean: dict[str, float]
     mass: float

@@ -13,7 +13,7 @@ from reltrace._atlas.contexts import BEFORE, Context
 from reltrace._atlas.folder import State
 from reltrace._atlas.part import LISTS
 from reltrace._atlas.reader import Reader
-from reltrace._pictures.display import readable_all
+from reltrace._pictures.display import printable
 from reltrace._trace import Array
 
 _TOKEN_BITS = 16
@@ -115,19 +115,19 @@ class Search:
     state : State
         What is merged.
     text : str
-        However it is capitalised; it may run over several tokens.
+        However it is capitalised; it may run over several tokens and have white space of any kind.
     """
 
     def __init__(self, reader: Reader, state: State, text: str) -> None:
         self._state = state
         named = np.unique(np.concatenate([m.prompts.ravel() for m in state.sites.values()]))
-        wanted = text.casefold()
-        explained = {token for token, word in state.vocabulary.items() if wanted in word.casefold()}
+        wanted, words = sought(text), reader.folded
+        explained = {token for token, word in words.items() if wanted in word}
         places: list[int] = []
-        for prompt in named[named >= 0].tolist():
+        for prompt, ids, target in reader.prompts(named[named >= 0]):
             first = prompt << _TOKEN_BITS
-            places += [first + token for token in starts_of(wanted, reader.tokens(prompt))]
-            if reader.target_id(prompt) in explained:
+            places += [first + at for at in starts_of(wanted, [words[token] for token in ids])]
+            if target in explained:
                 places.append(first + _TARGET)
         self._places = np.array(places, np.int64)
 
@@ -156,13 +156,31 @@ class Search:
         return result
 
 
-def starts_of(wanted: str, tokens: tuple[str, ...]) -> list[int]:
-    """Return the indices of the tokens in which a casefolded text begins."""
-    words = [word.casefold() for word in readable_all(tokens)]
+def sought(text: str) -> str:
+    """Return what is searched for in the form that `Reader.folded` has of tokens."""
+    return printable(text).casefold()
+
+
+def starts_of(wanted: str, words: Sequence[str]) -> list[int]:
+    """Return the indices of the tokens in which a text begins.
+
+    Parameters
+    ----------
+    wanted : str
+        As `sought` returns it.
+    words : sequence of str
+        All tokens of a prompt, as `Reader.folded` has them.
+    """
     text = "".join(words)
+    if " " not in text:
+        # As `readable_all` shows them.
+        words = [f"{word} " for word in words]
+        text = "".join(words)
+    at = text.find(wanted)
+    if at < 0:
+        return []
     ends = list(accumulate(map(len, words)))
     found: set[int] = set()
-    at = text.find(wanted)
     while at >= 0:
         found.add(bisect_right(ends, at))
         at = text.find(wanted, at + 1)

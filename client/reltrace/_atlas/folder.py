@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 from contextlib import ExitStack
@@ -17,7 +16,8 @@ from reltrace._atlas.merged import Merged
 from reltrace._atlas.part import SITES, AtlasPart
 from reltrace._atlas.words import WordCounts
 from reltrace._batch.disk import held, write_whole
-from reltrace._errors import TraceError, invalid
+from reltrace._errors import InvalidArgument, TraceError, invalid
+from reltrace._tensor_file import replace_tensors
 from reltrace._trace import Array
 
 _FORMAT = 2
@@ -41,6 +41,7 @@ class Corpus:
 
         # It is mapped, and closed when nobody refers to it any more.
         file: Any = safe_open(path, "np")
+        self._file = file
         self._ids = file.get_slice("token_ids")
         self._lengths = file.get_tensor("lengths")
         self._ends = np.cumsum(self._lengths, dtype=np.int64)
@@ -49,11 +50,40 @@ class Corpus:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def token_ids(self, index: int) -> list[int]:
-        """Return the tokens of a prompt; none where it was left out."""
-        end, length = int(self._ends[index]), int(self._lengths[index])
-        ids: list[int] = self._ids[end - length : end].tolist() if length else []
-        return ids
+    def check(self, known: Array) -> None:
+        """Raise ValueError if it is not whole.
+
+        Parameters
+        ----------
+        known : ndarray
+            bool [V]: whether the atlas knows a token.
+        """
+        lengths, targets, ids = self._lengths, self._targets, self._file.get_tensor("token_ids")
+        if len(targets) != len(lengths) or (lengths < 0).any() or lengths.sum() != len(ids):
+            raise ValueError("its lengths do not go together")
+        for what, found in (("token", ids), ("explained token", targets[targets != -1])):
+            wrong = (found < 0) | (found >= len(known))
+            wrong |= ~known[np.where(wrong, 0, found)] if len(known) else True
+            if wrong.any():
+                raise ValueError(f"the atlas has no {what} {found[wrong][0]}")
+
+    def length(self, index: int) -> int:
+        """Return how many tokens a prompt has; 0 where it was left out."""
+        return int(self._lengths[index])
+
+    def token_ids(self, index: int, start: int = 0, stop: int | None = None) -> Array:
+        """Return tokens of a prompt, by default all: int32 [T]."""
+        end, length = int(self._ends[index]), self.length(index)
+        first = end - length
+        stop = length if stop is None else stop
+        if start >= stop:
+            return np.zeros(0, np.int32)
+        found: Array = self._ids[first + start : first + stop]
+        return found
+
+    def all_ids(self) -> tuple[Array, Array, Array]:
+        """Return tokens of all prompts, int32 [T], and where each begins and ends: int64 [P]."""
+        return self._file.get_tensor("token_ids"), self._ends - self._lengths, self._ends
 
     def target(self, index: int) -> int:
         """Return the token that is explained of a prompt; -1 where it was left out."""
@@ -67,7 +97,7 @@ class State:
     Attributes
     ----------
     about : dict
-        Model, revision, rule, places, prompts of a slice.
+        Model, revision, rule, target, places, prompts of a slice.
     sites : dict of str to Merged
         Empty before the first slice.
     digests : dict of int to str
@@ -94,6 +124,34 @@ class State:
     def prompts(self) -> int:
         """How many were counted: each that was not left out has one target."""
         return int(self.words.targets.sum())
+
+    def known_tokens(self) -> Array:
+        """Return of which tokens text and counts are known: bool [V]."""
+        known = np.zeros(len(self.words.places), bool)
+        ids = np.fromiter(self.vocabulary, np.int64, len(self.vocabulary))
+        known[ids[(ids >= 0) & (ids < len(known))]] = True
+        return known
+
+    def check(self) -> None:
+        """Raise ValueError if what is merged does not go together: values, not every text."""
+        if len({len(getattr(self.words, name)) for name in _WORDS}) > 1:
+            raise ValueError("the counts of tokens differ in length")
+        size, known = self.about["slice"], np.zeros(1 + max(self.digests, default=-1), bool)
+        known[list(self.digests)] = True
+        for site, merged in self.sites.items():
+            lists = merged.values, merged.beside, merged.prompts, merged.tokens
+            if len({array.shape for array in lists}) > 1:
+                raise ValueError(f"the lists of site {site!r} differ in shape")
+            # A layer at a time: of a large model all of them are gigabytes.
+            for prompts, tokens in zip(merged.prompts, merged.tokens, strict=True):
+                there = prompts >= 0
+                if min(prompts.min(initial=-1), tokens.min(initial=-1)) < -1:
+                    raise ValueError(f"site {site!r} has places below -1")
+                if not np.array_equal(there, tokens >= 0):
+                    raise ValueError(f"site {site!r} has tokens without a prompt, or the reverse")
+                numbers = prompts[there] // size
+                if numbers.max(initial=-1) >= len(known) or not known[numbers].all():
+                    raise ValueError(f"site {site!r} names prompts that the corpus does not have")
 
     def add(self, number: int, digest: str, part: AtlasPart) -> None:
         """Merge a slice."""
@@ -144,14 +202,16 @@ class Folder:
                         "atlas", f"{self.path} is of format {about['format']}, not {_FORMAT}"
                     )
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return _state(about, arrays)
+            state = _state(about, arrays)
+            state.check()
+            return state
         except FileNotFoundError:
             raise invalid("atlas", f"{self.path} holds none") from None
         except TraceError:
             raise
         except Exception as error:
             # The library has no error of its own that could be named.
-            raise invalid("atlas", f"{path} is damaged: {error}") from error
+            raise self.damaged(str(error)) from error
 
     def write(self, state: State) -> None:
         """Replace what is merged, durably and in one step."""
@@ -170,29 +230,32 @@ class Folder:
         }
         self._replace(self.path / _ATLAS, arrays, {"atlas": json.dumps(about)})
 
-    def begin(self) -> str:
-        """Note that the atlas is being built; return what tells this building from all others.
-
-        It is the same until `end`, however often the building is broken off. Until `leave`, no
-        other process builds here.
+    def hold(self) -> None:
+        """Keep all others from building here, until `leave`. What is read before may be replaced.
 
         Raises
         ------
         TraceError
-            Another does, or the folder can not be used.
+            Another process builds here, or the folder can not be used.
         """
         busy = f"another process builds the atlas in {self.path}; stop it, or choose another folder"
         self._held.enter_context(held(self.path, _LOCK, "out", busy))
+
+    def leave(self) -> None:
+        """Let others build here."""
+        self._held.close()
+
+    def begin(self) -> str:
+        """Note that the atlas is being built; return what tells this building from all others.
+
+        It is the same until `end`, however often the building is broken off.
+        """
         path = self.path / _UNFINISHED
         known = path.read_text("ascii", "replace") if path.exists() else ""
         if not re.fullmatch("[0-9a-f]{32}", known):
             known = secrets.token_hex(16)
             write_whole(path, [known.encode()])
         return known
-
-    def leave(self) -> None:
-        """Let others build here."""
-        self._held.close()
 
     def end(self) -> None:
         """Note that the atlas is whole."""
@@ -204,15 +267,30 @@ class Folder:
         arrays = {name: np.ascontiguousarray(a) for name, a in part.arrays["corpus"].items()}
         self._replace(self._corpus_file(number), arrays, {})
 
-    def has_corpus(self, number: int, prompts: int) -> bool:
-        """Tell whether the tokens of a slice of so many prompts are there, and whole."""
+    def has_corpus(self, number: int, prompts: int, known: Array) -> bool:
+        """Tell whether the tokens of a slice of so many prompts are there, and whole.
+
+        Parameters
+        ----------
+        number, prompts : int
+            Which slice, and of how many.
+        known : ndarray
+            bool [V]: whether the atlas knows a token.
+        """
         try:
-            return len(self.corpus(number)) == prompts
+            return len(self.corpus(number, known)) == prompts
         except TraceError:
             return False
 
-    def corpus(self, number: int) -> Corpus:
+    def corpus(self, number: int, known: Array | None) -> Corpus:
         """Return the prompts of a slice.
+
+        Parameters
+        ----------
+        number : int
+            Which.
+        known : ndarray, optional
+            bool [V]: whether the atlas knows a token. Without, what is there is not looked through.
 
         Raises
         ------
@@ -221,24 +299,25 @@ class Folder:
         """
         path = self._corpus_file(number)
         try:
-            return Corpus(path)
+            corpus = Corpus(path)
+            if known is not None:
+                corpus.check(known)
+            return corpus
         except Exception as error:
             # The library has no error of its own that could be named.
             raise invalid("atlas", f"{path} is damaged: {error}") from error
+
+    def damaged(self, why: str) -> InvalidArgument:
+        """Return the error of what is merged."""
+        return invalid("atlas", f"{self.path / _ATLAS} is damaged: {why}")
 
     def _corpus_file(self, number: int) -> Path:
         return self.path / _CORPUS / f"{number:06d}.safetensors"
 
     def _replace(self, path: Path, arrays: dict[str, Array], metadata: dict[str, str]) -> None:
-        # Not at the top: whoever only traces does not need it.
-        from safetensors.numpy import save_file
-
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".part")
-        save_file(arrays, scratch, metadata)
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        # Always the same: what a kill leaves of it is written over.
+        replace_tensors(path, arrays, metadata, path.with_suffix(".part"), durable=True)
 
 
 def _state(about: dict[str, Any], arrays: dict[str, Array]) -> State:

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from reltrace._atlas.contexts import Feature
+from reltrace._atlas.find import sought
 from reltrace._checks import whole_number
 from reltrace._errors import TraceError, invalid
+from reltrace._pictures.display import JOINERS
 
 _FILE = "labels.jsonl"
 _EXPORTED_CONTEXTS = 8
 _LONGEST = 200
 _LONGEST_LINE = 1 << 22
 
-_NOT_PRINTED = frozenset({"Cc", "Cs", "Zl", "Zp"})
-"""Categories of characters that would move a terminal's cursor, break a line, or are no text."""
+_NOT_PRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Categories of characters that would move a terminal's cursor, turn the text around them, break a
+line, or are no text."""
 
 BUILT_IN = "log-odds"
 """Who gave a label that nobody gave."""
@@ -80,8 +83,15 @@ class GivenLabels:
 
     def matching(self, text: str) -> set[Key]:
         """Return the features whose label has a text, however it is capitalised."""
-        wanted = text.casefold()
-        return {key for key, label in self._labels.items() if wanted in label.text.casefold()}
+        wanted = sought(text)
+        return {key for key, label in self._labels.items() if wanted in sought(label.text)}
+
+    def check_other(self, path: Path) -> None:
+        """Raise InvalidArgument if a path is that of the labels themselves."""
+        if path.resolve() == self._path.resolve():
+            raise invalid(
+                "path", f"{path} is where the atlas keeps the labels given to it; choose another"
+            )
 
     def take(self, path: Path, built_in: Callable[[Key], str]) -> int:
         """Add the labels of a file, all or none; an empty one takes a label away.
@@ -177,7 +187,7 @@ def _text(record: dict[str, Any], name: str, default: str | None = None) -> str:
     if not isinstance(value, str) or len(value) > _LONGEST or "\n" in value:
         raise invalid(name, f"must be a line of at most {_LONGEST} characters")
     for place, char in enumerate(value):
-        if unicodedata.category(char) in _NOT_PRINTED:
+        if unicodedata.category(char) in _NOT_PRINTED and char not in JOINERS:
             raise invalid(name, f"character {place} is {char!r}: control characters are not text")
     return value
 
@@ -199,6 +209,6 @@ def described(feature: Feature) -> dict[str, Any]:
                 "token": context.token,
                 "target": context.target,
             }
-            for context in feature.contexts["relevance+"][:_EXPORTED_CONTEXTS]
+            for context in feature.contexts.first("relevance+", _EXPORTED_CONTEXTS)
         ],
     }

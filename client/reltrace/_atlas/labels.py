@@ -51,9 +51,9 @@ class Standouts:
         at: Counter[int] = Counter()
         before: dict[int, set[int]] = {}
         for prompt, position in zip(prompts, positions, strict=True):
-            ids = read.token_ids(prompt)
-            at[ids[position]] += 1
-            before.setdefault(prompt, set()).update(ids[max(0, position - BEFORE) : position])
+            *around_it, token = read.ids_up_to(prompt, position, BEFORE)
+            at[token] += 1
+            before.setdefault(prompt, set()).update(around_it)
         # Of places in one prompt, what is around them is not seen again.
         around = Counter(token for tokens in before.values() for token in tokens)
         targets = Counter(read.target_id(prompt) for prompt in before)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+
+import numpy as np
 
 from reltrace._atlas.folder import Corpus, Folder, State
 from reltrace._errors import invalid
+from reltrace._pictures.display import readable
+from reltrace._trace import Array
 
-_SLICES_OPEN = 256
-_PROMPTS_KEPT = 4096
+_SLICES_OPEN = 1024
+_PROMPTS_KEPT = 1024
 
 
 class Reader:
@@ -25,18 +30,68 @@ class Reader:
     def __init__(self, folder: Folder, state: State) -> None:
         self._folder = folder
         self._state = state
-        self._corpus = lru_cache(_SLICES_OPEN)(folder.corpus)
-        self.token_ids = lru_cache(_PROMPTS_KEPT)(self._token_ids)
-        """Return the token ids of a prompt, a tuple; none where it was left out."""
+        self._checked: set[int] = set()
+        self._corpus = lru_cache(_SLICES_OPEN)(self._open)
+        self.tokens = lru_cache(_PROMPTS_KEPT)(self._tokens)
+        """Return the tokens of a prompt, a tuple of str; none where it was left out."""
 
-    def _token_ids(self, prompt: int) -> tuple[int, ...]:
+    @cached_property
+    def folded(self) -> dict[int, str]:
+        """The tokens of the vocabulary as people read them, without capitals."""
+        return {token: readable(text).casefold() for token, text in self._state.vocabulary.items()}
+
+    @cached_property
+    def _known(self) -> Array:
+        return self._state.known_tokens()
+
+    def _tokens(self, prompt: int) -> tuple[str, ...]:
         slice_, index = self._place(prompt)
-        return tuple(slice_.token_ids(index))
-
-    def tokens(self, prompt: int) -> tuple[str, ...]:
-        """Return the tokens of a prompt."""
         texts = self._state.vocabulary
-        return tuple(texts[token] for token in self.token_ids(prompt))
+        return tuple(map(texts.__getitem__, slice_.token_ids(index).tolist()))
+
+    def tokens_around(self, prompt: int, position: int) -> tuple[str, ...]:
+        """Return the tokens of a prompt, of which `position` is one.
+
+        Raises
+        ------
+        InvalidArgument
+            It is not: the atlas is damaged.
+        """
+        tokens: tuple[str, ...] = self.tokens(prompt)
+        self._check(prompt, position, len(tokens))
+        return tokens
+
+    def ids_up_to(self, prompt: int, position: int, before: int) -> list[int]:
+        """Return the ids of a token of a prompt, the last, and of up to so many before it.
+
+        Raises
+        ------
+        InvalidArgument
+            There is no such token: the atlas is damaged.
+        """
+        slice_, index = self._place(prompt)
+        self._check(prompt, position, slice_.length(index))
+        found: list[int] = slice_.token_ids(index, max(0, position - before), position + 1).tolist()
+        return found
+
+    def prompts(self, numbers: Array) -> Iterator[tuple[int, list[int], int]]:
+        """Yield prompts: number, token ids, and the id of what is explained.
+
+        Parameters
+        ----------
+        numbers : ndarray
+            int64 [N], rising. A slice of the corpus is read at once.
+        """
+        size = self._state.about["slice"]
+        ends = np.flatnonzero(np.diff(numbers // size)) + 1
+        for some in np.split(numbers, ends):
+            if not len(some):
+                continue
+            slice_, _ = self._place(int(some[-1]))
+            ids, starts, stops = slice_.all_ids()
+            for prompt in some.tolist():
+                index = prompt % size
+                yield prompt, ids[starts[index] : stops[index]].tolist(), slice_.target(index)
 
     def target_id(self, prompt: int) -> int:
         """Return the token that is explained of a prompt; -1 where it was left out."""
@@ -54,3 +109,14 @@ class Reader:
             if 0 <= index < len(slice_):
                 return slice_, index
         raise invalid("number", f"the corpus has no prompt {prompt}")
+
+    def _open(self, number: int) -> Corpus:
+        # Each is looked through once, though it may be opened often.
+        known = None if number in self._checked else self._known
+        corpus = self._folder.corpus(number, known)
+        self._checked.add(number)
+        return corpus
+
+    def _check(self, prompt: int, position: int, length: int) -> None:
+        if not 0 <= position < length:
+            raise self._folder.damaged(f"prompt {prompt} has no token {position}")

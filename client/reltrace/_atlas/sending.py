@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from reltrace._atlas.part import AtlasPart
+from reltrace._atlas.room import Room
 from reltrace._errors import InvalidArgument, NotFound, TraceError
 from reltrace._request import Job, Priority, wire_priority
 from reltrace._transport.connection import Connection, Deadline
@@ -70,9 +71,13 @@ class Sender:
         self._connection = connection
         self._about = json.dumps([identity, about, priority], sort_keys=True)
         self._priority = wire_priority(priority)
+        self._room = Room()
 
-    async def make(self, number: int, digest: str, job: Job) -> Made:
-        """Return what comes of a slice; of an earlier run's job, where that is of use.
+    @asynccontextmanager
+    async def made(self, number: int, digest: str, job: Job) -> AsyncIterator[Made]:
+        """Give what comes of a slice; of an earlier run's job, where that is of use.
+
+        It has a place in the room that there is for parts until the end of the context.
 
         Parameters
         ----------
@@ -100,19 +105,29 @@ class Sender:
                 raise
             if isinstance(answer, Rejected):
                 raise answer.errors[0]
-            found = await self._read(answer, entries, deadline)
-            if isinstance(found, Made):
-                return found
+            async with self._room.place() as take:
+                found = await self._read(answer, entries, deadline, take)
+                if isinstance(found, Made):
+                    await self._room.measured(found.bytes)
+                    yield found
+                    return
             if not answer.before:
                 raise found
             # What an earlier run left was cancelled, has failed, was freed, or has expired.
         raise AssertionError
 
     async def _read(
-        self, accepted: Accepted, entries: list[Entry], deadline: Deadline
+        self,
+        accepted: Accepted,
+        entries: list[Entry],
+        deadline: Deadline,
+        room: Callable[[], Awaitable[None]],
     ) -> Made | TraceError:
-        """Return what came of a slice, or why there is nothing."""
-        results = deliveries(self._connection, accepted, entries, deadline, keep=True)
+        """Return what came of a slice, or why there is nothing.
+
+        It is read past its first message, or out of the store that it is in, once there is room.
+        """
+        results = deliveries(self._connection, accepted, entries, deadline, room, keep=True)
         try:
             async with aclosing(results):
                 delivery = await anext(results)

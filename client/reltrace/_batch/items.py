@@ -7,7 +7,9 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
@@ -140,31 +142,44 @@ def read_items(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
         If the file as a whole can not be read. A single prompt that is wrong is an item with a
         fault.
     """
-    if input_format.compressed:
-        file = io.BufferedReader(gzip.GzipFile(fileobj=file))
     readers: Mapping[str, Callable[[BinaryIO, InputFormat], Iterator[Item]]] = {
         "jsonl": _jsonl,
         "text": _text,
         "csv": _csv,
         "parquet": _parquet,
     }
-    try:
-        yield from readers[input_format.name](file, input_format)
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise invalid("input", f"is no complete gzip file: {error}") from error
+    with _opened(file, input_format) as opened:
+        yield from readers[input_format.name](opened, input_format)
 
 
 def count_items(file: BinaryIO, input_format: InputFormat) -> int:
-    """Return how many prompts a file has, which takes a pass over it."""
-    if input_format.name == "parquet":
-        return int(_parquet_file(file).metadata.num_rows)
-    if input_format.name == "csv":
-        return sum(1 for _ in _csv(_opened(file, input_format), input_format))
-    return sum(1 for line in _opened(file, input_format) if line.strip())
+    """Return how many prompts a file has, which takes a pass over it.
+
+    Raises
+    ------
+    InvalidArgument
+        If the file as a whole can not be read.
+    """
+    with _opened(file, input_format) as opened:
+        if input_format.name == "parquet":
+            return int(_parquet_file(opened).metadata.num_rows)
+        if input_format.name == "csv":
+            return sum(1 for _ in _csv(opened, input_format))
+        return sum(1 for line in opened if line.strip())
 
 
-def _opened(file: BinaryIO, input_format: InputFormat) -> BinaryIO:
-    return io.BufferedReader(gzip.GzipFile(fileobj=file)) if input_format.compressed else file
+@contextmanager
+def _opened(file: BinaryIO, input_format: InputFormat) -> Iterator[BinaryIO]:
+    """Give what is in a file; of a compressed one that is damaged, say so where it is read."""
+    if not input_format.compressed:
+        yield file
+        return
+    try:
+        yield io.BufferedReader(gzip.GzipFile(fileobj=file))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        named = getattr(file, "name", None)
+        name = f"{named} " if isinstance(named, str) else ""
+        raise invalid("input", f"{name}is no complete gzip file: {error}") from error
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -12,6 +12,7 @@ import numpy as np
 from reltrace._batch.disk import UNFINISHED
 from reltrace._errors import MissingDependency, invalid
 from reltrace._files import describe, place_of, restore, tensors_of
+from reltrace._tensor_file import write_tensors
 from reltrace._trace import Array, Trace
 
 PartFormat: TypeAlias = Literal["safetensors", "parquet"]
@@ -54,8 +55,6 @@ def open_part(path: Path) -> Part:
 
 
 def _write_safetensors(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
-    from safetensors.numpy import save_file
-
     origins: dict[str, int] = {}
     about = []
     tensors: dict[str, Array] = {}
@@ -74,7 +73,7 @@ def _write_safetensors(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
         "provenances": json.dumps([json.loads(origin) for origin in origins]),
         "traces": json.dumps(about),
     }
-    save_file(tensors, path, metadata)
+    write_tensors(path, tensors, metadata)
 
 
 class _SafetensorsPart:

@@ -17,11 +17,17 @@ from rich.text import Text
 
 from reltrace._command.options import AsJson, Model, Server, access_of, echo_json
 from reltrace._edit import Steer
-from reltrace._errors import invalid
+from reltrace._errors import TraceError, invalid
 from reltrace._text_stream import TextStream
 
 _NEURON = re.compile(r"(\d+):(\d+)(=|\*)(\S+)")
 _DIRECTION = re.compile(r"(\d+)\+(.+)")
+
+_ARCHIVE = b"PK"
+"""What .npz files begin with."""
+
+_MOST_NUMBERS = 1 << 20
+"""Of a direction: one for each feature of the residual stream, of which no model has more."""
 
 
 def generate(
@@ -142,14 +148,20 @@ def _number(text: str) -> float | None:
 
 def _vector(path: Path) -> NDArray[Any]:
     try:
-        found = np.load(path)
+        with path.open("rb") as file:
+            if file.read(len(_ARCHIVE)) == _ARCHIVE:
+                raise invalid("steer", f"{path} holds several arrays (.npz); a direction is one")
+        # Mapped: what a header announces and the file does not have is no memory that is taken.
+        found: NDArray[Any] = np.load(path, mmap_mode="r")
     except OSError as error:
         raise invalid("steer", f"{path} can not be read: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
+    except TraceError:
+        raise
+    except (ValueError, EOFError, OverflowError, MemoryError) as error:
         raise invalid("steer", f"{path} is no file of numpy.save's: {error}") from None
-    if not isinstance(found, np.ndarray):
-        raise invalid("steer", f"{path} holds several arrays; a direction is one")
-    return found
+    if found.size > _MOST_NUMBERS:
+        raise invalid("steer", f"{path} has {found.size} numbers; allowed: {_MOST_NUMBERS}")
+    return np.array(found)
 
 
 def _side_by_side(steered: str, plain: str) -> Table:

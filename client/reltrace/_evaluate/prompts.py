@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reltrace._checks import check_id
+import numpy as np
+
+from reltrace._checks import check_id, whole_number
 from reltrace._errors import invalid
 from reltrace._target import Target, is_several
 from reltrace._trace import Trace
@@ -27,7 +29,7 @@ class Prompt:
     item : mapping
         Arguments of `trace`: prompt or input_ids, and perhaps a target.
     answer : str, tuple of int or None
-        What the prediction is known to rest on: a text, or positions of tokens.
+        What the prediction is known to rest on: a text, or positions of tokens, each once.
     """
 
     number: int
@@ -56,11 +58,7 @@ class Prompt:
         check_target(given.get("target"), f"{field}.target")
         answer = given.get("answer")
         if answer is not None and not isinstance(answer, str):
-            if not isinstance(answer, Sequence) or not all(
-                isinstance(position, int) and position >= 0 for position in answer
-            ):
-                raise invalid(f"{field}.answer", "must be a text or positions of tokens from 0")
-            answer = tuple(answer)
+            answer = _positions(answer, f"{field}.answer")
         item = {key: given[key] for key in ("prompt", "input_ids", "target") if key in given}
         return cls(number, name, item, answer)
 
@@ -90,12 +88,45 @@ class Prompt:
         raise invalid("answer", f"{self.answer!r} is not made of whole tokens of the prompt")
 
 
+class Ids:
+    """The ids of the prompts of one evaluation, by which it names them: each is one prompt's."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str | int, int] = {}
+
+    def add(self, prompt: Prompt) -> None:
+        """Note the next prompt.
+
+        Raises
+        ------
+        InvalidArgument
+            An earlier one is called the same.
+        """
+        earlier = self._numbers.setdefault(prompt.id, prompt.number)
+        if earlier != prompt.number:
+            raise invalid(
+                f"prompts[{prompt.number}].id",
+                f"{prompt.id!r} is that of prompts[{earlier}]; by default it is the place",
+            )
+
+
 def check_target(target: object, field: str) -> None:
     """Raise InvalidArgument if a target is none whose logit can be read again."""
     if is_several(target):
         raise invalid(field, "must be one, not several")
     if isinstance(target, Target) and target.continuation is not None:
         raise invalid(field, "of a continuation can not be evaluated; name a token")
+
+
+def _positions(given: object, field: str) -> tuple[int, ...]:
+    """Return positions in rising order, each once, however often it was given."""
+    listed = given.tolist() if isinstance(given, np.ndarray) else given
+    if isinstance(listed, bytes) or not isinstance(listed, Sequence):
+        raise invalid(
+            field, f"must be a text or positions of tokens from 0, not {type(given).__name__}"
+        )
+    found = {whole_number(one, f"{field}[{index}]") for index, one in enumerate(listed)}
+    return tuple(sorted(found))
 
 
 def _plain(token: str) -> str:

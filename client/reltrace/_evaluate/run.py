@@ -16,7 +16,7 @@ from reltrace._edit import Edit
 from reltrace._errors import TraceError, Violation, invalid
 from reltrace._evaluate.evaluation import Evaluation, RuleScore
 from reltrace._evaluate.plan import RANDOM, Plan
-from reltrace._evaluate.prompts import Prompt, check_target
+from reltrace._evaluate.prompts import Ids, Prompt, check_target
 from reltrace._evaluate.scores import Floats, Mean, area, on_axis, strongest_first, tokens_at
 from reltrace._request import Arguments, Priority, wire_priority
 from reltrace._source import Source, open_source
@@ -126,12 +126,15 @@ class Run:
         """
         source = open_source(prompts, "prompts")
         if isinstance(prompts, list | tuple):
+            every = Ids()
             for number, given in enumerate(prompts):
-                Prompt.of(number, given)
-        count = 0
+                every.add(Prompt.of(number, given))
+        count, ids = 0, Ids()
         try:
             while given := await self._next(source):
                 some = [Prompt.of(number, one) for number, one in enumerate(given, count)]
+                for prompt in some:
+                    ids.add(prompt)
                 count += len(some)
                 for curves in await self._evaluated(some):
                     self._add(curves)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
-from reltrace._pictures.fragment import BOX, CELL, GREY
+from reltrace._pictures.fragment import APART, BOX, CELL, GREY
 
 if TYPE_CHECKING:
     from reltrace._atlas.atlas import Atlas
@@ -29,7 +29,9 @@ def atlas_fragment(atlas: Atlas) -> str:
     ]
     table = "".join(
         '<tr style="background:none">'
-        + "".join(f'<td style="{CELL};white-space:pre">{html.escape(cell)}</td>' for cell in row)
+        + "".join(
+            f'<td style="{CELL};{APART};white-space:pre">{html.escape(cell)}</td>' for cell in row
+        )
         + "</tr>"
         for row in rows
     )

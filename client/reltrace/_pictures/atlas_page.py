@@ -37,8 +37,11 @@ def page(atlas: Atlas, *, most: int, contexts: int) -> str:
         "words": list(texts.words),
         "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
     }
+    target = about["target"]
+    # 4, the id, is not the token "4".
+    explained = target if isinstance(target, str) else f"token id {target}"
     foot = (
-        f"Model {model} at revision {revision}, rule {about['rule']}, target {about['target']}. "
+        f"Model {model} at revision {revision}, rule {about['rule']}, target {explained}. "
         "Relevance is R = x · dL/dx, the backward pass starting at 1; relevance mass is the sum of "
         "|R| over all tokens. The activation of a head is the length of what it writes. Words that "
         "stand out: by log-odds against the corpus."
@@ -75,13 +78,16 @@ def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) ->
             [label(one.token).strip(), one.role, one.count, one.of]
             for one in feature.stands_out[:_WORDS]
         ],
-        [[texts.place(context) for context in feature.contexts[name][:contexts]] for name in LISTS],
+        [
+            [texts.place(context) for context in feature.contexts.first(name, contexts)]
+            for name in LISTS
+        ],
         # Those that are not shown, of the lists that are searched: it counts as the command does.
         [
             [texts.place(context) for context in feature.contexts[name][contexts:]]
             for name in _SEARCHED
         ],
-        [len(feature.contexts[name]) for name in LISTS],
+        [feature.contexts.sizes[name] for name in LISTS],
     ]
 
 
@@ -109,7 +115,7 @@ class _Snippets:
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self.snippets)
-            words = readable_all(context.tokens)[window.start : window.stop]
+            words = readable_all(context.tokens, slice(window.start, window.stop))
             self.snippets.append(
                 [
                     [self.words.setdefault(word, len(self.words)) for word in words],

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from reltrace._errors import invalid
 from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
 # The ends of ColorBrewer's RdBu, which people with any kind of colour blindness tell apart,
@@ -18,7 +21,19 @@ ZERO = (255, 255, 255)
 POSITIVE = (178, 24, 43)
 
 # How SentencePiece (U+2581) and byte-level (U+0120, U+010A, U+0109) tokenizers write white space.
-_WHITE_SPACE = {"\u2581": " ", "\u0120": " ", "\u010a": "↵", "\u0109": "→", "\n": "↵", "\t": "→"}
+_WHITE_SPACE = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": "\t"})
+
+# How SentencePiece writes a byte that no piece has: in Llama 2, a line break.
+_ASCII_BYTE = re.compile(r"<0x([0-7][0-9A-F])>")
+
+# What is shown of white space that is not a space.
+_SIGNS = {"\n": "↵", "\t": "→"}
+
+# Parts of Persian and Indic words, and of emoji: not seen, and the text is not itself without them.
+JOINERS = "\u200c\u200d"
+
+# Texts of tokens that are kept: what a few large vocabularies have.
+_KEPT = 1 << 18
 
 # Sites whose first layer is nearest to the input; the others add to the stream layer by layer.
 STREAM_SITES = frozenset({"resid", "resid_mid"})
@@ -38,31 +53,58 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTES = _byte_alphabet()
 
 
-def _decoded(token: str) -> str:
-    """Return the text of a byte-level token; anything else, or part of a character, as it is."""
+def _text_of(token: str) -> str:
+    """Return the text of a token; part of a character of a byte-level one as it is."""
+    if byte := _ASCII_BYTE.fullmatch(token):
+        return chr(int(byte[1], 16))
     try:
         return bytes(_BYTES[char] for char in token).decode()
     except (KeyError, UnicodeDecodeError):
-        return token
+        return token.translate(_WHITE_SPACE)
 
 
+@lru_cache(_KEPT)
 def readable(token: str) -> str:
-    """Return a token as people read it: white space as such, no control characters."""
-    return "".join(_WHITE_SPACE.get(char) or printable(char) for char in _decoded(token))
+    """Return a token as people read it: what `printable` makes of its text."""
+    return printable(_text_of(token))
 
 
 def printable(text: str) -> str:
-    """Return a text on one line, without control characters: they are written out."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    """Return a text on one line, as people read it; what is searched for is compared in this form.
+
+    A line break is ↵, a tab →, all other white space a space. Characters that are not seen but
+    change what is around them, such as those that turn the direction of a text, are written out;
+    the joiners U+200C and U+200D stay, for they are parts of words.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _shown(char) for char in text)
 
 
-def readable_all(tokens: Sequence[str]) -> list[str]:
-    """Return the tokens of a text as people read them.
+def _shown(char: str) -> str:
+    if char in JOINERS:
+        return char
+    if sign := _SIGNS.get(char):
+        return sign
+    return " " if unicodedata.category(char) == "Zs" else repr(char)[1:-1]
+
+
+def readable_all(tokens: Sequence[str], part: slice = slice(None)) -> list[str]:
+    """Return the tokens of a text, or of a part of it, as people read them.
 
     A tokenizer that does not mark white space leaves words without a seam: they get a space.
+
+    Parameters
+    ----------
+    tokens : sequence of str
+        Of the whole text, which tells whether white space is marked.
+    part : slice
+        Those that are returned.
     """
-    words = [readable(token) for token in tokens]
-    return words if any(" " in word for word in words) else [f"{word} " for word in words]
+    words = [readable(token) for token in tokens[part]]
+    # Nearly always one of the first tells.
+    marked = any(" " in word for word in words) or any(" " in readable(token) for token in tokens)
+    return words if marked else [f"{word} " for word in words]
 
 
 # What tokenizers put around a prompt, and single bytes: "<s>", "<|begin_of_text|>", "<0x0A>".
@@ -75,9 +117,11 @@ def is_special(token: str) -> bool:
 
 
 def label(token: str) -> str:
-    """Return a token as a name in a table: white space alone is made visible."""
+    """Return a token as a name in a table: what can not be seen alone is made visible."""
     word = readable(token)
-    return word if word.strip() else word.replace(" ", "␣")
+    if word.strip(f" {JOINERS}"):
+        return word
+    return "".join("␣" if char == " " else repr(char)[1:-1] for char in word)
 
 
 def colour(value: float) -> tuple[int, int, int]:
@@ -138,6 +182,8 @@ def token_values(trace: Trace, site: str | None = None) -> TokenValues:
         If the trace has no value per token.
     """
     if site is None:
+        if not trace.sites:
+            raise invalid("site", "is not there: no site was requested")
         site = next((name for name in ("embed", "resid") if name in trace.sites), trace.sites[0])
     values = trace.by_token(site).astype(np.float32)
     if site in SITES_WITHOUT_LAYERS:

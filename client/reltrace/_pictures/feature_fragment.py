@@ -6,7 +6,7 @@ import html
 
 from reltrace._atlas.contexts import Context, Feature
 from reltrace._pictures.display import colour, css, ink, label
-from reltrace._pictures.fragment import BOX, CELL, GREY
+from reltrace._pictures.fragment import APART, BOX, CELL, GREY
 
 _CONTEXTS = 6
 """Of each sign."""
@@ -30,7 +30,7 @@ def feature_fragment(feature: Feature) -> str:
         for title in ("R", "where it is strong", "explained")
     )
     return (
-        f'<div style="{BOX}"><div><b>{html.escape(called)}</b> ({name})</div>'
+        f'<div style="{BOX}"><div><b style="{APART}">{html.escape(called)}</b> ({name})</div>'
         f'<table style="border-collapse:collapse;border:0;margin:6px 0;font-size:13px">'
         f'<tr style="background:none">{head}</tr>{"".join(rows)}</table>'
         f'<div style="{GREY}">{html.escape(figures)}. Red speaks for what is explained, blue '
@@ -49,5 +49,6 @@ def _row(context: Context, feature: Feature) -> str:
         f'{before}<span style="{strong}">{token}</span>{after}',
         html.escape(label(context.target).strip()),
     )
-    texts = "".join(f'<td style="{CELL};white-space:pre-wrap">{cell}</td>' for cell in cells)
+    style = f"{CELL};{APART};white-space:pre-wrap"
+    texts = "".join(f'<td style="{style}">{cell}</td>' for cell in cells)
     return f'<tr style="background:none">{texts}</tr>'

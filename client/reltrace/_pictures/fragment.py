@@ -33,6 +33,9 @@ BOX = (
     "font-family:system-ui,sans-serif;font-size:13px;line-height:1.5;color:#1a1a1a;"
     "background:#fff;padding:10px 12px;border:1px solid #ddd;border-radius:4px"
 )
+APART = "unicode-bidi:plaintext"
+"""Of what is written from the right to the left: in its direction, and nothing around it turns."""
+
 GREY = "color:#666;font-size:11px"
 CELL = "padding:1px 12px 1px 0;text-align:left;border:0;background:none;color:#1a1a1a"
 
@@ -43,13 +46,15 @@ def trace_fragment(trace: Trace) -> str:
     Every colour is set, so that it reads the same in a dark notebook; nothing leaks out of it.
     """
     target = html.escape(describe_target(trace))
-    parts = [f'<div style="{BOX}"><div>Relevance of <b>{target}</b></div>']
-    if trace.provenance.reduction in ("feature", "topk"):
+    parts = [f'<div style="{BOX}"><div>Relevance of <b style="{APART}">{target}</b></div>']
+    if not trace.arrays:
+        parts.append("<div>No site was asked for: there are no tensors.</div>")
+    elif trace.provenance.reduction in ("feature", "topk"):
         parts.append(_entries(trace.top(_STRONGEST)))
     else:
         parts.append(_text(trace))
         parts.append(_map(trace))
-    shapes = html.escape(", ".join(_shapes(trace)))
+    shapes = html.escape(", ".join(_shapes(trace)) or "no tensors")
     origin = html.escape(f"{trace.provenance.model}, rule {trace.provenance.rule}")
     parts.append(f'<div style="{GREY}">{shapes}; model {origin}</div></div>')
     return "".join(parts)

@@ -312,7 +312,9 @@ async def _fetched(
     try:
         # The loop serves others meanwhile.
         async with asyncio.timeout(deadline.remaining()):
-            arrays = await asyncio.to_thread(read_together, stored)
+            # What is merged, and of a large model, is not held twice.
+            copy = not isinstance(found, AtlasPart)
+            arrays = await asyncio.to_thread(read_together, stored, copy)
     except (StoreUnreadable, MissingDependency) as error:
         error.job_id = None if isinstance(found, AtlasPart) else found[0].job_id
         return replace(delivery, outcome=error)

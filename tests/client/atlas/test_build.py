@@ -1,13 +1,27 @@
-"""What a build takes as a corpus; what it makes of one is in the tests of the whole service."""
+"""What a build takes as a corpus, and how it goes on; with workers in the whole service's tests."""
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import pytest
 import reltrace
-from reltrace._atlas.build import Slice, slices
-from reltrace._atlas.folder import Folder
+from make_part import make_part
+from reltrace._atlas import build as build_module
+from reltrace._atlas.build import Plan, Slice, slices
+from reltrace._atlas.folder import Folder, State
+from reltrace._atlas.merged import Merged
+from reltrace._atlas.sending import Made
+from reltrace._transport.connection import Connection
+from reltrace._transport.submission import Accepted
 
 
 @pytest.mark.parametrize(
@@ -33,12 +47,14 @@ def test_what_is_no_corpus_is_refused(
 
 def test_one_process_at_a_time_builds_in_a_folder(client: reltrace.Client, tmp_path: Path) -> None:
     other = Folder(tmp_path)
+    other.hold()
     identity = other.begin()
     with pytest.raises(reltrace.TraceError, match="another process builds the atlas in"):
         client.build_atlas(["a"], tmp_path)
     other.leave()
     # Nothing of it is lost for who goes on.
     again = Folder(tmp_path)
+    again.hold()
     assert again.begin() == identity
     again.leave()
 
@@ -60,3 +76,209 @@ def test_a_prompt_is_named_by_its_number_in_the_corpus() -> None:
 def test_slices_differ_by_where_one_prompt_ends_and_the_next_begins() -> None:
     several = [["ab", "c"], ["a", "bc"], ["abc"], ["", "abc"], ["abc", ""]]
     assert len({Slice(0, prompts).digest for prompts in several}) == len(several)
+
+
+class FakeSender:
+    """Gives parts that nobody made.
+
+    Attributes
+    ----------
+    asked : list of int
+        The slices that were asked for.
+    """
+
+    asked: ClassVar[list[int]]
+
+    def __init__(self, *about: object) -> None:
+        pass
+
+    @asynccontextmanager
+    async def made(self, number: int, digest: str, job: object) -> AsyncIterator[Made]:
+        self.asked.append(number)
+        yield Made(make_part(number), 1, cast("Accepted", f"slice {number}"))
+
+
+@pytest.fixture
+def freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let builds need no server; return what they free on it."""
+    found: list[str] = []
+
+    async def free(connection: object, made: Iterable[Accepted]) -> None:
+        found.extend(cast("Iterable[str]", made))
+
+    monkeypatch.setattr(FakeSender, "asked", [], raising=False)
+    monkeypatch.setattr(build_module, "Sender", FakeSender)
+    monkeypatch.setattr(build_module, "free", free)
+    return found
+
+
+PROMPTS = [f"prompt {number}" for number in range(8)]
+
+
+async def built(out: Path, prompts: Iterable[str] = PROMPTS, **other: Any) -> State:
+    settings = {"model": None, "rule": "attnlrp", "target": "max", "k": 2, "slice": 2}
+    plan = Plan(**{**settings, "priority": "batch", **other})
+    return await build_module.build(cast("Connection", None), prompts, out, plan, lambda _: None)
+
+
+def same(one: State, other: State) -> bool:
+    """Compare two atlases bit for bit."""
+    return (
+        (one.digests, one.tokens, one.about) == (other.digests, other.tokens, other.about)
+        and np.array_equal(one.words.places, other.words.places)
+        and all(
+            np.array_equal(array, getattr(other.sites[site], name))
+            for site, merged in one.sites.items()
+            for name, array in vars(merged).items()
+        )
+    )
+
+
+async def test_a_build_that_is_cancelled_in_the_midst_of_a_merge_writes_whole_slices(
+    freed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a build of four slices
+    If it is cancelled when the second is merged in part
+    I expect what is written to be whole slices, with their digests, of which the server is told,
+    and the next run to come to what an undisturbed one does.
+    """
+    whole = await built(tmp_path / "whole")
+    keep, began, goes_on, layers = Merged._keep, threading.Event(), threading.Event(), count(1)
+
+    def slow(self: Merged, layer: int, *arrays: Any) -> None:
+        keep(self, layer, *arrays)
+        # Both sites of the first slice, and a layer of the second.
+        if next(layers) == 2 * 3 + 1:
+            began.set()
+            goes_on.wait(30)
+
+    freed.clear()
+    monkeypatch.setattr(Merged, "_keep", slow)
+    task = asyncio.create_task(built(tmp_path / "torn"))
+    assert await asyncio.to_thread(began.wait, 30)
+    task.cancel()
+    await asyncio.wait({task}, timeout=0.3)
+    assert not task.done(), "the merge is waited for"
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    written = Folder(tmp_path / "torn").read()
+    assert sorted(freed) == [f"slice {number}" for number in sorted(written.digests)]
+    assert len(written.digests) == 2
+    FakeSender.asked.clear()
+    await built(tmp_path / "torn")
+    assert sorted(FakeSender.asked) == sorted({0, 1, 2, 3} - set(written.digests))
+    assert same(Folder(tmp_path / "torn").read(), whole)
+
+
+async def test_a_slice_that_fails_in_the_midst_of_its_merge_is_not_written_in_part(
+    freed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = await built(tmp_path / "whole")
+    keep, layers = Merged._keep, count(1)
+
+    def broken(self: Merged, layer: int, *arrays: Any) -> None:
+        if next(layers) == 2 * 3 + 2:
+            raise MemoryError("as told")
+        keep(self, layer, *arrays)
+
+    monkeypatch.setattr(Merged, "_keep", broken)
+    with pytest.raises(MemoryError, match="as told"):
+        await built(tmp_path / "torn")
+    monkeypatch.setattr(Merged, "_keep", keep)
+    await built(tmp_path / "torn")
+    assert same(Folder(tmp_path / "torn").read(), whole)
+
+
+async def test_what_another_has_built_meanwhile_is_not_replaced(
+    freed: list[str], tmp_path: Path
+) -> None:
+    """
+    Given two that build in one folder, which begin before there is anything
+    If the first ends before the second sends anything
+    I expect the second, of other settings, to be refused, and of the same to find nothing missing.
+    """
+
+    def meanwhile(**other: Any) -> Iterator[str]:
+        asyncio.run(built(tmp_path, **other))
+        FakeSender.asked.clear()
+        yield from PROMPTS
+
+    await built(tmp_path, meanwhile())
+    assert FakeSender.asked == []
+    before = Folder(tmp_path).read()
+    with pytest.raises(reltrace.InvalidArgument, match=r"out: .* holds an atlas of other settings"):
+        await built(tmp_path, k=1)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(reltrace.InvalidArgument, match=r"out: .* holds an atlas of other settings"):
+        await built(tmp_path, meanwhile(), k=1)
+    assert same(Folder(tmp_path).read(), before)
+
+
+async def test_an_id_is_another_target_than_its_text(freed: list[str], tmp_path: Path) -> None:
+    for target, known in ((4, 4), (np.int64(4), 4), ("4", "4"), ("max", "max")):
+        shutil.rmtree(tmp_path)
+        assert (await built(tmp_path, target=target)).about["target"] == known
+        await built(tmp_path, target=known)
+        for other in {4, "4", "max"} - {known}:
+            with pytest.raises(reltrace.InvalidArgument, match=rf"settings: .*'target': {known!r}"):
+                await built(tmp_path, target=other)
+
+
+async def test_a_damaged_file_of_the_corpus_is_made_again(freed: list[str], tmp_path: Path) -> None:
+    await built(tmp_path)
+    path = tmp_path / "corpus" / "000002.safetensors"
+    whole, atlas = path.read_bytes(), (tmp_path / "atlas.safetensors").read_bytes()
+    # The last of its numbers: a token that there is none of.
+    path.write_bytes(whole[:-4] + np.int32(1 << 20).tobytes())
+    FakeSender.asked.clear()
+    await built(tmp_path)
+    assert FakeSender.asked == [2]
+    assert path.read_bytes() == whole
+    assert (tmp_path / "atlas.safetensors").read_bytes() == atlas
+
+
+@pytest.mark.parametrize("file", ["atlas", "corpus/000001"])
+async def test_a_full_disk_is_an_error_that_names_the_file(
+    freed: list[str], tmp_path: Path, file: str
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / f"{file}.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        await built(tmp_path)
+    assert caught.value.filename == str(tmp_path / f"{file}.safetensors")
+    await built(tmp_path)
+
+
+async def test_writing_takes_a_tenth_of_the_time_however_large_slices_are(
+    freed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a clock by which a merge takes one second and a write four
+    If 200 slices are merged
+    I expect writing to take no more than a tenth of it all, the last write aside.
+    """
+    now, writes = 0.0, 0
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return now
+
+    def passing(seconds: float, function: Callable[..., None]) -> Callable[..., None]:
+        def timed(*arguments: Any) -> None:
+            nonlocal now, writes
+            now += seconds
+            writes += function is write
+            function(*arguments)
+
+        return timed
+
+    write = Folder.write
+    monkeypatch.setattr(build_module, "time", Clock)
+    monkeypatch.setattr(State, "add", passing(1, State.add))
+    monkeypatch.setattr(Folder, "write", passing(4, write))
+    await built(tmp_path, [f"prompt {number}" for number in range(400)])
+    assert 2 <= writes - 1 <= 0.1 * now / 4
+    assert len(freed) == 200

@@ -97,4 +97,47 @@ def test_a_text_begins_in_the_token_of_its_first_character(tokens: list[str], wa
     text = "".join(tokens)
     starts = [at for at in range(len(text)) if text.startswith(wanted, at)]
     expected = {owner[at] for at in starts}
-    assert starts_of(wanted, tuple(tokens)) == sorted(expected)
+    assert starts_of(wanted, tokens) == sorted(expected)
+
+
+WHITE = {
+    "LINE": "\n", "WIDE": "\u3000", "FIXED": "\u00a0", "next": "next", "va": "می", "NJ": "\u200c",
+    "ta": "خواهم", "JOINED": "👩\u200d🚀", "TAB": "\t",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "neuron"),
+    [
+        ("end.\nnext", 0), ("END.↵next", 0), ("a\u3000next", 1), ("a next", 1),
+        ("b\u00a0next", 2), ("b next", 2), ("b\u3000next", 2),
+        ("می\u200cخواهم", 3), ("👩\u200d🚀", 4),
+        ("c\tnext", 5), ("→\n", 6),
+    ],
+)  # fmt: skip
+def test_white_space_and_joiners_are_found_as_such(tmp_path: Path, text: str, neuron: int) -> None:
+    """
+    Given prompts with white space of each kind and joiners
+    I expect what a prompt says to be found there, also as it is shown, and nowhere else.
+    """
+    prompts = [
+        ("the end. LINE next", "x"), ("a WIDE next", "x"), ("b FIXED next", "x"),
+        ("so va NJ ta", "x"), ("my JOINED", "x"), ("c TAB next", "x"), ("d TAB LINE", "x"),
+        ("end. next", "x"),
+    ]  # fmt: skip
+    places = {(0, neuron): [(neuron, 1, 1.0)] for neuron in range(8)}
+    atlas = make_atlas(tmp_path, prompts, places, neurons=8, texts_of=WHITE)
+    assert [match.index for match in atlas.find(text)] == [neuron]
+
+
+@pytest.mark.parametrize("text", ["stop\nhere", "stop↵here"])
+def test_what_is_explained_and_labels_are_found_by_the_same_rule(tmp_path: Path, text: str) -> None:
+    prompts = [("a b", "BREAK"), ("c d", "e")]
+    atlas = make_atlas(
+        tmp_path, prompts, {(0, 1): [(0, 1, 1.0)]}, texts_of={"BREAK": " Stop\nhere"}
+    )
+    assert [match.index for match in atlas.find(text)] == [1]
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"layer": 0, "index": 2, "label": "wide\u3000space"}\n', "utf-8")
+    atlas.import_labels(source)
+    assert [match.index for match in atlas.find("wide space")] == [2]

@@ -98,6 +98,9 @@ def test_what_was_exported_and_not_changed_stays_built_in(
         (r'{"layer": 0, "index": 0, "label": "a\tb"}', r"label: character 1 is '\\t': "),
         (r'{"layer": 0, "index": 0, "label": "\ud800"}', r"label: character 0 is '\\ud800': "),
         (r'{"layer": 0, "index": 0, "label": "x", "by": "\u2028"}', "by: character 0 is"),
+        (r'{"layer": 0, "index": 0, "label": "a\u202eb"}', r"label: character 1 is '\\u202e': "),
+        (r'{"layer": 0, "index": 0, "label": "\u2066"}', r"label: character 0 is '\\u2066': "),
+        (r'{"layer": 0, "index": 0, "label": "x", "by": "\u200f"}', "by: character 0 is"),
         ('{"layer": 9, "index": 0, "label": "x"}', "layer: .* from 0 to 1, not 9"),
         ('{"layer": 0, "index": 3, "label": "x"}', "neuron: .* from 0 to 2, not 3"),
         ('{"site": "x", "layer": 0, "index": 0, "label": "x"}', "site: must be one of"),
@@ -138,3 +141,17 @@ def test_a_file_that_is_not_utf8_is_named(atlas: reltrace.Atlas, tmp_path: Path)
     kept.write_bytes(good.encode("latin-1"))
     with pytest.raises(reltrace.InvalidArgument, match=f"{kept}, line 1: line: is not UTF-8"):
         reltrace.load_atlas(tmp_path / "atlas")
+
+
+@pytest.mark.parametrize("name", ["labels.jsonl", "../atlas/labels.jsonl", "link.jsonl"])
+def test_labels_that_were_given_are_not_written_over(
+    atlas: reltrace.Atlas, tmp_path: Path, name: str
+) -> None:
+    source = write(tmp_path / "in.jsonl", {"layer": 1, "index": 0, "label": "what purrs"})
+    atlas.import_labels(source)
+    kept = tmp_path / "atlas" / "labels.jsonl"
+    (tmp_path / "atlas" / "link.jsonl").symlink_to(kept)
+    before, path = kept.read_bytes(), tmp_path / "atlas" / name
+    with pytest.raises(reltrace.InvalidArgument, match=f"path: {path} is where the atlas keeps"):
+        atlas.export_labels(path)
+    assert kept.read_bytes() == before

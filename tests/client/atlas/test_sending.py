@@ -1,6 +1,8 @@
-"""Slices that an earlier run left on the server."""
+"""Slices on the server: those that an earlier run left, and how many are read at once."""
 
 from __future__ import annotations
+
+import asyncio
 
 import grpc
 import pytest
@@ -8,6 +10,7 @@ import reltrace
 from fake_results import failed_chunk
 from fake_server import FakeServer, code_pb2, status_with
 from reltrace._atlas.build import Plan
+from reltrace._atlas.room import Room
 from reltrace._atlas.sending import Made, Sender
 from reltrace_proto.v1 import types_pb2
 
@@ -26,7 +29,8 @@ def atlas_chunk(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultCh
 async def make(server: FakeServer, identity: str = "one") -> Made:
     async with reltrace.AsyncClient(server.address) as client:
         sender = Sender(client._connection, identity, PLAN.about(), PLAN.priority)
-        return await sender.make(0, "digest", JOB)
+        async with sender.made(0, "digest", JOB) as found:
+            return found
 
 
 @pytest.fixture
@@ -89,3 +93,43 @@ async def test_a_server_that_refuses_ends_it(server: FakeServer) -> None:
     with pytest.raises(reltrace.InvalidArgument, match="top_k: must be less"):
         await make(server)
     assert len(server.requests) == 1
+
+
+def in_two_chunks(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
+    [whole] = atlas_chunk(spec, job_id)
+    first = types_pb2.ResultChunk(job_id=job_id, number=1, header=whole.header)
+    return [first, types_pb2.ResultChunk(job_id=job_id, number=2, end=whole.end)]
+
+
+async def test_of_parts_that_are_made_two_are_read_until_one_is_merged(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given three slices whose results do not fit one message
+    If nobody merges them
+    I expect two to be read; the third is read once one of them is merged.
+    """
+    server.run = in_two_chunks
+    measured = Room.measured
+    # Their size is that of a large model's.
+    monkeypatch.setattr(Room, "measured", lambda room, part: measured(room, 613 << 20))
+    read, merge = asyncio.Queue[int](), [asyncio.Event() for _ in range(3)]
+
+    async with reltrace.AsyncClient(server.address) as client:
+        sender = Sender(client._connection, "one", PLAN.about(), PLAN.priority)
+
+        async def merged(number: int) -> None:
+            async with sender.made(number, "digest", JOB):
+                read.put_nowait(number)
+                await merge[number].wait()
+
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            for number in range(3):
+                group.create_task(merged(number))
+            first, second = await read.get(), await read.get()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(read.get(), 0.5)
+            merge[second].set()
+            assert await read.get() == ({0, 1, 2} - {first, second}).pop()
+            for event in merge:
+                event.set()

@@ -11,6 +11,7 @@ import reltrace
 from fake_server import FakeServer
 from reltrace_proto.v1 import types_pb2
 
+PLACE = "; by default it is the place"
 PROMPTS = ["We have a dog", {"id": "b", "prompt": "My cats love"}, "one more"]
 
 
@@ -78,6 +79,11 @@ def test_a_position_that_no_prompt_has_is_theirs(
         ([], "prompts: is empty"),
         (iter([]), "prompts: is empty"),
         ("We have a dog", "prompts: must be an iterable of prompts, not one str"),
+        ([*PROMPTS, PROMPTS[1]], "prompts[3].id: 'b' is that of prompts[1]" + PLACE),
+        (
+            iter(["x", {"prompt": "y", "id": 2}, "z"]),
+            "prompts[2].id: 2 is that of prompts[1]" + PLACE,
+        ),
         ({"prompt": "We have a dog"}, "prompts: must be an iterable of prompts, not one dict"),
         (None, "prompts: must be an iterable of prompts, not NoneType"),
     ],

@@ -147,6 +147,65 @@ def test_a_search_finds_what_the_command_finds(
         assert [f"{layer} {index} {count}" for layer, index, _, count, _ in cells] == found, text
 
 
+def test_a_search_finds_white_space_as_the_command_does(
+    visit: Callable[[Path], Page], tmp_path: Path
+) -> None:
+    prompts = [("the end. LINE next", "x"), ("a WIDE next", "x"), ("a b c", "FIXED")]
+    places = {(0, neuron): [(neuron, 1, 1.0)] for neuron in range(3)}
+    texts = {"LINE": "\n", "WIDE": "\u3000", "FIXED": " no\u00a0break\u202e"}
+    atlas = make_atlas(tmp_path / "atlas", prompts, places, texts_of=texts)
+    page = visit(atlas.save_page(tmp_path / "page.html"))
+    for text in ("end.↵ next", "a\u3000 next", "a  NEXT", "no break", "no\u00a0BREAK\u202e"):
+        found = [str(match.index) for match in atlas.find(text)]
+        assert len(found) == 1, text
+        page.fill("#search", text)
+        assert [row.split()[1] for row in rows(page)] == found, text
+        page.locator("#rows tr").click()
+        assert page.locator(".contexts mark").count() > 0, text
+
+
+def test_what_is_written_from_the_right_stays_in_order(
+    visit: Callable[[Path], Page], tmp_path: Path
+) -> None:
+    """
+    Given prompts, explained words and labels in Hebrew
+    I expect the arrow right of the prompt, what is explained right of it, and the words of a label
+    from the left to the right; within a prompt, the first word on the right.
+    """
+    prompts = [("אבא קורא ספר גדול", "שלום"), ("אבא קורא עיתון גדול", "שלום")]
+    atlas = make_atlas(
+        tmp_path / "atlas",
+        [*prompts, *[("a b c", "d")] * 300],
+        {(0, 0): [(0, 1, 1.0), (1, 1, 0.5)]},
+    )
+    words = atlas.label(0, 0).split(" · ")
+    assert sorted(words) == sorted(["קורא", "→ שלום", "… אבא"])
+    page = visit(atlas.save_page(tmp_path / "page.html"))
+
+    def left_of(where: str) -> list[float]:
+        found = page.locator(where)
+        return [found.nth(number).bounding_box()["x"] for number in range(found.count())]
+
+    page.locator("#rows tr").first.click()
+    first_line = ".contexts tr:nth-child(2) td.text"
+    shown = left_of(f"{first_line} > bdi > *")
+    assert len(shown) == 4
+    assert shown == sorted(shown, reverse=True)
+    [target] = left_of(f"{first_line} .target bdi")
+    [prompt] = left_of(f"{first_line} small")
+    assert max(shown) < target < prompt
+    for label in ("#rows tr:first-child td.label", "#detail p.label"):
+        names = left_of(f"{label} bdi")
+        assert len(names) == 3
+        assert names == sorted(names)
+
+
+def test_all_of_it_is_100_percent(visit: Callable[[Path], Page], tmp_path: Path) -> None:
+    atlas = make_atlas(tmp_path / "atlas", [("a b", "c")], {(0, 0): [(0, 1, 1.0)]})
+    page = visit(atlas.save_page(tmp_path / "page.html"))
+    assert "100 % of all neurons" in detail(page)
+
+
 def test_lists_are_sorted_and_cut_to_a_layer(page: Page) -> None:
     page.select_option("#sort", "layer")
     assert [row[:3] for row in rows(page)] == ["0 0", "0 1", "0 2", "1 0", "1 1", "1 2"]

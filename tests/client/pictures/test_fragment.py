@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reltrace
 from make_atlas import make_atlas
 from make_trace import make_trace
+from reltrace._pictures.display import token_values
 
 
 class Checked(HTMLParser):
@@ -69,6 +72,15 @@ def test_without_values_per_token_the_strongest_are_shown() -> None:
     strongest = float(trace.relevance.flat[np.abs(trace.relevance).argmax()])
     assert f"{strongest:+.4g}" in found.words
     assert "Strongest entries of site resid" in "".join(found.words)
+
+
+def test_a_trace_without_tensors_shows_its_target() -> None:
+    trace = replace(make_trace(), arrays={})
+    text = "".join(Checked(trace._repr_html_()).words)
+    assert "Relevance of ' dogs' (logit 17.250)" in text
+    assert "there are no tensors" in text
+    with pytest.raises(reltrace.InvalidArgument, match="site: is not there: no site was requested"):
+        token_values(trace)
 
 
 def test_nan_is_grey() -> None:

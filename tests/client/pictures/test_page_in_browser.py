@@ -141,7 +141,10 @@ def test_a_click_on_a_cell_shows_its_strongest_neurons_and_heads(
         assert [int(row[0]) for row in found][: len(order)] == order.tolist()
         assert found[0] == [str(order[0]), "1", "2", " cats", shown(values[order[0]])]
     headings = page.locator("#detail h2").all_inner_texts()
-    assert headings[0] == "Strongest neurons (site neuron): token 2 \u201ccats\u201d, layer 1"
+    assert (
+        headings[0]
+        == "Strongest neurons (site neuron): token 2 \u201c\u2068cats\u2069\u201d, layer 1"
+    )
 
 
 def test_a_click_on_a_layer_or_a_token(show: Open, trace: reltrace.Trace) -> None:
@@ -259,7 +262,7 @@ def test_thousands_of_tokens(show: Open) -> None:
     page.keyboard.press("Control+End")
     page.keyboard.press("End")
     value = trace.relevance[31, 3999]
-    assert f"\u201cword3998\u201d, layer 31: R = {shown(value)}" in readout(page)
+    assert f"\u201c\u2068word3998\u2069\u201d, layer 31: R = {shown(value)}" in readout(page)
     top = page.evaluate("map.scrollTop")
     assert top > 3900 * ROW
     share = value / np.abs(trace.relevance[31]).max()

@@ -67,7 +67,7 @@ def test_a_label_is_no_markup(tmp_path: Path) -> None:
     assert sites_of(path)["head"]["labels"]["0"] == {
         "0": texts[0],
         "1": texts[1],
-        "2": r"a\nb\x1b[31m\u202e\ud800 \u2028%%ABOUT%%",
+        "2": r"a↵b\x1b[31m\u202e\ud800 \u2028%%ABOUT%%",
     }
 
 
@@ -88,6 +88,6 @@ def test_a_label_in_the_terminal() -> None:
     head, first = file.getvalue().partition("site neuron\n")[2].splitlines()[:2]
     assert head.split() == ["layer", "feature", "relevance", "label"]
     assert first.split() == [
-        str(layer), str(neuron), f"{trace['neuron'][layer, neuron]:+.4g}", r"[red]\x1b[31m\n",
+        str(layer), str(neuron), f"{trace['neuron'][layer, neuron]:+.4g}", r"[red]\x1b[31m↵",
     ]  # fmt: skip
     assert "label" not in file.getvalue().partition("site neuron\n")[0]

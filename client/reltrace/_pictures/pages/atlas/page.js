@@ -12,6 +12,13 @@ const snippets = data.snippets.map(([words, target, prompt, before, after]) =>
   ({words: words.map(word => data.words[word]), target, prompt, before, after}));
 // However it is capitalised: of \u00df and the like, only this makes one of all forms.
 const fold = text => text.toLowerCase().toUpperCase();
+// What is searched for, as the words of snippets are: white space as it is shown there, what is not seen written out.
+function written(char) {
+  const code = char.codePointAt(0), [letter, digits] = code < 0x100 ? ["x", 2] : code < 0x10000 ? ["u", 4] : ["U", 8];
+  return `\\${letter}${code.toString(16).padStart(digits, "0")}`;
+}
+const printable = text => text.replace(/\n/g, "\u21b5").replace(/\t/g, "\u2192").replace(/\r/g, "\\r").replace(/\p{Zs}/gu, " ")
+  .replace(/[\p{C}\p{Zl}\p{Zp}]/gu, char => "\u200c\u200d".includes(char) ? char : written(char));
 for (const one of snippets) {
   one.folded = one.words.map(fold);
   one.text = one.folded.join("");
@@ -29,7 +36,7 @@ const state = {site: data.sites.neuron, layer: "", sort: "mass", query: "", chos
 // -- numbers and colours
 
 const number = value => value === null ? "\u2013" : Number(value.toPrecision(4)).toString().replace("-", "\u2212");
-const percent = share => `${(100 * share).toPrecision(2)} %`;
+const percent = share => `${Number((100 * share).toPrecision(2))} %`;
 function colour(share) {
   const end = share > 0 ? data.colours.positive : data.colours.negative;
   return data.colours.zero.map((zero, i) => Math.round(zero + (end[i] - zero) * Math.min(1, Math.abs(share))));
@@ -44,12 +51,21 @@ function element(parent, kind, text = "", className = "") {
   return one;
 }
 
+// A label, each of its words on its own: written from the right to the left, they stay in order.
+function called(parent, label) {
+  label.split(" \u00b7 ").forEach((word, index) => {
+    const [mark] = /^(?:[\u2192\u2026] )?/.exec(word);
+    parent.append(index ? " \u00b7 " : "", mark);
+    element(parent, "bdi", word.slice(mark.length));
+  });
+}
+
 // -- what is listed
 
 // Contexts by relevance are searched, as `reltrace atlas find` does: a context has a text that begins at the token
 // that is strong, or before it, or that is explained; of a neuron or head the list counts that has it more often.
 function matches() {
-  const wanted = fold(state.query);
+  const wanted = fold(printable(state.query));
   const place = /^\s*(\d+)\s*[\/: ]\s*(\d+)\s*$/.exec(state.query);
   const first = wanted ? snippets.map(one => one.explained.includes(wanted) ? -1 : beginning(one, wanted)) : [];
   return state.site.features.filter(one => {
@@ -63,7 +79,7 @@ function matches() {
       if (having.length > one.count || (having.length === one.count && strength >= one.strength))
         Object.assign(one, {count: having.length, of: one.sizes[list], strength});
     }
-    const named = fold(one.label).includes(wanted);
+    const named = fold(printable(one.label)).includes(wanted);
     one.given = named && one.by !== "log-odds";
     return named || one.count > 0 || (place && one.layer === Number(place[1]) && one.index === Number(place[2]));
   });
@@ -117,7 +133,8 @@ function row(one) {
   element(bar, "i").style.width = `${100 * one.mass / (state.site.most || 1)}%`;
   mass.append(number(one.mass));
   if (state.query) element(line, "td", `${one.count} of ${one.of}`, "number");
-  const label = element(line, "td", one.label || "\u2013", "label");
+  const label = element(line, "td", "", "label");
+  called(label, one.label || "\u2013");
   label.title = one.label;
   return line;
 }
@@ -143,7 +160,8 @@ function showDetail() {
   const site = data.sites[one.site];
   const name = one.site === "neuron" ? "Neuron" : "Head";
   element(detail, "h2", `${name} ${one.index} of layer ${one.layer}`);
-  const label = element(detail, "p", one.label || "No token stands out in its contexts.", "label");
+  const label = element(detail, "p", "", "label");
+  called(label, one.label || "No token stands out in its contexts.");
   if (one.by && one.label) element(label, "small", `  (${one.by === "log-odds" ? "what stands out" : `by ${one.by}`})`);
   const facts = element(detail, "div", "", "facts");
   element(facts, "span", `relevance mass ${number(one.mass)}, ${percent(one.mass / site.mass)} of all ${one.site}s (rank ${one.rank + 1})`);
@@ -151,7 +169,9 @@ function showDetail() {
     element(facts, "span", `${measure}: mean ${number(one.means[i])}; 1 %, 50 %, 99 % below ${one.quantiles[i].map(number).join(", ")}`));
   const words = element(detail, "ul", "", "words");
   for (const [token, role, count, of] of one.words) {
-    const item = element(words, "li", `${ROLES[role]}${token} `);
+    const item = element(words, "li", ROLES[role]);
+    element(item, "bdi", token);
+    item.append(" ");
     element(item, "small", `in ${count} of ${of}`);
   }
   const tabs = element(detail, "div", "", "tabs");
@@ -178,8 +198,10 @@ function showDetail() {
 }
 // The text of a context: the token that is strong in colour, what was searched for marked.
 function context(cell, snippet, at, share) {
-  if (snippet.before) cell.append("\u2026 ");
-  const wanted = fold(state.query), text = snippet.text;
+  // In its own direction: what is explained stays behind it.
+  const line = element(cell, "bdi");
+  if (snippet.before) line.append("\u2026 ");
+  const wanted = fold(printable(state.query)), text = snippet.text;
   const starts = [];
   if (wanted) for (let i = text.indexOf(wanted); i >= 0; i = text.indexOf(wanted, i + 1)) starts.push(i);
   let place = 0;
@@ -189,17 +211,17 @@ function context(cell, snippet, at, share) {
     const found = starts.some(start => start < place && start + wanted.length > from);
     // The space before a word stays outside: a line may end there.
     const space = word.length - word.trimStart().length;
-    cell.append(word.slice(0, space));
-    const part = element(cell, found ? "mark" : "span", word.slice(space) || "\u2423");
+    line.append(word.slice(0, space));
+    const part = element(line, found ? "mark" : "span", word.slice(space) || "\u2423");
     if (index !== at) return;
     const shade = colour(Math.sign(share) * (0.25 + 0.75 * Math.abs(share)));
     part.className = "strong";
     part.style.background = css(shade);
     part.style.color = ink(shade);
   });
-  if (snippet.after) cell.append(" \u2026");
+  if (snippet.after) line.append(" \u2026");
   const target = element(cell, "span", "  \u2192 ", "target");
-  element(target, wanted && snippet.explained.includes(wanted) ? "mark" : "span", snippet.target);
+  element(element(target, "bdi"), wanted && snippet.explained.includes(wanted) ? "mark" : "span", snippet.target);
   element(cell, "small", `   prompt ${snippet.prompt}`);
 }
 

@@ -60,6 +60,10 @@ function rescale() {
   state.limit = state.raw ? most || 1 : 1;
 }
 
+// What is written from the right to the left turns nothing around it.
+const isolated = text => `\u2068${text}\u2069`;
+const quoted = token => `\u201c${isolated(data.tokens[token].trim())}\u201d`;
+
 // -- the text
 
 const spans = data.words.map((word, token) => {
@@ -87,7 +91,7 @@ function paintText() {
     const shade = masked(token) ? [255, 255, 255] : colour(one / most);
     spans[token].style.background = css(shade);
     spans[token].style.color = ink(shade);
-    spans[token].title = `${token}: ${data.tokens[token]}  ${number(one)}`;
+    spans[token].title = `${token}: ${isolated(data.tokens[token])}  ${number(one)}`;
     spans[token].classList.toggle("masked", masked(token));
   });
   $("text-title").textContent = `Text coloured by ${title}.`;
@@ -196,7 +200,7 @@ const nameOf = column => state.site.layered ? `layer ${state.site.columns[column
 function describe(place) {
   if (!place) return "Point at a cell, or move with the arrow keys; click for what is strongest there.";
   const parts = [];
-  if (place.token >= 0) parts.push(`token ${place.token} \u201c${data.tokens[place.token].trim()}\u201d`);
+  if (place.token >= 0) parts.push(`token ${place.token} ${quoted(place.token)}`);
   if (place.column >= 0) parts.push(nameOf(place.column));
   if (place.token < 0 || place.column < 0) return parts.join(", ");
   const one = value(place.token, place.column);
@@ -226,8 +230,17 @@ function cell(row, text, kind = "td") {
   row.append(one);
   return one;
 }
+// A label, each of its words on its own: written from the right to the left, they stay in order.
+function called(one, label) {
+  one.className = "label";
+  label.split(" \u00b7 ").forEach((word, index) => {
+    const [mark] = /^(?:[\u2192\u2026] )?/.exec(word);
+    const apart = Object.assign(document.createElement("bdi"), {textContent: word.slice(mark.length)});
+    one.append(index ? " \u00b7 " : "", mark, apart);
+  });
+}
 function describePart(token, layer) {
-  const parts = token >= 0 && token !== null ? [`token ${token} \u201c${data.tokens[token].trim()}\u201d`] : [];
+  const parts = token >= 0 && token !== null ? [`token ${token} ${quoted(token)}`] : [];
   if (layer !== null) parts.push(`layer ${layer}`);
   return parts.join(", ") || "the whole trace";
 }
@@ -270,7 +283,7 @@ function showDetail() {
       const swatch = document.createElement("i");
       swatch.style.background = css(colour(entry.value / most));
       last.prepend(swatch);
-      if (site.labels) cell(row, site.labels[site.columns[entry.column]]?.[entry.feature] ?? "").className = "label";
+      if (site.labels) called(cell(row, ""), site.labels[site.columns[entry.column]]?.[entry.feature] ?? "");
     }
     if (!there.length) detail.append(Object.assign(document.createElement("p"), {textContent: "None of those on this page."}));
     if (site.note) detail.append(Object.assign(document.createElement("p"), {textContent: site.note}));
