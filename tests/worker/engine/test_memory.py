@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from reference.checkpoints import RECIPES, save_checkpoint
 from reference.loaded import DEVICE, PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine import engine as engine_module
 from reltrace_worker.engine.memory import Budget, Line, is_out_of_memory, peak_bytes
 from reltrace_worker.engine.passes import segment_length, trace_checkpointed, trace_keeping
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobResult, JobSpec, PreparedJob, TargetSpec
+from reltrace_worker.jobs import EditSpec, JobResult, JobSpec, PreparedJob, TargetSpec
+from reltrace_worker.model import load_model
+from reltrace_worker.rules import RULES
 
 GIB = 1 << 30
+
+
+FULL: dict[str, Any] = {"sites": ("neuron",), "reduction": "full"}
 
 
 def some(checkpoints: Checkpoints, count: int = 4, **fields: Any) -> list[PreparedJob]:
@@ -193,6 +201,101 @@ def test_the_need_is_not_below_what_a_pass_allocates(
 
 
 MEMORY: dict[str, Any] = {}
+
+
+LONG = tuple(range(10, 130))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("recipe", "specs"),
+    [
+        # Many targets of one job beside much of another's.
+        (
+            "plain",
+            [
+                JobSpec((5, 6), targets=tuple(TargetSpec(token=n) for n in range(64)), **FULL),
+                JobSpec(LONG, **FULL),
+            ],
+        ),
+        # Many targets at one position, each with the logarithm of its probability.
+        (
+            "plain",
+            [JobSpec((5, 6), targets=tuple(TargetSpec(n, logprob=True) for n in range(256)))],
+        ),
+        # Many edits of many features.
+        (
+            "plain",
+            [JobSpec(LONG, edits=(EditSpec("neuron", 1, tuple(range(70)), scale=0.999),) * 64)],
+        ),
+        *(("plain", [JobSpec(LONG, rule=rule)]) for rule in RULES),
+    ],
+)
+def test_what_one_job_asks_for_is_in_the_plan(
+    checkpoints: Checkpoints, recipe: str, specs: list[JobSpec], checkpointing: bool
+) -> None:
+    loaded = checkpoints.loaded(recipe)
+    jobs = prepare(loaded, *specs)
+    engine = Engine(loaded, "on" if checkpointing else "off")
+    need = engine._planner.measure(specs[0].rule).need(jobs, checkpointing)
+    peak = peak_bytes(loaded, lambda: run(engine, jobs))
+    assert peak <= 1.1 * need + 100_000
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="windows are cut into blocks on a CPU")
+@pytest.mark.parametrize("key_value_heads", [2, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prompts_past_a_long_window_are_in_the_plan(
+    tmp_path: Path, key_value_heads: int, checkpointing: bool
+) -> None:
+    """The window is longer than what is measured, so that no measurement reaches past it."""
+    recipe = replace(
+        RECIPES["mistral"],
+        sliding_window=256,
+        context_length=1024,
+        key_value_heads=key_value_heads,
+    )
+    loaded = load_model(str(save_checkpoint(tmp_path, recipe)), device=DEVICE)
+    engine = Engine(loaded, "on" if checkpointing else "off")
+    for length in (250, 257, 700):
+        jobs = prepare(loaded, JobSpec(tuple(10 + n % 300 for n in range(length))))
+        need = engine.measure().need(jobs, checkpointing)
+        peak = peak_bytes(loaded, lambda jobs=jobs: run(engine, jobs))
+        assert peak <= 1.05 * need
+        assert need < 2 * peak
+
+
+def test_a_job_that_is_not_finite_in_a_pack_is_run_alone(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a kernel that lets what is not finite reach a neighbour
+    I expect the neighbour's own result, and the error of the one at fault.
+    """
+    loaded, jobs = checkpoints.loaded("grouped"), some(checkpoints)
+    engine = Engine(loaded, "off")
+    wanted = run(engine, jobs)
+    error = EngineError("the scalar of target 0 is nan")
+    packs: list[int] = []
+    run_pack = engine._run_pack
+
+    def leaking(rule: str, batch: list[PreparedJob], checkpointing: bool) -> Any:
+        packs.append(len(batch))
+        found = run_pack(rule, batch, checkpointing)
+        assert found is not None
+        bad = [jobs[1]] if len(batch) == 1 else jobs[1:3]
+        return [error if job in bad else one for job, one in zip(batch, found, strict=True)]
+
+    monkeypatch.setattr(engine, "_run_pack", leaking)
+    found = engine.run(jobs)
+    assert packs == [4, 1, 1]
+    assert found[1] is error
+    for number in (0, 2, 3):
+        ours = found[number]
+        assert isinstance(ours, JobResult)
+        size = float(wanted[number].tensors[0].values.abs().max())
+        difference = ours.tensors[0].values - wanted[number].tensors[0].values
+        assert float(difference.abs().max()) < 1e-5 * size
 
 
 def test_the_token_budget(checkpoints: Checkpoints) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
+from reltrace_worker.errors import EngineError
 from reltrace_worker.jobs import JobResult, JobSpec, TargetSpec
 from reltrace_worker.rules import RULES
 
@@ -156,3 +157,21 @@ def test_a_continuation_by_text_names_its_tokens(checkpoints: Checkpoints) -> No
     (target,) = trace(checkpoints, TargetSpec(continuation=" dogs and cats")).targets
     assert target.token == " dogs and cats"
     assert len(target.continuation_ids) == 3
+
+
+def test_a_contrast_that_is_the_largest_logit_itself_is_an_error(
+    checkpoints: Checkpoints,
+) -> None:
+    """The difference is zero, and so would all relevance be."""
+    loaded = checkpoints.loaded("grouped")
+    engine = Engine(loaded, "off")
+    (plain,) = run(engine, prepare(loaded, JobSpec(PROMPTS[0])))
+    largest = plain.targets[0].token_id
+    specs = [
+        JobSpec(PROMPTS[0], targets=(TargetSpec(contrast=contrast),))
+        for contrast in (largest, largest + 1)
+    ]
+    zero, other = engine.run(prepare(loaded, *specs))
+    assert isinstance(zero, EngineError)
+    assert "the contrast of target 0 is the token that has the largest logit itself" in str(zero)
+    assert isinstance(other, JobResult)

@@ -76,6 +76,27 @@ def test_a_checkpoint_stored_as_float16_loads_in_a_supported_dtype(
     run(Engine(loaded), prepare(loaded, JobSpec("A cat")))
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_weights_that_are_quantized_without_a_word_are_refused(
+    folder: Path, dtype: torch.dtype, kind: str
+) -> None:
+    """Nothing in the config says so, and transformers would take the numbers as they stand."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    change_weights(folder, lambda w: w.update({name: (w[name] * 10).to(dtype)}))
+    with pytest.raises(ModelError, match=f"{name} in model.safetensors is of type {kind}; support"):
+        load_model(str(folder))
+
+
+def test_a_single_file_is_taken_before_an_index(folder: Path) -> None:
+    """As transformers takes it; what the index names need not be there."""
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "gone.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_model(str(folder)).shape.layers == 3
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match="copy can not be loaded: Error"):
+        load_model(str(folder))
+
+
 def test_a_sharded_checkpoint_loads_and_a_missing_shard_is_named(
     checkpoints: Checkpoints, folder: Path
 ) -> None:
@@ -129,7 +150,7 @@ def test_a_sharded_checkpoint_loads_and_a_missing_shard_is_named(
         (lambda f: set_config(f, num_hidden_layers=2), "no place for: .* and 6 more"),
         (
             lambda f: (f / "model.safetensors").write_bytes(b"not safetensors"),
-            "copy' can not be loaded: Error while deserializing header",
+            "copy can not be loaded: Error while deserializing header",
         ),
         (
             lambda f: set_config(f, quantization_config={"quant_method": "bitsandbytes"}),

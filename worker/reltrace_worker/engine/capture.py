@@ -28,12 +28,15 @@ class _Wish:
     reduction: str
     layers: tuple[int, ...]
     k: int
+    passes: int
+    """Else a job of many targets would multiply the room that its neighbours take."""
 
     @staticmethod
     def of(job: PreparedJob, site: str, layers: int) -> _Wish:
         """Return what `job` asks of `site` in a model of so many layers."""
         wanted = job.layers or tuple(range(layers))
-        return _Wish(site, job.reduction, wanted if SITES[site].per_layer else (0,), job.k)
+        wanted = wanted if SITES[site].per_layer else (0,)
+        return _Wish(site, job.reduction, wanted, job.k, len(job.targets))
 
 
 @dataclass(slots=True)
@@ -53,7 +56,7 @@ class _Recorder:
     rows
         Their packed rows on the device; None: all rows of the pack.
     passes
-        Backward passes in which one of them has a target.
+        Backward passes: the targets that each of them has.
     buffers
         One per part of the reduction, on the CPU: [passes, layers asked for, *reduced layer].
     """
@@ -135,11 +138,10 @@ class Capture(Watch):
             starts, lengths = pack.packing.starts, pack.packing.lengths
             rows = torch.cat([torch.arange(starts[j], starts[j] + lengths[j]) for j in jobs])
             rows = rows.to(self._device)
-        passes = max(len(pack.jobs[job].targets) for job in jobs)
         extent = Extent(start, len(jobs), site.features(self._shape), wish.k)
         buffers = tuple(
             torch.empty(
-                (passes, len(wish.layers), *reduction.shape(extent)),
+                (wish.passes, len(wish.layers), *reduction.shape(extent)),
                 dtype=dtype,
                 # Pinned, a copy from the GPU does not stop the queue of kernels.
                 pin_memory=self._device.type == "cuda",
@@ -147,7 +149,7 @@ class Capture(Watch):
             for _, dtype in reduction.parts
         )
         places = {layer: place for place, layer in enumerate(wish.layers)}
-        return _Recorder(site, reduction, places, spans, extent, rows, passes, buffers)
+        return _Recorder(site, reduction, places, spans, extent, rows, wish.passes, buffers)
 
     def record(self, site: str, layer: int, value: torch.Tensor, gradient: torch.Tensor) -> None:
         """Reduce the relevance of one tensor in the running backward pass."""

@@ -20,6 +20,9 @@ from reltrace_worker.engine.sites import SITES, Side, Site, Tap
 from reltrace_worker.jobs import EditSpec
 from reltrace_worker.model.loading import LoadedModel, ModelShape
 
+_MANY_CELLS = 1024
+"""Of one edit. Edits of fewer are made together, in one step for all jobs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -160,6 +163,15 @@ def _steps(
             # Each once: the gradient of a cell that is written twice would be counted twice.
             features = sorted(set(edit.features))
             columns = [c for f in features for c in site.columns(f, shape, width)]
+            if len(rows) * len(columns) > _MANY_CELLS:
+                # By rows and columns: an index of every cell would take more than the cells.
+                yield _Step(
+                    rows[:, None],
+                    torch.tensor(columns)[None],
+                    torch.full((1, 1), edit.scale),
+                    torch.full((1, 1), edit.value),
+                )
+                continue
             grid = torch.cartesian_prod(rows, torch.tensor(columns))
             cells.append((grid[:, 0], grid[:, 1], edit))
         else:

@@ -118,14 +118,12 @@ class Engine:
     def measure(self) -> MemoryModel:
         """Measure what passes over this model need, once, and plan passes by it from now on."""
         with self._lock:
-            return self._planner.measure()
+            return self._planner.measure(_PROBE_RULE)
 
-    def _probe(self, tokens: int, checkpointing: bool) -> None:
+    def _probe(self, rule: str, tokens: int, checkpointing: bool) -> None:
         target = PreparedTarget((Term(tokens - 1, 0),))
-        job = PreparedJob(
-            (0,) * tokens, ("",) * tokens, ("resid",), "token", _PROBE_RULE, (target,)
-        )
-        self._pass(_PROBE_RULE, [job], checkpointing)
+        job = PreparedJob((0,) * tokens, ("",) * tokens, ("resid",), "token", rule, (target,))
+        self._pass(rule, [job], checkpointing)
 
     def token_budget(self) -> int:
         """Return how many tokens to put into one pass, by measurement; at least 1.
@@ -172,9 +170,8 @@ class Engine:
         results: dict[int, Outcome] = {}
         try:
             with self._lock:
-                if batch:
-                    self._planner.prepare()
                 for (_, rule), indices in by_kind.items():
+                    self._planner.prepare(rule or _PROBE_RULE)
                     outcomes = self._run_jobs(rule, [batch[index] for index in indices])
                     results.update(zip(indices, outcomes, strict=True))
         except torch.AcceleratorError as error:
@@ -196,7 +193,7 @@ class Engine:
                 continue
             outcomes = self._run_pack(rule, jobs, checkpointing)
             if outcomes is not None:
-                return outcomes
+                return outcomes if alone else self._with_second_tries(rule, jobs, outcomes)
             if not alone:
                 break
         if alone:
@@ -208,6 +205,19 @@ class Engine:
             outcomes = self._run_jobs(rule, [jobs[index] for index in indices])
             found.update(zip(indices, outcomes, strict=True))
         return [found[index] for index in range(len(jobs))]
+
+    def _with_second_tries(
+        self, rule: str, jobs: list[PreparedJob], outcomes: list[Outcome]
+    ) -> list[Outcome]:
+        """Run what is not finite once more, alone: it may be a neighbour's fault.
+
+        Some kernels of CPUs let a row that is not finite reach the row before it, which may be the
+        last one of another prompt.
+        """
+        return [
+            self._run_jobs(rule, [job])[0] if isinstance(outcome, EngineError) else outcome
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ]
 
     def _run_pack(
         self, rule: str, jobs: list[PreparedJob], checkpointing: bool
@@ -274,7 +284,7 @@ class Engine:
             All with a `generation`.
         """
         with self._lock:
-            self._planner.prepare()
+            self._planner.prepare(_PROBE_RULE)
         return Texts(self._loaded, jobs, self._planner.fault_of_texts)
 
     def go_on(self, texts: Texts, tokens: int, wrote: Callable[[], None] | None = None) -> None:
@@ -305,7 +315,7 @@ class Engine:
             Its tables do not fit into memory.
         """
         with self._lock:
-            self._planner.prepare()
+            self._planner.prepare(corpus.rule)
         if (fault := self._planner.fault_of_atlas(corpus.k)) is not None:
             raise fault
         return Slice(self._loaded, corpus)
@@ -326,7 +336,7 @@ class Engine:
             return
         jobs = [corpus.prompts[index] for index in chosen]
         with self._lock:
-            self._planner.prepare()
+            self._planner.prepare(corpus.rule)
             checkpointing = self._checkpointing == "on" or not self._planner.fits(jobs, False)
             if not self._planner.fits(jobs, checkpointing):
                 raise self._planner.too_large(jobs)
@@ -365,6 +375,11 @@ class Engine:
             raise EngineError(
                 f"the scalar of target {scalar.target} is {value}: the model's weights or "
                 "activations overflow, or are not finite themselves"
+            )
+        if scalar.token_ids[0] == target.contrast_id:
+            raise EngineError(
+                f"the contrast of target {scalar.target} is the token that has the largest logit "
+                "itself: the difference is always zero"
             )
         text = self._vocabulary.text
         ids = target.continuation_ids

@@ -26,8 +26,8 @@ from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.rules.kernels import kernel_for
 
 GIB = 1 << 30
-_PROBE_TOKENS = {"cpu": (8, 40), "cuda": (128, 640)}
-"""Of two passes. On a GPU they must fill its blocks: as in large ones, so that peaks are alike."""
+_PROBE_TOKENS = {"cpu": (64, 256), "cuda": (128, 640)}
+"""Of two passes: large enough that their peaks are where those of large passes are."""
 
 _MARGIN = 0.9
 """Share of what is free that a pass may count on: allocators lose some to fragments."""
@@ -60,6 +60,52 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """What prompts that are longer than a sliding window need beyond others, on a CPU.
+
+    Parameters
+    ----------
+    tokens
+        That a token sees.
+    layers
+        That have it.
+    per_token
+        Bytes of the copies of one token's query, keys and values in one layer.
+    itemsize
+        Bytes of an activation.
+    """
+
+    tokens: int
+    layers: int
+    per_token: int
+    itemsize: int
+
+    def need(self, lengths: Sequence[int], layers: int) -> int:
+        """Return the bytes for prompts of these lengths, of which so many layers are kept."""
+        # What is behind the first window is cut into blocks as long as it, the last one padded.
+        cut = [-(-(n - self.tokens) // self.tokens) for n in lengths if n > self.tokens]
+        mask = 2 * self.tokens**2 * (self.itemsize + 1) if cut else 0
+        return mask + layers * self.per_token * self.tokens * sum(cut)
+
+    @staticmethod
+    def of(loaded: LoadedModel) -> Window | None:
+        """Return that of a model whose prompts reach past it, and past what is measured."""
+        if loaded.device.type != "cpu":
+            return None
+        config: Any = loaded.model.config
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None)
+        layers = kinds.count("sliding_attention") if kinds else loaded.shape.layers
+        if not window or not max(_PROBE_TOKENS["cpu"]) <= window < loaded.context_length:
+            return None
+        # Keys and values stand there twice; measured, that is up to 3 times their width, and 1.5
+        # times that of the queries.
+        width = 3 * _key_width(loaded) + 3 * loaded.shape.heads * head_size(loaded) // 2
+        itemsize = loaded.dtype.itemsize
+        return Window(int(window), layers, width * itemsize, itemsize)
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryModel:
     """Bytes that a pass over a pack allocates at its peak, weights not counted.
 
@@ -77,6 +123,9 @@ class MemoryModel:
         Bytes that the attention kernel needs for each prompt, whatever its length.
     cache_per_token
         Bytes of a token's keys and values in all layers.
+    window
+        Of the layers with a sliding window that is longer than what was measured; None: there are
+        none.
     """
 
     keeping: Line
@@ -88,6 +137,7 @@ class MemoryModel:
     itemsize: int
     per_prompt: int = 0
     cache_per_token: int = 0
+    window: Window | None = None
 
     def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
         """Return the bytes that a pass over `jobs` needs."""
@@ -105,6 +155,14 @@ class MemoryModel:
         total += held * tokens * self.itemsize * sum(self.widths[site][0] for site in sites)
         # Relevance of the widest site: two factors in float32, and their product.
         total += 3 * 4 * tokens * max((self.widths[s][0] for s in sites), default=0)
+        # The graph keeps which rows and columns each edit changes, or which cells.
+        for job in jobs:
+            rows = len(job.token_ids)
+            for edit in job.edits:
+                total += 32 * (rows + len(edit.features) + min(rows * len(edit.features), 1024))
+        if self.window is not None:
+            lengths = [len(job.token_ids) for job in jobs]
+            total += self.window.need(lengths, 1 if checkpointing else self.window.layers)
         if checkpointing:
             passes = max(len(job.targets) for job in jobs)
             total += max(0, passes - 1) * tokens * self.hidden_size * self.itemsize
@@ -233,6 +291,7 @@ def measure(loaded: LoadedModel, probe: Callable[[int, bool], object]) -> Memory
         },
         itemsize=loaded.dtype.itemsize,
         per_prompt=kernel.padding * wide["head"] * torch.float32.itemsize,
+        window=Window.of(loaded),
         cache_per_token=2 * shape.layers * _key_width(loaded) * loaded.dtype.itemsize,
     )
 

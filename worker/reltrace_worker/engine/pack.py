@@ -126,7 +126,9 @@ class Readout:
             # log p = logit - logsumexp(logits); subtracted where a term asks for it.
             wanted = torch.tensor([i for i, (_, logprob) in enumerate(terms) if logprob])
             wanted = wanted.to(device)
-            normalizer = logits[rows[wanted]].float().logsumexp(-1)
+            # Each row once, however many targets ask for it: it is as long as the vocabulary.
+            once, which = torch.unique(rows[wanted], return_inverse=True)
+            normalizer = logits[once].float().logsumexp(-1)[which]
             values = values.index_add(0, wanted, normalizer, alpha=-1)
         values = values * torch.tensor([term.weight for term, _ in terms], device=device)
         counts = [len(target.terms) for _, _, target in self._targets]

@@ -7,11 +7,14 @@ import json
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from reltrace_worker.errors import ModelError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -50,7 +53,11 @@ def check_folder(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"config.json is missing in {folder}")
-    if (folder / _INDEX).is_file():
+    # As transformers looks for them: a single file first.
+    shards = {_WEIGHTS}
+    if (folder / _WEIGHTS).is_file():
+        pass
+    elif (folder / _INDEX).is_file():
         try:
             shards = set(json.loads((folder / _INDEX).read_text())["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
@@ -58,7 +65,7 @@ def check_folder(folder: Path) -> None:
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
             raise ModelError(f"{', '.join(missing)} (named by {_INDEX}) is missing in {folder}")
-    elif not (folder / _WEIGHTS).is_file():
+    else:
         others = sorted(
             path.name for suffix in ("*.bin", "*.pt", "*.pth") for path in folder.glob(suffix)
         )
@@ -68,8 +75,25 @@ def check_folder(folder: Path) -> None:
                 f"({_WEIGHTS}, or {_INDEX} and its shards)"
             )
         raise ModelError(f"{_WEIGHTS} (or {_INDEX} and its shards) is missing in {folder}")
+    for shard in sorted(shards):
+        _check_numbers(folder / shard)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise ModelError(f"the tokenizer is missing in {folder}: tokenizer.json or tokenizer.model")
+
+
+def _check_numbers(path: Path) -> None:
+    """Refuse what transformers would take for weights as it stands: quantized ones."""
+    try:
+        with safe_open(path, "pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path.parent} can not be loaded: {error}") from error
+    for name, kind in sorted(kinds.items()):
+        if kind not in _FLOATS:
+            raise ModelError(
+                f"{name} in {path.name} is of type {kind}; supported: weights in float32, bfloat16 "
+                "or float16"
+            )
 
 
 def folder_revision(folder: Path) -> str:

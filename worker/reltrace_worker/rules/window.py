@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch.nn.functional import pad
 
@@ -18,6 +20,19 @@ def _own_and_previous(states: torch.Tensor, window: int) -> torch.Tensor:
     """From [P, heads, (m + 1) * window, size] to [P * m, heads, 2 * window, size]."""
     blocks = _blocks(states, window)
     return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=3).flatten(0, 1)
+
+
+@lru_cache(maxsize=2)
+def _mask(window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return what is added to the scores, [window, 2 * window]: one for all layers of a pass.
+
+    As numbers: of truth values every layer would keep a copy in numbers for its backward pass.
+    """
+    i = torch.arange(window, device=device)[:, None]
+    j = torch.arange(2 * window, device=device)[None]
+    # Key j stands at j - window, counted from the block's first query.
+    seen = (j > i) & (j <= i + window)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def window_attention(
@@ -62,14 +77,11 @@ def window_attention(
     )
     # What pads the last block follows every query that counts, so that none of them sees it.
     padding = (0, 0, 0, -length % window)
-    i = torch.arange(window, device=query.device)[:, None]
-    j = torch.arange(2 * window, device=query.device)[None]
     rest = sdpa(
         _blocks(pad(rest_query, padding), window).flatten(0, 1),
         _own_and_previous(pad(key, padding), window),
         _own_and_previous(pad(value, padding), window),
-        # Key j stands at j - window, counted from the block's first query.
-        attn_mask=(j > i) & (j <= i + window),
+        attn_mask=_mask(window, query.dtype, query.device),
         scale=scaling,
         enable_gqa=grouped,
     )
