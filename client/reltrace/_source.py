@@ -87,7 +87,9 @@ class _Buffer:
         self.arrived.clear()
         if not self.items and not self.ended:
             try:
-                await asyncio.wait_for(self.arrived.wait(), None if wait else _LINGER)
+                # Not wait_for: that of Python 3.11 loses a cancellation that comes with an item.
+                async with asyncio.timeout(None if wait else _LINGER):
+                    await self.arrived.wait()
             except TimeoutError:
                 return []
         taken = [self.items.popleft() for _ in range(min(limit, len(self.items)))]

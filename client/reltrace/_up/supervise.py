@@ -198,7 +198,8 @@ class Part:
         if process is not None and process.returncode is None:
             self._signal(signal.SIGTERM)
             try:
-                await asyncio.wait_for(process.wait(), grace)
+                async with asyncio.timeout(grace):
+                    await process.wait()
             except TimeoutError:
                 self._report(f"{self.name} has not ended after {grace:g} s: killing it")
                 self.kill()

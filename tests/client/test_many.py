@@ -1,0 +1,67 @@
+"""The waits of `trace_many`: whoever is cancelled ends, and whoever is full waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from reltrace import _source
+from reltrace._many import ManyRun
+from reltrace._request import Arguments
+from reltrace._transport.connection import Deadline
+from reltrace_proto.v1 import types_pb2
+
+_STEPS = 20
+"""Of the loop: more than any of these waits needs to begin, or to end."""
+
+
+def a_run(*, limit: int = 1, ordered: bool = False) -> ManyRun:
+    """Return a run that nothing has been asked of, and that has no server."""
+    return ManyRun(
+        None,  # type: ignore[arg-type]
+        _source.open_source([]),
+        Arguments(),
+        ordered=ordered,
+        max_in_flight=limit,
+        priority=types_pb2.PRIORITY_INTERACTIVE,
+        deadline=Deadline(600.0),
+    )
+
+
+async def steps() -> None:
+    for _ in range(_STEPS):
+        await asyncio.sleep(0)
+
+
+async def cancelled_as_it_comes(wait: Coroutine[Any, Any, Any], what: asyncio.Event) -> None:
+    """Cancel a wait in the step of the loop in which its event is set."""
+    task = asyncio.create_task(wait)
+    await steps()
+    assert not task.done()
+    what.set()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cancellation_that_comes_with_room_is_not_lost() -> None:
+    run = a_run(limit=0)
+    await cancelled_as_it_comes(run._has_room(600.0), run._room)
+
+
+async def test_a_cancellation_that_comes_with_news_is_not_lost() -> None:
+    run = a_run()
+    run._feeder = asyncio.create_task(asyncio.Event().wait())  # type: ignore[arg-type]
+    await cancelled_as_it_comes(run.take(), run._news)
+    await run.close()
+
+
+async def test_a_cancellation_that_comes_with_an_item_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_source, "_LINGER", 600.0)
+
+    buffer = _source._Buffer()
+    await cancelled_as_it_comes(buffer.take(1, wait=False), buffer.arrived)
