@@ -276,11 +276,11 @@ class ManyRun:
     async def _wait(self, waiting: set[int]) -> None:
         """Wait until results may be read on.
 
-        The stream that brings the next result in order is never held up: what waits behind it
-        is what fills the buffer.
+        The stream that brings the next result in order is held up only while there are results
+        to be taken: once they are gone, it is what all others wait for.
         """
         while self._held_bytes > _HELD_BYTES and not (
-            self._ordered and self._next_index in waiting
+            self._ordered and not self._ready and self._next_index in waiting
         ):
             self._room.clear()
             await self._room.wait()

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from reltrace import _source
+from reltrace import Failure, InvalidArgument, _many, _source
 from reltrace._many import ManyRun
 from reltrace._request import Arguments
 from reltrace._transport.connection import Deadline
@@ -65,3 +65,34 @@ async def test_a_cancellation_that_comes_with_an_item_is_not_lost(
 
     buffer = _source._Buffer()
     await cancelled_as_it_comes(buffer.take(1, wait=False), buffer.arrived)
+
+
+async def test_a_stream_waits_while_results_in_order_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    Given results that come in order, and a caller who takes none
+    I expect their stream to be held up past the bound, and no longer than until there are none.
+    """
+    monkeypatch.setattr(_many, "_HELD_BYTES", 100)
+    run = a_run(limit=100, ordered=True)
+    run._feeder = asyncio.create_task(asyncio.Event().wait())  # type: ignore[arg-type]
+    result = Failure("x", InvalidArgument("x"))
+    for index in (0, 1):
+        run._emit(index, result, 60)
+    this, other = (asyncio.create_task(run._wait({index})) for index in (2, 3))
+    await steps()
+    assert not this.done()
+    assert await run.take() == [result] * 2
+    for index in (4, 5):
+        # Of a third stream, before their turn: what is held stays above the bound.
+        run._emit(index, result, 60)
+    taking = asyncio.create_task(run.take())
+    await steps()
+    assert this.done()
+    assert not other.done()
+    run._emit(2, result, 60)
+    assert await taking == [result]
+    other.cancel()
+    await asyncio.gather(other, return_exceptions=True)
+    await run.close()

@@ -13,6 +13,7 @@ import reltrace
 from fake_results import LAYERS, failed_chunk, relevance_of
 from fake_server import FakeServer, queue_full, status_with
 from google.rpc import code_pb2
+from reltrace import _many
 from reltrace_proto.v1 import types_pb2
 
 
@@ -48,6 +49,17 @@ def test_results_come_in_order_on_demand(server: FakeServer, client: reltrace.Cl
     server.reverse = True
     results = client.trace_many(prompts(40), ordered=True, max_in_flight=10)
     assert [trace.id for trace in results] == list(range(40))
+
+
+def test_results_come_in_order_through_a_small_buffer(
+    server: FakeServer, client: reltrace.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every result is above the bound, and the next one may be in any of several streams."""
+    monkeypatch.setattr(_many, "_HELD_BYTES", 1)
+    server.reverse = True
+    results = client.trace_many(prompts(600), ordered=True)
+    assert [trace.id for trace in results] == list(range(600))
+    assert len(server.requests) > 2
 
 
 def test_items_are_mappings_with_ids(server: FakeServer, client: reltrace.Client) -> None:
