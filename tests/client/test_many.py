@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
@@ -96,3 +96,35 @@ async def test_a_stream_waits_while_results_in_order_are_not_taken(
     other.cancel()
     await asyncio.gather(other, return_exceptions=True)
     await run.close()
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), ValueError("no more")])
+async def test_an_async_source_that_breaks_off_is_not_at_its_end(error: BaseException) -> None:
+    async def items() -> AsyncIterator[str]:
+        yield "one"
+        # As when what the source itself waits for was cancelled by somebody.
+        raise error
+
+    source = _source.open_source(items())
+    assert await source.take(5, wait=True) == ["one"]
+    with pytest.raises(Exception, match=r"CancelledError|no more"):
+        await source.take(5, wait=True)
+    await source.close()
+
+
+async def test_an_async_source_can_be_closed_while_it_is_waited_for() -> None:
+    ended = asyncio.Event()
+
+    async def items() -> AsyncIterator[str]:
+        try:
+            await asyncio.Event().wait()
+            yield "never"
+        finally:
+            ended.set()
+
+    source = _source.open_source(items())
+    taking = asyncio.create_task(source.take(5, wait=True))
+    await steps()
+    taking.cancel()
+    await source.close()
+    assert ended.is_set()
