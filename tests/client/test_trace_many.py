@@ -88,10 +88,11 @@ def test_invalid_items_fail_alone(server: FakeServer, client: reltrace.Client) -
         {"id": "z", "prompt": "fine", "dtype": "int8"},
         17,
         {"id": 1.5, "prompt": "odd id"},
+        {"id": "\ud800", "prompt": "no id that a file holds"},
         "also good",
     ]
     results = list(client.trace_many(items, ordered=True))
-    assert [type(result).__name__ for result in results] == ["Trace"] + ["Failure"] * 6 + ["Trace"]
+    assert [type(result).__name__ for result in results] == ["Trace"] + ["Failure"] * 7 + ["Trace"]
     found = failures(results)
     assert found[1] == "item 1: prompt: must not be empty"
     assert found["x"].startswith("item 'x': prompt: character 1 is a lone surrogate")
@@ -99,6 +100,7 @@ def test_invalid_items_fail_alone(server: FakeServer, client: reltrace.Client) -
     assert found["z"].startswith("item 'z': dtype: must be one of float32")
     assert found[5] == "item 5: item: must be a prompt or a mapping of arguments, not int"
     assert found[6] == "item 6: id: must be text or a whole number, not 1.5"
+    assert found[7].startswith("item 7: id: character 0 is a lone surrogate")
     assert server.jobs_submitted() == 2
 
 

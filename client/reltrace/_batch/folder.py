@@ -28,6 +28,10 @@ _SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 _SAME = ("model", "revision", "rule", "reduction", "dtype")
 
 
+class OtherOrigin(TraceError):  # noqa: N818 - like its siblings
+    """A trace was made otherwise than those before it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What decides the numbers of a batch, and how they are kept; it does not change.
@@ -142,7 +146,7 @@ class Folder:
 
         Raises
         ------
-        TraceError
+        OtherOrigin
             If the server's model is another one by now.
         """
         manifest = read_manifest(self.root)
@@ -168,12 +172,12 @@ def check_same(known: dict[str, Any], provenance: Provenance) -> None:
 
     Raises
     ------
-    TraceError
+    OtherOrigin
         If not; versions and devices may differ, and each trace names its own.
     """
     for name in _SAME:
         if known[name] != getattr(provenance, name):
-            raise TraceError(
+            raise OtherOrigin(
                 f"the server's {name} is {getattr(provenance, name)!r}; this batch was begun with "
                 f"{known[name]!r}, and mixes nothing: use another folder"
             )

@@ -96,7 +96,7 @@ class Commit:
 
     def to_line(self) -> bytes:
         """Return the line."""
-        return json.dumps(asdict(self), ensure_ascii=False).encode() + b"\n"
+        return json_line(asdict(self))
 
     @classmethod
     def from_line(cls, line: bytes) -> Commit:
@@ -116,6 +116,15 @@ class Commit:
             read=row["read"],
             digest=row["digest"],
         )
+
+
+def json_line(value: dict[str, Any]) -> bytes:
+    """Return a line of JSON.
+
+    A lone surrogate, which a message quotes where an input has one, is no UTF-8: it is escaped as
+    JSON does it.
+    """
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def ranges(indices: Iterable[int]) -> list[tuple[int, int]]:

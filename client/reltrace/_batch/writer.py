@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -13,8 +12,9 @@ from itertools import chain
 
 from reltrace._batch import parts
 from reltrace._batch.disk import UNFINISHED, append_durably, finish, write_whole
-from reltrace._batch.folder import ERRORS, Folder
-from reltrace._batch.journal import Commit, Failed, Journal, ranges
+from reltrace._batch.folder import ERRORS, Folder, OtherOrigin
+from reltrace._batch.journal import Commit, Failed, Journal, json_line, ranges
+from reltrace._errors import TraceError, invalid
 from reltrace._stored import StoredArrays
 from reltrace._trace import Trace
 
@@ -29,10 +29,22 @@ _PLACE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A prompt and its traces."""
+    """A prompt and its traces.
+
+    Attributes
+    ----------
+    index, line : int
+        Its place among the prompts, from 0, and in the file, from 1.
+    traces : tuple of Trace
+        At least one.
+    own_model : bool
+        The prompt said itself which model.
+    """
 
     index: int
+    line: int
     traces: tuple[Trace, ...]
+    own_model: bool = False
 
     @property
     def bytes(self) -> int:
@@ -183,12 +195,25 @@ class Writer:
             return
         for trace in result.traces:
             # Thousands of traces share the object that says where they come from.
-            if id(trace.provenance) not in self._origins:
+            if id(trace.provenance) in self._origins:
+                continue
+            try:
                 self._folder.check_origin(trace.provenance)
-                self._origins.add(id(trace.provenance))
+            except OtherOrigin as error:
+                if not result.own_model:
+                    raise
+                self._fail(result, invalid("model", f"this prompt has its own: {error}"))
+                return
+            self._origins.add(id(trace.provenance))
         self._traced.append(result)
         self._traces += len(result.traces)
         self._bytes += result.bytes
+
+    def _fail(self, result: Traced, error: TraceError) -> None:
+        """Take a prompt for a failed one whose traces this folder can not hold."""
+        name = result.traces[0].id
+        assert name is not None
+        self._failed.append(Failed.of(result.index, result.line, name, error))
 
     def _commit(self) -> None:
         """Make the collected results durable: the traces first, then the line that names them."""
@@ -239,4 +264,4 @@ def write_errors(folder: Folder, failed: Iterable[Failed]) -> None:
 
 def error_line(failed: Failed) -> bytes:
     """Return a line of JSON."""
-    return json.dumps(asdict(failed), ensure_ascii=False).encode() + b"\n"
+    return json_line(asdict(failed))

@@ -174,6 +174,59 @@ def test_ids_and_several_targets(batch: Batch, tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+def test_lines_that_the_folder_can_not_hold_fail_alone(batch: Batch, tmp_path: Path) -> None:
+    own = {"rule": "lrp", "reduce": "full", "model": "other", "dtype": "float16", "sites": "embed"}
+    lines = [json.dumps({"prompt": LINES[0]})]
+    lines += [json.dumps({"prompt": LINES[0], name: value}) for name, value in own.items()]
+    lines += [json.dumps({"prompt": LINES[0], "rule": "attnlrp", "sites": "resid"})]
+    for part_format, failing in (("safetensors", 3), ("parquet", 5)):
+        given = {"input_format": "jsonl", "format": part_format, "model": "fake"}
+        for _ in range(2):
+            summary = batch(lines, out=part_format, **given)
+            assert (summary.traced, summary.failed) == (7 - failing, failing)
+        loaded = reltrace.load_batch(tmp_path / part_format)
+        assert (("embed",) in {trace.sites for trace in loaded}) == (part_format == "safetensors")
+        fields = [error.violations[0]["field"] for error in loaded.errors]
+        assert fields == list(own)[:failing]
+        assert loaded.errors[0].error == "InvalidArgument"
+        assert loaded.errors[0].message == (
+            "rule: is 'lrp' for this prompt, and the folder holds traces with rule 'attnlrp' only; "
+            "leave it out, or trace the prompt into another folder"
+        )
+
+
+def test_an_own_model_that_is_not_the_folders_fails_alone(batch: Batch, tmp_path: Path) -> None:
+    """Where the batch names none: only the trace tells whether it is the one that is served."""
+    lines = [json.dumps({"prompt": line}) for line in LINES[:3]]
+    lines += [json.dumps({"prompt": LINES[3], "model": name}) for name in ("fake", "other")]
+    assert batch(lines[:1], input_format="jsonl").traced == 1
+    for _ in range(2):
+        summary = batch(lines, input_format="jsonl")
+        assert (summary.traced, summary.failed) == (4, 1)
+    (error,) = reltrace.load_batch(tmp_path / "out").errors
+    assert (error.index, error.line, error.error) == (4, 5, "InvalidArgument")
+    assert "model: this prompt has its own: the server's model is 'other'" in error.message
+
+
+def test_lone_surrogates_fail_alone(batch: Batch, tmp_path: Path) -> None:
+    lines = [
+        '"one"',
+        r'{"id": "\ud83d", "prompt": "two"}',
+        r'{"\ud83d": 1, "prompt": "three"}',
+        r'{"id": "\ud83d", "prompt": ""}',
+    ]
+    for part_format in ("safetensors", "parquet"):
+        for _ in range(2):
+            summary = batch(lines, out=part_format, input_format="jsonl", format=part_format)
+            assert (summary.traced, summary.failed) == (1, 3)
+        messages = [error.message for error in reltrace.load_batch(tmp_path / part_format).errors]
+        surrogate = r"id: character 0 is a lone surrogate ('\ud83d'), which no UTF-8 text holds"
+        assert (messages[0], messages[2]) == (surrogate, surrogate)
+        assert messages[1].startswith("\ud83d: is not an argument of trace()")
+        rows = (tmp_path / part_format / "errors.jsonl").read_text().splitlines()
+        assert [json.loads(row)["message"] for row in rows] == messages
+
+
 def test_other_settings_are_refused(batch: Batch) -> None:
     batch(LINES)
     with pytest.raises(reltrace.InvalidArgument) as refused:
