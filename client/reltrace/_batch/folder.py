@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,9 @@ from reltrace._request import Dtype
 MANIFEST = "manifest.json"
 ERRORS = "errors.jsonl"
 _FORMAT = "reltrace-batch-1"
+_LOCK = ".lock"
+# Seconds. A manifest is written in milliseconds; a file system that is shared may be slow.
+_PATIENCE = 30.0
 _SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 
 # What may not change between the traces of one batch.
@@ -95,8 +98,14 @@ class Folder:
         TraceError
             If another does, or the folder can not be used.
         """
-        busy = f"another `reltrace batch` writes to {self.own}; stop it, or choose another folder"
-        return held(self.own, ".lock", "out", busy)
+        return held(self.own, _LOCK, "out", _busy(self.own))
+
+    def _manifest_held(self) -> AbstractContextManager[None]:
+        """Hold what several machines share, while it is read and written."""
+        if self.own == self.root:
+            # By `held`, and by whoever has it, for as long as a run lasts.
+            return nullcontext()
+        return held(self.root, _LOCK, "out", _busy(self.root), patience=_PATIENCE)
 
     def enter(self, settings: Settings, input_name: str) -> None:
         """Write the manifest, or check that the one that is there has the same settings.
@@ -106,12 +115,16 @@ class Folder:
         InvalidArgument
             If the folder holds something else, or a batch with other settings.
         """
+        with self._manifest_held():
+            self._enter(settings, input_name)
+
+    def _enter(self, settings: Settings, input_name: str) -> None:
         path = self.root / MANIFEST
         if not path.exists():
             strangers = [
                 entry.name
                 for entry in self.own.iterdir()
-                if entry.name != ".lock" and not entry.name.endswith(UNFINISHED)
+                if entry.name != _LOCK and not entry.name.endswith(UNFINISHED)
             ]
             if strangers:
                 raise invalid(
@@ -149,15 +162,21 @@ class Folder:
         OtherOrigin
             If the server's model is another one by now.
         """
-        manifest = read_manifest(self.root)
-        known = manifest["provenance"]
+        known = read_manifest(self.root)["provenance"]
         if known is None:
-            manifest["provenance"] = {
-                **asdict(provenance), "versions": dict(provenance.versions)
-            }  # fmt: skip
-            write_whole(self.root / MANIFEST, [_json(manifest)])
-            return
+            known = self._begin_with(provenance)
         check_same(known, provenance)
+
+    def _begin_with(self, provenance: Provenance) -> dict[str, Any]:
+        """Note how the traces are made, unless another machine has; return what is noted."""
+        with self._manifest_held():
+            manifest = read_manifest(self.root)
+            if manifest["provenance"] is None:
+                versions = dict(provenance.versions)
+                manifest["provenance"] = {**asdict(provenance), "versions": versions}
+                write_whole(self.root / MANIFEST, [_json(manifest)])
+            known: dict[str, Any] = manifest["provenance"]
+            return known
 
     def clean(self, parts: set[str]) -> None:
         """Remove what a crash left: unfinished files, and traces that were not committed."""
@@ -212,5 +231,11 @@ def folders_of(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def _busy(folder: Path) -> str:
+    return f"another `reltrace batch` writes to {folder}; stop it, or choose another folder"
+
+
 def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    # The name of a file may be no UTF-8; JSON escapes what stands for such a byte in it.
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return text.encode(errors="backslashreplace") + b"\n"
