@@ -82,7 +82,7 @@ class Part:
     logs : Path
         Folder of the log file.
     report : callable
-        Takes messages for people.
+        Takes messages for people; raises nothing.
     own_error : str
         How the part's own one-line errors begin: before the service has been up, one of these
         ends the attempts, since trying again would end the same way.
