@@ -74,10 +74,24 @@ def _locked(lock: IO[str]) -> bool:
     return True
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name the file in an error of the system that does not, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is None:
+            # Not the system's own words, but those of a library about them.
+            raise OSError(f"{error}: {str(path)!r}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file in one step: readers see the old one or the new one, and so does a crash."""
     unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("wb") as file:
+    with named(unfinished), unfinished.open("wb") as file:
         file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
@@ -101,7 +115,7 @@ def sync_folder(folder: Path) -> None:
 
 def append_durably(path: Path, line: bytes) -> None:
     """Append to a file; a crash may leave a part of `line`, which has no end of line."""
-    with path.open("ab") as file:
+    with named(path), path.open("ab") as file:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from typing import Any
 import reltrace
 from reltrace._batch.disk import UNFINISHED, held, write_whole
 from reltrace._batch.journal import NAME as JOURNAL
-from reltrace._batch.parts import PartFormat
+from reltrace._batch.parts import PartFormat, is_name
 from reltrace._errors import TraceError, invalid
 from reltrace._origin import Provenance
 from reltrace._request import Dtype
@@ -179,10 +179,15 @@ class Folder:
             return known
 
     def clean(self, parts: set[str]) -> None:
-        """Remove what a crash left: unfinished files, and traces that were not committed."""
+        """Remove what a crash left: unfinished files, and traces that were not committed.
+
+        What a batch does not write is somebody else's, whatever it is called.
+        """
         for entry in self.own.iterdir():
-            stray = entry.name.startswith("part-") and entry.name not in parts
-            if entry.name.endswith(UNFINISHED) or stray:
+            name = entry.name.removesuffix(UNFINISHED)
+            unfinished = name != entry.name
+            ours = is_name(name) or (unfinished and name in (MANIFEST, ERRORS))
+            if ours and entry.name not in parts and entry.is_file():
                 entry.unlink()
 
 

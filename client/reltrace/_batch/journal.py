@@ -18,6 +18,8 @@ from reltrace._batch.disk import append_durably, cut
 from reltrace._errors import InvalidArgument, TraceError, invalid
 
 NAME = "journal.jsonl"
+# Of a failed prompt, besides its texts.
+_FAILED_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,14 @@ class Failed:
     def final(self) -> bool:
         """Whether the prompt itself is wrong: another try would end the same way."""
         return self.error == InvalidArgument.__name__
+
+    @property
+    def bytes(self) -> int:
+        """About what is held of it."""
+        texts = [str(self.id), self.message]
+        for violation in self.violations:
+            texts += violation.values()
+        return _FAILED_BYTES + sum(map(len, texts))
 
     @classmethod
     def of(cls, index: int, line: int, name: str | int, error: TraceError) -> Failed:

@@ -99,3 +99,15 @@ def test_a_manifest_that_is_held_for_long_is_an_error(
         pytest.raises(reltrace.TraceError, match="another `reltrace batch` writes to"),
     ):
         part.enter(SHARED, "in.jsonl")
+
+
+@pytest.mark.parametrize(
+    "write", [disk.append_durably, lambda path, line: disk.write_whole(path, [line])]
+)
+def test_a_full_disk_is_told_with_the_file(
+    tmp_path: Path, write: Callable[[Path, bytes], None]
+) -> None:
+    for name in ("journal.jsonl", "journal.jsonl.unfinished"):
+        (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/journal\.jsonl"):
+        write(tmp_path / "journal.jsonl", b"{}\n")

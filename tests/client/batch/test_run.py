@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from batch.conftest import Seen
 from fake_results import failed_chunk, relevance_of
 from fake_server import FakeServer, status_with
 from google.rpc import code_pb2
+from reltrace._batch import parts, writer
+from reltrace._batch.journal import Failed
 from reltrace._batch.run import Summary
 from reltrace_proto.v1 import types_pb2
 from waiting import wait_until
@@ -439,6 +442,88 @@ def test_a_full_disk_ends_the_run(
         batch(LINES * 20, part_traces=2)
     monkeypatch.undo()
     assert batch(LINES * 20).traced == 800
+
+
+@pytest.mark.parametrize("part_format", ["safetensors", "parquet"])
+def test_a_full_disk_is_told_with_the_file(batch: Batch, tmp_path: Path, part_format: str) -> None:
+    full = tmp_path / "out" / f"part-000000.{part_format}.unfinished"
+    full.parent.mkdir()
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        batch(LINES, format=part_format)
+    assert str(full) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    full.unlink(missing_ok=True)
+    assert batch(LINES, format=part_format).traced == 40
+
+
+def test_what_describes_the_traces_fills_a_part_too(
+    batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a small limit of what the head of a file may hold, and a prompt whose traces pass it
+    I expect files below the limit, and this prompt to fail alone.
+    """
+    monkeypatch.setattr(parts, "MOST_HEAD_BYTES", 20_000)
+    lines = [json.dumps({"prompt": line}) for line in LINES]
+    lines[7] = json.dumps({"prompt": LINES[7], "target": ["x"] * 60})
+    for _ in range(2):
+        summary = batch(lines, input_format="jsonl")
+        assert (summary.traced, summary.failed) == (39, 1)
+    check(tmp_path / "out", LINES, without={7})
+    (error,) = reltrace.load_batch(tmp_path / "out").errors
+    assert re.fullmatch(
+        r"target: the tokens and ids of its 60 traces take \d+ bytes, and the head of a "
+        "safetensors file at most 20000; trace fewer targets of it, or use --format parquet",
+        error.message,
+    )
+    files = sorted((tmp_path / "out").glob("part-*"))
+    assert len(files) > 1
+    for path in files:
+        assert head_of(path) < 20_000
+    assert max(map(head_of, files)) > 10_000
+    summary = batch(lines, out="parquet", input_format="jsonl", format="parquet")
+    assert (summary.traced, summary.failed) == (40, 0)
+
+
+def head_of(path: Path) -> int:
+    """Return the size of the head of a safetensors file."""
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+def test_failures_that_wait_have_a_bound(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_WAITING_BYTES", 20_000)
+    waiting = []
+    put = writer.Writer.put
+
+    def watched(self: writer.Writer, result: writer.Traced | Failed) -> None:
+        put(self, result)
+        waiting.append((self._waiting_bytes, len(self._waiting)))
+
+    monkeypatch.setattr(writer.Writer, "put", watched)
+    assert batch(["{"] * 2000, input_format="jsonl").failed == 2000
+    assert len(waiting) == 2000
+    assert 0 < max(size for size, _ in waiting) <= 20_000
+    assert max(count for _, count in waiting) < 20
+
+
+def test_what_a_batch_does_not_write_is_left_alone(batch: Batch, tmp_path: Path) -> None:
+    batch(LINES, limit=10)
+    out = tmp_path / "out"
+    theirs = ["part-notes.txt", "part-7.safetensors", "part-000099.txt", "thesis.tex.unfinished"]
+    ours = [
+        "part-000099.safetensors", "part-000098.parquet", "part-000097.safetensors.unfinished",
+        "manifest.json.unfinished", "errors.jsonl.unfinished",
+    ]  # fmt: skip
+    for name in (*theirs, *ours):
+        (out / name).touch()
+    (out / "part-000096.safetensors").mkdir()
+    batch(LINES)
+    check(out, LINES)
+    left = {path.name for path in out.iterdir()}
+    assert left >= {*theirs, "part-000096.safetensors"}
+    assert not left & set(ours)
 
 
 def test_what_has_come_is_durable_after_some_seconds(
