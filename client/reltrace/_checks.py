@@ -64,6 +64,10 @@ def check_text(text: str, argument: str) -> None:
     """Raise InvalidArgument if `text` is empty or can not be encoded as UTF-8."""
     if not text:
         raise invalid(argument, "must not be empty")
+    _check_encodable(text, argument)
+
+
+def _check_encodable(text: str, argument: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -80,7 +84,12 @@ def is_id(name: object) -> TypeGuard[str | int]:
 
 
 def check_id(name: object, argument: str) -> str | int:
-    """Return the name of an item; raise InvalidArgument if it is neither text nor a number."""
+    """Return the name of an item; raise InvalidArgument if it is neither a text nor a number.
+
+    A text that can not be encoded as UTF-8 is none: no file could hold it.
+    """
     if not is_id(name):
         raise invalid(argument, f"must be text or a whole number, not {name!r}")
+    if isinstance(name, str):
+        _check_encodable(name, argument)
     return name

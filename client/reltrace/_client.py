@@ -97,9 +97,10 @@ class Client(Queries, Generate, Studies):
         """Close the connection.
 
         Calls that are open in other threads end with a `TraceError`; what they left on the server
-        is cancelled.
+        is cancelled. In a forked child nothing happens: the connection is its parent's.
         """
-        self._loop.run(self._client.close())
+        if self._loop.is_here():
+            self._loop.run(self._client.close())
 
     @overload
     def trace(

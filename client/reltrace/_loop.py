@@ -11,6 +11,8 @@ from collections.abc import Coroutine, Sequence
 from concurrent import futures
 from typing import Any, Generic, Protocol, TypeVar
 
+from reltrace._errors import TraceError
+
 T = TypeVar("T")
 
 _LOOK_FOR_SIGNALS = 0.2
@@ -57,7 +59,7 @@ class LoopThread:
     """An event loop in a daemon thread, which all synchronous clients of a process share."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
+        self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="reltrace-client", daemon=True
@@ -68,13 +70,28 @@ class LoopThread:
         self._finishing: set[asyncio.Task[None]] = set()
         atexit.register(self.end)
 
+    def is_here(self) -> bool:
+        """Tell whether the loop runs in this process, and not in the one it was forked from."""
+        return self._pid == os.getpid()
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for it, from any other thread.
 
         An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine, which has
         `_TIDY_UP` to leave in order; a second interruption ends that wait. It is noticed within
         `_LOOK_FOR_SIGNALS`, whichever thread the system gave the signal to.
+
+        Raises
+        ------
+        TraceError
+            In a forked child: the loop's thread is in its parent.
         """
+        if not self.is_here():
+            work.close()
+            raise TraceError(
+                "this client was made before the process was forked, and its connection is the "
+                "parent's; make a new Client in each process"
+            )
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a synchronous client can not be used on its own event loop")
@@ -103,9 +120,10 @@ class LoopThread:
         """Run what ends something: from any thread, also as the process ends.
 
         A generator that nobody holds any more may be closed on the loop's own thread, which can
-        not wait for itself, or after the loop has ended.
+        not wait for itself, or after the loop has ended. In a forked child nothing is done: what
+        there is to end is its parent's.
         """
-        if self._ended:
+        if self._ended or not self.is_here():
             work.close()
         elif threading.current_thread() is self._thread:
             task = self._loop.create_task(work)
@@ -120,8 +138,10 @@ class LoopThread:
 
     def end(self) -> None:
         """Close what is open, for at most `_TIDY_UP`; nothing runs on the loop from then on."""
+        if not self.is_here():
+            return
         left = [client.close() for client in tuple(self._closing)]
-        if left and os.getpid() == self.pid:
+        if left:
             future = asyncio.run_coroutine_threadsafe(_all(left), self._loop)
             futures.wait((future,), _TIDY_UP)
         self._ended = True
@@ -139,6 +159,6 @@ def shared() -> LoopThread:
     """Return the loop of this process; a forked child has its own."""
     global _shared
     with _lock:
-        if _shared is None or _shared.pid != os.getpid():
+        if _shared is None or not _shared.is_here():
             _shared = LoopThread()
         return _shared

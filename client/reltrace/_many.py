@@ -141,7 +141,9 @@ class ManyRun:
                 return []
             self._news.clear()
             try:
-                await asyncio.wait_for(self._news.wait(), self._deadline.remaining())
+                # Not wait_for: that of Python 3.11 loses a cancellation that comes with the news.
+                async with asyncio.timeout(self._deadline.remaining()):
+                    await self._news.wait()
             except TimeoutError:
                 raise self._deadline.error() from None
         # A part of what may be in flight: the rest goes on while the caller works on these.
@@ -207,7 +209,9 @@ class ManyRun:
         if self._open < self._limit:
             return True
         try:
-            await asyncio.wait_for(self._room.wait(), patience)
+            # See `take`: `close` cancels once, and a feeder that missed it would go on for ever.
+            async with asyncio.timeout(patience):
+                await self._room.wait()
         except TimeoutError:
             return False
         return True
@@ -272,11 +276,11 @@ class ManyRun:
     async def _wait(self, waiting: set[int]) -> None:
         """Wait until results may be read on.
 
-        The stream that brings the next result in order is never held up: what waits behind it
-        is what fills the buffer.
+        The stream that brings the next result in order is held up only while there are results
+        to be taken: once they are gone, it is what all others wait for.
         """
         while self._held_bytes > _HELD_BYTES and not (
-            self._ordered and self._next_index in waiting
+            self._ordered and not self._ready and self._next_index in waiting
         ):
             self._room.clear()
             await self._room.wait()

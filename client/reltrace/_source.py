@@ -87,7 +87,9 @@ class _Buffer:
         self.arrived.clear()
         if not self.items and not self.ended:
             try:
-                await asyncio.wait_for(self.arrived.wait(), None if wait else _LINGER)
+                # Not wait_for: that of Python 3.11 loses a cancellation that comes with an item.
+                async with asyncio.timeout(None if wait else _LINGER):
+                    await self.arrived.wait()
             except TimeoutError:
                 return []
         taken = [self.items.popleft() for _ in range(min(limit, len(self.items)))]
@@ -99,6 +101,13 @@ class _Buffer:
         return None
 
 
+def _broken_off(cause: BaseException) -> RuntimeError:
+    """Return what a caller is told where a source ended by what is no error of its own."""
+    error = RuntimeError(f"the items ended with {cause!r}")
+    error.__cause__ = cause
+    return error
+
+
 class _Async:
     """An async iterable, pulled by a task."""
 
@@ -107,6 +116,7 @@ class _Async:
         self._buffer = _Buffer()
         self._allowed = 0
         self._pulling = 0
+        self._closed = False
         self._more = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -133,6 +143,11 @@ class _Async:
                 buffer.items.append(item)
                 self._pulling = 0
                 buffer.arrived.set()
+        except asyncio.CancelledError as error:
+            if self._closed:
+                raise
+            # What the source waited for was cancelled: that must not pass as the end of the items.
+            buffer.error = _broken_off(error)
         except Exception as error:
             buffer.error = error
         finally:
@@ -140,6 +155,7 @@ class _Async:
             buffer.arrived.set()
 
     async def close(self) -> None:
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -188,8 +204,7 @@ class _Blocking:
             buffer.error = error
         except BaseException as error:
             # SystemExit and the like must not pass as the end of the items.
-            buffer.error = RuntimeError(f"the items ended with {error!r}")
-            buffer.error.__cause__ = error
+            buffer.error = _broken_off(error)
         finally:
             buffer.ended = True
             self._wake(loop)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from reltrace._errors import TraceError, invalid, with_item
+from reltrace._errors import InvalidArgument, TraceError, invalid, with_item
 from reltrace._origin import Provenance, ResolvedTarget, Timings
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ Array: TypeAlias = NDArray[Any]
 
 # Sites without a layer axis: their relevance exists once, not once per layer.
 SITES_WITHOUT_LAYERS = frozenset({"embed"})
+_PER_TOKEN = ("token", "full")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,16 +151,22 @@ class Trace:
             If the reduction summed over the tokens.
         """
         site = self._site(site)
+        # Not told by the shape alone: there may be as many tokens as features.
+        if self.provenance.reduction not in _PER_TOKEN:
+            raise self._no_value_per_token()
         values = self[site]
         ndim = 1 if site in SITES_WITHOUT_LAYERS else 2
         if values.ndim == ndim + 1:
             values = values.sum(axis=-1, dtype=np.float32)
         if values.ndim != ndim or values.shape[-1] != len(self.tokens):
-            raise invalid(
-                "reduce",
-                f'{self.provenance.reduction!r} leaves no value per token; use "token" or "full"',
-            )
+            raise self._no_value_per_token()
         return values
+
+    def _no_value_per_token(self) -> InvalidArgument:
+        return invalid(
+            "reduce",
+            f'{self.provenance.reduction!r} leaves no value per token; use "token" or "full"',
+        )
 
     def plot(
         self,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+import reltrace
+from fake_server import FakeServer
 from reltrace import _loop
 
 
@@ -72,3 +75,44 @@ def test_what_ends_on_the_loops_own_thread_is_not_waited_for() -> None:
     ended.clear()
     loop.finish(end())
     assert ended.is_set()
+
+
+def test_a_forked_child_is_told_to_make_its_own_client(
+    server: FakeServer, client: reltrace.Client
+) -> None:
+    results = client.trace_many(["a"] * 50, max_in_flight=2)
+    assert isinstance(next(results), reltrace.Trace)
+    uses: list[Callable[[], object]] = [lambda: client.trace("b"), lambda: next(results)]
+    for use in uses:
+        assert in_a_child(use) == (
+            "TraceError: this client was made before the process was forked, and its connection is "
+            "the parent's; make a new Client in each process"
+        )
+    assert in_a_child(client.close) == "nothing"
+    # To the parent all of this is nothing.
+    assert len(list(results)) == 49
+    assert client.trace("c").tokens == ["<s>", "c"]
+
+
+def in_a_child(use: Callable[[], object]) -> str:
+    """Do something in a forked child; return what came of it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            # Of the kernel's: a child that hangs does not end by a time of Python's.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            try:
+                use()
+                told = "nothing"
+            except BaseException as error:
+                told = f"{type(error).__name__}: {error}"
+            os.write(writing, told.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as answers:  # noqa: PTH123 - a number, and no path
+        told = answers.read().decode()
+    os.waitpid(child, 0)
+    return told

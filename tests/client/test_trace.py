@@ -72,9 +72,11 @@ def test_by_token() -> None:
     full = make_trace({"resid": (3, 5, 7), "embed": (5, 7)})
     np.testing.assert_allclose(full.by_token(), full.relevance.sum(-1), rtol=1e-6)
     assert full.by_token("embed").shape == (5,)
-    features = make_trace({"resid": (3, 7)}, reduction="feature")
-    with pytest.raises(reltrace.InvalidArgument, match="'feature' leaves no value per token"):
-        features.by_token()
+    # The second has as many features as there are tokens.
+    for shape in ((3, 7), (3, 5)):
+        features = make_trace({"resid": shape}, reduction="feature")
+        with pytest.raises(reltrace.InvalidArgument, match="'feature' leaves no value per token"):
+            features.by_token()
 
 
 def test_a_saved_trace_comes_back(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import reltrace
 from fake_results import LAYERS, failed_chunk, relevance_of
 from fake_server import FakeServer, queue_full, status_with
 from google.rpc import code_pb2
+from reltrace import _many
 from reltrace_proto.v1 import types_pb2
 
 
@@ -50,6 +51,17 @@ def test_results_come_in_order_on_demand(server: FakeServer, client: reltrace.Cl
     assert [trace.id for trace in results] == list(range(40))
 
 
+def test_results_come_in_order_through_a_small_buffer(
+    server: FakeServer, client: reltrace.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every result is above the bound, and the next one may be in any of several streams."""
+    monkeypatch.setattr(_many, "_HELD_BYTES", 1)
+    server.reverse = True
+    results = client.trace_many(prompts(600), ordered=True)
+    assert [trace.id for trace in results] == list(range(600))
+    assert len(server.requests) > 2
+
+
 def test_items_are_mappings_with_ids(server: FakeServer, client: reltrace.Client) -> None:
     items = [
         {"id": "a", "prompt": "one two", "sites": "embed"},
@@ -76,10 +88,11 @@ def test_invalid_items_fail_alone(server: FakeServer, client: reltrace.Client) -
         {"id": "z", "prompt": "fine", "dtype": "int8"},
         17,
         {"id": 1.5, "prompt": "odd id"},
+        {"id": "\ud800", "prompt": "no id that a file holds"},
         "also good",
     ]
     results = list(client.trace_many(items, ordered=True))
-    assert [type(result).__name__ for result in results] == ["Trace"] + ["Failure"] * 6 + ["Trace"]
+    assert [type(result).__name__ for result in results] == ["Trace"] + ["Failure"] * 7 + ["Trace"]
     found = failures(results)
     assert found[1] == "item 1: prompt: must not be empty"
     assert found["x"].startswith("item 'x': prompt: character 1 is a lone surrogate")
@@ -87,6 +100,7 @@ def test_invalid_items_fail_alone(server: FakeServer, client: reltrace.Client) -
     assert found["z"].startswith("item 'z': dtype: must be one of float32")
     assert found[5] == "item 5: item: must be a prompt or a mapping of arguments, not int"
     assert found[6] == "item 6: id: must be text or a whole number, not 1.5"
+    assert found[7].startswith("item 7: id: character 0 is a lone surrogate")
     assert server.jobs_submitted() == 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import reltrace
 from reltrace._batch.disk import UNFINISHED, held, write_whole
 from reltrace._batch.journal import NAME as JOURNAL
-from reltrace._batch.parts import PartFormat
+from reltrace._batch.parts import PartFormat, is_name
 from reltrace._errors import TraceError, invalid
 from reltrace._origin import Provenance
 from reltrace._request import Dtype
@@ -22,10 +22,17 @@ from reltrace._request import Dtype
 MANIFEST = "manifest.json"
 ERRORS = "errors.jsonl"
 _FORMAT = "reltrace-batch-1"
+_LOCK = ".lock"
+# Seconds. A manifest is written in milliseconds; a file system that is shared may be slow.
+_PATIENCE = 30.0
 _SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 
 # What may not change between the traces of one batch.
 _SAME = ("model", "revision", "rule", "reduction", "dtype")
+
+
+class OtherOrigin(TraceError):  # noqa: N818 - like its siblings
+    """A trace was made otherwise than those before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +98,14 @@ class Folder:
         TraceError
             If another does, or the folder can not be used.
         """
-        busy = f"another `reltrace batch` writes to {self.own}; stop it, or choose another folder"
-        return held(self.own, ".lock", "out", busy)
+        return held(self.own, _LOCK, "out", _busy(self.own))
+
+    def _manifest_held(self) -> AbstractContextManager[None]:
+        """Hold what several machines share, while it is read and written."""
+        if self.own == self.root:
+            # By `held`, and by whoever has it, for as long as a run lasts.
+            return nullcontext()
+        return held(self.root, _LOCK, "out", _busy(self.root), patience=_PATIENCE)
 
     def enter(self, settings: Settings, input_name: str) -> None:
         """Write the manifest, or check that the one that is there has the same settings.
@@ -102,12 +115,16 @@ class Folder:
         InvalidArgument
             If the folder holds something else, or a batch with other settings.
         """
+        with self._manifest_held():
+            self._enter(settings, input_name)
+
+    def _enter(self, settings: Settings, input_name: str) -> None:
         path = self.root / MANIFEST
         if not path.exists():
             strangers = [
                 entry.name
                 for entry in self.own.iterdir()
-                if entry.name != ".lock" and not entry.name.endswith(UNFINISHED)
+                if entry.name != _LOCK and not entry.name.endswith(UNFINISHED)
             ]
             if strangers:
                 raise invalid(
@@ -142,24 +159,35 @@ class Folder:
 
         Raises
         ------
-        TraceError
+        OtherOrigin
             If the server's model is another one by now.
         """
-        manifest = read_manifest(self.root)
-        known = manifest["provenance"]
+        known = read_manifest(self.root)["provenance"]
         if known is None:
-            manifest["provenance"] = {
-                **asdict(provenance), "versions": dict(provenance.versions)
-            }  # fmt: skip
-            write_whole(self.root / MANIFEST, [_json(manifest)])
-            return
+            known = self._begin_with(provenance)
         check_same(known, provenance)
 
+    def _begin_with(self, provenance: Provenance) -> dict[str, Any]:
+        """Note how the traces are made, unless another machine has; return what is noted."""
+        with self._manifest_held():
+            manifest = read_manifest(self.root)
+            if manifest["provenance"] is None:
+                versions = dict(provenance.versions)
+                manifest["provenance"] = {**asdict(provenance), "versions": versions}
+                write_whole(self.root / MANIFEST, [_json(manifest)])
+            known: dict[str, Any] = manifest["provenance"]
+            return known
+
     def clean(self, parts: set[str]) -> None:
-        """Remove what a crash left: unfinished files, and traces that were not committed."""
+        """Remove what a crash left: unfinished files, and traces that were not committed.
+
+        What a batch does not write is somebody else's, whatever it is called.
+        """
         for entry in self.own.iterdir():
-            stray = entry.name.startswith("part-") and entry.name not in parts
-            if entry.name.endswith(UNFINISHED) or stray:
+            name = entry.name.removesuffix(UNFINISHED)
+            unfinished = name != entry.name
+            ours = is_name(name) or (unfinished and name in (MANIFEST, ERRORS))
+            if ours and entry.name not in parts and entry.is_file():
                 entry.unlink()
 
 
@@ -168,12 +196,12 @@ def check_same(known: dict[str, Any], provenance: Provenance) -> None:
 
     Raises
     ------
-    TraceError
+    OtherOrigin
         If not; versions and devices may differ, and each trace names its own.
     """
     for name in _SAME:
         if known[name] != getattr(provenance, name):
-            raise TraceError(
+            raise OtherOrigin(
                 f"the server's {name} is {getattr(provenance, name)!r}; this batch was begun with "
                 f"{known[name]!r}, and mixes nothing: use another folder"
             )
@@ -208,5 +236,11 @@ def folders_of(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def _busy(folder: Path) -> str:
+    return f"another `reltrace batch` writes to {folder}; stop it, or choose another folder"
+
+
 def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    # The name of a file may be no UTF-8; JSON escapes what stands for such a byte in it.
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return text.encode(errors="backslashreplace") + b"\n"

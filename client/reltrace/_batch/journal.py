@@ -18,6 +18,8 @@ from reltrace._batch.disk import append_durably, cut
 from reltrace._errors import InvalidArgument, TraceError, invalid
 
 NAME = "journal.jsonl"
+# Of a failed prompt, besides its texts.
+_FAILED_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,14 @@ class Failed:
     def final(self) -> bool:
         """Whether the prompt itself is wrong: another try would end the same way."""
         return self.error == InvalidArgument.__name__
+
+    @property
+    def bytes(self) -> int:
+        """About what is held of it."""
+        texts = [str(self.id), self.message]
+        for violation in self.violations:
+            texts += violation.values()
+        return _FAILED_BYTES + sum(map(len, texts))
 
     @classmethod
     def of(cls, index: int, line: int, name: str | int, error: TraceError) -> Failed:
@@ -96,7 +106,7 @@ class Commit:
 
     def to_line(self) -> bytes:
         """Return the line."""
-        return json.dumps(asdict(self), ensure_ascii=False).encode() + b"\n"
+        return json_line(asdict(self))
 
     @classmethod
     def from_line(cls, line: bytes) -> Commit:
@@ -116,6 +126,15 @@ class Commit:
             read=row["read"],
             digest=row["digest"],
         )
+
+
+def json_line(value: dict[str, Any]) -> bytes:
+    """Return a line of JSON.
+
+    A lone surrogate, which a message quotes where an input has one, is no UTF-8: it is escaped as
+    JSON does it.
+    """
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def ranges(indices: Iterable[int]) -> list[tuple[int, int]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 
@@ -17,6 +18,13 @@ from reltrace._trace import Array, Trace
 
 PartFormat: TypeAlias = Literal["safetensors", "parquet"]
 _FORMAT = "reltrace-batch-part-1"
+_NAME = re.compile(rf"part-\d{{6,}}\.(?:{'|'.join(get_args(PartFormat))})")
+
+# Of the head of a safetensors file, which holds tokens, ids and names of tensors. The format allows
+# 100 MB; there is more in it than the traces.
+MOST_HEAD_BYTES = 90_000_000
+# Of a tensor in the head, besides its name: type, shape and place.
+_ENTRY_BYTES = 160
 
 
 class Part(Protocol):
@@ -37,8 +45,34 @@ def number_of(name: str) -> int:
     return int(name.removeprefix("part-").partition(".")[0])
 
 
+def is_name(name: str) -> bool:
+    """Tell whether `name_of` gives such a name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def head_bytes(trace: Trace) -> int:
+    """Return how many bytes a trace takes in the head of a safetensors file, at most."""
+    place = place_of(trace)
+    described = {**describe(trace), **place}
+    # Many traces share one.
+    del described["provenance"]
+    # JSON within JSON.
+    about = json.dumps(json.dumps(described))
+    names = [] if place else [
+        f"{site}/{part}" for site, parts in trace.arrays.items() for part in parts
+    ]  # fmt: skip
+    # Each name is there twice: of the tensor, and in the order of the sites.
+    return len(about) + _ENTRY_BYTES * (1 + len(names)) + 2 * sum(map(len, names))
+
+
 def write(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
-    """Write traces, each with the index of its prompt, to an unfinished file; nothing is synced."""
+    """Write traces, each with the index of its prompt, to an unfinished file; nothing is synced.
+
+    Raises
+    ------
+    OSError
+        If it can not be written.
+    """
     target = path.name.removesuffix(UNFINISHED)
     (_write_parquet if target.endswith(".parquet") else _write_safetensors)(path, rows)
 

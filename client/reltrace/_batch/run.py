@@ -16,9 +16,10 @@ from reltrace._batch import parts
 from reltrace._batch.folder import Folder, Settings
 from reltrace._batch.items import Fingerprint, InputFormat, Item, read_items
 from reltrace._batch.journal import Done, Failed, Journal
+from reltrace._batch.own import check_own
 from reltrace._batch.writer import Traced, Writer, write_errors
 from reltrace._client import Client
-from reltrace._errors import invalid
+from reltrace._errors import InvalidArgument, invalid
 from reltrace._trace import Failure, Trace
 
 _SPOOL_BYTES = 64 * 1024 * 1024
@@ -128,8 +129,9 @@ class Run:
         # Shared by the thread that reads prompts and the one that writes.
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
-        # Prompts on their way: what the file calls them, and where they are in it.
-        self._named: dict[int, tuple[str | int, int]] = {}
+        # Prompts on their way: what the file calls them, where they are in it, and whether they
+        # say themselves which model.
+        self._named: dict[int, tuple[str | int, int, bool]] = {}
         self._new = 0
 
     def run(self, target: Any) -> Summary:
@@ -231,11 +233,11 @@ class Run:
         index = result[0].id if isinstance(result, list) else result.id
         assert isinstance(index, int)
         with self._lock:
-            name, line = self._named.pop(index)
+            name, line, own_model = self._named.pop(index)
         if isinstance(result, Failure):
             return Failed.of(index, line, name, result.reason)
         traces = result if isinstance(result, list) else [result]
-        return Traced(index, tuple(replace(trace, id=name) for trace in traces))
+        return Traced(index, line, tuple(replace(trace, id=name) for trace in traces), own_model)
 
     def _wanted(self, writer: Writer) -> Iterator[dict[str, Any]]:
         """Read the input; return the prompts that are this machine's and not done."""
@@ -250,18 +252,26 @@ class Run:
                     continue
                 if not self._done.wants(item.index, retry_failed=self._options.retry_failed):
                     continue
-                if item.fault is not None:
-                    self._refuse(item, writer)
+                fault = item.fault or self._own_fault(item)
+                if fault is not None:
+                    self._refuse(item, fault, writer)
                     continue
                 with self._lock:
-                    self._named[item.index] = (item.id, item.line)
+                    own_model = "model" in item.arguments
+                    self._named[item.index] = (item.id, item.line, own_model)
                 yield {**item.arguments, "id": item.index}
 
-    def _refuse(self, item: Item, writer: Writer) -> None:
-        """Note a prompt that is none; the input is the same, so once is enough."""
-        assert item.fault is not None
+    def _own_fault(self, item: Item) -> InvalidArgument | None:
+        try:
+            check_own(item.arguments, self._settings)
+        except InvalidArgument as fault:
+            return fault
+        return None
+
+    def _refuse(self, item: Item, fault: InvalidArgument, writer: Writer) -> None:
+        """Note a prompt that is none here; the input is the same, so once is enough."""
         if not self._done.failed_before(item.index):
-            writer.put(Failed.of(item.index, item.line, item.id, item.fault))
+            writer.put(Failed.of(item.index, item.line, item.id, fault))
             self._new += 1
             self._watcher.result(failed=True)
 

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 
 from reltrace._batch import parts
-from reltrace._batch.disk import UNFINISHED, append_durably, finish, write_whole
-from reltrace._batch.folder import ERRORS, Folder
-from reltrace._batch.journal import Commit, Failed, Journal, ranges
+from reltrace._batch.disk import UNFINISHED, append_durably, finish, named, write_whole
+from reltrace._batch.folder import ERRORS, Folder, OtherOrigin
+from reltrace._batch.journal import Commit, Failed, Journal, json_line, ranges
+from reltrace._errors import TraceError, invalid
 from reltrace._stored import StoredArrays
 from reltrace._trace import Trace
 
 # Of results that wait to be written: more of them make the reader wait.
 _WAITING_BYTES = 64 * 1024 * 1024
-# Of one part, and of failures in one line of the journal.
+# Of one part and the failures beside it, and of failures in one line of the journal.
 _PART_BYTES = 64 * 1024 * 1024
 _FAILURES = 1024
-# About what is held of a trace whose tensors stay in a store.
-_PLACE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A prompt and its traces."""
+    """A prompt and its traces.
+
+    Attributes
+    ----------
+    index, line : int
+        Its place among the prompts, from 0, and in the file, from 1.
+    traces : tuple of Trace
+        At least one.
+    own_model : bool
+        The prompt said itself which model.
+    head : int
+        Bytes of what describes the traces, which a safetensors file has in its head.
+    bytes : int
+        Of all that is kept of them.
+    """
 
     index: int
+    line: int
     traces: tuple[Trace, ...]
+    own_model: bool = False
+    head: int = field(init=False)
+    bytes: int = field(init=False)
 
-    @property
-    def bytes(self) -> int:
-        """Size of what is kept of them: the tensors, or where these are."""
-        return sum(
-            _PLACE_BYTES
-            if isinstance(trace.arrays, StoredArrays)
-            else sum(array.nbytes for parts in trace.arrays.values() for array in parts.values())
-            for trace in self.traces
-        )
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head", sum(map(parts.head_bytes, self.traces)))
+        arrays = sum(map(_array_bytes, self.traces))
+        object.__setattr__(self, "bytes", self.head + arrays)
+
+
+def _array_bytes(trace: Trace) -> int:
+    if isinstance(trace.arrays, StoredArrays):
+        # They stay where they are.
+        return 0
+    return sum(array.nbytes for parts in trace.arrays.values() for array in parts.values())
 
 
 class Writer:
@@ -89,7 +107,7 @@ class Writer:
         # Only the thread's own.
         self._traced: list[Traced] = []
         self._failed: list[Failed] = []
-        self._traces = self._bytes = 0
+        self._traces = self._bytes = self._head = 0
         self._oldest = 0.0
         self._origins: set[int] = set()
         self._thread = threading.Thread(target=self._run, name="reltrace-batch-writer")
@@ -103,7 +121,7 @@ class Writer:
         Exception
             What made an earlier commit fail.
         """
-        size = result.bytes if isinstance(result, Traced) else 0
+        size = result.bytes
         with self._changed:
             self._changed.wait_for(
                 lambda: self._error or not self._waiting_bytes
@@ -135,12 +153,12 @@ class Writer:
             while True:
                 taken, last = self._take()
                 for result in taken:
+                    if self._has_no_room(result):
+                        self._commit()
                     self._collect(result)
                     if self._full():
                         self._commit()
-                if last or (
-                    self._pending() and time.monotonic() - self._oldest >= self._most_seconds
-                ):
+                if last or self._is_time():
                     self._commit()
                 if last:
                     return
@@ -175,20 +193,52 @@ class Writer:
             or len(self._failed) >= _FAILURES
         )
 
+    def _has_no_room(self, result: Traced | Failed) -> bool:
+        """Tell whether the part would be too large with one more: its head has a limit."""
+        most = parts.MOST_HEAD_BYTES
+        return isinstance(result, Traced) and self._head + result.head > most >= result.head
+
     def _collect(self, result: Traced | Failed) -> None:
         if not self._pending():
             self._oldest = time.monotonic()
         if isinstance(result, Failed):
             self._failed.append(result)
+            self._bytes += result.bytes
+            return
+        if self._format == "safetensors" and result.head > parts.MOST_HEAD_BYTES:
+            several = len(result.traces) > 1
+            error = invalid(
+                "target" if several else "prompt",
+                f"the tokens and ids of its {len(result.traces)} traces take {result.head} bytes, "
+                f"and the head of a safetensors file at most {parts.MOST_HEAD_BYTES}; "
+                f"{'trace fewer targets of it, or ' if several else ''}use --format parquet",
+            )
+            self._fail(result, error)
             return
         for trace in result.traces:
             # Thousands of traces share the object that says where they come from.
-            if id(trace.provenance) not in self._origins:
+            if id(trace.provenance) in self._origins:
+                continue
+            try:
                 self._folder.check_origin(trace.provenance)
-                self._origins.add(id(trace.provenance))
+            except OtherOrigin as error:
+                if not result.own_model:
+                    raise
+                self._fail(result, invalid("model", f"this prompt has its own: {error}"))
+                return
+            self._origins.add(id(trace.provenance))
         self._traced.append(result)
         self._traces += len(result.traces)
         self._bytes += result.bytes
+        self._head += result.head
+
+    def _fail(self, result: Traced, error: TraceError) -> None:
+        """Take a prompt for a failed one whose traces this folder can not hold."""
+        name = result.traces[0].id
+        assert name is not None
+        failed = Failed.of(result.index, result.line, name, error)
+        self._failed.append(failed)
+        self._bytes += failed.bytes
 
     def _commit(self) -> None:
         """Make the collected results durable: the traces first, then the line that names them."""
@@ -213,16 +263,17 @@ class Writer:
         if traced:
             self._number += 1
         self._traced, self._failed = [], []
-        self._traces = self._bytes = 0
+        self._traces = self._bytes = self._head = 0
         # What is gone may have made room for another object with its number.
         self._origins.clear()
 
     def _write_part(self, traced: list[Traced]) -> str:
         path = self._folder.own / parts.name_of(self._number, self._format)
         unfinished = path.with_name(path.name + UNFINISHED)
-        parts.write(unfinished, [(one.index, trace) for one in traced for trace in one.traces])
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
+        with named(unfinished):
+            parts.write(unfinished, [(one.index, trace) for one in traced for trace in one.traces])
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
         finish(unfinished, path)
         return path.name
 
@@ -239,4 +290,4 @@ def write_errors(folder: Folder, failed: Iterable[Failed]) -> None:
 
 def error_line(failed: Failed) -> bytes:
     """Return a line of JSON."""
-    return json.dumps(asdict(failed), ensure_ascii=False).encode() + b"\n"
+    return json_line(asdict(failed))

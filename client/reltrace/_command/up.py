@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -73,10 +75,18 @@ def up(
         start_timeout=start_timeout,
     )
 
-    def report(line: str) -> None:
-        print(f"reltrace up: {line}", file=sys.stderr, flush=True)
-
     def announce(ready: service.Ready) -> None:
         print(json.dumps(asdict(ready)) if as_json else ready, flush=True)
 
-    asyncio.run(service.up(options, announce=announce, report=report))
+    asyncio.run(service.up(options, announce=announce, report=_report))
+
+
+def _report(line: str) -> None:
+    """Tell people, if anybody reads: the service is kept running, and ended in order, either way.
+
+    Whoever read may be gone (a closed terminal, `2>&1 | head`), or its disk full.
+    """
+    # Not `print`: what its buffer could not write would be an error once more, at exit.
+    with suppress(OSError, ValueError):
+        # ValueError: the stream has been closed.
+        os.write(sys.stderr.fileno(), f"reltrace up: {line}\n".encode(errors="backslashreplace"))

@@ -134,7 +134,7 @@ async def up(
     announce : callable
         Takes what serves jobs, once it does.
     report : callable
-        Takes messages on the way.
+        Takes messages on the way; raises nothing.
 
     Raises
     ------

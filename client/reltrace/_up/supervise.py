@@ -82,7 +82,7 @@ class Part:
     logs : Path
         Folder of the log file.
     report : callable
-        Takes messages for people.
+        Takes messages for people; raises nothing.
     own_error : str
         How the part's own one-line errors begin: before the service has been up, one of these
         ends the attempts, since trying again would end the same way.
@@ -198,7 +198,8 @@ class Part:
         if process is not None and process.returncode is None:
             self._signal(signal.SIGTERM)
             try:
-                await asyncio.wait_for(process.wait(), grace)
+                async with asyncio.timeout(grace):
+                    await process.wait()
             except TimeoutError:
                 self._report(f"{self.name} has not ended after {grace:g} s: killing it")
                 self.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from batch.conftest import Seen
 from fake_results import failed_chunk, relevance_of
 from fake_server import FakeServer, status_with
 from google.rpc import code_pb2
+from reltrace._batch import parts, writer
+from reltrace._batch.journal import Failed
 from reltrace._batch.run import Summary
 from reltrace_proto.v1 import types_pb2
 from waiting import wait_until
@@ -172,6 +175,59 @@ def test_ids_and_several_targets(batch: Batch, tmp_path: Path) -> None:
         assert (first.target, first.provenance, first.tokens) == (
             second.target, second.provenance, second.tokens,
         )  # fmt: skip
+
+
+def test_lines_that_the_folder_can_not_hold_fail_alone(batch: Batch, tmp_path: Path) -> None:
+    own = {"rule": "lrp", "reduce": "full", "model": "other", "dtype": "float16", "sites": "embed"}
+    lines = [json.dumps({"prompt": LINES[0]})]
+    lines += [json.dumps({"prompt": LINES[0], name: value}) for name, value in own.items()]
+    lines += [json.dumps({"prompt": LINES[0], "rule": "attnlrp", "sites": "resid"})]
+    for part_format, failing in (("safetensors", 3), ("parquet", 5)):
+        given = {"input_format": "jsonl", "format": part_format, "model": "fake"}
+        for _ in range(2):
+            summary = batch(lines, out=part_format, **given)
+            assert (summary.traced, summary.failed) == (7 - failing, failing)
+        loaded = reltrace.load_batch(tmp_path / part_format)
+        assert (("embed",) in {trace.sites for trace in loaded}) == (part_format == "safetensors")
+        fields = [error.violations[0]["field"] for error in loaded.errors]
+        assert fields == list(own)[:failing]
+        assert loaded.errors[0].error == "InvalidArgument"
+        assert loaded.errors[0].message == (
+            "rule: is 'lrp' for this prompt, and the folder holds traces with rule 'attnlrp' only; "
+            "leave it out, or trace the prompt into another folder"
+        )
+
+
+def test_an_own_model_that_is_not_the_folders_fails_alone(batch: Batch, tmp_path: Path) -> None:
+    """Where the batch names none: only the trace tells whether it is the one that is served."""
+    lines = [json.dumps({"prompt": line}) for line in LINES[:3]]
+    lines += [json.dumps({"prompt": LINES[3], "model": name}) for name in ("fake", "other")]
+    assert batch(lines[:1], input_format="jsonl").traced == 1
+    for _ in range(2):
+        summary = batch(lines, input_format="jsonl")
+        assert (summary.traced, summary.failed) == (4, 1)
+    (error,) = reltrace.load_batch(tmp_path / "out").errors
+    assert (error.index, error.line, error.error) == (4, 5, "InvalidArgument")
+    assert "model: this prompt has its own: the server's model is 'other'" in error.message
+
+
+def test_lone_surrogates_fail_alone(batch: Batch, tmp_path: Path) -> None:
+    lines = [
+        '"one"',
+        r'{"id": "\ud83d", "prompt": "two"}',
+        r'{"\ud83d": 1, "prompt": "three"}',
+        r'{"id": "\ud83d", "prompt": ""}',
+    ]
+    for part_format in ("safetensors", "parquet"):
+        for _ in range(2):
+            summary = batch(lines, out=part_format, input_format="jsonl", format=part_format)
+            assert (summary.traced, summary.failed) == (1, 3)
+        messages = [error.message for error in reltrace.load_batch(tmp_path / part_format).errors]
+        surrogate = r"id: character 0 is a lone surrogate ('\ud83d'), which no UTF-8 text holds"
+        assert (messages[0], messages[2]) == (surrogate, surrogate)
+        assert messages[1].startswith("\ud83d: is not an argument of trace()")
+        rows = (tmp_path / part_format / "errors.jsonl").read_text().splitlines()
+        assert [json.loads(row)["message"] for row in rows] == messages
 
 
 def test_other_settings_are_refused(batch: Batch) -> None:
@@ -386,6 +442,88 @@ def test_a_full_disk_ends_the_run(
         batch(LINES * 20, part_traces=2)
     monkeypatch.undo()
     assert batch(LINES * 20).traced == 800
+
+
+@pytest.mark.parametrize("part_format", ["safetensors", "parquet"])
+def test_a_full_disk_is_told_with_the_file(batch: Batch, tmp_path: Path, part_format: str) -> None:
+    full = tmp_path / "out" / f"part-000000.{part_format}.unfinished"
+    full.parent.mkdir()
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        batch(LINES, format=part_format)
+    assert str(full) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    full.unlink(missing_ok=True)
+    assert batch(LINES, format=part_format).traced == 40
+
+
+def test_what_describes_the_traces_fills_a_part_too(
+    batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a small limit of what the head of a file may hold, and a prompt whose traces pass it
+    I expect files below the limit, and this prompt to fail alone.
+    """
+    monkeypatch.setattr(parts, "MOST_HEAD_BYTES", 20_000)
+    lines = [json.dumps({"prompt": line}) for line in LINES]
+    lines[7] = json.dumps({"prompt": LINES[7], "target": ["x"] * 60})
+    for _ in range(2):
+        summary = batch(lines, input_format="jsonl")
+        assert (summary.traced, summary.failed) == (39, 1)
+    check(tmp_path / "out", LINES, without={7})
+    (error,) = reltrace.load_batch(tmp_path / "out").errors
+    assert re.fullmatch(
+        r"target: the tokens and ids of its 60 traces take \d+ bytes, and the head of a "
+        "safetensors file at most 20000; trace fewer targets of it, or use --format parquet",
+        error.message,
+    )
+    files = sorted((tmp_path / "out").glob("part-*"))
+    assert len(files) > 1
+    for path in files:
+        assert head_of(path) < 20_000
+    assert max(map(head_of, files)) > 10_000
+    summary = batch(lines, out="parquet", input_format="jsonl", format="parquet")
+    assert (summary.traced, summary.failed) == (40, 0)
+
+
+def head_of(path: Path) -> int:
+    """Return the size of the head of a safetensors file."""
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+def test_failures_that_wait_have_a_bound(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_WAITING_BYTES", 20_000)
+    waiting = []
+    put = writer.Writer.put
+
+    def watched(self: writer.Writer, result: writer.Traced | Failed) -> None:
+        put(self, result)
+        waiting.append((self._waiting_bytes, len(self._waiting)))
+
+    monkeypatch.setattr(writer.Writer, "put", watched)
+    assert batch(["{"] * 2000, input_format="jsonl").failed == 2000
+    assert len(waiting) == 2000
+    assert 0 < max(size for size, _ in waiting) <= 20_000
+    assert max(count for _, count in waiting) < 20
+
+
+def test_what_a_batch_does_not_write_is_left_alone(batch: Batch, tmp_path: Path) -> None:
+    batch(LINES, limit=10)
+    out = tmp_path / "out"
+    theirs = ["part-notes.txt", "part-7.safetensors", "part-000099.txt", "thesis.tex.unfinished"]
+    ours = [
+        "part-000099.safetensors", "part-000098.parquet", "part-000097.safetensors.unfinished",
+        "manifest.json.unfinished", "errors.jsonl.unfinished",
+    ]  # fmt: skip
+    for name in (*theirs, *ours):
+        (out / name).touch()
+    (out / "part-000096.safetensors").mkdir()
+    batch(LINES)
+    check(out, LINES)
+    left = {path.name for path in out.iterdir()}
+    assert left >= {*theirs, "part-000096.safetensors"}
+    assert not left & set(ours)
 
 
 def test_what_has_come_is_durable_after_some_seconds(

@@ -103,10 +103,12 @@ def test_without_matplotlib_the_error_says_what_to_install(
 def test_a_site_or_reduction_without_tokens(tmp_path: Path) -> None:
     with pytest.raises(reltrace.InvalidArgument, match="'head' was not requested"):
         make_trace().plot(tmp_path / "a.png", site="head")
-    trace = make_trace({"resid": (3, 7)}, reduction="feature")
-    for name in ("a.png", "a.html"):
-        with pytest.raises(reltrace.InvalidArgument, match="no value per token"):
-            trace.plot(tmp_path / name)
+    # The second has as many features as there are tokens.
+    for shape in ((3, 7), (3, 5)):
+        trace = make_trace({"resid": shape}, reduction="feature")
+        for name in ("a.png", "a.html"):
+            with pytest.raises(reltrace.InvalidArgument, match="no value per token"):
+                trace.plot(tmp_path / name)
     assert "Strongest entries of site resid" in trace._repr_html_()
 
 

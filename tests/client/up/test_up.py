@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reltrace
@@ -24,11 +25,20 @@ SECONDS = 20.0
 class Up:
     """One `reltrace up`."""
 
-    def __init__(self, folder: Path, *options: str, **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        stderr: int = subprocess.PIPE,
+        closed: bool = False,
+        **environment: str,
+    ) -> None:
         self.events_file = folder / "events"
         self.events_file.touch()
         self.data = folder / "data"
-        command = [sys.executable, "-c", "from reltrace._command.app import main; main()", "up"]
+        close = "import sys; sys.stderr.close(); " if closed else ""
+        program = f"{close}from reltrace._command.app import main; main()"
+        command = [sys.executable, "-c", program, "up"]
         self.process = subprocess.Popen(
             [*command, "--port", "0", "--data", str(self.data), *options],
             env={
@@ -40,7 +50,7 @@ class Up:
                 **environment,
             },
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             # Of its own, so that a test may signal the group as a terminal does.
             start_new_session=True,
@@ -69,8 +79,8 @@ class Up:
 def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
     with ExitStack() as stack:
 
-        def start(*options: str, **environment: str) -> Up:
-            running = Up(tmp_path, *options, **environment)
+        def start(*options: str, **given: Any) -> Up:
+            running = Up(tmp_path, *options, **given)
             stack.callback(running.process.communicate)
             stack.callback(running.process.kill)
             return running
@@ -143,6 +153,30 @@ def test_a_part_that_dies_is_started_again(start: Callable[..., Up]) -> None:
         assert line.startswith(f"reltrace up: {part}")
         watch_until(lambda part=part: len(up.started(part)) == 2, up.events_file)
     assert up.end()[0] == 0
+
+
+@pytest.mark.parametrize("reader", ["gone", "full disk", "none"])
+def test_it_goes_on_where_nobody_reads(start: Callable[..., Up], reader: str) -> None:
+    """
+    Given nobody who takes what is said on standard error
+    I expect a part that dies to be started again, and all to be ended in order.
+    """
+    reading, writing = os.pipe()
+    with Path("/dev/full").open("w") as full:
+        stderr = full.fileno() if reader == "full disk" else writing
+        up = start(stderr=stderr, closed=reader == "none")
+    os.close(writing)
+    try:
+        up.ready()
+    finally:
+        os.close(reading)
+    (pid,) = up.started("worker")
+    os.kill(pid, signal.SIGKILL)
+    watch_until(lambda: len(up.started("worker")) == 2, up.events_file)
+    assert up.end()[0] == 0
+    # The new worker may have been too young to say that it was asked to end.
+    assert [part for part, event, _ in up.events() if event == "stop"][-1] == "scheduler"
+    wait_for_end(*(pid for _, _, pid in up.events()))
 
 
 def watch_until(condition: Callable[[], bool], path: Path) -> None:
