@@ -96,6 +96,7 @@ def children(process: Process, module: str) -> list[psutil.Process]:
     return [child for child in found if any(module in part for part in child.cmdline())]
 
 
+@pytest.mark.slow
 def test_up_outlives_its_parts_and_takes_them_along(start: Start, tmp_path: Path) -> None:
     options = ("--port", "0", "--data", str(tmp_path / "data"))
     service = start("reltrace", "up", *options, RELTRACE_LEASE=str(LEASE))
@@ -124,6 +125,7 @@ def test_up_outlives_its_parts_and_takes_them_along(start: Start, tmp_path: Path
     assert not alive
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_asked_to_stop_hands_its_jobs_back(
     start: Start, tmp_path: Path, slow_model: Path
 ) -> None:

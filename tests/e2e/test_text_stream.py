@@ -141,6 +141,7 @@ def test_a_text_that_nobody_reads_along_with_is_not_drafted(service: Service) ->
     assert not any(message.drafts for message in results)
 
 
+@pytest.mark.slow
 def test_reader_and_worker_go_on_when_their_scheduler_dies(
     start: Callable[..., Process], tmp_path: Path, model: tuple[str, ...]
 ) -> None:
