@@ -170,9 +170,9 @@ async def _abort(
     )
 
 
-# gRPC drops a status of more than 16 KiB, and says that the server had no room. The message is
-# in it twice, once with three bytes for each that is not ASCII.
-_MOST_MESSAGE, _MOST_DETAILS = 1024, 6144
+# gRPC drops a status of more than 16 KiB, and by chance one of more than 8 KiB, and says that the
+# server had no room. The message is in it twice, once with three bytes for each that is not ASCII.
+_MOST_MESSAGE, _MOST_DESCRIPTION, _MOST_DETAILS = 640, 1024, 4096
 
 
 def _details(error: SchedulerError) -> Status:
@@ -184,7 +184,7 @@ def _details(error: SchedulerError) -> Status:
     if error.violations:
         bad, room = BadRequest(), _MOST_DETAILS
         for violation in error.violations:
-            description = _cut(violation.description, _MOST_MESSAGE)
+            description = _cut(violation.description, _MOST_DESCRIPTION)
             room -= len(violation.field.encode()) + len(description.encode()) + 8
             if room < 0 and bad.field_violations:
                 break
