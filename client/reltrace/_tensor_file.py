@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from reltrace._batch.disk import named
 from reltrace._trace import Array
 
 _DTYPES = {
@@ -58,17 +59,14 @@ def write_tensors(
         }
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % _ALIGNED)
-    try:
-        with path.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for _, array in order:
-                little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-                file.write(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    with named(path), path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for _, array in order:
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            file.write(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def replace_tensors(

@@ -18,7 +18,7 @@ from reltrace_scheduler.errors import (
 from reltrace_scheduler.metrics.counts import Counts
 from reltrace_scheduler.models import ModelCache
 from reltrace_scheduler.store.drafts import PAGE, START
-from reltrace_scheduler.store.keys import submission_of
+from reltrace_scheduler.store.keys import job_ids, submission_of
 from reltrace_scheduler.store.queue import digest
 from reltrace_scheduler.store.records import Priority, StoredDraft, Submission
 from reltrace_scheduler.store.results import Progress
@@ -171,12 +171,12 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             )
         if request.submission_id:
             progress = await self._progress(request.submission_id)
-            job_ids = [f"{request.submission_id}-{index}" for index in range(progress.jobs)]
+            ids = job_ids(request.submission_id, progress.jobs)
         else:
             check_job_ids(request.job_ids)
             found = await self._store.jobs(request.job_ids, tenant=current().tenant)
-            job_ids = [job.job_id for job in found if job]
-        endings = [cancelled(job_id) for job_id in job_ids]
+            ids = [job.job_id for job in found if job]
+        endings = [cancelled(job_id) for job_id in ids]
         ended = await end(self._store, self._counts, endings)
         return trace_pb2.CancelJobsResponse(cancelled=ended)
 

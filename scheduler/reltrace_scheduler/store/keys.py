@@ -239,6 +239,11 @@ def submission_of(job_id: str) -> str:
     return job_id.rpartition("-")[0]
 
 
+def job_ids(submission: str, jobs: int) -> list[str]:
+    """Return the ids of a submission's jobs, in the order in which they were submitted."""
+    return [f"{submission}-{index}" for index in range(jobs)]
+
+
 def submission_id(random: str, shard: int) -> str:
     """Return the id of a submission: all its jobs and results are in one shard."""
     return f"{random}.{shard}" if shard else random

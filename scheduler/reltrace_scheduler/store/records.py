@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from reltrace_scheduler.store.keys import job_ids
+
 
 class Priority(StrEnum):
     """Of a submission; also the class of the queues that its jobs start in."""
@@ -36,7 +38,7 @@ class Submission:
     @property
     def job_ids(self) -> list[str]:
         """Ids of the jobs, in the order in which they were submitted."""
-        return [f"{self.id}-{index}" for index in range(self.jobs)]
+        return job_ids(self.id, self.jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ class Abandoned:
     @property
     def job_ids(self) -> list[str]:
         """Ids of all of its jobs, also of those that have ended."""
-        return [f"{self.submission}-{index}" for index in range(self.jobs)]
+        return job_ids(self.submission, self.jobs)
 
 
 @dataclass(frozen=True, slots=True)

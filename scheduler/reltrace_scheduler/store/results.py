@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.store.keys import Keys
+from reltrace_scheduler.store.queue import milliseconds
 from reltrace_scheduler.store.records import StoredChunk
 from reltrace_scheduler.store.scripts import Scripts
 
@@ -97,7 +98,7 @@ class Results:
                 self._settings.max_unread,
                 _KEY_OUTLIVES_RESULTS,
                 _PAGE,
-                int(self._settings.result_ttl * 1000),
+                milliseconds(self._settings.result_ttl),
             )
             total += int(freed)
             if int(freed) < _PAGE:

@@ -142,7 +142,7 @@ class Upkeep:
         since. Of their submissions those that have results and have not ended: no other ever will.
         """
         since = await self.now() - self._settings.result_ttl
-        full: Any = await self._redis.zrangebyscore(self._keys.full, "-inf", int(since * 1000))
+        full: Any = await self._redis.zrangebyscore(self._keys.full, "-inf", milliseconds(since))
         if not full:
             return []
         found: list[Abandoned] = []

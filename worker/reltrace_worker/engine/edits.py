@@ -20,7 +20,7 @@ from reltrace_worker.engine.sites import SITES, Side, Site, Tap
 from reltrace_worker.jobs import EditSpec
 from reltrace_worker.model.loading import LoadedModel, ModelShape
 
-_MANY_CELLS = 1024
+MANY_CELLS = 1024
 """Of one edit. Edits of fewer are made together, in one step for all jobs."""
 
 
@@ -163,7 +163,7 @@ def _steps(
             # Each once: the gradient of a cell that is written twice would be counted twice.
             features = sorted(set(edit.features))
             columns = [c for f in features for c in site.columns(f, shape, width)]
-            if len(rows) * len(columns) > _MANY_CELLS:
+            if len(rows) * len(columns) > MANY_CELLS:
                 # By rows and columns: an index of every cell would take more than the cells.
                 yield _Step(
                     rows[:, None],

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from reltrace_worker.engine.edits import MANY_CELLS
 from reltrace_worker.engine.reductions import REDUCTIONS, Extent
 from reltrace_worker.engine.sites import SITES
 from reltrace_worker.jobs import PreparedJob
@@ -159,7 +160,8 @@ class MemoryModel:
         for job in jobs:
             rows = len(job.token_ids)
             for edit in job.edits:
-                total += 32 * (rows + len(edit.features) + min(rows * len(edit.features), 1024))
+                columns = len(edit.features)
+                total += 32 * (rows + columns + min(rows * columns, MANY_CELLS))
         if self.window is not None:
             lengths = [len(job.token_ids) for job in jobs]
             total += self.window.need(lengths, 1 if checkpointing else self.window.layers)

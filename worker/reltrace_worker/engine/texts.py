@@ -39,6 +39,7 @@ class Texts:
 
     def __init__(self, loaded: LoadedModel, jobs: Sequence[PreparedJob], plan: Plan) -> None:
         self._loaded = loaded
+        self._vocabulary = Vocabulary(loaded.tokenizer)
         self._plan = plan
         self._texts = [Text(job) for job in jobs]
         self._left = set(range(len(jobs)))
@@ -118,13 +119,12 @@ class Texts:
 
     def _take_out(self, part: Sequence[int]) -> None:
         """Note the outcomes of the texts that are over, and go to the next part after the last."""
-        vocabulary = Vocabulary(self._loaded.tokenizer)
         for job in part:
             text = self._texts[job]
             if job in self._left and text.over:
                 self._left.discard(job)
                 self._outcomes[job] = text.fault or JobResult(
-                    (), (), checkpointing=False, written=text.written(vocabulary)
+                    (), (), checkpointing=False, written=text.written(self._vocabulary)
                 )
         while self._parts and not self._left.intersection(self._parts[0]):
             self._parts.popleft()

@@ -175,9 +175,7 @@ def _store(url: str, name: str, jobs: list[_Tensors]) -> list[Chunks | FailedAtt
             log.warning(
                 "store.failed", job=job.lease.job_id, tenant=job.lease.tenant, error=str(error)
             )
-        return [
-            FailedAttempt(LeaseKey(job.lease.job_id, job.lease.attempt), str(error)) for job in jobs
-        ]
+        return [FailedAttempt(LeaseKey.of(job.lease), str(error)) for job in jobs]
     return [
         iter([stored_chunk(job.lease, job.header, manifest, job.timings)])
         for job, manifest in zip(jobs, manifests, strict=True)

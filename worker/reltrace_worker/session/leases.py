@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
-from reltrace_proto.v1 import worker_pb2
+from reltrace_proto.v1 import types_pb2, worker_pb2
 
 Chunks = Iterator[worker_pb2.LeasedChunk]
 
@@ -19,6 +19,11 @@ class LeaseKey:
 
     job_id: str
     attempt: int
+
+    @classmethod
+    def of(cls, named: worker_pb2.Lease | worker_pb2.LeaseRef | types_pb2.Draft) -> Self:
+        """Return the lease that a message is, or is about."""
+        return cls(named.job_id, named.attempt)
 
 
 @dataclass(frozen=True, slots=True)

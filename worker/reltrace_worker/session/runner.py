@@ -99,7 +99,7 @@ class Runner:
         list of iterators of chunks
             One for each job that is invalid: it has failed already.
         """
-        self._wanted |= {key_of(lease) for lease in leases}
+        self._wanted |= {LeaseKey.of(lease) for lease in leases}
         # A corpus takes its time, and others do not wait for it.
         corpora = [lease for lease in leases if lease.spec.HasField("corpus")]
         others = [lease for lease in leases if not lease.spec.HasField("corpus")]
@@ -117,7 +117,7 @@ class Runner:
         ready, faulty = await loop.run_in_executor(thread, self._prepare, leases)
         # Without what was dropped meanwhile.
         ready = [job for job in ready if job.key in self._wanted]
-        self._wanted -= {key_of(lease) for lease in leases}
+        self._wanted -= {LeaseKey.of(lease) for lease in leases}
         if ready:
             self._turns.add(ready)
             self._order_passes()
@@ -185,7 +185,7 @@ class Runner:
         faulty: list[Chunks] = []
         now = time.monotonic()
         for lease in leases:
-            key = key_of(lease)
+            key = LeaseKey.of(lease)
             if key not in self._wanted:
                 continue
             try:
@@ -348,11 +348,6 @@ class Runner:
             # One job must not cost its neighbours their results.
             log.warning("pass.split", jobs=len(jobs), error=str(error))
             return [result for job in jobs for result in self._run_engine([job])]
-
-
-def key_of(lease: worker_pb2.Lease) -> LeaseKey:
-    """Return the name of a lease."""
-    return LeaseKey(lease.job_id, lease.attempt)
 
 
 def _failure(error: Exception) -> EngineError:

@@ -204,14 +204,14 @@ class Session:
                 )
 
     def _accept(self, leases: list[worker_pb2.Lease]) -> None:
-        keys = {LeaseKey(lease.job_id, lease.attempt) for lease in leases}
+        keys = {LeaseKey.of(lease) for lease in leases}
         if self._draining:
             self._send_release(keys)
             return
         self._held |= keys
         for lease in leases:
             if lease.spec.traceparent:
-                key = LeaseKey(lease.job_id, lease.attempt)
+                key = LeaseKey.of(lease)
                 self._traced[key] = (lease.spec.traceparent, time.monotonic())
         self._window.leased(len(keys))
         self._idle.clear()
@@ -264,9 +264,7 @@ class Session:
     async def _draft(self) -> None:
         while True:
             drafts = [
-                draft
-                for draft in await self._drafts.next()
-                if LeaseKey(draft.job_id, draft.attempt) in self._held
+                draft for draft in await self._drafts.next() if LeaseKey.of(draft) in self._held
             ]
             if drafts and self._takes_drafts:
                 self._send(worker_pb2.WorkRequest(drafts=worker_pb2.Drafts(drafts=drafts)))
@@ -389,7 +387,7 @@ class Session:
             case "committed":
                 self._committed(response.committed.id)
             case "revoked":
-                keys = {LeaseKey(ref.job_id, ref.attempt) for ref in response.revoked.leases}
+                keys = {LeaseKey.of(ref) for ref in response.revoked.leases}
                 log.warning("leases.revoked", jobs=len(keys))
                 self._runner.drop(keys)
                 self._drop(keys)

@@ -121,22 +121,21 @@ local function take(class, tenant, most)
         local job = redis.call("HMGET", key, "attempt", "spec", "queued_at", "state", "entry")
         local waits = job[4] == "QUEUED" and job[5] == entry[1]
         local sub = waits and submission_of(id)
-        if not waits then
-            -- Of a job that is not there, or waits elsewhere.
-            redis.call("XACK", queue, group, entry[1])
-            redis.call("XDEL", queue, entry[1])
-        elseif sub.stored >= max_unread then
-            redis.call("XACK", queue, group, entry[1])
-            redis.call("XDEL", queue, entry[1])
-            redis.call("HDEL", key, "entry")
-            redis.call("RPUSH", prefix .. "parked:" .. sub.id, id)
-            redis.call("ZADD", prefix .. "expiring", "NX", time + tonumber(ARGV[15]), sub.id)
-        else
+        if waits and sub.stored < max_unread then
             local attempt = job[1] + 1
             redis.call("HSET", key, "state", "LEASED", "worker", worker, "attempt", attempt)
             leased[#leased + 1] = {id, attempt, job[2], time - job[3], class, tenant}
             ids[#ids + 1] = id
             taken, cost = taken + 1, cost + #job[2]
+        else
+            -- To be parked; or of a job that is not there, or waits elsewhere.
+            redis.call("XACK", queue, group, entry[1])
+            redis.call("XDEL", queue, entry[1])
+            if waits then
+                redis.call("HDEL", key, "entry")
+                redis.call("RPUSH", prefix .. "parked:" .. sub.id, id)
+                redis.call("ZADD", prefix .. "expiring", "NX", time + tonumber(ARGV[15]), sub.id)
+            end
         end
     end
     return #entries, taken, cost
