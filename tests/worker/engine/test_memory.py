@@ -16,7 +16,8 @@ from reference.checkpoints import RECIPES, save_checkpoint
 from reference.loaded import DEVICE, PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine import engine as engine_module
-from reltrace_worker.engine.memory import Budget, Line, is_out_of_memory, peak_bytes
+from reltrace_worker.engine.budget import Budget, is_out_of_memory
+from reltrace_worker.engine.memory import Line, peak_bytes
 from reltrace_worker.engine.passes import segment_length, trace_checkpointed, trace_keeping
 from reltrace_worker.errors import EngineError
 from reltrace_worker.jobs import EditSpec, JobResult, JobSpec, PreparedJob, TargetSpec

@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from reltrace_worker.engine.atlas import AtlasCapture, Slice
+from reltrace_worker.engine.budget import is_out_of_memory, release
 from reltrace_worker.engine.capture import Capture
 from reltrace_worker.engine.clock import PHASES, PassClock
-from reltrace_worker.engine.memory import MemoryModel, head_size, is_out_of_memory, release
+from reltrace_worker.engine.memory import MemoryModel, head_size
 from reltrace_worker.engine.pack import Pack, Scalar
 from reltrace_worker.engine.passes import predict, trace_checkpointed, trace_keeping
 from reltrace_worker.engine.plan import Planner

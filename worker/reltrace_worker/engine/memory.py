@@ -1,24 +1,21 @@
-"""How much memory a pass needs, and how much there is.
+"""How much memory a pass needs; what there is, `budget` knows.
 
 What a pass allocates grows by the same amount with every token, because attention over a pack
-keeps nothing that is quadratic. Two small passes per mode give that line exactly: torch counts
+keeps nothing that is quadratic. Two passes per mode give that line: torch counts
 every byte of a CUDA device, and its profiler every allocation on a CPU. What a pass needs beyond
 (logits of many targets, wider sites, large results) is added by formula.
 """
 
 from __future__ import annotations
 
-import gc
-import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from reltrace_worker.engine.budget import devices_of
 from reltrace_worker.engine.edits import MANY_CELLS
 from reltrace_worker.engine.reductions import REDUCTIONS, Extent
 from reltrace_worker.engine.sites import SITES
@@ -26,16 +23,8 @@ from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.rules.kernels import kernel_for
 
-GIB = 1 << 30
 _PROBE_TOKENS = {"cpu": (64, 256), "cuda": (128, 640)}
 """Of two passes: large enough that their peaks are where those of large passes are."""
-
-_MARGIN = 0.9
-"""Share of what is free that a pass may count on: allocators lose some to fragments."""
-
-
-_FRESH = 0.5
-"""Seconds for which a reading of a CPU's free memory counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,11 +231,6 @@ def _key_width(loaded: LoadedModel) -> int:
     return int(heads) * head_size(loaded)
 
 
-def devices_of(loaded: LoadedModel) -> list[torch.device]:
-    """Return the devices that hold weights of a model."""
-    return sorted({p.device for p in loaded.model.parameters()}, key=str)
-
-
 def peak_bytes(loaded: LoadedModel, run: Callable[[], object]) -> int:
     """Return the most bytes that `run` has allocated at a time, beyond what was there before."""
     if loaded.device.type == "cuda":
@@ -296,109 +280,3 @@ def measure(loaded: LoadedModel, probe: Callable[[int, bool], object]) -> Memory
         window=Window.of(loaded),
         cache_per_token=2 * shape.layers * _key_width(loaded) * loaded.dtype.itemsize,
     )
-
-
-def _read_number(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text().strip())
-    except (OSError, ValueError):
-        # Not this system, or no limit ("max").
-        return None
-
-
-def _free_on_cpu() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        # Not Linux: all of the memory, of which the budget takes half.
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # A container may have less than its machine.
-    limit = _read_number("/sys/fs/cgroup/memory.max")
-    used = _read_number("/sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None:
-        free = min(free, max(0, limit - used))
-    return free
-
-
-def free_bytes(loaded: LoadedModel) -> int:
-    """Return the bytes that a pass could allocate now on the devices of a model."""
-    if loaded.device.type != "cuda":
-        return _free_on_cpu()
-    total = 0
-    for device in devices_of(loaded):
-        free, _ = torch.cuda.mem_get_info(device)
-        # What torch holds but does not use is free to us.
-        total += free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return total
-
-
-class Budget:
-    """The bytes that a pass may use.
-
-    Parameters
-    ----------
-    loaded
-        The model, whose device is asked.
-    limit
-        Bytes that a pass may use; None: what is free on CUDA, half of what was free when the
-        budget was made on a CPU, where others live too.
-    """
-
-    def __init__(self, loaded: LoadedModel, limit: int | None = None) -> None:
-        self._loaded = loaded
-        if limit is None and loaded.device.type != "cuda":
-            limit = free_bytes(loaded) // 2
-        self._limit = limit
-        self._read_at = -math.inf
-        self._free = 0
-
-    def available(self) -> int:
-        """Return the bytes that a pass may use now; on a CPU, half a second ago at most."""
-        # Three files of the kernel's: a good part of a short prompt's pass.
-        now = time.monotonic()
-        if self._loaded.device.type == "cuda" or now - self._read_at > _FRESH:
-            self._free, self._read_at = free_bytes(self._loaded), now
-        free = int(_MARGIN * self._free)
-        return free if self._limit is None else min(free, self._limit)
-
-
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory has run out, in any of the words that torch has."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
-
-
-def release(device: torch.device) -> None:
-    """Give back what a pass that broke off has left behind; call it when its error is gone."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def in_gib(count: float) -> str:
-    """Return bytes as text, in GiB or MiB."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"
-
-
-def device_memory(devices: Sequence[torch.device]) -> dict[str, int]:
-    """Return the bytes that torch uses of GPUs, by kind; none on a CPU."""
-    found: dict[str, int] = {}
-    for device in devices:
-        if device.type != "cuda":
-            continue
-        kinds = {
-            "allocated": torch.cuda.memory_allocated(device),
-            "reserved": torch.cuda.memory_reserved(device),
-            "peak": torch.cuda.max_memory_allocated(device),
-            "total": torch.cuda.get_device_properties(device).total_memory,
-        }
-        for kind, count in kinds.items():
-            found[kind] = found.get(kind, 0) + count
-    return found

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from reltrace_worker.engine.atlas import Slice
-from reltrace_worker.engine.memory import Budget, MemoryModel, in_gib, measure
+from reltrace_worker.engine.budget import Budget, in_gib
+from reltrace_worker.engine.memory import MemoryModel, measure
 from reltrace_worker.errors import EngineError
 from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel

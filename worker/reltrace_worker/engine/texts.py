@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import structlog
 import torch
 
+from reltrace_worker.engine.budget import is_out_of_memory, release
 from reltrace_worker.engine.generate import Text, Writing
-from reltrace_worker.engine.memory import is_out_of_memory, release
 from reltrace_worker.errors import EngineError, PassFailedError
 from reltrace_worker.jobs import JobResult, PreparedJob
 from reltrace_worker.model.loading import LoadedModel
