@@ -245,6 +245,7 @@ class Edit(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     DIRECTION_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     """As in ModelInfo.sites."""
     layer: _builtins.int
@@ -255,6 +256,8 @@ class Edit(_message.Message):
     """Multiply by this."""
     direction: _builtins.bytes
     """Add this vector: float32, little-endian, one value per feature of the site."""
+    mean: _builtins.bool
+    """Set to the mean over the vocabulary. Site "embed" only, without features."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Features (neurons, heads, dimensions) that are changed. Empty: all."""
@@ -275,12 +278,13 @@ class Edit(_message.Message):
         value: _builtins.float = ...,
         scale: _builtins.float = ...,
         direction: _builtins.bytes = ...,
+        mean: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "direction", b"direction", "scale", b"scale", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "direction", b"direction", "mean", b"mean", "scale", b"scale", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "direction", b"direction", "features", b"features", "layer", b"layer", "positions", b"positions", "scale", b"scale", "site", b"site", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "direction", b"direction", "features", b"features", "layer", b"layer", "mean", b"mean", "positions", b"positions", "scale", b"scale", "site", b"site", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["value", "scale", "direction"]  # noqa: Y015
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["value", "scale", "direction", "mean"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
@@ -369,26 +373,115 @@ class Draft(_message.Message):
 Global___Draft: _TypeAlias = Draft  # noqa: Y015
 
 @_typing.final
+class Message(_message.Message):
+    """One turn of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """As the model's chat template knows it: "system", "user", "assistant"."""
+    content: _builtins.str
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        content: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Message: _TypeAlias = Message  # noqa: Y015
+
+@_typing.final
+class Chat(_message.Message):
+    """A conversation, which the model's own chat template turns into text, with the prompt for the
+    assistant's next turn at its end.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___Message] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Chat: _TypeAlias = Chat  # noqa: Y015
+
+@_typing.final
 class Corpus(_message.Message):
     """Prompts whose strongest places are kept for every neuron and head, instead of their traces."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ChatsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        @_builtins.property
+        def value(self) -> Global___Chat: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: Global___Chat | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROMPTS_FIELD_NUMBER: _builtins.int
+    CHATS_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    KEEP_SPECIAL_FIELD_NUMBER: _builtins.int
+    positions: _builtins.int
+    """Explain the prompt's own next token at so many of its positions, drawn with `seed`, all in one
+    backward pass; a prompt of fewer positions: at all of them. 0: the job's target.
+    """
+    seed: _builtins.int
+    keep_special: _builtins.bool
+    """Count the first token of a prompt and special tokens among places, sums and histograms."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """1 to 65536, of as many tokens at most. One that can not be traced is left out, and the result
         says why.
         """
 
+    @_builtins.property
+    def chats(self) -> _containers.MessageMap[_builtins.int, Global___Chat]:
+        """By index in `prompts`: the conversation that takes the place of that (empty) prompt."""
+
     def __init__(
         self,
         *,
         prompts: _abc.Iterable[_builtins.str] | None = ...,
+        chats: _abc.Mapping[_builtins.int, Global___Chat] | None = ...,
+        positions: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        keep_special: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chats", b"chats", "keep_special", b"keep_special", "positions", b"positions", "prompts", b"prompts", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -404,6 +497,7 @@ class JobSpec(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     INPUT_IDS_FIELD_NUMBER: _builtins.int
     CORPUS_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
     SITES_FIELD_NUMBER: _builtins.int
     REDUCTION_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
@@ -417,12 +511,14 @@ class JobSpec(_message.Message):
     EDITS_FIELD_NUMBER: _builtins.int
     FORWARD_ONLY_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENIZE_ONLY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a served model, or NAME@REVISION where the revision matters; empty: the only
     model that is served, else an error that lists them.
     """
     prompt: _builtins.str
-    """Encoded by the model's tokenizer, special tokens added."""
+    """Encoded by the model's tokenizer; see add_special_tokens."""
     reduction: _builtins.str
     """"token", "feature", "topk", ... Empty: "token"."""
     rule: _builtins.str
@@ -441,6 +537,13 @@ class JobSpec(_message.Message):
     """Span of the client's that the job belongs to, as in W3C Trace Context."""
     forward_only: _builtins.bool
     """No backward pass: the result has the targets, and no site."""
+    add_special_tokens: _builtins.bool
+    """Whether the tokens that the tokenizer puts in front of a text (BOS) are added to a prompt.
+    Unset: yes. A BOS that the text has already is never doubled, an EOS never appended. Ids are
+    used as they are.
+    """
+    tokenize_only: _builtins.bool
+    """No pass at all: the result has tokens, offsets and text, and no target."""
     @_builtins.property
     def input_ids(self) -> Global___TokenIds:
         """Used as they are."""
@@ -451,6 +554,8 @@ class JobSpec(_message.Message):
         "neuron" and "head", and there is one target.
         """
 
+    @_builtins.property
+    def chat(self) -> Global___Chat: ...
     @_builtins.property
     def sites(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where relevance is read, e.g. "resid". Empty: "resid"."""
@@ -486,6 +591,7 @@ class JobSpec(_message.Message):
         prompt: _builtins.str = ...,
         input_ids: Global___TokenIds | None = ...,
         corpus: Global___Corpus | None = ...,
+        chat: Global___Chat | None = ...,
         sites: _abc.Iterable[_builtins.str] | None = ...,
         reduction: _builtins.str = ...,
         targets: _abc.Iterable[Global___Target] | None = ...,
@@ -499,13 +605,20 @@ class JobSpec(_message.Message):
         edits: _abc.Iterable[Global___Edit] | None = ...,
         forward_only: _builtins.bool = ...,
         generation: Global___Generation | None = ...,
+        add_special_tokens: _builtins.bool | None = ...,
+        tokenize_only: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["corpus", b"corpus", "generation", b"generation", "input", b"input", "input_ids", b"input_ids", "prompt", b"prompt", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "corpus", b"corpus", "generation", b"generation", "input", b"input", "input_ids", b"input_ids", "prompt", b"prompt", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus", b"corpus", "dtype", b"dtype", "edits", b"edits", "forward_only", b"forward_only", "generation", b"generation", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "output_uri", b"output_uri", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "top_k", b"top_k", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "corpus", b"corpus", "dtype", b"dtype", "edits", b"edits", "forward_only", b"forward_only", "generation", b"generation", "input", b"input", "input_ids", b"input_ids", "layers", b"layers", "model", b"model", "output_uri", b"output_uri", "prompt", b"prompt", "reduction", b"reduction", "rule", b"rule", "sites", b"sites", "targets", b"targets", "timeout", b"timeout", "tokenize_only", b"tokenize_only", "top_k", b"top_k", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "input_ids", "corpus"]  # noqa: Y015
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "input_ids", "corpus", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
@@ -633,6 +746,64 @@ class Manifest(_message.Message):
 Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
 
 @_typing.final
+class Candidate(_message.Message):
+    """A token that may follow at a target's position."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    LOGIT_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    token: _builtins.str
+    logit: _builtins.float
+    probability: _builtins.float
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        token: _builtins.str = ...,
+        logit: _builtins.float = ...,
+        probability: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logit", b"logit", "probability", b"probability", "token", b"token", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Candidate: _TypeAlias = Candidate  # noqa: Y015
+
+@_typing.final
+class Turn(_message.Message):
+    """A turn of a conversation in the tokens of a trace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    first: _builtins.int
+    """Tokens first to stop - 1 hold the turn's content, without the template's marks."""
+    stop: _builtins.int
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        first: _builtins.int = ...,
+        stop: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "role", b"role", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Turn: _TypeAlias = Turn  # noqa: Y015
+
+@_typing.final
 class ResolvedTarget(_message.Message):
     """The target as it was resolved by the worker."""
 
@@ -646,6 +817,7 @@ class ResolvedTarget(_message.Message):
     CONTRAST_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
     CONTINUATION_IDS_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     token: _builtins.str
     logit: _builtins.float
@@ -659,6 +831,10 @@ class ResolvedTarget(_message.Message):
     def continuation_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The response tokens of a continuation."""
 
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
+        """The 10 likeliest tokens at `position`, the likeliest first; empty where the pass did not look."""
+
     def __init__(
         self,
         *,
@@ -670,10 +846,11 @@ class ResolvedTarget(_message.Message):
         contrast: _builtins.str = ...,
         logprob: _builtins.bool = ...,
         continuation_ids: _abc.Iterable[_builtins.int] | None = ...,
+        candidates: _abc.Iterable[Global___Candidate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_contrast_id", b"_contrast_id", "contrast_id", b"contrast_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contrast_id", b"_contrast_id", "continuation_ids", b"continuation_ids", "contrast", b"contrast", "contrast_id", b"contrast_id", "logit", b"logit", "logprob", b"logprob", "position", b"position", "token", b"token", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contrast_id", b"_contrast_id", "candidates", b"candidates", "continuation_ids", b"continuation_ids", "contrast", b"contrast", "contrast_id", b"contrast_id", "logit", b"logit", "logprob", b"logprob", "position", b"position", "token", b"token", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__contrast_id: _TypeAlias = _typing.Literal["contrast_id"]  # noqa: Y015
     _WhichOneofArgType__contrast_id: _TypeAlias = _typing.Literal["_contrast_id", b"_contrast_id"]  # noqa: Y015
@@ -762,6 +939,13 @@ class TraceHeader(_message.Message):
     PROVENANCE_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
+    TURNS_FIELD_NUMBER: _builtins.int
+    HINTS_FIELD_NUMBER: _builtins.int
+    SPECIAL_POSITIONS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text that the model read, special tokens included; of input_ids, their decoded text."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -782,6 +966,24 @@ class TraceHeader(_message.Message):
         "corpus.prompts[3]", and why.
         """
 
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Two per token, first and stop: its characters (Unicode code points) in `text`. Tokens that
+        share a character have the same span; a token without text has an empty one.
+        """
+
+    @_builtins.property
+    def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Turn]:
+        """Of a chat."""
+
+    @_builtins.property
+    def hints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a reader should know of how the input was read, in sentences."""
+
+    @_builtins.property
+    def special_positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Positions of the tokenizer's special tokens."""
+
     def __init__(
         self,
         *,
@@ -791,10 +993,15 @@ class TraceHeader(_message.Message):
         provenance: Global___Provenance | None = ...,
         layers: _abc.Iterable[_builtins.int] | None = ...,
         skipped: _abc.Iterable[Global___FieldViolation] | None = ...,
+        text: _builtins.str = ...,
+        offsets: _abc.Iterable[_builtins.int] | None = ...,
+        turns: _abc.Iterable[Global___Turn] | None = ...,
+        hints: _abc.Iterable[_builtins.str] | None = ...,
+        special_positions: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "provenance", b"provenance", "skipped", b"skipped", "targets", b"targets", "token_ids", b"token_ids", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hints", b"hints", "layers", b"layers", "offsets", b"offsets", "provenance", b"provenance", "skipped", b"skipped", "special_positions", b"special_positions", "targets", b"targets", "text", b"text", "token_ids", b"token_ids", "tokens", b"tokens", "turns", b"turns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1082,7 +1289,8 @@ class ModelInfo(_message.Message):
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What its workers can do beside tracing, by the names of the fields that ask for it: "edits",
-        "forward_only", "generation", "generation.stream", "corpus". A job that asks for another is
+        "edits.mean", "forward_only", "generation", "generation.stream", "corpus",
+        "corpus.positions", "chat", "add_special_tokens", "tokenize_only". A job that asks for another is
         refused: a worker that does not know a field would pass over it.
         """
 
