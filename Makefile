@@ -31,8 +31,10 @@ $(VENV)/.setup-dev: $(VENV)/.setup tests/requirements.txt
 	@$(PIP) --requirement tests/requirements.txt
 	@touch $@
 
+# What `make demo` serves: a real model of 135 million weights, or MODEL=demo, a folder, a GGUF file, a hub id.
+MODEL ?= smollm2
 demo: $(VENV)/.setup ## trace the example sentence through the whole service: out/trace.png
-	@PATH="$(CURDIR)/$(BIN):$$PATH" sh deploy/demo.sh out
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh deploy/demo.sh out "$(MODEL)"
 
 # Models in tests are tiny: a second thread costs them more than it gives. A second process does not:
 # two files run side by side, and tests of one file, which share services, in turn.

@@ -1,12 +1,13 @@
 #!/bin/sh
 # Starts the whole service, traces one sentence through it, and stops it again.
-# Usage: demo.sh OUT_DIR, with reltrace on the PATH.
+# Usage: demo.sh OUT_DIR MODEL, with reltrace on the PATH.
 set -eu
 out=$1
+model=$2
 mkdir -p "$out"
 rm -f "$out/ready"
 
-reltrace up --port 0 --data "$out/data" >"$out/ready" &
+reltrace up --model "$model" --port 0 --data "$out/data" >"$out/ready" &
 service=$!
 trap 'kill "$service" 2>/dev/null; wait "$service" 2>/dev/null || true' EXIT INT TERM
 
