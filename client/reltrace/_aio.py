@@ -13,6 +13,7 @@ from reltrace._edit import EditLike
 from reltrace._errors import TraceError
 from reltrace._generate import AsyncGenerate
 from reltrace._many import ManyRun, Result
+from reltrace._pinning import Pins
 from reltrace._progress import Progress
 from reltrace._queries import AsyncQueries
 from reltrace._request import Arguments, Dtype, Priority, wire_priority
@@ -279,8 +280,15 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
         max_in_flight: int,
         priority: Priority,
         deadline: Deadline,
+        pins: Pins | None = None,
     ) -> ManyRun:
-        """Check the arguments of `trace_many` and make its run; for the clients' own use."""
+        """Check the arguments of `trace_many` and make its run; for the clients' own use.
+
+        Parameters
+        ----------
+        pins : Pins, optional
+            Of a larger run that this one is part of.
+        """
         defaults.check_shared()
         return ManyRun(
             self._connection,
@@ -290,6 +298,7 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
             max_in_flight=whole_number(max_in_flight, "max_in_flight", 1),
             priority=wire_priority(priority),
             deadline=deadline,
+            pins=pins or Pins(self._connection),
         )
 
     async def _iterate(self, run: ManyRun, progress: Progress) -> AsyncIterator[Result]:

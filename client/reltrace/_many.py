@@ -13,6 +13,7 @@ from reltrace_proto.v1 import types_pb2
 
 from reltrace._checks import check_id
 from reltrace._errors import InvalidArgument, NotFound, TraceError
+from reltrace._pinning import Pins
 from reltrace._request import Arguments, JobMaker
 from reltrace._source import Source
 from reltrace._trace import Failure, Trace
@@ -78,6 +79,8 @@ class ManyRun:
         Of all jobs, as on the wire.
     deadline : Deadline
         For the whole run.
+    pins : Pins
+        Which revisions its jobs ask for.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class ManyRun:
         max_in_flight: int,
         priority: types_pb2.Priority.ValueType,
         deadline: Deadline,
+        pins: Pins,
     ) -> None:
         self._connection = connection
         self._source = source
@@ -98,8 +102,10 @@ class ManyRun:
         self._limit = max_in_flight
         self._priority = priority
         self._deadline = deadline
+        self._pins = pins
         self._slots = asyncio.Semaphore(_OPEN_SUBMISSIONS)
         self._feeder: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._submissions: set[asyncio.Task[None]] = set()
         self._fatal: BaseException | None = None
         self._source_error: Exception | None = None
@@ -128,6 +134,7 @@ class ManyRun:
         """
         if self._feeder is None:
             self._feeder = self._start(self._feed())
+            self._watch = self._start(self._pins.watch())
         self._open -= self._taken
         self._held_bytes -= self._taken_bytes
         self._taken = self._taken_bytes = 0
@@ -155,7 +162,7 @@ class ManyRun:
 
     async def close(self) -> None:
         """Stop: nothing is pulled, submitted or read any more."""
-        tasks = [*self._submissions, *([self._feeder] if self._feeder else [])]
+        tasks = [*self._submissions, *filter(None, (self._feeder, self._watch))]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -237,6 +244,7 @@ class ManyRun:
 
     async def _run(self, pending: list[_Pending]) -> None:
         """Bring one batch to its end: submit it, without what is rejected, and read it."""
+        pending = [item for item in pending if await self._pinned(item)]
         while pending:
             entries = [item.entry for item in pending]
             try:
@@ -272,6 +280,16 @@ class ManyRun:
             for item in pending:
                 if item.index in waiting:
                     self._fail(item, error)
+
+    async def _pinned(self, item: _Pending) -> bool:
+        """Have a job ask for the run's revision of its model; return whether it can."""
+        spec = item.entry.job.spec
+        try:
+            spec.model = await self._pins.route(spec.model, self._deadline)
+        except InvalidArgument as error:
+            self._fail(item, error)
+            return False
+        return True
 
     async def _wait(self, waiting: set[int]) -> None:
         """Wait until results may be read on.

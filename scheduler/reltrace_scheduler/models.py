@@ -33,6 +33,11 @@ class Models:
         """Return the routes of those revisions of a model that are served."""
         return [route for route in self.workers if route.startswith(f"{name}@")]
 
+    def info(self, route: str) -> types_pb2.ModelInfo:
+        """Return what is known of a model; of a name, its only revision that is served."""
+        revisions = self.revisions(route)
+        return self.known[revisions[0] if len(revisions) == 1 else route]
+
     @property
     def default(self) -> str | None:
         """The model of a job that names none: the only one that is served, or known."""

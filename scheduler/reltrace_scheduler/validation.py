@@ -56,7 +56,8 @@ def check_submission(
     Raises
     ------
     InvalidRequestError
-        With one violation per fault, ``jobs[3].prompt`` and the like.
+        With one violation per fault, ``jobs[3].prompt`` and the like; also where a model is named
+        without a revision while several of its revisions are served.
     UnknownModelError
         No worker has ever served a model that is named.
     UnavailableError
@@ -85,12 +86,23 @@ def check_submission(
     ]
     if unknown:
         raise UnknownModelError(*unknown)
+    routes = [job.model or models.default or "" for job in request.jobs]
+    # Which revision would run such a job is chance, and may differ from the next job's.
+    several = {route: fault for route in set(routes) if (fault := _revision_fault(route, models))}
+    if several:
+        raise InvalidRequestError(
+            *(
+                Violation(f"jobs[{index}].model", several[route])
+                for index, route in enumerate(routes)
+                if route in several
+            )
+        )
+    infos = {route: models.info(route) for route in set(routes)}
     jobs, violations = [], []
     # The jobs of a message mostly differ in their input only.
     sound: set[bytes] = set()
-    for index, spec in enumerate(request.jobs):
-        route = spec.model or models.default or ""
-        model = models.known[route]
+    for index, (spec, route) in enumerate(zip(request.jobs, routes, strict=True)):
+        model = infos[route]
         faults = [*_input_faults(spec, model), *_position_faults(spec)]
         settings = _settings(spec)
         if settings not in sound:
@@ -132,6 +144,16 @@ def _model_fault(name: str, models: Models) -> str:
     if not name:
         return f"is empty, and several models are served: {served}"
     return f"{name!r} is not served; served: {served}"
+
+
+def _revision_fault(route: str, models: Models) -> str:
+    revisions = models.revisions(route)
+    if len(revisions) < 2:
+        return ""
+    return (
+        f"{route!r} is served in {len(revisions)} revisions; ask for one of them as "
+        f"NAME@REVISION: {', '.join(revisions)}"
+    )
 
 
 def _output_faults(spec: types_pb2.JobSpec, allowed: Sequence[str]) -> Iterator[Violation]:

@@ -54,7 +54,7 @@ def chunks_of(
         tokens=tokens_of(spec),
         token_ids=range(len(tokens_of(spec))),
         provenance=types_pb2.Provenance(
-            model=spec.model or "fake",
+            model=spec.model.partition("@")[0] or "fake",
             revision="r1",
             rule=spec.rule,
             dtype=types_pb2.SCALAR_TYPE_FLOAT32,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from reltrace import Failure, InvalidArgument, _many, _source
 from reltrace._many import ManyRun
+from reltrace._pinning import Pins
 from reltrace._request import Arguments
 from reltrace._transport.connection import Deadline
 from reltrace_proto.v1 import types_pb2
@@ -27,6 +28,7 @@ def a_run(*, limit: int = 1, ordered: bool = False) -> ManyRun:
         max_in_flight=limit,
         priority=types_pb2.PRIORITY_INTERACTIVE,
         deadline=Deadline(600.0),
+        pins=Pins(None),  # type: ignore[arg-type]
     )
 
 

@@ -15,6 +15,7 @@ from e2e.conftest import Process, wait_until
 from reltrace._atlas import build as module
 from reltrace._atlas.folder import Folder
 from reltrace._atlas.sending import Sender, free
+from reltrace._pinning import Pins
 from reltrace._request import Job
 from reltrace_worker.demo.corpus import held_out
 
@@ -237,7 +238,9 @@ def test_a_slice_that_was_handed_in_before_is_read_if_it_is_there(
             plan = module.Plan(None, "attnlrp", "max", 2, 9, "batch")
             job, other = plan.job(CORPUS[:3]), plan.job(CORPUS[3:5])
             first, second, third, elsewhere = (
-                Sender(client._connection, identity, plan.about(), "batch")
+                Sender(
+                    client._connection, identity, plan.about(), "batch", Pins(client._connection)
+                )
                 for identity in (*["one folder"] * 3, "another folder")
             )
             made = await come(first, 0, job)

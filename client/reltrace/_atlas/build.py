@@ -19,6 +19,7 @@ from reltrace._atlas.folder import Folder, State
 from reltrace._atlas.sending import Made, Sender, free
 from reltrace._checks import check_text, whole_number
 from reltrace._errors import invalid
+from reltrace._pinning import Pins
 from reltrace._request import MAX_JOB_BYTES, Job, Priority, model_name, wire_priority
 from reltrace._source import check_iterable
 from reltrace._threads import settled, to_the_end
@@ -188,6 +189,7 @@ class _Builder:
         progress: Callable[[int], None],
     ) -> None:
         self._connection = connection
+        self._pins = Pins(connection)
         self._folder = folder
         self._state = state
         self._plan = plan
@@ -210,6 +212,7 @@ class _Builder:
         InvalidArgument
             The corpus is not that of the folder.
         """
+        watch = asyncio.create_task(self._pins.watch())
         under_way: set[asyncio.Task[None]] = set()
         done: set[asyncio.Task[None]] = set()
         try:
@@ -229,20 +232,21 @@ class _Builder:
                         self._progress(len(following.prompts))
                 if under_way:
                     done, under_way = await asyncio.wait(
-                        under_way,
+                        {*under_way, watch},
                         timeout=self._until_written(),
                         return_when=asyncio.FIRST_COMPLETED,
                     )
+                    under_way -= {watch}
                     for task in done:
                         task.result()
                     if self._until_written() == 0:
                         await self._write()
         finally:
-            for task in under_way:
+            for task in (*under_way, watch):
                 task.cancel()
-            await settled([*under_way, *done])
+            await settled([*under_way, *done, watch])
             # What failed together with the task whose error is raised has been seen, too.
-            await asyncio.gather(*under_way, *done, return_exceptions=True)
+            await asyncio.gather(*under_way, *done, watch, return_exceptions=True)
             await self._write()
         self._check_end(seen, prompts)
 
@@ -276,12 +280,15 @@ class _Builder:
         if self._sender is None:
             identity = await asyncio.to_thread(self._folder.begin)
             self._sender = Sender(
-                self._connection, identity, self._plan.about(), self._plan.priority
+                self._connection, identity, self._plan.about(), self._plan.priority, self._pins
             )
         return self._sender
 
     async def _add(self, sender: Sender, some: Slice) -> None:
         job = self._plan.job(some.prompts)
+        # What has made a part of the atlas makes the rest.
+        made_by = "@".join(filter(None, self._state.about.get("made_by", ())))
+        job.spec.model = made_by or job.spec.model
         async with sender.made(some.number, some.digest, job) as made, self._turn:
             if self._torn:
                 # The error by which it is ends the build.

@@ -14,6 +14,7 @@ from typing import Any
 from reltrace._atlas.part import AtlasPart
 from reltrace._atlas.room import Room
 from reltrace._errors import InvalidArgument, NotFound, TraceError
+from reltrace._pinning import Pins
 from reltrace._request import Job, Priority, wire_priority
 from reltrace._transport.connection import Connection, Deadline
 from reltrace._transport.submission import (
@@ -63,14 +64,22 @@ class Sender:
         The settings.
     priority : {"interactive", "batch"}
         Of all jobs.
+    pins : Pins
+        Which revision of the model they ask for.
     """
 
     def __init__(
-        self, connection: Connection, identity: str, about: Mapping[str, Any], priority: Priority
+        self,
+        connection: Connection,
+        identity: str,
+        about: Mapping[str, Any],
+        priority: Priority,
+        pins: Pins,
     ) -> None:
         self._connection = connection
         self._about = json.dumps([identity, about, priority], sort_keys=True)
         self._priority = wire_priority(priority)
+        self._pins = pins
         self._room = Room()
 
     @asynccontextmanager
@@ -94,6 +103,7 @@ class Sender:
             If a job that is this run's own gives nothing.
         """
         entries, deadline = [Entry(job, None)], Deadline(None)
+        job.spec.model = await self._pins.route(job.spec.model, deadline)
         for attempt in count():
             key = self._key(number, digest, attempt)
             try:

@@ -18,6 +18,7 @@ from reltrace._evaluate.evaluation import Evaluation, RuleScore
 from reltrace._evaluate.plan import RANDOM, Plan
 from reltrace._evaluate.prompts import Ids, Prompt, check_target
 from reltrace._evaluate.scores import Floats, Mean, area, on_axis, strongest_first, tokens_at
+from reltrace._pinning import Pins
 from reltrace._request import Arguments, Priority, wire_priority
 from reltrace._source import Source, open_source
 from reltrace._target import Target
@@ -95,6 +96,7 @@ class Run:
         done: Callable[[Failure | None], None],
     ) -> None:
         self._client = client
+        self._pins = Pins(client._connection)
         self._plan = plan
         self._defaults = Arguments(
             **{key: value for key, value in defaults.items() if value is not None}
@@ -171,6 +173,7 @@ class Run:
             max_in_flight=1024,
             priority=self._priority,
             deadline=self._deadline,
+            pins=self._pins,
         )
         try:
             while results := await run.take():

@@ -206,6 +206,15 @@ class Connection:
     security : Security
         Token and TLS.
 
+    Attributes
+    ----------
+    address : str
+        Of the servers.
+    retry_timeout : float
+        As given.
+    leftovers : Leftovers
+        What is to be cancelled on them.
+
     Raises
     ------
     InvalidArgument
@@ -218,7 +227,7 @@ class Connection:
             security.check(one)
         if not (_is_number(retry_timeout) and retry_timeout >= 0):
             raise invalid("retry_timeout", f"must be 0 or more seconds, not {retry_timeout!r}")
-        self._retry_timeout = retry_timeout
+        self.retry_timeout = retry_timeout
         self._random = random.Random()
         self._security = security
         self._servers = Servers(addresses, security, self._random)
@@ -264,7 +273,7 @@ class Connection:
 
     def retries(self, deadline: Deadline) -> Retries:
         """Return the retry policy for one piece of work."""
-        return Retries(self._retry_timeout, self.address, deadline, self._random, self._outage)
+        return Retries(self.retry_timeout, self.address, deadline, self._random, self._outage)
 
     async def call(
         self,

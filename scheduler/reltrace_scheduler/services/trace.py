@@ -206,8 +206,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         models = await self._models.get()
         response = trace_pb2.ListModelsResponse()
         for name in models.names(models.known):
-            revisions = models.revisions(name)
-            for route in revisions if len(revisions) > 1 else [name]:
+            for route in models.revisions(name) or [name]:
                 response.models.add(model=models.known[route], workers=models.workers.get(route, 0))
         return response
 

@@ -12,6 +12,7 @@ from fake_server import FakeServer, code_pb2, status_with
 from reltrace._atlas.build import Plan
 from reltrace._atlas.room import Room
 from reltrace._atlas.sending import Made, Sender
+from reltrace._pinning import Pins
 from reltrace_proto.v1 import types_pb2
 
 PLAN = Plan(None, "attnlrp", "max", 2, 9, "batch")
@@ -28,7 +29,9 @@ def atlas_chunk(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultCh
 
 async def make(server: FakeServer, identity: str = "one") -> Made:
     async with reltrace.AsyncClient(server.address) as client:
-        sender = Sender(client._connection, identity, PLAN.about(), PLAN.priority)
+        sender = Sender(
+            client._connection, identity, PLAN.about(), PLAN.priority, Pins(client._connection)
+        )
         async with sender.made(0, "digest", JOB) as found:
             return found
 
@@ -116,7 +119,9 @@ async def test_of_parts_that_are_made_two_are_read_until_one_is_merged(
     read, merge = asyncio.Queue[int](), [asyncio.Event() for _ in range(3)]
 
     async with reltrace.AsyncClient(server.address) as client:
-        sender = Sender(client._connection, "one", PLAN.about(), PLAN.priority)
+        sender = Sender(
+            client._connection, "one", PLAN.about(), PLAN.priority, Pins(client._connection)
+        )
 
         async def merged(number: int) -> None:
             async with sender.made(number, "digest", JOB):

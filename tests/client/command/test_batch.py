@@ -41,7 +41,7 @@ def test_its_options_are_those_of_run(command: Run, source: Path, server: FakeSe
     options += ("--output-uri", "s3://bucket/run/")
     assert command("batch", str(source), str(source.parent / "out"), *options)[0] == 0
     (spec,) = server.requests[0].jobs
-    assert (list(spec.sites), spec.rule, spec.model) == (["embed"], "attnlrp", "fake")
+    assert (list(spec.sites), spec.rule, spec.model) == (["embed"], "attnlrp", "fake@r1")
     assert (spec.targets[0].token.id, list(spec.layers), spec.dtype) == (5, [1], 2)
     assert spec.output_uri == "s3://bucket/run"
     assert server.requests[0].priority == 2

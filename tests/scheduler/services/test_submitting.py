@@ -253,6 +253,56 @@ async def test_a_model_must_be_named_where_there_are_two(
     assert "m, n" in (caught.value.details() or "")
 
 
+def of_revision(revision: str, *sites: str) -> types_pb2.ModelInfo:
+    model = types_pb2.ModelInfo()
+    model.CopyFrom(MODEL)
+    model.revision = revision
+    if sites:
+        model.sites[:] = sites
+    return model
+
+
+@pytest.mark.parametrize("name", ["m", ""])
+async def test_a_revision_must_be_named_where_two_are_served(
+    client, channel: grpc.aio.Channel, name: str
+) -> None:
+    """
+    Given two models of one name and of different weights
+    I expect a job for the name to be refused, with both revisions, and one for a revision to be
+    taken; and once a single revision is left, the name to mean that one, whichever came last.
+    """
+    first = FakeWorker(channel, "w1", of_revision("r1", "resid"))
+    await first.connect()
+    await client.SubmitJobs(submission(JobSpec(prompt="a", model=name)))
+    second = FakeWorker(channel, "w2", of_revision("r2"))
+    await second.connect()
+    async with asyncio.timeout(10):
+        while len((await client.ListModels(trace_pb2.ListModelsRequest())).models) < 2:
+            await asyncio.sleep(0.02)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(
+            submission(JobSpec(prompt="a", model="m@r1"), JobSpec(prompt="b", model=name))
+        )
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(caught.value) == ["jobs[1].model"]
+    said = "'m' is served in 2 revisions; ask for one of them as NAME@REVISION: m@r1, m@r2"
+    assert said in (caught.value.details() or "")
+    await client.SubmitJobs(submission(JobSpec(prompt="c", model="m@r2")))
+    assert (await second.lease(1))[0].spec.prompt in ("a", "c")
+
+    await second.send(leave=worker_pb2.Leave())
+    async with asyncio.timeout(10):
+        assert await second.call.read() is grpc.aio.EOF
+        while len((await client.ListModels(trace_pb2.ListModelsRequest())).models) > 1:
+            await asyncio.sleep(0.02)
+    (left,) = (await client.ListModels(trace_pb2.ListModelsRequest())).models
+    assert (left.model.revision, left.workers) == ("r1", 1)
+    # What is known of the name is what came last; jobs are checked against what is left.
+    with pytest.raises(grpc.aio.AioRpcError, match="'embed' is not one of resid"):
+        await client.SubmitJobs(submission(JobSpec(prompt="d", model=name, sites=["embed"])))
+    await client.SubmitJobs(submission(JobSpec(prompt="d", model=name)))
+
+
 async def test_a_job_without_a_model_takes_the_one_that_has_a_worker(
     client, channel: grpc.aio.Channel, worker: FakeWorker
 ) -> None:
