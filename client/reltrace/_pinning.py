@@ -78,8 +78,11 @@ class Pins:
                 return name
             if len(models) > 1:
                 raise _several(models)
-            # Another call may have been first.
-            self._routes.setdefault(name, route_of(models[0]))
+            route = route_of(models[0])
+            if name != route:
+                # Another call, or the only model's own name, may have been first.
+                route = self._routes.setdefault(models[0].name, route)
+            self._routes[name] = route
         return self._routes[name]
 
     async def _known(self, deadline: Deadline) -> list[_info.Model]:

@@ -88,6 +88,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         The jobs that were cancelled before they ended.
     ended
         The states of the jobs that have ended.
+    served
+        Name, revision and workers of the models that are listed.
     """
 
     piece_bytes: int = 1 << 20
@@ -107,6 +109,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     credentials: grpc.ServerCredentials | None = None
     token: str | None = None
     before: Callable[[str], None] = lambda method: None
+    served: list[tuple[str, str, int]] = field(default_factory=lambda: [("fake", "r1", 2)])
 
     presented: list[str] = field(default_factory=list)
     requests: list[trace_pb2.SubmitJobsRequest] = field(default_factory=list)
@@ -298,13 +301,16 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     def ListModels(
         self, request: trace_pb2.ListModelsRequest, context: Any
     ) -> trace_pb2.ListModelsResponse:
-        model = types_pb2.ModelInfo(
-            name="fake", revision="r1", architecture="LlamaForCausalLM", layers=LAYERS,
-            hidden_size=HIDDEN, heads=2, context_length=128, parameters=1234567,
-            dtype=types_pb2.SCALAR_TYPE_BFLOAT16, sites=["embed", "resid"], rules=["attnlrp"],
-            reductions=["token"],
-        )  # fmt: skip
-        return trace_pb2.ListModelsResponse(models=[trace_pb2.ServedModel(model=model, workers=2)])
+        response = trace_pb2.ListModelsResponse()
+        for name, revision, workers in self.served:
+            model = types_pb2.ModelInfo(
+                name=name, revision=revision, architecture="LlamaForCausalLM", layers=LAYERS,
+                hidden_size=HIDDEN, heads=2, context_length=128, parameters=1234567,
+                dtype=types_pb2.SCALAR_TYPE_BFLOAT16, sites=["embed", "resid"], rules=["attnlrp"],
+                reductions=["token"],
+            )  # fmt: skip
+            response.models.add(model=model, workers=workers)
+        return response
 
     def GetStatus(
         self, request: admin_pb2.GetStatusRequest, context: Any
