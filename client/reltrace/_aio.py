@@ -22,6 +22,7 @@ from reltrace._studies import AsyncStudies
 from reltrace._target import Target, TargetLike
 from reltrace._trace import Failure, Trace
 from reltrace._transport.connection import Connection, Deadline
+from reltrace._transport.leaving import Leftovers
 from reltrace._transport.security import Security, Tls, Token
 from reltrace._transport.submission import Entry, Rejected, deliveries, submit
 
@@ -89,6 +90,11 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
     def address(self) -> str:
         """The address of the server, or of several."""
         return self._connection.address
+
+    @property
+    def leftovers(self) -> Leftovers:
+        """What the server holds for this client; for the clients' own use."""
+        return self._connection.leftovers
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -92,6 +93,27 @@ class Client(Queries, Generate, Studies):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @contextmanager
+    def recording(
+        self, held: Mapping[str, int], record: Callable[[Mapping[str, int]], None]
+    ) -> Iterator[None]:
+        """Record what the server holds for this client meanwhile; for `reltrace batch`.
+
+        Parameters
+        ----------
+        held : mapping of str to int
+            What was recorded last for a process that was killed: cancelled before anything else.
+        record : callable
+            See `Leftovers.record`.
+        """
+        leftovers = self._client.leftovers
+        leftovers.record = record
+        try:
+            self._loop.run(leftovers.take_over(held))
+            yield
+        finally:
+            leftovers.record = None
 
     def close(self) -> None:
         """Close the connection.

@@ -11,7 +11,7 @@ import grpc
 from reltrace_proto.v1 import trace_pb2
 
 from reltrace import _info
-from reltrace._errors import InvalidArgument, ModelNotFound, RpcStatus, invalid
+from reltrace._errors import ModelNotFound, RpcStatus, invalid
 from reltrace._transport.connection import Connection, Deadline
 
 log = logging.getLogger("reltrace")
@@ -26,7 +26,7 @@ def route_of(model: _info.Model) -> str:
 
 
 def named(models: Sequence[_info.Model], name: str) -> list[_info.Model]:
-    """Return the models that a name may mean; several: the server would refuse it.
+    """Return the models that a name may mean, of which a server takes a single one.
 
     Parameters
     ----------
@@ -38,6 +38,26 @@ def named(models: Sequence[_info.Model], name: str) -> list[_info.Model]:
     if not name:
         return [model for model in models if model.workers] or list(models)
     return [model for model in models if name in (model.name, route_of(model))]
+
+
+def only(models: Sequence[_info.Model], name: str) -> _info.Model | None:
+    """Return the model that a name means; None: that is for the server to say.
+
+    Raises
+    ------
+    InvalidArgument
+        If several revisions of the model are served.
+    """
+    found = named(models, name)
+    if len({model.name for model in found}) != 1:
+        return None
+    if len(found) > 1:
+        raise invalid(
+            "model",
+            f"{found[0].name!r} is served in {len(found)} revisions; ask for one of them as "
+            f"NAME@REVISION: {', '.join(map(route_of, found))}",
+        )
+    return found[0]
 
 
 class Pins:
@@ -73,15 +93,13 @@ class Pins:
             If the server can not be reached.
         """
         if name not in self._routes:
-            models = named(await self._known(deadline), name)
-            if len({model.name for model in models}) != 1:
+            model = only(await self._known(deadline), name)
+            if model is None:
                 return name
-            if len(models) > 1:
-                raise _several(models)
-            route = route_of(models[0])
+            route = route_of(model)
             if name != route:
                 # Another call, or the only model's own name, may have been first.
-                route = self._routes.setdefault(models[0].name, route)
+                route = self._routes.setdefault(model.name, route)
             self._routes[name] = route
         return self._routes[name]
 
@@ -133,12 +151,3 @@ class Pins:
                     log.warning("%s; waiting %.0f s for it", message, patience)
                 elif now - gone[route] >= patience:
                     raise ModelNotFound(message)
-
-
-def _several(models: Sequence[_info.Model]) -> InvalidArgument:
-    routes = ", ".join(map(route_of, models))
-    return invalid(
-        "model",
-        f"{models[0].name!r} is served in {len(models)} revisions; ask for one of them as "
-        f"NAME@REVISION: {routes}",
-    )

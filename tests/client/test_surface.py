@@ -23,7 +23,7 @@ def public(client: type) -> dict[str, Any]:
         for name, value in inspect.getmembers(client)
         if not name.startswith("_")
         # The clients' own use, as their docstrings say.
-        and name not in ("run_trace", "start_many")
+        and name not in ("run_trace", "start_many", "leftovers", "recording")
     }
 
 

@@ -1,6 +1,7 @@
 """A batch against the real service: killed, taken up again, and equal to single traces."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,49 @@ def test_a_batch_that_is_killed_gives_every_trace_once(
         np.testing.assert_allclose(
             batch[number].relevance / scale, alone.relevance / scale, atol=1e-5
         )
+
+
+def test_jobs_of_a_killed_batch_do_not_go_first(
+    address: str, client: reltrace.Client, tmp_path: Path
+) -> None:
+    """
+    Given a batch of more work than the service does while this test runs
+    If it is killed and called again
+    I expect none of its former jobs to be left when the first trace comes, and after Ctrl-C none
+    at all.
+    """
+    tokens = next(m.context_length for m in client.models() if m.name == DEMO_MODEL)
+    ids = np.random.default_rng(3).integers(10, 200, (512, tokens)).tolist()
+    source, out = tmp_path / "long.jsonl", tmp_path / "out"
+    source.write_text("".join(json.dumps({"input_ids": one}) + "\n" for one in ids))
+    held = out / "submissions.json"
+    first = start(source, out, address)
+    try:
+        wait_until(held.exists, "jobs on the server", 60)
+    finally:
+        first.kill()
+        first.communicate()
+    left = json.loads(held.read_text())
+    assert left
+
+    second = start(source, out, address, "--part-seconds", "0.1")
+    try:
+        journal = out / "journal.jsonl"
+        wait_until(lambda: journal.exists() and journal.stat().st_size, "the first commit", 60)
+        jobs = [f"{name}-{number}" for name, count in left.items() for number in range(count)]
+        # Cancelled, and their results freed.
+        assert {job.state for job in client.jobs(*jobs)} == {None}
+        now = json.loads(held.read_text())
+        assert now
+        assert not now.keys() & left.keys()
+        second.send_signal(signal.SIGINT)
+        _, errors = second.communicate(timeout=30)
+    finally:
+        second.kill()
+        second.communicate()
+    assert second.returncode == 130, errors
+    wait_until(lambda: sum(q.queued + q.leased for q in client.status().queues) == 0, "rest", 10)
+    assert not held.exists()
 
 
 def test_the_service_is_left_clean(source: Path, address: str, client: reltrace.Client) -> None:

@@ -43,8 +43,12 @@ def tokens(client: reltrace.Client) -> int:
 
 
 def waiting(client: reltrace.Client) -> int:
-    """Return the jobs of the demo model that are queued or leased."""
-    return sum(q.queued + q.leased for q in client.status().queues if q.model == DEMO_MODEL)
+    """Return the jobs of the demo model, whichever revision, that are queued or leased."""
+    return sum(
+        q.queued + q.leased
+        for q in client.status().queues
+        if q.model.partition("@")[0] == DEMO_MODEL
+    )
 
 
 def cancelled(client: reltrace.Client) -> int:

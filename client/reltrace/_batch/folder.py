@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -12,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import reltrace
-from reltrace._batch.disk import UNFINISHED, held, write_whole
+from reltrace._batch.disk import UNFINISHED, held, named, write_whole
 from reltrace._batch.journal import NAME as JOURNAL
 from reltrace._batch.parts import PartFormat, is_name
 from reltrace._errors import TraceError, invalid
+from reltrace._info import Model
 from reltrace._origin import Provenance
+from reltrace._pinning import only, route_of
 from reltrace._request import Dtype
 
 MANIFEST = "manifest.json"
 ERRORS = "errors.jsonl"
+SUBMISSIONS = "submissions.json"
 _FORMAT = "reltrace-batch-1"
 _LOCK = ".lock"
 # Seconds. A manifest is written in milliseconds; a file system that is shared may be slow.
@@ -154,6 +158,56 @@ class Folder:
                 "same, or another folder",
             )
 
+    def model(self, served: Sequence[Model], asked: str | None) -> str | None:
+        """Return the model that prompts are traced with: of the revision that others were.
+
+        Parameters
+        ----------
+        served : sequence of Model
+            What the server lists.
+        asked : str or None
+            How the batch names its model.
+
+        Raises
+        ------
+        InvalidArgument
+            If there are none, and several revisions of the model are served.
+        OtherOrigin
+            If other revisions alone are served.
+        """
+        known = read_manifest(self.root)["provenance"]
+        if known is None:
+            first = only(served, asked or "")
+            return asked if first is None else route_of(first)
+        others = [m.revision for m in served if m.workers and m.name == known["model"]]
+        if others and known["revision"] not in others:
+            raise _other_origin(known, "revision", ", ".join(others))
+        return "@".join(filter(None, (known["model"], known["revision"])))
+
+    def submissions(self) -> dict[str, int]:
+        """Return what a run that was killed may have left on the server: see `note`."""
+        try:
+            found: dict[str, int] = json.loads((self.own / SUBMISSIONS).read_bytes())
+        except (FileNotFoundError, ValueError):
+            # Not even its name is sure to outlive a machine that loses power.
+            return {}
+        return found
+
+    def note(self, submissions: Mapping[str, int]) -> None:
+        """Note how many jobs each submission has that the server holds.
+
+        It is not synced to the disk, for it is written twice for each submission. What is lost with
+        the machine costs no trace: jobs that nobody waits for run to their end.
+        """
+        path = self.own / SUBMISSIONS
+        if not submissions:
+            path.unlink(missing_ok=True)
+            return
+        unfinished = path.with_name(path.name + UNFINISHED)
+        with named(unfinished):
+            unfinished.write_text(json.dumps(submissions))
+            unfinished.replace(path)
+
     def check_origin(self, provenance: Provenance) -> None:
         """Check that a trace was made as those before it were; the first one sets how.
 
@@ -186,7 +240,7 @@ class Folder:
         for entry in self.own.iterdir():
             name = entry.name.removesuffix(UNFINISHED)
             unfinished = name != entry.name
-            ours = is_name(name) or (unfinished and name in (MANIFEST, ERRORS))
+            ours = is_name(name) or (unfinished and name in (MANIFEST, ERRORS, SUBMISSIONS))
             if ours and entry.name not in parts and entry.is_file():
                 entry.unlink()
 
@@ -201,10 +255,14 @@ def check_same(known: dict[str, Any], provenance: Provenance) -> None:
     """
     for name in _SAME:
         if known[name] != getattr(provenance, name):
-            raise OtherOrigin(
-                f"the server's {name} is {getattr(provenance, name)!r}; this batch was begun with "
-                f"{known[name]!r}, and mixes nothing: use another folder"
-            )
+            raise _other_origin(known, name, getattr(provenance, name))
+
+
+def _other_origin(known: dict[str, Any], name: str, found: str) -> OtherOrigin:
+    return OtherOrigin(
+        f"the server's {name} is {found!r}; this batch was begun with {known[name]!r}, and mixes "
+        "nothing: use another folder"
+    )
 
 
 def read_manifest(root: Path) -> dict[str, Any]:

@@ -126,6 +126,8 @@ class Run:
         self._folder = Folder.of(options.out, options.shard)
         self._done = Done()
         self._next_part = 0
+        # With the revision, once traces have been made.
+        self._model = settings.model
         # Shared by the thread that reads prompts and the one that writes.
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
@@ -153,6 +155,7 @@ class Run:
         with self._folder.held(), closing(self._input):
             self._folder.enter(self._settings, str(self._options.source or "-"))
             self._recover()
+            self._model = self._folder.model(self._client.models(), self._settings.model)
             self._watcher.begin(self._done.traced + self._done.failed)
             writer = Writer(
                 self._folder,
@@ -163,7 +166,8 @@ class Run:
                 most_seconds=self._options.part_seconds,
             )
             try:
-                self._trace(writer, target)
+                with self._client.recording(self._folder.submissions(), self._folder.note):
+                    self._trace(writer, target)
             finally:
                 writer.close()
             return self._summary(time.monotonic() - began)
@@ -209,7 +213,7 @@ class Run:
         settings = self._settings
         results = self._client.trace_many(
             self._wanted(writer),
-            model=settings.model,
+            model=self._model,
             sites=settings.sites,
             reduce=settings.reduce,
             target=target,
@@ -259,7 +263,13 @@ class Run:
                 with self._lock:
                     own_model = "model" in item.arguments
                     self._named[item.index] = (item.id, item.line, own_model)
-                yield {**item.arguments, "id": item.index}
+                yield {**item.arguments, **self._revision(item), "id": item.index}
+
+    def _revision(self, item: Item) -> dict[str, str]:
+        """Return the batch's revision for a prompt that names the same model without one."""
+        if self._model and item.arguments.get("model") == self._model.partition("@")[0]:
+            return {"model": self._model}
+        return {}
 
     def _own_fault(self, item: Item) -> InvalidArgument | None:
         try:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from reltrace._batch.folder import Settings
 from reltrace._errors import ModelNotFound, invalid
 from reltrace._info import Model
+from reltrace._pinning import named
 
 
 def check_served(settings: Settings, models: Sequence[Model]) -> None:
@@ -26,17 +27,13 @@ def check_served(settings: Settings, models: Sequence[Model]) -> None:
     """
     if not models:
         return
-    names = ", ".join(model.name for model in models)
-    if settings.model is None:
-        if len(models) > 1:
-            raise invalid("model", f"is missing, and several are served: {names}")
-        model = models[0]
-    else:
-        name, _, revision = settings.model.partition("@")
-        found = [m for m in models if m.name == name and revision in ("", m.revision)]
-        if not found:
-            raise ModelNotFound(f"model: {settings.model!r} is not served; served: {names}")
-        model = found[0]
+    found = named(models, settings.model or "")
+    names = ", ".join(dict.fromkeys(model.name for model in found or models))
+    if not found:
+        raise ModelNotFound(f"model: {settings.model!r} is not served; served: {names}")
+    if len({model.name for model in found}) > 1:
+        raise invalid("model", f"is missing, and several are served: {names}")
+    model = found[0]
     asked = [
         ("rule", [settings.rule], model.rules),
         ("reduce", [settings.reduce], model.reductions),

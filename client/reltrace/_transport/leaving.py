@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from reltrace_proto.v1 import trace_pb2
@@ -45,10 +46,18 @@ class Leftovers:
     ----------
     connection : Connection
         To the servers.
+
+    Attributes
+    ----------
+    record : callable or None
+        Takes, whenever it changes, how many jobs each submission has that the server may hold for
+        this process: what is left on it if the process is killed.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self.record: Callable[[Mapping[str, int]], None] | None = None
+        self._held: dict[str, int] = {}
         self._open: set[Open] = set()
         # Those whose server answered when they were left: worth a wait.
         self._cancelling: set[asyncio.Task[None]] = set()
@@ -59,9 +68,35 @@ class Leftovers:
         self._open.add(submission)
         return submission
 
+    def accepted(self, submission: Open, name: str) -> None:
+        """Note the id that the server gave to a submission."""
+        submission.id = name
+        self._hold({name: len(submission.request.jobs)})
+
     def done(self, submission: Open) -> None:
         """Note that nothing of a submission is left on the server."""
         self._open.discard(submission)
+        self._freed(submission.id)
+
+    async def take_over(self, held: Mapping[str, int]) -> None:
+        """Cancel what a process that was killed left on the server.
+
+        Parameters
+        ----------
+        held : mapping of str to int
+            What its `record` was given last.
+        """
+        self._hold(held)
+        await asyncio.gather(*(self._free(name, jobs) for name, jobs in held.items()))
+
+    def _hold(self, held: Mapping[str, int]) -> None:
+        self._held |= held
+        if self.record is not None:
+            self.record(self._held)
+
+    def _freed(self, name: str) -> None:
+        if self._held.pop(name, None) is not None and self.record is not None:
+            self.record(self._held)
 
     async def leave(self, submission: Open, *, away: bool) -> None:
         """Cancel a submission on the server, and wait a little until that is done.
@@ -101,8 +136,15 @@ class Leftovers:
         try:
             async with asyncio.timeout(_PATIENCE):
                 name = submission.id or await self._ask_for_id(submission)
-                if not name:
-                    return
+        except (TraceError, TimeoutError):
+            return
+        if name:
+            await self._free(name, len(submission.request.jobs))
+
+    async def _free(self, name: str, jobs: int) -> None:
+        """Cancel the jobs of a submission and free its results."""
+        try:
+            async with asyncio.timeout(_PATIENCE):
                 await self._connection.call_last(
                     lambda server: server.traces.CancelJobs,
                     trace_pb2.CancelJobsRequest(submission_id=name),
@@ -110,13 +152,12 @@ class Leftovers:
                 # All of its jobs have ended, and nobody reads how.
                 await self._connection.call_last(
                     lambda server: server.traces.AcknowledgeResults,
-                    trace_pb2.AcknowledgeResultsRequest(
-                        submission_id=name, through_entry=len(submission.request.jobs)
-                    ),
+                    trace_pb2.AcknowledgeResultsRequest(submission_id=name, through_entry=jobs),
                 )
         except (TraceError, TimeoutError):
             # The caller has left for a reason of its own, which this must not hide.
             return
+        self._freed(name)
 
     async def _ask_for_id(self, submission: Open) -> str:
         """Hand the jobs in once more, which adds nothing where they have been accepted."""

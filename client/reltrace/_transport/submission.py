@@ -129,7 +129,7 @@ async def submit(
     if isinstance(answer, RpcStatus):
         connection.leftovers.done(submission)
         return _rejection(answer, entries, connection.address)
-    submission.id = answer.submission_id
+    connection.leftovers.accepted(submission, answer.submission_id)
     if len(answer.job_ids) != len(entries):
         await connection.leftovers.leave(submission, away=False)
         raise ProtocolError(f"{len(entries)} jobs were accepted as {len(answer.job_ids)}")
