@@ -45,7 +45,7 @@ class Atlas:
         self._state = folder.read()
         self._reader = Reader(folder, self._state)
         self._standouts = Standouts(self._reader, self._state)
-        self._given = GivenLabels(folder.path, self._check)
+        self._given = GivenLabels(folder.path, self._check, self.about.get("made_by", ()))
         self._built_in = lru_cache(_LABELS_KEPT)(self._stands_out)
         self._sums = {site: merged.sums() for site, merged in self._state.sites.items()}
 
@@ -294,9 +294,9 @@ class Atlas:
         """Write labels with their contexts, for a person or a language model to better them.
 
         A line of JSON each: "site", "layer", "index", "label", "by" (who gave it; "log-odds": it is
-        built in), "mass", and "contexts", the strongest of positive relevance, each with
-        "relevance", "activation", "text" (the token where it is strong between ⟦ and ⟧), "token"
-        and "target".
+        built in), "mass", "made_by" (name and revision of the model), and "contexts", the strongest
+        of positive relevance, each with "relevance", "activation", "text" (the token where it is
+        strong between ⟦ and ⟧), "token" and "target".
 
         Parameters
         ----------
@@ -323,7 +323,8 @@ class Atlas:
         self._given.check_other(Path(path))
         with Path(path).open("w", encoding="utf-8") as file:
             for feature in features:
-                file.write(json.dumps(described(feature), ensure_ascii=False) + "\n")
+                record = described(feature) | {"made_by": self._given.made_by}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 count += 1
         return count
 
@@ -334,8 +335,9 @@ class Atlas:
         ----------
         path : path
             Lines of JSON with "layer", "index" and "label", and, if need be, "site" (default
-            "neuron") and "by"; anything else in them is passed over. An empty label takes one away.
-            What `export_labels` wrote and nobody changed is passed over as well.
+            "neuron"), "by", and "made_by", which must be the atlas' own; anything else in them is
+            passed over. An empty label takes one away. What `export_labels` wrote and nobody
+            changed is passed over as well.
 
         Returns
         -------

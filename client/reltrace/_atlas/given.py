@@ -6,7 +6,7 @@ import codecs
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,19 @@ class GivenLabels:
         Of the atlas.
     check : callable
         Takes a site, a layer and an index; raises InvalidArgument where the atlas has none such.
+    made_by : sequence of str
+        Name and revision of the model whose neurons and heads are labelled.
 
     Raises
     ------
     InvalidArgument
-        If the file is damaged.
+        If the file is damaged, or of another model.
     """
 
-    def __init__(self, folder: Path, check: Callable[[str, int, int], None]) -> None:
+    def __init__(
+        self, folder: Path, check: Callable[[str, int, int], None], made_by: Sequence[str]
+    ) -> None:
+        self.made_by = list(made_by)
         self._path = folder / _FILE
         self._check = check
         self._labels: dict[Key, GivenLabel] = {}
@@ -99,7 +104,8 @@ class GivenLabels:
         Parameters
         ----------
         path : path
-            Lines of JSON with "layer", "index" and "label", and, if need be, "site" and "by".
+            Lines of JSON with "layer", "index" and "label", and, if need be, "site", "by" and
+            "made_by".
         built_in : callable
             Returns the label of a feature that nobody labelled: what was exported and not changed
             is not kept.
@@ -161,6 +167,13 @@ class GivenLabels:
             whole_number(found.get("index"), "index"),
         )
         self._check(site, layer, index)
+        made_by = found.get("made_by", self.made_by)
+        if made_by != self.made_by:
+            raise invalid(
+                "made_by",
+                f"is {made_by}, and the atlas is of {self.made_by}: the neurons and heads of "
+                "another model or revision are others",
+            )
         return (site, layer, index), GivenLabel(
             _text(found, "label").strip(), _text(found, "by", "")
         )
@@ -175,6 +188,7 @@ class GivenLabels:
                     "index": index,
                     "label": label.text,
                     "by": label.by,
+                    "made_by": self.made_by,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import reltrace
-from make_atlas import make_atlas
+from make_atlas import MODEL, REVISION, make_atlas
 
 PROMPTS = [("my cats run", "far"), ("the big cats", "sleep"), *[("we eat", "pie")] * 300]
 PLACES = {(1, 0): [(0, 1, 0.5), (1, 2, 0.75)], (0, 2): [(0, 2, -1.0)]}
@@ -30,7 +30,7 @@ def test_labels_are_written_with_what_they_rest_on(atlas: reltrace.Atlas, tmp_pa
     first, second, *_ = lines(tmp_path / "out.jsonl")
     assert first == {
         "site": "neuron", "layer": 1, "index": 0, "label": "cats", "by": "log-odds",
-        "mass": 1.25,
+        "mass": 1.25, "made_by": [MODEL, REVISION],
         "contexts": [
             {
                 "relevance": 0.75, "activation": 7.5,
@@ -68,6 +68,29 @@ def test_labels_that_were_given_are_kept(atlas: reltrace.Atlas, tmp_path: Path) 
     gone = write(tmp_path / "gone.jsonl", {"layer": 1, "index": 0, "label": ""})
     assert atlas.import_labels(gone) == 1
     assert reltrace.load_atlas(tmp_path / "atlas").label(1, 0) == "cats"
+
+
+@pytest.mark.parametrize("made_by", [[MODEL, "another"], ["another", REVISION], "x", None])
+def test_labels_of_another_model_or_revision_are_refused(
+    atlas: reltrace.Atlas, tmp_path: Path, made_by: object
+) -> None:
+    """
+    Given labels that were written for an atlas, and changed
+    If they say that they are of another model or revision
+    I expect none to be taken; and so where the atlas beside its labels is exchanged for another's.
+    """
+    path = tmp_path / "labels.jsonl"
+    atlas.export_labels(path)
+    records = [record | {"label": "changed"} for record in lines(path)]
+    assert records[0]["made_by"] == [MODEL, REVISION]
+    other = write(tmp_path / "other.jsonl", *records[:-1], records[-1] | {"made_by": made_by})
+    with pytest.raises(reltrace.InvalidArgument, match=r"line 6: made_by: is .*, and the atlas is"):
+        atlas.import_labels(other)
+    assert atlas.import_labels(write(path, *records)) == 6
+    kept = tmp_path / "atlas" / "labels.jsonl"
+    write(kept, *(record | {"made_by": made_by} for record in lines(kept)))
+    with pytest.raises(reltrace.InvalidArgument, match="made_by: is"):
+        reltrace.load_atlas(tmp_path / "atlas")
 
 
 def test_what_was_exported_and_not_changed_stays_built_in(
