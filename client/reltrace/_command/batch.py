@@ -6,12 +6,11 @@ import json
 import logging
 import signal
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -40,6 +39,7 @@ from reltrace._command.options import (
     target_of,
 )
 from reltrace._errors import invalid
+from reltrace._progress import Progress
 
 _INTERRUPTED, _TERMINATED = 130, 143
 # A log is no terminal: a line now and then is enough.
@@ -168,7 +168,7 @@ def batch(
         check_served(settings, client.models())
     with (
         access_of(context).client(server, retry_timeout) as client,
-        _Bar(_total(path, reading, limit, part), quiet) as bar,
+        closing(_bar(_total(path, reading, limit, part), quiet)) as bar,
         _stopped_in_order(out),
         _said_aloud(),
     ):
@@ -246,43 +246,10 @@ def _said_aloud() -> Iterator[None]:
         logging.getLogger("reltrace").removeHandler(handler)
 
 
-class _Bar:
-    """A progress bar on standard error; in a log, a line now and then."""
-
-    def __init__(self, total: int | None, quiet: bool) -> None:
-        self._total = total
-        self._quiet = quiet
-        self._failed = 0
-        self._bar: Any = None
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def begin(self, done: int) -> None:
-        """Show the bar, with what is done already."""
-        if self._quiet:
-            return
-        from tqdm import tqdm
-
-        interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-        self._bar = tqdm(
-            total=self._total, initial=done, unit="prompt", mininterval=interval, smoothing=0.05
-        )
-
-    def result(self, failed: bool) -> None:
-        """Count a prompt; from whichever thread."""
-        if self._bar is None:
-            return
-        with self._lock:
-            if failed:
-                self._failed += 1
-                self._bar.set_postfix(failed=self._failed, refresh=False)
-            self._bar.update()
+def _bar(total: int | None, quiet: bool) -> Progress:
+    """Return a bar on standard error; in a log, a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+    return Progress(None, shown=not quiet, unit="prompt", total=total, interval=interval)
 
 
 def _report(summary: Summary, out: Path, as_json: bool) -> None:
