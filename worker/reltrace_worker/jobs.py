@@ -12,7 +12,33 @@ from dataclasses import dataclass
 import torch
 
 TokenRef = str | int
-"""One token: its text (which must encode to exactly one token) or its id."""
+"""One token: its text (its name, or what encodes to exactly one token) or its id."""
+
+Span = tuple[int, int]
+"""First and stop, as in ``range``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation, as a client gives it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, for the model's chat template."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation: its content is the `tokens` of a job."""
+
+    role: str
+    tokens: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +130,8 @@ class JobSpec:
     Parameters
     ----------
     input
-        Prompt text (special tokens are added) or token ids (used as they are).
+        Prompt text, token ids (used as they are), or a conversation (the model's chat template
+        makes text of it).
     sites
         Names of the sites where relevance is read.
     reduction
@@ -125,9 +152,13 @@ class JobSpec:
         Write tokens instead of tracing; None: trace.
     corpus
         Prompts whose atlas is made, with `k` places each; `input` does not matter then.
+    add_special_tokens
+        Put in front of a prompt text what the tokenizer puts there (BOS), unless it has it.
+    tokenize_only
+        No pass: the result is how the input is read.
     """
 
-    input: str | tuple[int, ...]
+    input: str | tuple[int, ...] | Chat
     sites: tuple[str, ...] = ("resid",)
     reduction: str = "token"
     targets: tuple[TargetSpec, ...] = (TargetSpec(),)
@@ -137,7 +168,9 @@ class JobSpec:
     edits: tuple[EditSpec, ...] = ()
     forward_only: bool = False
     generation: GenerationSpec | None = None
-    corpus: tuple[str, ...] | None = None
+    corpus: tuple[str | Chat, ...] | None = None
+    add_special_tokens: bool = True
+    tokenize_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +223,11 @@ class PreparedJob:
     token_ids
         The T tokens of the pass: the prompt, then all but the last token of a continuation.
     tokens
-        Readable text per token: decoded, or the raw vocabulary string where a token alone
-        does not decode to valid text.
+        Readable text per token, as in ``Vocabulary.text``.
     sites, reduction, rule
         Names, all known.
     targets
-        At least one, each gives one trace; none where tokens are written.
+        At least one, each gives one trace; none where tokens are written, or no pass is run.
     layers
         Decoder layers that the result has, in this order; empty: all.
     k
@@ -206,6 +238,18 @@ class PreparedJob:
         No backward pass, so no site.
     generation
         Tokens to write instead of a trace.
+    text
+        What the model reads, special tokens included.
+    offsets
+        Of each token: its characters (code points) in `text`.
+    turns
+        Of a conversation.
+    special_positions
+        Tokens that are special ones of the tokenizer.
+    hints
+        What a reader should know of how the input was read, in sentences.
+    candidates
+        Look for the likeliest tokens at each target's position.
     """
 
     token_ids: tuple[int, ...]
@@ -219,6 +263,12 @@ class PreparedJob:
     edits: tuple[EditSpec, ...] = ()
     forward_only: bool = False
     generation: GenerationSpec | None = None
+    text: str = ""
+    offsets: tuple[Span, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    special_positions: tuple[int, ...] = ()
+    hints: tuple[str, ...] = ()
+    candidates: bool = True
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -318,6 +368,16 @@ class SiteTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that may follow at a target's position."""
+
+    token_id: int
+    token: str
+    logit: float
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedTarget:
     """A target as the pass resolved it.
 
@@ -338,6 +398,8 @@ class ResolvedTarget:
         The scalar is made of log-probabilities.
     continuation_ids
         The response tokens that this trace stands for.
+    candidates
+        The likeliest tokens at `position`, the likeliest first; none where the pass did not look.
     """
 
     token_id: int
@@ -348,6 +410,7 @@ class ResolvedTarget:
     contrast: str
     logprob: bool
     continuation_ids: tuple[int, ...]
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,9 +450,12 @@ class JobResult:
         The pass recomputed its layers in the backward pass instead of keeping them.
     written
         Of a job that asked for tokens.
+    hints
+        What a reader should know of the targets, in sentences.
     """
 
     targets: tuple[ResolvedTarget, ...]
     tensors: tuple[SiteTensor, ...]
     checkpointing: bool
     written: Written | None = None
+    hints: tuple[str, ...] = ()

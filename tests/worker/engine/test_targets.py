@@ -62,7 +62,9 @@ def test_several_targets_equal_single_ones(checkpoints: Checkpoints, rule: str) 
         ours, wanted = together.targets[index], alone.targets[0]
         # The logits of other rows change how the product with the head is blocked: one bit.
         assert ours.logit == pytest.approx(wanted.logit, rel=1e-6)
-        assert replace(ours, logit=wanted.logit) == wanted
+        numbers = {"logit": wanted.logit, "candidates": wanted.candidates}
+        assert replace(ours, **numbers) == wanted
+        assert [c.token_id for c in ours.candidates] == [c.token_id for c in wanted.candidates]
         values, reference = together.tensors[index].values, alone.tensors[0].values
         assert float((values - reference).abs().max() / reference.abs().max()) < 1e-5
 

@@ -110,7 +110,8 @@ def test_text_that_is_several_tokens_shows_how_it_was_split(checkpoints: Checkpo
     mark = checkpoints.loaded("plain").tokenizer.convert_tokens_to_ids("!")
     assert field == "targets[1].token"
     assert description == (
-        f"' dogs!' is not exactly one token but 2: ' dogs' ({dogs}), '!' ({mark})"
+        f"' dogs!' is not exactly one token but 2: ' dogs' ({dogs}), '!' ({mark}); "
+        "to trace them all, ask for a continuation (continuation=' dogs!')"
     )
 
 

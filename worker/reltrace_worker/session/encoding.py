@@ -138,19 +138,29 @@ class Encoder:
             return invalid(lease, error)
         engine_time = Duration()
         engine_time.FromTimedelta(timedelta(seconds=seconds))
-        provenance, layers = self._provenance(job.job, result), self._model.shape.layers
+        # Texts are written by the model as transformers runs it.
+        kernel = self._attention if result.written is None else self._plain_attention
+        provenance = self._provenance(job.job, kernel, checkpointing=result.checkpointing)
+        layers = self._model.shape.layers
         return _Tensors(
             lease,
             corpus_header(job.job, result.targets, provenance, layers)
             if isinstance(job.job, PreparedCorpus)
-            else header(job.job, result.targets, provenance, layers),
+            else header(job.job, provenance, layers, result.targets, result.hints),
             tensors,
             types_pb2.Timings(queued=lease.queued_for, engine=engine_time),
             None if result.written is None else generated(result.written),
         )
 
+    def tokenized(self, lease: worker_pb2.Lease, job: PreparedJob) -> Chunks:
+        """Return the result of a job that needs no pass: how its input is read."""
+        provenance = self._provenance(job, "", checkpointing=False)
+        timings = types_pb2.Timings(queued=lease.queued_for)
+        found = header(job, provenance, self._model.shape.layers)
+        return iter(list(chunks(lease, found, (), timings)))
+
     def _provenance(
-        self, job: PreparedJob | PreparedCorpus, result: JobResult
+        self, job: PreparedJob | PreparedCorpus, attention: str, *, checkpointing: bool
     ) -> types_pb2.Provenance:
         return types_pb2.Provenance(
             model=self._model.name,
@@ -158,9 +168,8 @@ class Encoder:
             rule=job.rule,
             reduction=job.reduction,
             dtype=scalar_type(self._model.dtype),
-            # Texts are written by the model as transformers runs it.
-            attention=self._attention if result.written is None else self._plain_attention,
-            checkpointing=result.checkpointing,
+            attention=attention,
+            checkpointing=checkpointing,
             versions=VERSIONS,
             device=str(self._model.device),
         )
