@@ -96,7 +96,7 @@ class Engine:
         if checkpointing not in _CHECKPOINTING:
             raise ValueError(f"checkpointing is 'auto', 'on' or 'off', not {checkpointing!r}")
         self._loaded = loaded
-        self._vocabulary = Vocabulary.of(loaded.tokenizer)
+        self._vocabulary = Vocabulary(loaded.tokenizer)
         self._checkpointing = checkpointing
         # A limit is to be kept, whatever the mode.
         always = checkpointing == "auto" or memory_bytes is not None

@@ -39,7 +39,7 @@ class Texts:
 
     def __init__(self, loaded: LoadedModel, jobs: Sequence[PreparedJob], plan: Plan) -> None:
         self._loaded = loaded
-        self._vocabulary = Vocabulary.of(loaded.tokenizer)
+        self._vocabulary = Vocabulary(loaded.tokenizer)
         self._plan = plan
         self._texts = [Text(job) for job in jobs]
         self._left = set(range(len(jobs)))

@@ -49,7 +49,7 @@ class PromptReader:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._tokenizer = loaded.tokenizer
-        self._vocabulary = Vocabulary.of(loaded.tokenizer)
+        self._vocabulary = Vocabulary(loaded.tokenizer)
         self._encoder = TextEncoder(loaded.tokenizer)
         self._vocab_size = loaded.shape.vocab_size
         self._context_length = loaded.context_length
@@ -115,11 +115,11 @@ class PromptReader:
         if isinstance(token, int):
             self._checks_ids((token,), field, faults, index=False)
             return token
-        found = self._vocabulary.find(token)
-        if found is not None:
-            return found if self._checks_known((found,), field, faults) else None
         if not self._checks_text(token, field, faults):
             return None
+        found = self._vocabulary.find(token)
+        if found is not None and found < self._vocab_size:
+            return found
         ids = self._encoder.encode(token, special=False).token_ids
         if not self._is_one(ids) and isinstance(reading.source, str):
             behind = self._encoder.joined(reading.source, token, special=reading.special)

@@ -96,7 +96,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = backend = tokenizer.backend_tokenizer
-        self._vocabulary = Vocabulary.of(tokenizer)
+        self._vocabulary = Vocabulary(tokenizer)
         # A file may ask for them, for training.
         backend.no_truncation()
         backend.no_padding()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _REPLACEMENT = "\ufffd"
-_SPACE = "▁"
-"""How SentencePiece writes a space in its vocabulary."""
+
+# How byte-level tokenizers write each byte in their vocabulary.
+_BYTES = bytes_to_unicode()  # type: ignore[no-untyped-call]
 
 
 class Vocabulary:
@@ -16,7 +19,7 @@ class Vocabulary:
 
     A token is named by its decoded text. Where that is no whole character, nothing at all, or the
     text of another token (SentencePiece has a byte ``<0x0A>`` beside a line break), it is named by
-    its raw string in the vocabulary; where that is taken too, by ``"<id>"`` with its number.
+    its raw string in the vocabulary; where that is another's text, by ``"<id>"`` with its number.
 
     Parameters
     ----------
@@ -25,30 +28,22 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._backend = tokenizer.backend_tokenizer
-        raw = {index: piece for piece, index in self._backend.get_vocab().items()}
-        self._anchor = next(
-            ([i] for i, piece in sorted(raw.items()) if len(piece) == 1 and "a" <= piece <= "z"), []
-        )
-        self._anchored = 0
-        self._anchored = len(self._decode([]))
-        self._names = _names(raw, self._decode_each(sorted(raw)))
-        self._ids = {name: index for index, name in self._names.items()}
+        self._backend = backend = tokenizer.backend_tokenizer
+        self._names: dict[int, str] = {}
+        # A decoder of SentencePiece drops a space that comes first: nothing is.
+        letters = (backend.token_to_id(chr(code)) for code in range(ord("a"), ord("z") + 1))
+        self._anchor = [next((i for i in letters if i is not None), 0)]
+        self._anchored = len(backend.decode(self._anchor, skip_special_tokens=False))
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
 
-    @staticmethod
-    def of(tokenizer: Any) -> Vocabulary:
-        """Return the vocabulary of a tokenizer, made once: its names are as many as its tokens."""
-        found = _VOCABULARIES.get(tokenizer)
-        if found is None:
-            found = _VOCABULARIES[tokenizer] = Vocabulary(tokenizer)
-        return found
-
     def text(self, token_id: int) -> str:
-        """Return the name of one token; ``"<id>"`` of one that the tokenizer does not have."""
-        return self._names.get(token_id) or f"<{token_id}>"
+        """Return the name of one token."""
+        name = self._names.get(token_id)
+        if name is None:
+            name = self._names[token_id] = self._name(token_id)
+        return name
 
     def texts(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Return :meth:`text` of each token."""
@@ -56,11 +51,12 @@ class Vocabulary:
 
     def find(self, text: str) -> int | None:
         """Return the token of which :meth:`text` is this; None: there is none."""
-        found = self._ids.get(text)
-        number = text[1:-1]
-        if found is None and number.isascii() and number.isdecimal() and len(number) < 10:
-            return int(number) if self.text(int(number)) == text else None
-        return found
+        found: int | None = self._decoding_to(text)
+        if found is None:
+            found = self._backend.token_to_id(text)
+        if found is None and (numbered := re.fullmatch(r"<#?(\d{1,9})>", text, re.ASCII)):
+            found = int(numbered[1])
+        return found if found is not None and self.text(found) == text else None
 
     def decoded(self, token_ids: Sequence[int]) -> str:
         """Return what was written, decoded together, without special tokens."""
@@ -70,42 +66,37 @@ class Vocabulary:
         """Return several tokens as one text, decoded together."""
         return self._decode(token_ids) or "".join(self.texts(token_ids))
 
+    def _name(self, token_id: int) -> str:
+        raw: str | None = self._backend.id_to_token(token_id)
+        if raw is not None:
+            decoded = self._decode([token_id])
+            if self._decoding_to(decoded) == token_id:
+                return decoded
+            if self._decoding_to(raw) is None:
+                return raw
+        number = f"<{token_id}>"
+        return number if self._backend.token_to_id(number) is None else f"<#{token_id}>"
+
+    def _decoding_to(self, text: str) -> int | None:
+        """Return the token that a text names by what it decodes to."""
+        if not text or _REPLACEMENT in text:
+            return None
+        for spelling in _spellings(text):
+            token: int | None = self._backend.token_to_id(spelling)
+            if token is not None and self._decode([token]) == text:
+                return token
+        return None
+
     def _decode(self, token_ids: Sequence[int]) -> str:
-        # Behind another token: a decoder of SentencePiece drops a space that comes first.
-        ids = [*self._anchor, *token_ids]
-        decoded: str = self._backend.decode(ids, skip_special_tokens=False)
+        decoded: str = self._backend.decode([*self._anchor, *token_ids], skip_special_tokens=False)
         return decoded[self._anchored :]
 
-    def _decode_each(self, token_ids: Sequence[int]) -> dict[int, str]:
-        behind = [[*self._anchor, i] for i in token_ids]
-        decoded = self._backend.decode_batch(behind, skip_special_tokens=False)
-        return {i: text[self._anchored :] for i, text in zip(token_ids, decoded, strict=True)}
 
-
-_VOCABULARIES: WeakKeyDictionary[Any, Vocabulary] = WeakKeyDictionary()
-
-
-def _names(raw: dict[int, str], decoded: dict[int, str]) -> dict[int, str]:
-    """Return a name of its own for each token, by rising id."""
-
-    def spelled(index: int) -> bool:
-        return raw[index].replace(_SPACE, " ") == decoded[index]
-
-    claims: dict[str, int] = {}
-    for index, text in decoded.items():
-        if not text or _REPLACEMENT in text:
-            continue
-        other = claims.setdefault(text, index)
-        if other != index and spelled(index) and not spelled(other):
-            claims[text] = index
-    names: dict[int, str] = {}
-    taken = set(claims)
-    for index, text in decoded.items():
-        name = text
-        if claims.get(text) != index:
-            name = raw[index]
-            while name in taken:
-                name = f"<{index}>" if name == raw[index] else f"<{name}>"
-            taken.add(name)
-        names[index] = name
-    return names
+def _spellings(text: str) -> Iterator[str]:
+    """Yield how vocabularies write a token of this text, the plainest first."""
+    yield text
+    yield text.replace(" ", "▁")
+    data = text.encode()
+    yield "".join(_BYTES[byte] for byte in data)
+    if len(data) == 1:
+        yield f"<0x{data[0]:02X}>"

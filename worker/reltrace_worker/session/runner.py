@@ -83,7 +83,7 @@ class Runner:
         self._encoder = Encoder(model, engine.attention)
         self._spans = spans or NoSpans()
         self._drafts = drafts or Drafts()
-        self._vocabulary = Vocabulary.of(model.tokenizer)
+        self._vocabulary = Vocabulary(model.tokenizer)
         self.stats = PassStats(seconds=engine.seconds)
 
     @property
