@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 
 from reltrace_worker.errors import Faults, InvalidJob
@@ -121,11 +122,11 @@ class PromptReader:
         if found is not None and found < self._vocab_size:
             return found
         ids = self._encoder.encode(token, special=False).token_ids
-        if not self._is_one(ids) and isinstance(reading.source, str):
+        if not self._is_one(token, ids) and isinstance(reading.source, str):
             behind = self._encoder.joined(reading.source, token, special=reading.special)
             # A token that begins in the prompt is not the text's.
             ids = ids if behind.hints else behind.continuation
-        if self._is_one(ids):
+        if self._is_one(token, ids):
             return ids[0] if self._checks_known(ids, field, faults) else None
         faults.add(field, self._split(token, ids, field))
         return None
@@ -211,8 +212,13 @@ class PromptReader:
             "space as the beginning of the next word's token, and go on in another way without it.",
         )
 
-    def _is_one(self, ids: tuple[int, ...]) -> bool:
-        return len(ids) == 1 and ids[0] != self._tokenizer.unk_token_id
+    def _is_one(self, text: str, ids: tuple[int, ...]) -> bool:
+        """Tell whether ids are one token that says the text; a tokenizer may drop characters."""
+
+        def alike(text: str) -> str:
+            return unicodedata.normalize("NFKC", text).strip()
+
+        return len(ids) == 1 and alike(self._vocabulary.text(ids[0])) == alike(text)
 
     def _split(self, text: str, ids: tuple[int, ...], field: str) -> str:
         tokens = zip(ids, self._vocabulary.texts(ids), strict=True)
