@@ -11,8 +11,9 @@ import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobResult, JobSpec, TargetSpec
+from reltrace_worker.jobs import JobSpec, TargetSpec
 from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES
 
 PROMPT = PROMPTS[0]

@@ -20,15 +20,10 @@ from reltrace_worker.engine.plan import Planner
 from reltrace_worker.engine.resolve import hints, resolve
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.jobs import (
-    JobResult,
-    PreparedCorpus,
-    PreparedJob,
-    PreparedTarget,
-    Term,
-)
+from reltrace_worker.jobs import PreparedCorpus, PreparedJob, PreparedTarget, Term
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES, Rule, apply_rule
 from reltrace_worker.rules.compiled import check_compiler, compiled_rule
 from reltrace_worker.rules.kernels import kernel_for

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from reltrace_worker.engine.pack import Candidates, Scalar
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import Candidate, PreparedJob, PreparedTarget, ResolvedTarget
+from reltrace_worker.jobs import PreparedJob, PreparedTarget
 from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.results import Candidate, ResolvedTarget
 
 _MUCH_LIKELIER = math.log(10)
 """Between two logits at one position: ten times the probability."""

@@ -18,13 +18,11 @@ from reltrace_worker.jobs import (
     Message,
     PreparedCorpus,
     PreparedJob,
-    ResolvedTarget,
-    SiteTensor,
     TargetSpec,
     TokenRef,
-    Written,
 )
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.results import ResolvedTarget, SiteTensor, Written
 from reltrace_worker.rules import RULES
 
 _TORCH_DTYPES = {

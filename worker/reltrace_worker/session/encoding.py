@@ -12,8 +12,9 @@ from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.errors import EngineError, InvalidJob, PassFailedError
-from reltrace_worker.jobs import JobResult, PreparedCorpus, PreparedJob
+from reltrace_worker.jobs import PreparedCorpus, PreparedJob
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.results import JobResult
 from reltrace_worker.session.chunks import chunks, stored_chunk
 from reltrace_worker.session.convert import (
     INTERNAL,

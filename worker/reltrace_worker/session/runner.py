@@ -13,10 +13,11 @@ from reltrace_worker.engine import REDUCTIONS, SITES, Engine
 from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
-from reltrace_worker.jobs import JobResult, JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
 from reltrace_worker.metrics import PassStats
 from reltrace_worker.model import JobPreparer, LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES
 from reltrace_worker.session.convert import job_spec
 from reltrace_worker.session.drafts import Drafts
