@@ -12,14 +12,18 @@ _REPLACEMENT = "\ufffd"
 
 # How byte-level tokenizers write each byte in their vocabulary.
 _BYTES = bytes_to_unicode()  # type: ignore[no-untyped-call]
+_BYTE_OF = {char: byte for byte, char in _BYTES.items()}
+_WRITTEN_BYTES = re.compile(r"<0x((?:[0-9A-F]{2})+)>")
 
 
 class Vocabulary:
     """The texts of a tokenizer's tokens, each of its own: a text names one token.
 
-    A token is named by its decoded text. Where that is no whole character, nothing at all, or the
-    text of another token (SentencePiece has a byte ``<0x0A>`` beside a line break), it is named by
-    its raw string in the vocabulary; where that is another's text, by ``"<id>"`` with its number.
+    A token is named by its decoded text. A byte-level one that is no whole character is named by
+    its bytes, ``<0xC3>``, as SentencePiece writes one: its raw string, "Ã", reads as another text.
+    Where the decoded text is nothing at all, or that of another token (SentencePiece has a byte
+    ``<0x0A>`` beside a line break), it is named by its raw string in the vocabulary; where that is
+    another's text, by ``"<id>"`` with its number.
 
     Parameters
     ----------
@@ -54,6 +58,9 @@ class Vocabulary:
         found: int | None = self._decoding_to(text)
         if found is None:
             found = self._backend.token_to_id(text)
+        if found is None and (written := _WRITTEN_BYTES.fullmatch(text)):
+            raw = "".join(_BYTES[byte] for byte in bytes.fromhex(written[1]))
+            found = self._backend.token_to_id(raw)
         if found is None and (numbered := re.fullmatch(r"<#?(\d{1,9})>", text, re.ASCII)):
             found = int(numbered[1])
         return found if found is not None and self.text(found) == text else None
@@ -72,8 +79,10 @@ class Vocabulary:
             decoded = self._decode([token_id])
             if self._decoding_to(decoded) == token_id:
                 return decoded
-            if self._decoding_to(raw) is None:
-                return raw
+            name = _written_bytes(raw) if _REPLACEMENT in decoded else raw
+            other = self._backend.token_to_id(name)
+            if self._decoding_to(name) is None and other in (None, token_id):
+                return name
         number = f"<{token_id}>"
         return number if self._backend.token_to_id(number) is None else f"<#{token_id}>"
 
@@ -90,6 +99,13 @@ class Vocabulary:
     def _decode(self, token_ids: Sequence[int]) -> str:
         decoded: str = self._backend.decode([*self._anchor, *token_ids], skip_special_tokens=False)
         return decoded[self._anchored :]
+
+
+def _written_bytes(raw: str) -> str:
+    """Return a part of a character by its bytes; one of SentencePiece is written so already."""
+    if raw.isascii() or not all(char in _BYTE_OF for char in raw):
+        return raw
+    return f"<0x{bytes(_BYTE_OF[char] for char in raw).hex().upper()}>"
 
 
 def _spellings(text: str) -> Iterator[str]:
