@@ -89,7 +89,8 @@ class PromptReader:
             )
         job = PreparedJob(
             token_ids=read.token_ids,
-            tokens=self._vocabulary.texts(read.token_ids),
+            # Of ids that are out of range there is none.
+            tokens=() if faults.found else self._vocabulary.texts(read.token_ids),
             # No relevance yet, so that no rule is applied.
             sites=(),
             reduction="",
