@@ -12,8 +12,10 @@ from reltrace_scheduler.config import (
     MAX_ATLAS_PLACES,
     MAX_CORPUS_PROMPTS,
     MAX_JOBS_PER_REQUEST,
+    MAX_MESSAGES,
     MAX_NEW_TOKENS,
     MAX_PROMPT_BYTES,
+    MAX_ROLE,
     MAX_TARGETS_PER_JOB,
     MAX_TEMPERATURE,
 )
@@ -36,8 +38,15 @@ _RESULT_DTYPES = {
 }
 _MAX_KEY = 128
 
-# The corpus is an input, and checked with it.
-_CAPABILITIES = ("edits", "forward_only", "generation", "generation.stream")
+# Corpora and chats are inputs, and checked with them.
+_CAPABILITIES = (
+    "edits",
+    "forward_only",
+    "generation",
+    "generation.stream",
+    "add_special_tokens",
+    "tokenize_only",
+)
 
 # Redis counts milliseconds; nobody waits longer than a month.
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 31 * 24 * 3600
@@ -187,7 +196,7 @@ def _settings(spec: types_pb2.JobSpec) -> bytes:
     """Everything of a job but its input."""
     settings = types_pb2.JobSpec()
     settings.CopyFrom(spec)
-    for name in ("prompt", "input_ids", "corpus"):
+    for name in ("prompt", "input_ids", "corpus", "chat"):
         settings.ClearField(name)
     return settings.SerializeToString(deterministic=True)
 
@@ -196,10 +205,16 @@ def _settings_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Ite
     if spec.forward_only and spec.sites:
         yield Violation("sites", "needs a backward pass, and forward_only excludes it")
     for name in _CAPABILITIES:
-        if _asks_for(spec, name) and name not in model.capabilities:
-            yield Violation(name, f"is more than the workers of {model.name} can do")
+        if _asks_for(spec, name):
+            yield from _capability_faults(name, name, model)
     yield from edit_faults(spec, model)
     yield from _generation_faults(spec, model)
+    if spec.tokenize_only:
+        for name in ("sites", "targets", "edits", "forward_only", "output_uri"):
+            if getattr(spec, name):
+                yield Violation(name, "is for a trace, and the job asks for tokens only")
+        if spec.HasField("generation"):
+            yield Violation("generation", "writes tokens, and the job asks for those it has")
     for index, site in enumerate(spec.sites):
         if site not in model.sites:
             yield Violation(f"sites[{index}]", _not_among(site, model.sites))
@@ -233,6 +248,9 @@ def _asks_for(spec: types_pb2.JobSpec, name: str) -> bool:
             return spec.HasField("generation")
         case "generation.stream":
             return spec.generation.stream
+        case "add_special_tokens":
+            # Any worker adds them.
+            return spec.HasField(name) and not spec.add_special_tokens
     return bool(getattr(spec, name))
 
 
@@ -277,14 +295,47 @@ def _input_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterat
                 yield Violation(f"input_ids[{bad}]", _out_of_range(ids[bad], model))
         case "corpus":
             yield from _corpus_faults(spec, model)
+        case "chat":
+            yield from _capability_faults("messages", "chat", model)
+            yield from _chat_faults(spec.chat, "messages")
         case _:
-            yield Violation("prompt", "is missing: give a prompt or input_ids")
+            yield Violation("prompt", "is missing: give a prompt, messages or input_ids")
+
+
+def _capability_faults(
+    field: str, capability: str, model: types_pb2.ModelInfo
+) -> Iterator[Violation]:
+    if capability not in model.capabilities:
+        yield Violation(field, f"is more than the workers of {model.name} can do")
+
+
+def _chat_faults(chat: types_pb2.Chat, field: str) -> Iterator[Violation]:
+    count = len(chat.messages)
+    if not 1 <= count <= MAX_MESSAGES:
+        yield Violation(field, f"are {count}; allowed: 1 to {MAX_MESSAGES}")
+        return
+    size = sum(len(message.content.encode()) for message in chat.messages)
+    if size > MAX_PROMPT_BYTES:
+        yield Violation(field, f"are {size} bytes long; at most {MAX_PROMPT_BYTES} are allowed")
+    for index, message in enumerate(chat.messages):
+        if not 1 <= len(message.role) <= MAX_ROLE:
+            yield Violation(
+                f"{field}[{index}].role",
+                f"has {len(message.role)} characters; allowed: 1 to {MAX_ROLE}, as the model's "
+                "chat template knows it (system, user, assistant)",
+            )
 
 
 def _corpus_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
-    if "corpus" not in model.capabilities:
-        yield Violation("corpus", f"is more than the workers of {model.name} can do")
+    yield from _capability_faults("corpus", "corpus", model)
+    if spec.corpus.chats:
+        yield from _capability_faults("corpus.chats", "chat", model)
     count = len(spec.corpus.prompts)
+    for number, chat in sorted(spec.corpus.chats.items()):
+        place = f"corpus.chats[{number}]"
+        if number >= count or spec.corpus.prompts[number]:
+            yield Violation(place, f"takes the place of an empty prompt; there are {count} prompts")
+        yield from _chat_faults(chat, f"{place}.messages")
     if not 1 <= count <= MAX_CORPUS_PROMPTS:
         yield Violation("corpus.prompts", f"are {count}; allowed: 1 to {MAX_CORPUS_PROMPTS}")
     if not 1 <= spec.top_k <= MAX_ATLAS_PLACES:
@@ -296,6 +347,8 @@ def _corpus_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Itera
             yield Violation(name, "is not for an atlas")
     if spec.HasField("generation"):
         yield Violation("generation", "is not for an atlas")
+    if spec.tokenize_only:
+        yield Violation("tokenize_only", "is not for an atlas")
 
 
 def _target_faults(target: types_pb2.Target, model: types_pb2.ModelInfo) -> Iterator[Violation]:

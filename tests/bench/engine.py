@@ -33,8 +33,9 @@ from bench.models import SHAPES, Shape, build, job, prompts
 from reltrace_worker.engine import Checkpointing, Engine
 from reltrace_worker.engine.memory import peak_bytes
 from reltrace_worker.engine.pack import Pack, Readout
-from reltrace_worker.jobs import JobResult, PreparedJob
+from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel, ModelShape
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES, apply_rule
 from reltrace_worker.rules.linear import linear_layers, through_onednn
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from reference.checkpoints import RECIPES, save_checkpoint
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine
-from reltrace_worker.jobs import JobResult, JobSpec, PreparedJob
+from reltrace_worker.jobs import JobSpec, PreparedJob
 from reltrace_worker.model import JobPreparer, LoadedModel, load_model
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES
 
 DEVICE = os.environ.get("RELTRACE_TEST_DEVICE", "cpu")

@@ -12,7 +12,16 @@ MODEL = types_pb2.ModelInfo(
     sites=["embed", "resid"],
     rules=["attnlrp"],
     reductions=["token"],
-    capabilities=["edits", "forward_only", "generation", "generation.stream", "corpus"],
+    capabilities=[
+        "edits",
+        "forward_only",
+        "generation",
+        "generation.stream",
+        "corpus",
+        "chat",
+        "add_special_tokens",
+        "tokenize_only",
+    ],
 )
 
 

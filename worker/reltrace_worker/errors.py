@@ -42,6 +42,22 @@ class InvalidJob(WorkerError):  # noqa: N818 - it is the job that is at fault, n
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
 
 
+class Faults:
+    """The faults of one job, collected so that a client sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.found: list[Violation] = []
+
+    def add(self, field: str, description: str) -> None:
+        """Note a fault."""
+        self.found.append(Violation(field, description))
+
+    def raise_any(self) -> None:
+        """Raise InvalidJob if a fault was noted."""
+        if self.found:
+            raise InvalidJob(self.found)
+
+
 class ModelError(WorkerError):
     """A model could not be loaded, or the rules do not reach all of it."""
 

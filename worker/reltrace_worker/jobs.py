@@ -1,18 +1,42 @@
-"""What goes into the engine and what comes out: plain values, no protobuf, no gRPC.
+"""What goes into the engine: plain values, no protobuf, no gRPC.
 
 A :class:`JobSpec` is what a client asked for. ``reltrace_worker.model.JobPreparer`` checks it
 against the loaded model and turns it into a :class:`PreparedJob`; the engine turns that into a
-:class:`JobResult`.
+``reltrace_worker.results.JobResult``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 TokenRef = str | int
-"""One token: its text (which must encode to exactly one token) or its id."""
+"""One token: its text (its name, or what encodes to exactly one token) or its id."""
+
+Span = tuple[int, int]
+"""First and stop, as in ``range``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation, as a client gives it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, for the model's chat template."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation: its content is the `tokens` of a job."""
+
+    role: str
+    tokens: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +128,8 @@ class JobSpec:
     Parameters
     ----------
     input
-        Prompt text (special tokens are added) or token ids (used as they are).
+        Prompt text, token ids (used as they are), or a conversation (the model's chat template
+        makes text of it).
     sites
         Names of the sites where relevance is read.
     reduction
@@ -125,9 +150,13 @@ class JobSpec:
         Write tokens instead of tracing; None: trace.
     corpus
         Prompts whose atlas is made, with `k` places each; `input` does not matter then.
+    add_special_tokens
+        Put in front of a prompt text what the tokenizer puts there (BOS), unless it has it.
+    tokenize_only
+        No pass: the result is how the input is read.
     """
 
-    input: str | tuple[int, ...]
+    input: str | tuple[int, ...] | Chat
     sites: tuple[str, ...] = ("resid",)
     reduction: str = "token"
     targets: tuple[TargetSpec, ...] = (TargetSpec(),)
@@ -137,7 +166,9 @@ class JobSpec:
     edits: tuple[EditSpec, ...] = ()
     forward_only: bool = False
     generation: GenerationSpec | None = None
-    corpus: tuple[str, ...] | None = None
+    corpus: tuple[str | Chat, ...] | None = None
+    add_special_tokens: bool = True
+    tokenize_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +221,11 @@ class PreparedJob:
     token_ids
         The T tokens of the pass: the prompt, then all but the last token of a continuation.
     tokens
-        Readable text per token: decoded, or the raw vocabulary string where a token alone
-        does not decode to valid text.
+        Readable text per token, as in ``Vocabulary.text``.
     sites, reduction, rule
         Names, all known.
     targets
-        At least one, each gives one trace; none where tokens are written.
+        At least one, each gives one trace; none where tokens are written, or no pass is run.
     layers
         Decoder layers that the result has, in this order; empty: all.
     k
@@ -206,6 +236,18 @@ class PreparedJob:
         No backward pass, so no site.
     generation
         Tokens to write instead of a trace.
+    text
+        What the model reads, special tokens included.
+    offsets
+        Of each token: its characters (code points) in `text`.
+    turns
+        Of a conversation.
+    special_positions
+        Tokens that are special ones of the tokenizer.
+    hints
+        What a reader should know of how the input was read, in sentences.
+    candidates
+        Look for the likeliest tokens at each target's position.
     """
 
     token_ids: tuple[int, ...]
@@ -219,6 +261,12 @@ class PreparedJob:
     edits: tuple[EditSpec, ...] = ()
     forward_only: bool = False
     generation: GenerationSpec | None = None
+    text: str = ""
+    offsets: tuple[Span, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    special_positions: tuple[int, ...] = ()
+    hints: tuple[str, ...] = ()
+    candidates: bool = True
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -290,106 +338,3 @@ class PreparedCorpus:
     def extent(self) -> int:
         """Tokens of all prompts."""
         return sum(job.extent for job in self.prompts)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SiteTensor:
-    """The reduced relevance of one site for one target.
-
-    Parameters
-    ----------
-    trace
-        Index of the target in the job.
-    site
-        Name of the site.
-    part
-        Which tensor of the site, where a reduction yields several; else empty.
-    values
-        float32, contiguous, on the CPU. With L layers asked for, T tokens, F features: ``token``
-        is [L, T], ``feature`` [L, F], ``full`` [L, T, F]; ``embed`` lacks the axis L. ``topk`` is
-        three parts of shape [L, min(k, T * F)]: ``values``, by falling size |R|, and ``token`` and
-        ``feature``, int32, where they stand.
-    """
-
-    trace: int
-    site: str
-    part: str
-    values: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedTarget:
-    """A target as the pass resolved it.
-
-    Parameters
-    ----------
-    token_id
-        The traced token; of a summed continuation, its first token.
-    token
-        Its readable text; of a summed continuation, the text of all response tokens.
-    logit
-        The scalar that the backward pass started from: a logit, a log-probability, or a
-        difference or sum of them.
-    position
-        Absolute position whose next-token logits were read; of a summed continuation, the first.
-    contrast_id, contrast
-        The token that was subtracted; None and "" where there was none.
-    logprob
-        The scalar is made of log-probabilities.
-    continuation_ids
-        The response tokens that this trace stands for.
-    """
-
-    token_id: int
-    token: str
-    logit: float
-    position: int
-    contrast_id: int | None
-    contrast: str
-    logprob: bool
-    continuation_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a model wrote after a prompt.
-
-    Parameters
-    ----------
-    token_ids, tokens
-        The new tokens, as ids and as readable text.
-    text
-        Decoded together, without special tokens.
-    logprobs
-        Log-probability of each under the model; temperature and top_p are left out.
-    stopped
-        The last one ends texts.
-    """
-
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    text: str
-    logprobs: tuple[float, ...]
-    stopped: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class JobResult:
-    """All traces of one job, or what was written after its prompt.
-
-    Parameters
-    ----------
-    targets
-        One per trace.
-    tensors
-        For each trace in turn, one per site in the order that the job named them.
-    checkpointing
-        The pass recomputed its layers in the backward pass instead of keeping them.
-    written
-        Of a job that asked for tokens.
-    """
-
-    targets: tuple[ResolvedTarget, ...]
-    tensors: tuple[SiteTensor, ...]
-    checkpointing: bool
-    written: Written | None = None

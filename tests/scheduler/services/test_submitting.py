@@ -77,6 +77,12 @@ async def test_the_same_jobs_within_another_span_are_the_same(client, worker: Fa
     assert (lease.spec.prompt, lease.spec.traceparent) == ("a", spans[0])
 
 
+def chat(**contents: str) -> types_pb2.Chat:
+    """Return a chat of messages by their role."""
+    messages = [types_pb2.Message(role=role, content=text) for role, text in contents.items()]
+    return types_pb2.Chat(messages=messages)
+
+
 BAD = {
     "no input": (JobSpec(), ["jobs[0].prompt"], "is missing"),
     "empty prompt": (JobSpec(prompt=""), ["jobs[0].prompt"], "is empty"),
@@ -164,6 +170,45 @@ BAD = {
         ["jobs[0].top_k", "jobs[0].sites"],
         "allowed: 1 to 64",
     ),
+    "a chat of an atlas": (
+        JobSpec(
+            corpus=types_pb2.Corpus(
+                prompts=["", "b"], chats={0: chat(user=""), 1: chat(user="a"), 2: chat()}
+            ),
+            top_k=1,
+        ),
+        ["jobs[0].corpus.chats[1]", "jobs[0].corpus.chats[2]", "jobs[0].corpus.chats[2].messages"],
+        "takes the place of an empty prompt; there are 2 prompts",
+    ),
+    "an empty chat": (JobSpec(chat=chat()), ["jobs[0].messages"], "allowed: 1 to 1024"),
+    "a long chat": (
+        JobSpec(chat=chat(system="x" * (1 << 19), user="y" * (1 << 19) + "z")),
+        ["jobs[0].messages"],
+        "1048577 bytes",
+    ),
+    "many messages": (
+        JobSpec(chat=types_pb2.Chat(messages=[types_pb2.Message(role="user")] * 1025)),
+        ["jobs[0].messages"],
+        "are 1025; allowed: 1 to 1024",
+    ),
+    "a message of nobody": (
+        JobSpec(
+            chat=types_pb2.Chat(
+                messages=[
+                    types_pb2.Message(role="user", content="a"),
+                    types_pb2.Message(content="b"),
+                    types_pb2.Message(role="r" * 65),
+                ]
+            )
+        ),
+        ["jobs[0].messages[1].role", "jobs[0].messages[2].role"],
+        "allowed: 1 to 64",
+    ),
+    "tokens and a trace": (
+        JobSpec(prompt="a", tokenize_only=True, sites=["resid"], targets=[types_pb2.Target()]),
+        ["jobs[0].sites", "jobs[0].targets"],
+        "asks for tokens only",
+    ),
     "several faults": (
         JobSpec(prompt="", rule="x", sites=["y"]),
         ["jobs[0].prompt", "jobs[0].sites[0]", "jobs[0].rule"],
@@ -189,6 +234,9 @@ async def test_a_malformed_job_is_refused_by_field(client, worker: FakeWorker, n
         (JobSpec(prompt="a", forward_only=True), "forward_only"),
         (JobSpec(prompt="a", generation=types_pb2.Generation(max_new_tokens=1)), "generation"),
         (JobSpec(corpus=types_pb2.Corpus(prompts=["a"]), top_k=1), "corpus"),
+        (JobSpec(chat=chat(user="a")), "messages"),
+        (JobSpec(prompt="a", add_special_tokens=False), "add_special_tokens"),
+        (JobSpec(prompt="a", tokenize_only=True), "tokenize_only"),
     ],
 )
 async def test_what_a_models_workers_do_not_know_is_refused(
@@ -218,6 +266,33 @@ async def test_a_text_is_streamed_only_where_workers_know_how(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.SubmitJobs(submission(JobSpec(prompt="a", generation=generation)))
     assert fields(caught.value) == ["jobs[0].generation.stream"]
+
+
+async def test_special_tokens_are_added_by_any_worker(client, channel: grpc.aio.Channel) -> None:
+    model = types_pb2.ModelInfo()
+    model.CopyFrom(MODEL)
+    model.capabilities.remove("add_special_tokens")
+    await FakeWorker(channel, model=model).connect()
+    await client.SubmitJobs(submission(JobSpec(prompt="a", add_special_tokens=True)))
+
+
+async def test_chats_reach_the_worker(client, worker: FakeWorker) -> None:
+    """Alone and in a corpus, with what the job says of its text."""
+    jobs = [
+        JobSpec(chat=chat(system="", user="é"), tokenize_only=True),
+        JobSpec(chat=chat(user="b"), add_special_tokens=False, rule="x"),
+        JobSpec(corpus=types_pb2.Corpus(prompts=["a", ""], chats={1: chat(user="c")}), top_k=1),
+    ]
+    # Messages differ and settings do not: still the second one's rule is looked at.
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(*jobs))
+    assert fields(caught.value) == ["jobs[1].rule"]
+    jobs[1].rule = ""
+    await client.SubmitJobs(submission(*jobs))
+    leases = [lease for _ in jobs for lease in await worker.lease(1)]
+    for lease, job in zip(leases, jobs, strict=True):
+        job.model = lease.spec.model
+    assert [lease.spec for lease in leases] == jobs
 
 
 async def test_one_malformed_job_refuses_the_request_whole(client, worker: FakeWorker) -> None:

@@ -12,7 +12,8 @@ from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import PASS_TOKENS, Slice
 from reltrace_worker.engine.site_atlas import values_of
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobResult, JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.results import JobResult
 
 
 def corpus(prompts: list[PreparedJob], first: int = 0, k: int = 3) -> PreparedCorpus:

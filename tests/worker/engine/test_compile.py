@@ -11,7 +11,8 @@ from reference.loaded import DEVICE, Checkpoints
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.sites import SITES
 from reltrace_worker.errors import ModelError
-from reltrace_worker.jobs import JobResult, PreparedJob, PreparedTarget, Term
+from reltrace_worker.jobs import PreparedJob, PreparedTarget, Term
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES, compiled, verify_rule
 from reltrace_worker.rules.fused import Kernels
 

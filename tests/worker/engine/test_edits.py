@@ -12,8 +12,9 @@ from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.errors import InvalidJob
-from reltrace_worker.jobs import EditSpec, JobResult, JobSpec, TargetSpec
+from reltrace_worker.jobs import EditSpec, JobSpec, TargetSpec
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES
 
 CHECKPOINTING: list[Any] = ["on", "off"]

@@ -9,16 +9,9 @@ from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.generate import Text, Writing, draw
 from reltrace_worker.errors import EngineError, InvalidJob
-from reltrace_worker.jobs import (
-    EditSpec,
-    GenerationSpec,
-    JobResult,
-    JobSpec,
-    PreparedJob,
-    TargetSpec,
-    Written,
-)
+from reltrace_worker.jobs import EditSpec, GenerationSpec, JobSpec, PreparedJob, TargetSpec
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.results import JobResult, Written
 from reltrace_worker.rules import RULES
 
 RECIPES = ["grouped", "tied", "llama3_rope", "deep", *FAMILY_RECIPES]

@@ -20,8 +20,9 @@ from reltrace_worker.engine.budget import Budget, is_out_of_memory
 from reltrace_worker.engine.memory import Line, peak_bytes
 from reltrace_worker.engine.passes import segment_length, trace_checkpointed, trace_keeping
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import EditSpec, JobResult, JobSpec, PreparedJob, TargetSpec
+from reltrace_worker.jobs import EditSpec, JobSpec, PreparedJob, TargetSpec
 from reltrace_worker.model import load_model
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES
 
 GIB = 1 << 30

@@ -15,8 +15,9 @@ from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine.memory import peak_bytes
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobResult, JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
 from reltrace_worker.model import LoadedModel, load_model
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobResult, JobSpec, TargetSpec
+from reltrace_worker.jobs import JobSpec, TargetSpec
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES
 
 

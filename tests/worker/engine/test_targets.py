@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobResult, JobSpec, TargetSpec
+from reltrace_worker.jobs import JobSpec, TargetSpec
+from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES
 
 PROMPT = PROMPTS[0]
@@ -62,7 +65,9 @@ def test_several_targets_equal_single_ones(checkpoints: Checkpoints, rule: str) 
         ours, wanted = together.targets[index], alone.targets[0]
         # The logits of other rows change how the product with the head is blocked: one bit.
         assert ours.logit == pytest.approx(wanted.logit, rel=1e-6)
-        assert replace(ours, logit=wanted.logit) == wanted
+        numbers = {"logit": wanted.logit, "candidates": wanted.candidates}
+        assert replace(ours, **numbers) == wanted
+        assert [c.token_id for c in ours.candidates] == [c.token_id for c in wanted.candidates]
         values, reference = together.tensors[index].values, alone.tensors[0].values
         assert float((values - reference).abs().max() / reference.abs().max()) < 1e-5
 
@@ -175,3 +180,63 @@ def test_a_contrast_that_is_the_largest_logit_itself_is_an_error(
     assert isinstance(zero, EngineError)
     assert "the contrast of target 0 is the token that has the largest logit itself" in str(zero)
     assert isinstance(other, JobResult)
+
+
+def test_candidates_are_the_likeliest_tokens_at_each_targets_position(
+    checkpoints: Checkpoints,
+) -> None:
+    targets = (
+        TargetSpec(),
+        TargetSpec(token=4, position=2, contrast=5, logprob=True),
+        TargetSpec(continuation=" dogs and cats"),
+        TargetSpec(continuation=" dogs and cats", each=True),
+    )
+    result = trace(checkpoints, *targets, forward_only=True, sites=())
+    loaded = checkpoints.loaded("grouped")
+    (job,) = prepare(loaded, JobSpec(PROMPT, targets=targets))
+    wanted = logits(checkpoints, job.token_ids).double()
+    assert len(result.targets) == 3 + len(job.targets[2].terms)
+    for target in result.targets:
+        row = wanted[target.position]
+        top, ids = row.topk(10)
+        assert [found.token_id for found in target.candidates] == ids.tolist()
+        assert [found.logit for found in target.candidates] == pytest.approx(top.tolist(), rel=1e-5)
+        shares = row.softmax(-1)[ids].tolist()
+        assert [found.probability for found in target.candidates] == pytest.approx(shares, rel=1e-4)
+        for found in target.candidates:
+            assert found.token == Vocabulary(loaded.tokenizer).text(found.token_id)
+    # Of tokens that are equally likely the first, as the target itself is chosen.
+    assert result.targets[0].candidates[0].token_id == result.targets[0].token_id
+
+
+def test_many_rows_of_candidates_are_those_of_one(checkpoints: Checkpoints) -> None:
+    targets = tuple(TargetSpec(position=place) for place in range(19))
+    together = trace(checkpoints, *targets, forward_only=True, sites=())
+    for target, found in zip(targets, together.targets, strict=True):
+        (alone,) = trace(checkpoints, target, forward_only=True, sites=()).targets
+        assert [c.token_id for c in found.candidates] == [c.token_id for c in alone.candidates]
+
+
+def test_a_much_likelier_twin_of_a_target_is_named(checkpoints: Checkpoints) -> None:
+    """Every token that there is with a space before it and without is asked for."""
+    loaded = checkpoints.loaded("grouped")
+    vocabulary = Vocabulary(loaded.tokenizer)
+    names = vocabulary.texts(range(loaded.shape.vocab_size))
+    pairs = [(name, f" {name}") for name in names if f" {name}" in names]
+    hinted = 0
+    for place in (2, 9, 18):
+        targets = tuple(TargetSpec(token=n, position=place) for pair in pairs for n in pair)
+        result = trace(checkpoints, *targets, forward_only=True, sites=())
+        row = logits(checkpoints, prepare(loaded, JobSpec(PROMPT))[0].token_ids)[place]
+        likely = set(row.topk(10).indices.tolist())
+        expected = []
+        for one, other in [ordered for pair in pairs for ordered in (pair, pair[::-1])]:
+            asked, twin = names.index(one), names.index(other)
+            if twin in likely and row[twin] - row[asked] > math.log(10):
+                expected.append(
+                    f"The target {one!r} has the logit {float(row[asked]):.2f}; {other!r}, which "
+                    f"is another token, has {float(row[twin]):.2f} at the same position."
+                )
+        assert list(result.hints) == expected
+        hinted += len(expected)
+    assert hinted > 0

@@ -13,8 +13,9 @@ from reltrace_worker.engine.generate import Text, Writing
 from reltrace_worker.engine.memory import peak_bytes
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.jobs import GenerationSpec, JobResult, JobSpec, PreparedJob
+from reltrace_worker.jobs import GenerationSpec, JobSpec, PreparedJob
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.results import JobResult
 
 Outcomes = dict[int, JobResult | EngineError]
 

@@ -11,9 +11,10 @@ from reference.checkpoints import FAMILY_RECIPES, RECIPES
 from reference.gradient import plain_gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.jobs import JobResult, JobSpec, SiteTensor, TargetSpec
+from reltrace_worker.jobs import JobSpec, TargetSpec
 from reltrace_worker.model import FAMILIES, LoadedModel
 from reltrace_worker.model.families import family_of
+from reltrace_worker.results import JobResult, SiteTensor
 from reltrace_worker.rules import RULES, verify_rule
 
 TARGETS = (TargetSpec(), TargetSpec(token=5, contrast=9), TargetSpec(position=0, logprob=True))

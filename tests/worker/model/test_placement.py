@@ -15,9 +15,10 @@ from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.errors import ModelError
-from reltrace_worker.jobs import JobResult, JobSpec, TargetSpec
+from reltrace_worker.jobs import JobSpec, TargetSpec
 from reltrace_worker.model import LoadedModel, load_model, placement
 from reltrace_worker.model.placement import Placement, choose_placement, device_name
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES, verify_rule
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -32,8 +32,8 @@ def test_text_gets_special_tokens_and_readable_ones(checkpoints: Checkpoints) ->
     assert job.tokens[0] == "<s>"
     assert job.token_ids[0] == 0
     assert "".join(job.tokens[1:4]) == "My cats "
-    # Two bytes of one character: neither decodes, so the vocabulary's own strings stand there.
-    assert job.tokens[4:] == ("Ã", "©")
+    # Two bytes of one character: neither decodes, so that they are named by what they are.
+    assert job.tokens[4:] == ("<0xC3>", "<0xA9>")
     assert (job.sites, job.reduction, job.rule) == (("resid",), "token", "attnlrp")
     last = len(job.token_ids) - 1
     assert job.targets == (PreparedTarget((Term(last, None),)),)
@@ -110,7 +110,8 @@ def test_text_that_is_several_tokens_shows_how_it_was_split(checkpoints: Checkpo
     mark = checkpoints.loaded("plain").tokenizer.convert_tokens_to_ids("!")
     assert field == "targets[1].token"
     assert description == (
-        f"' dogs!' is not exactly one token but 2: ' dogs' ({dogs}), '!' ({mark})"
+        f"' dogs!' is not exactly one token but 2: ' dogs' ({dogs}), '!' ({mark}); "
+        "to trace them all, ask for a continuation (continuation=' dogs!')"
     )
 
 

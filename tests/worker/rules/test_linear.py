@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.loaded import Checkpoints
 from reltrace_worker.engine import Engine
-from reltrace_worker.jobs import JobResult, PreparedJob, PreparedTarget, Term
+from reltrace_worker.jobs import PreparedJob, PreparedTarget, Term
 from reltrace_worker.model import load_model
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import linear
 from torch import nn
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.errors import InvalidJob
-from reltrace_worker.jobs import SiteTensor
+from reltrace_worker.results import SiteTensor
 from reltrace_worker.session import chunks as module
 from reltrace_worker.session.chunks import chunks
 from reltrace_worker.session.convert import cast, raw_bytes

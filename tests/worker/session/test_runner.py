@@ -7,9 +7,11 @@ import threading
 from collections.abc import Sequence
 
 import pytest
+from google.rpc import code_pb2
+from reference.chat_templates import STRICT
 from reference.leases import lease, results
 from reference.loaded import Checkpoints
-from reltrace_proto.v1 import types_pb2
+from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
 from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.session.leases import LeaseKey
@@ -171,3 +173,82 @@ async def test_a_bad_layer_is_named(checkpoints: Checkpoints, engine: Engine) ->
     (violation,) = leased.chunk.end.error.violations
     assert violation.field == "layers[1]"
     assert violation.description == "layer 3 does not exist; allowed: 0 to 2"
+
+
+async def test_tokens_alone_do_not_wait_for_a_pass(
+    checkpoints: Checkpoints, engine: Engine, watched: Watched
+) -> None:
+    """
+    Given a pass that is under way
+    If a job asks for its tokens only
+    I expect them at once, with text and offsets, and no pass of its own.
+    """
+    loaded = checkpoints.loaded("plain")
+    runner = Runner(loaded, engine, max_tokens=50)
+    await runner.add([lease(0, 40)])
+    assert watched.begun.acquire(timeout=20)
+    spec = types_pb2.JobSpec(prompt="My café ", tokenize_only=True)
+    asked = worker_pb2.Lease(job_id="j-1", attempt=1, spec=spec)
+    (chunks,) = await runner.add([asked, lease(2, 30)])
+    (leased,) = chunks
+    header = leased.chunk.header
+    assert leased.chunk.end.state == types_pb2.JOB_STATE_SUCCEEDED
+    assert (leased.chunk.job_id, header.text) == ("j-1", "<s>My café ")
+    assert len(header.offsets) == 2 * len(header.token_ids)
+    assert list(header.offsets[:2]) == [0, 3]
+    assert list(header.special_positions) == [0]
+    assert "ends in a space" in header.hints[0]
+    assert not header.targets
+    assert header.provenance.revision == loaded.revision
+    for _ in range(2):
+        watched.gate.release()
+    assert [await results(runner), await results(runner)] == [["j-0"], ["j-2"]]
+    assert [tokens for run in watched.passes for _, tokens in run] == [40, 30]
+
+
+async def test_a_chat_and_what_is_told_of_it_reach_the_wire(
+    checkpoints: Checkpoints, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = checkpoints.loaded("plain")
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", STRICT)
+    runner = Runner(loaded, engine, max_tokens=50)
+    messages = [
+        types_pb2.Message(role="user", content=" My cats"),
+        types_pb2.Message(role="assistant", content="é"),
+    ]
+    spec = types_pb2.JobSpec(chat=types_pb2.Chat(messages=messages))
+    bare = types_pb2.JobSpec(prompt="My cats", add_special_tokens=False)
+    added = types_pb2.JobSpec(prompt="My cats", add_special_tokens=True)
+    specs = (spec, bare, added)
+    leases = [
+        worker_pb2.Lease(job_id=f"j-{number}", attempt=1, spec=spec)
+        for number, spec in enumerate(specs)
+    ]
+    assert await runner.add(leases) == []
+    headers = [chunk.chunk.header for chunks in await runner.next_results() for chunk in chunks]
+    chat, without, with_bos = sorted(headers, key=lambda header: -len(header.token_ids))
+    assert chat.text == "<s>[user] My cats [assistant] é [assistant]"
+    assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+    spans = list(zip(chat.offsets[::2], chat.offsets[1::2], strict=True))
+    said = [chat.text[spans[turn.first][0] : spans[turn.stop - 1][1]] for turn in chat.turns]
+    assert [text.strip() for text in said] == ["My cats", "é"]
+    candidates = chat.targets[0].candidates
+    assert len(candidates) == 10
+    assert candidates[0].token_id == chat.targets[0].token_id
+    assert candidates[0].logit == chat.targets[0].logit
+    assert 0 < sum(candidate.probability for candidate in candidates) <= 1
+    assert {with_bos.text, without.text} == {"<s>My cats", "My cats"}
+
+
+async def test_a_chat_for_a_model_without_a_template_fails_with_the_field(
+    checkpoints: Checkpoints, engine: Engine
+) -> None:
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=50)
+    messages = [types_pb2.Message(role="user", content="a")]
+    spec = types_pb2.JobSpec(chat=types_pb2.Chat(messages=messages))
+    (chunks,) = await runner.add([worker_pb2.Lease(job_id="j-0", attempt=1, spec=spec)])
+    (leased,) = chunks
+    error = leased.chunk.end.error
+    assert error.code == code_pb2.INVALID_ARGUMENT
+    assert [violation.field for violation in error.violations] == ["messages"]
+    assert "has none" in error.message

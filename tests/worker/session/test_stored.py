@@ -8,7 +8,7 @@ import pytest
 import torch
 from reltrace_proto.v1 import types_pb2
 from reltrace_worker.errors import PassFailedError
-from reltrace_worker.jobs import SiteTensor
+from reltrace_worker.results import SiteTensor
 from reltrace_worker.session.stored import LargeResults, StoreError, write
 from safetensors import safe_open
 

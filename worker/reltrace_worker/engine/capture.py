@@ -11,8 +11,9 @@ from reltrace_worker.engine.reductions import REDUCTIONS, Extent, Reduction, Spa
 from reltrace_worker.engine.sites import SITES, Site
 from reltrace_worker.engine.watch import Watch
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import PreparedJob, SiteTensor
+from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel, ModelShape
+from reltrace_worker.results import SiteTensor
 
 
 def relevance_of(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -18,18 +17,13 @@ from reltrace_worker.engine.memory import MemoryModel, head_size
 from reltrace_worker.engine.pack import Pack, Scalar
 from reltrace_worker.engine.passes import predict, trace_checkpointed, trace_keeping
 from reltrace_worker.engine.plan import Planner
+from reltrace_worker.engine.resolve import hints, resolve
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.jobs import (
-    JobResult,
-    PreparedCorpus,
-    PreparedJob,
-    PreparedTarget,
-    ResolvedTarget,
-    Term,
-)
+from reltrace_worker.jobs import PreparedCorpus, PreparedJob, PreparedTarget, Term
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES, Rule, apply_rule
 from reltrace_worker.rules.compiled import check_compiler, compiled_rule
 from reltrace_worker.rules.kernels import kernel_for
@@ -262,8 +256,13 @@ class Engine:
         for place, index in enumerate(pack.order):
             job = pack.jobs[place]
             try:
-                targets = tuple(self._resolve(job, scalar) for scalar in by_job[place])
-                outcomes[index] = JobResult(targets, capture.tensors(place), checkpointing)
+                targets = tuple(resolve(self._vocabulary, job, scalar) for scalar in by_job[place])
+                outcomes[index] = JobResult(
+                    targets,
+                    capture.tensors(place),
+                    checkpointing,
+                    hints=hints(self._vocabulary, job, by_job[place]),
+                )
             except EngineError as error:
                 outcomes[index] = error
         return [outcomes[index] for index in range(len(jobs))]
@@ -356,7 +355,7 @@ class Engine:
         for phase, seconds in capture.clock.seconds().items():
             self.seconds[phase] += seconds
         for scalar in scalars:
-            found = self._resolve(pack.jobs[scalar.job], scalar)
+            found = resolve(self._vocabulary, pack.jobs[scalar.job], scalar)
             slice_.targets[numbers[scalar.job]] = found
 
     def atlas(self, slice_: Slice) -> list[Outcome]:
@@ -368,32 +367,6 @@ class Engine:
             return []
         targets = {target.token_id: target for target in slice_.targets.values()}
         return [JobResult(tuple(targets.values()), slice_.tensors(), slice_.checkpointing)]
-
-    def _resolve(self, job: PreparedJob, scalar: Scalar) -> ResolvedTarget:
-        target = job.targets[scalar.target]
-        value = float(scalar.value)
-        if not math.isfinite(value):
-            raise EngineError(
-                f"the scalar of target {scalar.target} is {value}: the model's weights or "
-                "activations overflow, or are not finite themselves"
-            )
-        if scalar.token_ids[0] == target.contrast_id:
-            raise EngineError(
-                f"the contrast of target {scalar.target} is the token that has the largest logit "
-                "itself: the difference is always zero"
-            )
-        text = self._vocabulary.text
-        ids = target.continuation_ids
-        return ResolvedTarget(
-            token_id=scalar.token_ids[0],
-            token=text(scalar.token_ids[0]) if len(ids) < 2 else self._vocabulary.joined(ids),
-            logit=value,
-            position=target.terms[0].position,
-            contrast_id=target.contrast_id,
-            contrast="" if target.contrast_id is None else text(target.contrast_id),
-            logprob=target.logprob,
-            continuation_ids=ids,
-        )
 
 
 def _predict(loaded: LoadedModel, pack: Pack, _: Capture) -> list[Scalar]:

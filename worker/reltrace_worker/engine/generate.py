@@ -12,9 +12,10 @@ from transformers import DynamicCache
 
 from reltrace_worker.engine.edits import Edits, Rows
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import GenerationSpec, PreparedJob, Written
+from reltrace_worker.jobs import GenerationSpec, PreparedJob
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.results import Written
 
 
 @dataclass(slots=True)
@@ -228,11 +229,11 @@ class Writing:
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:
-    """Return the tokens that end a text, by the checkpoint's own word."""
+    """Return the tokens that end a text: those of the generation config, and the tokenizer's EOS.
+
+    Both, as other servers have it: a chat template ends turns with the tokenizer's.
+    """
     config = getattr(loaded.model, "generation_config", None)
     found = getattr(config, "eos_token_id", None)
-    if found is None:
-        found = loaded.tokenizer.eos_token_id
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, list | tuple) else [found])
+    ends = set(found if isinstance(found, list | tuple) else [found])
+    return frozenset((ends | {loaded.tokenizer.eos_token_id}) - {None})

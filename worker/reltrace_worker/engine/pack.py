@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,22 @@ class Pack:
         return positions(self.packing, device)
 
 
+CANDIDATES = 10
+"""Likeliest tokens that are told of a target's position."""
+
+_ROWS = 16
+"""Whose logits are looked through at a time: in float32 they are a copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The likeliest next tokens at one position, the likeliest first."""
+
+    token_ids: tuple[int, ...]
+    logits: tuple[float, ...]
+    probabilities: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Scalar:
     """One target of one job, resolved: where its backward pass starts.
@@ -62,12 +78,18 @@ class Scalar:
         The token of each term.
     value
         The scalar, float32 [], part of the graph.
+    logit
+        Of its first token, float32 [], without a graph.
+    candidates
+        At the position of its first term; None where its job does not ask for them.
     """
 
     job: int
     target: int
     token_ids: tuple[int, ...]
     value: torch.Tensor
+    logit: torch.Tensor
+    candidates: Candidates | None = None
 
 
 class Readout:
@@ -91,6 +113,11 @@ class Readout:
         self._rows = sorted(set(term_rows))
         index = {row: i for i, row in enumerate(self._rows)}
         self._term_rows = [index[row] for row in term_rows]
+        # Of each target, the row whose candidates are told.
+        self._told = [
+            index[starts[j] + target.terms[0].position] if pack.jobs[j].candidates else None
+            for j, _, target in self._targets
+        ]
 
     @property
     def rows(self) -> list[int]:
@@ -122,6 +149,7 @@ class Readout:
         rows = torch.tensor(self._term_rows, device=device)
         columns = torch.tensor(token_ids, device=device)
         values = logits[rows, columns].float()
+        plain = values.detach()
         if any(logprob for _, logprob in terms):
             # log p = logit - logsumexp(logits); subtracted where a term asks for it.
             wanted = torch.tensor([i for i, (_, logprob) in enumerate(terms) if logprob])
@@ -131,10 +159,37 @@ class Readout:
             normalizer = logits[once].float().logsumexp(-1)[which]
             values = values.index_add(0, wanted, normalizer, alpha=-1)
         values = values * torch.tensor([term.weight for term, _ in terms], device=device)
+        candidates = _candidates(logits.detach(), {row for row in self._told if row is not None})
         counts = [len(target.terms) for _, _, target in self._targets]
         scalars, first = [], 0
-        for (job, index, _), part in zip(self._targets, torch.split(values, counts), strict=True):
+        parts = torch.split(values, counts)
+        for (job, index, _), part, row in zip(self._targets, parts, self._told, strict=True):
             ids = tuple(token_ids[first : first + len(part)])
-            scalars.append(Scalar(job, index, ids, part.sum()))
+            told = None if row is None else candidates[row]
+            scalars.append(Scalar(job, index, ids, part.sum(), plain[first], told))
             first += len(part)
         return scalars
+
+
+def _candidates(logits: torch.Tensor, rows: Collection[int]) -> dict[int, Candidates]:
+    """Return the likeliest tokens of some rows of logits, [P, vocabulary]."""
+    ordered = sorted(rows)
+    found: dict[int, Candidates] = {}
+    for some in [ordered[at : at + _ROWS] for at in range(0, len(ordered), _ROWS)]:
+        values = logits[torch.tensor(some, device=logits.device)].float()
+        top, ids = values.topk(min(CANDIDATES, values.shape[-1]))
+        shares = (top - values.logsumexp(-1, keepdim=True)).exp()
+        # In one transfer: float64 holds all of them as they are.
+        for row, (tokens, numbers, chances) in zip(
+            some,
+            torch.stack((ids.double(), top.double(), shares.double()), 1).tolist(),
+            strict=True,
+        ):
+            # Of equal ones the first in the vocabulary first, as argmax has it.
+            order = sorted(range(len(tokens)), key=lambda i: (-numbers[i], tokens[i]))
+            found[row] = Candidates(
+                tuple(int(tokens[i]) for i in order),
+                tuple(numbers[i] for i in order),
+                tuple(chances[i] for i in order),
+            )
+    return found

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -301,4 +301,4 @@ def _through_segment(
 
 
 def _detached(scalars: list[Scalar]) -> list[Scalar]:
-    return [Scalar(s.job, s.target, s.token_ids, s.value.detach()) for s in scalars]
+    return [replace(scalar, value=scalar.value.detach()) for scalar in scalars]

@@ -11,9 +11,10 @@ import torch
 from reltrace_worker.engine.budget import is_out_of_memory, release
 from reltrace_worker.engine.generate import Text, Writing
 from reltrace_worker.errors import EngineError, PassFailedError
-from reltrace_worker.jobs import JobResult, PreparedJob
+from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.results import JobResult
 
 log = structlog.get_logger()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from reltrace_worker.errors import InvalidJob, Violation
+from reltrace_worker.errors import Faults, InvalidJob
 from reltrace_worker.jobs import (
     GenerationSpec,
     JobSpec,
@@ -14,11 +14,10 @@ from reltrace_worker.jobs import (
     PreparedTarget,
     TargetSpec,
     Term,
-    TokenRef,
 )
 from reltrace_worker.model.editing import EditChecker, SiteExtent
 from reltrace_worker.model.loading import LoadedModel
-from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.model.prompts import PromptReader, Reading
 
 MAX_TOP_K = 4096
 """Most values per layer that the reduction ``topk`` gives."""
@@ -37,20 +36,6 @@ MAX_NEW_TOKENS = 1024
 
 MAX_TEMPERATURE = 100.0
 """From about there on, every token is as likely as any other."""
-
-
-class _Faults:
-    """The faults of one job, collected so that a client sees all of them at once."""
-
-    def __init__(self) -> None:
-        self.found: list[Violation] = []
-
-    def add(self, field: str, description: str) -> None:
-        self.found.append(Violation(field, description))
-
-    def raise_any(self) -> None:
-        if self.found:
-            raise InvalidJob(self.found)
 
 
 class JobPreparer:
@@ -74,9 +59,7 @@ class JobPreparer:
         reductions: Collection[str],
         rules: Collection[str],
     ) -> None:
-        self._tokenizer = loaded.tokenizer
-        self._vocabulary = Vocabulary(loaded.tokenizer)
-        self._vocab_size = loaded.shape.vocab_size
+        self._prompts = PromptReader(loaded)
         self._context_length = loaded.context_length
         self._layers = loaded.shape.layers
         self._sites = tuple(sites)
@@ -102,32 +85,25 @@ class JobPreparer:
         InvalidJob
             Carries every fault, each with the path of the field and what is allowed.
         """
-        faults = _Faults()
+        faults = Faults()
         if spec.generation is not None:
             return self._prepare_writing(spec, spec.generation, faults)
-        self._check_names(spec, faults)
-        self._check_extent(spec, faults)
-        prompt = self._prompt(spec, faults)
-        continuation = self._continuation(spec, faults)
-        if not spec.targets:
-            faults.add("targets", "is empty; leave it out for the largest logit")
+        if not spec.tokenize_only:
+            self._check_names(spec, faults)
+            self._check_extent(spec, faults)
+            if not spec.targets:
+                faults.add("targets", "is empty; leave it out for the largest logit")
+        reading = self._prompts.read(spec, faults)
+        if spec.tokenize_only:
+            faults.raise_any()
+            return reading.job
         targets: list[PreparedTarget] = []
         for index, target in enumerate(spec.targets):
-            targets += self._target(target, f"targets[{index}]", len(prompt), continuation, faults)
-        token_ids = prompt + continuation[:-1]
-        if prompt and len(token_ids) > self._context_length >= len(prompt):
-            place = next(i for i, t in enumerate(spec.targets) if t.continuation is not None)
-            faults.add(
-                f"targets[{place}].continuation",
-                f"prompt and continuation need {len(token_ids)} tokens "
-                f"({len(prompt)} and {len(continuation)}, without the last); the model's context "
-                f"holds {self._context_length}",
-            )
-        edits = self._edits.prepare(spec.edits, len(prompt), faults.add)
+            targets += self._target(target, f"targets[{index}]", reading, faults)
+        edits = self._edits.prepare(spec.edits, reading.length, faults.add)
         faults.raise_any()
-        return PreparedJob(
-            token_ids=token_ids,
-            tokens=self._vocabulary.texts(token_ids),
+        return replace(
+            reading.job,
             sites=spec.sites,
             reduction=spec.reduction,
             rule=spec.rule,
@@ -146,7 +122,7 @@ class JobPreparer:
         InvalidJob
             Of what the prompts share, something is wrong, or none of them can be traced.
         """
-        faults = _Faults()
+        faults = Faults()
         given = spec.corpus or ()
         if not 1 <= len(given) <= MOST_PROMPTS:
             faults.add("corpus.prompts", f"are {len(given)}; allowed: 1 to {MOST_PROMPTS}")
@@ -173,16 +149,18 @@ class JobPreparer:
     def _prepare_one_of_corpus(self, spec: JobSpec) -> PreparedJob:
         job = self.prepare(spec)
         if (tokens := len(job.token_ids)) > MOST_CORPUS_TOKENS:
-            faults = _Faults()
+            faults = Faults()
             faults.add("prompt", f"has {tokens} tokens; in an atlas at most {MOST_CORPUS_TOKENS}")
             faults.raise_any()
-        return job
+        # Of very many prompts at once, no more than the passes need.
+        return replace(job, text="", offsets=(), turns=(), hints=(), candidates=False)
 
     def _prepare_writing(
-        self, spec: JobSpec, generation: GenerationSpec, faults: _Faults
+        self, spec: JobSpec, generation: GenerationSpec, faults: Faults
     ) -> PreparedJob:
         """Check a job that writes: prompt, edits, and how it draws."""
-        prompt = self._prompt(spec, faults)
+        reading = self._prompts.read(replace(spec, targets=()), faults)
+        prompt = reading.job.token_ids
         most = generation.max_new_tokens
         field = "generation.max_new_tokens"
         if not 1 <= most <= MAX_NEW_TOKENS:
@@ -202,19 +180,9 @@ class JobPreparer:
             faults.add("generation.top_p", f"is {generation.top_p}; allowed: 0 to 1")
         edits = self._edits.prepare(spec.edits, len(prompt), faults.add)
         faults.raise_any()
-        return PreparedJob(
-            token_ids=prompt,
-            tokens=self._vocabulary.texts(prompt),
-            sites=(),
-            # No relevance, so that no rule is applied.
-            reduction="",
-            rule="",
-            targets=(),
-            edits=edits,
-            generation=generation,
-        )
+        return replace(reading.job, edits=edits, generation=generation)
 
-    def _check_names(self, spec: JobSpec, faults: _Faults) -> None:
+    def _check_names(self, spec: JobSpec, faults: Faults) -> None:
         if spec.forward_only and spec.sites:
             faults.add("sites", "needs a backward pass, and the job has none (forward_only)")
         elif not spec.sites and not spec.forward_only:
@@ -229,7 +197,7 @@ class JobPreparer:
         if spec.rule not in self._rules:
             faults.add("rule", _unknown("rule", spec.rule, self._rules))
 
-    def _check_extent(self, spec: JobSpec, faults: _Faults) -> None:
+    def _check_extent(self, spec: JobSpec, faults: Faults) -> None:
         """Check which layers, and how many values of each, a job asks for."""
         for index, layer in enumerate(spec.layers):
             if not 0 <= layer < self._layers:
@@ -247,89 +215,18 @@ class JobPreparer:
         elif spec.reduction != "topk" and spec.k:
             faults.add("top_k", f"is for the reduction 'topk', not {spec.reduction!r}")
 
-    def _prompt(self, spec: JobSpec, faults: _Faults) -> tuple[int, ...]:
-        """Return the prompt's ids, with faults added where they can not be used."""
-        text = isinstance(spec.input, str)
-        field = "prompt" if text else "input_ids"
-        if not spec.input:
-            faults.add(field, "is empty; a trace needs at least one token")
-            return ()
-        if isinstance(spec.input, str):
-            ids = self._encode(spec.input, field, faults, special=True)
-            if not ids:
-                if not faults.found or faults.found[-1].field != field:
-                    faults.add(field, f"{spec.input!r} encodes to no tokens at all")
-                return ()
-        else:
-            ids = self._checked_ids(spec.input, field, faults)
-        if len(ids) > self._context_length:
-            faults.add(
-                field,
-                f"has {len(ids)} tokens; the model's context holds {self._context_length}",
-            )
-        return ids
-
-    def _encode(self, text: str, field: str, faults: _Faults, *, special: bool) -> tuple[int, ...]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            faults.add(field, f"is not valid Unicode text: {error.reason} at {error.start}")
-            return ()
-        ids = self._tokenizer.encode(text, add_special_tokens=special, verbose=False)
-        beyond = next((i for i in ids if i >= self._vocab_size), None)
-        if beyond is not None:
-            faults.add(
-                field,
-                f"token {self._vocabulary.text(beyond)!r} has id {beyond}, but the model's "
-                f"vocabulary ends at {self._vocab_size - 1}",
-            )
-            return ()
-        return tuple(ids)
-
-    def _checked_ids(self, ids: tuple[int, ...], field: str, faults: _Faults) -> tuple[int, ...]:
-        for index, token_id in enumerate(ids):
-            if not 0 <= token_id < self._vocab_size:
-                faults.add(f"{field}[{index}]", self._out_of_range(token_id))
-        return ids
-
-    def _out_of_range(self, token_id: int) -> str:
-        return f"token id {token_id} is out of range; allowed: 0 to {self._vocab_size - 1}"
-
-    def _continuation(self, spec: JobSpec, faults: _Faults) -> tuple[int, ...]:
-        """Return the response tokens that the targets of a job share; () without any."""
-        first: tuple[str | tuple[int, ...], tuple[int, ...]] | None = None
-        for index, target in enumerate(spec.targets):
-            asked = target.continuation
-            if asked is None or (first is not None and asked == first[0]):
-                continue
-            field = f"targets[{index}].continuation"
-            if isinstance(asked, str):
-                ids = self._encode(asked, field, faults, special=False)
-            else:
-                ids = self._checked_ids(asked, field, faults)
-            if not asked or (not ids and not any(fault.field == field for fault in faults.found)):
-                faults.add(field, "is empty; it needs at least one response token")
-            if first is None:
-                first = (asked, ids)
-            elif ids != first[1]:
-                faults.add(
-                    field, "differs from the continuation of another target; one job has one"
-                )
-        return () if first is None else first[1]
-
     def _target(
         self,
         target: TargetSpec,
         field: str,
-        prompt_length: int,
-        continuation: tuple[int, ...],
-        faults: _Faults,
+        reading: Reading,
+        faults: Faults,
     ) -> list[PreparedTarget]:
         if target.continuation is not None:
-            return self._continuation_targets(target, field, prompt_length, continuation, faults)
+            return self._continuation_targets(target, field, reading, faults)
         if target.each:
             faults.add(f"{field}.each", "is for a continuation, and there is none")
-        position = target.position
+        position, prompt_length = target.position, reading.length
         if prompt_length and not -prompt_length <= position < prompt_length:
             faults.add(
                 f"{field}.position",
@@ -337,8 +234,8 @@ class JobPreparer:
                 f"{-prompt_length} to {prompt_length - 1}",
             )
         absolute = position % prompt_length if prompt_length else 0
-        token_id = self._token(target.token, f"{field}.token", faults)
-        contrast_id = self._token(target.contrast, f"{field}.contrast", faults)
+        token_id = self._prompts.token(target.token, f"{field}.token", reading, faults)
+        contrast_id = self._prompts.token(target.contrast, f"{field}.contrast", reading, faults)
         if contrast_id is not None and contrast_id == token_id:
             faults.add(f"{field}.contrast", "is the token itself: the difference is always zero")
         terms = [Term(absolute, token_id)]
@@ -350,9 +247,8 @@ class JobPreparer:
         self,
         target: TargetSpec,
         field: str,
-        prompt_length: int,
-        continuation: tuple[int, ...],
-        faults: _Faults,
+        reading: Reading,
+        faults: Faults,
     ) -> list[PreparedTarget]:
         exclusive = {
             "token": target.token is not None,
@@ -362,8 +258,9 @@ class JobPreparer:
         for name, given in exclusive.items():
             if given:
                 faults.add(f"{field}.{name}", "excludes a continuation; give one of the two")
+        continuation = reading.continuation
         # The logits of a response token are read one position before it.
-        terms = [Term(prompt_length - 1 + i, token) for i, token in enumerate(continuation)]
+        terms = [Term(reading.length - 1 + i, token) for i, token in enumerate(continuation)]
         if not target.each:
             return [
                 PreparedTarget(tuple(terms), logprob=target.logprob, continuation_ids=continuation)
@@ -372,28 +269,6 @@ class JobPreparer:
             PreparedTarget((term,), logprob=target.logprob, continuation_ids=(token,))
             for term, token in zip(terms, continuation, strict=True)
         ]
-
-    def _token(self, token: TokenRef | None, field: str, faults: _Faults) -> int | None:
-        if token is None:
-            return None
-        if isinstance(token, int):
-            if not 0 <= token < self._vocab_size:
-                faults.add(field, self._out_of_range(token))
-            return token
-        known = len(faults.found)
-        ids = self._encode(token, field, faults, special=False)
-        if len(ids) == 1:
-            return ids[0]
-        if len(faults.found) == known:
-            split = ", ".join(
-                f"{text!r} ({i})" for i, text in zip(ids, self._vocabulary.texts(ids), strict=True)
-            )
-            faults.add(
-                field,
-                f"{token!r} is not exactly one token but {len(ids)}"
-                + (f": {split}" if ids else ""),
-            )
-        return None
 
 
 def _unknown(kind: str, name: str, known: tuple[str, ...]) -> str:

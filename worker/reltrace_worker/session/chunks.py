@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
-from reltrace_worker.jobs import SiteTensor
+from reltrace_worker.results import SiteTensor
 from reltrace_worker.session.convert import raw_bytes, scalar_type
 
 CHUNK_BYTES = 1 << 20

@@ -1,6 +1,7 @@
 """Between the wire and the engine: the only place where both are known."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -10,18 +11,18 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import REDUCTIONS, SITES
 from reltrace_worker.errors import InvalidJob, Violation
 from reltrace_worker.jobs import (
+    Chat,
     EditSpec,
     GenerationSpec,
     JobSpec,
+    Message,
     PreparedCorpus,
     PreparedJob,
-    ResolvedTarget,
-    SiteTensor,
     TargetSpec,
     TokenRef,
-    Written,
 )
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.results import ResolvedTarget, SiteTensor, Written
 from reltrace_worker.rules import RULES
 
 _TORCH_DTYPES = {
@@ -34,7 +35,16 @@ _TORCH_DTYPES = {
 _SCALAR_TYPES = {dtype: scalar for scalar, dtype in _TORCH_DTYPES.items()}
 
 
-CAPABILITIES = ("edits", "forward_only", "generation", "generation.stream", "corpus")
+CAPABILITIES = (
+    "edits",
+    "forward_only",
+    "generation",
+    "generation.stream",
+    "corpus",
+    "chat",
+    "add_special_tokens",
+    "tokenize_only",
+)
 """Fields of a job that workers have not always known."""
 
 
@@ -75,12 +85,12 @@ def job_spec(spec: types_pb2.JobSpec) -> JobSpec:
     """
     kind = spec.WhichOneof("input")
     if kind is None:
-        raise InvalidJob([Violation("prompt", "is missing: give a prompt or input_ids")])
+        raise InvalidJob([Violation("prompt", "is missing: give a prompt, messages or input_ids")])
     default = JobSpec("")
     without_sites = spec.forward_only or spec.HasField("generation")
     return JobSpec(
-        input=spec.prompt if kind == "prompt" else tuple(spec.input_ids.ids),
-        corpus=tuple(spec.corpus.prompts) if kind == "corpus" else None,
+        input=_input(spec),
+        corpus=_corpus(spec.corpus) if kind == "corpus" else None,
         sites=() if without_sites else tuple(spec.sites) or default.sites,
         reduction=spec.reduction or default.reduction,
         targets=tuple(_target_spec(target) for target in spec.targets) or default.targets,
@@ -90,7 +100,27 @@ def job_spec(spec: types_pb2.JobSpec) -> JobSpec:
         edits=tuple(_edit_spec(edit) for edit in spec.edits),
         forward_only=spec.forward_only,
         generation=_generation_spec(spec.generation) if spec.HasField("generation") else None,
+        add_special_tokens=spec.add_special_tokens or not spec.HasField("add_special_tokens"),
+        tokenize_only=spec.tokenize_only,
     )
+
+
+def _input(spec: types_pb2.JobSpec) -> str | tuple[int, ...] | Chat:
+    match spec.WhichOneof("input"):
+        case "prompt":
+            return spec.prompt
+        case "chat":
+            return _chat(spec.chat)
+    return tuple(spec.input_ids.ids)
+
+
+def _chat(chat: types_pb2.Chat) -> Chat:
+    return Chat(tuple(Message(message.role, message.content) for message in chat.messages))
+
+
+def _corpus(corpus: types_pb2.Corpus) -> tuple[str | Chat, ...]:
+    chats = {number: _chat(chat) for number, chat in corpus.chats.items()}
+    return tuple(chats.get(number, prompt) for number, prompt in enumerate(corpus.prompts))
 
 
 def _generation_spec(wire: types_pb2.Generation) -> GenerationSpec:
@@ -152,9 +182,10 @@ def result_dtype(spec: types_pb2.JobSpec) -> torch.dtype:
 
 def header(
     job: PreparedJob,
-    targets: tuple[ResolvedTarget, ...],
     provenance: types_pb2.Provenance,
     layers: int,
+    targets: tuple[ResolvedTarget, ...] = (),
+    hints: tuple[str, ...] = (),
 ) -> types_pb2.TraceHeader:
     """Write everything of a result but its tensors, for a model of so many layers."""
     return types_pb2.TraceHeader(
@@ -163,6 +194,14 @@ def header(
         targets=[_resolved(target) for target in targets],
         provenance=provenance,
         layers=job.layers or range(layers),
+        text=job.text,
+        offsets=chain.from_iterable(job.offsets),
+        turns=[
+            types_pb2.Turn(role=turn.role, first=turn.tokens[0], stop=turn.tokens[1])
+            for turn in job.turns
+        ],
+        hints=(*job.hints, *hints),
+        special_positions=job.special_positions,
     )
 
 
@@ -197,6 +236,15 @@ def _resolved(target: ResolvedTarget) -> types_pb2.ResolvedTarget:
         contrast=target.contrast,
         logprob=target.logprob,
         continuation_ids=target.continuation_ids,
+        candidates=[
+            types_pb2.Candidate(
+                token_id=candidate.token_id,
+                token=candidate.token,
+                logit=candidate.logit,
+                probability=candidate.probability,
+            )
+            for candidate in target.candidates
+        ],
     )
 
 

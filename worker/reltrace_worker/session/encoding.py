@@ -12,8 +12,9 @@ from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.errors import EngineError, InvalidJob, PassFailedError
-from reltrace_worker.jobs import JobResult, PreparedCorpus, PreparedJob
+from reltrace_worker.jobs import PreparedCorpus, PreparedJob
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.results import JobResult
 from reltrace_worker.session.chunks import chunks, stored_chunk
 from reltrace_worker.session.convert import (
     INTERNAL,
@@ -138,19 +139,29 @@ class Encoder:
             return invalid(lease, error)
         engine_time = Duration()
         engine_time.FromTimedelta(timedelta(seconds=seconds))
-        provenance, layers = self._provenance(job.job, result), self._model.shape.layers
+        # Texts are written by the model as transformers runs it.
+        kernel = self._attention if result.written is None else self._plain_attention
+        provenance = self._provenance(job.job, kernel, checkpointing=result.checkpointing)
+        layers = self._model.shape.layers
         return _Tensors(
             lease,
             corpus_header(job.job, result.targets, provenance, layers)
             if isinstance(job.job, PreparedCorpus)
-            else header(job.job, result.targets, provenance, layers),
+            else header(job.job, provenance, layers, result.targets, result.hints),
             tensors,
             types_pb2.Timings(queued=lease.queued_for, engine=engine_time),
             None if result.written is None else generated(result.written),
         )
 
+    def tokenized(self, lease: worker_pb2.Lease, job: PreparedJob) -> Chunks:
+        """Return the result of a job that needs no pass: how its input is read."""
+        provenance = self._provenance(job, "", checkpointing=False)
+        timings = types_pb2.Timings(queued=lease.queued_for)
+        found = header(job, provenance, self._model.shape.layers)
+        return iter(list(chunks(lease, found, (), timings)))
+
     def _provenance(
-        self, job: PreparedJob | PreparedCorpus, result: JobResult
+        self, job: PreparedJob | PreparedCorpus, attention: str, *, checkpointing: bool
     ) -> types_pb2.Provenance:
         return types_pb2.Provenance(
             model=self._model.name,
@@ -158,9 +169,8 @@ class Encoder:
             rule=job.rule,
             reduction=job.reduction,
             dtype=scalar_type(self._model.dtype),
-            # Texts are written by the model as transformers runs it.
-            attention=self._attention if result.written is None else self._plain_attention,
-            checkpointing=result.checkpointing,
+            attention=attention,
+            checkpointing=checkpointing,
             versions=VERSIONS,
             device=str(self._model.device),
         )

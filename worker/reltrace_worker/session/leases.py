@@ -71,7 +71,7 @@ class JobRunner(Protocol):
     """Runs leased jobs. Everything is called on the session's event loop."""
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
-        """Take jobs in; return the chunks of those that have failed already."""
+        """Take jobs in; return the chunks of those that end without a pass."""
 
     async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
         """Wait until jobs have ended; return for each an iterator of chunks, or why not."""

@@ -29,8 +29,8 @@ class RoutingRunner:
         of_each: dict[JobRunner, list[worker_pb2.Lease]] = {}
         for lease in leases:
             of_each.setdefault(self._routes[lease.spec.model], []).append(lease)
-        faulty = await asyncio.gather(*(runner.add(own) for runner, own in of_each.items()))
-        return [chunks for of_runner in faulty for chunks in of_runner]
+        without_pass = await asyncio.gather(*(runner.add(own) for runner, own in of_each.items()))
+        return [chunks for of_runner in without_pass for chunks in of_runner]
 
     async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
         """Wait for the next pass of any model; return an iterator of chunks per job, or why not."""

@@ -13,10 +13,11 @@ from reltrace_worker.engine import REDUCTIONS, SITES, Engine
 from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
-from reltrace_worker.jobs import JobResult, JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
 from reltrace_worker.metrics import PassStats
 from reltrace_worker.model import JobPreparer, LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES
 from reltrace_worker.session.convert import job_spec
 from reltrace_worker.session.drafts import Drafts
@@ -97,16 +98,16 @@ class Runner:
         Returns
         -------
         list of iterators of chunks
-            One for each job that is invalid: it has failed already.
+            One for each job that ends without a pass: it is invalid, or asks for tokens only.
         """
         self._wanted |= {LeaseKey.of(lease) for lease in leases}
         # A corpus takes its time, and others do not wait for it.
         corpora = [lease for lease in leases if lease.spec.HasField("corpus")]
         others = [lease for lease in leases if not lease.spec.HasField("corpus")]
-        faulty = await asyncio.gather(
+        ended = await asyncio.gather(
             self._add(others, self._text_thread), self._add(corpora, self._corpus_thread)
         )
-        return [*faulty[0], *faulty[1]]
+        return [*ended[0], *ended[1]]
 
     async def _add(
         self, leases: Sequence[worker_pb2.Lease], thread: ThreadPoolExecutor
@@ -114,7 +115,7 @@ class Runner:
         if not leases:
             return []
         loop = asyncio.get_running_loop()
-        ready, faulty = await loop.run_in_executor(thread, self._prepare, leases)
+        ready, ended = await loop.run_in_executor(thread, self._prepare, leases)
         # Without what was dropped meanwhile.
         ready = [job for job in ready if job.key in self._wanted]
         self._wanted -= {LeaseKey.of(lease) for lease in leases}
@@ -122,7 +123,7 @@ class Runner:
             self._turns.add(ready)
             self._order_passes()
             self._arrived.set()
-        return faulty
+        return ended
 
     def crowded(self) -> int:
         """Return how many jobs the pass of the last results took, if it left some behind."""
@@ -182,7 +183,7 @@ class Runner:
 
     def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[Ready], list[Chunks]]:
         ready: list[Ready] = []
-        faulty: list[Chunks] = []
+        ended: list[Chunks] = []
         now = time.monotonic()
         for lease in leases:
             key = LeaseKey.of(lease)
@@ -191,14 +192,17 @@ class Runner:
             try:
                 job = self._prepared(job_spec(lease.spec))
             except InvalidJob as error:
-                faulty.append(invalid(lease, error))
+                ended.append(invalid(lease, error))
             except Exception as error:
                 # A fault of the tokenizer or of ours must not take the worker down.
                 log.exception("job.prepare_failed", job=lease.job_id, tenant=lease.tenant)
-                faulty.append(broken(lease, error))
+                ended.append(broken(lease, error))
             else:
+                if lease.spec.tokenize_only and isinstance(job, PreparedJob):
+                    ended.append(self._encoder.tokenized(lease, job))
+                    continue
                 ready.append(Ready(key, lease, job, now + _HANDICAPS.get(lease.priority, 0.0)))
-        return ready, faulty
+        return ready, ended
 
     def _prepared(self, spec: JobSpec) -> PreparedJob | PreparedCorpus:
         prepare = self._prepare_job

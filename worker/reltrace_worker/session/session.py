@@ -183,11 +183,11 @@ class Session:
                 preparing.create_task(self._add(await self._arrived.get()))
 
     async def _add(self, leases: list[worker_pb2.Lease]) -> None:
-        faulty = await self._runner.add(leases)
+        without_pass = await self._runner.add(leases)
         if self._draining:
             self._release(set(self._runner.take_back()))
-        if faulty:
-            await self._finished.put(faulty)
+        if without_pass:
+            await self._finished.put(without_pass)
 
     async def _compute(self) -> None:
         while True:

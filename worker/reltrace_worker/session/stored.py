@@ -14,7 +14,7 @@ from fsspec.core import url_to_fs
 from reltrace_proto.v1 import types_pb2
 
 from reltrace_worker.errors import PassFailedError, WorkerError
-from reltrace_worker.jobs import SiteTensor
+from reltrace_worker.results import SiteTensor
 from reltrace_worker.session.convert import raw_bytes, scalar_type
 
 _NAMES = {

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobResult, PreparedCorpus, PreparedJob
+from reltrace_worker.jobs import PreparedCorpus, PreparedJob
+from reltrace_worker.results import JobResult
 from reltrace_worker.session.encoding import Ready
 from reltrace_worker.session.leases import LeaseKey
 
