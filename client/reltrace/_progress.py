@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sized
 from typing import Any, Self
 
-from reltrace._trace import Failure
+from reltrace._failure import Failure
 
 
 class Progress:

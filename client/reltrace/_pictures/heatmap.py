@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from reltrace._pictures.display import label, layer_numbers, readable
+from reltrace._pictures.display import alone, layer_numbers
+from reltrace._pictures.words import Words
 from reltrace._trace import SITES_WITHOUT_LAYERS, Trace
 
 
@@ -65,7 +66,7 @@ def heatmap(trace: Trace, site: str, *, normalize: bool) -> Heatmap:
         raw=raw,
         shown=shown,
         limit=limit or 1.0,
-        tokens=[label(token) for token in trace.tokens],
+        tokens=Words.of(trace).names,
         columns=columns,
         title=f"Relevance of {describe_target(trace)}",
         scale=f"site {site}, {divided if normalize else 'raw relevance'}",
@@ -76,9 +77,9 @@ def describe_target(trace: Trace) -> str:
     """Return the target in words: what was traced and its value."""
     target = trace.target
     kind = "log-probability" if target.logprob else "logit"
-    name = repr(readable(target.token))
+    name = repr(alone(target.token, trace.tokens))
     if target.contrast is not None:
-        name += f" minus {readable(target.contrast)!r}"
+        name += f" minus {alone(target.contrast, trace.tokens)!r}"
     if len(target.continuation_ids) > 1:
         name = f"{len(target.continuation_ids)} response tokens"
     return f"{name} ({kind} {target.logit:.3f})"
