@@ -112,6 +112,16 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else _shown(char) for char in text)
 
 
+def is_part(token: str) -> bool:
+    """Tell whether a token may hold a part of a character."""
+    return _part_of(token) is not None
+
+
+def quoted(word: str) -> str:
+    """Return a readable word in quotes; what is written out with a backslash stays as it is."""
+    return repr(word).replace("\\\\", "\\")
+
+
 def _shown(char: str) -> str:
     if char in JOINERS:
         return char

@@ -18,6 +18,7 @@ from reltrace._pictures.display import (
     colour,
     ink,
     printable,
+    quoted,
     scaled,
     token_values,
 )
@@ -26,7 +27,6 @@ from reltrace._pictures.words import Words, next_tokens, segments
 from reltrace._trace import Trace
 
 _LEGEND_CELLS = 25
-_CANDIDATES = 5
 
 HIGH_SHARE = 0.5
 """Of |R| on the first token, from which on it is told."""
@@ -90,7 +90,7 @@ def show_labelled(
 
 def _print_target(trace: Trace, console: Console, behind: str = "") -> None:
     console.print(Text.assemble("Relevance of ", (describe_target(trace), "bold"), behind))
-    if likeliest := next_tokens(trace, _CANDIDATES):
+    if likeliest := next_tokens(trace):
         console.print(Text(f"Likeliest next: {likeliest}"))
 
 
@@ -113,7 +113,7 @@ def _print_entries(
     names = Words.of(trace).names
     for entry, *texts in entries:
         cells = [
-            Text(str(getattr(entry, name)) if at is None or name != "token" else repr(names[at]))
+            Text(str(getattr(entry, name)) if at is None or name != "token" else quoted(names[at]))
             for name in fields
             for at in [entry.position]
         ]
@@ -142,6 +142,6 @@ def _table(trace: Trace, values: NDArray[np.float32]) -> Table:
     for part in segments(trace):
         for position in range(part.first, part.stop):
             cells = [Text(part.role)] * bool(trace.turns)
-            token, value = Text(repr(names[position])), values[position]
+            token, value = Text(quoted(names[position])), values[position]
             table.add_row(str(position), *cells, token, f"{value:+.4g}")
     return table

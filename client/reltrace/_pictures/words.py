@@ -12,6 +12,7 @@ from reltrace._pictures.display import (
     name_of,
     numbered,
     printable,
+    quoted,
     readable_all,
 )
 from reltrace._tokens import Turn
@@ -101,9 +102,9 @@ def segments(trace: Trace) -> list[Segment]:
     return found
 
 
-def next_tokens(trace: Trace, count: int) -> str:
+def next_tokens(trace: Trace, count: int = 5) -> str:
     """Return the likeliest tokens at the target's position in words; "" if nobody looked."""
     return ", ".join(
-        f"{alone(one.token, trace.tokens)!r} {one.probability:.1%}"
+        f"{quoted(alone(one.token, trace.tokens))} {one.probability:.1%}"
         for one in trace.target.candidates[:count]
     )
