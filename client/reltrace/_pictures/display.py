@@ -131,25 +131,8 @@ def _shown(char: str) -> str:
 
 
 def readable_all(tokens: Sequence[str], part: slice = slice(None)) -> list[str]:
-    """Return the tokens of a text, or of a part of it, as people read them. See `numbered`.
-
-    A tokenizer that does not mark white space leaves words without a seam: they get a space.
-
-    Parameters
-    ----------
-    tokens : sequence of str
-        Of the whole text, which tells whether white space is marked.
-    part : slice
-        Those that are returned.
-    """
-    start, stop, _ = part.indices(len(tokens))
-    # The part may begin or end within a character.
-    before = max(0, start - _MOST_PARTS + 1)
-    words = [shown for _, _, shown in numbered(tokens[before : stop + _MOST_PARTS - 1])]
-    words = words[start - before : stop - before]
-    # Nearly always one of the first tells.
-    marked = any(" " in word for word in words) or any(" " in readable(token) for token in tokens)
-    return words if marked else [f"{word} " for word in words]
+    """Return the tokens of a text, or of a part of it, as people read them. See `shown_in`."""
+    return [one.shown for one in shown_in(tokens, part)]
 
 
 class Numbered(NamedTuple):
@@ -173,6 +156,28 @@ class Numbered(NamedTuple):
     def of(cls, text: str, number: int = 1) -> Numbered:
         """Return it with what is shown of it."""
         return cls(text, number, text if number == 1 else str(number).translate(_SUBSCRIPTS))
+
+
+def shown_in(tokens: Sequence[str], part: slice = slice(None)) -> list[Numbered]:
+    """Return the tokens of a text, or of a part of it, as `numbered` has them.
+
+    A tokenizer that does not mark white space leaves words without a seam: they get a space.
+
+    Parameters
+    ----------
+    tokens : sequence of str
+        Of the whole text, which tells whether white space is marked.
+    part : slice
+        Those that are returned.
+    """
+    start, stop, _ = part.indices(len(tokens))
+    # The part may begin or end within a character.
+    before = max(0, start - _MOST_PARTS + 1)
+    found = numbered(tokens[before : stop + _MOST_PARTS - 1])[start - before : stop - before]
+    # Nearly always one of the first tells.
+    if any(" " in one.text for one in found) or any(" " in readable(token) for token in tokens):
+        return found
+    return [one._replace(shown=f"{one.shown} ") for one in found]
 
 
 def numbered(tokens: Sequence[str]) -> list[Numbered]:

@@ -10,10 +10,9 @@ from reltrace._pictures.display import (
     alone,
     is_special,
     name_of,
-    numbered,
     printable,
     quoted,
-    readable_all,
+    shown_in,
 )
 from reltrace._tokens import Turn
 from reltrace._trace import Trace
@@ -47,14 +46,13 @@ class Words:
         """Read them off the text and its offsets; of an older trace, off the tokens."""
         if len(trace.offsets) == len(trace.tokens):
             found = list(_by_offsets(trace))
-            texts = [one.shown for one in found]
             positions = set(trace.special_positions)
-            special = [position in positions for position in range(len(texts))]
+            special = [position in positions for position in range(len(found))]
         else:
-            found, texts = numbered(trace.tokens), readable_all(trace.tokens)
+            found = shown_in(trace.tokens)
             special = [is_special(token) for token in trace.tokens]
         names = [name_of(one.text) + one.shown * (one.number > 1) for one in found]
-        return cls(texts, names, special)
+        return cls([one.shown for one in found], names, special)
 
 
 def _by_offsets(trace: Trace) -> Iterator[Numbered]:
