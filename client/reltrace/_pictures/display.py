@@ -202,24 +202,23 @@ def numbered(tokens: Sequence[str]) -> list[Numbered]:
             found[first:done] = [Numbered.of(text, at + 1) for at in range(done - first)]
             break
         if first >= done:
-            found[first] = Numbered.of(alone(tokens[first], tokens))
+            found[first] = Numbered.of(alone(tokens[first]))
     return found
 
 
-def alone(token: str, tokens: Sequence[str]) -> str:
+def alone(token: str) -> str:
     """Return a token as people read it without those around it.
 
-    Parameters
-    ----------
-    token : str
-        If it holds a part of a character, its bytes are written out.
-    tokens : sequence of str
-        Of the same vocabulary: they tell whether it may be a letter that looks like a byte.
+    Of one that surely holds a part of a character, because its space is written as byte-level
+    tokenizers write it, the part's bytes are written out. Others may be letters.
     """
-    part = _part_of(token)
-    if part is None or not any(_BYTE_LEVEL_SPACE in other for other in tokens):
-        return readable(token)
-    return "".join(f"\\x{byte:02x}" for byte in part)
+    return spelled(token) if _BYTE_LEVEL_SPACE in token else readable(token)
+
+
+def spelled(token: str) -> str:
+    """Return a token as people read it, with bytes that are no character written out."""
+    data = _part_of(token)
+    return readable(token) if data is None else printable(data.decode(errors="backslashreplace"))
 
 
 # What tokenizers put around a prompt, and single bytes: "<s>", "<|begin_of_text|>", "<0x0A>".

@@ -113,9 +113,9 @@ def describe_target(trace: Trace) -> str:
     """Return the target in words: what was traced and its value."""
     target = trace.target
     kind = "log-probability" if target.logprob else "logit"
-    name = quoted(alone(target.token, trace.tokens))
+    name = quoted(alone(target.token))
     if target.contrast is not None:
-        name += f" minus {quoted(alone(target.contrast, trace.tokens))}"
+        name += f" minus {quoted(alone(target.contrast))}"
     if len(target.continuation_ids) > 1:
         name = f"{len(target.continuation_ids)} response tokens"
     return f"{name} ({kind} {target.logit:.3f})"

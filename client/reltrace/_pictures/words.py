@@ -12,7 +12,9 @@ from reltrace._pictures.display import (
     name_of,
     printable,
     quoted,
+    readable,
     shown_in,
+    spelled,
 )
 from reltrace._tokens import Turn
 from reltrace._trace import Trace
@@ -62,8 +64,10 @@ def _by_offsets(trace: Trace) -> Iterator[Numbered]:
         text = trace.text[min(done, start) : stop]
         if before == (start, stop) and start < stop:
             one = Numbered.of(one.text, one.number + 1)
-        elif start == stop or _NO_CHARACTER in text:
-            one = Numbered.of(alone(token, trace.tokens))
+        elif _NO_CHARACTER in text:
+            one = Numbered.of(spelled(token))
+        elif start == stop:
+            one = Numbered.of(readable(token))
         else:
             one = Numbered.of(printable(text))
         done, before = max(done, stop), (start, stop)
@@ -103,6 +107,6 @@ def segments(trace: Trace) -> list[Segment]:
 def next_tokens(trace: Trace, count: int = 5) -> str:
     """Return the likeliest tokens at the target's position in words; "" if nobody looked."""
     return ", ".join(
-        f"{quoted(alone(one.token, trace.tokens))} {one.probability:.1%}"
+        f"{quoted(alone(one.token))} {one.probability:.1%}"
         for one in trace.target.candidates[:count]
     )
