@@ -19,6 +19,8 @@ from reltrace._command.options import (
     echo_json,
     input_of,
 )
+from reltrace._pictures.display import quoted
+from reltrace._pictures.words import Words
 
 
 def tokenize(
@@ -38,10 +40,11 @@ def tokenize(
     if as_json:
         echo_json(found.to_dict())
         return
-    table = Table("position", "id", "token", "text", box=None, pad_edge=False)
-    table.columns[0].justify = table.columns[1].justify = "right"
-    texts = [repr(found.text[first:stop]) for first, stop in found.offsets.tolist()]
-    for position, number in enumerate(found.token_ids):
-        cells = [Text(found.tokens[position]), Text(texts[position])]
-        table.add_row(str(position), str(number), *cells)
+    table = Table("position", "id", "token", "characters", box=None, pad_edge=False)
+    for column in (0, 1, 3):
+        table.columns[column].justify = "right"
+    for position, name in enumerate(Words.of(found).names):
+        first, stop = found.offsets[position]
+        cells = [str(position), str(found.token_ids[position])]
+        table.add_row(*cells, Text(quoted(name)), f"{first}:{stop}")
     Console().print(table)

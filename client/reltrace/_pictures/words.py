@@ -16,7 +16,7 @@ from reltrace._pictures.display import (
     shown_in,
     spelled,
 )
-from reltrace._tokens import Turn
+from reltrace._tokens import Tokens, Turn
 from reltrace._trace import Trace
 
 # What stands in a decoded text for bytes that are no character.
@@ -25,7 +25,7 @@ _NO_CHARACTER = "\ufffd"
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """The tokens of a trace.
+    """The tokens of a trace, or of `Client.tokenize`.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Words:
     special: list[bool]
 
     @classmethod
-    def of(cls, trace: Trace) -> Words:
+    def of(cls, trace: Trace | Tokens) -> Words:
         """Read them off the text and its offsets; of an older trace, off the tokens."""
         if len(trace.offsets) == len(trace.tokens):
             found = list(_by_offsets(trace))
@@ -57,7 +57,7 @@ class Words:
         return cls([one.shown for one in found], names, special)
 
 
-def _by_offsets(trace: Trace) -> Iterator[Numbered]:
+def _by_offsets(trace: Trace | Tokens) -> Iterator[Numbered]:
     """Yield what each token has of the text, with the white space before it that none has."""
     done, before, one = 0, (0, 0), Numbered.of("")
     for token, (start, stop) in zip(trace.tokens, trace.offsets.tolist(), strict=True):
