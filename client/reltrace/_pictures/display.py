@@ -24,8 +24,9 @@ POSITIVE = (178, 24, 43)
 # How SentencePiece (U+2581) and byte-level (U+0120, U+010A, U+0109) tokenizers write white space.
 _WHITE_SPACE = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": "\t"})
 
-# How SentencePiece writes a byte that no piece has: in Llama 2, a line break.
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+# How SentencePiece writes a byte that no piece has, in Llama 2 a line break; and workers the bytes
+# of any token that is no whole character.
+_WRITTEN_BYTES = re.compile(r"<0x((?:[0-9A-F]{2})+)>")
 
 # How byte-level tokenizers write a space.
 _BYTE_LEVEL_SPACE = "\u0120"
@@ -64,8 +65,8 @@ _BYTES = _byte_alphabet()
 
 def _bytes_of(token: str) -> bytes | None:
     """Return the bytes that a token stands for; None: it is written as text."""
-    if byte := _BYTE.fullmatch(token):
-        return bytes([int(byte[1], 16)])
+    if written := _WRITTEN_BYTES.fullmatch(token):
+        return bytes.fromhex(written[1])
     try:
         return bytes(_BYTES[char] for char in token)
     except KeyError:
