@@ -49,8 +49,8 @@ from reltrace._neurons import StrongHead, StrongNeuron
 from reltrace._origin import Candidate, Provenance, ResolvedTarget, Timings
 from reltrace._target import Target
 from reltrace._text_stream import AsyncTextStream, TextPiece, TextStream
-from reltrace._tokens import Tokens, Turn
-from reltrace._trace import FirstTokenShare, Trace
+from reltrace._tokens import FirstTokenShare, Tokens, Turn
+from reltrace._trace import Trace
 from reltrace._transport.security import TlsOptions
 
 if _TYPE_CHECKING:

@@ -17,7 +17,7 @@ from reltrace._errors import invalid
 from reltrace._origin import Candidate, Provenance, ResolvedTarget
 from reltrace._stored import Place, StoredArrays
 from reltrace._tensor_file import replace_tensors
-from reltrace._tokens import Turn, no_offsets, offsets_of
+from reltrace._tokens import Turn
 from reltrace._trace import Array, Trace
 
 _FORMAT = "reltrace-trace-1"
@@ -111,7 +111,7 @@ def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
         # Older files do not say what follows.
         layers=tuple(about.get("layers", ())),
         text=about.get("text", ""),
-        offsets=offsets_of(about["offsets"]) if "offsets" in about else no_offsets(),
+        offsets=np.array(about.get("offsets", ()), np.int64).reshape(-1, 2),
         turns=tuple(Turn(**turn) for turn in about.get("turns", ())),
         hints=tuple(about.get("hints", ())),
         special_positions=tuple(about.get("special_positions", ())),

@@ -13,7 +13,7 @@ class Candidate(NamedTuple):
     Attributes
     ----------
     token : str
-        As the model's tokenizer writes it; a target takes it back.
+        Named as in `Trace.tokens`; a target takes it back.
     token_id : int
         Its id.
     logit : float

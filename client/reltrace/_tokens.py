@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ class Tokens:
     token_ids : list of int
         Ids of the tokens. T of them.
     tokens : list of str
-        The tokens, as the model's tokenizer writes them.
+        The tokens, named as in `Trace.tokens`.
     offsets : ndarray of int64, shape [T, 2]
         First and stop of each token's characters in `text`. Tokens that share a character have
         the same span; a token without text has an empty one.
@@ -79,11 +79,29 @@ class Tokens:
         }
 
 
+class FirstTokenShare(NamedTuple):
+    """How much of |R| stands on the first token of a prompt, from 0 to 1.
+
+    Attributes
+    ----------
+    total : float
+        Of the sum of |R| over all layers and tokens.
+    layers : ndarray of float64, shape [L]
+        Of each layer's own sum; one value at a site without layers.
+    """
+
+    total: float
+    layers: NDArray[np.float64]
+
+
 def no_offsets() -> NDArray[np.int64]:
     """Return the offsets of a trace whose maker did not say them: shape [0, 2]."""
-    return np.zeros((0, 2), np.int64)
+    return np.empty((0, 2), np.int64)
 
 
-def offsets_of(numbers: Sequence[Any]) -> NDArray[np.int64]:
-    """Return offsets from a list of them: pairs, or first and stop by turns."""
-    return np.array(numbers, np.int64).reshape(-1, 2)
+def offsets_of(numbers: Collection[int]) -> NDArray[np.int64]:
+    """Return offsets from first and stop of each token, by turns."""
+    if not numbers:
+        return no_offsets()
+    # Not `np.array`: it looks for a type first.
+    return np.fromiter(numbers, np.int64, len(numbers)).reshape(-1, 2)

@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reltrace._errors import InvalidArgument, invalid
 from reltrace._origin import Provenance, ResolvedTarget, Timings
-from reltrace._tokens import Turn, no_offsets
+from reltrace._tokens import FirstTokenShare, Turn, no_offsets
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,21 +28,6 @@ SITES_WITHOUT_LAYERS = frozenset({"embed"})
 _PER_TOKEN = ("token", "full")
 
 
-class FirstTokenShare(NamedTuple):
-    """How much of |R| stands on the first token of a prompt, from 0 to 1.
-
-    Attributes
-    ----------
-    total : float
-        Of the sum of |R| over all layers and tokens.
-    layers : ndarray of float64, shape [L]
-        Of each layer's own sum; one value at a site without layers.
-    """
-
-    total: float
-    layers: NDArray[np.float64]
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Trace:
     """Relevance of every token at the requested sites, for one target.
@@ -55,7 +40,8 @@ class Trace:
     Attributes
     ----------
     tokens : list of str
-        The prompt's tokens, as the model's tokenizer writes them. T of them.
+        The prompt's tokens, T of them: the text of each, which a target takes back. One that holds
+        a part of a character alone is named by its bytes, or as the model's tokenizer writes it.
     token_ids : list of int
         Their ids.
     target : ResolvedTarget

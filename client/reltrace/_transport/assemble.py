@@ -327,7 +327,10 @@ def _tokens(header: types_pb2.TraceHeader | None) -> Tokens:
         tokens=list(header.tokens),
         offsets=offsets_of(header.offsets),
         text=header.text,
-        turns=tuple(Turn(turn.role, turn.first, turn.stop) for turn in header.turns),
+        # Nearly always none, and each generator takes its microseconds.
+        turns=tuple(Turn(turn.role, turn.first, turn.stop) for turn in header.turns)
+        if header.turns
+        else (),
         hints=tuple(header.hints),
         special_positions=tuple(header.special_positions),
     )
