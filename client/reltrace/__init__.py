@@ -42,13 +42,15 @@ from reltrace._errors import (
     Violation,
 )
 from reltrace._evaluate.evaluation import Evaluation, RuleScore
+from reltrace._failure import Failure
 from reltrace._generation import Generation
 from reltrace._info import JobStatus, Model, Queue, Status, Worker
 from reltrace._neurons import StrongHead, StrongNeuron
-from reltrace._origin import Provenance, ResolvedTarget, Timings
+from reltrace._origin import Candidate, Provenance, ResolvedTarget, Timings
 from reltrace._target import Target
 from reltrace._text_stream import AsyncTextStream, TextPiece, TextStream
-from reltrace._trace import Failure, Trace
+from reltrace._tokens import FirstTokenShare, Tokens, Turn
+from reltrace._trace import Trace
 from reltrace._transport.security import TlsOptions
 
 if _TYPE_CHECKING:
@@ -111,6 +113,7 @@ __all__ = [
     "AsyncTextStream",
     "Atlas",
     "Cancelled",
+    "Candidate",
     "Client",
     "Context",
     "DeadJob",
@@ -121,6 +124,7 @@ __all__ = [
     "Failure",
     "Feature",
     "FeatureMatch",
+    "FirstTokenShare",
     "Generation",
     "InvalidArgument",
     "JobFailed",
@@ -151,8 +155,10 @@ __all__ = [
     "TextStream",
     "Timings",
     "TlsOptions",
+    "Tokens",
     "Trace",
     "TraceError",
+    "Turn",
     "Unavailable",
     "Violation",
     "Worker",

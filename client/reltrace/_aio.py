@@ -11,16 +11,19 @@ from typing import Any, Self, TypeAlias, overload
 from reltrace._checks import whole_number
 from reltrace._edit import EditLike
 from reltrace._errors import TraceError
+from reltrace._failure import Failure
 from reltrace._generate import AsyncGenerate
 from reltrace._many import ManyRun, Result
 from reltrace._pinning import Pins
 from reltrace._progress import Progress
+from reltrace._prompt import Messages
 from reltrace._queries import AsyncQueries
 from reltrace._request import Arguments, Dtype, Priority, wire_priority
 from reltrace._source import open_source
 from reltrace._studies import AsyncStudies
 from reltrace._target import Target, TargetLike
-from reltrace._trace import Failure, Trace
+from reltrace._tokenize import AsyncTokenize
+from reltrace._trace import Trace
 from reltrace._transport.connection import Connection, Deadline
 from reltrace._transport.leaving import Leftovers
 from reltrace._transport.security import Security, Tls, Token
@@ -34,7 +37,7 @@ Item: TypeAlias = str | Mapping[str, Any]
 _CLOSE_TIMEOUT = 5.0
 
 
-class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
+class AsyncClient(AsyncQueries, AsyncGenerate, AsyncTokenize, AsyncStudies):
     """A client of a reltrace server for asyncio code.
 
     The methods of `Client`, awaitable; `trace_many` is an async iterator. A client belongs to
@@ -123,7 +126,9 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -141,7 +146,9 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -158,7 +165,9 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -173,8 +182,9 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
     ) -> Trace | list[Trace]:
         """Trace one prompt. See `Client.trace`."""
         arguments = Arguments(
-            prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k, None, edits
-        )
+            prompt, input_ids, messages, add_special_tokens, model, sites, reduce, target, rule,
+            dtype, layers, top_k, None, edits,
+        )  # fmt: skip
         return await self.run_trace(arguments, priority, timeout)
 
     async def run_trace(
@@ -205,6 +215,7 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
         *,
         ordered: bool = False,
         progress: bool = False,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -226,6 +237,7 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
         *,
         ordered: bool = False,
         progress: bool = False,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -246,6 +258,7 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
         *,
         ordered: bool = False,
         progress: bool = False,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -265,8 +278,9 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncStudies):
         `items` may also be an async iterable.
         """
         defaults = Arguments(
-            None, None, model, sites, reduce, target, rule, dtype, layers, top_k, output_uri, edits
-        )
+            None, None, None, add_special_tokens, model, sites, reduce, target, rule,
+            dtype, layers, top_k, output_uri, edits,
+        )  # fmt: skip
         run = self.start_many(
             items,
             defaults,

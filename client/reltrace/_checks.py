@@ -64,10 +64,11 @@ def check_text(text: str, argument: str) -> None:
     """Raise InvalidArgument if `text` is empty or can not be encoded as UTF-8."""
     if not text:
         raise invalid(argument, "must not be empty")
-    _check_encodable(text, argument)
+    check_encodable(text, argument)
 
 
-def _check_encodable(text: str, argument: str) -> None:
+def check_encodable(text: str, argument: str) -> None:
+    """Raise InvalidArgument if `text` can not be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -91,5 +92,5 @@ def check_id(name: object, argument: str) -> str | int:
     if not is_id(name):
         raise invalid(argument, f"must be text or a whole number, not {name!r}")
     if isinstance(name, str):
-        _check_encodable(name, argument)
+        check_encodable(name, argument)
     return name

@@ -10,19 +10,22 @@ from typing import Any, Self, overload
 from reltrace import _loop
 from reltrace._aio import AsyncClient, Item, Targets
 from reltrace._edit import EditLike
+from reltrace._failure import Failure
 from reltrace._generate import Generate
 from reltrace._many import ManyRun, Result
 from reltrace._progress import Progress
+from reltrace._prompt import Messages
 from reltrace._queries import Queries
 from reltrace._request import Arguments, Dtype, Priority
 from reltrace._studies import Studies
 from reltrace._target import TargetLike
-from reltrace._trace import Failure, Trace
+from reltrace._tokenize import Tokenize
+from reltrace._trace import Trace
 from reltrace._transport.connection import Deadline
 from reltrace._transport.security import Tls, Token
 
 
-class Client(Queries, Generate, Studies):
+class Client(Queries, Generate, Tokenize, Studies):
     """A client of a reltrace server.
 
     It may be used from several threads at once, in a notebook, and as a context manager.
@@ -129,7 +132,9 @@ class Client(Queries, Generate, Studies):
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -147,7 +152,9 @@ class Client(Queries, Generate, Studies):
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -164,7 +171,9 @@ class Client(Queries, Generate, Studies):
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -182,9 +191,16 @@ class Client(Queries, Generate, Studies):
         Parameters
         ----------
         prompt : str
-            Text, encoded by the model's tokenizer with its special tokens.
+            Text, encoded by the model's tokenizer.
+        messages : sequence of mapping
+            A conversation instead of `prompt`, each message with "role" and "content": the model's
+            own chat template makes a text of it, with the start of the assistant's next turn at
+            its end.
         input_ids : sequence of int
-            Token ids, used as they are; instead of `prompt`.
+            Token ids instead of `prompt`, used as they are.
+        add_special_tokens : bool, default True
+            Put in front of `prompt` what the tokenizer puts there (BOS), unless the text begins
+            with it. An EOS is never appended.
         model : str, optional
             Name of a served model (see `models`); default: the only one.
         sites : str or sequence of str, default ("resid",)
@@ -238,8 +254,9 @@ class Client(Queries, Generate, Studies):
         is given up (its `timeout` is over, or Ctrl-C) cancels its job on the server.
         """
         arguments = Arguments(
-            prompt, input_ids, model, sites, reduce, target, rule, dtype, layers, top_k, None, edits
-        )
+            prompt, input_ids, messages, add_special_tokens, model, sites, reduce, target, rule,
+            dtype, layers, top_k, None, edits,
+        )  # fmt: skip
         return self._loop.run(self._client.run_trace(arguments, priority, timeout))
 
     @overload
@@ -249,6 +266,7 @@ class Client(Queries, Generate, Studies):
         *,
         ordered: bool = False,
         progress: bool = False,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -270,6 +288,7 @@ class Client(Queries, Generate, Studies):
         *,
         ordered: bool = False,
         progress: bool = False,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -290,6 +309,7 @@ class Client(Queries, Generate, Studies):
         *,
         ordered: bool = False,
         progress: bool = False,
+        add_special_tokens: bool = True,
         model: str | None = None,
         sites: str | Sequence[str] = ("resid",),
         reduce: str = "token",
@@ -316,7 +336,7 @@ class Client(Queries, Generate, Studies):
             Give results in the order of the items instead of as they finish.
         progress : bool, default False
             Show a tqdm bar.
-        model, sites, reduce, target, rule, dtype, layers, top_k, edits
+        add_special_tokens, model, sites, reduce, target, rule, dtype, layers, top_k, edits
             As in `trace`, for the items that do not say otherwise.
         output_uri : str, optional
             Folder, as a URL such as "s3://bucket/run-1", that workers write tensors to instead of
@@ -354,8 +374,9 @@ class Client(Queries, Generate, Studies):
         the server, once they are here.
         """
         defaults = Arguments(
-            None, None, model, sites, reduce, target, rule, dtype, layers, top_k, output_uri, edits
-        )
+            None, None, None, add_special_tokens, model, sites, reduce, target, rule,
+            dtype, layers, top_k, output_uri, edits,
+        )  # fmt: skip
         run = self._loop.run(
             self._start(items, defaults, ordered, max_in_flight, priority, timeout)
         )

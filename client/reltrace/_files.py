@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from reltrace._errors import invalid
-from reltrace._origin import Provenance, ResolvedTarget
+from reltrace._origin import Candidate, Provenance, ResolvedTarget
 from reltrace._stored import Place, StoredArrays
 from reltrace._tensor_file import replace_tensors
+from reltrace._tokens import Turn
 from reltrace._trace import Array, Trace
 
 _FORMAT = "reltrace-trace-1"
@@ -34,10 +35,36 @@ def describe(trace: Trace) -> dict[str, Any]:
         "id": trace.id,
         "tokens": trace.tokens,
         "token_ids": trace.token_ids,
+        "text": trace.text,
+        "offsets": trace.offsets.tolist(),
+        "turns": [asdict(turn) for turn in trace.turns],
+        "hints": list(trace.hints),
+        "special_positions": list(trace.special_positions),
         "layers": list(trace.layers),
         "target": target,
         "provenance": {**asdict(trace.provenance), "versions": dict(trace.provenance.versions)},
     }
+
+
+def to_dict(trace: Trace) -> dict[str, Any]:
+    """Return a trace as plain lists and numbers. See `Trace.to_dict`."""
+    about = describe(trace)
+    about["target"]["candidates"] = [one._asdict() for one in trace.target.candidates]
+    relevance = {
+        site: _plain(parts[""])
+        if set(parts) == {""}
+        else {part: _plain(array) for part, array in parts.items()}
+        for site, parts in trace.arrays.items()
+    }
+    return {**about, "relevance": relevance}
+
+
+def _plain(values: Any) -> Any:
+    if np.isfinite(values).all():
+        return values.tolist()
+    boxed = np.asarray(values, dtype=object)
+    boxed[~np.isfinite(values)] = None
+    return boxed.tolist()
 
 
 def place_of(trace: Trace) -> dict[str, Any]:
@@ -71,6 +98,7 @@ def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
         arrays = _by_site(tensors)
     target = dict(about["target"])
     target["continuation_ids"] = tuple(target["continuation_ids"])
+    target["candidates"] = tuple(Candidate(*one) for one in target.get("candidates", ()))
     if target["logit"] is None:
         target["logit"] = float("nan")
     return Trace(
@@ -80,8 +108,13 @@ def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
         provenance=Provenance(**about["provenance"]),
         arrays=arrays,
         id=about["id"],
-        # Older files do not say.
+        # Older files do not say what follows.
         layers=tuple(about.get("layers", ())),
+        text=about.get("text", ""),
+        offsets=np.array(about.get("offsets", ()), np.int64).reshape(-1, 2),
+        turns=tuple(Turn(**turn) for turn in about.get("turns", ())),
+        hints=tuple(about.get("hints", ())),
+        special_positions=tuple(about.get("special_positions", ())),
     )
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import replace
 
 from reltrace._edit import EditLike
-from reltrace._errors import TraceError
 from reltrace._generation import Generation, Writing
 from reltrace._loop import LoopThread
+from reltrace._prompt import Messages
 from reltrace._request import Priority, wire_priority
 from reltrace._text_stream import AsyncTextStream, TextStream
+from reltrace._transport.call import outcomes
 from reltrace._transport.connection import Connection, Deadline
-from reltrace._transport.submission import Entry, Rejected, deliveries, submit
+from reltrace._transport.submission import Entry
 
 
 class AsyncGenerate:
@@ -25,7 +25,9 @@ class AsyncGenerate:
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
         steer: EditLike | Sequence[EditLike] = (),
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -36,26 +38,26 @@ class AsyncGenerate:
         timeout: float | None = None,
     ) -> Generation:
         """Let a model go on with a prompt. See `Client.generate`."""
-        writing = Writing(prompt, input_ids, steer, max_new_tokens, temperature, top_p, seed, model)
+        writing = Writing(
+            prompt, input_ids, messages, add_special_tokens, steer,
+            max_new_tokens, temperature, top_p, seed, model,
+        )  # fmt: skip
         deadline = Deadline(timeout)
-        entries = [Entry(job, None) for job in writing.jobs()]
-        answer = await submit(self._connection, entries, deadline, wire_priority(priority))
-        if isinstance(answer, Rejected):
-            raise next(iter(answer.errors.values()))
-        found: dict[int, Generation] = {}
-        async with aclosing(deliveries(self._connection, answer, entries, deadline)) as stream:
-            async for delivery in stream:
-                if isinstance(delivery.outcome, TraceError):
-                    raise delivery.outcome
-                assert isinstance(delivery.outcome, Generation)
-                found[delivery.index] = delivery.outcome
-        return replace(found[0], unsteered=found.get(1))
+        found: list[Generation] = []
+        for outcome in await outcomes(
+            self._connection, writing.jobs(), wire_priority(priority), deadline
+        ):
+            assert isinstance(outcome, Generation)
+            found.append(outcome)
+        return replace(found[0], unsteered=found[1] if len(found) > 1 else None)
 
     def generate_stream(
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
         steer: EditLike | Sequence[EditLike] = (),
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -66,7 +68,10 @@ class AsyncGenerate:
         timeout: float | None = None,
     ) -> AsyncTextStream:
         """Read along while a model goes on with a prompt. See `Client.generate_stream`."""
-        writing = Writing(prompt, input_ids, steer, max_new_tokens, temperature, top_p, seed, model)
+        writing = Writing(
+            prompt, input_ids, messages, add_special_tokens, steer,
+            max_new_tokens, temperature, top_p, seed, model,
+        )  # fmt: skip
         entries = [Entry(job, None) for job in writing.jobs(stream=True)]
         return AsyncTextStream(
             self._connection, entries, wire_priority(priority), Deadline(timeout)
@@ -83,7 +88,9 @@ class Generate:
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
         steer: EditLike | Sequence[EditLike] = (),
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -98,9 +105,13 @@ class Generate:
         Parameters
         ----------
         prompt : str
-            Text, encoded by the model's tokenizer with its special tokens.
+            Text, encoded by the model's tokenizer.
+        messages : sequence of mapping
+            A conversation instead of `prompt`, as in `trace`.
         input_ids : sequence of int
-            Token ids, used as they are; instead of `prompt`.
+            Token ids instead of `prompt`, used as they are.
+        add_special_tokens : bool, default True
+            As in `trace`.
         steer : Steer, Edit or a sequence of these, optional
             Made in this order for every token, of the prompt and of what is written. The same text
             without them is written as well, in the same batch.
@@ -142,7 +153,9 @@ class Generate:
         return self._loop.run(
             self._client.generate(
                 prompt,
+                messages=messages,
                 input_ids=input_ids,
+                add_special_tokens=add_special_tokens,
                 steer=steer,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
@@ -158,7 +171,9 @@ class Generate:
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
         steer: EditLike | Sequence[EditLike] = (),
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -185,7 +200,9 @@ class Generate:
         return TextStream(
             self._client.generate_stream(
                 prompt,
+                messages=messages,
                 input_ids=input_ids,
+                add_special_tokens=add_special_tokens,
                 steer=steer,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,

@@ -13,7 +13,8 @@ from reltrace_proto.v1 import types_pb2
 from reltrace._checks import number, whole_number
 from reltrace._edit import EditLike, edits_to_wire
 from reltrace._origin import Provenance, Timings
-from reltrace._request import Job, model_name, set_input
+from reltrace._prompt import Messages, set_input
+from reltrace._request import Job, model_name
 
 _MOST_NEW_TOKENS = 1024
 _MOST_TEMPERATURE = 100.0
@@ -37,6 +38,11 @@ class Generation:
         It ended by itself, by a token that ends texts, and not at `max_new_tokens`.
     prompt_tokens, prompt_token_ids : list of str, list of int
         The prompt's.
+    prompt_text : str
+        The text that the model read, special tokens included; of a conversation, what the model's
+        chat template makes of it. Empty if what wrote it did not say.
+    hints : tuple of str
+        What a reader should know of how the prompt was read, in sentences.
     provenance : Provenance
         Model and versions.
     unsteered : Generation or None
@@ -55,6 +61,8 @@ class Generation:
     prompt_tokens: list[str]
     prompt_token_ids: list[int]
     provenance: Provenance
+    prompt_text: str = ""
+    hints: tuple[str, ...] = ()
     unsteered: Generation | None = None
     timings: Timings | None = None
     job_id: str | None = None
@@ -82,6 +90,8 @@ class Generation:
             "stopped": self.stopped,
             "prompt_tokens": self.prompt_tokens,
             "prompt_token_ids": self.prompt_token_ids,
+            "prompt_text": self.prompt_text,
+            "hints": list(self.hints),
             "model": self.provenance.model,
             "unsteered": self.unsteered and self.unsteered.to_dict(),
         }
@@ -93,6 +103,8 @@ class Writing:
 
     prompt: str | None
     input_ids: Sequence[int] | None
+    messages: Messages | None
+    add_special_tokens: bool
     steer: EditLike | Sequence[EditLike]
     max_new_tokens: int
     temperature: float
@@ -124,6 +136,6 @@ class Writing:
         jobs = []
         for wanted in (edits, []) if edits else ([],):
             spec = types_pb2.JobSpec(model=model_name(self.model), generation=wire, edits=wanted)
-            set_input(spec, self.prompt, self.input_ids)
+            set_input(spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
             jobs.append(Job(spec, (), False, None))
         return jobs

@@ -13,10 +13,11 @@ from reltrace_proto.v1 import types_pb2
 
 from reltrace._checks import check_id
 from reltrace._errors import InvalidArgument, NotFound, TraceError
+from reltrace._failure import Failure
 from reltrace._pinning import Pins
 from reltrace._request import Arguments, JobMaker
 from reltrace._source import Source
-from reltrace._trace import Failure, Trace
+from reltrace._trace import Trace
 from reltrace._transport.connection import Connection, Deadline
 from reltrace._transport.submission import Entry, Rejected, deliveries, submit
 

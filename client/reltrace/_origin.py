@@ -4,6 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Candidate(NamedTuple):
+    """A token that may follow at a target's position.
+
+    Attributes
+    ----------
+    token : str
+        Named as in `Trace.tokens`; a target takes it back.
+    token_id : int
+        Its id.
+    logit : float
+        Its logit.
+    probability : float
+        That of the model at this position, from 0 to 1.
+    """
+
+    token: str
+    token_id: int
+    logit: float
+    probability: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +51,9 @@ class ResolvedTarget:
         `logit` is a log-probability.
     continuation_ids : tuple of int
         The response tokens whose logits were summed.
+    candidates : tuple of Candidate
+        The 10 likeliest tokens at `position`, the likeliest first; empty where the pass did not
+        look.
     """
 
     token: str
@@ -39,6 +64,7 @@ class ResolvedTarget:
     contrast_id: int | None = None
     logprob: bool = False
     continuation_ids: tuple[int, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

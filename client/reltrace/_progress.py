@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sized
 from typing import Any, Self
 
-from reltrace._trace import Failure
+from reltrace._failure import Failure
 
 _WINDOW = 60.0
 _BURST = 0.5

@@ -13,9 +13,7 @@ from reltrace import _target
 from reltrace._checks import check_text, whole_number
 from reltrace._edit import EditLike, edits_to_wire
 from reltrace._errors import invalid
-
-# The server takes messages of 16 MiB; the rest of the request needs a little room.
-MAX_JOB_BYTES = 16 * 1024 * 1024 - 4096
+from reltrace._prompt import Messages, set_input
 
 DTYPES = {
     "float32": types_pb2.SCALAR_TYPE_FLOAT32,
@@ -67,6 +65,8 @@ class Job:
             return "prompt"
         if wire_field.startswith("input_ids.ids"):
             return "input_ids" + wire_field.removeprefix("input_ids.ids")
+        if wire_field == "chat" or wire_field.startswith("chat."):
+            return wire_field.removeprefix("chat").removeprefix(".") or "messages"
         match = _INDEXED.match(wire_field)
         if match and match.group(1) in _CALLER_NAMES:
             return _CALLER_NAMES[match.group(1)]
@@ -79,6 +79,8 @@ class Arguments:
 
     prompt: str | None = None
     input_ids: Sequence[int] | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True
     model: str | None = None
     sites: str | Sequence[str] = field(default=("resid",))
     reduce: str = "token"
@@ -109,7 +111,7 @@ class Arguments:
 
     def check_shared(self) -> None:
         """Check everything but the prompt: what `trace_many` shares between items."""
-        replace(self, prompt="shared", input_ids=None).job()
+        replace(self, prompt="shared").job()
 
     def job(self) -> Job:
         """Check the arguments and build the job.
@@ -138,7 +140,7 @@ class Arguments:
             spec.output_uri = _uri(self.output_uri)
         spec.edits.extend(edits_to_wire(self.edits))
         spec.forward_only = not sites
-        set_input(spec, self.prompt, self.input_ids)
+        set_input(spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
         return Job(spec, sites, _target.is_several(self.target), self.target)
 
 
@@ -155,7 +157,7 @@ def wire_priority(priority: object) -> types_pb2.Priority.ValueType:
     return _PRIORITIES[priority]
 
 
-_OWN_TO_AN_ITEM = frozenset({"id", "prompt", "input_ids", "model"})
+_OWN_TO_AN_ITEM = frozenset({"id", "prompt", "input_ids", "messages", "model"})
 
 
 class JobMaker:
@@ -182,12 +184,11 @@ class JobMaker:
             Naming the argument and what is allowed.
         """
         defaults = self._defaults
-        prompt: object
-        input_ids: object
+        inputs: tuple[object, object, object]
         if isinstance(item, str):
-            prompt, input_ids, model = item, None, defaults.model
+            inputs, model = (item, None, None), defaults.model
         elif isinstance(item, Mapping) and item.keys() <= _OWN_TO_AN_ITEM:
-            prompt, input_ids = item.get("prompt"), item.get("input_ids")
+            inputs = (item.get("prompt"), item.get("input_ids"), item.get("messages"))
             model = item.get("model", defaults.model)
         else:
             return defaults.with_item(item).job()
@@ -195,32 +196,12 @@ class JobMaker:
         if shared is None or model != self._model:
             shared = replace(defaults, prompt="shared", model=model).job()
             shared.spec.ClearField("prompt")
+            shared.spec.ClearField("add_special_tokens")
             self._shared, self._model = shared, model
         spec = types_pb2.JobSpec()
         spec.CopyFrom(shared.spec)
-        set_input(spec, prompt, input_ids)
+        set_input(spec, *inputs, defaults.add_special_tokens)
         return Job(spec, shared.sites, shared.several, shared.target)
-
-
-def set_input(spec: types_pb2.JobSpec, prompt: object, input_ids: object) -> None:
-    """Set the last field of a job, and check the job's size."""
-    if prompt is not None and input_ids is not None:
-        raise invalid("prompt", "excludes input_ids; give one of the two")
-    if input_ids is not None:
-        spec.input_ids.ids.extend(_target.token_ids(input_ids, "input_ids"))
-    elif prompt is None:
-        raise invalid("prompt", "is missing; give prompt or input_ids")
-    elif not isinstance(prompt, str):
-        raise invalid("prompt", f"must be str, not {type(prompt).__name__}")
-    else:
-        check_text(prompt, "prompt")
-        spec.prompt = prompt
-    size = spec.ByteSize()
-    if size > MAX_JOB_BYTES:
-        raise invalid(
-            "prompt" if prompt is not None else "input_ids",
-            f"makes a job of {size} bytes; the limit is {MAX_JOB_BYTES}",
-        )
 
 
 def model_name(model: object) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reltrace._errors import InvalidArgument, TraceError, invalid, with_item
+from reltrace._errors import InvalidArgument, invalid
 from reltrace._origin import Provenance, ResolvedTarget, Timings
+from reltrace._tokens import FirstTokenShare, Turn, no_offsets
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +40,8 @@ class Trace:
     Attributes
     ----------
     tokens : list of str
-        The prompt's tokens, as the model's tokenizer writes them. T of them.
+        The prompt's tokens, T of them: the text of each, which a target takes back. One that holds
+        a part of a character alone is named by its bytes, or as the model's tokenizer writes it.
     token_ids : list of int
         Their ids.
     target : ResolvedTarget
@@ -59,6 +60,18 @@ class Trace:
         Where the job's time went; not saved, so None after `load`.
     job_id : str or None
         The job, as the server's logs name it; not saved either.
+    text : str
+        The text that the model read, special tokens included; of a conversation, what the model's
+        chat template makes of it; of ids, their text. Empty if what made the trace did not say.
+    offsets : ndarray of int64, shape [T, 2]
+        First and stop of each token's characters in `text`; see `Tokens`. Of shape [0, 2] if what
+        made the trace did not say.
+    turns : tuple of Turn
+        Of a conversation: which tokens hold the content of which message.
+    hints : tuple of str
+        What a reader should know of how the input was read, in sentences.
+    special_positions : tuple of int
+        Positions of the tokenizer's special tokens.
     """
 
     tokens: list[str]
@@ -70,6 +83,11 @@ class Trace:
     layers: tuple[int, ...] = ()
     timings: Timings | None = None
     job_id: str | None = None
+    text: str = ""
+    offsets: NDArray[np.int64] = field(default_factory=no_offsets)
+    turns: tuple[Turn, ...] = ()
+    hints: tuple[str, ...] = ()
+    special_positions: tuple[int, ...] = ()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -161,6 +179,32 @@ class Trace:
         if values.ndim != ndim or values.shape[-1] != len(self.tokens):
             raise self._no_value_per_token()
         return values
+
+    def first_token_share(self, site: str | None = None) -> FirstTokenShare:
+        """Return how much of |R| stands on the first token.
+
+        Models park attention on it, so that it may carry much relevance that says little of the
+        prompt: see NUMBERS.md, which says what to do then.
+
+        Parameters
+        ----------
+        site : str, optional
+            One of `sites`; default as in `relevance`.
+
+        Returns
+        -------
+        FirstTokenShare
+            Its `total`, and its `layers` one by one. nan where everything is 0.
+
+        Raises
+        ------
+        InvalidArgument
+            If the reduction left no value per token.
+        """
+        size = np.abs(np.atleast_2d(self.by_token(site)), dtype=np.float64)
+        with np.errstate(invalid="ignore"):
+            layers = size[:, 0] / size.sum(axis=1)
+            return FirstTokenShare(float(size[:, 0].sum() / size.sum()), layers)
 
     def _no_value_per_token(self) -> InvalidArgument:
         return invalid(
@@ -291,15 +335,9 @@ class Trace:
 
         Values that are not finite, which JSON does not know, become None.
         """
-        relevance = {
-            site: _plain(parts[""])
-            if set(parts) == {""}
-            else {part: _plain(array) for part, array in parts.items()}
-            for site, parts in self.arrays.items()
-        }
         from reltrace import _files
 
-        return {**_files.describe(self), "relevance": relevance}
+        return _files.to_dict(self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the trace to a safetensors file that `Trace.load` reads.
@@ -352,46 +390,3 @@ class Trace:
             f"Trace({name}{len(self.tokens)} tokens, target {self.target.token!r} "
             f"({self.target.logit:.3f}), {shapes}, model {self.provenance.model!r})"
         )
-
-
-def _plain(values: Any) -> Any:
-    if np.isfinite(values).all():
-        return values.tolist()
-    boxed = np.asarray(values, dtype=object)
-    boxed[~np.isfinite(values)] = None
-    return boxed.tolist()
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An item of `trace_many` that gave no trace.
-
-    Attributes
-    ----------
-    id : str or int
-        The item's id: the given one, else its index.
-    reason : TraceError
-        Why.
-    error : TraceError
-        Why, and of which item: `reason` with the id in front of its message, to be raised.
-    """
-
-    id: str | int
-    reason: TraceError
-    error: TraceError = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "error", with_item(self.reason, self.id))
-
-    @property
-    def job_id(self) -> str | None:
-        """The job that failed, as the server's logs name it; None where there was none."""
-        return self.error.job_id
-
-    def __str__(self) -> str:
-        return f"{type(self.error).__name__}: {self.error}"
-
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows: the kind of error and its message, which names the item."""
-        kind, message = type(self.error).__name__, escape(str(self.error))
-        return f"<div><strong>{kind}</strong>: <code>{message}</code></div>"

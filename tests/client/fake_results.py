@@ -9,6 +9,10 @@ from reltrace_proto.v1 import types_pb2
 
 LAYERS = 4
 HIDDEN = 6
+CANDIDATES = [
+    types_pb2.Candidate(token_id=7, token="dogs", logit=3.5, probability=0.75),
+    types_pb2.Candidate(token_id=8, token="cats", logit=1.5, probability=0.125),
+]
 NUMPY = {
     types_pb2.SCALAR_TYPE_UNSPECIFIED: "<f4",
     types_pb2.SCALAR_TYPE_FLOAT32: "<f4",
@@ -19,7 +23,33 @@ NUMPY = {
 def tokens_of(spec: types_pb2.JobSpec) -> list[str]:
     if spec.WhichOneof("input") == "input_ids":
         return [f"<{number}>" for number in spec.input_ids.ids]
-    return ["<s>", *spec.prompt.split()]
+    if spec.WhichOneof("input") == "chat":
+        turns = [[f"<{one.role}>", *one.content.split()] for one in spec.chat.messages]
+        return [token for turn in turns for token in turn]
+    bos = ["<s>"] if not spec.HasField("add_special_tokens") or spec.add_special_tokens else []
+    return [*bos, *spec.prompt.split()]
+
+
+def read_of(spec: types_pb2.JobSpec) -> types_pb2.TraceHeader:
+    """Return how the prompt was read: its tokens, with a space between them."""
+    tokens = tokens_of(spec)
+    header = types_pb2.TraceHeader(
+        tokens=tokens, token_ids=range(len(tokens)), text=" ".join(tokens)
+    )
+    stop = -1
+    for position, token in enumerate(tokens):
+        first, stop = stop + 1, stop + 1 + len(token)
+        header.offsets.extend((first, stop))
+        if token.startswith("<"):
+            header.special_positions.append(position)
+    if spec.WhichOneof("input") == "chat":
+        first = 0
+        for message in spec.chat.messages:
+            count = len(message.content.split())
+            header.turns.add(role=message.role, first=first + 1, stop=first + 1 + count)
+            first += 1 + count
+        header.hints.append("the conversation was read by a fake template")
+    return header
 
 
 def relevance_of(text: str, site: str, shape: tuple[int, ...], trace: int = 0) -> np.ndarray:
@@ -50,10 +80,9 @@ def chunks_of(
     """Return the result of a job that succeeds, cut into pieces of at most `piece_bytes`."""
     text = " ".join(tokens_of(spec))
     dtype = spec.dtype or types_pb2.SCALAR_TYPE_FLOAT32
-    header = types_pb2.TraceHeader(
-        tokens=tokens_of(spec),
-        token_ids=range(len(tokens_of(spec))),
-        provenance=types_pb2.Provenance(
+    header = read_of(spec)
+    header.provenance.CopyFrom(
+        types_pb2.Provenance(
             model=spec.model.partition("@")[0] or "fake",
             revision="r1",
             rule=spec.rule,
@@ -62,7 +91,7 @@ def chunks_of(
             device="cpu",
             reduction=spec.reduction,
             versions={"lxt": "2.1", "torch": "2.13.0"},
-        ),
+        )
     )
     for index, target in enumerate(spec.targets):
         count = len(target.continuation.ids.ids) if target.continuation.each else 1
@@ -73,6 +102,7 @@ def chunks_of(
                 logit=3.5 + part,
                 position=len(header.tokens) - 1,
                 logprob=target.logprob,
+                candidates=CANDIDATES,
             )
     pieces = []
     for trace in range(len(header.targets)):

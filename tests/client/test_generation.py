@@ -12,8 +12,8 @@ from reltrace._generation import Writing
 
 def writing(**given: object) -> Writing:
     defaults: dict[str, object] = {
-        "prompt": "a", "input_ids": None, "steer": (), "max_new_tokens": 5, "temperature": 0.0,
-        "top_p": 0.0, "seed": 0, "model": None,
+        "prompt": "a", "input_ids": None, "messages": None, "add_special_tokens": True, "steer": (),
+        "max_new_tokens": 5, "temperature": 0.0, "top_p": 0.0, "seed": 0, "model": None,
     }  # fmt: skip
     return Writing(**{**defaults, **given})  # type: ignore[arg-type]
 

@@ -8,13 +8,16 @@ import pytest
 import reltrace
 from hypothesis import given
 from hypothesis import strategies as st
-from reltrace._request import MAX_JOB_BYTES, Arguments, JobMaker
+from reltrace._prompt import MAX_JOB_BYTES
+from reltrace._request import Arguments, JobMaker
+
+USER = {"role": "user", "content": "hello"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "prompt: is missing; give prompt or input_ids"),
+        ({}, "prompt: is missing; give prompt, messages or input_ids"),
         ({"prompt": "a", "input_ids": [1]}, "prompt: excludes input_ids"),
         ({"prompt": ""}, "prompt: must not be empty"),
         ({"prompt": b"bytes"}, "prompt: must be str, not bytes"),
@@ -27,6 +30,23 @@ from reltrace._request import MAX_JOB_BYTES, Arguments, JobMaker
             {"input_ids": [1, 2.0]},
             r"input_ids\[1\]: must be a whole number from 0 to 4294967295, not 2.0",
         ),
+        ({"prompt": "a", "messages": [USER]}, "prompt: excludes messages; give one of prompt"),
+        ({"messages": [USER], "input_ids": [1]}, "messages: excludes input_ids"),
+        ({"messages": "hello"}, "messages: must be a list of messages such as .*, not str"),
+        ({"messages": []}, "messages: must have at least one message"),
+        ({"messages": [USER, "b"]}, r"messages\[1\]: must be a mapping with role and content"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content: is missing"),
+        ({"messages": [{"role": "", "content": ""}]}, r"messages\[0\]\.role: must not be empty"),
+        (
+            {"messages": [{**USER, "content": [1]}]},
+            r"messages\[0\]\.content: must be text, not list",
+        ),
+        ({"messages": [{**USER, "name": "x"}]}, r"messages\[0\]\.name: is no field of a message"),
+        (
+            {"messages": [{"role": "user", "content": "a\udfff"}]},
+            r"messages\[0\]\.content: character 1 is a lone surrogate",
+        ),
+        ({"prompt": "a", "add_special_tokens": 1}, "add_special_tokens: must be True or False"),
         ({"prompt": "a", "model": 5}, "model: must be str, not int"),
         ({"prompt": "a", "sites": ["resid", 3]}, r"sites\[1\]: must be str, not int"),
         ({"prompt": "a", "sites": ["resid", "resid"]}, r"sites\[1\]: repeats 'resid'"),
@@ -64,6 +84,28 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     assert isinstance(caught.value, ValueError)
     (violation,) = caught.value.violations
     assert str(caught.value).startswith(f"{violation.field}: ")
+
+
+def test_a_conversation_arrives_as_it_is() -> None:
+    job = Arguments(messages=({"role": "system", "content": ""}, USER)).job()
+    assert job.spec.WhichOneof("input") == "chat"
+    found = [(one.role, one.content) for one in job.spec.chat.messages]
+    assert found == [("system", ""), ("user", "hello")]
+    assert job.rename("chat.messages[1].role") == "messages[1].role"
+    assert job.rename("chat.messages") == job.rename("chat") == "messages"
+
+
+def test_special_tokens_are_named_where_they_are_not_the_default() -> None:
+    assert not Arguments("a").job().spec.HasField("add_special_tokens")
+    without = Arguments("a", add_special_tokens=False)
+    assert without.job().spec.add_special_tokens is False
+    assert without.job().spec.HasField("add_special_tokens")
+    # Ids are used as they are.
+    assert (
+        not without.with_item({"prompt": None, "input_ids": [1]})
+        .job()
+        .spec.HasField("add_special_tokens")
+    )
 
 
 def test_a_site_may_be_one_name() -> None:
@@ -109,13 +151,18 @@ def test_the_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_many_items_make_the_jobs_that_each_makes_alone() -> None:
-    defaults = Arguments(model="a", sites=("embed", "resid"), target=["cats", 7], layers=[1, 0])
+    defaults = Arguments(
+        model="a", sites=("embed", "resid"), target=["cats", 7], layers=[1, 0],
+        add_special_tokens=False,
+    )  # fmt: skip
     maker = JobMaker(defaults)
     items: list[Any] = [
         "text",
         {"prompt": "text", "id": 3},
         {"input_ids": [1, 2]},
         {"input_ids": [3], "model": "b"},
+        {"messages": [USER]},
+        {"prompt": "text", "add_special_tokens": True},
         {"prompt": "text", "model": None},
         {"prompt": "text"},
         {"prompt": "text", "rule": "gradient", "target": "max"},
@@ -133,6 +180,8 @@ def test_many_items_make_the_jobs_that_each_makes_alone() -> None:
         {},
         {"prompt": ""},
         {"prompt": "a", "input_ids": [1]},
+        {"messages": [USER], "prompt": "a"},
+        {"messages": {}},
         {"input_ids": [1, True]},
         {"input_ids": [1, 2**32]},
         {"prompt": "a", "model": 5},

@@ -147,3 +147,17 @@ def test_errors_can_be_sent_to_another_process() -> None:
     back = pickle.loads(pickle.dumps(error))
     assert (str(back), back.violations) == ("a: b", (reltrace.Violation("a", "b"),))
     assert str(pickle.loads(pickle.dumps(reltrace.DeadlineExceeded("late")))) == "late"
+
+
+def test_the_share_of_the_first_token() -> None:
+    trace = make_trace({"resid": (2, 4), "embed": (4,), "head": (2, 4)}, tokens=list("abcd"))
+    trace.arrays["resid"][""][:] = [[-3, 1, -1, 1], [1, 1, 1, -1]]
+    trace.arrays["embed"][""][:] = [-1, 0, 0, 1]
+    trace.arrays["head"][""][:] = 0
+    found = trace.first_token_share()
+    assert found.total == pytest.approx(4 / 10)
+    np.testing.assert_allclose(found.layers, [0.5, 0.25])
+    assert trace.first_token_share("embed").layers.tolist() == [0.5]
+    assert np.isnan(trace.first_token_share("head").total)
+    with pytest.raises(reltrace.InvalidArgument, match="leaves no value per token"):
+        make_trace({"resid": (2, 6)}, reduction="feature").first_token_share()

@@ -29,9 +29,10 @@ PYTHON = [
         re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     )
 ]
-# Without the default port, which another test may hold, they need a host, a hub, or a JOB.
+# Without the default port, which another test may hold, they need a host, a hub, a JOB, or a model
+# with a chat template.
 NOT_HERE = re.compile(
-    r"\breltrace up\b|10\.0\.0|meta-llama|PATH_OR_HUB_ID|JOB|TENANT|node1|\.\.\."
+    r"--chat|\breltrace up\b|10\.0\.0|meta-llama|PATH_OR_HUB_ID|JOB|TENANT|node1|\.\.\."
     # These have tests of their own: below, in test_s3.py and in test_atlas.py.
     r"|--watch|s3://|drain|CORPUS|OUT "
 )

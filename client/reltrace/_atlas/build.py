@@ -20,7 +20,8 @@ from reltrace._atlas.sending import Made, Sender, free
 from reltrace._checks import check_text, whole_number
 from reltrace._errors import invalid
 from reltrace._pinning import Pins
-from reltrace._request import MAX_JOB_BYTES, Job, Priority, model_name, wire_priority
+from reltrace._prompt import MAX_JOB_BYTES
+from reltrace._request import Job, Priority, model_name, wire_priority
 from reltrace._source import check_iterable
 from reltrace._threads import settled, to_the_end
 from reltrace._transport.connection import Connection

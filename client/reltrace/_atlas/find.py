@@ -13,7 +13,7 @@ from reltrace._atlas.contexts import BEFORE, Context
 from reltrace._atlas.folder import State
 from reltrace._atlas.part import LISTS
 from reltrace._atlas.reader import Reader
-from reltrace._pictures.display import printable
+from reltrace._pictures.display import is_part, numbered, printable
 from reltrace._trace import Array
 
 _TOKEN_BITS = 16
@@ -123,10 +123,19 @@ class Search:
         named = np.unique(np.concatenate([m.prompts.ravel() for m in state.sites.values()]))
         wanted, words = sought(text), reader.folded
         explained = {token for token, word in words.items() if wanted in word}
+        # Of a prompt with such tokens the characters that several share are put together first.
+        parts = {token for token, text in state.vocabulary.items() if is_part(text)}
         places: list[int] = []
         for prompt, ids, target in reader.prompts(named[named >= 0]):
             first = prompt << _TOKEN_BITS
-            places += [first + at for at in starts_of(wanted, [words[token] for token in ids])]
+            if parts.isdisjoint(ids):
+                shown = [words[token] for token in ids]
+            else:
+                shown = [
+                    one.text.casefold() if one.number == 1 else ""
+                    for one in numbered([state.vocabulary[token] for token in ids])
+                ]
+            places += [first + at for at in starts_of(wanted, shown)]
             if target in explained:
                 places.append(first + _TARGET)
         self._places = np.array(places, np.int64)

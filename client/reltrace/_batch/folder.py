@@ -45,7 +45,7 @@ class Settings:
 
     Attributes
     ----------
-    model, sites, reduce, target, rule, dtype, layers, top_k
+    model, sites, reduce, target, rule, dtype, layers, top_k, add_special_tokens
         Arguments of `trace`, as JSON holds them, for prompts that do not say otherwise.
     format : str
         Of the files of traces.
@@ -71,6 +71,7 @@ class Settings:
     id_column: str | None
     shards: int
     output_uri: str | None = None
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,8 @@ class Folder:
             }
             write_whole(path, [_json(manifest)])
             return
-        before = read_manifest(self.root)["settings"]
+        # A manifest of an older version does not name what there was no choice of.
+        before = {"add_special_tokens": True, **read_manifest(self.root)["settings"]}
         changed = [
             f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in asdict(settings).items()

@@ -216,6 +216,8 @@ def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> 
         value = {"prompt": value}
     if not isinstance(value, dict):
         raise invalid("line", f"must be a JSON object, not {type(value).__name__}")
+    if "custom_id" in value or "body" in value:
+        value = _from_openai(value)
     name = value.pop("id", None)
     arguments = {key: part for key, part in value.items() if part is not None}
     try:
@@ -228,6 +230,20 @@ def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> 
     except InvalidArgument as error:
         return Item(index, line, name if is_id(name) else index, fault=error, content=content)
     return Item(index, line, index if name is None else name, arguments, content=content)
+
+
+def _from_openai(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the item that a line of OpenAI's batch format stands for.
+
+    What else is in the body (the model, settings of sampling) is passed over: it is about
+    generating with another server.
+    """
+    name, body = value.get("custom_id"), value.get("body")
+    if not isinstance(body, dict) or "messages" not in body:
+        raise invalid(
+            "body.messages", "is missing; of OpenAI's batch format chat completions are read"
+        )
+    return {"id": name, "messages": body["messages"]}
 
 
 def _target(value: Any) -> Any:

@@ -20,6 +20,9 @@ PartFormat: TypeAlias = Literal["safetensors", "parquet"]
 _FORMAT = "reltrace-batch-part-1"
 _NAME = re.compile(rf"part-\d{{6,}}\.(?:{'|'.join(get_args(PartFormat))})")
 
+# What a trace has in columns of its own in Parquet, to be read by others too.
+_OWN_COLUMNS = ("text", "tokens", "token_ids", "offsets", "layers")
+
 # Of the head of a safetensors file, which holds tokens, ids and names of tensors. The format allows
 # 100 MB; there is more in it than the traces.
 MOST_HEAD_BYTES = 90_000_000
@@ -138,8 +141,7 @@ def _write_parquet(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
     columns: dict[str, list[Any]] = {
         name: []
         for name in (
-            "index", "id", "tokens", "token_ids", "layers", "target", "target_id", "logit",
-            "position", "about",
+            "index", "id", *_OWN_COLUMNS, "target", "target_id", "logit", "position", "about",
         )
     }  # fmt: skip
     for index, trace in rows:
@@ -150,7 +152,7 @@ def _write_parquet(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
         described["dtypes"] = [array.dtype.str for array in arrays.values()]
         columns["index"].append(index)
         columns["id"].append(str(trace.id))
-        for name in ("tokens", "token_ids", "layers"):
+        for name in _OWN_COLUMNS:
             columns[name].append(described.pop(name))
         columns["target"].append(trace.target.token)
         columns["target_id"].append(trace.target.token_id)
@@ -164,6 +166,7 @@ def _write_parquet(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
         "index": pyarrow.int64(),
         "token_ids": pyarrow.list_(pyarrow.int32()),
         "layers": pyarrow.list_(pyarrow.int32()),
+        "offsets": pyarrow.list_(pyarrow.list_(pyarrow.int32())),
         "target_id": pyarrow.int32(),
         "logit": pyarrow.float64(),
         "position": pyarrow.int32(),
@@ -208,7 +211,9 @@ class _ParquetPart:
             return self._table.column(name)[row]
 
         about = json.loads(cell("about").as_py())
-        about |= {name: cell(name).as_py() for name in ("tokens", "token_ids", "layers")}
+        # Older files have no columns for some.
+        there = [name for name in _OWN_COLUMNS if name in self._table.column_names]
+        about |= {name: cell(name).as_py() for name in there}
         tensors = {}
         for name, dtype in zip(about["order"], about["dtypes"], strict=True):
             values = cell(name).values.to_numpy(zero_copy_only=False)

@@ -20,7 +20,8 @@ from reltrace._batch.own import check_own
 from reltrace._batch.writer import Traced, Writer, write_errors
 from reltrace._client import Client
 from reltrace._errors import InvalidArgument, invalid
-from reltrace._trace import Failure, Trace
+from reltrace._failure import Failure
+from reltrace._trace import Trace
 
 _SPOOL_BYTES = 64 * 1024 * 1024
 
@@ -214,6 +215,7 @@ class Run:
         results = self._client.trace_many(
             self._wanted(writer),
             model=self._model,
+            add_special_tokens=settings.add_special_tokens,
             sites=settings.sites,
             reduce=settings.reduce,
             target=target,

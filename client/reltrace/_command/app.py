@@ -10,7 +10,17 @@ from typing import Annotated, NoReturn
 import typer
 
 import reltrace
-from reltrace._command import atlas, batch, cluster, evaluate, generate, operating, tracing, up
+from reltrace._command import (
+    atlas,
+    batch,
+    cluster,
+    evaluate,
+    generate,
+    operating,
+    tokenize,
+    tracing,
+    up,
+)
 from reltrace._command.options import Access
 from reltrace._errors import TraceError
 from reltrace._transport.security import TlsOptions
@@ -25,6 +35,7 @@ app.command(rich_help_panel=_TRACES)(tracing.run)
 app.command(rich_help_panel=_TRACES)(batch.batch)
 app.command(rich_help_panel=_TRACES)(evaluate.evaluate)
 app.command(rich_help_panel=_TRACES)(generate.generate)
+app.command(rich_help_panel=_TRACES)(tokenize.tokenize)
 app.command(rich_help_panel=_TRACES)(cluster.cancel)
 app.command(rich_help_panel=_SERVER)(up.up)
 app.command(rich_help_panel=_SERVER)(cluster.models)

@@ -33,6 +33,7 @@ from reltrace._command.options import (
     Rule,
     Server,
     Sites,
+    SpecialTokens,
     TargetText,
     TopK,
     access_of,
@@ -63,6 +64,7 @@ def batch(
     top_k: TopK = None,
     layer: Layers = None,
     dtype: Dtype = "float32",
+    add_special_tokens: SpecialTokens = True,
     output_uri: Annotated[
         str | None,
         typer.Option(
@@ -162,6 +164,7 @@ def batch(
         id_column=id_column,
         shards=part[1],
         output_uri=output_uri,
+        add_special_tokens=add_special_tokens,
     )
     # With the usual patience: a wrong address is told at once, and only then waited for.
     with access_of(context).client(server) as client:

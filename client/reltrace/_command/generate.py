@@ -15,7 +15,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from reltrace._command.options import AsJson, Model, Server, access_of, echo_json
+from reltrace._command.options import (
+    AsJson,
+    Chat,
+    Model,
+    Prompt,
+    Server,
+    SpecialTokens,
+    access_of,
+    echo_hints,
+    echo_json,
+    input_of,
+)
 from reltrace._edit import Steer
 from reltrace._errors import TraceError, invalid
 from reltrace._text_stream import TextStream
@@ -32,7 +43,7 @@ _MOST_NUMBERS = 1 << 20
 
 def generate(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="What the model goes on with.")],
+    prompt: Prompt = None,
     server: Server = None,
     model: Model = None,
     steer: Annotated[
@@ -61,10 +72,14 @@ def generate(
         ),
     ] = 0.0,
     seed: Annotated[int, typer.Option(envvar="RELTRACE_SEED", help="Of the draws.")] = 0,
+    chat: Chat = None,
+    add_special_tokens: SpecialTokens = True,
     as_json: AsJson = False,
 ) -> None:
     """Let a model go on with a prompt, as it is and steered."""
     asked: dict[str, Any] = {
+        **input_of(prompt, chat),
+        "add_special_tokens": add_special_tokens,
         "steer": [steer_of(text) for text in steer or ()],
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -76,9 +91,13 @@ def generate(
         # A file or a pipe must not get a text that begins again after it has begun.
         if sys.stdout.isatty() and not as_json:
             along = _write_beside if steer else _write_along
-            along(client.generate_stream(prompt, **asked))
+            stream = client.generate_stream(**asked)
+            along(stream)
+            if stream.result is not None:
+                echo_hints(stream.result.hints)
             return
-        found = client.generate(prompt, **asked)
+        found = client.generate(**asked)
+    echo_hints(found.hints)
     if as_json:
         echo_json(found.to_dict())
     elif found.unsteered is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +28,28 @@ Server = Annotated[
         help="HOST:PORT of the server, several with commas between, or dns:///NAME:PORT."
         f" (default: {DEFAULT_ADDRESS})",
         show_default=False,
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Argument(help="A text; -: standard input.", show_default=False),
+]
+Chat = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RELTRACE_CHAT",
+        metavar="FILE|-",
+        help="Instead of PROMPT a conversation: JSON, a list of messages with role and content; "
+        "-: standard input.",
+        show_default=False,
+    ),
+]
+SpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--add-special-tokens/--no-add-special-tokens",
+        envvar="RELTRACE_ADD_SPECIAL_TOKENS",
+        help="Put in front of a prompt what the tokenizer puts there (BOS), unless it has it.",
     ),
 ]
 Model = Annotated[
@@ -149,6 +173,51 @@ def target_of(text: str, field: str = "target") -> str | int:
     if not (number.isascii() and number.isdigit()):
         raise invalid(field, f"after {_ID_PREFIX} comes a token id, not {number!r}")
     return int(number)
+
+
+def input_of(prompt: str | None, chat: str | None, ids: str | None = None) -> dict[str, Any]:
+    """Return the argument of `trace` for what is put before the model, under its name.
+
+    Raises
+    ------
+    InvalidArgument
+        If the conversation can not be read, or the ids are none.
+    typer.BadParameter
+        If not exactly one of the three is given.
+    """
+    given = [one for one in (prompt, chat, ids) if one is not None]
+    if len(given) != 1:
+        raise typer.BadParameter(
+            "give one of a prompt, --chat and --input-ids", param_hint="PROMPT"
+        )
+    if prompt is not None:
+        return {"prompt": sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt}
+    if chat is not None:
+        return {"messages": _messages(chat)}
+    assert ids is not None
+    parts = [part.strip() for part in ids.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise invalid("input-ids", f"must be token ids with commas between, not {ids!r}")
+    return {"input_ids": [int(part) for part in parts]}
+
+
+def _messages(chat: str) -> Any:
+    """Read the messages of a conversation: a list, or an object that has them."""
+    name = "standard input" if chat == "-" else chat
+    try:
+        data = sys.stdin.buffer.read() if chat == "-" else Path(chat).read_bytes()
+        value = json.loads(data)
+    except OSError as error:
+        raise invalid("chat", f"{name} can not be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise invalid("chat", f"{name} is not JSON: {error}") from None
+    return value.get("messages") if isinstance(value, dict) else value
+
+
+def echo_hints(hints: Sequence[str]) -> None:
+    """Print what a reader should know of how a prompt was read, to standard error."""
+    for hint in hints:
+        typer.echo(f"reltrace: {hint}", err=True)
 
 
 def echo_json(value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +11,21 @@ from rich.console import Console
 
 import reltrace
 from reltrace._command.options import (
+    Chat,
     Dtype,
     Layers,
     Model,
+    Prompt,
     Reduce,
     Rule,
     Server,
     Sites,
+    SpecialTokens,
     TargetText,
     TopK,
     access_of,
+    echo_hints,
+    input_of,
     target_of,
 )
 from reltrace._errors import invalid
@@ -34,10 +38,7 @@ from reltrace._trace import Trace
 
 def run(
     context: typer.Context,
-    prompt: Annotated[
-        str | None,
-        typer.Argument(help="The text to trace; -: standard input.", show_default=False),
-    ] = None,
+    prompt: Prompt = None,
     server: Server = None,
     model: Model = None,
     target: TargetText = "max",
@@ -71,6 +72,8 @@ def run(
             "--logprob", envvar="RELTRACE_LOGPROB", help="Log-probability instead of logit."
         ),
     ] = False,
+    chat: Chat = None,
+    add_special_tokens: SpecialTokens = True,
     input_ids: Annotated[
         str | None,
         typer.Option(
@@ -115,8 +118,7 @@ def run(
     ] = None,
 ) -> None:
     """Trace one prompt and show its tokens coloured by relevance."""
-    if prompt is None and input_ids is None:
-        raise typer.BadParameter("give a prompt, or --input-ids", param_hint="PROMPT")
+    read = input_of(prompt, chat, input_ids)
     if plot is not None:
         check_path(plot, with_labels=atlas is not None)
     # Before anything is traced: that may take long.
@@ -130,7 +132,8 @@ def run(
     )
     # A type checker gives up on so many arguments that may be None, each in two overloads.
     options: dict[str, Any] = {
-        "input_ids": None if input_ids is None else _ids(input_ids),
+        **read,
+        "add_special_tokens": add_special_tokens,
         "model": model,
         "sites": site or ["resid"],
         "reduce": reduce,
@@ -140,9 +143,9 @@ def run(
         "top_k": top_k,
         "timeout": timeout,
     }
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     with access_of(context).client(server) as client:
-        trace = client.trace(text, target=asked, **options)
+        trace = client.trace(target=asked, **options)
+    echo_hints(trace.hints)
     if json_file == "-":
         typer.echo(json.dumps(trace.to_dict(), allow_nan=False))
     else:
@@ -155,13 +158,6 @@ def run(
     if plot is not None:
         trace.plot(plot, atlas=labels)
         typer.echo(f"wrote {plot}", err=True)
-
-
-def _ids(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise invalid("input-ids", f"must be token ids with commas between, not {text!r}")
-    return [int(part) for part in parts]
 
 
 def _labels(folder: Path, sites: list[str], reduce: str) -> reltrace.Atlas:

@@ -18,11 +18,12 @@ from reltrace._evaluate.evaluation import Evaluation, RuleScore
 from reltrace._evaluate.plan import RANDOM, Plan
 from reltrace._evaluate.prompts import Ids, Prompt, check_target
 from reltrace._evaluate.scores import Floats, Mean, area, on_axis, strongest_first, tokens_at
+from reltrace._failure import Failure
 from reltrace._pinning import Pins
 from reltrace._request import Arguments, Priority, wire_priority
 from reltrace._source import Source, open_source
 from reltrace._target import Target
-from reltrace._trace import Failure, Trace
+from reltrace._trace import Trace
 from reltrace._transport.connection import Deadline
 
 if TYPE_CHECKING:

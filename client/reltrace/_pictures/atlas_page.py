@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from reltrace._atlas.contexts import QUANTILES, Context, Feature
 from reltrace._atlas.part import LISTS, MEASURES, SITES
-from reltrace._pictures.display import NEGATIVE, POSITIVE, ZERO, label, readable_all
+from reltrace._pictures.display import NEGATIVE, POSITIVE, ZERO, label, shown_in
 from reltrace._pictures.single_file import filled
 
 if TYPE_CHECKING:
@@ -115,14 +115,16 @@ class _Snippets:
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self.snippets)
-            words = readable_all(context.tokens, slice(window.start, window.stop))
+            words = shown_in(context.tokens, slice(window.start, window.stop))
             self.snippets.append(
                 [
-                    [self.words.setdefault(word, len(self.words)) for word in words],
+                    [self.words.setdefault(one.shown, len(self.words)) for one in words],
                     label(context.target).strip(),
                     context.prompt,
                     int(window.start > 0),
                     int(window.stop < len(context.tokens)),
+                    # Those that only number a part of a character: nobody searches for them.
+                    [at for at, one in enumerate(words) if one.number > 1],
                 ]
             )
         # What is found is sorted by sums of relevance: all digits that a float32 has.

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,17 @@ POSITIVE = (178, 24, 43)
 # How SentencePiece (U+2581) and byte-level (U+0120, U+010A, U+0109) tokenizers write white space.
 _WHITE_SPACE = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": "\t"})
 
-# How SentencePiece writes a byte that no piece has: in Llama 2, a line break.
-_ASCII_BYTE = re.compile(r"<0x([0-7][0-9A-F])>")
+# How SentencePiece writes a byte that no piece has, in Llama 2 a line break; and workers the bytes
+# of any token that is no whole character.
+_WRITTEN_BYTES = re.compile(r"<0x((?:[0-9A-F]{2})+)>")
+
+# How byte-level tokenizers write a space.
+_BYTE_LEVEL_SPACE = "\u0120"
+
+# Tokens in a row of which each shares a character with the next: of one character at most 4.
+_MOST_PARTS = 8
+
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 # What is shown of white space that is not a space.
 _SIGNS = {"\n": "↵", "\t": "→"}
@@ -53,20 +63,42 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTES = _byte_alphabet()
 
 
-def _text_of(token: str) -> str:
-    """Return the text of a token; part of a character of a byte-level one as it is."""
-    if byte := _ASCII_BYTE.fullmatch(token):
-        return chr(int(byte[1], 16))
+def _bytes_of(token: str) -> bytes | None:
+    """Return the bytes that a token stands for; None: it is written as text."""
+    if written := _WRITTEN_BYTES.fullmatch(token):
+        return bytes.fromhex(written[1])
     try:
-        return bytes(_BYTES[char] for char in token).decode()
-    except (KeyError, UnicodeDecodeError):
-        return token.translate(_WHITE_SPACE)
+        return bytes(_BYTES[char] for char in token)
+    except KeyError:
+        return None
 
 
 @lru_cache(_KEPT)
 def readable(token: str) -> str:
-    """Return a token as people read it: what `printable` makes of its text."""
-    return printable(_text_of(token))
+    """Return a token as people read it: what `printable` makes of its text.
+
+    Of a token that holds a part of a character, see `readable_all`.
+    """
+    try:
+        data = _bytes_of(token)
+        return printable(token.translate(_WHITE_SPACE) if data is None else data.decode())
+    except UnicodeDecodeError:
+        return printable(token.translate(_WHITE_SPACE))
+
+
+@lru_cache(_KEPT)
+def _part_of(token: str) -> bytes | None:
+    """Return the bytes of a token that holds a part of a character, else None.
+
+    A letter that a SentencePiece vocabulary holds looks like a byte, too: what follows it tells.
+    """
+    data = _bytes_of(token)
+    try:
+        if data is not None:
+            data.decode()
+    except UnicodeDecodeError:
+        return data
+    return None
 
 
 def printable(text: str) -> str:
@@ -81,6 +113,16 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else _shown(char) for char in text)
 
 
+def is_part(token: str) -> bool:
+    """Tell whether a token may hold a part of a character."""
+    return _part_of(token) is not None
+
+
+def quoted(word: str) -> str:
+    """Return a readable word in quotes; what is written out with a backslash stays as it is."""
+    return repr(word).replace("\\\\", "\\")
+
+
 def _shown(char: str) -> str:
     if char in JOINERS:
         return char
@@ -90,7 +132,35 @@ def _shown(char: str) -> str:
 
 
 def readable_all(tokens: Sequence[str], part: slice = slice(None)) -> list[str]:
-    """Return the tokens of a text, or of a part of it, as people read them.
+    """Return the tokens of a text, or of a part of it, as people read them. See `shown_in`."""
+    return [one.shown for one in shown_in(tokens, part)]
+
+
+class Numbered(NamedTuple):
+    """A token among those that share its characters.
+
+    Attributes
+    ----------
+    text : str
+        Readable: its own, or the whole text that several tokens share.
+    number : int
+        Which of these tokens it is, from 1 on.
+    shown : str
+        Of the first the text; of the others their number, such as ₂.
+    """
+
+    text: str
+    number: int
+    shown: str
+
+    @classmethod
+    def of(cls, text: str, number: int = 1) -> Numbered:
+        """Return it with what is shown of it."""
+        return cls(text, number, text if number == 1 else str(number).translate(_SUBSCRIPTS))
+
+
+def shown_in(tokens: Sequence[str], part: slice = slice(None)) -> list[Numbered]:
+    """Return the tokens of a text, or of a part of it, as `numbered` has them.
 
     A tokenizer that does not mark white space leaves words without a seam: they get a space.
 
@@ -101,10 +171,55 @@ def readable_all(tokens: Sequence[str], part: slice = slice(None)) -> list[str]:
     part : slice
         Those that are returned.
     """
-    words = [readable(token) for token in tokens[part]]
+    start, stop, _ = part.indices(len(tokens))
+    # The part may begin or end within a character.
+    before = max(0, start - _MOST_PARTS + 1)
+    found = numbered(tokens[before : stop + _MOST_PARTS - 1])[start - before : stop - before]
     # Nearly always one of the first tells.
-    marked = any(" " in word for word in words) or any(" " in readable(token) for token in tokens)
-    return words if marked else [f"{word} " for word in words]
+    if any(" " in one.text for one in found) or any(" " in readable(token) for token in tokens):
+        return found
+    return [one._replace(shown=f"{one.shown} ") for one in found]
+
+
+def numbered(tokens: Sequence[str]) -> list[Numbered]:
+    """Return the tokens of a text, those that share a character joined by their bytes."""
+    found = [Numbered.of(readable(token)) for token in tokens]
+    parts = [_part_of(token) for token in tokens]
+    done = 0
+    for first, own in enumerate(parts):
+        if own is None or first < done:
+            continue
+        data = own
+        for last in range(first + 1, min(len(parts), first + _MOST_PARTS)):
+            more = parts[last]
+            if more is None:
+                break
+            data += more
+            try:
+                text = printable(data.decode())
+            except UnicodeDecodeError:
+                continue
+            done = last + 1
+            found[first:done] = [Numbered.of(text, at + 1) for at in range(done - first)]
+            break
+        if first >= done:
+            found[first] = Numbered.of(alone(tokens[first]))
+    return found
+
+
+def alone(token: str) -> str:
+    """Return a token as people read it without those around it.
+
+    Of one that surely holds a part of a character, because its space is written as byte-level
+    tokenizers write it, the part's bytes are written out. Others may be letters.
+    """
+    return spelled(token) if _BYTE_LEVEL_SPACE in token else readable(token)
+
+
+def spelled(token: str) -> str:
+    """Return a token as people read it, with bytes that are no character written out."""
+    data = _part_of(token)
+    return readable(token) if data is None else printable(data.decode(errors="backslashreplace"))
 
 
 # What tokenizers put around a prompt, and single bytes: "<s>", "<|begin_of_text|>", "<0x0A>".
@@ -117,8 +232,12 @@ def is_special(token: str) -> bool:
 
 
 def label(token: str) -> str:
-    """Return a token as a name in a table: what can not be seen alone is made visible."""
-    word = readable(token)
+    """Return a token as a name in a table. See `name_of`."""
+    return name_of(readable(token))
+
+
+def name_of(word: str) -> str:
+    """Return a word as a name in a table: what can not be seen alone is made visible."""
     if word.strip(f" {JOINERS}"):
         return word
     return "".join("␣" if char == " " else repr(char)[1:-1] for char in word)
@@ -156,10 +275,13 @@ class TokenValues:
         Raw relevance.
     title : str
         What the values are, for a legend.
+    site : str
+        Where they were read.
     """
 
     values: NDArray[np.float32]
     title: str
+    site: str
 
 
 def token_values(trace: Trace, site: str | None = None) -> TokenValues:
@@ -187,12 +309,12 @@ def token_values(trace: Trace, site: str | None = None) -> TokenValues:
         site = next((name for name in ("embed", "resid") if name in trace.sites), trace.sites[0])
     values = trace.by_token(site).astype(np.float32)
     if site in SITES_WITHOUT_LAYERS:
-        return TokenValues(values, f"site {site}")
+        return TokenValues(values, f"site {site}", site)
     if site in STREAM_SITES:
         numbers = layer_numbers(trace, len(values))
         first = min(numbers)
-        return TokenValues(values[numbers.index(first)], f"site {site}, layer {first}")
-    return TokenValues(values.sum(axis=0), f"site {site}, sum over layers")
+        return TokenValues(values[numbers.index(first)], f"site {site}, layer {first}", site)
+    return TokenValues(values.sum(axis=0), f"site {site}, sum over layers", site)
 
 
 def layer_numbers(trace: Trace, count: int) -> tuple[int, ...]:

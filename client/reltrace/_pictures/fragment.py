@@ -13,14 +13,12 @@ from reltrace._pictures.display import (
     colour,
     css,
     ink,
-    is_special,
-    label,
     layer_numbers,
-    readable_all,
     scaled,
     token_values,
 )
 from reltrace._pictures.heatmap import describe_target
+from reltrace._pictures.words import Words, next_tokens, segments
 from reltrace._trace import SITES_WITHOUT_LAYERS, Trace
 
 # Of a long prompt, this many tokens at either end; a notebook keeps what it shows.
@@ -36,6 +34,7 @@ BOX = (
 APART = "unicode-bidi:plaintext"
 """Of what is written from the right to the left: in its direction, and nothing around it turns."""
 
+HINT = "color:#7a4b00"
 GREY = "color:#666;font-size:11px"
 CELL = "padding:1px 12px 1px 0;text-align:left;border:0;background:none;color:#1a1a1a"
 
@@ -47,10 +46,13 @@ def trace_fragment(trace: Trace) -> str:
     """
     target = html.escape(describe_target(trace))
     parts = [f'<div style="{BOX}"><div>Relevance of <b style="{APART}">{target}</b></div>']
+    if likeliest := next_tokens(trace):
+        parts.append(f'<div style="{GREY}">Likeliest next: {html.escape(likeliest)}</div>')
+    parts += [f'<div style="{HINT}">{html.escape(hint)}</div>' for hint in trace.hints]
     if not trace.arrays:
         parts.append("<div>No site was asked for: there are no tensors.</div>")
     elif trace.provenance.reduction in ("feature", "topk"):
-        parts.append(_entries(trace.top(_STRONGEST)))
+        parts.append(_entries(trace.top(_STRONGEST), Words.of(trace).names))
     else:
         parts.append(_text(trace))
         parts.append(_map(trace))
@@ -69,27 +71,39 @@ def _shapes(trace: Trace) -> Sequence[str]:
 
 
 def _text(trace: Trace) -> str:
-    shown = token_values(trace)
-    words, shares = readable_all(trace.tokens), scaled(shown.values)
-    count = len(words)
-    spans = []
-    for position in range(count):
-        if _END_TOKENS <= position < count - _END_TOKENS:
-            if position == _END_TOKENS:
-                spans.append(f"<i> … {count - 2 * _END_TOKENS} tokens … </i>")
-            continue
-        background = colour(float(shares[position]))
-        style = f"background:{css(background)};color:{css(ink(background))};border-radius:3px"
-        if is_special(trace.tokens[position]):
-            style += ";font-size:10px"
-        title = html.escape(f"{position}: {shown.values[position]:+.4g}", quote=True)
-        spans.append(f'<span style="{style}" title="{title}">{html.escape(words[position])}</span>')
+    shown, words = token_values(trace), Words.of(trace)
+    shares = scaled(shown.values)
+    count = len(words.texts)
+    parts = []
+    for segment in segments(trace):
+        spans = []
+        for position in range(segment.first, segment.stop):
+            if _END_TOKENS <= position < count - _END_TOKENS:
+                if position == _END_TOKENS:
+                    spans.append(f"<i> … {count - 2 * _END_TOKENS} tokens … </i>")
+                continue
+            background = colour(float(shares[position]))
+            style = f"background:{css(background)};color:{css(ink(background))};border-radius:3px"
+            if words.special[position]:
+                style += ";font-size:10px"
+            title = html.escape(f"{position}: {shown.values[position]:+.4g}", quote=True)
+            word = html.escape(words.texts[position])
+            spans.append(f'<span style="{style}" title="{title}">{word}</span>')
+        parts.append(_turn(segment.role, "".join(spans)) if trace.turns else "".join(spans))
     return (
         '<div style="margin:6px 0 2px;font-size:15px;line-height:1.9;white-space:pre-wrap;'
-        f'overflow-wrap:anywhere">{"".join(spans)}</div>'
+        f'overflow-wrap:anywhere">{"".join(parts)}</div>'
         f'<div style="{GREY}">Text coloured by {html.escape(shown.title)}; '
         "red speaks for the target, blue against it.</div>"
     )
+
+
+def _turn(role: str, spans: str) -> str:
+    """Return a turn of a conversation, or what the chat template puts around it, as a block."""
+    if not role or not spans:
+        return f"<div>{spans}</div>"
+    name = f'<b style="font-size:11px;color:#444;margin-right:8px">{html.escape(role)}</b>'
+    return f'<div style="border-left:3px solid #888;padding-left:8px">{name}{spans}</div>'
 
 
 def _map(trace: Trace) -> str:
@@ -105,9 +119,10 @@ def _map(trace: Trace) -> str:
             "trace.plot(&quot;trace.html&quot;) shows them.</div>"
         )
     numbers = layer_numbers(trace, layers)
+    names = Words.of(trace).names
     head = "".join(f'<th style="{_TH}">{number}</th>' for number in numbers)
     rows = [
-        _row(label(trace.tokens[token]), numbers, values[:, token], shares[:, token])
+        _row(names[token], numbers, values[:, token], shares[:, token])
         for shares in [np.stack([scaled(layer) for layer in values])]
         for token in range(tokens)
     ]
@@ -138,8 +153,8 @@ def _row(
     return f'<tr style="background:none"><th style="{style}">{html.escape(name)}</th>{cells}</tr>'
 
 
-def _entries(entries: Sequence[Entry]) -> str:
-    """Return a table of single values."""
+def _entries(entries: Sequence[Entry], names: Sequence[str]) -> str:
+    """Return a table of single values; the tokens by their names."""
     fields = [
         name
         for name in ("layer", "position", "token", "feature")
@@ -149,7 +164,11 @@ def _entries(entries: Sequence[Entry]) -> str:
     head = "".join(f'<th style="{style};font-weight:400">{name}</th>' for name in [*fields, "R"])
     rows = []
     for entry in entries:
-        cells = [label(str(getattr(entry, name))) for name in fields]
+        cells = [
+            str(getattr(entry, name)) if at is None or name != "token" else names[at]
+            for name in fields
+            for at in [entry.position]
+        ]
         texts = "".join(
             f'<td style="{style};white-space:pre">{html.escape(cell)}</td>'
             for cell in [*cells, f"{entry.value:+.4g}"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from reltrace._errors import MissingDependency
-from reltrace._pictures.heatmap import heatmap
+from reltrace._pictures.heatmap import Heatmap, heatmap
 from reltrace._trace import Trace
 
 # Inches. Past the largest height, rows get thinner and labels rarer.
@@ -63,7 +64,7 @@ def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
     every = _every(columns, width)
     axes.set_xticks(range(0, columns, every), table.columns[::every])
     every = _every(rows, height)
-    axes.set_yticks(range(0, rows, every), table.tokens[::every])
+    axes.set_yticks(range(0, rows, every), table.rows[::every])
     axes.set_xlabel("Layers")
     axes.set_ylabel("Tokens")
     axes.set_title(f"{table.title}\n{table.scale}", fontsize="medium")
@@ -72,12 +73,30 @@ def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
         text.set_fontfamily(families)
         # A "$" in a token is a dollar, not a formula.
         text.set_parse_math(False)
+    _draw_turns(axes, table, families)
     bar = figure.colorbar(image, ax=axes, fraction=min(0.05, 0.6 / width), aspect=4 * height)
     bar.set_label("R / largest |R| of the layer" if normalize else "R (units of the logit)")
     with warnings.catch_warnings():
         # A token in a script that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, dpi=150)
+
+
+def _draw_turns(axes: Any, table: Heatmap, families: list[str]) -> None:
+    """Name the turns of a conversation on the right, with lines between them."""
+    turns = [segment for segment in table.segments if segment.role]
+    if not turns:
+        return
+    for row in sorted({edge for turn in turns for edge in (turn.first, turn.stop)}):
+        if 0 < row < len(table.rows):
+            axes.axhline(row - 0.5, color="black", linewidth=0.8)
+    right = axes.secondary_yaxis("right")
+    middles = [(turn.first + turn.stop - 1) / 2 for turn in turns]
+    right.set_yticks(middles, [turn.role for turn in turns], rotation=90, va="center")
+    right.tick_params(length=0)
+    for text in right.get_yticklabels():
+        text.set_fontfamily(families)
+        text.set_parse_math(False)
 
 
 def _families() -> list[str]:

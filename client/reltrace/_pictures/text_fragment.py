@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 
 from reltrace._generation import Generation
-from reltrace._pictures.fragment import BOX, GREY
+from reltrace._pictures.display import readable_all
+from reltrace._pictures.fragment import BOX, GREY, HINT
 
 _CELL = "flex:1;min-width:14em;white-space:pre-wrap;overflow-wrap:anywhere"
 
@@ -15,12 +16,13 @@ def text_fragment(found: Generation) -> str:
     texts = [("", found)]
     if found.unsteered is not None:
         texts = [("as it is", found.unsteered), ("steered", found)]
-    prompt = html.escape("".join(found.prompt_tokens))
+    prompt = html.escape(found.prompt_text or "".join(readable_all(found.prompt_tokens)))
     cells = "".join(_cell(title, prompt, one) for title, one in texts)
+    hints = "".join(f'<div style="{HINT}">{html.escape(hint)}</div>' for hint in found.hints)
     origin = html.escape(found.provenance.model)
     return (
         f'<div style="{BOX}"><div style="display:flex;flex-wrap:wrap;gap:1.5em">{cells}</div>'
-        f'<div style="{GREY}">model {origin}</div></div>'
+        f'{hints}<div style="{GREY}">model {origin}</div></div>'
     )
 
 

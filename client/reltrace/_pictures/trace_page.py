@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,13 @@ from reltrace._pictures.display import (
     POSITIVE,
     STREAM_SITES,
     ZERO,
-    is_special,
-    label,
     layer_numbers,
     printable,
-    readable_all,
 )
 from reltrace._pictures.heatmap import describe_target
 from reltrace._pictures.single_file import filled
 from reltrace._pictures.strongest import Strongest, strongest_of
+from reltrace._pictures.words import Words, next_tokens, segments
 from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
 # Of the strongest features of all sites together: about 1.3 MB of the page.
@@ -52,11 +51,15 @@ def page(trace: Trace, *, site: str, normalize: bool, atlas: Labels | None = Non
             "reduce", '"feature" leaves no value per token; use "token", "topk" or "full"'
         )
     labels = None if atlas is None else labels_of(trace, atlas)
+    words = Words.of(trace)
     budget = _MOST_ENTRIES // len(trace.sites)
     data = {
-        "tokens": [label(token) for token in trace.tokens],
-        "words": readable_all(trace.tokens),
-        "special": [is_special(token) for token in trace.tokens],
+        "tokens": words.names,
+        "words": words.texts,
+        "special": words.special,
+        "segments": [asdict(segment) for segment in segments(trace)],
+        "next": next_tokens(trace, len(trace.target.candidates)),
+        "hints": trace.hints,
         "sites": [_site(trace, name, budget, labels) for name in trace.sites],
         "first": trace.sites.index(site),
         "normalized": normalize,

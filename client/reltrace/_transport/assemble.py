@@ -15,12 +15,13 @@ from reltrace_proto.v1 import types_pb2
 from reltrace._atlas.part import AtlasPart
 from reltrace._errors import ProtocolError, TraceError, from_job_end
 from reltrace._generation import Generation
-from reltrace._origin import Provenance, ResolvedTarget, Timings
+from reltrace._origin import Candidate, Provenance, ResolvedTarget, Timings
 from reltrace._request import Job
 from reltrace._stored import Place, StoredArrays, StoredTensor
+from reltrace._tokens import Tokens, Turn, offsets_of
 from reltrace._trace import SITES_WITHOUT_LAYERS, Array, Trace
 
-Outcome: TypeAlias = list[Trace] | Generation | AtlasPart | TraceError
+Outcome: TypeAlias = list[Trace] | Generation | Tokens | AtlasPart | TraceError
 """What a job gave."""
 
 # No trace is larger: the full neuron trace of a 70B model over 2000 tokens is half of it.
@@ -134,9 +135,9 @@ class Assembler:
 
         Returns
         -------
-        list of Trace, Generation, TraceError or None
-            One trace per target, or what was written, once the job has succeeded, the error once it
-            has failed, None while chunks are missing.
+        list of Trace, Generation, Tokens, AtlasPart, TraceError or None
+            One trace per target, or what else was asked for, once the job has succeeded, the error
+            once it has failed, None while chunks are missing.
 
         Raises
         ------
@@ -169,6 +170,8 @@ class Assembler:
             return self._generation(chunk.end.timings, chunk.job_id)
         if self.job.spec.HasField("corpus"):
             return self._atlas()
+        if self.job.spec.tokenize_only:
+            return _tokens(self._header)
         return self._traces(chunk.end.timings, chunk.job_id)
 
     def _atlas(self) -> AtlasPart:
@@ -200,6 +203,7 @@ class Assembler:
         header, written = self._header, self._generated
         if header is None or written is None:
             raise ProtocolError("a job succeeded without what it wrote")
+        prompt = _tokens(header)
         if not len(written.token_ids) == len(written.tokens) == len(written.logprobs):
             raise ProtocolError("a text came back with tokens that do not go together")
         return Generation(
@@ -208,8 +212,10 @@ class Assembler:
             token_ids=list(written.token_ids),
             logprobs=np.array(written.logprobs, np.float32),
             stopped=written.stopped,
-            prompt_tokens=list(header.tokens),
-            prompt_token_ids=list(header.token_ids),
+            prompt_tokens=prompt.tokens,
+            prompt_token_ids=prompt.token_ids,
+            prompt_text=prompt.text,
+            hints=prompt.hints,
             provenance=_provenance(header.provenance.SerializeToString()),
             timings=_timings(timings),
             job_id=job_id,
@@ -217,8 +223,8 @@ class Assembler:
 
     def _traces(self, timings: types_pb2.Timings, job_id: str) -> list[Trace]:
         header = self._header
-        if header is None:
-            raise ProtocolError("a job succeeded without a header")
+        prompt = _tokens(header)
+        assert header is not None
         if not header.targets or (not self.job.several and len(header.targets) != 1):
             raise ProtocolError(f"a job came back with {len(header.targets)} targets")
         # Thousands of results in a row have the same origin.
@@ -232,8 +238,13 @@ class Assembler:
         )
         return [
             Trace(
-                tokens=list(header.tokens),
-                token_ids=list(header.token_ids),
+                tokens=list(prompt.tokens),
+                token_ids=list(prompt.token_ids),
+                text=prompt.text,
+                offsets=prompt.offsets,
+                turns=prompt.turns,
+                hints=prompt.hints,
+                special_positions=prompt.special_positions,
                 target=_resolved(target),
                 provenance=provenance,
                 arrays=own,
@@ -303,6 +314,28 @@ def _check_site(
         raise ProtocolError(f"site {site!r} does not have {len(layers)} layers")
 
 
+def _tokens(header: types_pb2.TraceHeader | None) -> Tokens:
+    if header is None:
+        raise ProtocolError("a job succeeded without a header")
+    # A worker of an older version does not say them.
+    if len(header.offsets) not in (0, 2 * len(header.tokens)):
+        raise ProtocolError(
+            f"{len(header.tokens)} tokens came back with {len(header.offsets)} offsets"
+        )
+    return Tokens(
+        token_ids=list(header.token_ids),
+        tokens=list(header.tokens),
+        offsets=offsets_of(header.offsets),
+        text=header.text,
+        # Nearly always none, and each generator takes its microseconds.
+        turns=tuple(Turn(turn.role, turn.first, turn.stop) for turn in header.turns)
+        if header.turns
+        else (),
+        hints=tuple(header.hints),
+        special_positions=tuple(header.special_positions),
+    )
+
+
 def _timings(wire: types_pb2.Timings) -> Timings:
     return Timings(
         queued=wire.queued.seconds + 1e-9 * wire.queued.nanos,
@@ -321,6 +354,10 @@ def _resolved(target: types_pb2.ResolvedTarget) -> ResolvedTarget:
         contrast_id=target.contrast_id if contrasted else None,
         logprob=target.logprob,
         continuation_ids=tuple(target.continuation_ids),
+        candidates=tuple(
+            Candidate(one.token, one.token_id, one.logit, one.probability)
+            for one in target.candidates
+        ),
     )
 
 

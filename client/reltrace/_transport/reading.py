@@ -23,8 +23,8 @@ class Delivery:
     ----------
     index : int
         Of the job in the submission.
-    outcome : list of Trace, Generation, AtlasPart or TraceError
-        One trace per target, what was written, or the atlas of a corpus, or why there is none.
+    outcome : list of Trace, Generation, Tokens, AtlasPart or TraceError
+        One trace per target, or what else was asked for, or why there is none.
     bytes : int
         Size of the tensors.
     """

@@ -130,6 +130,26 @@ def test_white_space_and_joiners_are_found_as_such(tmp_path: Path, text: str, ne
     assert [match.index for match in atlas.find(text)] == [neuron]
 
 
+@pytest.mark.parametrize(
+    ("text", "neurons"),
+    [("café", [0, 1]), ("CAFÉ 😀", [1]), ("é", [0, 1, 2]), ("Ã", []), ("ê", [])],
+)
+def test_characters_over_several_tokens_are_found_whole(
+    tmp_path: Path, text: str, neurons: list[int]
+) -> None:
+    """
+    Given prompts of byte-level tokens, of which some hold parts of characters
+    I expect a character to be found where it stands, and no part of it.
+    """
+    texts = {"CAF": "ĠcafÃ", "E": "©", "S1": "ĠðŁ", "S2": "ĺĢ", "LETTER": "ĠÃ©"}
+    prompts = [
+        ("the CAF E now", "x"), ("my CAF E S1 S2", "x"), ("a LETTER", "x"), ("a CAF S2", "x"),
+    ]  # fmt: skip
+    places = {(0, neuron): [(neuron, 1, 1.0)] for neuron in range(4)}
+    atlas = make_atlas(tmp_path, prompts, places, neurons=4, texts_of=texts)
+    assert sorted(match.index for match in atlas.find(text)) == neurons
+
+
 @pytest.mark.parametrize("text", ["stop\nhere", "stop↵here"])
 def test_what_is_explained_and_labels_are_found_by_the_same_rule(tmp_path: Path, text: str) -> None:
     prompts = [("a b", "BREAK"), ("c d", "e")]

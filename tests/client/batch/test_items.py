@@ -41,7 +41,21 @@ def test_json_lines() -> None:
     }
 
 
+def test_lines_of_openai_batches() -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"model": "other", "messages": messages, "max_tokens": 9}
+    line = {"custom_id": "r-1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    found, own = read(
+        json.dumps(line) + "\n" + json.dumps({"id": "a", "messages": messages}), "jsonl"
+    )
+    assert (found.id, found.arguments, found.fault) == ("r-1", {"messages": messages}, None)
+    assert (own.id, own.arguments, own.fault) == ("a", {"messages": messages}, None)
+
+
 FAULTS = {
+    '{"custom_id": "r", "body": {"prompt": "x"}}': "body.messages: is missing",
+    '{"custom_id": "r", "url": "/v1"}': "body.messages: is missing",
+    '{"custom_id": 1.5, "body": {"messages": []}}': "id: must be text or a whole number",
     "{nope": "line: is not JSON",
     "[1]": "line: must be a JSON object, not list",
     '{"prompt": "x", "colour": 1}': "colour: is not an argument",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 import reltrace
 from reltrace._batch.run import Summary
@@ -68,6 +71,60 @@ def test_numbers_are_those_of_trace(
         assert loaded.tokens == trace.tokens
         assert loaded.target == trace.target
         assert loaded.provenance == trace.provenance
+
+
+@pytest.mark.parametrize("part_format", ["safetensors", "parquet"])
+def test_conversations_and_what_was_read_of_them(
+    batch: Batch, client: reltrace.Client, tmp_path: Path, part_format: str
+) -> None:
+    messages = [{"role": "user", "content": "Cats or dogs?"}]
+    line = {"custom_id": "r-1", "body": {"messages": messages}}
+    wrong = {"messages": [{"role": "user"}], "id": "w"}
+    summary = batch(
+        [json.dumps(line), json.dumps("a b"), json.dumps(wrong)],
+        format=part_format, input_format="jsonl", add_special_tokens=False,
+    )  # fmt: skip
+    assert (summary.traced, summary.failed) == (2, 1)
+    chat, plain = loaded = reltrace.load_batch(tmp_path / "out")
+    asked = client.trace(messages=messages)
+    assert chat.id == "r-1"
+    np.testing.assert_array_equal(chat.offsets, asked.offsets)
+    for name in ("text", "tokens", "turns", "hints", "special_positions", "target"):
+        assert getattr(chat, name) == getattr(asked, name), name
+    assert (plain.tokens, plain.text) == (["a", "b"], "a b")
+    (failed,) = loaded.errors
+    assert (failed.id, failed.line) == ("w", 3)
+    assert "messages[0].content: is missing" in failed.message
+    with pytest.raises(reltrace.InvalidArgument, match="add_special_tokens was False"):
+        batch([json.dumps("a b")], format=part_format, input_format="jsonl")
+
+
+def test_what_an_older_version_wrote(batch: Batch, tmp_path: Path) -> None:
+    """
+    Given a batch of a version that knew no text, offsets, turns and candidates
+    If it is read and gone on with
+    I expect its traces without them.
+    """
+    batch(LINES[:2], format="parquet")
+    folder = tmp_path / "out"
+    (part,) = folder.glob("*.parquet")
+    table = pyarrow.parquet.read_table(part)
+    abouts = [json.loads(about) for about in table.column("about").to_pylist()]
+    for about in abouts:
+        for name in ("turns", "hints", "special_positions"):
+            del about[name]
+        del about["target"]["candidates"]
+    column = pyarrow.array(map(json.dumps, abouts))
+    old = table.set_column(table.column_names.index("about"), "about", column)
+    pyarrow.parquet.write_table(old.drop_columns(["text", "offsets"]), part)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["settings"]["add_special_tokens"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert batch(LINES[:2], format="parquet").new == 0
+    for trace in reltrace.load_batch(folder):
+        assert (trace.text, trace.offsets.shape, trace.turns) == ("", (0, 2), ())
+        assert (trace.hints, trace.target.candidates) == ((), ())
+        assert trace.tokens[0] == "<s>"
 
 
 def test_into_datasets(batch: Batch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_run_shows_the_tokens(command: Run) -> None:
     code, out, err = command("run", PROMPT)
     assert (code, err) == (0, "")
     assert "Relevance of 'dogs' (logit 3.500): site resid, layer 0" in out
-    assert "'love'" in out
+    assert "' love'" in out
 
 
 def test_run_passes_its_options_on(command: Run, server: FakeServer) -> None:
@@ -76,7 +76,7 @@ def test_run_takes_token_ids(command: Run, server: FakeServer) -> None:
     assert list(server.requests[0].jobs[0].input_ids.ids) == [3, 5, 7]
     code, _, err = command("run", "--input-ids", "3,x")
     assert (code, err[:38]) == (1, "reltrace: input-ids: must be token ids")
-    assert command("run", PROMPT, "--input-ids", "3")[0] == 1
+    assert command("run", PROMPT, "--input-ids", "3")[0] == 2
 
 
 def test_run_reads_standard_input(
@@ -85,6 +85,61 @@ def test_run_reads_standard_input(
     monkeypatch.setattr("sys.stdin", io.StringIO("My cats\n"))
     assert command("run", "-")[0] == 0
     assert server.requests[0].jobs[0].prompt == "My cats"
+
+
+MESSAGES = [{"role": "user", "content": "Cats or dogs?"}]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_conversation_comes_from_a_file(
+    command: Run, server: FakeServer, tmp_path: Path, wrapped: bool
+) -> None:
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps({"messages": MESSAGES} if wrapped else MESSAGES))
+    code, out, err = command("run", "--chat", str(path))
+    assert code == 0
+    assert err == "reltrace: the conversation was read by a fake template\n"
+    assert "Likeliest next: 'dogs' 75.0%, 'cats' 12.5%" in out
+    assert re.search(r"^ *2 +user +' or' ", out, re.MULTILINE)
+    assert server.requests[0].jobs[0].chat.messages[0].content == "Cats or dogs?"
+
+
+def test_a_conversation_comes_from_standard_input(
+    command: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("run", "tokenize"):
+        text = json.dumps(MESSAGES).encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        assert command(name, "--chat", "-")[0] == 0
+    assert [request.jobs[0].WhichOneof("input") for request in server.requests] == ["chat"] * 2
+
+
+def test_a_conversation_that_is_none(command: Run, tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    for content, said in (
+        ("{nope", f"chat: {path} is not JSON"),
+        ("5", "messages: must be a list of messages"),
+        ('{"id": 1}', "prompt: is missing; give prompt, messages or input_ids"),
+        ('[{"role": "user"}]', "messages[0].content: is missing"),
+    ):
+        path.write_text(content)
+        code, _, err = command("run", "--chat", str(path))
+        assert (code, err[: len(said) + 10]) == (1, f"reltrace: {said}")
+    code, _, err = command("run", "--chat", str(tmp_path / "none.json"))
+    assert (code, err.strip().endswith("can not be read: No such file or directory")) == (1, True)
+    for arguments in (["a", "--chat", str(path)], ["a", "--input-ids", "3"], []):
+        assert command("run", *arguments)[0] == 2
+
+
+def test_tokens_are_shown(command: Run, server: FakeServer) -> None:
+    code, out, _ = command("tokenize", "My cats", "--no-add-special-tokens", "--model", "fake")
+    assert code == 0
+    assert re.search(r"^ *1 +1 +' cats' +3:7 *$", out, re.MULTILINE)
+    spec = server.requests[0].jobs[0]
+    assert (spec.tokenize_only, spec.add_special_tokens, spec.model) == (True, False, "fake")
+    found = json.loads(command("tokenize", "My cats", "--json")[1])
+    assert found["tokens"] == ["<s>", "My", "cats"]
+    assert found["offsets"] == [[0, 3], [4, 6], [7, 11]]
 
 
 def test_run_saves_a_trace(command: Run, tmp_path: Path) -> None:
@@ -121,7 +176,7 @@ def test_run_labels_the_strongest_neurons(
         "run", PROMPT, *options, "--reduce", "full", "--plot", str(page), "--save", str(saved)
     )
     assert code == 0
-    assert "'love'" in out
+    assert "' love'" in out
     assert "entries of site resid" not in out
     strongest = reltrace.Trace.load(saved).neurons(1)[0]
     first = out.partition("strongest entries of site neuron\n")[2].splitlines()[1]

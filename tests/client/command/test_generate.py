@@ -1,5 +1,6 @@
 """`reltrace generate`: along with the text on a terminal, whole anywhere else."""
 
+import io
 import json
 import re
 import sys
@@ -119,3 +120,28 @@ def test_a_pipe_gets_both_texts_side_by_side(command: Run, server: FakeServer) -
     assert code == 0
     assert asked(server) == [False, False]
     assert rows(out)[-1] == ["5", "6", "1", "3", "4"]
+
+
+@pytest.mark.parametrize("on_a_terminal", [False, True])
+def test_what_is_gone_on_with_comes_from_standard_input_or_is_a_conversation(
+    command: Run, writing: FakeServer, monkeypatch: pytest.MonkeyPatch, on_a_terminal: bool
+) -> None:
+    """
+    Given a worker that has a hint for its reader
+    I expect it on standard error, and the text as ever.
+    """
+
+    def run(spec: types_pb2.JobSpec, job: str) -> list[types_pb2.ResultChunk]:
+        chunks = written(job, [1, 3])
+        chunks[0].header.hints.append("ends in a space")
+        return chunks
+
+    writing.run, writing.drafts, command.terminal = run, lambda job: [], on_a_terminal
+    monkeypatch.setattr(sys, "stdin", io.StringIO("My cats \n"))
+    assert command("generate", "-") == (0, " 1 3\n", "reltrace: ends in a space\n")
+    messages = json.dumps([{"role": "user", "content": "Hello"}]).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(messages)))
+    assert command("generate", "--chat", "-", "--no-add-special-tokens")[0] == 0
+    prompt, chat = (request.jobs[0] for request in writing.requests)
+    assert prompt.prompt == "My cats "
+    assert chat.chat.messages[0].content == "Hello"

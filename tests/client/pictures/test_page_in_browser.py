@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -301,3 +302,37 @@ def test_a_screenshot_shows_the_heatmap(show: Open, trace: reltrace.Trace, width
             assert isinstance(seen, tuple)
             assert close_to(seen, expected_colour(shares[layer, token]))
     assert picture.width <= width
+
+
+def test_a_conversation_shows_its_turns(show: Open, trace: reltrace.Trace) -> None:
+    candidates = (reltrace.Candidate("Ġdogs", 42, 17.25, 0.5),)
+    chat = replace(
+        trace,
+        turns=(reltrace.Turn("user", 1, 3), reltrace.Turn("assistant", 4, 5)),
+        hints=("ends in <b>",),
+        target=replace(trace.target, candidates=candidates),
+    )
+    page = show(chat)
+    assert page.locator("#words .turn .role").all_inner_texts() == ["user", "assistant"]
+    assert page.locator("#words .turn").first.inner_text() == "user My cats"
+    assert page.locator("#hints li").all_inner_texts() == ["ends in <b>"]
+    assert page.locator("#next").inner_text() == "Likeliest next: ' dogs' 50.0%."
+    point(page, 2, 1)
+    assert readout(page).startswith("token 2 “\u2068cats\u2069” (user), layer 1: R = ")
+    point(page, 3, 1)
+    assert "(user)" not in readout(page)
+
+
+def test_the_share_of_the_first_token_is_told(show: Open, trace: reltrace.Trace) -> None:
+    page = show(trace)
+    for site in ("resid", "embed"):
+        page.select_option("#site", label=site)
+        share = round(100 * trace.first_token_share(site).total)
+        assert f"The first token has {share} % of |R|." in page.locator("#subtitle").inner_text()
+
+
+def test_a_plain_text_is_one_block(show: Open, trace: reltrace.Trace) -> None:
+    page = show(trace)
+    assert page.locator("#words > div").count() == 1
+    assert not page.locator("#hints").is_visible()
+    assert not page.locator("#next").is_visible()

@@ -285,3 +285,38 @@ def test_without_colours_there_are_numbers(options: dict[str, Any]) -> None:
     text = shown(trace, **options)
     assert "48;2" not in text
     assert re.search(r"2 +' cats' +\+2", text)
+
+
+def test_thousands_of_tokens_are_drawn_in_rows_that_can_be_seen(tmp_path: Path) -> None:
+    """
+    Given 4,000 tokens of which two matter
+    I expect both to be seen in a picture of some hundred rows, which says what a row is.
+    """
+    count = 4000
+    trace = make_trace({"resid": (3, count)}, tokens=[f"Ġw{at}" for at in range(count)])
+    trace.relevance[:] = 1e-4
+    trace.relevance[:, 1234], trace.relevance[:, -1] = 1, -1
+    table = heatmap(replace(trace, turns=(reltrace.Turn("user", 1000, 4000),)), "resid",
+                    normalize=True)  # fmt: skip
+    assert table.shown.shape == (118, 3)
+    assert table.scale.endswith("; a row has the strongest of 34 tokens, and names it")
+    assert table.rows[36] == "1224–1257  w1234"
+    assert table.rows[-1] == "3978–3999  w3999"
+    assert (table.shown[36] == 1).all()
+    assert (table.shown[-1] == -1).all()
+    assert [(turn.first, turn.stop) for turn in table.segments] == [(29, 118)]
+    picture = pixels(trace.plot(tmp_path / "a.png"))
+    one_row = 1 / 118 * 0.4
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        assert share(picture, colour) > one_row
+
+
+def test_as_many_tokens_as_can_be_seen_have_their_rows() -> None:
+    trace = make_trace({"embed": (600,)}, tokens=[f"Ġw{at}" for at in range(600)])
+    trace["embed"][7] = np.nan
+    assert heatmap(trace, "embed", normalize=False).shown.shape == (600, 1)
+    larger = make_trace({"embed": (601,)}, tokens=[f"Ġw{at}" for at in range(601)])
+    larger["embed"][7] = np.nan
+    table = heatmap(larger, "embed", normalize=False)
+    assert table.shown.shape == (101, 1)
+    assert np.isnan(table.shown[1, 0])

@@ -7,9 +7,10 @@ const LISTS = [
   ["activation+", "activation +"], ["activation-", "activation \u2212"],
 ];
 
-// A snippet: indices of its words, what was explained, number of the prompt, whether it is cut at either end.
-const snippets = data.snippets.map(([words, target, prompt, before, after]) =>
-  ({words: words.map(word => data.words[word]), target, prompt, before, after}));
+// A snippet: indices of its words, what was explained, number of the prompt, whether it is cut at either
+// end, and the places of words that only number a part of a character.
+const snippets = data.snippets.map(([words, target, prompt, before, after, parts]) =>
+  ({words: words.map(word => data.words[word]), target, prompt, before, after, parts}));
 // However it is capitalised: of \u00df and the like, only this makes one of all forms.
 const fold = text => text.toLowerCase().toUpperCase();
 // What is searched for, as the words of snippets are: white space as it is shown there, what is not seen written out.
@@ -20,7 +21,7 @@ function written(char) {
 const printable = text => text.replace(/\n/g, "\u21b5").replace(/\t/g, "\u2192").replace(/\r/g, "\\r").replace(/\p{Zs}/gu, " ")
   .replace(/[\p{C}\p{Zl}\p{Zp}]/gu, char => "\u200c\u200d".includes(char) ? char : written(char));
 for (const one of snippets) {
-  one.folded = one.words.map(fold);
+  one.folded = one.words.map((word, at) => one.parts.includes(at) ? "" : fold(word));
   one.text = one.folded.join("");
   one.explained = fold(one.target);
 }

@@ -66,13 +66,25 @@ const quoted = token => `\u201c${isolated(data.tokens[token].trim())}\u201d`;
 
 // -- the text
 
+// A turn of a conversation is a block of its own; what the template puts around it is between.
+const turnOf = new Map();
+for (const {first, stop, role} of data.segments) {
+  const block = document.createElement("div");
+  for (let token = first; token < stop; token++) turnOf.set(token, {role, block});
+  if (role) {
+    block.className = "turn";
+    block.append(Object.assign(document.createElement("b"), {className: "role", textContent: role}));
+  }
+  $("words").append(block);
+}
+const turns = data.segments.filter(({role}) => role);
 const spans = data.words.map((word, token) => {
   const span = document.createElement("span");
   span.textContent = word;
   if (data.special[token]) span.className = "special";
   span.addEventListener("click", () => choose({token, column: -1}));
   span.addEventListener("mouseenter", () => { state.at = {token, column: -1}; move(false); });
-  $("words").append(span);
+  turnOf.get(token).block.append(span);
   return span;
 });
 function textValues() {
@@ -100,11 +112,13 @@ function paintText() {
 // -- the heatmap: only what is in view is drawn, so that thousands of tokens are no burden
 
 const map = $("map"), canvas = $("canvas"), pen = canvas.getContext("2d");
+// On the left of the tokens: whose turn they are of.
+const BAND = turns.length ? 20 : 0;
 let gutter = 0, fresh = true;
 function layout() {
   pen.font = FONT;
   const longest = data.tokens.reduce((most, token) => Math.max(most, pen.measureText(token).width), 0);
-  gutter = Math.ceil(Math.min(190, Math.max(60, longest + 14)));
+  gutter = BAND + Math.ceil(Math.min(190, Math.max(60, longest + 14)));
   const width = gutter + state.site.columns.length * COLUMN + 1;
   const height = HEAD + tokens * ROW + 1;
   $("extent").style.width = `${width}px`;
@@ -161,12 +175,25 @@ function draw() {
     if (y(token) > HEAD - ROW / 2) pen.fillText(cut(data.tokens[token]), gutter - 7, y(token) + ROW / 2);
   }
   pen.textAlign = "center";
+  for (const {first, stop, role} of turns) drawTurn(Math.max(HEAD, y(first)), Math.min(height, y(stop)), role);
   const every = Math.max(1, ...site.columns.map(name => Math.ceil((pen.measureText(name).width + 6) / COLUMN)));
   for (let column = firstColumn; column < lastColumn; column++) {
     if ((column % every === 0 || !site.layered) && x(column) >= gutter - COLUMN / 2) {
       pen.fillText(site.columns[column], x(column) + COLUMN / 2, HEAD / 2);
     }
   }
+}
+function drawTurn(top, bottom, role) {
+  if (bottom <= top) return;
+  pen.fillStyle = "#888";
+  pen.fillRect(BAND - 4, top, 3, bottom - top - 1);
+  pen.fillStyle = "#333";
+  if (bottom - top < pen.measureText(role).width) return;
+  pen.save();
+  pen.translate(BAND / 2 - 2, (top + bottom) / 2);
+  pen.rotate(-Math.PI / 2);
+  pen.fillText(role, 0, 0);
+  pen.restore();
 }
 function mark(place, x, y, colour) {
   if (!place) return;
@@ -180,7 +207,7 @@ const cuts = new Map();
 function cut(word) {
   if (!cuts.has(word)) {
     let short = word;
-    while (short.length > 1 && pen.measureText(short).width > gutter - 14) short = short.slice(0, -1);
+    while (short.length > 1 && pen.measureText(short).width > gutter - BAND - 14) short = short.slice(0, -1);
     cuts.set(word, short === word ? word : `${short.slice(0, -1)}\u2026`);
   }
   return cuts.get(word);
@@ -200,7 +227,10 @@ const nameOf = column => state.site.layered ? `layer ${state.site.columns[column
 function describe(place) {
   if (!place) return "Point at a cell, or move with the arrow keys; click for what is strongest there.";
   const parts = [];
-  if (place.token >= 0) parts.push(`token ${place.token} ${quoted(place.token)}`);
+  if (place.token >= 0) {
+    const {role} = turnOf.get(place.token);
+    parts.push(`token ${place.token} ${quoted(place.token)}${role && ` (${role})`}`);
+  }
   if (place.column >= 0) parts.push(nameOf(place.column));
   if (place.token < 0 || place.column < 0) return parts.join(", ");
   const one = value(place.token, place.column);
@@ -294,13 +324,18 @@ function showDetail() {
 
 function show() {
   rescale();
+  const sums = [0, 0];
+  state.site.values.forEach((one, at) => { if (Number.isFinite(one)) sums[at < state.site.columns.length ? 0 : 1] += Math.abs(one); });
+  const first = sums[0] + sums[1] ? ` The first token has ${Math.round(100 * sums[0] / (sums[0] + sums[1]))} % of |R|.` : "";
   const divided = state.site.layered ? "each layer divided by its largest |R|" : "divided by the largest |R|";
-  $("subtitle").textContent = `Site ${state.site.name}${state.site.what}, ${state.raw ? "raw relevance" : divided}${state.mask ? ", first token masked" : ""}.`;
+  $("subtitle").textContent = `Site ${state.site.name}${state.site.what}, ${state.raw ? "raw relevance" : divided}${state.mask ? ", first token masked" : ""}.${first}`;
   $("low").textContent = number(-state.limit);
   $("high").textContent = number(state.limit);
   paintText();
   move(false);
 }
+$("next").textContent = data.next && `Likeliest next: ${data.next}.`;
+$("hints").append(...data.hints.map(hint => Object.assign(document.createElement("li"), {textContent: hint})));
 data.sites.forEach((site, index) => $("site").append(new Option(site.name, index)));
 $("site").value = data.first;
 $("site-choice").hidden = data.sites.length < 2;

@@ -1,0 +1,107 @@
+"""What a model reads: the tokens of a text, and where they stand in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A turn of a conversation in the tokens of a prompt.
+
+    Attributes
+    ----------
+    role : str
+        As in the message: "system", "user", "assistant".
+    first, stop : int
+        Tokens `first` to ``stop - 1`` hold the content of the message, without what the chat
+        template puts around it.
+    """
+
+    role: str
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Tokens:
+    """A prompt as a model reads it.
+
+    Attributes
+    ----------
+    token_ids : list of int
+        Ids of the tokens. T of them.
+    tokens : list of str
+        The tokens, named as in `Trace.tokens`.
+    offsets : ndarray of int64, shape [T, 2]
+        First and stop of each token's characters in `text`. Tokens that share a character have
+        the same span; a token without text has an empty one.
+    text : str
+        The text, special tokens included; of a conversation, what the model's chat template makes
+        of it.
+    turns : tuple of Turn
+        Of a conversation.
+    hints : tuple of str
+        What a reader should know of how the input was read, in sentences.
+    special_positions : tuple of int
+        Positions of the tokenizer's special tokens.
+    """
+
+    token_ids: list[int]
+    tokens: list[str]
+    offsets: NDArray[np.int64]
+    text: str
+    turns: tuple[Turn, ...] = ()
+    hints: tuple[str, ...] = ()
+    special_positions: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __repr__(self) -> str:
+        return f"Tokens({len(self)} tokens of {self.text!r})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain lists and numbers, ready for `json.dumps`."""
+        return {
+            "token_ids": self.token_ids,
+            "tokens": self.tokens,
+            "offsets": self.offsets.tolist(),
+            "text": self.text,
+            "turns": [asdict(turn) for turn in self.turns],
+            "hints": list(self.hints),
+            "special_positions": list(self.special_positions),
+        }
+
+
+class FirstTokenShare(NamedTuple):
+    """How much of |R| stands on the first token of a prompt, from 0 to 1.
+
+    Attributes
+    ----------
+    total : float
+        Of the sum of |R| over all layers and tokens.
+    layers : ndarray of float64, shape [L]
+        Of each layer's own sum; one value at a site without layers.
+    """
+
+    total: float
+    layers: NDArray[np.float64]
+
+
+def no_offsets() -> NDArray[np.int64]:
+    """Return the offsets of a trace whose maker did not say them: shape [0, 2]."""
+    return np.empty((0, 2), np.int64)
+
+
+def offsets_of(numbers: Collection[int]) -> NDArray[np.int64]:
+    """Return offsets from first and stop of each token, by turns."""
+    if not numbers:
+        return no_offsets()
+    # Not `np.array`: it looks for a type first.
+    return np.fromiter(numbers, np.int64, len(numbers)).reshape(-1, 2)
