@@ -37,7 +37,7 @@ _RESULT_DTYPES = {
 _MAX_KEY = 128
 
 # The corpus is an input, and checked with it.
-_CAPABILITIES = ("edits", "forward_only", "generation", "generation.stream")
+_CAPABILITIES = ("edits", "edits.mean", "forward_only", "generation", "generation.stream")
 
 # Redis counts milliseconds; nobody waits longer than a month.
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 31 * 24 * 3600
@@ -207,6 +207,8 @@ def _settings_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Ite
 
 def _asks_for(spec: types_pb2.JobSpec, name: str) -> bool:
     match name:
+        case "edits.mean":
+            return any(edit.mean for edit in spec.edits)
         case "generation":
             return spec.HasField("generation")
         case "generation.stream":

@@ -12,7 +12,14 @@ MODEL = types_pb2.ModelInfo(
     sites=["embed", "resid"],
     rules=["attnlrp"],
     reductions=["token"],
-    capabilities=["edits", "forward_only", "generation", "generation.stream", "corpus"],
+    capabilities=[
+        "edits",
+        "edits.mean",
+        "forward_only",
+        "generation",
+        "generation.stream",
+        "corpus",
+    ],
 )
 
 
