@@ -12,7 +12,7 @@ from reltrace._atlas.atlas import Atlas
 from reltrace._atlas.build import Plan as AtlasPlan
 from reltrace._atlas.build import build
 from reltrace._evaluate.evaluation import Evaluation
-from reltrace._evaluate.plan import Plan
+from reltrace._evaluate.plan import Keep, Measure, Plan
 from reltrace._evaluate.run import Run as EvaluationRun
 from reltrace._loop import LoopThread
 from reltrace._progress import Progress
@@ -55,6 +55,9 @@ class AsyncStudies:
         rules: Sequence[str] = ("attnlrp", "cp_lrp", "gradient", "random"),
         site: str = "embed",
         target: TargetLike = "max",
+        measure: Measure = "logprob",
+        replace: str | int = "zero",
+        keep: Keep = "special",
         model: str | None = None,
         points: int = 10,
         seed: int = 0,
@@ -63,7 +66,15 @@ class AsyncStudies:
         timeout: float | None = None,
     ) -> Evaluation:
         """Measure how well each rule tells what predictions rest on. See `Client.evaluate`."""
-        plan = Plan.of(rules, site, points, seed)
+        plan = Plan.of(
+            rules=rules,
+            site=site,
+            measure=measure,
+            replace=replace,
+            keep=keep,
+            points=points,
+            seed=seed,
+        )
         client: AsyncClient = self  # type: ignore[assignment]
         bar = Progress(prompts, shown=progress, unit="prompt")
         run = EvaluationRun(
@@ -165,6 +176,9 @@ class Studies:
         rules: Sequence[str] = ("attnlrp", "cp_lrp", "gradient", "random"),
         site: str = "embed",
         target: TargetLike = "max",
+        measure: Measure = "logprob",
+        replace: str | int = "zero",
+        keep: Keep = "special",
         model: str | None = None,
         points: int = 10,
         seed: int = 0,
@@ -245,6 +259,9 @@ class Studies:
                 rules=rules,
                 site=site,
                 target=target,
+                measure=measure,
+                replace=replace,
+                keep=keep,
                 model=model,
                 points=points,
                 seed=seed,

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reltrace._errors import MissingDependency, invalid
+from reltrace._evaluate.plan import MEASURES
 from reltrace._evaluate.scores import on_axis
 
 if TYPE_CHECKING:
     from reltrace._evaluate.evaluation import Evaluation
 
 _AXES = {
-    "embed": "tokens switched off (share)",
+    "embed": "tokens replaced (share)",
     "neuron": "neurons switched off (n is at log(1 + n))",
 }
 _ENDINGS = (".png", ".svg", ".pdf")
@@ -61,7 +62,7 @@ def write(evaluation: Evaluation, path: Path) -> None:
             on_axis("neuron", np.array(numbers, np.float64)), [f"{n:,}" for n in numbers]
         )
     left.set_xlabel(_AXES[evaluation.site])
-    left.set_ylabel("target (mean over prompts)")
+    left.set_ylabel(f"{MEASURES[evaluation.measure]} of the target (mean over prompts)")
     left.set_title("most relevant first (solid), least relevant first (dashed)", fontsize="medium")
     left.legend(frameon=False)
     names = list(evaluation.rules)
@@ -80,6 +81,9 @@ def write(evaluation: Evaluation, path: Path) -> None:
     right.set_title(evaluation.title, fontsize="medium")
     for axes in (left, right):
         axes.title.set_parse_math(False)
+    if evaluation.warnings:
+        warned = "\n".join(f"Warning: {warning}" for warning in evaluation.warnings)
+        figure.suptitle(warned, fontsize="small", color="tab:red", wrap=True).set_parse_math(False)
     figure.savefig(path, dpi=150)
 
 

@@ -98,7 +98,12 @@ def test_what_are_no_prompts(prompts: object, said: str, client: reltrace.Client
     ("wrong", "said"),
     [
         ({"target": [" dogs", " cats"]}, "target: must be one, not several"),
-        ({"target": reltrace.Target(continuation=" a b")}, "target: of a continuation can not be"),
+        (
+            {"target": reltrace.Target(continuation=[1], each=True)},
+            "target: must be one, not several",
+        ),
+        ({"target": ""}, "target: must not be empty"),
+        ({"measure": "log"}, "measure: must be one of"),
         ({"target": 3.5}, "target: must be"),
         ({"model": 3}, "model: must be str"),
         ({"priority": "high"}, "priority: must be one of"),

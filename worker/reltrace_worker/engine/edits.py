@@ -223,7 +223,7 @@ def mean_embedding(loaded: LoadedModel) -> torch.Tensor:
         size = loaded.shape.vocab_size
         total = torch.zeros(loaded.shape.hidden_size, dtype=torch.float64)
         with torch.no_grad():
-            for ids in torch.arange(size, device=loaded.device).split(_ROWS_AT_ONCE):
+            for ids in torch.split(torch.arange(size, device=loaded.device), _ROWS_AT_ONCE):
                 total += module(ids).float().sum(0).cpu()
         mean = _means[module] = (total / size).float()
     return mean
