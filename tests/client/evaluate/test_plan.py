@@ -1,21 +1,13 @@
 """What is asked of an evaluation, and where the points of its curves are."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import reltrace
+from make_plan import plan
 from make_trace import make_trace
-from reltrace._evaluate.plan import Plan
 from reltrace._evaluate.scores import on_axis
-
-
-def plan(**given: Any) -> Plan:
-    """A plan with the defaults of `evaluate`."""
-    settings = {"rules": ["gradient"], "site": "embed", "points": 10, "seed": 0}
-    settings |= {"measure": "logprob", "replace": "zero", "keep": "special"}
-    return Plan.of(**settings | given)
 
 
 @pytest.mark.parametrize(
