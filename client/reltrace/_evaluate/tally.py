@@ -120,8 +120,8 @@ class Tally:
         # Of one prompt there is no interval.
         if answer.count and not answer.mean + np.nan_to_num(answer.margin) < 0:
             found.append(
-                f"without the tokens of the known answer the {measure} of the target does not fall "
-                f"({answer}): the areas say little of the rules"
+                f"without the tokens of the known answer the {measure} of the target does not "
+                f"clearly fall ({answer}): the areas say little of the rules"
             )
         if self._answers_kept:
             found.append(

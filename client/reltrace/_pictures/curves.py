@@ -62,7 +62,7 @@ def write(evaluation: Evaluation, path: Path) -> None:
             on_axis("neuron", np.array(numbers, np.float64)), [f"{n:,}" for n in numbers]
         )
     left.set_xlabel(_AXES[evaluation.site])
-    left.set_ylabel(f"{MEASURES[evaluation.measure]} of the target (mean over prompts)")
+    left.set_ylabel(f"{MEASURES[evaluation.measure]} (mean over prompts)")
     left.set_title("most relevant first (solid), least relevant first (dashed)", fontsize="medium")
     left.legend(frameon=False)
     names = list(evaluation.rules)
@@ -78,12 +78,14 @@ def write(evaluation: Evaluation, path: Path) -> None:
     right.axvline(0, color="black", linewidth=0.8)
     interval = " (95 % interval)" if evaluation.prompts > 1 else ""
     right.set_xlabel(f"area between the curves{interval}")
-    right.set_title(evaluation.title, fontsize="medium")
-    for axes in (left, right):
-        axes.title.set_parse_math(False)
-    if evaluation.warnings:
-        warned = "\n".join(f"Warning: {warning}" for warning in evaluation.warnings)
-        figure.suptitle(warned, fontsize="small", color="tab:red", wrap=True).set_parse_math(False)
+    lines = [evaluation.title, *(f"Warning: {warning}" for warning in evaluation.warnings)]
+    title = figure.suptitle(
+        "\n".join(lines),
+        fontsize="medium",
+        wrap=True,
+        color="tab:red" if evaluation.warnings else "black",
+    )
+    title.set_parse_math(False)
     figure.savefig(path, dpi=150)
 
 

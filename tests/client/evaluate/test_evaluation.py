@@ -106,9 +106,9 @@ def test_no_rule_is_best_where_they_can_not_be_told_apart() -> None:
 
 
 def test_a_warning_is_seen(tmp_path: Path) -> None:
-    said = "the logit of the target <rises> as $x tokens go"
+    said = "the logit <rises> as $x$ tokens go"
     found = made(measure="logit", warnings=(said,))
-    assert "Warning: the logit of the target &lt;rises&gt;" in found._repr_html_()
+    assert "Warning: the logit &lt;rises&gt;" in found._repr_html_()
     assert json.loads(json.dumps(found.to_dict()))["warnings"] == [said]
     found.plot(tmp_path / "x.svg")
     assert f"<!-- Warning: {escape(said, quote=False)} -->" in (tmp_path / "x.svg").read_text()
@@ -162,7 +162,7 @@ def test_a_picture_says_what_was_switched_off(site: str, prompts: int, tmp_path:
     made(prompts, site).plot(str(path))
     # Text is drawn as shapes, each with its text as a comment.
     drawn = path.read_text()
-    assert "<!-- log-probability of the target (mean over prompts) -->" in drawn
+    assert "<!-- log-probability (mean over prompts) -->" in drawn
     assert ("<!-- 384 -->" in drawn) == (site == "neuron")
     assert ("<!-- area between the curves (95 % interval) -->" in drawn) == (prompts > 1)
 
