@@ -202,12 +202,12 @@ class Studies:
         Parameters
         ----------
         prompts : iterable
-            Prompts, or mappings with "prompt" or "input_ids" and, optionally, "id", "target" and
-            "answer": what the prediction is known to rest on, as a text in the prompt that is made
-            of whole tokens, but for white space, or as positions of tokens (a list or 1-d array;
-            one that is repeated counts once). No two have the same id; where none is given, it is
-            the prompt's place. Pulled as needed, in a thread of its own unless it is a list or
-            tuple.
+            Prompts, or mappings with "prompt", "messages" or "input_ids" and, optionally, "id",
+            "add_special_tokens", "target" and "answer": what the prediction is known to rest on, as
+            a text in the prompt that is made of whole tokens, but for white space, or as positions
+            of tokens (a list or 1-d array; one that is repeated counts once). No two have the same
+            id; where none is given, it is the prompt's place. Pulled as needed, in a thread of its
+            own unless it is a list or tuple.
         rules : sequence of str
             Rules that the model's workers serve, and "random".
         site : {"embed", "neuron"}

@@ -14,7 +14,8 @@ from reltrace._errors import invalid
 from reltrace._target import Target, is_several
 from reltrace._trace import Trace
 
-_ALLOWED = ("id", "prompt", "input_ids", "target", "answer")
+_INPUTS = ("prompt", "input_ids", "messages", "add_special_tokens")
+_ALLOWED = ("id", *_INPUTS, "target", "answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Prompt:
     id : str or int
         The one that was given, else its number.
     item : mapping
-        Arguments of `trace`: prompt or input_ids, and perhaps a target.
+        Arguments of `trace`: what is put before the model, and perhaps a target.
     answer : str, tuple of int or None
         What the prediction is known to rest on: a text, or positions of tokens, each once.
     """
@@ -60,7 +61,7 @@ class Prompt:
         answer = given.get("answer")
         if answer is not None and not isinstance(answer, str):
             answer = _positions(answer, f"{field}.answer")
-        item = {key: given[key] for key in ("prompt", "input_ids") if key in given}
+        item = {key: given[key] for key in _INPUTS if key in given}
         if "target" in given:
             item["target"] = as_continuation(given["target"])
         return cls(number, name, item, answer)
