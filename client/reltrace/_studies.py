@@ -212,8 +212,8 @@ class Studies:
             Rules that the model's workers serve, and "random".
         site : {"embed", "neuron"}
             What is switched off: tokens, by what takes the place of their input embeddings, from
-            none to all that are not kept; or neurons (set to 0 at all tokens), from none to half of
-            them, at most 4,096.
+            none to all that are not kept; or neurons, set to 0 at these tokens, from none to half
+            of them, at most 4,096.
         target : str, int or Target, default "max"
             As in `trace`, but for a text: it is what follows the prompt, of one token or several,
             explained and measured as one (`Target(continuation=...)`). What it resolves to stays
@@ -226,8 +226,8 @@ class Studies:
             and the mean over the vocabulary); any other text, or an id, is a token. Of neurons:
             "zero".
         keep : {"special", "none"}
-            Tokens that are never replaced: the first one and the tokenizer's special tokens, on
-            which models rest their attention; or none. Neurons are switched off at all tokens.
+            Tokens that stay as they are, with their neurons: the first one and the tokenizer's
+            special tokens, on which models rest their attention; or none.
         model : str, optional
             Name of a served model; default: the only one.
         points : int, default 10

@@ -118,7 +118,8 @@ def test_an_area_of_neurons_is_that_of_plain_forward_passes(demo_address: str) -
         def hook(_: object, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             (neurons,) = inputs
             here = off_now[off_now // width == layer] % width
-            return (neurons.index_fill(-1, here, 0.0),)
+            # The first token keeps its own.
+            return (torch.cat([neurons[:, :1], neurons[:, 1:].index_fill(-1, here, 0.0)], dim=1),)
 
         return hook
 
@@ -184,6 +185,21 @@ def test_rules_are_told_apart(demo_address: str) -> None:
     assert mass.mean > 0.5
     # Orders of chance belong to the prompt, not to its place in the file.
     assert again.rules["random"].area.mean == pytest.approx(scores["random"].area.mean, abs=1e-4)
+
+
+def test_relevance_on_an_answer_leaves_out_the_white_space_before_it(demo_address: str) -> None:
+    prompt = "My list:\ncats\nI love to play with my"
+    with reltrace.Client(demo_address) as client:
+        trace = client.trace(prompt, sites="embed")
+        found = client.evaluate([{"prompt": prompt, "answer": "cats"}], rules=["attnlrp"])
+    first = trace.tokens.index("\n") + 1
+    last = next(i for i in range(first, len(trace.tokens)) if trace.tokens[i] == "\n")
+    assert "".join(trace.tokens[first:last]) == "cats"
+    positive = np.maximum(trace["embed"], 0)
+    mass = found.rules["attnlrp"].mass
+    assert mass is not None
+    assert mass.mean == pytest.approx(positive[first:last].sum() / positive.sum(), rel=1e-3)
+    assert positive[first - 1] > 0
 
 
 def test_neurons_that_are_relevant_matter_more_than_others(demo_address: str) -> None:

@@ -45,8 +45,8 @@ def evaluate(
         typer.Argument(
             metavar="IN",
             help="File of prompts by its ending: txt, jsonl, csv, parquet (and .gz); -: standard "
-            "input. A line of JSON has prompt, messages or input_ids, and optionally id, target and "
-            "answer; columns are prompt, id, target and answer.",
+            "input. A line of JSON has prompt, messages or input_ids, and optionally id, target "
+            "and answer; columns are prompt, id, target and answer.",
         ),
     ],
     server: Server = None,

@@ -31,6 +31,8 @@ class Curves:
         What is done with it.
     trace : Trace
         By the first rule; which token is the target, any rule says.
+    free : tuple of int
+        Positions of the prompt's tokens that are not kept.
     orders : dict of str to ndarray
         By rule: what is switched off, the most relevant first; indices of tokens or of neurons.
     at : ndarray
@@ -46,6 +48,7 @@ class Curves:
     prompt: Prompt
     plan: Plan
     trace: Trace
+    free: tuple[int, ...]
     orders: dict[str, NDArray[np.int64]]
     at: Floats
     located: dict[str, tuple[float, float]]
@@ -76,25 +79,25 @@ class Curves:
         if RANDOM in plan.rules:
             # Whichever prompts come beside it: its own order.
             scores[RANDOM] = np.random.default_rng([plan.seed, *ids]).standard_normal(length)
-        kept = plan.kept(trace) if tokens else frozenset()
+        kept = plan.kept(trace)
+        free = [position for position in range(len(ids)) if position not in kept]
+        if not free:
+            raise invalid("prompt", f"has no token to replace: of its {len(ids)}, all are kept")
         orders = {rule: strongest_first(scores[rule]) for rule in plan.rules}
-        if kept:
-            free = ~np.isin(np.arange(length), list(kept))
-            orders = {rule: order[free[order]] for rule, order in orders.items()}
-            if not free.any():
-                raise invalid("prompt", f"has no token to replace: of its {length}, all are kept")
+        if tokens:
+            orders = {rule: order[np.isin(order, free)] for rule, order in orders.items()}
         answer = None
         if prompt.answer is not None and tokens:
             answer = tuple(prompt.where(trace, len(ids)))
         located = {}
         if answer is not None:
             located = {rule: _located(answer, scores[rule]) for rule in plan.rules}
-        return cls(prompt, plan, trace, orders, plan.at(length), located, answer)
+        return cls(prompt, plan, trace, tuple(free), orders, plan.at(length), located, answer)
 
     @property
     def without_answer(self) -> tuple[int, ...]:
         """The answer's tokens, so far as they may be replaced."""
-        return tuple(sorted(set(self.answer or ()) - self.plan.kept(self.trace)))
+        return tuple(sorted(set(self.answer or ()) & set(self.free)))
 
     def off(self, rule: str, most: bool) -> Iterator[tuple[int, ...]]:
         """Yield what is switched off at each point, most or least relevant first."""
@@ -154,7 +157,9 @@ class Curves:
         for index in off:
             layer, neuron = divmod(index, width)
             layers.setdefault(self.trace.layers[layer], []).append(neuron)
-        return [Edit("neuron", layer, neurons, scale=0) for layer, neurons in layers.items()]
+        return [
+            Edit("neuron", layer, neurons, self.free, scale=0) for layer, neurons in layers.items()
+        ]
 
 
 def _prompt_ids(trace: Trace) -> list[int]:

@@ -62,7 +62,7 @@ class Evaluation:
     replace_id : int or None
         Its id, where it was a token.
     keep : str
-        Which tokens were never replaced: "special", with the first one, or "none".
+        Which tokens stayed as they are: "special" ones, with the first, or "none".
     prompts : int
         How many were evaluated.
     at : ndarray

@@ -40,13 +40,13 @@ class Plan:
     rules : tuple of str
         Of traces; "random" is an order without a trace.
     site : str
-        "embed": tokens are replaced; "neuron": neurons are set to 0, at all tokens.
+        "embed": tokens are replaced; "neuron": neurons are set to 0.
     measure : str
         One of `MEASURES`.
     replace : str or int
         What takes a token's place: "zero", "mean", or another token by its text or id.
     keep : str
-        Tokens that are never replaced: the first one and "special" ones, or "none".
+        Tokens that stay as they are: the first one and "special" ones, or "none".
     points : int
         Steps of a curve.
     seed : int
@@ -119,7 +119,7 @@ class Plan:
         return np.unique(np.round(np.expm1(np.linspace(0.0, np.log1p(most), self.points + 1))))
 
     def kept(self, trace: Trace) -> frozenset[int]:
-        """Return the positions of tokens that are never replaced."""
+        """Return the positions of tokens that stay as they are."""
         return frozenset() if self.keep == "none" else frozenset((0, *trace.special_positions))
 
 

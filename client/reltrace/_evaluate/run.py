@@ -217,7 +217,7 @@ class Run:
         token = self._plan.token
         if token is None:
             return str(self._plan.replace), None
-        # As a target it is looked up, and nothing is computed beside: of a prompt of one token.
+        # A worker looks it up as a target; what it computes beside is a pass over one token.
         asked = replace(self._defaults, input_ids=[0], sites=(), target=Target(token))
         try:
             found = await self._client.run_trace(asked, self._priority, self._deadline.remaining())
