@@ -218,19 +218,17 @@ class Run:
         if token is None:
             return str(self._plan.replace), None
         # A worker looks it up as a target; what it computes beside is a pass over one token.
-        asked = replace(self._defaults, input_ids=[0], sites=(), target=Target(token))
-        try:
-            found = await self._client.run_trace(asked, self._priority, self._deadline.remaining())
-        except TraceError as error:
-            _raise_with(
-                error,
-                [
-                    Violation("replace", v.description) if v.field.startswith("target") else v
-                    for v in error.violations
-                ],
-            )
-            raise
-        assert isinstance(found, Trace)
+        asked = {"input_ids": [0], "target": Target(token), "sites": ()}
+        (found,) = [result async for result in self._many([asked])]
+        if isinstance(found, Failure):
+            faults = [
+                Violation("replace", fault.description)
+                if fault.field.startswith("target")
+                else fault
+                for fault in found.reason.violations
+            ]
+            _raise_with(found.reason, faults)
+            raise found.reason
         return found.target.token, found.target.token_id
 
 
