@@ -16,12 +16,12 @@ _INDICES = (0, 2**32 - 1)
 _POSITIONS = (-(2**31), 2**31 - 1)
 # A norm squares what flows through it, which has to stay within float32.
 _LARGEST_VALUE = 1e9
-_CHANGES = ("value", "scale", "direction")
+_CHANGES = ("value", "scale", "direction", "mean")
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A change at a site, made in every forward pass of a job; one of the last three is given.
+    """A change at a site, made in every forward pass of a job; one of the last four is given.
 
     Attributes
     ----------
@@ -40,6 +40,8 @@ class Edit:
         Multiply by this: 0 switches off.
     direction : array of float, optional
         Add this vector, a value for every feature of the site; not for "head".
+    mean : True, optional
+        Set to the mean of the input embeddings over the vocabulary; for "embed", without features.
 
     Raises
     ------
@@ -54,6 +56,7 @@ class Edit:
     value: float | None = None
     scale: float | None = None
     direction: Any = None
+    mean: bool | None = None
 
     def __post_init__(self) -> None:
         self.to_wire()
@@ -71,16 +74,21 @@ class Edit:
         given = [name for name in _CHANGES if getattr(self, name) is not None]
         if len(given) != 1:
             raise invalid(
-                "value", f"give one of value, scale and direction, not {' and '.join(given) or 0}"
+                "value",
+                f"give one of value, scale, direction and mean, not {' and '.join(given) or 0}",
             )
-        if self.direction is None:
-            setattr(wire, given[0], finite(getattr(self, given[0]), given[0]))
-        else:
-            wire.direction = _vector(self.direction)
-            if wire.features:
-                raise invalid(
-                    "features", "is not for a direction, which has a value for every feature"
-                )
+        match given[0]:
+            case "direction":
+                wire.direction = _vector(self.direction)
+            case "mean":
+                if self.mean is not True or self.site != "embed":
+                    raise invalid("mean", 'must be True, and the site "embed"')
+                wire.mean = True
+            case change:
+                setattr(wire, change, finite(getattr(self, change), change))
+                return wire
+        if wire.features:
+            raise invalid("features", f"is not for a {given[0]}, which has a value for every one")
         return wire
 
 

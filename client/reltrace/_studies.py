@@ -12,7 +12,7 @@ from reltrace._atlas.atlas import Atlas
 from reltrace._atlas.build import Plan as AtlasPlan
 from reltrace._atlas.build import build
 from reltrace._evaluate.evaluation import Evaluation
-from reltrace._evaluate.plan import Plan
+from reltrace._evaluate.plan import Keep, Measure, Plan
 from reltrace._evaluate.run import Run as EvaluationRun
 from reltrace._loop import LoopThread
 from reltrace._progress import Progress
@@ -55,6 +55,9 @@ class AsyncStudies:
         rules: Sequence[str] = ("attnlrp", "cp_lrp", "gradient", "random"),
         site: str = "embed",
         target: TargetLike = "max",
+        measure: Measure = "logprob",
+        replace: str | int = "zero",
+        keep: Keep = "special",
         model: str | None = None,
         points: int = 10,
         seed: int = 0,
@@ -63,7 +66,15 @@ class AsyncStudies:
         timeout: float | None = None,
     ) -> Evaluation:
         """Measure how well each rule tells what predictions rest on. See `Client.evaluate`."""
-        plan = Plan.of(rules, site, points, seed)
+        plan = Plan.of(
+            rules=rules,
+            site=site,
+            measure=measure,
+            replace=replace,
+            keep=keep,
+            points=points,
+            seed=seed,
+        )
         client: AsyncClient = self  # type: ignore[assignment]
         bar = Progress(prompts, shown=progress, unit="prompt")
         run = EvaluationRun(
@@ -165,6 +176,9 @@ class Studies:
         rules: Sequence[str] = ("attnlrp", "cp_lrp", "gradient", "random"),
         site: str = "embed",
         target: TargetLike = "max",
+        measure: Measure = "logprob",
+        replace: str | int = "zero",
+        keep: Keep = "special",
         model: str | None = None,
         points: int = 10,
         seed: int = 0,
@@ -175,12 +189,12 @@ class Studies:
         """Measure how well each rule tells what predictions rest on.
 
         What a rule calls most relevant is switched off first, step by step, then what it calls
-        least relevant, and the target is recorded. A rule that knows what the prediction rests on
+        least relevant, and the target is measured. A rule that knows what the prediction rests on
         makes it fall at once in the one order and stay in the other: the area between the curves is
         its score. A random order has an area of 0 on average.
 
         The area is that between the curves as `Evaluation.plot` draws them: straight from point to
-        point, on an axis of length 1, so that it is in units of the target. The axis of tokens is
+        point, on an axis of length 1, so that it is in units of the measure. The axis of tokens is
         their share. That of neurons has n of them at log(1 + n): as many of a model's thousands
         matter as a few, and on an axis of numbers these would have no width. It ends at half of
         the neurons, past which both orders switch off the same ones, or at 4,096.
@@ -188,19 +202,32 @@ class Studies:
         Parameters
         ----------
         prompts : iterable
-            Prompts, or mappings with "prompt" or "input_ids" and, optionally, "id", "target" and
-            "answer": what the prediction is known to rest on, as a text in the prompt that is made
-            of whole tokens, or as positions of tokens (a list or 1-d array; one that is repeated
-            counts once). No two have the same id; where none is given, it is the prompt's place.
-            Pulled as needed, in a thread of its own unless it is a list or tuple.
+            Prompts, or mappings with "prompt", "messages" or "input_ids" and, optionally, "id",
+            "add_special_tokens", "target" and "answer": what the prediction is known to rest on, as
+            a text in the prompt that is made of whole tokens, but for white space, or as positions
+            of tokens (a list or 1-d array; one that is repeated counts once). No two have the same
+            id; where none is given, it is the prompt's place. Pulled as needed, in a thread of its
+            own unless it is a list or tuple.
         rules : sequence of str
             Rules that the model's workers serve, and "random".
         site : {"embed", "neuron"}
-            What is switched off: the input embeddings of tokens (set to 0), from none to all; or
-            neurons (set to 0 at all tokens), from none to half of them, at most 4,096.
+            What is switched off: tokens, by what takes the place of their input embeddings, from
+            none to all that are not kept; or neurons, set to 0 at these tokens, from none to half
+            of them, at most 4,096.
         target : str, int or Target, default "max"
-            As in `trace`, but for a continuation. What it resolves to stays the target while
-            things are switched off.
+            As in `trace`, but for a text: it is what follows the prompt, of one token or several,
+            explained and measured as one (`Target(continuation=...)`). What it resolves to stays
+            the target while things are switched off.
+        measure : {"logprob", "probability", "logit"}
+            What of the target is measured; what is explained, `target` says. A logit alone may rise
+            as tokens go, with those of all other tokens.
+        replace : str or int, default "zero"
+            What takes the place of tokens: "zero" and "mean" are input embeddings (that of zeros,
+            and the mean over the vocabulary); any other text, or an id, is a token. Of neurons:
+            "zero".
+        keep : {"special", "none"}
+            Tokens that stay as they are, with their neurons: the first one and the tokenizer's
+            special tokens, on which models rest their attention; or none.
         model : str, optional
             Name of a served model; default: the only one.
         points : int, default 10
@@ -219,7 +246,8 @@ class Studies:
         -------
         Evaluation
             Scores by rule, with 95 % confidence intervals over prompts. A prompt that can not be
-            evaluated is left out, and noted in its `failures`.
+            evaluated is left out, and noted in its `failures`; why the scores can not be trusted,
+            where they can not, in its `warnings`.
 
         Raises
         ------
@@ -245,6 +273,9 @@ class Studies:
                 rules=rules,
                 site=site,
                 target=target,
+                measure=measure,
+                replace=replace,
+                keep=keep,
                 model=model,
                 points=points,
                 seed=seed,

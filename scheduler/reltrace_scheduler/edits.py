@@ -51,8 +51,13 @@ def _faults(edit: types_pb2.Edit, model: types_pb2.ModelInfo) -> Iterator[Violat
                 yield Violation(change, f"is {number:g}; {_ALLOWED}")
         case "direction":
             yield from _direction_faults(edit, width)
+        case "mean" if edit.mean:
+            if edit.site != _WITHOUT_LAYERS:
+                yield Violation("mean", f"is for the site {_WITHOUT_LAYERS}, not {edit.site}")
+            if edit.features:
+                yield Violation("features", "is not for the mean, which is set as a whole")
         case _:
-            yield Violation("change", "is missing: give a value, a scale or a direction")
+            yield Violation("change", "is missing: give a value, a scale, a direction or the mean")
 
 
 def _direction_faults(edit: types_pb2.Edit, width: int) -> Iterator[Violation]:

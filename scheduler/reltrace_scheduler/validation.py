@@ -41,6 +41,7 @@ _MAX_KEY = 128
 # Corpora and chats are inputs, and checked with them.
 _CAPABILITIES = (
     "edits",
+    "edits.mean",
     "forward_only",
     "generation",
     "generation.stream",
@@ -244,6 +245,8 @@ def _settings_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Ite
 
 def _asks_for(spec: types_pb2.JobSpec, name: str) -> bool:
     match name:
+        case "edits.mean":
+            return any(edit.mean for edit in spec.edits)
         case "generation":
             return spec.HasField("generation")
         case "generation.stream":

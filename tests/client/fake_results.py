@@ -99,10 +99,12 @@ def chunks_of(
             header.targets.add(
                 token=target.token.text or "dogs",
                 token_id=7 + index,
-                logit=3.5 + part,
+                # It falls as tokens are taken away.
+                logit=3.5 + part - sum(len(edit.positions) for edit in spec.edits),
                 position=len(header.tokens) - 1,
                 logprob=target.logprob,
                 candidates=CANDIDATES,
+                contrast_id=target.contrast.id if target.HasField("contrast") else None,
             )
     pieces = []
     for trace in range(len(header.targets)):

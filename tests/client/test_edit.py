@@ -19,6 +19,8 @@ def test_an_edit_as_it_travels() -> None:
     everything = Edit("embed", scale=0).to_wire()
     assert (everything.layer, list(everything.features), list(everything.positions)) == (0, [], [])
     assert everything.WhichOneof("change") == "scale"
+    mean = Edit("embed", positions=(1, 2), mean=True).to_wire()
+    assert (mean.WhichOneof("change"), mean.mean, list(mean.positions)) == ("mean", True, [1, 2])
 
 
 def test_a_direction_is_little_endian_float32() -> None:
@@ -42,8 +44,11 @@ def test_one_or_several_edits_of_either_kind() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Edit("resid"), "value: give one of value, scale and direction, not 0"),
-        (lambda: Edit("resid", value=1, scale=2), "value: give one of value, scale and direction"),
+        (lambda: Edit("resid"), "value: give one of value, scale, direction and mean, not 0"),
+        (lambda: Edit("resid", value=1, scale=2), "mean, not value and scale"),
+        (lambda: Edit("embed", mean=False), 'mean: must be True, and the site "embed"'),
+        (lambda: Edit("resid", mean=True), 'mean: must be True, and the site "embed"'),
+        (lambda: Edit("embed", features=1, mean=True), "features: is not for a mean"),
         (lambda: Edit("", value=1), "site: must be the name of a site"),
         (
             lambda: Edit("neuron", -1, value=1),

@@ -26,11 +26,12 @@ def by_hand(
     relevance: np.ndarray,
     counts: list[int],
     axis: list[float],
-    logit: Callable[[list[int]], float],
+    value: Callable[[list[int]], float],
+    kept: tuple[int, ...] = (),
 ) -> float:
     """Compute the area of one prompt: of trapezoids between points of an axis from 0 to 1."""
-    order = sorted(range(len(relevance)), key=lambda i: (-relevance[i], i))
-    most, least = ([logit(turned[:n]) for n in counts] for turned in (order, order[::-1]))
+    order = sorted(set(range(len(relevance))) - set(kept), key=lambda i: (-relevance[i], i))
+    most, least = ([value(turned[:n]) for n in counts] for turned in (order, order[::-1]))
     heights = [b - a for a, b in zip(most, least, strict=True)]
     return sum(
         (a + b) / 2 * (right - left)
@@ -38,25 +39,74 @@ def by_hand(
     )
 
 
-def test_an_area_is_that_of_plain_forward_passes(demo_address: str) -> None:
+def shares_of(tokens: int) -> list[int]:
+    return [int(np.floor(share * tokens + 0.5)) for share in SHARES]
+
+
+SHARES = [0, 0.2, 0.4, 0.6, 0.8, 1]
+OTHER = " a"
+
+
+@pytest.mark.parametrize(
+    ("measure", "replace", "keep"),
+    [
+        ("logprob", "zero", "special"),
+        ("logprob", "mean", "special"),
+        ("logprob", OTHER, "special"),
+        ("probability", "zero", "none"),
+        ("logit", "zero", "none"),
+    ],
+)
+@pytest.mark.parametrize("follows", ["", ", and"])
+def test_an_area_is_that_of_plain_forward_passes(
+    measure: Any, replace: str, keep: Any, follows: str, demo_address: str
+) -> None:
+    """Of one token that follows the prompt, and of several, which are measured together."""
     model = load_model(str(demo_path()), device="cpu").model
+    embed = model.get_input_embeddings()
     with reltrace.Client(demo_address) as client:
-        for item in PROMPTS[:3]:
-            trace = client.trace(item["prompt"], target=item["target"], sites="embed")
-            found = client.evaluate([item], rules=["attnlrp"], points=5)
+        for item in PROMPTS[:2]:
+            text = item["target"] + follows
+            target = reltrace.Target(continuation=text)
+            trace = client.trace(item["prompt"], target=target, sites="embed")
+            other = client.trace("x", target=OTHER).target.token_id
+            found = client.evaluate(
+                [{**item, "target": text}],
+                rules=["attnlrp"],
+                points=5,
+                measure=measure,
+                replace=replace,
+                keep=keep,
+            )
+            answer = trace.target.continuation_ids
+            length = len(trace.tokens) - (len(answer) - 1)
+            assert (len(answer) > 1) == bool(follows)
 
-            def logit(off: list[int], trace: reltrace.Trace = trace) -> float:
+            def value(off: list[int]) -> float:
                 with torch.no_grad():
-                    embeddings = model.get_input_embeddings()(torch.tensor([trace.token_ids]))
-                    embeddings[0, off] = 0
-                    logits = model(inputs_embeds=embeddings).logits[0, -1]
-                return float(logits[trace.target.token_id])
+                    ids = torch.tensor([trace.token_ids])  # noqa: B023 - called at once
+                    if replace == OTHER:
+                        ids[0, off] = other  # noqa: B023
+                    embeddings = embed(ids)
+                    if replace == "mean":
+                        embeddings[0, off] = embed.weight.mean(0)
+                    if replace == "zero":
+                        embeddings[0, off] = 0
+                    logits = model(inputs_embeds=embeddings).logits[0, length - 1 :]  # noqa: B023
+                values = logits if measure == "logit" else logits.log_softmax(-1)
+                total = float(values[range(len(answer)), list(answer)].sum())  # noqa: B023
+                return math.exp(total) if measure == "probability" else total
 
-            shares = [0, 0.2, 0.4, 0.6, 0.8, 1]
-            counts = [int(np.floor(share * len(trace.tokens) + 0.5)) for share in shares]
-            expected = by_hand(trace["embed"], counts, shares, logit)
-            assert found.rules["attnlrp"].area.mean == pytest.approx(expected, abs=1e-3)
-            assert found.rules["attnlrp"].most[0] == pytest.approx(trace.target.logit, abs=1e-4)
+            kept = (0,) if keep == "special" else ()
+            expected = by_hand(
+                trace["embed"][:length], shares_of(length - len(kept)), SHARES, value, kept
+            )
+            score = found.rules["attnlrp"]
+            assert score.area.mean == pytest.approx(expected, abs=1e-3)
+            assert score.most[0] == pytest.approx(value([]), abs=1e-3)
+            assert score.areas.tolist() == [score.area.mean]
+            assert (found.measure, found.keep) == (measure, keep)
+            assert found.replace_id == (other if replace == OTHER else None)
 
 
 def test_an_area_of_neurons_is_that_of_plain_forward_passes(demo_address: str) -> None:
@@ -68,7 +118,8 @@ def test_an_area_of_neurons_is_that_of_plain_forward_passes(demo_address: str) -
         def hook(_: object, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             (neurons,) = inputs
             here = off_now[off_now // width == layer] % width
-            return (neurons.index_fill(-1, here, 0.0),)
+            # The first token keeps its own.
+            return (torch.cat([neurons[:, :1], neurons[:, 1:].index_fill(-1, here, 0.0)], dim=1),)
 
         return hook
 
@@ -78,7 +129,7 @@ def test_an_area_of_neurons_is_that_of_plain_forward_passes(demo_address: str) -
         trace = client.trace(
             item["prompt"], target=item["target"], sites="neuron", reduce="feature"
         )
-        found = client.evaluate([item], site="neuron", rules=["attnlrp"], points=3)
+        found = client.evaluate([item], site="neuron", rules=["attnlrp"], points=3, measure="logit")
 
     def logit(off: list[int]) -> float:
         nonlocal off_now
@@ -98,7 +149,9 @@ def test_an_area_of_neurons_is_that_of_plain_forward_passes(demo_address: str) -
 def test_an_area_of_neurons_hardly_depends_on_the_number_of_points(demo_address: str) -> None:
     with reltrace.Client(demo_address) as client:
         few, many = (
-            client.evaluate(PROMPTS[:5], site="neuron", rules=["attnlrp"], points=points)
+            client.evaluate(
+                PROMPTS[:5], site="neuron", rules=["attnlrp"], points=points, measure="logit"
+            )
             for points in (4, 20)
         )
     assert len(many.at) > 3 * len(few.at)
@@ -123,7 +176,8 @@ def test_rules_are_told_apart(demo_address: str) -> None:
         scores["gradient"].area.mean + scores["gradient"].area.margin
     )
     assert abs(scores["random"].area.mean) < 2 * scores["random"].area.margin
-    assert found.best() == "attnlrp"
+    assert found.best() == ("attnlrp",)
+    assert found.warnings == ()
     hit, mass = scores["attnlrp"].hit, scores["attnlrp"].mass
     assert hit is not None
     assert mass is not None
@@ -131,6 +185,21 @@ def test_rules_are_told_apart(demo_address: str) -> None:
     assert mass.mean > 0.5
     # Orders of chance belong to the prompt, not to its place in the file.
     assert again.rules["random"].area.mean == pytest.approx(scores["random"].area.mean, abs=1e-4)
+
+
+def test_relevance_on_an_answer_leaves_out_the_white_space_before_it(demo_address: str) -> None:
+    prompt = "My list:\ncats\nI love to play with my"
+    with reltrace.Client(demo_address) as client:
+        trace = client.trace(prompt, sites="embed")
+        found = client.evaluate([{"prompt": prompt, "answer": "cats"}], rules=["attnlrp"])
+    first = trace.tokens.index("\n") + 1
+    last = next(i for i in range(first, len(trace.tokens)) if trace.tokens[i] == "\n")
+    assert "".join(trace.tokens[first:last]) == "cats"
+    positive = np.maximum(trace["embed"], 0)
+    mass = found.rules["attnlrp"].mass
+    assert mass is not None
+    assert mass.mean == pytest.approx(positive[first:last].sum() / positive.sum(), rel=1e-3)
+    assert positive[first - 1] > 0
 
 
 def test_neurons_that_are_relevant_matter_more_than_others(demo_address: str) -> None:
@@ -144,13 +213,15 @@ def test_neurons_that_are_relevant_matter_more_than_others(demo_address: str) ->
 def test_a_prompt_that_can_not_be_evaluated_costs_no_other(demo_address: str) -> None:
     bad = [
         {"prompt": "We have a dog", "answer": "zebra", "id": "absent"},
-        {"prompt": "We have a dog", "target": "no such token", "id": "split"},
+        {"prompt": "We have a dog", "target": 10**6, "id": "beyond"},
+        {"input_ids": [5], "id": "kept"},
     ]
     with reltrace.Client(demo_address) as client:
         found = client.evaluate([*bad, *PROMPTS[:2]], rules=["gradient"])
     assert found.prompts == 2
     # In the order of the prompts, whichever fails first.
-    assert list(found.failures) == ["absent", "split"]
+    assert list(found.failures) == ["absent", "beyond", "kept"]
+    assert str(found.failures["kept"]) == "prompt: has no token to replace: of its 1, all are kept"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +229,9 @@ def test_a_prompt_that_can_not_be_evaluated_costs_no_other(demo_address: str) ->
     [
         ({"model": "nope"}, reltrace.ModelNotFound, "model: 'nope' is not served"),
         ({"rules": ["attnlrp", "lrp"]}, reltrace.InvalidArgument, "rules: 'lrp' is not one of"),
-        ({"target": "no token"}, reltrace.InvalidArgument, "target: 'no token' is not exactly one"),
+        ({"target": 10**6}, reltrace.InvalidArgument, "target: token id 1000000 is not in"),
+        ({"replace": "no token"}, reltrace.InvalidArgument, "replace: 'no token' is not exactly"),
+        ({"replace": 10**6}, reltrace.InvalidArgument, "replace: token id 1000000 is not in"),
     ],
 )
 def test_what_no_prompt_can_have_is_raised(
@@ -171,7 +244,7 @@ def test_what_no_prompt_can_have_is_raised(
         client.evaluate(["We have a dog", "We have a cat"], **wrong)
 
 
-def test_the_command_prints_a_table_and_draws_a_picture(
+def test_the_othernd_prints_a_table_and_draws_a_picture(
     demo_address: str, start: Callable[..., Process], tmp_path: Path
 ) -> None:
     source, picture = tmp_path / "prompts.jsonl", tmp_path / "curves.png"
@@ -180,7 +253,7 @@ def test_the_command_prints_a_table_and_draws_a_picture(
     shown = start("reltrace", *options)
     output, _ = shown.popen.communicate(timeout=60)
     assert shown.popen.returncode == 0, shown.errors.read_text()
-    assert "reltrace-demo: 5 prompts, tokens switched off" in output
+    assert "reltrace-demo: 5 prompts, tokens set to 0, by log-probability" in output
     for rule in ("attnlrp", "cp_lrp", "gradient", "random"):
         assert rule in output
     assert picture.read_bytes().startswith(b"\x89PNG")

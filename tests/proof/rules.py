@@ -22,7 +22,7 @@ class Judged:
     rule : str
         Which; "random" is an order of chance.
     tokens, neurons : Mean
-        Area between the curves with these switched off, in units of the logit.
+        Area between the curves with these switched off, by log-probability.
     hit : Mean
         Share of prompts whose most relevant token is the answer.
     mass : Mean

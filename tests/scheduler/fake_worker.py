@@ -14,6 +14,7 @@ MODEL = types_pb2.ModelInfo(
     reductions=["token"],
     capabilities=[
         "edits",
+        "edits.mean",
         "forward_only",
         "generation",
         "generation.stream",

@@ -27,6 +27,7 @@ def test_edits_that_can_be() -> None:
         faults(
             types_pb2.Edit(site="neuron", layer=3, features=[0, 4], positions=[-1], value=0),
             types_pb2.Edit(site="embed", scale=2),
+            types_pb2.Edit(site="embed", positions=[1], mean=True),
             types_pb2.Edit(site="head", features=[1], scale=0),
             types_pb2.Edit(site="resid", direction=floats(1, 2, 3)),
         )
@@ -46,7 +47,14 @@ def test_edits_that_can_be() -> None:
             "5 is not in 0..4 of neuron",
         ),
         ({"site": "head", "features": [2], "value": 1}, "features[0]", "2 is not in 0..1 of head"),
-        ({"site": "resid"}, "change", "is missing: give a value, a scale or a direction"),
+        ({"site": "resid"}, "change", "is missing: give a value, a scale, a direction or"),
+        ({"site": "embed", "mean": False}, "change", "is missing: give a value, a scale"),
+        ({"site": "resid", "mean": True}, "mean", "is for the site embed, not resid"),
+        (
+            {"site": "embed", "features": [0], "mean": True},
+            "features",
+            "is not for the mean, which is set as a whole",
+        ),
         ({"site": "resid", "scale": float("inf")}, "scale", "is inf; allowed: -1e+09 to 1e+09"),
         ({"site": "resid", "value": -1e38}, "value", "is -1e+38; allowed: -1e+09 to 1e+09"),
         (

@@ -88,6 +88,8 @@ class EditSpec:
         Set: (0, v). Multiply: (s, 0).
     direction
         Added instead: one value per feature of the site; empty: none.
+    mean
+        The mean over the vocabulary is added; of the site ``embed``, without features.
     """
 
     site: str
@@ -97,6 +99,7 @@ class EditSpec:
     scale: float = 1.0
     value: float = 0.0
     direction: tuple[float, ...] = ()
+    mean: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,15 +24,16 @@ from reltrace._command.options import (
     PromptFormat,
     Quiet,
     Server,
-    TargetText,
     access_of,
     echo_json,
     target_of,
 )
 from reltrace._errors import invalid
 from reltrace._evaluate.evaluation import Evaluation
-from reltrace._evaluate.table import caption, table
+from reltrace._evaluate.plan import Keep, Measure
+from reltrace._evaluate.table import caption, table, verdict
 from reltrace._pictures.curves import check_path
+from reltrace._target import Target
 
 _ALSO = ("target", "answer")
 
@@ -44,8 +45,8 @@ def evaluate(
         typer.Argument(
             metavar="IN",
             help="File of prompts by its ending: txt, jsonl, csv, parquet (and .gz); -: standard "
-            "input. A line of JSON has prompt or input_ids and, optionally, id, target and answer; "
-            "so have columns.",
+            "input. A line of JSON has prompt, messages or input_ids, and optionally id, target "
+            "and answer; columns are prompt, id, target and answer.",
         ),
     ],
     server: Server = None,
@@ -64,7 +65,50 @@ def evaluate(
             envvar="RELTRACE_EVALUATE_SITE", help="What is switched off: tokens, or neurons."
         ),
     ] = "embed",
-    target: TargetText = "max",
+    target: Annotated[
+        str,
+        typer.Option(
+            envvar="RELTRACE_TARGET",
+            help='What is explained: "max" (the largest logit), a text of one token or several '
+            "that follows the prompt, or id:N.",
+        ),
+    ] = "max",
+    contrast: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_CONTRAST",
+            help="A token, or id:N, whose logit is subtracted; the target is a token then.",
+        ),
+    ] = None,
+    logprob: Annotated[
+        bool,
+        typer.Option(
+            "--logprob",
+            envvar="RELTRACE_LOGPROB",
+            help="Explain the target's log-probability instead of its logit.",
+        ),
+    ] = False,
+    measure: Annotated[
+        Measure,
+        typer.Option(
+            envvar="RELTRACE_MEASURE", help="What of the target is measured as tokens go."
+        ),
+    ] = "logprob",
+    replace: Annotated[
+        str,
+        typer.Option(
+            envvar="RELTRACE_REPLACE",
+            help="What takes the place of tokens: zero, mean (of all embeddings), a token, or "
+            "id:N.",
+        ),
+    ] = "zero",
+    keep: Annotated[
+        Keep,
+        typer.Option(
+            envvar="RELTRACE_KEEP",
+            help="Tokens that stay: special (the first one and special ones) or none.",
+        ),
+    ] = "special",
     points: Annotated[
         int, typer.Option(envvar="RELTRACE_POINTS", min=2, max=100, help="Steps of a curve.")
     ] = 10,
@@ -88,7 +132,10 @@ def evaluate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well each rule tells what predictions rest on."""
+    """Measure how well each rule tells what predictions rest on.
+
+    Exit code 1 if a prompt could not be evaluated.
+    """
     # Before anything is run: that may take long.
     if plot is not None:
         check_path(plot)
@@ -102,7 +149,10 @@ def evaluate(
             prompts,
             rules=rule or ["attnlrp", "cp_lrp", "gradient", "random"],
             site=site,
-            target=target_of(target),
+            target=_target(target, contrast, logprob),
+            measure=measure,
+            replace=target_of(replace, "replace"),
+            keep=keep,
             model=model,
             points=points,
             seed=seed,
@@ -112,17 +162,30 @@ def evaluate(
     if as_json:
         echo_json(found.to_dict())
     # Of no prompt there is none, which is told instead.
-    best = found.best()
+    found.best()
     for key, error in found.failures.items():
         typer.echo(f"reltrace: prompt {key}: {error}", err=True)
     if not as_json:
         console = Console()
         # A table's own title is no wider than the table.
         console.print(Text(found.title))
-        console.print(_table(found, best))
+        console.print(_table(found))
+        console.print(Text(verdict(found)))
+    for warning in found.warnings:
+        typer.echo(f"reltrace: warning: {warning}", err=True)
     if plot is not None:
         found.plot(plot)
         typer.echo(f"wrote {plot}", err=True)
+    if found.failures:
+        raise typer.Exit(1)
+
+
+def _target(text: str, contrast: str | None, logprob: bool) -> Target | str | int:
+    target = target_of(text)
+    if contrast is None and not logprob:
+        return target
+    beside = None if contrast is None else target_of(contrast, "contrast")
+    return Target(target, contrast=beside, logprob=logprob)
 
 
 def _prompts(path: Path | None, reading: InputFormat) -> Iterator[dict[str, Any]]:
@@ -136,11 +199,12 @@ def _prompts(path: Path | None, reading: InputFormat) -> Iterator[dict[str, Any]
             yield {"id": item.id, **item.arguments}
 
 
-def _table(found: Evaluation, best: str) -> Table:
+def _table(found: Evaluation) -> Table:
     titles, rows = table(found)
+    best = found.best()
     shown = Table(caption=caption(found))
     for place, title in enumerate(titles):
         shown.add_column(title, justify="right" if place else "left")
     for row in rows:
-        shown.add_row(*row, style="bold" if row[0] == best else "")
+        shown.add_row(*row, style="bold" if best == (row[0],) else "")
     return shown

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from reltrace._errors import invalid
+from reltrace._evaluate.plan import MEASURES
 from reltrace._evaluate.scores import Floats, Mean
 
 
@@ -20,10 +21,12 @@ class RuleScore:
     Attributes
     ----------
     area : Mean
-        Area between the curves, in units of the target: see `reltrace.Client.evaluate`.
+        Area between the curves, in units of the measure: see `reltrace.Client.evaluate`.
+    areas : ndarray
+        float64 [prompts]: of each prompt that was evaluated, in their order.
     most, least : ndarray
-        float64 [P]: the target, averaged over prompts, as what is most (least) relevant is switched
-        off first.
+        float64 [P]: what was measured, averaged over prompts, as what is most (least) relevant is
+        switched off first.
     hit : Mean or None
         Share of prompts whose most relevant token is part of the answer; None without answers.
     mass : Mean or None
@@ -31,6 +34,7 @@ class RuleScore:
     """
 
     area: Mean
+    areas: Floats
     most: Floats
     least: Floats
     hit: Mean | None
@@ -51,27 +55,45 @@ class Evaluation:
         The model, as it named itself; "" if no prompt could be evaluated.
     site : str
         What was switched off: "embed" (tokens) or "neuron".
+    measure : str
+        What was measured of the target: "logprob", "probability" or "logit".
+    replace : str
+        What took the place of tokens: "zero", "mean", or a token as the model writes it.
+    replace_id : int or None
+        Its id, where it was a token.
+    keep : str
+        Which tokens stayed as they are: "special" ones, with the first, or "none".
     prompts : int
         How many were evaluated.
     at : ndarray
         float64 [P]: what was switched off at each point: shares of tokens, or numbers of neurons.
     rules : mapping of str to RuleScore
         In the order that was asked for.
+    warnings : tuple of str
+        Why the areas can not be trusted, where they can not: the target rises as tokens go, or does
+        not fall without the known answer.
     failures : mapping
         Prompts that could not be evaluated, by id, and why.
     """
 
     model: str
     site: str
+    measure: str
+    replace: str
+    replace_id: int | None
+    keep: str
     prompts: int
     at: Floats
     rules: Mapping[str, RuleScore]
+    warnings: tuple[str, ...]
     failures: Mapping[str | int, Exception]
 
     def __repr__(self) -> str:
         failed = f", {len(self.failures)} failed" if self.failures else ""
         areas = ", ".join(f"{rule} {score.area}" for rule, score in self.rules.items())
-        return f"Evaluation({self.title}{failed}{f'; area {areas}' if self.prompts else ''})"
+        warned = "".join(f"; warning: {warning}" for warning in self.warnings)
+        area = f"; area {areas}" if self.prompts else ""
+        return f"Evaluation({self.title}{failed}{area}{warned})"
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
@@ -81,11 +103,16 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """The model, how many prompts, and what was switched off, as tables and pictures say it."""
+        """The model, how many prompts, and what was done, as tables and pictures say it."""
         count = f"{self.prompts:,} prompt{'' if self.prompts == 1 else 's'}"
-        off = "tokens" if self.site == "embed" else "neurons"
+        if self.site == "neuron":
+            done = "neurons set to 0"
+        elif self.replace_id is not None:
+            done = f"tokens replaced by {self.replace!r}"
+        else:
+            done = f"tokens set to {'0' if self.replace == 'zero' else 'the mean embedding'}"
         # Of no prompt, no model has named itself.
-        return f"{self.model and f'{self.model}: '}{count}, {off} switched off"
+        return f"{self.model and f'{self.model}: '}{count}, {done}, by {MEASURES[self.measure]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain lists and numbers, ready for `json.dumps`.
@@ -95,6 +122,10 @@ class Evaluation:
         return {
             "model": self.model,
             "site": self.site,
+            "measure": self.measure,
+            "replace": self.replace,
+            "replace_id": self.replace_id,
+            "keep": self.keep,
             "prompts": self.prompts,
             "at": self.at.tolist(),
             "rules": {
@@ -107,6 +138,8 @@ class Evaluation:
                 }
                 for rule, score in self.rules.items()
             },
+            "best": list(self.best()) if self.prompts else [],
+            "warnings": list(self.warnings),
             "failures": {str(key): str(error) for key, error in self.failures.items()},
         }
 
@@ -127,8 +160,17 @@ class Evaluation:
         self._check_prompts()
         write(self, path)
 
-    def best(self) -> str:
-        """Return the rule with the largest area.
+    def best(self) -> tuple[str, ...]:
+        """Return the rule with the largest area, and those that can not be told from it.
+
+        Prompt by prompt, the area of a rule is subtracted from that of the largest; where the 95 %
+        interval of the mean difference has 0 in it, they can not be told apart. (Of a single prompt
+        there is no interval, and no rule can.)
+
+        Returns
+        -------
+        tuple of str
+            One name: that rule is the best. Several: none of them is, on these prompts.
 
         Raises
         ------
@@ -136,7 +178,17 @@ class Evaluation:
             If no prompt could be evaluated; the message says why.
         """
         self._check_prompts()
-        return max(self.rules, key=lambda rule: self.rules[rule].area.mean)
+        first = max(self.rules, key=lambda rule: self.rules[rule].area.mean)
+        more = {
+            rule: Mean.of(self.rules[first].areas - score.areas)
+            for rule, score in self.rules.items()
+        }
+        return tuple(
+            # The margin may be nan.
+            rule
+            for rule, mean in more.items()
+            if rule == first or not mean.mean - mean.margin > 0
+        )
 
     def _check_prompts(self) -> None:
         if self.prompts:

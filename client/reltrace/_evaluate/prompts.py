@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
-from reltrace._checks import check_id, whole_number
+from reltrace._checks import check_id, check_text, whole_number
 from reltrace._errors import invalid
 from reltrace._target import Target, is_several
 from reltrace._trace import Trace
 
-_ALLOWED = ("id", "prompt", "input_ids", "target", "answer")
+_INPUTS = ("prompt", "input_ids", "messages", "add_special_tokens")
+_ALLOWED = ("id", *_INPUTS, "target", "answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Prompt:
     id : str or int
         The one that was given, else its number.
     item : mapping
-        Arguments of `trace`: prompt or input_ids, and perhaps a target.
+        Arguments of `trace`: what is put before the model, and perhaps a target.
     answer : str, tuple of int or None
         What the prediction is known to rest on: a text, or positions of tokens, each once.
     """
@@ -59,32 +61,40 @@ class Prompt:
         answer = given.get("answer")
         if answer is not None and not isinstance(answer, str):
             answer = _positions(answer, f"{field}.answer")
-        item = {key: given[key] for key in ("prompt", "input_ids", "target") if key in given}
+        item = {key: given[key] for key in _INPUTS if key in given}
+        if "target" in given:
+            item["target"] = as_continuation(given["target"])
         return cls(number, name, item, answer)
 
-    def where(self, trace: Trace) -> list[int]:
-        """Return the positions of the answer's tokens.
+    def where(self, trace: Trace, count: int) -> list[int]:
+        """Return the positions of the answer's tokens, among the first so many.
+
+        Of a text they are those that have its characters, where it is made of whole tokens but for
+        white space.
 
         Raises
         ------
         InvalidArgument
             The prompt has no such tokens.
         """
-        count = len(trace.tokens)
         if isinstance(self.answer, tuple):
             if not self.answer or max(self.answer) >= count:
                 raise invalid("answer", f"names positions outside of the {count} tokens")
             return list(self.answer)
         assert self.answer is not None
-        wanted, pieces = self.answer.strip(), [_plain(token) for token in trace.tokens]
-        for start in range(count):
-            text = ""
-            for stop in range(start, count):
-                text += pieces[stop]
-                if text.strip() == wanted and text.strip():
-                    return list(range(start, stop + 1))
-                if len(text.strip()) > len(wanted):
-                    break
+        wanted = self.answer.strip()
+        text, spans = _spans(trace)
+        begin = text.find(wanted) if wanted else -1
+        while begin >= 0:
+            end = begin + len(wanted)
+            where = [
+                position
+                for position, (first, stop) in enumerate(spans[:count])
+                if first < end and stop > begin
+            ]
+            if where and text[spans[where[0]][0] : spans[where[-1]][1]].strip() == wanted:
+                return where
+            begin = text.find(wanted, begin + 1)
         raise invalid("answer", f"{self.answer!r} is not made of whole tokens of the prompt")
 
 
@@ -111,11 +121,27 @@ class Ids:
 
 
 def check_target(target: object, field: str) -> None:
-    """Raise InvalidArgument if a target is none whose logit can be read again."""
+    """Raise InvalidArgument if a target is none whose value can be read again."""
     if is_several(target):
         raise invalid(field, "must be one, not several")
-    if isinstance(target, Target) and target.continuation is not None:
-        raise invalid(field, "of a continuation can not be evaluated; name a token")
+    if isinstance(target, str):
+        check_text(target, field)
+
+
+def as_continuation(target: Any) -> Any:
+    """Return a target whose token is named by a text as one of the text that follows the prompt.
+
+    It is then explained and measured as a whole, of however many tokens it is.
+    """
+    named = Target(target) if isinstance(target, str) else target
+    if (
+        isinstance(named, Target)
+        and isinstance(named.token, str)
+        and named.token != "max"
+        and (named.position, named.contrast) == (-1, None)
+    ):
+        return Target(continuation=named.token, logprob=named.logprob)
+    return target
 
 
 def _positions(given: object, field: str) -> tuple[int, ...]:
@@ -129,6 +155,11 @@ def _positions(given: object, field: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _plain(token: str) -> str:
-    """Return a token's text; tokenizers write a space before a word as one of these."""
-    return token.replace("Ġ", " ").replace("▁", " ")
+def _spans(trace: Trace) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a trace, and the characters of each token in it."""
+    if len(trace.offsets):
+        return trace.text, [(first, stop) for first, stop in trace.offsets.tolist()]
+    # A worker of an older version does not say them; it writes a space as one of these.
+    pieces = [token.replace("Ġ", " ").replace("▁", " ") for token in trace.tokens]
+    ends = list(accumulate(map(len, pieces)))
+    return "".join(pieces), list(pairwise([0, *ends]))

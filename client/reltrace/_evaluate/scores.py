@@ -33,7 +33,7 @@ class Mean:
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
+    def of(cls, values: Sequence[float] | Floats) -> Mean:
         """Return the mean of some values."""
         found = np.asarray(values, np.float64)
         count = len(found)

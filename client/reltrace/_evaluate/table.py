@@ -23,3 +23,11 @@ def caption(found: Evaluation) -> str:
     if found.prompts == 1:
         return "one prompt: no interval"
     return "mean ± half of the 95 % interval"
+
+
+def verdict(found: Evaluation) -> str:
+    """Return which rule is best, or that none is."""
+    best = found.best()
+    if len(best) == 1:
+        return f"best: {best[0]}, whose area is larger prompt by prompt (95 % interval)"
+    return f"no rule is best: {', '.join(best)} can not be told apart on these prompts"

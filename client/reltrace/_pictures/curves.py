@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reltrace._errors import MissingDependency, invalid
+from reltrace._evaluate.plan import MEASURES
 from reltrace._evaluate.scores import on_axis
 
 if TYPE_CHECKING:
     from reltrace._evaluate.evaluation import Evaluation
 
 _AXES = {
-    "embed": "tokens switched off (share)",
+    "embed": "tokens replaced (share)",
     "neuron": "neurons switched off (n is at log(1 + n))",
 }
 _ENDINGS = (".png", ".svg", ".pdf")
@@ -61,7 +62,7 @@ def write(evaluation: Evaluation, path: Path) -> None:
             on_axis("neuron", np.array(numbers, np.float64)), [f"{n:,}" for n in numbers]
         )
     left.set_xlabel(_AXES[evaluation.site])
-    left.set_ylabel("target (mean over prompts)")
+    left.set_ylabel(f"{MEASURES[evaluation.measure]} (mean over prompts)")
     left.set_title("most relevant first (solid), least relevant first (dashed)", fontsize="medium")
     left.legend(frameon=False)
     names = list(evaluation.rules)
@@ -77,9 +78,14 @@ def write(evaluation: Evaluation, path: Path) -> None:
     right.axvline(0, color="black", linewidth=0.8)
     interval = " (95 % interval)" if evaluation.prompts > 1 else ""
     right.set_xlabel(f"area between the curves{interval}")
-    right.set_title(evaluation.title, fontsize="medium")
-    for axes in (left, right):
-        axes.title.set_parse_math(False)
+    lines = [evaluation.title, *(f"Warning: {warning}" for warning in evaluation.warnings)]
+    title = figure.suptitle(
+        "\n".join(lines),
+        fontsize="medium",
+        wrap=True,
+        color="tab:red" if evaluation.warnings else "black",
+    )
+    title.set_parse_math(False)
     figure.savefig(path, dpi=150)
 
 

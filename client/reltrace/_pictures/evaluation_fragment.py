@@ -5,14 +5,14 @@ from __future__ import annotations
 import html
 
 from reltrace._evaluate.evaluation import Evaluation
-from reltrace._evaluate.table import caption, table
+from reltrace._evaluate.table import caption, table, verdict
 from reltrace._pictures.fragment import BOX, GREY
 
 _CELL = "padding:1px 16px 1px 0;border:0;background:none;color:#1a1a1a"
 
 
 def evaluation_fragment(found: Evaluation) -> str:
-    """Return its table, the best rule bold; every colour is set, nothing leaks out."""
+    """Return its table, a rule that is the best bold; every colour is set, nothing leaks out."""
     parts = [f'<div style="{BOX}"><div>{html.escape(found.title)}</div>']
     notes = []
     if found.prompts:
@@ -20,10 +20,11 @@ def evaluation_fragment(found: Evaluation) -> str:
         parts.append(
             '<table style="border-collapse:collapse;border:0;margin:6px 0;font-size:13px">'
             + _row("th", titles, bold=False)
-            + "".join(_row("td", row, bold=row[0] == found.best()) for row in rows)
+            + "".join(_row("td", row, bold=(row[0],) == found.best()) for row in rows)
             + "</table>"
         )
-        notes.append(caption(found))
+        notes += [caption(found), verdict(found)]
+        notes += [f"Warning: {warning}" for warning in found.warnings]
     if found.failures:
         key, error = next(iter(found.failures.items()))
         notes.append(f"{len(found.failures):,} failed; the first, {key}: {error}")

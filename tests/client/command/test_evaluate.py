@@ -28,10 +28,11 @@ def corpus(tmp_path: Path) -> str:
 def test_a_table(command: Run, corpus: str) -> None:
     code, out, err = command("evaluate", corpus)
     assert (code, err) == (0, "")
-    assert out.startswith("fake: 2 prompts, tokens switched off\n")
+    assert out.startswith("fake: 2 prompts, tokens set to 0, by log-probability\n")
+    assert "no rule is best: attnlrp, cp_lrp, gradient, random can not be told apart" in out
     assert "mean ± half of the 95 % interval" in out
     _, out, _ = command("evaluate", corpus, "--limit", "1")
-    assert out.startswith("fake: 1 prompt, tokens switched off\n")
+    assert out.startswith("fake: 1 prompt, tokens set to 0, by log-probability\n")
     assert "±" not in out
     assert "nan" not in out
 
@@ -75,7 +76,7 @@ def test_files_are_those_that_a_batch_reads(
     # The answer of one, and the target that it names.
     assert found["rules"]["attnlrp"]["hit"]["count"] == 1
     targets = {
-        job.prompt: job.targets[0].token.text
+        job.prompt: job.targets[0].continuation.text
         for request in server.requests
         for job in request.jobs
         if job.prompt
@@ -148,6 +149,49 @@ def test_if_every_prompt_has_its_own_fault_there_is_no_table(
     code, out, err = command("evaluate", corpus, "--json")
     assert (code, err.count("\n")) == (1, 1)
     assert json.loads(out)["failures"] == dict.fromkeys("01", "prompt: is too long")
+
+
+def test_what_is_measured_and_replaced_are_options(
+    command: Run, corpus: str, server: FakeServer
+) -> None:
+    chosen = ("--measure", "probability", "--replace", "id:7", "--keep", "none")
+    explained = ("--target", " dogs", "--contrast", "id:3", "--logprob")
+    code, out, err = command("evaluate", corpus, *QUICK, *chosen, *explained)
+    assert code == 1
+    assert "0: measure: a contrast has no probability" in err
+    server.requests.clear()
+    chosen = ("--measure", "logit", *chosen[2:])
+    code, out, err = command("evaluate", corpus, *QUICK, *chosen, *explained)
+    assert code == 0
+    found = json.loads(out)
+    assert (found["measure"], found["replace_id"], found["keep"]) == ("logit", 7, "none")
+    jobs = [job for request in server.requests for job in request.jobs]
+    traced = next(job for job in jobs if job.sites).targets[0]
+    assert (traced.token.text, traced.contrast.id, traced.logprob) == (" dogs", 3, True)
+    replaced = [list(job.input_ids.ids) for job in jobs if 7 in job.input_ids.ids]
+    assert [7, 7, 7, 7] in replaced or [7, 7, 7, 7, 7] in replaced
+    assert not any(job.edits for job in jobs)
+
+
+def test_a_prompt_that_fails_is_an_exit_code(command: Run, corpus: str, server: FakeServer) -> None:
+    server.faults = lambda spec: [("input", "is too long")] if "cats" in spec.prompt else []
+    code, out, err = command("evaluate", corpus, "--points", "2", "--rule", "attnlrp")
+    assert code == 1
+    assert out.startswith("fake: 1 prompt")
+    assert err == "reltrace: prompt 1: prompt: is too long\n"
+
+
+def test_a_warning_is_told(command: Run, corpus: str, server: FakeServer, tmp_path: Path) -> None:
+    """As `--json` it is part of the result as well."""
+    source = tmp_path / "answers.jsonl"
+    source.write_text('{"prompt": "We have a dog", "answer": [0]}\n')
+    for options in (QUICK, QUICK[:-1]):
+        code, _, err = command("evaluate", str(source), *options)
+        assert code == 0
+        said = "of 1 of 1 prompts the answer has tokens that are kept"
+        assert err.startswith(f"reltrace: warning: {said}")
+    (warning,) = json.loads(command("evaluate", str(source), *QUICK)[1])["warnings"]
+    assert warning.startswith(said)
 
 
 def test_a_terminal_has_a_bar(command: Run, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:

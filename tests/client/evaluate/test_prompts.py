@@ -1,9 +1,12 @@
 """What is evaluated, and where its answer stands."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reltrace
 from make_trace import make_trace
+from reltrace import Target
 from reltrace._evaluate.prompts import Ids, Prompt
 
 TOKENS = ["<s>", "ĠMy", "Ġcats", "Ġlove", "Ġunder", "stand", "ing", "Ġcats"]
@@ -24,14 +27,65 @@ TOKENS = ["<s>", "ĠMy", "Ġcats", "Ġlove", "Ġunder", "stand", "ing", "Ġcats"
 )
 def test_the_tokens_of_an_answer(answer: object, where: list[int]) -> None:
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
-    assert prompt.where(make_trace(tokens=TOKENS)) == where
+    assert prompt.where(make_trace(tokens=TOKENS), len(TOKENS)) == where
+
+
+# "a 😀\ncats cat", where the face is three tokens, as byte-level vocabularies cut it.
+TEXT = "a 😀\ncats cat"
+PIECES = ["a", "Ġ", "ð", "ŁĺĢ", "Ċ", "c", "ats", "Ġcat"]
+OFFSETS = [(0, 1), (1, 2), (2, 3), (2, 3), (3, 4), (4, 5), (5, 8), (8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "where"),
+    [
+        ("😀", [2, 3]),
+        # Without the white space before it.
+        ("cats", [5, 6]),
+        ("\n cats ", [5, 6]),
+        # Where it is whole tokens, though its characters come before.
+        ("cat", [7]),
+        ("😀\ncats", [2, 3, 4, 5, 6]),
+    ],
+)
+def test_a_text_is_found_by_its_characters(answer: str, where: list[int]) -> None:
+    trace = replace(make_trace(tokens=PIECES), text=TEXT, offsets=np.array(OFFSETS))
+    prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
+    assert prompt.where(trace, len(PIECES)) == where
+
+
+def test_an_answer_is_of_the_prompt_and_not_of_what_follows() -> None:
+    trace = make_trace(tokens=[*TOKENS, "Ġdogs"])
+    for answer in ("dogs", [8]):
+        prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
+        with pytest.raises(reltrace.InvalidArgument, match="answer: "):
+            prompt.where(trace, len(TOKENS))
+
+
+def test_a_text_as_target_is_what_follows_the_prompt() -> None:
+    def target(given: object) -> object:
+        return Prompt.of(0, {"prompt": "x", "target": given}).item["target"]
+
+    assert target(" Ankara") == Target(continuation=" Ankara")
+    assert target(Target(" Ankara", logprob=True)) == Target(continuation=" Ankara", logprob=True)
+    # A token, where something is read that no continuation has, or where it is one by its id.
+    for same in (
+        "max",
+        7,
+        Target(),
+        Target(7),
+        Target(" a", position=3),
+        Target(" a", contrast=" b"),
+        Target(continuation=" a b"),
+    ):
+        assert target(same) == same
 
 
 @pytest.mark.parametrize("answer", ["dogs", "cat", "ats", "stand in", [99], []])
 def test_an_answer_that_is_not_there_is_refused(answer: object) -> None:
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
     with pytest.raises(reltrace.InvalidArgument, match="answer: "):
-        prompt.where(make_trace(tokens=TOKENS))
+        prompt.where(make_trace(tokens=TOKENS), len(TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -62,10 +116,7 @@ def test_an_answer_that_is_not_there_is_refused(answer: object) -> None:
             r"prompts\[5\]\.id: must be text or a whole number, not True",
         ),
         ({"prompt": "a", "target": [" b"]}, r"prompts\[5\]\.target: must be one, not several"),
-        (
-            {"prompt": "a", "target": reltrace.Target(continuation=" b c")},
-            r"prompts\[5\]\.target: of a continuation can not be evaluated",
-        ),
+        ({"prompt": "a", "target": ""}, r"prompts\[5\]\.target: must not be empty"),
     ],
 )
 def test_what_is_no_prompt_is_named(given: object, said: str) -> None:

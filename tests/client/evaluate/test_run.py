@@ -98,7 +98,12 @@ def test_what_are_no_prompts(prompts: object, said: str, client: reltrace.Client
     ("wrong", "said"),
     [
         ({"target": [" dogs", " cats"]}, "target: must be one, not several"),
-        ({"target": reltrace.Target(continuation=" a b")}, "target: of a continuation can not be"),
+        (
+            {"target": reltrace.Target(continuation=[1], each=True)},
+            "target: must be one, not several",
+        ),
+        ({"target": ""}, "target: must not be empty"),
+        ({"measure": "log"}, "measure: must be one of"),
         ({"target": 3.5}, "target: must be"),
         ({"model": 3}, "model: must be str"),
         ({"priority": "high"}, "priority: must be one of"),
@@ -177,6 +182,46 @@ def test_located_are_those_that_were_evaluated(server: FakeServer, client: reltr
     hit = found.rules["attnlrp"].hit
     assert hit is not None
     assert hit.count == 1
+
+
+def test_conversations_are_prompts(server: FakeServer, client: reltrace.Client) -> None:
+    """Of which the template's special tokens stay."""
+    chat = [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "The capital of Peru"},
+    ]
+    prompt = {"messages": chat, "answer": "Peru", "target": " Lima"}
+    found = client.evaluate([prompt], rules=["attnlrp", "random"], points=3)
+    assert (found.prompts, found.failures) == (1, {})
+    hit = found.rules["attnlrp"].hit
+    assert hit is not None
+    assert hit.count == 1
+    jobs = [job for request in server.requests for job in request.jobs]
+    (traced,) = [job for job in jobs if job.WhichOneof("input") == "chat"]
+    assert traced.targets[0].continuation.text == " Lima"
+    off = {position for job in jobs for edit in job.edits for position in edit.positions}
+    # <system> and <user> are at 0 and 3.
+    assert off == {1, 2, 4, 5, 6, 7}
+
+
+def test_a_token_in_place_of_others_is_looked_up_first(
+    server: FakeServer, client: reltrace.Client
+) -> None:
+    found = client.evaluate(["We have a dog"], rules=["attnlrp"], points=2, replace=" the")
+    # The server that is asked calls any token so.
+    assert (found.replace, found.replace_id) == (" the", 7)
+    first = server.requests[0].jobs[0]
+    assert (first.targets[0].token.text, first.forward_only) == (" the", True)
+    measured = [
+        list(job.input_ids.ids)
+        for request in server.requests[1:]
+        for job in request.jobs
+        if job.forward_only
+    ]
+    assert [0, 7, 7, 7, 7] in measured
+    server.faults = refusing("targets[0].token", "")  # type: ignore[assignment]
+    with pytest.raises(reltrace.InvalidArgument, match=r"^replace: is not served"):
+        client.evaluate(["We have a dog"], replace=" the")
 
 
 def test_the_bar_counts_prompts(

@@ -295,6 +295,19 @@ async def test_chats_reach_the_worker(client, worker: FakeWorker) -> None:
     assert [lease.spec for lease in leases] == jobs
 
 
+async def test_a_mean_is_set_only_where_workers_know_how(client, channel: grpc.aio.Channel) -> None:
+    model = types_pb2.ModelInfo()
+    model.CopyFrom(MODEL)
+    model.capabilities.remove("edits.mean")
+    await FakeWorker(channel, model=model).connect()
+    edit = types_pb2.Edit(site="embed", scale=0)
+    await client.SubmitJobs(submission(JobSpec(prompt="a", edits=[edit])))
+    edit.mean = True
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(JobSpec(prompt="a", edits=[edit])))
+    assert fields(caught.value) == ["jobs[0].edits.mean"]
+
+
 async def test_one_malformed_job_refuses_the_request_whole(client, worker: FakeWorker) -> None:
     good = JobSpec(prompt="a")
     with pytest.raises(grpc.aio.AioRpcError) as caught:

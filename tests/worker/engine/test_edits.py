@@ -153,6 +153,28 @@ def test_the_embedding_of_a_token_is_switched_off(checkpoints: Checkpoints) -> N
     assert logit(result) == pytest.approx(float(expected), abs=2e-5)
 
 
+@pytest.mark.parametrize("recipe", ["tied", "gemma3"])
+def test_the_mean_embedding_is_that_of_the_vocabulary(
+    checkpoints: Checkpoints, recipe: str
+) -> None:
+    """Gemma's has the factor that its embeddings are multiplied by."""
+    loaded = checkpoints.loaded(recipe)
+    beside = job(loaded, EditSpec("embed", positions=(0,), scale=2.0), forward_only=True, sites=())
+    mean = EditSpec("embed", positions=(1, 3), scale=0.0, mean=True)
+    prepared = job(loaded, mean, forward_only=True, sites=())
+    _, result = run(Engine(loaded, "off"), [beside, prepared])
+    with torch.no_grad():
+        embed = loaded.model.get_input_embeddings()
+        embeddings = embed(torch.tensor([prepared.token_ids], device=loaded.device))
+        factor = float(embeddings[0, 0, 0] / embed.weight[prepared.token_ids[0], 0])
+        embeddings[0, [1, 3]] = embed.weight.mean(0) * factor
+        expected = loaded.model(inputs_embeds=embeddings).logits[0, -1, 7]
+        untouched = plain_logits(loaded, prepared.token_ids)[7]
+    assert (factor > 2) == (recipe == "gemma3")
+    assert abs(expected - untouched) > 1e-3
+    assert logit(result) == pytest.approx(float(expected), abs=5e-5)
+
+
 def test_edits_are_made_in_their_order(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
     set_then_double = (
@@ -315,6 +337,8 @@ def test_a_job_without_backward_gives_the_logits_of_a_trace(checkpoints: Checkpo
         (EditSpec("resid", 0, (), (99,)), r"edits\[0\]\.positions\[0\]: position 99 is outside"),
         (EditSpec("resid", 0, direction=(1.0,)), r"edits\[0\]\.direction: has 1 values; resid"),
         (EditSpec("head", 0, direction=(1.0,)), r"edits\[0\]\.direction: is not for heads"),
+        (EditSpec("resid", 0, mean=True), r"edits\[0\]\.mean: is for the site embed, not resid"),
+        (EditSpec("embed", 0, (1,), mean=True), r"edits\[0\]\.features: is not for the mean"),
         (EditSpec("resid", 0, scale=float("nan")), r"edits\[0\]: has a number beyond what is all"),
     ],
 )

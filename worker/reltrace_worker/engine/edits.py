@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,10 +19,15 @@ from torch.utils.hooks import RemovableHandle
 
 from reltrace_worker.engine.sites import SITES, Side, Site, Tap
 from reltrace_worker.jobs import EditSpec
-from reltrace_worker.model.loading import LoadedModel, ModelShape
+from reltrace_worker.model.loading import LoadedModel
 
 MANY_CELLS = 1024
 """Of one edit. Edits of fewer are made together, in one step for all jobs."""
+
+_ROWS_AT_ONCE = 8192
+
+_means: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
+"""Mean embeddings by embedding module: weights do not change, and a sum over all takes a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +151,13 @@ class Edits:
         # The first edit of every job, then the second of every job that has one, and so on.
         for level in zip_longest(*jobs):
             together = [edit for edit in level if edit is not None]
-            for step in _steps(together, SITES[site], self._loaded.shape, flat.shape[-1]):
+            for step in _steps(together, SITES[site], self._loaded, flat.shape[-1]):
                 flat = step.made(flat)
         return flat.reshape(value.shape)
 
 
 def _steps(
-    edits: Sequence[tuple[EditSpec, Rows]], site: Site, shape: ModelShape, width: int
+    edits: Sequence[tuple[EditSpec, Rows]], site: Site, loaded: LoadedModel, width: int
 ) -> Iterator[_Step]:
     cells: list[tuple[torch.Tensor, torch.Tensor, EditSpec]] = []
     whole: list[tuple[torch.Tensor, EditSpec]] = []
@@ -162,7 +168,7 @@ def _steps(
         if edit.features:
             # Each once: the gradient of a cell that is written twice would be counted twice.
             features = sorted(set(edit.features))
-            columns = [c for f in features for c in site.columns(f, shape, width)]
+            columns = [c for f in features for c in site.columns(f, loaded.shape, width)]
             if len(rows) * len(columns) > MANY_CELLS:
                 # By rows and columns: an index of every cell would take more than the cells.
                 yield _Step(
@@ -189,18 +195,38 @@ def _steps(
     if whole:
         counts = torch.tensor([len(rows) for rows, _ in whole])
         scales = torch.tensor([edit.scale for _, edit in whole])
-        adds = torch.stack(
-            [
-                torch.tensor(edit.direction) if edit.direction else torch.full((width,), edit.value)
-                for _, edit in whole
-            ]
-        )
+        adds = torch.stack([_added(edit, loaded, width) for _, edit in whole])
         yield _Step(
             torch.cat([rows for rows, _ in whole])[:, None],
             torch.arange(width)[None],
             scales.repeat_interleave(counts)[:, None],
             adds.repeat_interleave(counts, dim=0),
         )
+
+
+def _added(edit: EditSpec, loaded: LoadedModel, width: int) -> torch.Tensor:
+    if edit.mean:
+        return mean_embedding(loaded)
+    if edit.direction:
+        return torch.tensor(edit.direction)
+    return torch.full((width,), edit.value)
+
+
+def mean_embedding(loaded: LoadedModel) -> torch.Tensor:
+    """Return the mean of the input embeddings over the vocabulary: float32 [hidden size], CPU.
+
+    Of what the embedding module gives, with the factor that some families multiply by.
+    """
+    module = loaded.model.get_input_embeddings()
+    mean = _means.get(module)
+    if mean is None:
+        size = loaded.shape.vocab_size
+        total = torch.zeros(loaded.shape.hidden_size, dtype=torch.float64)
+        with torch.no_grad():
+            for ids in torch.split(torch.arange(size, device=loaded.device), _ROWS_AT_ONCE):
+                total += module(ids).float().sum(0).cpu()
+        mean = _means[module] = (total / size).float()
+    return mean
 
 
 def _rows(edit: EditSpec, job: Rows) -> torch.Tensor:

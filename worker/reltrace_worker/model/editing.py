@@ -92,6 +92,10 @@ class EditChecker:
                 )
         if edit.direction:
             self._check_direction(edit, field, width, fault)
+        if edit.mean and edit.site != "embed":
+            fault(f"{field}.mean", f"is for the site embed, not {edit.site}")
+        if edit.mean and edit.features:
+            fault(f"{field}.features", "is not for the mean, which is set as a whole")
         if not all(abs(n) <= LARGEST_EDIT for n in (edit.scale, edit.value, *edit.direction)):
             fault(
                 field, f"has a number beyond what is allowed: {-LARGEST_EDIT:g} to {LARGEST_EDIT:g}"

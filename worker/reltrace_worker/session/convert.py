@@ -37,6 +37,7 @@ _SCALAR_TYPES = {dtype: scalar for scalar, dtype in _TORCH_DTYPES.items()}
 
 CAPABILITIES = (
     "edits",
+    "edits.mean",
     "forward_only",
     "generation",
     "generation.stream",
@@ -145,11 +146,12 @@ def _edit_spec(edit: types_pb2.Edit) -> EditSpec:
         layer=edit.layer,
         features=tuple(edit.features),
         positions=tuple(edit.positions),
-        scale={"value": 0.0, "scale": edit.scale}.get(change or "", 1.0),
+        scale={"value": 0.0, "mean": 0.0, "scale": edit.scale}.get(change or "", 1.0),
         value=edit.value if change == "value" else 0.0,
         direction=tuple(np.frombuffer(edit.direction, "<f4").tolist())
         if change == "direction"
         else (),
+        mean=edit.mean,
     )
 
 
