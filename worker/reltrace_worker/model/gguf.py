@@ -61,6 +61,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 
+
 @dataclass(frozen=True, slots=True)
 class _Tensor:
     """Where a tensor stands in the file: shape in torch's order, type as ggml numbers it."""
@@ -388,5 +389,6 @@ class _Weight:
             values[start : start + step] = torch.from_numpy(np.require(chunk, requirements="W"))
         values = values.reshape(self.shape)
         if self.heads:
-            values = values.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+            pairs = values.reshape(self.heads, -1, 2, *self.shape[1:])
+            values = pairs.transpose(1, 2).reshape(self.shape)
         return values

@@ -129,6 +129,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Any:
         "chat_template": metadata.get("tokenizer.chat_template"),
     }
     tokenizer: Any
+    merges: list[Any]
     if kind == "gpt2" and split is not None:
         merges = [tuple(merge.split(" ")) for merge in values["merges"]]
         tokenizer = GPT2Tokenizer(vocab=_numbered(tokens), merges=merges, **options)
@@ -145,9 +146,8 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Any:
         # Runs of spaces are stored as such, and their order, not their scores, is that of merges.
         tokens = ["▁" * len(text) if text.isspace() and "  " in text else text for text in tokens]
         ranks = range(0, -len(tokens), -1)
-        tokenizer = GemmaTokenizer(
-            vocab=_numbered(tokens), merges=list(_merges(tokens, ranks)), **options
-        )
+        merges = list(_merges(tokens, ranks))
+        tokenizer = GemmaTokenizer(vocab=_numbered(tokens), merges=merges, **options)
     elif kind == "llama":
         merges = list(_merges(tokens, values["scores"]))
         tokenizer = LlamaTokenizer(
