@@ -278,6 +278,10 @@ def _load_weights(checkpoint: _Checkpoint, path: str) -> PreTrainedModel:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ModelError(f"the checkpoint {path!r} {fault}: {', '.join(keys[:3])}{more}")
     assert isinstance(model, PreTrainedModel)
+    # Of a checkpoint in fp8, what is not quantized keeps the type that it is stored in.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(checkpoint.options["dtype"])
     return model
 
 
