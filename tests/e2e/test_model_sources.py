@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,6 +40,16 @@ def up(tmp_path: Path) -> Iterator[Callable[..., str]]:
         assert process.stop() == 0
 
 
+def batch(address: str, lines: Path, model: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "reltrace", "batch", str(lines), str(lines.parent / "out")]
+    return subprocess.run(
+        [*command, "--server", address, "--model", model],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
 def test_a_gguf_file_and_a_hub_model(up: Callable[..., str], tmp_path: Path) -> None:
     """
     Given a GGUF file, and a hub model of which the cache has two commits
@@ -50,6 +63,8 @@ def test_a_gguf_file_and_a_hub_model(up: Callable[..., str], tmp_path: Path) -> 
         save_checkpoint(repository / "snapshots" / commit, recipe)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMITS[0])
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text(json.dumps({"prompt": PROMPT}) + "\n")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     models = ["--model", str(path), "--model", "acme/tiny"]
     with reltrace.Client(up(*models, "--dtype", "bfloat16", **offline)) as client:
@@ -60,9 +75,14 @@ def test_a_gguf_file_and_a_hub_model(up: Callable[..., str], tmp_path: Path) -> 
             provenance = client.trace(PROMPT, model=name, dtype="bfloat16").provenance
             assert (provenance.model, provenance.revision) == (name, revision)
             assert provenance.dtype == "bfloat16"
+        assert batch(client.address, lines, "acme/tiny").returncode == 0
     (repository / "refs" / "main").write_text(COMMITS[1])
-    with reltrace.Client(up("--model", "acme/tiny", **offline)) as client:
+    with reltrace.Client(up("--model", "acme/tiny", "--dtype", "bfloat16", **offline)) as client:
         assert client.trace(PROMPT).provenance.revision == COMMITS[1]
+        lines.write_text(lines.read_text() + json.dumps({"prompt": "Another line"}) + "\n")
+        refused = batch(client.address, lines, "acme/tiny")
+    assert refused.returncode != 0
+    assert f"revision is {COMMITS[1]!r}; this batch was" in refused.stderr
 
 
 @pytest.mark.slow
