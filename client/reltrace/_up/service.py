@@ -62,7 +62,9 @@ class UpOptions:
     Attributes
     ----------
     models : tuple of str
-        Folders or hub ids, "demo" for the model that comes with the worker.
+        Folders, GGUF files or hub ids, or "demo" or "smollm2".
+    dtype : str or None
+        Number format of weights and passes; None: the worker's default.
     port : int
         0: any free one.
     data : Path
@@ -76,6 +78,7 @@ class UpOptions:
     """
 
     models: tuple[str, ...]
+    dtype: str | None
     port: int
     data: Path
     workers: int
@@ -276,6 +279,7 @@ def _parts(options: UpOptions, port: int, report: Callable[[str], None]) -> list
     # Not an argument, which every user of the machine can read: the URL may hold a password.
     own = ["--data", str(options.data)] if options.redis is None else []
     redis = {} if options.redis is None else {"RELTRACE_REDIS": options.redis}
+    dtype = [] if options.dtype is None else ["--dtype", options.dtype]
     # -P: a file of the folder that `up` is started in must not pass for a module.
     python = [sys.executable, "-P", "-m"]
     address = f"{HOST}:{port}"
@@ -294,7 +298,7 @@ def _parts(options: UpOptions, port: int, report: Callable[[str], None]) -> list
         parts.append(
             Part(
                 f"worker-{index + 1}",
-                [*python, "reltrace_worker", "--scheduler", address, "--model", model],
+                [*python, "reltrace_worker", "--scheduler", address, "--model", model, *dtype],
                 environment=environment,
                 logs=logs,
                 report=report,

@@ -269,11 +269,22 @@ def test_what_the_parts_are_told(start: Callable[..., Up]) -> None:
     assert re.fullmatch(r" \['--listen', '127\.0\.0\.1:\d+'\] ", arguments)
 
 
+@pytest.mark.parametrize(("options", "told"), [([], False), (["--dtype", "bfloat16"], True)])
+def test_workers_are_told_the_number_format(
+    start: Callable[..., Up], options: list[str], told: bool
+) -> None:
+    up = start(*options)
+    up.ready()
+    assert up.end()[0] == 0
+    log = (up.data / "logs" / "worker-1.log").read_text()
+    assert ("'--dtype', 'bfloat16'" in log) is told
+
+
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import asyncio
 
     monkeypatch.setattr(service, "find_spec", lambda name: None if "worker" in name else object())
-    options = service.UpOptions(("demo",), 0, tmp_path, 1, None, 5)
+    options = service.UpOptions(("demo",), None, 0, tmp_path, 1, None, 5)
     with pytest.raises(reltrace.MissingDependency, match=r"pip install reltrace-worker$"):
         asyncio.run(service.up(options, announce=print, report=print))
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from reference.checkpoints import Recipe, save_checkpoint
+from reference.gguf_files import write_gguf
 from reference.loaded import Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
-from reltrace_worker.errors import ModelError
+from reltrace_worker.errors import InvalidJob, ModelError
 from reltrace_worker.jobs import JobSpec
 from reltrace_worker.model import load_model
 from safetensors.torch import load_file, save_file
@@ -154,7 +159,15 @@ def test_a_sharded_checkpoint_loads_and_a_missing_shard_is_named(
         ),
         (
             lambda f: set_config(f, quantization_config={"quant_method": "bitsandbytes"}),
-            "quantized; supported: weights in float32",
+            "quantized by bitsandbytes; supported: weights in float32",
+        ),
+        (
+            lambda f: set_config(f, quantization_config={"quant_method": "gptq"}),
+            "quantized by gptq; .* Serve the checkpoint that it was made from .* or a GGUF file",
+        ),
+        (
+            lambda f: set_config(f, text_config={"quantization_config": {"quant_method": "awq"}}),
+            "quantized by awq; .* Serve the checkpoint that it was made from .* or a GGUF file",
         ),
         (
             lambda f: set_config(
@@ -243,12 +256,165 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(source: str) -> None:
 
 
 def test_a_file_is_not_a_model(folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"config\.json is a file; a model is a folder"):
+    with pytest.raises(ModelError, match=r"config\.json is a file; a model is .*, a \.gguf file"):
         load_model(str(folder / "config.json"))
 
 
-def test_a_hub_that_can_not_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline mode takes the same path as a hub that does not answer, without the retries."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="the config of 'nobody/nothing-here' can not be read"):
-        load_model("nobody/nothing-here")
+FP8_BLOCK = 16
+
+
+def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix in blocks, as fp8 checkpoints hold it: weights and scales."""
+    rows, columns = (size // FP8_BLOCK for size in weight.shape)
+    blocks = weight.reshape(rows, FP8_BLOCK, columns, FP8_BLOCK)
+    scales = blocks.abs().amax((1, 3)) / 448
+    scaled = (blocks / scales[:, None, :, None]).reshape(weight.shape)
+    return scaled.to(torch.float8_e4m3fn), scales
+
+
+def from_fp8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    grown = scales.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    return weight.float() * grown
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_in_fp8_is_dequantized(folder: Path, dtype: str) -> None:
+    """
+    Given a checkpoint whose linear layers are in fp8 with a scale per block
+    I expect a plain model of the values that they stand for, in one number format.
+    """
+    wanted = {}
+
+    def quantize(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if name.endswith("proj.weight")]:
+            weights[name], scales = to_fp8(weights[name])
+            weights[f"{name}_scale_inv"] = scales
+            wanted[name] = from_fp8(weights[name], scales)
+
+    change_weights(folder, quantize)
+    fp8 = {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+    set_config(folder, quantization_config=fp8)
+    loaded = load_model(str(folder), dtype=dtype)
+    assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
+    assert loaded.model.get_submodule("model.rotary_emb").inv_freq.dtype == torch.float32
+    weights = loaded.model.state_dict()
+    assert len(wanted) == 7 * 3
+    for name, values in wanted.items():
+        assert torch.equal(weights[name], values.to(getattr(torch, dtype))), name
+    assert getattr(loaded.model.config, "quantization_config", None) is None
+    run(Engine(loaded), prepare(loaded, JobSpec("A cat")))
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "default"}, 128),
+        # Case: a prompt of 300 tokens was refused.
+        ({"rope_type": "yarn", "factor": 4.0}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "linear", "factor": 2.5}, 320),
+        ({"rope_type": "dynamic", "factor": 4.0}, 512),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            128,
+        ),
+    ],
+)
+def test_the_context_follows_scaled_rotary_embeddings(
+    folder: Path, rope: dict[str, Any], longest: int
+) -> None:
+    """
+    Given rotary embeddings that are scaled
+    I expect the context that vLLM gives them, prompts of that length, and less on request.
+    """
+    set_config(folder, rope_parameters={"rope_theta": 1e4, **rope})
+    loaded = load_model(str(folder))
+    assert loaded.describe().context_length == longest
+    longest_prompt = tuple(10 + i % 300 for i in range(longest))
+    (result,) = run(Engine(loaded), prepare(loaded, JobSpec(longest_prompt)))
+    assert result.tensors[0].values.isfinite().all()
+    with pytest.raises(InvalidJob, match=f"{longest + 1} tokens; .* holds {longest}"):
+        prepare(loaded, JobSpec((*longest_prompt, 9)))
+    assert load_model(str(folder), context=100).context_length == 100
+    for asked in (0, longest + 1):
+        with pytest.raises(ModelError, match=f"{asked} is not possible; .*: 1 to {longest} tokens"):
+            load_model(str(folder), context=asked)
+
+
+def test_dynamic_rotations_depend_on_no_other_prompt(folder: Path) -> None:
+    """
+    Given dynamic rotary embeddings, whose frequencies transformers takes from the longest prompt
+    If a short prompt runs alone, and beside one beyond max_position_embeddings
+    I expect the same numbers; and those of unscaled embeddings where the context ends there.
+    """
+    set_config(folder, max_position_embeddings=64)
+    plain = load_model(str(folder))
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    set_config(folder, rope_parameters=rope)
+    short, long = tuple(range(20, 60)), tuple(10 + i % 300 for i in range(250))
+    loaded = load_model(str(folder))
+    alone, beside = (
+        run(Engine(loaded), prepare(loaded, *(JobSpec(ids) for ids in prompts)))[0]
+        for prompts in ([short], [short, long])
+    )
+    torch.testing.assert_close(
+        beside.tensors[0].values, alone.tensors[0].values, rtol=1e-3, atol=1e-5
+    )
+    unscaled = load_model(str(folder), context=64)
+    ours, wanted = (run(Engine(m), prepare(m, JobSpec(short)))[0] for m in (unscaled, plain))
+    torch.testing.assert_close(ours.tensors[0].values, wanted.tensors[0].values)
+    assert not torch.allclose(alone.tensors[0].values, wanted.tensors[0].values, rtol=1e-2)
+
+
+PEAK = """
+import sys, threading
+from reltrace_worker.model import load_model
+
+def anonymous():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return 1024 * int(lines["RssAnon"].split()[0])
+
+before = peak = anonymous()
+stop = threading.Event()
+
+def watch():
+    global peak
+    while not stop.wait(0.001):
+        peak = max(peak, anonymous())
+
+watching = threading.Thread(target=watch)
+watching.start()
+model = load_model(sys.argv[1], dtype=sys.argv[2], device="cpu").model
+stop.set()
+watching.join()
+print((peak - before) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_weights_are_in_memory_once(tmp_path: Path, kind: str, dtype: str) -> None:
+    """
+    Given a model of 37 million weights, in float32 or as Q8_0
+    If a fresh process loads it
+    I expect its memory to grow by the weights and what little tokenizer and headers take.
+    """
+    recipe = Recipe(
+        layers=6, hidden_size=512, heads=8, key_value_heads=8, intermediate_size=2048,
+        vocab_size=12_288,
+    )  # fmt: skip
+    if kind == "gguf":
+        path = write_gguf(tmp_path / "a.gguf", recipe, GGMLQuantizationType.Q8_0)
+    else:
+        path = save_checkpoint(tmp_path / "a", recipe)
+    command = [sys.executable, "-c", PEAK, str(path), dtype]
+    growth = float(subprocess.check_output(command, text=True, timeout=300))
+    assert growth < 1.6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,21 +21,17 @@ from reltrace_worker.results import JobResult
 from reltrace_worker.rules import RULES, verify_rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-needs_accelerate = pytest.mark.skipif(
-    find_spec("accelerate") is None, reason="accelerate is not installed"
-)
-
 
 @pytest.fixture
 def without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither accelerate nor bitsandbytes, and no CUDA device."""
+    """No bitsandbytes, and no CUDA device."""
     monkeypatch.setattr(placement, "find_spec", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
 def with_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both packages and one CUDA device, as far as the checks can see."""
+    """bitsandbytes and one CUDA device, as far as the checks can see."""
     monkeypatch.setattr(placement, "find_spec", lambda _: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -46,8 +41,6 @@ def with_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device_map": "auto"}, "a device_map needs accelerate.*pip install accelerate"),
-        ({"device_map": {"": "cpu"}}, "a device_map needs accelerate.*pip install accelerate"),
         ({"device_map": "balanced"}, "'balanced' is not supported; supported: auto"),
         ({"device_map": "auto", "device": "cpu"}, "'cpu' and a device_map exclude each other"),
         ({"load_in_4bit": True}, "needs a CUDA device; this model would be on 'cpu'"),
@@ -64,7 +57,6 @@ def test_what_is_missing_is_named(
 def test_a_split_over_gpus_needs_gpus(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "find_spec", lambda _: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match=r"splits a model over GPUs, and torch .* no CUDA device"):
         load_model(str(checkpoints.folder("plain")), device_map="auto")
@@ -82,6 +74,10 @@ def test_the_options_of_from_pretrained(monkeypatch: pytest.MonkeyPatch) -> None
     """As in LXT's examples/quantized_llama.py: four bits, computed with in bfloat16."""
     split = choose_placement("auto", "auto", "auto")
     assert split.options == {"dtype": torch.bfloat16, "device_map": "auto"}
+    # Weight by weight to the only device, too.
+    alone = choose_placement("cuda:0", "float32")
+    assert alone.options == {"dtype": torch.float32, "device_map": {"": "cuda:0"}}
+    assert choose_placement("cpu", "auto").options == {"dtype": torch.float32}
     # The quantization config asks for the version of the package it is meant for.
     monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
     four_bits = choose_placement("cuda:0", "auto", load_in_4bit=True).options
@@ -112,10 +108,10 @@ def test_a_model_that_is_offloaded_does_not_fit(
     model.hf_device_map = places
     try:
         if fits:
-            chosen.settle(model)
+            chosen.check(model)
         else:
             with pytest.raises(ModelError, match=r"does not fit .*: model\.layers\.1 would be"):
-                chosen.settle(model)
+                chosen.check(model)
     finally:
         del model.hf_device_map
 
@@ -153,7 +149,6 @@ def compute_on(loaded: LoadedModel, places: dict[str, Any], main: torch.device) 
     )
 
 
-@needs_accelerate
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("name", ["grouped", *FAMILY_RECIPES])
 def test_accelerate_moves_tensors_and_changes_no_bit(
@@ -218,7 +213,6 @@ class MetaAsDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@needs_accelerate
 @pytest.mark.parametrize("devices", [("cpu", "meta"), ("meta", "cpu")])
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("name", ["grouped", "qwen3", "gemma3"])
@@ -243,7 +237,6 @@ def test_no_operation_of_a_split_model_mixes_devices(
     assert len(results) == len(SPECS)
 
 
-@needs_accelerate
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("name", ["grouped", *FAMILY_RECIPES])
@@ -266,7 +259,6 @@ def test_layers_on_two_devices_give_the_numbers_of_one(
     _assert_equal(ours, wanted, 1e-4)
 
 
-@needs_accelerate
 def test_a_mapping_over_the_cpu_loads(checkpoints: Checkpoints) -> None:
     folder: Path = checkpoints.folder("tied")
     loaded = load_model(str(folder), device_map={"": "cpu"})

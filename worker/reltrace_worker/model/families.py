@@ -20,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -167,6 +168,8 @@ TEXT_PARTS: dict[str, TextPart] = {
 # A pack holds prompts of many lengths, and these rotary embeddings choose their frequencies by
 # the longest position of the whole forward: a result would depend on its neighbours.
 _PACK_DEPENDENT_ROPE = frozenset({"longrope"})
+# So do these, but they can be given the frequencies of one length.
+_DYNAMIC_ROPE = "dynamic"
 
 
 def family_named(model_type: str) -> Family:
@@ -204,12 +207,10 @@ def check_config(config: Any) -> None:
         Its rotary embeddings depend on the other prompts of a pass, or its attention is not
         causal; names the setting.
     """
-    rope: dict[str, Any] = config.rope_parameters or {}
-    # Models with local and global layers have one set of parameters for each kind of layer.
-    per_kind = [value for value in rope.values() if isinstance(value, dict)]
-    for parameters in per_kind or [rope]:
-        rope_type = parameters.get("rope_type", "default")
-        if rope_type in _PACK_DEPENDENT_ROPE:
+    for rope_type in (rope.get("rope_type", "default") for rope in _rope_parameters(config)):
+        if rope_type in _PACK_DEPENDENT_ROPE or (
+            rope_type == _DYNAMIC_ROPE and len(_rope_parameters(config)) > 1
+        ):
             raise ModelError(
                 f"rope type {rope_type!r} is not supported: its frequencies depend on the longest "
                 "prompt of a pass, so a result would depend on what it was computed with"
@@ -219,3 +220,67 @@ def check_config(config: Any) -> None:
             "use_bidirectional_attention is not supported: a token's logits would depend on what "
             "follows it"
         )
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Return the parameters of the rotary embeddings, one for each kind of layer."""
+    rope: dict[str, Any] = config.rope_parameters or {}
+    return [value for value in rope.values() if isinstance(value, dict)] or [rope]
+
+
+def context_length(config: Any, asked: int | None = None) -> int:
+    """Return how many tokens a prompt may have.
+
+    Scaled rotary embeddings reach further than ``max_position_embeddings`` says, by the rule of
+    vLLM (``_get_and_verify_max_len``): linear and dynamic ones its multiple by their factor, yarn
+    the multiple of the length before scaling. Of llama3, and of Gemma 3, it is the length after it.
+
+    Parameters
+    ----------
+    config
+        Of a loaded model.
+    asked
+        Less than that, if somebody wants less.
+
+    Raises
+    ------
+    ModelError
+        More is asked for; says how much is allowed.
+    """
+    longest = float(config.max_position_embeddings)
+    ropes = _rope_parameters(config)
+    if len(ropes) == 1 and ropes[0].get("rope_type") in ("linear", "yarn", _DYNAMIC_ROPE):
+        if ropes[0]["rope_type"] == "yarn":
+            longest = ropes[0].get("original_max_position_embeddings") or longest
+        longest *= ropes[0].get("factor") or 1.0
+    if asked is not None and not 1 <= asked <= longest:
+        raise ModelError(
+            f"a context length of {asked} is not possible; of this model, allowed: 1 to "
+            f"{int(longest)} tokens"
+        )
+    return int(longest) if asked is None else asked
+
+
+def fix_frequencies(model: PreTrainedModel, length: int) -> None:
+    """Give dynamic rotary embeddings the frequencies of prompts of one length, as vLLM does.
+
+    They would change with the longest prompt of a pass. Up to ``max_position_embeddings`` they are
+    the unscaled ones.
+
+    Parameters
+    ----------
+    model
+        Loaded.
+    length
+        Its context length in tokens.
+    """
+    if _rope_parameters(model.config)[0].get("rope_type") != _DYNAMIC_ROPE:
+        return
+    rotary: Any = model.get_submodule("model.rotary_emb")
+    frequencies, rotary.attention_scaling = ROPE_INIT_FUNCTIONS[_DYNAMIC_ROPE](
+        model.config, rotary.inv_freq.device, seq_len=length
+    )
+    for buffer in (rotary.inv_freq, rotary.original_inv_freq):
+        buffer.copy_(frequencies)
+    # Computed as it stands from here on.
+    rotary.rope_type = "default"

@@ -1,27 +1,49 @@
-"""Loading a model: safetensors alone, never remote code, never random weights."""
+"""Loading a model: safetensors and GGUF alone, never remote code, never random weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    FineGrainedFP8Config,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from reltrace_worker.errors import ModelError
-from reltrace_worker.model.families import FAMILIES, TEXT_PARTS, Family, check_config, family_named
+from reltrace_worker.model.families import (
+    FAMILIES,
+    TEXT_PARTS,
+    Family,
+    check_config,
+    context_length,
+    family_named,
+    fix_frequencies,
+)
+from reltrace_worker.model.gguf import GgufFile
 from reltrace_worker.model.placement import (
     DeviceMap,
     Placement,
     choose_placement,
     device_name,
 )
-from reltrace_worker.model.source import check_folder, folder_revision, local_folder
+from reltrace_worker.model.source import (
+    check_folder,
+    find_source,
+    first_line,
+    quantization,
+)
 
 # Older checkpoints carry the rotary frequencies, which are computed from the config.
 _IGNORED_KEY = "rotary_emb.inv_freq"
@@ -85,10 +107,10 @@ class LoadedModel:
     tokenizer
         Its tokenizer.
     name
-        Hub id, or name of the local folder, unless another was given.
+        Hub id, or name of the folder or file, unless another was given.
     revision
-        Commit hash of the hub, or a hash over the folder's files; ends in ``"+4bit"`` where the
-        weights were quantized.
+        Commit of the hub, or a digest of the folder's files or of the GGUF file; ends in
+        ``"+4bit"`` where the weights were quantized.
     family
         Its row of the architecture table.
     shape
@@ -135,17 +157,11 @@ class LoadedModel:
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _read_config(path: str, revision: str | None) -> dict[str, Any]:
+def _read_config(path: str) -> dict[str, Any]:
     try:
-        config, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+        config, _ = PretrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the config of {path!r} can not be read: {_first_line(error)}") from error
-    if not config:
-        raise ModelError(f"{path!r} has no config.json, or the hub can not be reached")
+        raise ModelError(f"the config of {path!r} can not be read: {first_line(error)}") from error
     return dict(config)
 
 
@@ -154,10 +170,6 @@ def _model_type(config: dict[str, Any]) -> str:
     if not isinstance(model_type, str):
         raise ModelError(f"config.json names no model_type; supported: {', '.join(FAMILIES)}")
     family_named(model_type)
-    if config.get("quantization_config") is not None:
-        raise ModelError(
-            "the checkpoint is quantized; supported: weights in float32, bfloat16 or float16"
-        )
     return model_type
 
 
@@ -176,29 +188,69 @@ def _dimensions(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _text_part(path: str, revision: str | None, model_type: str) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained`` that load a checkpoint's text part."""
-    whole = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    config = whole.text_config
-    config._commit_hash = getattr(whole, "_commit_hash", None)
-    return {"config": config, "key_mapping": {f"^{TEXT_PARTS[model_type].prefix}": ""}}
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """What is loaded, and how ``from_pretrained`` takes its weights.
 
+    Parameters
+    ----------
+    shards
+        The files of a folder's weights.
+    gguf
+        The file, if it is one.
+    model_type
+        In its config.
+    tokenizer
+        Its tokenizer.
+    options
+        The arguments of ``from_pretrained``.
+    ignored
+        How the names of weights begin that are left out.
+    """
 
-def _load_weights(
-    path: str, revision: str | None, model_type: str, placement: Placement
-) -> PreTrainedModel:
-    family = family_named(model_type)
+    shards: Sequence[Path]
+    gguf: GgufFile | None
+    model_type: str
+    tokenizer: Any
+    options: dict[str, Any]
     ignored: tuple[str, ...] = ()
+
+
+def _open_gguf(path: Path, placement: Placement) -> _Checkpoint:
+    file = GgufFile(path)
+    config = file.config()
+    model_type = _model_type(config)
+    # transformers takes these as it takes a safetensors file: one by one, to their device.
+    options = {
+        "pretrained_model_name_or_path": None,
+        "config": AutoConfig.for_model(**config),
+        "state_dict": file.weights(placement.dtype),
+    }
+    return _Checkpoint((), file, model_type, file.tokenizer(), placement.options | options)
+
+
+def _open_folder(folder: Path, placement: Placement) -> _Checkpoint:
+    shards, path = check_folder(folder), str(folder)
+    config = _read_config(path)
+    model_type = _model_type(config)
+    options = placement.options | {"pretrained_model_name_or_path": path, "use_safetensors": True}
+    ignored: tuple[str, ...] = ()
+    if quantization(config) is not None:
+        if placement.load_in_4bit:
+            raise ModelError("the checkpoint is quantized already, which excludes load_in_4bit")
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    if model_type in TEXT_PARTS:
+        whole = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        prefix, ignored = TEXT_PARTS[model_type].prefix, TEXT_PARTS[model_type].others
+        options |= {"config": whole.text_config, "key_mapping": {f"^{prefix}": ""}}
+    return _Checkpoint(shards, None, model_type, _load_tokenizer(path), options, ignored)
+
+
+def _load_weights(checkpoint: _Checkpoint, path: str) -> PreTrainedModel:
+    family = family_named(checkpoint.model_type)
     try:
-        options = placement.options
-        if model_type in TEXT_PARTS:
-            options |= _text_part(path, revision, model_type)
-            ignored = TEXT_PARTS[model_type].others
         model, info = family.causal_lm.from_pretrained(
-            path,
-            **options,
-            revision=revision,
-            use_safetensors=True,
+            **checkpoint.options,
             trust_remote_code=False,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -206,7 +258,7 @@ def _load_weights(
             ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{path!r} can not be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{path!r} can not be loaded: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     mismatched = sorted(
         f"{key} ({_dimensions(stored)} instead of {_dimensions(expected)})"
@@ -215,7 +267,7 @@ def _load_weights(
     unexpected = sorted(
         key
         for key in info["unexpected_keys"]
-        if _IGNORED_KEY not in key and not key.startswith(ignored)
+        if _IGNORED_KEY not in key and not key.startswith(checkpoint.ignored)
     )
     for fault, keys in (
         ("lacks weights that its architecture has", missing),
@@ -226,16 +278,20 @@ def _load_weights(
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ModelError(f"the checkpoint {path!r} {fault}: {', '.join(keys[:3])}{more}")
     assert isinstance(model, PreTrainedModel)
+    # Of a checkpoint in fp8, what is not quantized keeps the type that it is stored in.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(checkpoint.options["dtype"])
     return model
 
 
-def _load_tokenizer(path: str, revision: str | None) -> Any:
+def _load_tokenizer(path: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     # A damaged tokenizer.json surfaces as a bare Exception of the tokenizers library.
     except Exception as error:
         raise ModelError(
-            f"the tokenizer of {path!r} can not be loaded: {_first_line(error)}"
+            f"the tokenizer of {path!r} can not be loaded: {first_line(error)}"
         ) from error
 
 
@@ -248,15 +304,20 @@ def load_model(
     name: str | None = None,
     device_map: DeviceMap | None = None,
     load_in_4bit: bool = False,
+    context: int | None = None,
 ) -> LoadedModel:
     """Load a model of a supported architecture.
+
+    Weights are read, and dequantized where they are quantized (GGUF, fp8), one by one and to the
+    device where they stay. A digest of their files is computed meanwhile, in another thread.
 
     Parameters
     ----------
     source
-        Local folder (config, safetensors weights, tokenizer) or hub id.
+        Folder (config, safetensors weights, tokenizer), GGUF file, or hub id.
     revision
-        Branch, tag or commit of a hub id.
+        Branch, tag or commit of a hub id; of a GGUF file ``sha256:`` and the beginning of its
+        digest, which is checked.
     dtype
         ``"float32"``, ``"bfloat16"``, or ``"auto"``: float32 on the CPU, bfloat16 on CUDA.
         The checkpoint itself may be stored in float16.
@@ -270,6 +331,8 @@ def load_model(
     load_in_4bit
         Quantize the weights of the linear layers by bitsandbytes, on CUDA. `dtype` is that of
         what is computed with them. Not run so far: it follows LXT's ``quantized_llama.py``.
+    context
+        Longest prompt in tokens; default: what the model's config allows.
 
     Returns
     -------
@@ -282,32 +345,31 @@ def load_model(
         Says what is wrong and what is supported.
     """
     placement = choose_placement(device, dtype, device_map, load_in_4bit)
-    folder = local_folder(source)
-    if folder is not None:
-        if revision is not None:
-            raise ModelError(f"a revision ({revision!r}) is for hub ids; {source} is a folder")
-        check_folder(folder)
-    path = source if folder is None else str(folder)
-    model_type = _model_type(_read_config(path, revision))
-    tokenizer = _load_tokenizer(path, revision)
-    with _no_progress_bars():
-        model = _load_weights(path, revision, model_type, placement)
+    found = find_source(source, revision)
+    if load_in_4bit and found.is_gguf:
+        raise ModelError("a GGUF file is quantized already, which excludes load_in_4bit")
+    opened = (_open_gguf if found.is_gguf else _open_folder)(found.path, placement)
+    with ThreadPoolExecutor(1, "digest") as beside, _no_progress_bars():
+        # hashlib and torch let go of the interpreter, and both read the pages of one file cache.
+        digest = beside.submit(found.revision, opened.shards)
+        model = _load_weights(opened, str(found.path if found.commit is None else source))
+        weights = digest.result()
     config: Any = model.config
     check_config(config)
-    placement.settle(model)
+    placement.check(model)
+    length = context_length(config, context)
+    fix_frequencies(model, length)
+    if opened.gguf is not None:
+        opened.gguf.scale_rotations(model)
     module: nn.Module = model
     embeddings: Any = model.get_input_embeddings()
     module.requires_grad_(False).train(False)
-    if folder is None:
-        weights = str(getattr(config, "_commit_hash", None) or revision or "main")
-    else:
-        weights = folder_revision(folder)
     return LoadedModel(
         model=model,
-        tokenizer=tokenizer,
-        name=name or (source if folder is None else folder.resolve().name),
+        tokenizer=opened.tokenizer,
+        name=name or found.name,
         revision=f"{weights}+4bit" if load_in_4bit else weights,
-        family=family_named(model_type),
+        family=family_named(opened.model_type),
         shape=ModelShape(
             layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
@@ -317,5 +379,5 @@ def load_model(
         ),
         dtype=placement.dtype,
         device=embeddings.weight.device,
-        context_length=config.max_position_embeddings,
+        context_length=length,
     )

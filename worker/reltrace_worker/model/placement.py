@@ -46,26 +46,24 @@ class Placement:
         options: dict[str, Any] = {"dtype": self.dtype}
         if self.device_map is not None:
             options["device_map"] = self.device_map
+        elif self.device.type != "cpu":
+            # Weight by weight to the device: the host's memory never holds all of them.
+            options["device_map"] = {"": str(self.device)}
         if self.load_in_4bit:
             # As in LXT's examples/quantized_llama.py; float16 would overflow in the gradients.
             options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
                 load_in_4bit=True, bnb_4bit_compute_dtype=self.dtype
             )
-            # Quantized where they stay: the weights can not be moved afterwards.
-            options.setdefault("device_map", {"": str(self.device)})
         return options
 
-    def settle(self, model: PreTrainedModel) -> None:
-        """Move a loaded model to its device, or check where accelerate has put its parts.
+    def check(self, model: PreTrainedModel) -> None:
+        """Check where accelerate has put the parts of a loaded model.
 
         Raises
         ------
         ModelError
             A part was offloaded from where it is computed; names the first.
         """
-        if "device_map" not in self.options:
-            torch.nn.Module.to(model, self.device)
-            return
         places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
         on_gpus = not set(places.values()) <= {"cpu", "disk"}
         for name, place in places.items():
@@ -97,7 +95,6 @@ def choose_placement(
             raise ModelError(f"device {device!r} and a device_map exclude each other; give one")
         if isinstance(device_map, str) and device_map != "auto":
             raise ModelError(f"device_map {device_map!r} is not supported; supported: auto")
-        _need("accelerate", "a device_map")
         if device_map == "auto" and not torch.cuda.is_available():
             raise ModelError(
                 "device_map 'auto' splits a model over GPUs, and torch "
@@ -110,8 +107,11 @@ def choose_placement(
             raise ModelError(
                 f"load_in_4bit needs a CUDA device; this model would be on {target.type!r}"
             )
-        _need("bitsandbytes", "load_in_4bit")
-        _need("accelerate", "load_in_4bit")
+        if find_spec("bitsandbytes") is None:
+            raise ModelError(
+                "load_in_4bit needs bitsandbytes, which is not installed; install it with: "
+                "pip install bitsandbytes"
+            )
     return Placement(target, _dtype(dtype, target), device_map, load_in_4bit)
 
 
@@ -122,14 +122,6 @@ def device_name(devices: tuple[torch.device, ...]) -> str:
         for device in devices
     )
     return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in names.items())
-
-
-def _need(package: str, what: str) -> None:
-    if find_spec(package) is None:
-        raise ModelError(
-            f"{what} needs {package}, which is not installed; install it with: "
-            f"pip install {package}"
-        )
 
 
 def _device(name: str) -> torch.device:

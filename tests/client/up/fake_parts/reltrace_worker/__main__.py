@@ -26,5 +26,6 @@ if model == "stubborn":
 else:
     signal.signal(signal.SIGTERM, lambda *_: (note("stop"), os._exit(0)))
 note("start")
+print("arguments", sys.argv[1:], flush=True)
 while True:
     signal.pause()
