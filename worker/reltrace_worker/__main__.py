@@ -113,7 +113,7 @@ def worker(
         str,
         typer.Option(
             envvar="RELTRACE_MAX_TOKENS",
-            help="Tokens in one pass; auto: found by measuring memory at start.",
+            help="Most tokens in one pass; auto: as many as fit into memory.",
         ),
     ] = "auto",
     memory_gib: Annotated[
