@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -400,3 +403,31 @@ def test_what_is_available_is_what_is_free_and_no_more_than_the_limit(
     loaded = checkpoints.loaded("plain")
     assert 0 < Planner(loaded, None).available < 1 << 50
     assert Planner(loaded, 1000).available == 1000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries trim differently")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """
+    Given 400 MiB in blocks that glibc keeps when they are freed, because one in use stands above
+    If memory is trimmed
+    I expect the process to hold less than 100 MiB of it.
+    """
+    script = """
+import torch
+from reltrace_worker.engine.budget import Trimmer, _resident_bytes
+trimmer = Trimmer()
+trimmer.trim()
+before = _resident_bytes()
+blocks = [torch.ones(1 << 13) for _ in range(12800)]
+top = torch.ones(1 << 13)
+del blocks
+kept = _resident_bytes() - before
+trimmer.trim()
+print(kept >> 20, (_resident_bytes() - before) >> 20)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    kept, left = map(int, done.stdout.split())
+    assert kept > 300
+    assert left < 100

@@ -50,6 +50,8 @@ class Planner:
         self._limit = free_host_bytes() // 2 if limit is None and self._on_cpu else limit
         self._read_at, self._host = -math.inf, 0
         self._ratios: dict[tuple[str, bool], float] = {}
+        # Torch's profiler wants to be set up by the thread that imported torch.
+        peak_bytes(loaded, lambda: None)
 
     @property
     def available(self) -> int:

@@ -140,12 +140,10 @@ class Turns:
                 return
             jobs = [job.job for job in batch]
             work = sum(job.extent for job in jobs) * max(_passes(job) for job in jobs)
-            speed, known = work / max(seconds, 1e-6), self._speeds.get(jobs[0].kind, 0.0)
-            if speed > known:
-                self._speeds[jobs[0].kind] = speed
-            elif seconds > PASS_SECONDS:
-                # A shorter pass is slower per token, which says nothing of a full one.
-                self._speeds[jobs[0].kind] = (speed + known) / 2
+            speed, kind = work / max(seconds, 1e-6), jobs[0].kind
+            # A short pass is slower per token, which says nothing of a full one.
+            if speed > self._speeds.get(kind, 0.0) or seconds > PASS_SECONDS:
+                self._speeds[kind] = speed
 
     def next_half_done(self) -> HalfDone | None:
         """Return what is half done, where nothing is ready or it is its turn."""
