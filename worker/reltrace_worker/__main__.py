@@ -122,7 +122,7 @@ def worker(
         str,
         typer.Option(
             envvar="RELTRACE_MAX_TOKENS",
-            help="Tokens in one pass; auto: found by measuring memory at start.",
+            help="Most tokens in one pass; auto: as many as fit into memory.",
         ),
     ] = "auto",
     memory_gib: Annotated[
@@ -238,6 +238,11 @@ def worker(
     # Only now: torch and transformers take seconds to import, and --help should not. What they
     # make stays: looking for garbage among it takes a second here, and again now and then.
     gc.disable()
+    # Threads that spin while they wait for each other lose whole time slices where something else
+    # computes: a pass took ten times as long on two busy cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Torch's profiler announces every use on stderr otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from reltrace_worker.serving import PassOptions, serve, sources
 
     gc.freeze()

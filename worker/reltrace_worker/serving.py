@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import structlog
+import torch
 from reltrace_proto.v1 import types_pb2
 
 from reltrace_worker.demo import DEMO_MODEL
@@ -62,7 +63,7 @@ class PassOptions:
     context_length : int or None
         Longest prompt in tokens; None: what each model allows.
     max_tokens : int or None
-        Tokens in one pass; None: found by measuring memory.
+        Tokens in one pass; None: as many as fit into memory.
     memory_gib : float or None
         Memory that a pass may use; None: what is free, as `Engine` says.
     """
@@ -172,7 +173,7 @@ def smollm2_path() -> Path:
 def serve(
     models: Sequence[ModelSource], options: PassOptions, spans: Spans | None = None
 ) -> Served:
-    """Load all models, then measure what passes over each may take beside the weights of all.
+    """Load all models, then plan what passes over each may take beside the weights of all.
 
     Raises
     ------
@@ -192,8 +193,7 @@ def serve(
             context=options.context_length,
         )
         _check_name(one.name, [other.name for other in loaded])
-        for rule in RULES.values():
-            verify_rule(one.model, rule)
+        _verify_rules(one)
         log.info("model.loaded", model=one.name, revision=one.revision, device=str(one.device))
         loaded.append(one)
     # One thread for all: passes over different models take turns, as those over one do.
@@ -219,6 +219,17 @@ def serve(
     )
 
 
+def _verify_rules(one: LoadedModel) -> None:
+    threads = torch.get_num_threads()
+    # Probes of three tokens: threads that wait for each other take seconds where others compute.
+    torch.set_num_threads(1)
+    try:
+        for rule in RULES.values():
+            verify_rule(one.model, rule)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _check_name(name: str, others: Sequence[str]) -> None:
     if not name:
         raise ModelError("--name must not be empty")
@@ -237,10 +248,9 @@ def _runner(
 ) -> Runner:
     limit = None if options.memory_gib is None else int(options.memory_gib * 2**30)
     engine = Engine(one, options.checkpointing, limit, compile=options.compile)
-    engine.measure()
     budget = options.max_tokens or engine.token_budget()
     log.info(
-        "memory.measured",
+        "memory.planned",
         model=one.name,
         tokens_per_pass=budget,
         checkpointing=options.checkpointing,

@@ -10,6 +10,7 @@ from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reference.strongest import by_hand, listed, sums
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import PASS_TOKENS, Slice
+from reltrace_worker.engine.plan import Planner
 from reltrace_worker.engine.site_atlas import values_of
 from reltrace_worker.errors import EngineError
 from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
@@ -172,7 +173,7 @@ def test_an_atlas_says_whether_its_passes_were_checkpointed(checkpoints: Checkpo
     """
     loaded = checkpoints.loaded("deep")
     prompts = prepare(loaded, *(JobSpec(prompt, sites=("neuron",)) for prompt in PROMPTS))
-    model = Engine(loaded).measure()
+    model = Planner(loaded, None)
     keeping, checkpointed = (model.need(prompts, mode) for mode in (False, True))
     assert checkpointed < keeping - 1
     for limit, said in ((keeping, False), (keeping - 1, True)):

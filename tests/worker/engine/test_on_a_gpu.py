@@ -13,7 +13,7 @@ from bench.models import SHAPES, build, job, prompts
 from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.engine.memory import peak_bytes
+from reltrace_worker.engine.memory import MemoryModel, peak_bytes
 from reltrace_worker.errors import EngineError
 from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
 from reltrace_worker.model import LoadedModel, load_model
@@ -97,12 +97,11 @@ def test_bfloat16_runs_in_the_kernel_of_variable_length(
 def test_a_pass_needs_no_more_memory_than_planned(
     wide: LoadedModel, sites: tuple[str, ...], checkpointing: bool
 ) -> None:
-    memory = Engine(wide).measure()
     jobs = [replace(each, sites=sites) for each in mixed(wide, 30)]
     engine = Engine(wide, "on" if checkpointing else "off")
     run(engine, jobs)
     peak = peak_bytes(wide, lambda: run(engine, jobs))
-    need = memory.need(jobs, checkpointing)
+    need = MemoryModel(wide).need(jobs, checkpointing)
     assert peak <= 1.05 * need + MIB
     assert need < 4 * peak
 
@@ -152,7 +151,6 @@ def test_memory_that_runs_out_costs_a_smaller_pack_and_no_job(wide: LoadedModel,
 
 def test_a_job_that_can_not_fit_fails_alone(wide: LoadedModel, room: Any) -> None:
     engine = Engine(wide)
-    engine.measure()
     long, short = job(list(range(6000))), job([3, 1, 4, 1, 5])
     room(200 * MIB)
     failed, done = engine.run([long, short])

@@ -10,7 +10,7 @@ import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.generate import Text, Writing
-from reltrace_worker.engine.memory import peak_bytes
+from reltrace_worker.engine.memory import MemoryModel, peak_bytes
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
 from reltrace_worker.jobs import GenerationSpec, JobSpec, PreparedJob
@@ -187,8 +187,7 @@ def test_the_plan_holds_what_texts_need(
         loaded,
         *(JobSpec(tuple(range(20, 20 + n)), sites=(), generation=how) for n in lengths),
     )
-    engine = Engine(loaded)
-    need = engine.measure().need_to_write(batch)
+    need = MemoryModel(loaded).need_to_write(batch)
 
     def write() -> None:
         finished(Texts(loaded, batch, lambda _: None))
@@ -201,7 +200,7 @@ def test_the_plan_holds_what_texts_need(
 def test_want_of_memory_is_found_before_it_runs_out(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("deep")
     batch = jobs(loaded, 4)
-    model = Engine(loaded).measure()
+    model = MemoryModel(loaded)
     limit = max(model.need_to_write([job]) for job in batch)
     assert model.need_to_write(batch) > limit
     found = Engine(loaded, memory_bytes=limit).run(batch)

@@ -14,9 +14,11 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.texts import Texts
-from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob, PreparedTarget, Term
+from reltrace_worker.session.encoding import Ready
 from reltrace_worker.session.leases import FailedAttempt, LeaseKey
 from reltrace_worker.session.runner import Runner
+from reltrace_worker.session.turns import Turns
 
 
 @pytest.fixture
@@ -126,6 +128,71 @@ async def test_a_text_is_handed_out_when_it_has_ended_and_padding_counts(
     assert runner.running == frozenset()
     # A pass is what ran, not what was handed out.
     assert (runner.stats.passes, runner.stats.jobs) == (2, 3)
+
+
+def ready(number: int, tokens: int, targets: int = 1, rule: str = "attnlrp") -> Ready:
+    target = PreparedTarget((Term(tokens - 1, 0),))
+    job = PreparedJob((5,) * tokens, ("",) * tokens, ("resid",), "token", rule, (target,) * targets)
+    return Ready(LeaseKey(f"j-{number}", 1), worker_pb2.Lease(), job, float(number))
+
+
+def sizes(turns: Turns, seconds: Callable[[int], float]) -> list[int]:
+    """Run all jobs that wait, passes taking so long by their tokens; return their numbers."""
+    found = []
+    while batch := turns.next_batch():
+        found.append(len(batch))
+        turns.passed(batch, seconds(sum(job.job.extent for job in batch)))
+    return found
+
+
+def test_passes_take_about_a_second_as_is_learned_from_those_before() -> None:
+    """
+    Given a model that traces 400 tokens a second, plus a tenth of a second for every pass
+    I expect a small first pass, then passes of nearly a second, and each rule for itself.
+    """
+    turns = Turns(4096)
+    turns.add([ready(number, 20) for number in range(100)])
+    first, *others, _ = sizes(turns, lambda tokens: 0.1 + tokens / 400)
+    assert first == 6
+    assert all(0.7 <= 0.1 + 20 * jobs / 400 <= 1.1 for jobs in others[2:]), others
+    turns.add([ready(number, 20, rule="cp_lrp") for number in range(100)])
+    assert len(turns.next_batch()) == 6
+
+
+def test_passes_grow_to_the_tokens_that_fit_and_shrink_where_they_take_long() -> None:
+    turns = Turns(1000)
+    turns.add([ready(number, 20) for number in range(200)])
+    assert sizes(turns, lambda _: 0.01) == [6, 50, 50, 50, 44]
+    assert turns.room == 1000
+    turns.add([ready(number, 20) for number in range(400)])
+    # Something else computes on this machine now.
+    assert sizes(turns, lambda tokens: tokens / 100) == [50, *[5] * 70]
+
+
+def test_a_pass_of_many_targets_is_smaller() -> None:
+    turns = Turns(4096)
+    turns.add([ready(number, 20) for number in range(40)])
+    turns.passed(turns.next_batch(), 0.12)
+    assert sum(job.job.extent for job in turns.next_batch()) == 680
+    turns.take_back()
+    turns.add([ready(number, 20, targets=9) for number in range(40)])
+    batch = turns.next_batch()
+    assert 10 * 20 * len(batch) <= 2000 < 10 * 20 * (len(batch) + 1)
+
+
+async def test_freed_memory_is_given_back_when_nothing_waits(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed = threading.Event()
+    monkeypatch.setattr(engine, "trim", trimmed.set)
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
+    await runner.add([lease(0, 60), lease(1, 60)])
+    assert await results(runner) == ["j-0"]
+    assert not trimmed.is_set()
+    assert await results(runner) == ["j-1"]
+    waiting = asyncio.create_task(runner.next_results())
+    assert await asyncio.to_thread(trimmed.wait, 20)
+    waiting.cancel()
 
 
 class Slow:

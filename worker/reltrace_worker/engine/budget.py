@@ -1,31 +1,22 @@
-"""How much memory there is on the devices of a model, and what a pass may use of it."""
+"""How much memory there is, on the devices of a model and in the host, and giving it back."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import math
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-
-from reltrace_worker.model.loading import LoadedModel
 
 GIB = 1 << 30
 
 _MARGIN = 0.9
 """Share of what is free that a pass may count on: allocators lose some to fragments."""
 
-
-_FRESH = 0.5
-"""Seconds for which a reading of a CPU's free memory counts."""
-
-
-def devices_of(loaded: LoadedModel) -> list[torch.device]:
-    """Return the devices that hold weights of a model."""
-    return sorted({p.device for p in loaded.model.parameters()}, key=str)
+_TRIM = 256 << 20
+"""Bytes of freed memory that the process may keep: below, the next pass would only ask again."""
 
 
 def _read_number(path: str) -> int | None:
@@ -36,62 +27,31 @@ def _read_number(path: str) -> int | None:
         return None
 
 
-def _free_on_cpu() -> int:
+def free_host_bytes() -> int:
+    """Return the bytes of the host's memory that a pass could allocate now."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        # Not Linux: all of the memory, of which the budget takes half.
+        # Not Linux: all of the memory, of which the plan takes half.
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # A container may have less than its machine.
     limit = _read_number("/sys/fs/cgroup/memory.max")
     used = _read_number("/sys/fs/cgroup/memory.current")
     if limit is not None and used is not None:
         free = min(free, max(0, limit - used))
-    return free
+    return int(_MARGIN * free)
 
 
-def free_bytes(loaded: LoadedModel) -> int:
-    """Return the bytes that a pass could allocate now on the devices of a model."""
-    if loaded.device.type != "cuda":
-        return _free_on_cpu()
+def free_bytes(devices: Sequence[torch.device]) -> int:
+    """Return the bytes of some GPUs that a pass could allocate now."""
     total = 0
-    for device in devices_of(loaded):
+    for device in devices:
         free, _ = torch.cuda.mem_get_info(device)
         # What torch holds but does not use is free to us.
         total += free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return total
-
-
-class Budget:
-    """The bytes that a pass may use.
-
-    Parameters
-    ----------
-    loaded
-        The model, whose device is asked.
-    limit
-        Bytes that a pass may use; None: what is free on CUDA, half of what was free when the
-        budget was made on a CPU, where others live too.
-    """
-
-    def __init__(self, loaded: LoadedModel, limit: int | None = None) -> None:
-        self._loaded = loaded
-        if limit is None and loaded.device.type != "cuda":
-            limit = free_bytes(loaded) // 2
-        self._limit = limit
-        self._read_at = -math.inf
-        self._free = 0
-
-    def available(self) -> int:
-        """Return the bytes that a pass may use now; on a CPU, half a second ago at most."""
-        # Three files of the kernel's: a good part of a short prompt's pass.
-        now = time.monotonic()
-        if self._loaded.device.type == "cuda" or now - self._read_at > _FRESH:
-            self._free, self._read_at = free_bytes(self._loaded), now
-        free = int(_MARGIN * self._free)
-        return free if self._limit is None else min(free, self._limit)
+    return int(_MARGIN * total)
 
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
@@ -110,6 +70,26 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+class Trimmer:
+    """Gives freed memory of the host back to the system; glibc's allocator keeps most of it."""
+
+    def __init__(self) -> None:
+        # None: another C library than glibc.
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self._resident = 0
+
+    def trim(self) -> None:
+        """Trim, if the process has grown since the last time."""
+        if self._trim is not None and _resident_bytes() > self._resident + _TRIM:
+            self._trim(0)
+            self._resident = _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def in_gib(count: float) -> str:

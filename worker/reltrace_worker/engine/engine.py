@@ -10,17 +10,17 @@ from weakref import WeakKeyDictionary
 import torch
 
 from reltrace_worker.engine.atlas import AtlasCapture, Slice
-from reltrace_worker.engine.budget import is_out_of_memory, release
+from reltrace_worker.engine.budget import Trimmer, is_out_of_memory, release
 from reltrace_worker.engine.capture import Capture
 from reltrace_worker.engine.clock import PHASES, PassClock
-from reltrace_worker.engine.memory import MemoryModel, head_size
+from reltrace_worker.engine.memory import head_size
 from reltrace_worker.engine.pack import Pack, Scalar
 from reltrace_worker.engine.passes import predict, trace_checkpointed, trace_keeping
 from reltrace_worker.engine.plan import Planner
 from reltrace_worker.engine.resolve import hints, resolve
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.jobs import PreparedCorpus, PreparedJob, PreparedTarget, Term
+from reltrace_worker.jobs import PreparedCorpus, PreparedJob
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.vocabulary import Vocabulary
 from reltrace_worker.results import JobResult
@@ -38,7 +38,7 @@ MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
 _KEEPING_PAYS_FROM = 1024
 """Tokens per pass: with room for so many, passes without checkpointing are the faster ones."""
 
-_PROBE_RULE = "attnlrp"
+_USUAL_RULE = "attnlrp"
 
 _STEPS = 16
 """Tokens that texts go on by at a time."""
@@ -93,9 +93,8 @@ class Engine:
         self._loaded = loaded
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._checkpointing = checkpointing
-        # A limit is to be kept, whatever the mode.
-        always = checkpointing == "auto" or memory_bytes is not None
-        self._planner = Planner(loaded, self._probe, memory_bytes, always=always)
+        self._planner = Planner(loaded, memory_bytes)
+        self._trimmer = Trimmer()
         self._lock = _lock_of(loaded.model)
         self._rules: Callable[[str], Rule] = RULES.__getitem__
         if compile:
@@ -110,29 +109,22 @@ class Engine:
         """Name of the attention kernel, for a result's provenance."""
         return kernel_for(self._loaded.device, self._loaded.dtype, head_size(self._loaded)).name
 
-    def measure(self) -> MemoryModel:
-        """Measure what passes over this model need, once, and plan passes by it from now on."""
-        with self._lock:
-            return self._planner.measure(_PROBE_RULE)
-
-    def _probe(self, rule: str, tokens: int, checkpointing: bool) -> None:
-        target = PreparedTarget((Term(tokens - 1, 0),))
-        job = PreparedJob((0,) * tokens, ("",) * tokens, ("resid",), "token", rule, (target,))
-        self._pass(rule, [job], checkpointing)
-
     def token_budget(self) -> int:
-        """Return how many tokens to put into one pass, by measurement; at least 1.
+        """Return how many tokens to put into one pass; at least 1.
 
         As many as fit without checkpointing where that is allowed and they are enough to keep
         the device busy, else as many as fit with it; never more than ``MOST_TOKENS``.
         """
-        memory, available = self.measure(), self._planner.available
-        fitting = memory.checkpointed.tokens(available)
+        fitting = self._planner.tokens(_USUAL_RULE, checkpointing=True)
         if self._checkpointing != "on":
-            kept = memory.keeping.tokens(available)
+            kept = self._planner.tokens(_USUAL_RULE, checkpointing=False)
             if self._checkpointing == "off" or kept >= _KEEPING_PAYS_FROM:
                 fitting = kept
         return max(1, min(fitting, MOST_TOKENS[self._loaded.device.type]))
+
+    def trim(self) -> None:
+        """Give the host's memory back that passes have freed; call it when nothing waits."""
+        self._trimmer.trim()
 
     def run(self, batch: Sequence[PreparedJob]) -> list[Outcome]:
         """Run every job; those of one kind (what it does, by which rule) share a pass.
@@ -166,7 +158,6 @@ class Engine:
         try:
             with self._lock:
                 for (_, rule), indices in by_kind.items():
-                    self._planner.prepare(rule or _PROBE_RULE)
                     outcomes = self._run_jobs(rule, [batch[index] for index in indices])
                     results.update(zip(indices, outcomes, strict=True))
         except torch.AcceleratorError as error:
@@ -180,11 +171,8 @@ class Engine:
             return self._write(jobs)
         alone = len(jobs) == 1
         modes = {"on": [True], "auto": [False, True], "off": [False, True] if alone else [False]}
-        # Running out of memory is harmless on CUDA, where the plan's margin may be too wide; a
-        # CPU's memory is promised first and missing later, which takes the process down.
-        try_anyway = alone and self._loaded.device.type == "cuda"
         for checkpointing in modes[self._checkpointing]:
-            if not (self._planner.fits(jobs, checkpointing) or (checkpointing and try_anyway)):
+            if not self._planner.fits(jobs, checkpointing, try_anyway=alone and checkpointing):
                 continue
             outcomes = self._run_pack(rule, jobs, checkpointing)
             if outcomes is not None:
@@ -219,7 +207,9 @@ class Engine:
     ) -> list[Outcome] | None:
         """Run one pass; None where memory ran out."""
         try:
-            return self._pass(rule, jobs, checkpointing)
+            return self._planner.measured(
+                jobs, checkpointing, lambda: self._pass(rule, jobs, checkpointing)
+            )
         except EngineError:
             raise
         except Exception as error:
@@ -283,8 +273,6 @@ class Engine:
         jobs
             All with a `generation`.
         """
-        with self._lock:
-            self._planner.prepare(_PROBE_RULE)
         return Texts(self._loaded, jobs, self._planner.fault_of_texts)
 
     def go_on(self, texts: Texts, tokens: int, wrote: Callable[[], None] | None = None) -> None:
@@ -314,8 +302,6 @@ class Engine:
         EngineError
             Its tables do not fit into memory.
         """
-        with self._lock:
-            self._planner.prepare(corpus.rule)
         if (fault := self._planner.fault_of_atlas(corpus.k)) is not None:
             raise fault
         return Slice(self._loaded, corpus)
@@ -336,7 +322,6 @@ class Engine:
             return
         jobs = [corpus.prompts[index] for index in chosen]
         with self._lock:
-            self._planner.prepare(corpus.rule)
             checkpointing = self._checkpointing == "on" or not self._planner.fits(jobs, False)
             if not self._planner.fits(jobs, checkpointing):
                 raise self._planner.too_large(jobs)

@@ -1,102 +1,140 @@
-"""Whether a pass may be tried: by what was measured of passes, and the memory there is."""
+"""Whether a pass may be tried: by what it needs, and the memory there is."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import TypeVar
+
+import structlog
 
 from reltrace_worker.engine.atlas import Slice
-from reltrace_worker.engine.budget import Budget, in_gib
-from reltrace_worker.engine.memory import MemoryModel, measure
+from reltrace_worker.engine.budget import free_bytes, free_host_bytes, in_gib
+from reltrace_worker.engine.memory import MemoryModel, peak_bytes
 from reltrace_worker.errors import EngineError
 from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel
 
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+_FRESH = 0.5
+"""Seconds for which a reading of host memory counts: three files, a good part of a short pass."""
+
+_TELLING = 64
+"""Tokens from which on the peak of a pass says what longer ones need."""
+
+
+_SAFETY = 1.05
+"""What other passes may take beyond a measured one, in proportion."""
+
 
 class Planner:
-    """Plans by measurement, once there is one; before, everything may be tried.
+    """Plans passes by `MemoryModel`, corrected by what the first pass of a rule and mode took.
 
     Parameters
     ----------
     loaded
         The model.
-    probe
-        Runs a pass by a rule over one prompt of so many tokens, with or without checkpointing.
-    memory_bytes
-        Bytes that a pass may use; None: what is free on CUDA, half of what is free on a CPU.
-    always
-        Measure before the first pass.
+    limit
+        Bytes that a pass may use; None: what is free on CUDA, half of what is free now on a CPU,
+        where others live too.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        probe: Callable[[str, int, bool], object],
-        memory_bytes: int | None,
-        *,
-        always: bool,
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, limit: int | None) -> None:
         self._loaded = loaded
-        self._probe = probe
-        self._budget = Budget(loaded, memory_bytes)
-        self._always = always
-        self._measured: dict[str, MemoryModel] = {}
+        self._memory = MemoryModel(loaded)
+        self._on_cpu = loaded.device.type == "cpu"
+        self._limit = free_host_bytes() // 2 if limit is None and self._on_cpu else limit
+        self._read_at, self._host = -math.inf, 0
+        self._ratios: dict[tuple[str, bool], float] = {}
+        # Torch's profiler wants to be set up by the thread that imported torch.
+        peak_bytes(loaded, lambda: None)
 
     @property
     def available(self) -> int:
-        """Bytes that a pass may use now."""
-        return self._budget.available()
+        """Bytes of the model's devices that a pass may use now."""
+        free = self._free_on_host() if self._on_cpu else free_bytes(self._loaded.devices)
+        return free if self._limit is None else min(free, self._limit)
 
-    def measure(self, rule: str) -> MemoryModel:
-        """Measure what passes by a rule need, once; from then on passes are planned."""
-        found = self._measured.get(rule)
-        if found is None:
-            found = measure(self._loaded, partial(self._probe, rule))
-            self._measured[rule] = found
-        return found
+    def _free_on_host(self) -> int:
+        now = time.monotonic()
+        if now - self._read_at > _FRESH:
+            self._host, self._read_at = free_host_bytes(), now
+        return self._host
 
-    def prepare(self, rule: str) -> None:
-        """Measure passes by a rule, where passes are planned."""
-        if self._always or self._measured:
-            self.measure(rule)
+    def tokens(self, rule: str, checkpointing: bool) -> int:
+        """Return how many tokens fit into a pass that asks for no more than ``resid``."""
+        return self.available // self._memory.per_token(rule, checkpointing)
 
-    def fits(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> bool:
-        """Whether a pass over jobs may be tried."""
-        measured = self._measured.get(jobs[0].rule)
-        return measured is None or measured.need(jobs, checkpointing) <= self.available
+    def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
+        """Return the bytes that a pass needs: on a CPU with its results, which lie there too."""
+        ratio = self._ratios.get((jobs[0].rule, checkpointing), 1.0)
+        device = int(ratio * self._memory.need(jobs, checkpointing))
+        return device + (self._memory.results(jobs) if self._on_cpu else 0)
+
+    def fits(
+        self, jobs: Sequence[PreparedJob], checkpointing: bool, *, try_anyway: bool = False
+    ) -> bool:
+        """Whether a pass over jobs may be tried; `try_anyway`: whatever it needs of a GPU.
+
+        Running out of memory is harmless on CUDA, where the plan's margin may be too wide; a
+        CPU's memory is promised first and missing later, which takes the process down.
+        """
+        if not self._on_cpu and self._memory.results(jobs) > self._free_on_host():
+            return False
+        if try_anyway and not self._on_cpu:
+            return True
+        return self.need(jobs, checkpointing) <= self.available
+
+    def measured(self, jobs: Sequence[PreparedJob], checkpointing: bool, run: Callable[[], T]) -> T:
+        """Run a pass; the first of a rule and mode that tells enough corrects the plan.
+
+        What the shapes do not tell, such as what an unknown activation keeps, is found so. A plan
+        only grows by it: passes that ask for other things may need all that was computed.
+        """
+        key = (jobs[0].rule, checkpointing)
+        tokens = sum(len(job.token_ids) for job in jobs)
+        if key in self._ratios or tokens < _TELLING or jobs[0].forward_only:
+            return run()
+        found: list[T] = []
+        peak = peak_bytes(self._loaded, lambda: found.append(run()))
+        need = self.need(jobs, checkpointing)
+        self._ratios[key] = max(1.0, _SAFETY * peak / need)
+        log.info("memory.measured", rule=jobs[0].rule, tokens=tokens, planned=need, peak=peak)
+        return found[0]
 
     def too_large(self, jobs: Sequence[PreparedJob]) -> EngineError:
         """Return what is said of a pass that fits in no way."""
         tokens = sum(len(job.token_ids) for job in jobs)
         what = "one prompt" if len(jobs) == 1 else f"a pass of {len(jobs)} prompts"
-        return self._beyond(
-            f"{what} of {tokens} tokens does not fit into memory, even with checkpointing",
-            self.measure(jobs[0].rule).need(jobs, checkpointing=True),
-        )
+        what = f"{what} of {tokens} tokens does not fit into memory, even with checkpointing"
+        results, host = self._memory.results(jobs), self._free_on_host()
+        if not self._on_cpu and results > host:
+            return _beyond(f"{what}: its results lie in the host's", results, host)
+        return _beyond(what, self.need(jobs, checkpointing=True), self.available)
 
     def fault_of_texts(self, jobs: Sequence[PreparedJob]) -> EngineError | None:
         """Return why jobs can not be written together; None: that may be tried."""
-        # One alone may be tried on CUDA, where running out of memory is harmless.
-        if not self._measured or (len(jobs) == 1 and self._loaded.device.type == "cuda"):
-            return None
-        # No rule is applied: one's passes, without their backward, are as good as another's.
-        need = next(iter(self._measured.values())).need_to_write(jobs)
-        if need <= self.available:
+        need = self._memory.need_to_write(jobs)
+        if need <= self.available or (len(jobs) == 1 and not self._on_cpu):
             return None
         most = max(job.extent for job in jobs)
         what = f"writing up to {most} tokens, prompts included, does not fit into memory"
-        return self._beyond(what, need)
+        return _beyond(what, need, self.available)
 
     def fault_of_atlas(self, k: int) -> EngineError | None:
         """Return why the tables of an atlas can not be; None: they can."""
         need = Slice.size(self._loaded.shape, k)
-        if not self._measured or need <= self.available:
+        if need <= self.available:
             return None
-        return self._beyond(f"an atlas of {k} places does not fit into memory", need)
+        return _beyond(f"an atlas of {k} places does not fit into memory", need, self.available)
 
-    def _beyond(self, what: str, need: int) -> EngineError:
-        available = self.available
-        return EngineError(
-            f"{what}: it needs {need} bytes ({in_gib(need)}) and {available} "
-            f"({in_gib(available)}) are available"
-        )
+
+def _beyond(what: str, need: int, available: int) -> EngineError:
+    return EngineError(
+        f"{what}: it needs {need} bytes ({in_gib(need)}) and {available} "
+        f"({in_gib(available)}) are available"
+    )

@@ -49,7 +49,7 @@ class Runner:
     Parameters
     ----------
     max_tokens : int
-        Tokens in one pass; a longer prompt is a pass of its own.
+        Most tokens in one pass; a longer prompt is a pass of its own.
     engine_thread : ThreadPoolExecutor, optional
         One thread, on which passes run, shared with the runners of other models.
     spans : Spans, optional
@@ -165,6 +165,7 @@ class Runner:
         while True:
             self._order_passes()
             if not self._passes:
+                loop.run_in_executor(self._engine_thread, self._engine.trim)
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
@@ -219,11 +220,13 @@ class Runner:
         if batch[0].job.takes_many_passes:
             return self._begin(batch, crowded)
         started = time.perf_counter()
+        results: Sequence[Outcome] = ()
         try:
             results = self._run_engine(batch)
         finally:
-            self._turns.passed()
-        return self._done(batch, results, time.perf_counter() - started, crowded)
+            seconds = time.perf_counter() - started
+            self._turns.passed(batch if results else (), seconds)
+        return self._done(batch, results, seconds, crowded)
 
     def _begin(self, batch: list[Ready], crowded: int) -> Done | None:
         """Begin what takes many passes, and go on with it for a while."""
@@ -317,7 +320,7 @@ class Runner:
         if over:
             self.stats.passes += 1
             # A longer prompt is a pass of its own.
-            self.stats.capacity += max(tokens, self._max_tokens)
+            self.stats.capacity += max(tokens, self._turns.room)
         failed = sum(isinstance(result, EngineError) for result in results)
         self.stats.failed += failed
         self.stats.jobs += len(batch) - failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +17,13 @@ from reltrace_worker.session.encoding import Ready
 from reltrace_worker.session.leases import LeaseKey
 
 Outcome = JobResult | EngineError
+
+PASS_SECONDS = 1.0
+"""About how long a pass of traces takes at most, where it holds more than one job: so long do
+others wait. Longer passes are hardly faster per token."""
+
+_FIRST_TOKENS = 128
+"""In the first pass of a kind, whose speed is not known."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,12 +49,14 @@ class Turns:
     Parameters
     ----------
     max_tokens : int
-        Tokens in one pass; a longer prompt is a pass of its own.
+        Most tokens in one pass; a longer prompt is a pass of its own.
 
     Attributes
     ----------
     lock : Lock
         Held while a batch is changed.
+    room : int
+        Tokens for which the last batch had room.
     running : frozenset of LeaseKey
         Leases in the pass that is under way, and in what is half done.
     """
@@ -54,6 +64,9 @@ class Turns:
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
         self.lock = threading.Lock()
+        self.room = max_tokens
+        # Work per second of the passes of each kind.
+        self._speeds: dict[tuple[str, str], float] = {}
         self._ready: deque[Ready] = deque()
         self._half_done: deque[HalfDone] = deque()
         self._half_done_is_next = False
@@ -98,26 +111,39 @@ class Turns:
         with self.lock:
             # Of what takes many passes one of each kind at a time: it holds memory meanwhile.
             begun = {half_done.kind for half_done in self._half_done}
-            kinds = (job.job.kind for job in self._ready)
-            kind = next((kind for kind in kinds if kind not in begun), None)
-            if kind is None:
+            jobs = (job.job for job in self._ready)
+            first = next((job for job in jobs if job.kind not in begun), None)
+            if first is None:
                 return []
             batch: list[Ready] = []
             left: deque[Ready] = deque()
-            room = _Room(self._max_tokens)
+            work = math.inf
+            if not first.takes_many_passes:
+                speed = self._speeds.get(first.kind)
+                work = _FIRST_TOKENS * _passes(first) if speed is None else speed * PASS_SECONDS
+            room = _Room(self._max_tokens, work)
             for job in self._ready:
-                if job.job.kind == kind and room.takes(job.job):
+                if job.job.kind == first.kind and room.takes(job.job):
                     batch.append(job)
                 else:
                     left.append(job)
             self._ready = left
+            self.room = room.tokens
             self._note_running(batch)
         return batch
 
-    def passed(self) -> None:
-        """Note that a pass is over."""
+    def passed(self, batch: Sequence[Ready] = (), seconds: float = 0.0) -> None:
+        """Note that a pass is over; of a batch that was traced, how long it took."""
         with self.lock:
             self._note_running()
+            if not batch:
+                return
+            jobs = [job.job for job in batch]
+            work = sum(job.extent for job in jobs) * max(_passes(job) for job in jobs)
+            speed, kind = work / max(seconds, 1e-6), jobs[0].kind
+            # A short pass is slower per token, which says nothing of a full one.
+            if speed > self._speeds.get(kind, 0.0) or seconds > PASS_SECONDS:
+                self._speeds[kind] = speed
 
     def next_half_done(self) -> HalfDone | None:
         """Return what is half done, where nothing is ready or it is its turn."""
@@ -161,6 +187,11 @@ class Turns:
         self.running = frozenset(job.key for job in [*batch, *half_done])
 
 
+def _passes(job: PreparedJob | PreparedCorpus) -> int:
+    """Return how many times a job's tokens go through the model: forward, and once per target."""
+    return 1 if not isinstance(job, PreparedJob) or job.forward_only else 1 + len(job.targets)
+
+
 class _Room:
     """What else fits into a pass.
 
@@ -168,19 +199,28 @@ class _Room:
     ----------
     tokens : int
         Of a pass; a longer prompt is a pass of its own.
+    work : float
+        Of a pass of traces: tokens times how often they go through the model.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
-        self._jobs = self._sum = self._longest = 0
+    def __init__(self, tokens: int, work: float) -> None:
+        self._tokens, self._work = tokens, work
+        self._jobs = self._sum = self._longest = self._passes = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that there was room for, in such a pass as it has become."""
+        return int(min(self._tokens, self._work / max(1, self._passes)))
 
     def takes(self, job: PreparedJob | PreparedCorpus) -> bool:
         """Tell whether a job fits into the pass, and count it if it does."""
-        longest = max(self._longest, job.extent)
+        longest, passes = max(self._longest, job.extent), max(self._passes, _passes(job))
         # Texts are padded to the longest of them; an atlas is made alone.
         padded = isinstance(job, PreparedJob) and job.generation is not None
         needed = (self._jobs + 1) * longest if padded else self._sum + job.extent
-        if self._jobs and (needed > self._tokens or isinstance(job, PreparedCorpus)):
+        fits = needed <= self._tokens and needed * passes <= self._work
+        if self._jobs and (not fits or isinstance(job, PreparedCorpus)):
             return False
-        self._jobs, self._sum, self._longest = self._jobs + 1, self._sum + job.extent, longest
+        self._jobs, self._sum = self._jobs + 1, self._sum + job.extent
+        self._longest, self._passes = longest, passes
         return True
