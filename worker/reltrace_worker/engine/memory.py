@@ -136,6 +136,11 @@ class MemoryModel:
         total = line.at(tokens) + self.per_prompt * len(jobs)
         # Logits, their gradient, and three float32 copies for log-probabilities.
         for job in jobs:
+            if job.only_terms:
+                # Of each term a row of the hidden states and one of the weights, as float32.
+                terms = sum(len(target.terms) for target in job.targets)
+                total += terms * self.hidden_size * 4 * 4
+                continue
             rows = len({term.position for target in job.targets for term in target.terms})
             copies = 3 * 4 if any(target.logprob for target in job.targets) else 0
             total += rows * self.vocab_size * (2 * self.itemsize + copies)
