@@ -7,6 +7,7 @@ against the loaded model and turns it into a :class:`PreparedJob`; the engine tu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 TokenRef = str | int

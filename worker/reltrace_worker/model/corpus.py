@@ -79,9 +79,7 @@ def _faults(spec: JobSpec, asked: CorpusSpec, rules: Collection[str]) -> list[Vi
     if not 1 <= (count := len(asked.prompts)) <= MOST_PROMPTS:
         found.append(Violation("corpus.prompts", f"are {count}; allowed: 1 to {MOST_PROMPTS}"))
     if not 1 <= spec.k <= MOST_PLACES:
-        found.append(
-            Violation("top_k", f"is {spec.k}; of an atlas, allowed: 1 to {MOST_PLACES}")
-        )
+        found.append(Violation("top_k", f"is {spec.k}; of an atlas, allowed: 1 to {MOST_PLACES}"))
     if spec.rule not in rules:
         allowed = ", ".join(rules)
         found.append(Violation("rule", f"rule {spec.rule!r} is unknown; allowed: {allowed}"))
@@ -108,11 +106,12 @@ def _explaining(job: PreparedJob, asked: CorpusSpec, corpus: PreparedCorpus) -> 
     job = replace(job, text="", offsets=(), turns=(), hints=(), candidates=False)
     if not asked.positions:
         return job
+    left_out = () if asked.keep_special else corpus.special
     # What is explained at a place that is not counted, and only there, would be of no effect.
     terms = [
         Term(position, ids[position + 1])
         for position in corpus.counted(ids)
-        if position + 1 < len(ids) and (asked.keep_special or ids[position + 1] not in corpus.special)
+        if position + 1 < len(ids) and ids[position + 1] not in left_out
     ]
     if not terms:
         why = f"has {len(ids)} tokens, and none of them follows one that is counted"

@@ -86,7 +86,8 @@ def single_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> AbstractC
         logits = (hidden.float() * head.weight[wanted].float()).sum(-1, keepdim=True)
         return logits if head.bias is None else logits + head.bias[wanted, None]
 
-    return instance_forwards([_patch(model.get_output_embeddings(), forward)])
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return instance_forwards([_patch(head, forward)])
 
 
 @contextmanager
