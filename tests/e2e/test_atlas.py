@@ -416,7 +416,8 @@ def test_the_commands_show_and_find(built: Path, say: Callable[..., Said]) -> No
         strongest = match["strongest"]
         context = "".join(strongest["tokens"][: strongest["position"] + 3])
         assert "love to play" in context
-    assert "love to play" in " ".join(say("find", str(built), "love to play").text.split())
+    listed = say("find", str(built), "love to play").text.replace("⟦", "").replace("⟧", "")
+    assert "love to play" in " ".join(listed.split())
     assert "No neuron has it" in say("find", str(built), "quantum chromodynamics").text
 
 
