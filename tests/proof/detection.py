@@ -217,11 +217,12 @@ class Detection:
         """Compare labels with drawn ones, at the places of a list."""
         random = np.random.default_rng(seed)
         places = self.places(name)
-        drawn = [
-            self.areas(random.permuted(self.own(), axis=1), places) for _ in range(DRAWN + 1)
-        ]
+        own, features = self.own(), self.roles.shape[1]
+        # Each time that of the neuron so many further on, so that none is a neuron's own.
+        steps = 1 + random.choice(features - 1, DRAWN + 1, replace=False)
+        drawn = [self.areas((own + step) % features, places) for step in steps]
         best = np.max(drawn[:-1], axis=0)
-        area = self.areas(self.own(), places)
+        area = self.areas(own, places)
         return Detected(
             places=name,
             labelled=Share.of_all((self.roles >= 0).any(-1)),

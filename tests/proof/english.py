@@ -1,6 +1,6 @@
 """Real English: passages of Debian's package `fortunes`, which is read and not shipped.
 
-    apt-get install fortunes
+apt-get install fortunes
 """
 
 from __future__ import annotations
