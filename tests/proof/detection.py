@@ -20,7 +20,7 @@ import numpy as np
 import reltrace
 from numpy.typing import NDArray
 from reltrace._atlas.contexts import BEFORE
-from reltrace._atlas.labels import chosen
+from reltrace._atlas.labels import chosen, is_word
 from reltrace._atlas.part import LISTS
 from reltrace._pictures.display import label as readable
 
@@ -235,9 +235,10 @@ class Detection:
     def examples(self, most: int, least: int) -> list[Example]:
         """Return neurons whose label holds best in the held-out text.
 
-        The rule: those whose label and whose held-out places are of at least so many prompts, by
-        the area of the label at the strongest places of positive relevance; of neurons whose labels
-        begin with the same word in the same role the first one.
+        The rule: neurons whose label begins with a word (not with punctuation), and whose label and
+        whose held-out places are of at least so many prompts; by the area of the label at the
+        strongest places of positive relevance; of each layer one, and of labels that begin with the
+        same word in the same role one.
         """
         area = self.areas(self.own(), self.places("relevance+"))
         enough = np.ones(area.shape, bool)
@@ -247,15 +248,16 @@ class Detection:
             distinct = (np.diff(ordered, axis=1) > 0).sum(1) + (ordered[:, 0] >= 0)
             enough &= distinct >= least
         found: list[Example] = []
-        seen: set[tuple[int, int]] = set()
+        seen: set[object] = set()
+        words = {number for word, number in self._words.items() if is_word(word)}
         for flat in np.argsort(-np.where(enough, area, 0), axis=None, kind="stable"):
             layer, index = np.unravel_index(flat, area.shape)
             first = int(self.roles[layer, index, 0]), int(self.words[layer, index, 0])
             if len(found) == most or not enough[layer, index]:
                 break
-            if first in seen:
+            if first in seen or layer in seen or first[1] not in words:
                 continue
-            seen.add(first)
+            seen |= {first, layer}
             held_out = self._held_out.neuron(int(layer), int(index))
             strongest = held_out.contexts.first("relevance+", 3)
             found.append(

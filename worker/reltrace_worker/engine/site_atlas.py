@@ -160,7 +160,9 @@ class SiteAtlas:
         for start in range(0, len(places), together):
             some = slice(start, start + together)
             # Features first: what is looked for of one feature stands together.
-            both = torch.stack((relevance[rows[some]].T, activation[rows[some]].T))
+            both = relevance.new_empty(2, relevance.shape[1], len(rows[some]))
+            for measure, values in enumerate((relevance, activation)):
+                both[measure] = values[rows[some]].T
             for measure in range(len(MEASURES)):
                 self._keep(layer, measure, both, places[some])
                 self._count(self.histogram[layer, measure], both[measure])
