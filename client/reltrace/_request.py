@@ -61,6 +61,8 @@ class Job:
             wire_field = wire_field.removeprefix("generation.")
             if wire_field.startswith("edits"):
                 return "steer" + wire_field.removeprefix("edits")
+        if self.spec.HasField("corpus"):
+            wire_field = wire_field.removeprefix("corpus.")
         if wire_field == "input":
             return "prompt"
         if wire_field.startswith("input_ids.ids"):

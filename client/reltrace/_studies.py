@@ -36,14 +36,17 @@ class AsyncStudies:
         *,
         model: str | None = None,
         rule: str = "attnlrp",
-        target: TargetLike = "max",
+        target: TargetLike | None = None,
+        positions: int | None = None,
+        seed: int = 0,
+        keep_special: bool = False,
         k: int = 16,
         slice: int = 1024,  # noqa: A002 - as the folder calls it
         priority: Priority = "batch",
         progress: bool = False,
     ) -> Atlas:
         """Keep the strongest places of every neuron and head. See `Client.build_atlas`."""
-        plan = AtlasPlan(model, rule, target, k, slice, priority)
+        plan = AtlasPlan(model, rule, target, k, slice, priority, positions, seed, keep_special)
         with Progress(prompts, shown=progress, unit="prompt") as bar:
             await build(self._connection, prompts, Path(out), plan, bar.add)
         return await asyncio.to_thread(Atlas, out)
@@ -102,7 +105,10 @@ class Studies:
         *,
         model: str | None = None,
         rule: str = "attnlrp",
-        target: TargetLike = "max",
+        target: TargetLike | None = None,
+        positions: int | None = None,
+        seed: int = 0,
+        keep_special: bool = False,
         k: int = 16,
         slice: int = 1024,  # noqa: A002 - as the folder calls it
         priority: Priority = "batch",
@@ -111,7 +117,11 @@ class Studies:
         """Keep, of a corpus, the strongest places of every neuron and every head.
 
         For each of them the k places (prompt, token) where its relevance, and where its activation,
-        is largest, positive and negative apart, with counts, means and histograms. Workers take the
+        is largest, positive and negative apart, with counts, means and histograms. By default every
+        prompt explains its own next token at all of its positions: the logits together, in one
+        backward pass, so that the relevance of a place is its part in all that follows. The first
+        token of a prompt, where attention rests when it is not needed, and special tokens are left
+        out of places, means and histograms. Workers take the
         corpus in slices and merge on their device; what comes back is merged into `out`. The same
         atlas comes of any number of workers of a kind, bit for bit. The call may be made again with
         the same arguments: it does what is missing, also after SIGKILL, and reads what the server
@@ -128,13 +138,22 @@ class Studies:
             Name of a served model; default: the only one.
         rule : str, default "attnlrp"
             Propagation rule.
-        target : str, int or Target, default "max"
-            What is explained, of every prompt; one, and no continuation.
+        target : str, int or Target, optional
+            What is explained of every prompt instead of its next tokens: one, at its end by default
+            ("max" is what the model predicts there), and no continuation.
+        positions : int, optional
+            Explain next tokens at so many positions of each prompt, drawn by `seed`; default: at
+            all.
+        seed : int, default 0
+            Of the draws.
+        keep_special : bool, default False
+            Count first and special tokens as well.
         k : int, default 16
             Places of each list, 1 to 64.
         slice : int, default 1024
-            Prompts that a worker takes at a time, 1 to 65536: fewer are lost with a worker, more
-            send fewer bytes.
+            Prompts that a worker takes at a time at most, 1 to 65536: fewer are lost with a worker,
+            more send fewer bytes. The first slices have 16 prompts, later ones up to half of what
+            was before them.
         priority : {"interactive", "batch"}
             Of all jobs.
         progress : bool, default False
@@ -162,6 +181,9 @@ class Studies:
                 model=model,
                 rule=rule,
                 target=target,
+                positions=positions,
+                seed=seed,
+                keep_special=keep_special,
                 k=k,
                 slice=slice,
                 priority=priority,

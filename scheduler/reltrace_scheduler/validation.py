@@ -331,12 +331,19 @@ def _chat_faults(chat: types_pb2.Chat, field: str) -> Iterator[Violation]:
 
 def _corpus_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
     yield from _capability_faults("corpus", "corpus", model)
-    if spec.corpus.chats:
+    asked = spec.corpus
+    if asked.chats:
         yield from _capability_faults("corpus.chats", "chat", model)
-    count = len(spec.corpus.prompts)
-    for number, chat in sorted(spec.corpus.chats.items()):
+    if asked.positions or asked.keep_special:
+        yield from _capability_faults("corpus.positions", "corpus.positions", model)
+    if asked.positions and spec.targets:
+        yield Violation("targets", "are the prompts' own next tokens, by corpus.positions")
+    if asked.seed and not asked.positions:
+        yield Violation("corpus.seed", "draws corpus.positions, and none is asked for")
+    count = len(asked.prompts)
+    for number, chat in sorted(asked.chats.items()):
         place = f"corpus.chats[{number}]"
-        if number >= count or spec.corpus.prompts[number]:
+        if number >= count or asked.prompts[number]:
             yield Violation(place, f"takes the place of an empty prompt; there are {count} prompts")
         yield from _chat_faults(chat, f"{place}.messages")
     if not 1 <= count <= MAX_CORPUS_PROMPTS:

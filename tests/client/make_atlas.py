@@ -31,13 +31,18 @@ def make_atlas(
     layers: int = 2,
     neurons: int = 3,
     texts_of: Mapping[str, str] | None = None,
+    next_tokens: bool = False,
+    special: frozenset[str] = frozenset(),
 ) -> reltrace.Atlas:
     """Write an atlas that lists no activations, and whose heads are neurons that do nothing.
 
-    What is in `texts_of` stands for another text: of what has no space before it, say.
+    What is in `texts_of` stands for another text: of what has no space before it, say. With
+    `next_tokens` the prompts explain these, whatever target is given, and neither their first words
+    nor `special` ones are counted.
     """
-    about = {"model": "", "rule": "attnlrp", "target": "max", "k": k, "slice": slice_,
-             "made_by": [MODEL, REVISION]}  # fmt: skip
+    about = {"model": "", "rule": "attnlrp", "target": None if next_tokens else "max",
+             "positions": None, "seed": 0, "keep_special": not next_tokens, "k": k,
+             "slice": slice_, "made_by": [MODEL, REVISION]}  # fmt: skip
     state, at = State(about), Folder(folder)
     texts = sorted(
         {f" {word}" for words, target in prompts for word in f"{words} {target}".split()}
@@ -73,17 +78,18 @@ def make_atlas(
             "low": sums & 0xFFFFFFFF,
             "histogram": np.zeros((layers, 2, neurons, BINS), np.int32),
         }
-        corpus = {
+        corpus: dict[str, np.ndarray] = {
             "token_ids": np.array([token for one in tokens for token in one], np.int32),
             "lengths": np.array([len(one) for one in tokens], np.int32),
-            "targets": np.array(
-                [ids[f" {target}"] if words else -1 for words, target in some], np.int32
-            ),
         }
+        if not next_tokens:
+            explained = [ids[f" {target}"] if words else -1 for words, target in some]
+            corpus["targets"] = np.array(explained, np.int32)
         nothing = {name: np.zeros_like(array) for name, array in site.items()}
         part = AtlasPart(
             {"neuron": site, "head": nothing, "corpus": corpus},
             {number: (texts_of or {}).get(text.strip(), text) for text, number in ids.items()},
+            frozenset(number for text, number in ids.items() if text.strip() in special),
             {index: "is empty" for index, (words, _) in enumerate(some) if not words},
             reltrace.Provenance(
                 MODEL, REVISION, "attnlrp", "atlas", "float32", "sdpa", True, "cpu"

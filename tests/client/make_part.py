@@ -46,6 +46,7 @@ def make_part(
     return AtlasPart(
         {"neuron": site(neurons), "head": site(2), "corpus": corpus},
         {token: f" word{token}" for token in range(7)},
+        frozenset(),
         {},
         PROVENANCE,
     )

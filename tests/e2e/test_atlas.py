@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,9 @@ def test_three_workers_make_the_atlas_that_one_makes(
     atlases = []
     for number, address in enumerate(services):
         with reltrace.Client(address) as client:
-            atlases.append(client.build_atlas(corpus, tmp_path / str(number), slice=SLICE, k=4))
+            atlases.append(
+                client.build_atlas(corpus, tmp_path / str(number), target="max", slice=SLICE, k=4)
+            )
     same(tmp_path / "0", tmp_path / "1")
     atlas = atlases[0]
     assert list(atlas.skipped) == [7]
@@ -101,11 +104,36 @@ def test_three_workers_make_the_atlas_that_one_makes(
         )
 
 
+@pytest.mark.parametrize("how", [{}, {"positions": 3, "seed": 5}, {"keep_special": True}])
+def test_next_tokens_are_explained_alike_by_any_workers(
+    services: tuple[str, str], tmp_path: Path, how: dict[str, Any]
+) -> None:
+    """
+    Given a corpus whose prompts explain their own next tokens, at all positions and at some
+    If one worker makes its atlas, and three others make it
+    I expect the same bits, contexts that say what follows, and no first token unless asked for.
+    """
+    for number, address in enumerate(services):
+        with reltrace.Client(address) as client:
+            atlas = client.build_atlas(CORPUS, tmp_path / str(number), slice=SLICE, k=4, **how)
+    same(tmp_path / "0", tmp_path / "1")
+    first = 0 if "keep_special" in how else 1
+    assert atlas.neuron(2, 17).count == atlas.tokens - first * len(CORPUS)
+    for index in range(20):
+        for name in ("relevance+", "activation-"):
+            for context in atlas.neuron(2, index).contexts[name]:
+                assert context.position >= first
+                following = context.tokens[context.position + 1 : context.position + 2]
+                assert context.target == "".join(following)
+
+
 def test_means_and_quantiles_are_those_of_all_tokens(
     services: tuple[str, str], tmp_path: Path
 ) -> None:
     with reltrace.Client(services[0]) as client:
-        atlas = client.build_atlas(CORPUS[:30], tmp_path, slice=7, k=2)
+        atlas = client.build_atlas(
+            CORPUS[:30], tmp_path, target="max", keep_special=True, slice=7, k=2
+        )
         traces = list(client.trace_many(CORPUS[:30], sites=("neuron", "head"), reduce="full"))
     for site, read in (("neuron", atlas.neuron), ("head", atlas.head)):
         every = np.concatenate([trace[site][1] for trace in traces])  # type: ignore[union-attr]
@@ -175,7 +203,7 @@ def test_an_atlas_that_is_broken_off_goes_on(
             asyncio.run(run())
     monkeypatch.setattr(module._Builder, "_merge", until_killed(1000))
     asyncio.run(run())
-    assert sorted(made) == list(range(7))
+    assert sorted(made) == list(range(9))
     same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -386,9 +414,10 @@ def test_the_commands_show_and_find(built: Path, say: Callable[..., Said]) -> No
     assert len(found) == 3
     for match in found:
         strongest = match["strongest"]
-        context = "".join(strongest["tokens"][: strongest["position"] + 1])
+        context = "".join(strongest["tokens"][: strongest["position"] + 3])
         assert "love to play" in context
-    assert "love to play" in " ".join(say("find", str(built), "love to play").text.split())
+    listed = say("find", str(built), "love to play").text.replace("⟦", "").replace("⟧", "")
+    assert "love to play" in " ".join(listed.split())
     assert "No neuron has it" in say("find", str(built), "quantum chromodynamics").text
 
 

@@ -6,6 +6,7 @@ import pytest
 import reltrace
 from bench.service import serving
 from proof.ablation import ablate
+from proof.detection import detect
 from proof.planted import compare, look, plant
 from proof.rules import judge
 from proof.steering import steer, unseen
@@ -105,3 +106,25 @@ def test_a_planted_neuron_is_found_and_labelled(tmp_path: Path) -> None:
     assert change.of_with_word > 10
     assert change.same_with_word >= 0.95 * change.of_with_word
     assert change.same >= 0.99 * change.of
+
+
+def test_labels_tell_where_neurons_are_strong_in_held_out_text(
+    demo_address: str, tmp_path: Path
+) -> None:
+    """
+    Given labels of an atlas, and another of sentences that it has not seen
+    I expect labels to hold where neurons are strong there, for far more of them than labels of
+    other neurons do, by relevance and by activation.
+    """
+    corpus = held_out(600, 9)
+    others = [example.prompt for example in unseen(corpus, 300, 77)]
+    with reltrace.Client(demo_address) as client:
+        labels = client.build_atlas([e.prompt for e in corpus], tmp_path / "labels")
+        held = client.build_atlas(others, tmp_path / "held-out")
+    found, examples = detect(labels, held, ("relevance+", "activation+"), 0)
+    for one in found:
+        assert one.labelled.of == labels.layers * 256
+        assert one.area > one.by_chance + 0.02
+        assert one.beats.mean - one.beats.margin > 3 * one.beats_by_chance.mean
+    assert [one.layer for one in examples]
+    assert all(one.area > 0.7 for one in examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ PLAIN = ("self_attn", "mlp", "post_attention_layernorm")
 
 
 def plain_gradient_times_input(
-    loaded: LoadedModel, token_ids: tuple[int, ...]
+    loaded: LoadedModel,
+    token_ids: tuple[int, ...],
+    scalar: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits[-1].max(),
 ) -> dict[str, torch.Tensor]:
     """Full traces of one prompt by ``retain_grad``, on the model as transformers runs it.
 
-    Returns float32 [L, T, F] per site, ``embed`` [T, F], on the CPU.
+    `scalar` is made of the logits, [T, vocabulary]. Returns float32 [L, T, F] per site, ``embed``
+    [T, F], on the CPU.
     """
     model: Any = loaded.model
     kept: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
@@ -47,7 +51,8 @@ def plain_gradient_times_input(
         torch.tensor([token_ids], device=loaded.device)
     ).requires_grad_()
     kept["embed"].append(embeddings)
-    model(inputs_embeds=embeddings, use_cache=False).logits[0, -1].max().backward()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits[0]
+    scalar(logits).backward()
     for handle in handles:
         handle.remove()
     traces = {}

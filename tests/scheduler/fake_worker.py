@@ -22,6 +22,7 @@ MODEL = types_pb2.ModelInfo(
         "chat",
         "add_special_tokens",
         "tokenize_only",
+        "corpus.positions",
     ],
 )
 

@@ -7,6 +7,7 @@ against the loaded model and turns it into a :class:`PreparedJob`; the engine tu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 TokenRef = str | int
@@ -125,6 +126,29 @@ class GenerationSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class CorpusSpec:
+    """Prompts of one atlas.
+
+    Parameters
+    ----------
+    prompts
+        Texts and conversations.
+    positions
+        Explain each prompt's own next token at so many of its positions, drawn with `seed`; at
+        all of them where it has fewer. 0: the job's target.
+    seed
+        Of the draws.
+    keep_special
+        Count the first token of a prompt and special tokens among its places.
+    """
+
+    prompts: tuple[str | Chat, ...]
+    positions: int = 0
+    seed: int = 0
+    keep_special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
     """One prompt to trace, as a client asks for it.
 
@@ -169,7 +193,7 @@ class JobSpec:
     edits: tuple[EditSpec, ...] = ()
     forward_only: bool = False
     generation: GenerationSpec | None = None
-    corpus: tuple[str | Chat, ...] | None = None
+    corpus: CorpusSpec | None = None
     add_special_tokens: bool = True
     tokenize_only: bool = False
 
@@ -251,6 +275,9 @@ class PreparedJob:
         What a reader should know of how the input was read, in sentences.
     candidates
         Look for the likeliest tokens at each target's position.
+    only_terms
+        Of the logits, those of the targets' terms alone are computed: all of them have token ids,
+        and none is a log-probability.
     """
 
     token_ids: tuple[int, ...]
@@ -270,6 +297,7 @@ class PreparedJob:
     special_positions: tuple[int, ...] = ()
     hints: tuple[str, ...] = ()
     candidates: bool = True
+    only_terms: bool = False
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -306,6 +334,12 @@ class PreparedCorpus:
         Places that are kept of each feature.
     rule
         Name of the rule that the backward passes follow.
+    next_tokens
+        What is explained are the prompts' own next tokens.
+    special
+        Ids of the tokenizer's special tokens.
+    keep_special
+        The first token of a prompt and special tokens are counted among its places.
     """
 
     prompts: tuple[PreparedJob, ...]
@@ -313,6 +347,15 @@ class PreparedCorpus:
     skipped: tuple[tuple[int, str], ...]
     k: int
     rule: str = "attnlrp"
+    next_tokens: bool = False
+    special: frozenset[int] = frozenset()
+    keep_special: bool = True
+
+    def counted(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the positions of a prompt that are counted among the places, rising."""
+        if self.keep_special:
+            return list(range(len(token_ids)))
+        return [i for i, token in enumerate(token_ids) if i and token not in self.special]
 
     @property
     def reduction(self) -> str:

@@ -64,19 +64,20 @@ class Atlas:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Model, revision, rule, target (a token's id is an int), places of each list, prompts of
-        a slice.
+        """Model, revision, rule; target (None: each prompt's own next tokens; a token's id is an
+        int), at how many positions, drawn by which seed; places of each list, most prompts of a
+        slice.
         """
         return dict(self._state.about)
 
     @property
     def tokens(self) -> int:
-        """How many were seen."""
+        """How many were read; `Feature.count` says how many of them are counted."""
         return self._state.tokens
 
     @property
     def prompts(self) -> int:
-        """How many were seen."""
+        """How many were read."""
         return self._state.prompts
 
     @property
@@ -113,7 +114,7 @@ class Atlas:
         layer, index = int(layer), int(index)
         merged = self._of(site)
         sums = dict(zip(SUMS, self._sums[site][layer, :, index].tolist(), strict=True))
-        tokens = self._state.tokens
+        count = self._state.places
         return Feature(
             site=site,
             layer=layer,
@@ -128,8 +129,8 @@ class Atlas:
                     for place, name in enumerate(LISTS)
                 },
             ),
-            count=tokens,
-            mean={name: sums[name] / tokens if tokens else float("nan") for name in MEASURES},
+            count=count,
+            mean={name: sums[name] / count if count else float("nan") for name in MEASURES},
             mass=sums["relevance mass"],
             _histograms={
                 measure: merged.histogram[layer, place, index]
@@ -142,7 +143,8 @@ class Atlas:
 
         Built in are up to three tokens that stand out, by their log-odds against the corpus,
         in the contexts where it speaks for the prediction: ``dogs`` at the place itself,
-        ``… dogs`` before it, ``→ dogs`` as what is explained. "" where none does.
+        ``… dogs`` before it, ``→ dogs`` as what follows or is explained. "" where none does. Words
+        go before punctuation and white space, unless these stand out more than twice as clearly.
 
         Raises
         ------
@@ -154,7 +156,7 @@ class Atlas:
         return label_of(self._built_in((site, layer, index))) if given is None else given.text
 
     def mass(self, site: str = "neuron") -> Array:
-        """Return the size of the relevance, |R|, of all tokens together: float64 [L, F]."""
+        """Return the size of the relevance, |R|, of all counted tokens: float64 [L, F]."""
         self._of(site)
         result: Array = self._sums[site][:, SUMS.index("relevance mass")]
         return result
@@ -191,7 +193,7 @@ class Atlas:
         """Return the neurons or heads whose contexts, or given label, have a text.
 
         A context has it where it begins at the token where the feature is strong, or at one of the
-        24 before; or as what is explained.
+        24 before; or in its target.
 
         Parameters
         ----------
@@ -386,6 +388,6 @@ class Atlas:
                 break
             pair = (sign * value, other)
             relevance, activation = pair if name.startswith("relevance") else pair[::-1]
-            tokens, target = read.tokens_around(prompt, position), read.target(prompt)
+            tokens, target = read.tokens_around(prompt, position), read.target(prompt, position)
             contexts.append(Context(relevance, activation, prompt, position, tokens, target))
         return contexts

@@ -8,13 +8,14 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from reltrace_proto.v1 import types_pb2
 
 from reltrace import _target
+from reltrace._atlas.cut import sizes
 from reltrace._atlas.folder import Folder, State
 from reltrace._atlas.sending import Made, Sender, free
 from reltrace._checks import check_text, whole_number
@@ -31,6 +32,9 @@ _AT_ONCE = 8
 """Slices on their way: what a few workers have, and what comes after. `Room` bounds how many of
 them are read."""
 
+_ALL_POSITIONS = 1 << 16
+"""As many as a prompt of an atlas can have."""
+
 _LEAST_SECONDS = 1.0
 _PAUSE = 10.0
 """What is merged is written when so many times the time has gone by that writing took, and at
@@ -44,8 +48,14 @@ class Plan:
 
     Attributes
     ----------
+    target : TargetLike or None
+        None: each prompt explains its own next tokens.
+    positions : int or None
+        At so many of a prompt's positions, drawn; None: at all.
     slice : int
-        Prompts that a worker takes at a time.
+        Prompts that a worker takes at a time, at most.
+    keep_special : bool
+        First and special tokens are counted.
     """
 
     model: str | None
@@ -54,11 +64,22 @@ class Plan:
     k: int
     slice: int
     priority: Priority
+    positions: int | None = None
+    seed: int = 0
+    keep_special: bool = False
 
     def check(self) -> None:
         """Check all of it before the first prompt is read."""
         for name, value, most in (("k", self.k, 64), ("slice", self.slice, 1 << 16)):
             whole_number(value, name, 1, most)
+        whole_number(self.seed, "seed", 0, (1 << 64) - 1)
+        if self.positions is None:
+            if self.seed:
+                raise invalid("seed", "draws positions, and none are drawn; give their number")
+        else:
+            whole_number(self.positions, "positions", 1, _ALL_POSITIONS)
+            if self.target is not None:
+                raise invalid("positions", "of each text's own next tokens exclude a target")
         if _target.is_several(self.target):
             raise invalid("target", "must be one, not several")
         wire_priority(self.priority)
@@ -66,12 +87,17 @@ class Plan:
 
     def job(self, prompts: list[str]) -> Job:
         """Return the job of a slice."""
+        corpus = types_pb2.Corpus(
+            prompts=prompts, seed=self.seed, keep_special=bool(self.keep_special)
+        )
+        if self.target is None:
+            corpus.positions = self.positions or _ALL_POSITIONS
         spec = types_pb2.JobSpec(
             model=model_name(self.model),
             rule=self.rule,
-            targets=_target.to_wire(self.target),
+            targets=() if self.target is None else _target.to_wire(self.target),
             top_k=self.k,
-            corpus=types_pb2.Corpus(prompts=prompts),
+            corpus=corpus,
         )
         if spec.ByteSize() > MAX_JOB_BYTES:
             raise invalid(
@@ -86,7 +112,10 @@ class Plan:
         return {
             "model": self.model or "",
             "rule": self.rule,
-            "target": _known_again(self.target),
+            "target": None if self.target is None else _known_again(self.target),
+            "positions": self.positions,
+            "seed": self.seed,
+            "keep_special": self.keep_special,
             "k": self.k,
             "slice": self.slice,
         }
@@ -103,13 +132,14 @@ class Slice:
 
     Attributes
     ----------
-    number : int
-        Which.
+    number, first : int
+        Which, and the number of its first prompt.
     prompts : list of str
-        As many as a slice has; of the last, perhaps fewer.
+        As many as the slice has; of the last, perhaps fewer.
     """
 
     number: int
+    first: int
     prompts: list[str]
 
     @property
@@ -122,25 +152,26 @@ class Slice:
         return whole.hexdigest()
 
 
-def slices(prompts: Iterable[str], size: int) -> Iterator[Slice]:
-    """Cut a corpus.
+def slices(prompts: Iterable[str], most: int) -> Iterator[Slice]:
+    """Cut a corpus into slices of so many prompts at most.
 
     Raises
     ------
     InvalidArgument
         Where something is no text; an empty one is left to the worker, who leaves it out.
     """
-    iterator = iter(prompts)
-    for number in count():
+    iterator, first = iter(prompts), 0
+    for number, size in enumerate(sizes(most)):
         some = list(islice(iterator, size))
         if not some:
             return
-        for index, prompt in enumerate(some, number * size):
+        for index, prompt in enumerate(some, first):
             if not isinstance(prompt, str):
                 raise invalid(f"prompts[{index}]", f"must be text, not {type(prompt).__name__}")
             if prompt:
                 check_text(prompt, f"prompts[{index}]")
-        yield Slice(number, some)
+        yield Slice(number, first, some)
+        first += size
 
 
 async def build(
@@ -262,7 +293,7 @@ class _Builder:
         if self._state.digests[some.number] != some.digest:
             raise invalid(
                 "prompts",
-                f"are others than those of the atlas, from {some.number * self._plan.slice} on",
+                f"are others than those of the atlas, from {some.first} on",
             )
         known_tokens = self._state.known_tokens()
         return not self._folder.has_corpus(some.number, len(some.prompts), known_tokens)
@@ -271,9 +302,10 @@ class _Builder:
         if further := [number for number in self._state.digests if number >= seen]:
             raise invalid(
                 "prompts",
-                f"end after {prompts}, and {self._folder.path} holds the atlas of more: further "
-                f"slices of {self._plan.slice} ({len(further)}), the last of them from prompt "
-                f"{max(further) * self._plan.slice} on; give its whole corpus, or another folder",
+                f"end after {prompts}, and {self._folder.path} holds the atlas of more: "
+                f"{len(further)} further slices, the last of them from prompt "
+                f"{self._state.firsts()[max(further)]} on; give its whole corpus, or another "
+                "folder",
             )
 
     async def _begun(self) -> Sender:

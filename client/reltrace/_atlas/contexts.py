@@ -36,7 +36,8 @@ class Context:
     tokens : tuple of str
         The prompt's tokens.
     target : str
-        The token that was explained: by default what the model predicts after the prompt.
+        The token that follows, which the model is about to predict there; where the atlas explains
+        one token of each prompt, that token. "" where there is none.
     """
 
     relevance: float
@@ -131,10 +132,10 @@ class StandsOut:
     token : str
         The token.
     role : {"at", "before", "target"}
-        Where: at the place itself, among the 24 tokens before, or as what was explained.
+        Where: at the place itself, among the 24 tokens before, or as the context's target.
     count, of : int
-        In so many contexts, of so many; places in one prompt are one context for "before" and
-        "target".
+        In so many contexts, of so many; places in one prompt are one context for "before", and for
+        "target" where the atlas explains one token of each prompt.
     score : float
         Log-odds against the corpus, in standard deviations.
     """
@@ -165,11 +166,11 @@ class Feature:
     contexts : mapping of str to list of Context
         "relevance+", "relevance-", "activation+", "activation-": the strongest first.
     count : int
-        Tokens that were seen.
+        Tokens that are counted.
     mean : dict of str to float
-        Of "relevance" and "activation", over all tokens.
+        Of "relevance" and "activation", over these.
     mass : float
-        Size of its relevance, |R|, over all tokens.
+        Size of its relevance, |R|, over these.
     """
 
     site: str

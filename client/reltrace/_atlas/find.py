@@ -17,8 +17,6 @@ from reltrace._pictures.display import is_part, numbered, printable
 from reltrace._trace import Array
 
 _TOKEN_BITS = 16
-_TARGET = (1 << _TOKEN_BITS) - 1
-"""Stands for the place after a prompt, where what is explained would be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +124,8 @@ class Search:
         # Of a prompt with such tokens the characters that several share are put together first.
         parts = {token for token, text in state.vocabulary.items() if is_part(text)}
         places: list[int] = []
+        # Places, or, where what is explained is the same at all of them, prompts.
+        hits: list[int] = []
         for prompt, ids, target in reader.prompts(named[named >= 0]):
             first = prompt << _TOKEN_BITS
             if parts.isdisjoint(ids):
@@ -136,9 +136,11 @@ class Search:
                     for one in numbered([state.vocabulary[token] for token in ids])
                 ]
             places += [first + at for at in starts_of(wanted, shown)]
-            if target in explained:
-                places.append(first + _TARGET)
-        self._places = np.array(places, np.int64)
+            if state.next_tokens:
+                hits += [first + at for at, token in enumerate(ids[1:]) if token in explained]
+            elif target in explained:
+                hits.append(first)
+        self._places, self._explained = np.array(places, np.int64), np.array(hits, np.int64)
 
     def hits(self, site: str, which: str) -> Hits:
         """Return the contexts of a list that have the text: it begins before the place or at it.
@@ -152,7 +154,7 @@ class Search:
         first = prompts << _TOKEN_BITS
         found = there & (
             self._any(first + np.maximum(tokens - BEFORE, 0), first + tokens)
-            | self._any(first + _TARGET, first + _TARGET)
+            | np.isin(first + tokens if self._state.next_tokens else first, self._explained)
         )
         strength = np.where(found, values, 0).sum(1)
         return Hits(which, found.sum(1), there.sum(1), strength, found.argmax(1))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from reltrace._atlas.cut import firsts
 from reltrace._atlas.merged import Merged
 from reltrace._atlas.part import SITES, AtlasPart
 from reltrace._atlas.words import WordCounts
@@ -20,7 +21,7 @@ from reltrace._errors import InvalidArgument, TraceError, invalid
 from reltrace._tensor_file import replace_tensors
 from reltrace._trace import Array
 
-_FORMAT = 2
+_FORMAT = 3
 _ATLAS, _CORPUS = "atlas.safetensors", "corpus"
 _UNFINISHED, _LOCK = "unfinished", ".lock"
 _FIELDS = tuple(field_.name for field_ in fields(Merged))
@@ -45,7 +46,8 @@ class Corpus:
         self._ids = file.get_slice("token_ids")
         self._lengths = file.get_tensor("lengths")
         self._ends = np.cumsum(self._lengths, dtype=np.int64)
-        self._targets = file.get_tensor("targets")
+        names: list[str] = file.keys()
+        self._targets = file.get_tensor("targets") if "targets" in names else None
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -58,7 +60,8 @@ class Corpus:
         known : ndarray
             bool [V]: whether the atlas knows a token.
         """
-        lengths, targets, ids = self._lengths, self._targets, self._file.get_tensor("token_ids")
+        lengths, ids = self._lengths, self._file.get_tensor("token_ids")
+        targets = np.full_like(lengths, -1) if self._targets is None else self._targets
         if len(targets) != len(lengths) or (lengths < 0).any() or lengths.sum() != len(ids):
             raise ValueError("its lengths do not go together")
         for what, found in (("token", ids), ("explained token", targets[targets != -1])):
@@ -85,9 +88,15 @@ class Corpus:
         """Return tokens of all prompts, int32 [T], and where each begins and ends: int64 [P]."""
         return self._file.get_tensor("token_ids"), self._ends - self._lengths, self._ends
 
-    def target(self, index: int) -> int:
-        """Return the token that is explained of a prompt; -1 where it was left out."""
-        return int(self._targets[index])
+    def target(self, index: int, position: int) -> int:
+        """Return the token that is explained at a place of a prompt: by default the next one.
+
+        -1 where none follows, or where the prompt was left out.
+        """
+        if self._targets is not None:
+            return int(self._targets[index])
+        following = self.token_ids(index, position + 1, min(position + 2, self.length(index)))
+        return int(following[0]) if len(following) else -1
 
 
 @dataclass(eq=False)
@@ -97,33 +106,46 @@ class State:
     Attributes
     ----------
     about : dict
-        Model, revision, rule, target, places, prompts of a slice.
+        Model, revision, rule, what is explained, places, prompts of a slice at most.
     sites : dict of str to Merged
         Empty before the first slice.
     digests : dict of int to str
         Of the prompts of every slice that is in it.
     vocabulary : dict of int to str
         Texts of the tokens.
+    special : set of int
+        Those of them that are special tokens.
     skipped : dict of int to str
         Prompts that were left out, by their number in the corpus.
-    tokens : int
-        How many were counted.
+    prompts, tokens : int
+        How many were read.
     words : WordCounts
-        How often each of them.
+        How often each token is at a place that is counted.
     """
 
     about: dict[str, Any]
     sites: dict[str, Merged] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
     vocabulary: dict[int, str] = field(default_factory=dict)
+    special: set[int] = field(default_factory=set)
     skipped: dict[int, str] = field(default_factory=dict)
+    prompts: int = 0
     tokens: int = 0
     words: WordCounts = field(default_factory=WordCounts)
 
     @property
-    def prompts(self) -> int:
-        """How many were counted: each that was not left out has one target."""
-        return int(self.words.targets.sum())
+    def places(self) -> int:
+        """Tokens that are counted: not the first of a prompt nor special ones, by default."""
+        return int(self.words.places.sum())
+
+    @property
+    def next_tokens(self) -> bool:
+        """Prompts explain their own next tokens."""
+        return self.about["target"] is None
+
+    def firsts(self) -> Array:
+        """Return the number of the first prompt of each slice, and of the one that follows."""
+        return firsts(1 + max(self.digests, default=-1), self.about["slice"])
 
     def known_tokens(self) -> Array:
         """Return of which tokens text and counts are known: bool [V]."""
@@ -136,7 +158,8 @@ class State:
         """Raise ValueError if what is merged does not go together: values, not every text."""
         if len({len(getattr(self.words, name)) for name in _WORDS}) > 1:
             raise ValueError("the counts of tokens differ in length")
-        size, known = self.about["slice"], np.zeros(1 + max(self.digests, default=-1), bool)
+        of_slices = self.firsts()
+        known = np.zeros(len(of_slices), bool)
         known[list(self.digests)] = True
         for site, merged in self.sites.items():
             lists = merged.values, merged.beside, merged.prompts, merged.tokens
@@ -149,21 +172,35 @@ class State:
                     raise ValueError(f"site {site!r} has places below -1")
                 if not np.array_equal(there, tokens >= 0):
                     raise ValueError(f"site {site!r} has tokens without a prompt, or the reverse")
-                numbers = prompts[there] // size
-                if numbers.max(initial=-1) >= len(known) or not known[numbers].all():
+                # Past the last slice is the one that is not known.
+                if not known[np.searchsorted(of_slices, prompts[there], "right") - 1].all():
                     raise ValueError(f"site {site!r} names prompts that the corpus does not have")
 
     def add(self, number: int, digest: str, part: AtlasPart) -> None:
         """Merge a slice."""
-        first = number * self.about["slice"]
+        first = int(firsts(number, self.about["slice"])[-1])
         for site in SITES:
             arrays = part.arrays[site]
             shape, bins = arrays["strongest"].shape, arrays["histogram"].shape[-1]
             self.sites.setdefault(site, Merged.empty(shape, bins)).add(arrays, first)
         corpus = part.arrays["corpus"]
-        self.tokens += int(corpus["lengths"].sum())
-        self.words.add(corpus["token_ids"], corpus["lengths"], corpus["targets"])
+        ids, lengths = corpus["token_ids"], corpus["lengths"]
+        self.prompts += int(np.count_nonzero(lengths))
+        self.tokens += len(ids)
+        begins, ends = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
+        last = np.cumsum(lengths[lengths > 0], dtype=np.int64) - 1
+        ends[last] = True
+        begins[last - lengths[lengths > 0] + 1] = True
+        counted = np.ones(len(ids), bool)
+        if not self.about["keep_special"]:
+            counted = ~(begins | np.isin(ids, list(part.special)))
+        if self.next_tokens:
+            targets = np.roll(ids, -1)[counted & ~ends]
+        else:
+            targets = corpus["targets"][corpus["targets"] >= 0]
+        self.words.add(ids, lengths, counted, targets)
         self.vocabulary |= part.vocabulary
+        self.special |= part.special
         self.skipped |= {first + index: why for index, why in part.skipped.items()}
         self.digests[number] = digest
 
@@ -199,7 +236,9 @@ class Folder:
                 about = json.loads(metadata)
                 if about["format"] != _FORMAT:
                     raise invalid(
-                        "atlas", f"{self.path} is of format {about['format']}, not {_FORMAT}"
+                        "atlas",
+                        f"{self.path} is of format {about['format']}, which another version wrote; "
+                        f"this one reads format {_FORMAT}: build it again",
                     )
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             state = _state(about, arrays)
@@ -225,7 +264,9 @@ class Folder:
             "about": state.about,
             "digests": dict(sorted(state.digests.items())),
             "vocabulary": dict(sorted(state.vocabulary.items())),
+            "special": sorted(state.special),
             "skipped": dict(sorted(state.skipped.items())),
+            "prompts": state.prompts,
             "tokens": state.tokens,
         }
         self._replace(self.path / _ATLAS, arrays, {"atlas": json.dumps(about)})
@@ -330,7 +371,9 @@ def _state(about: dict[str, Any], arrays: dict[str, Array]) -> State:
         },
         digests={int(number): digest for number, digest in about["digests"].items()},
         vocabulary={int(token): text for token, text in about["vocabulary"].items()},
+        special=set(about["special"]),
         skipped={int(number): why for number, why in about["skipped"].items()},
+        prompts=about["prompts"],
         tokens=about["tokens"],
         words=WordCounts(**{name: arrays[f"words/{name}"] for name in _WORDS}),
     )

@@ -21,7 +21,10 @@ _LEAST_SCORE = 3.0
 _LEAST_COUNT, _LEAST_SHARE = 2, 0.25
 """A token stands out that is in so many contexts, and in such a share of them."""
 
-_MARKS = {"at": "", "before": "… ", "target": "→ "}
+_MARKS_WEIGH = 0.5
+"""What the score of punctuation and white space counts, beside that of a word."""
+
+_ROLES = {"at": "", "before": "… ", "target": "→ "}
 
 
 class Standouts:
@@ -54,14 +57,22 @@ class Standouts:
             *around_it, token = read.ids_up_to(prompt, position, BEFORE)
             at[token] += 1
             before.setdefault(prompt, set()).update(around_it)
-        # Of places in one prompt, what is around them is not seen again.
+        # Of places in one prompt, what is around them is not seen again; nor is what is explained,
+        # unless it is the token that follows the place.
         around = Counter(token for tokens in before.values() for token in tokens)
-        targets = Counter(read.target_id(prompt) for prompt in before)
-        counted = self._state.prompts
+        explained = (
+            zip(prompts, positions, strict=True)
+            if self._state.next_tokens
+            else ((prompt, 0) for prompt in before)
+        )
+        targets = Counter(read.target_id(prompt, position) for prompt, position in explained)
+        targets.pop(-1, None)
         found = [
-            *self._among("at", at, len(prompts), words.places, self._state.tokens),
-            *self._among("target", targets, len(before), words.targets, counted),
-            *self._among("before", around, len(before), words.prompts, counted),
+            *self._among("at", at, len(prompts), words.places, self._state.places),
+            *self._among(
+                "target", targets, targets.total(), words.targets, int(words.targets.sum())
+            ),
+            *self._among("before", around, len(before), words.prompts, self._state.prompts),
         ]
         return sorted(found, key=lambda one: -one.score)
 
@@ -78,10 +89,32 @@ class Standouts:
                 yield StandsOut(text, role, int(count), of, float(score))
 
 
+def chosen(found: Sequence[StandsOut]) -> list[StandsOut]:
+    """Return what a label is made of: up to three tokens, the clearest first.
+
+    Each word once, however it is capitalised, in the role in which it is clearest. The score of a
+    token without a letter or digit (white space, punctuation) counts half: a neuron of full stops
+    is called so where no word stands out at least half as clearly.
+
+    Parameters
+    ----------
+    found : sequence of StandsOut
+        What stands out, the clearest first.
+    """
+    words: dict[str, StandsOut] = {}
+    for one in found:
+        words.setdefault(readable(one.token).strip().casefold(), one)
+    ordered = sorted(
+        words.values(), key=lambda one: -one.score * (1.0 if is_word(one.token) else _MARKS_WEIGH)
+    )
+    return ordered[:_WORDS]
+
+
+def is_word(token: str) -> bool:
+    """Tell whether a token has a letter or a digit."""
+    return any(char.isalnum() for char in token)
+
+
 def label_of(found: Sequence[StandsOut]) -> str:
     """Return a label of what stands out: ``dogs``, ``… before``, ``→ explained``."""
-    words: dict[str, str] = {}
-    for one in found:
-        # Each word once, as what it is most clearly.
-        words.setdefault(readable(one.token).strip(), _MARKS[one.role])
-    return " · ".join(mark + word for word, mark in list(words.items())[:_WORDS])
+    return " · ".join(_ROLES[one.role] + readable(one.token).strip() for one in chosen(found))

@@ -27,10 +27,13 @@ class AtlasPart:
         activation at places of relevance and the relevance at those of activation; "high" and
         "low", int64 [L, 3, F], sums in the order of `SUMS`: ``high * 2**32 + low`` units of 2**-40;
         "histogram", int32 [L, 2, F, bins], in the order of `MEASURES`. Of the site "corpus":
-        "token_ids", int32 [T], "lengths", int32 [P], and "targets", int32 [P], the token that is
+        "token_ids", int32 [T], "lengths", int32 [P], 0 where a prompt was left out, and, where
+        prompts do not explain their own next tokens, "targets", int32 [P], the token that is
         explained; -1: left out.
     vocabulary : dict of int to str
         Texts of the tokens of the prompts, and of those that are explained.
+    special : frozenset of int
+        Those of them that are special tokens of the tokenizer.
     skipped : dict of int to str
         Prompts that were left out, by their number in the slice, and why.
     provenance : Provenance
@@ -39,5 +42,6 @@ class AtlasPart:
 
     arrays: Mapping[str, Mapping[str, Array]]
     vocabulary: dict[int, str]
+    special: frozenset[int]
     skipped: dict[int, str]
     provenance: Provenance

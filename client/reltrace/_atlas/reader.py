@@ -30,6 +30,7 @@ class Reader:
     def __init__(self, folder: Folder, state: State) -> None:
         self._folder = folder
         self._state = state
+        self._firsts = state.firsts()
         self._checked: set[int] = set()
         self._corpus = lru_cache(_SLICES_OPEN)(self._open)
         self.tokens = lru_cache(_PROMPTS_KEPT)(self._tokens)
@@ -77,35 +78,38 @@ class Reader:
     def prompts(self, numbers: Array) -> Iterator[tuple[int, list[int], int]]:
         """Yield prompts: number, token ids, and the id of what is explained.
 
+        That is -1 where they explain their own next tokens.
+
         Parameters
         ----------
         numbers : ndarray
             int64 [N], rising. A slice of the corpus is read at once.
         """
-        size = self._state.about["slice"]
-        ends = np.flatnonzero(np.diff(numbers // size)) + 1
-        for some in np.split(numbers, ends):
+        of_slices = np.searchsorted(self._firsts, numbers, "right") - 1
+        for some in np.split(numbers, np.flatnonzero(np.diff(of_slices)) + 1):
             if not len(some):
                 continue
-            slice_, _ = self._place(int(some[-1]))
+            slice_, last = self._place(int(some[-1]))
+            first = int(some[-1]) - last
             ids, starts, stops = slice_.all_ids()
             for prompt in some.tolist():
-                index = prompt % size
-                yield prompt, ids[starts[index] : stops[index]].tolist(), slice_.target(index)
+                index = prompt - first
+                target = -1 if self._state.next_tokens else slice_.target(index, 0)
+                yield prompt, ids[starts[index] : stops[index]].tolist(), target
 
-    def target_id(self, prompt: int) -> int:
-        """Return the token that is explained of a prompt; -1 where it was left out."""
+    def target_id(self, prompt: int, position: int) -> int:
+        """Return the token that is explained at a place; -1 where there is none."""
         slice_, index = self._place(prompt)
-        return slice_.target(index)
+        return slice_.target(index, position)
 
-    def target(self, prompt: int) -> str:
-        """Return its text; "" where the prompt was left out."""
-        return self._state.vocabulary.get(self.target_id(prompt), "")
+    def target(self, prompt: int, position: int) -> str:
+        """Return its text; "" where there is none."""
+        return self._state.vocabulary.get(self.target_id(prompt, position), "")
 
     def _place(self, prompt: int) -> tuple[Corpus, int]:
-        number, index = divmod(prompt, self._state.about["slice"])
+        number = int(np.searchsorted(self._firsts, prompt, "right")) - 1
         if number in self._state.digests:
-            slice_ = self._corpus(number)
+            slice_, index = self._corpus(number), prompt - int(self._firsts[number])
             if 0 <= index < len(slice_):
                 return slice_, index
         raise invalid("number", f"the corpus has no prompt {prompt}")

@@ -19,26 +19,36 @@ class WordCounts:
     Attributes
     ----------
     places : ndarray
-        int64 [V]: places where the token is.
+        int64 [V]: places that are counted where the token is.
     prompts : ndarray
         int64 [V]: prompts that have it.
     targets : ndarray
-        int64 [V]: prompts of which it is what is explained.
+        int64 [V]: prompts of which it is what is explained; where prompts explain their own next
+        tokens, places that it follows.
     """
 
     places: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     prompts: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     targets: Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def add(self, token_ids: Array, lengths: Array, targets: Array) -> None:
-        """Add the corpus of a slice, as `AtlasPart` has it."""
-        explained = targets[targets >= 0]
-        size = 1 + max((int(a.max()) for a in (token_ids, explained) if a.size), default=-1)
+    def add(self, token_ids: Array, lengths: Array, counted: Array, targets: Array) -> None:
+        """Add the corpus of a slice.
+
+        Parameters
+        ----------
+        token_ids, lengths : ndarray
+            As `AtlasPart` has them.
+        counted : ndarray
+            bool [T]: whether a token is at a place that is counted.
+        targets : ndarray
+            int [N]: tokens that are explained.
+        """
+        size = 1 + max((int(a.max()) for a in (token_ids, targets) if a.size), default=-1)
         prompt = np.repeat(np.arange(len(lengths)), lengths)
         pairs = np.unique(prompt * size + token_ids)
-        self.places = _sum(self.places, np.bincount(token_ids, minlength=size))
+        self.places = _sum(self.places, np.bincount(token_ids[counted], minlength=size))
         self.prompts = _sum(self.prompts, np.bincount(pairs % max(size, 1), minlength=size))
-        self.targets = _sum(self.targets, np.bincount(explained, minlength=size))
+        self.targets = _sum(self.targets, np.bincount(targets, minlength=size))
 
 
 def _sum(one: Array, other: Array) -> Array:

@@ -25,7 +25,6 @@ from reltrace._command.options import (
     Quiet,
     Rule,
     Server,
-    TargetText,
     access_of,
     echo_json,
     target_of,
@@ -68,13 +67,35 @@ def build(
     server: Server = None,
     model: Model = None,
     rule: Rule = "attnlrp",
-    target: TargetText = "max",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_TARGET",
+            help='What is explained at the end of each prompt: "max", a token\'s text, or id:N; '
+            "default: its own next tokens, at all positions.",
+        ),
+    ] = None,
+    positions: Annotated[
+        int | None,
+        typer.Option(
+            envvar="RELTRACE_POSITIONS", help="Draw so many positions of each prompt instead."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(envvar="RELTRACE_SEED", help="Of the draws.")] = 0,
+    keep_special: Annotated[
+        bool,
+        typer.Option(
+            "--keep-special",
+            envvar="RELTRACE_KEEP_SPECIAL",
+            help="Count first and special tokens, too.",
+        ),
+    ] = False,
     k: Annotated[
         int, typer.Option("--places", envvar="RELTRACE_PLACES", help="Places of each list.")
     ] = 16,
     slice_: Annotated[
         int,
-        typer.Option("--slice", envvar="RELTRACE_SLICE", help="Prompts a worker takes at a time."),
+        typer.Option("--slice", envvar="RELTRACE_SLICE", help="Most prompts that a worker takes."),
     ] = 1024,
     column: Column = None,
     quiet: Quiet = False,
@@ -92,7 +113,10 @@ def build(
             out,
             model=model,
             rule=rule,
-            target=target_of(target),
+            target=None if target is None else target_of(target),
+            positions=positions,
+            seed=seed,
+            keep_special=keep_special,
             k=k,
             slice=slice_,
             progress=not quiet,
@@ -142,7 +166,7 @@ def show(
     table = Table(title=Text(f"{site} {index} of layer {layer}: {found.label or '-'}{by}\n{about}"))
     table.add_column(measure, justify="right")
     table.add_column("where")
-    table.add_column("explained")
+    table.add_column("next" if atlas.about["target"] is None else "explained")
     for name in names:
         for place in found.contexts[name]:
             value = place.value(measure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,28 +26,37 @@ def write(atlas: Atlas, path: Path, *, most: int, contexts: int) -> None:
 
 def page(atlas: Atlas, *, most: int, contexts: int) -> str:
     """Return the page's text."""
-    texts = _Snippets()
-    sites = {site: _site(atlas, site, most, contexts, texts) for site in SITES}
     about, (model, revision) = atlas.about, atlas.about["made_by"]
+    texts = _Snippets(next_tokens=about["target"] is None)
+    sites = {site: _site(atlas, site, most, contexts, texts) for site in SITES}
     left_out = f", {len(atlas.skipped):,} prompts left out" if atlas.skipped else ""
     data = {
         "subtitle": f"Where {atlas.prompts:,} prompts ({atlas.tokens:,} tokens{left_out}) draw on "
-        f"neurons and heads: the token that is strong, and after the arrow what was explained.",
+        f"neurons and heads: the token that is strong, and after the arrow what "
+        f"{'follows' if about['target'] is None else 'was explained'}.",
         "sites": sites,
         "snippets": texts.snippets,
         "words": list(texts.words),
         "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
     }
-    target = about["target"]
-    # 4, the id, is not the token "4".
-    explained = target if isinstance(target, str) else f"token id {target}"
     foot = (
-        f"Model {model} at revision {revision}, rule {about['rule']}, target {explained}. "
+        f"Model {model} at revision {revision}, rule {about['rule']}; explained: "
+        f"{_explained(about)}. "
         "Relevance is R = x · dL/dx, the backward pass starting at 1; relevance mass is the sum of "
-        "|R| over all tokens. The activation of a head is the length of what it writes. Words that "
-        "stand out: by log-odds against the corpus."
+        "|R| over all tokens that are counted. The activation of a head is the length of what it "
+        "writes. Words that stand out: by log-odds against the corpus."
     )
     return filled("atlas", title=f"Atlas of {model}", about=foot, data=data)
+
+
+def _explained(about: Mapping[str, Any]) -> str:
+    """Say what the prompts explain."""
+    target, positions, seed = about["target"], about["positions"], about["seed"]
+    if target is not None:
+        # 4, the id, is not the token "4".
+        return f"target {target if isinstance(target, str) else f'token id {target}'}"
+    drawn = "all positions" if positions is None else f"{positions} positions (seed {seed})"
+    return f"the next tokens at {drawn} of each prompt"
 
 
 def _site(atlas: Atlas, site: str, most: int, contexts: int, texts: _Snippets) -> dict[str, Any]:
@@ -101,9 +111,16 @@ def _number(value: float) -> float | None:
 
 
 class _Snippets:
-    """The texts around places, each once, and their words, each once."""
+    """The texts around places, each once, and their words, each once.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    next_tokens : bool
+        What is explained is the next word of the text.
+    """
+
+    def __init__(self, *, next_tokens: bool) -> None:
+        self._next_tokens = next_tokens
         self.snippets: list[list[Any]] = []
         self.words: dict[str, int] = {}
         self._numbers: dict[tuple[int, int, int], int] = {}
@@ -119,7 +136,7 @@ class _Snippets:
             self.snippets.append(
                 [
                     [self.words.setdefault(one.shown, len(self.words)) for one in words],
-                    label(context.target).strip(),
+                    None if self._next_tokens else label(context.target).strip(),
                     context.prompt,
                     int(window.start > 0),
                     int(window.stop < len(context.tokens)),

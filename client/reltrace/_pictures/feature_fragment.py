@@ -27,7 +27,7 @@ def feature_fragment(feature: Feature) -> str:
     ]
     head = "".join(
         f'<th style="{CELL};font-weight:400">{title}</th>'
-        for title in ("R", "where it is strong", "explained")
+        for title in ("R", "where it is strong", "target")
     )
     return (
         f'<div style="{BOX}"><div><b style="{APART}">{html.escape(called)}</b> ({name})</div>'

@@ -195,6 +195,7 @@ class Assembler:
         return AtlasPart(
             arrays=arrays,
             vocabulary=dict(zip(header.token_ids, header.tokens, strict=True)),
+            special=frozenset(header.token_ids[place] for place in header.special_positions),
             skipped=skipped,
             provenance=_provenance(header.provenance.SerializeToString()),
         )

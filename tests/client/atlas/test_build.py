@@ -22,6 +22,7 @@ from reltrace._atlas.merged import Merged
 from reltrace._atlas.sending import Made
 from reltrace._transport.connection import Connection
 from reltrace._transport.submission import Accepted
+from reltrace_proto.v1 import types_pb2
 
 
 @pytest.mark.parametrize(
@@ -67,15 +68,15 @@ def test_a_folder_that_can_not_be_is_named(client: reltrace.Client, tmp_path: Pa
 
 def test_a_prompt_is_named_by_its_number_in_the_corpus() -> None:
     found = slices(iter(["a", "", "b", "c", "\udfff"]), 2)
-    assert next(found) == Slice(0, ["a", ""])
-    assert next(found) == Slice(1, ["b", "c"])
+    assert next(found) == Slice(0, 0, ["a", ""])
+    assert next(found) == Slice(1, 2, ["b", "c"])
     with pytest.raises(reltrace.InvalidArgument, match=r"prompts\[4\]: character 0"):
         next(found)
 
 
 def test_slices_differ_by_where_one_prompt_ends_and_the_next_begins() -> None:
     several = [["ab", "c"], ["a", "bc"], ["abc"], ["", "abc"], ["abc", ""]]
-    assert len({Slice(0, prompts).digest for prompts in several}) == len(several)
+    assert len({Slice(0, 0, prompts).digest for prompts in several}) == len(several)
 
 
 class FakeSender:
@@ -214,6 +215,58 @@ async def test_what_another_has_built_meanwhile_is_not_replaced(
     with pytest.raises(reltrace.InvalidArgument, match=r"out: .* holds an atlas of other settings"):
         await built(tmp_path, meanwhile(), k=1)
     assert same(Folder(tmp_path).read(), before)
+
+
+async def test_what_is_explained_is_a_setting(freed: list[str], tmp_path: Path) -> None:
+    """
+    Given atlases of all next tokens, of some of them, of others, with first tokens, and of a target
+    I expect a folder of one to be refused to all others.
+    """
+    ways: list[dict[str, Any]] = [
+        {"target": None},
+        {"target": None, "positions": 4},
+        {"target": None, "positions": 4, "seed": 1},
+        {"target": None, "keep_special": True},
+        {"target": "max"},
+    ]
+    for number, way in enumerate(ways):
+        out = tmp_path / str(number)
+        await built(out, **way)
+        await built(out, **way)
+        for other in ways:
+            if other is not way:
+                with pytest.raises(reltrace.InvalidArgument, match="holds an atlas of other sett"):
+                    await built(out, **other)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"target": None, "positions": 0}, "positions: must be a whole number from 1 to 65536"),
+        ({"target": None, "positions": 65537}, "positions: must be a whole number from 1 to 65536"),
+        ({"target": "max", "positions": 4}, "positions: .* exclude a target"),
+        ({"target": None, "seed": 1}, "seed: draws positions, and none are drawn"),
+        ({"target": None, "positions": 4, "seed": -1}, "seed: must be a whole number from 0"),
+    ],
+)
+async def test_positions_that_can_not_be_are_named(
+    freed: list[str], tmp_path: Path, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(reltrace.InvalidArgument, match=message):
+        await built(tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_says_what_is_explained() -> None:
+    def asked(**how: Any) -> types_pb2.JobSpec:
+        settings = {"model": None, "rule": "", "target": None, "k": 2, "slice": 2}
+        return Plan(**{**settings, "priority": "batch", **how}).job(["a"]).spec
+
+    assert (asked().corpus.positions, list(asked().targets)) == (1 << 16, [])
+    drawn = asked(positions=3, seed=7).corpus
+    assert (drawn.positions, drawn.seed, drawn.keep_special) == (3, 7, False)
+    one = asked(target="max", keep_special=True)
+    assert (one.corpus.positions, one.corpus.keep_special, len(one.targets)) == (0, True, 1)
 
 
 async def test_an_id_is_another_target_than_its_text(freed: list[str], tmp_path: Path) -> None:

@@ -49,6 +49,60 @@ def test_a_label_is_what_stands_out(atlas: reltrace.Atlas) -> None:
     assert all(one.score > 3 for one in feature.stands_out)
 
 
+def test_a_label_says_what_follows(tmp_path: Path) -> None:
+    """
+    Given an atlas of next tokens, and a neuron that is strong before "home", whatever the word,
+    twice in one prompt
+    I expect it to be called so, each place to be a context with its own target, and neither first
+    words nor special ones to be counted.
+    """
+    prompts = [
+        ("they went home and walk home", ""), ("an old dog ran home", ""),
+        ("all birds fly home", ""), ("", ""), ("mark eat mark pie now", ""),
+        *[("we eat the pie", "")] * 200,
+    ]  # fmt: skip
+    places = {(1, 0): [(0, 1, 0.9), (0, 4, 0.8), (1, 3, 0.7), (2, 2, 0.6), (2, 3, 0.1)]}
+    atlas = make_atlas(tmp_path, prompts, places, next_tokens=True, special=frozenset({"mark"}))
+    neuron = atlas.neuron(1, 0)
+    assert neuron.label == "→ home"
+    assert [(one.role, one.count, one.of) for one in neuron.stands_out] == [("target", 4, 4)]
+    contexts = neuron.contexts["relevance+"]
+    assert [context.target for context in contexts] == [" home"] * 4 + [""]
+    assert (atlas.prompts, atlas.tokens, neuron.count) == (
+        204,
+        6 + 5 + 4 + 5 + 800,
+        5 + 4 + 3 + 3 + 600,
+    )
+    (found,) = atlas.find("HOME")
+    assert (found.layer, found.index, found.count, found.of) == (1, 0, 5, 5)
+
+
+def test_words_go_before_punctuation(tmp_path: Path) -> None:
+    """
+    Given a neuron of full stops after "cats", one of full stops, and one of "cats" however it is
+    capitalised
+    I expect the first to be called by the word first, the second by the full stop, and the third by
+    one word.
+    """
+    prompts = [
+        *[(f"a{at} b{at} c{at} d{at} cats .", "now") for at in range(8)],
+        *[(f"e{at} f{at} g{at} h{at} i{at} .", "now") for at in range(8)],
+        ("Cats are cats", "now"), ("our Cats and cats", "now"), *FILLER,
+    ]  # fmt: skip
+    places = {
+        (0, 0): [(number, 5, 1.0) for number in range(8)],
+        (0, 1): [(number, 5, 1.0) for number in range(8, 16)],
+        (0, 2): [(16, 0, 1.0), (16, 2, 1.0), (17, 1, 1.0), (17, 3, 1.0)],
+    }
+    atlas = make_atlas(tmp_path, prompts, places)
+    clear = [(one.token, one.role) for one in atlas.neuron(0, 0).stands_out]
+    assert clear[0] == (" .", "at")
+    assert (" cats", "before") in clear
+    assert atlas.label(0, 0) == "… cats · ."
+    assert atlas.label(0, 1) == "."
+    assert atlas.label(0, 2).casefold() == "cats"
+
+
 def test_places_of_one_prompt_are_one_context(tmp_path: Path) -> None:
     """
     Given a neuron that is strong at four words of one prompt
@@ -164,8 +218,8 @@ def test_a_file_that_is_no_atlas_is_named(tmp_path: Path) -> None:
     for content, message in (
         (save({"x": np.zeros(1)}), "safetensors is of safetensors, but holds no atlas"),
         (b"nothing", "atlas.safetensors is damaged: "),
-        (save({"x": np.zeros(1)}, {"atlas": '{"format": 1}'}), "is of format 1, not 2"),
-        (save({"x": np.zeros(1)}, {"atlas": '{"format": 2}'}), "is damaged: 'about'"),
+        (save({"x": np.zeros(1)}, {"atlas": '{"format": 2}'}), "is of format 2, .* build it again"),
+        (save({"x": np.zeros(1)}, {"atlas": '{"format": 3}'}), "is damaged: 'about'"),
     ):
         file.write_bytes(content)
         with pytest.raises(reltrace.InvalidArgument, match=message):

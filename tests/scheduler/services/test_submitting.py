@@ -209,6 +209,20 @@ BAD = {
         ["jobs[0].sites", "jobs[0].targets"],
         "asks for tokens only",
     ),
+    "next tokens and a target": (
+        JobSpec(
+            corpus=types_pb2.Corpus(prompts=["a"], positions=1),
+            top_k=1,
+            targets=[types_pb2.Target()],
+        ),
+        ["jobs[0].targets"],
+        "are the prompts' own next tokens",
+    ),
+    "a seed of nothing": (
+        JobSpec(corpus=types_pb2.Corpus(prompts=["a"], seed=1), top_k=1),
+        ["jobs[0].corpus.seed"],
+        "none is asked for",
+    ),
     "several faults": (
         JobSpec(prompt="", rule="x", sites=["y"]),
         ["jobs[0].prompt", "jobs[0].sites[0]", "jobs[0].rule"],
@@ -251,6 +265,20 @@ async def test_what_a_models_workers_do_not_know_is_refused(
         await client.SubmitJobs(submission(job))
     assert fields(caught.value) == [f"jobs[0].{field}"]
     assert "is more than the workers of m can do" in (caught.value.details() or "")
+
+
+@pytest.mark.parametrize("asked", [{"positions": 1}, {"keep_special": True}])
+async def test_next_tokens_are_explained_only_where_workers_know_how(
+    client, channel: grpc.aio.Channel, asked: dict[str, int]
+) -> None:
+    model = types_pb2.ModelInfo()
+    model.CopyFrom(MODEL)
+    model.capabilities.remove("corpus.positions")
+    await FakeWorker(channel, model=model).connect()
+    corpus = types_pb2.Corpus(prompts=["a"], **asked)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.SubmitJobs(submission(JobSpec(corpus=corpus, top_k=1)))
+    assert fields(caught.value) == ["jobs[0].corpus.positions"]
 
 
 async def test_a_text_is_streamed_only_where_workers_know_how(

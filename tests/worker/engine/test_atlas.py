@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reference.checkpoints import RECIPES
+from reference.gradient import plain_gradient_times_input
+from reference.loaded import PROMPTS, Checkpoints, prepare, preparer, run
 from reference.strongest import by_hand, listed, sums
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import PASS_TOKENS, Slice
 from reltrace_worker.engine.plan import Planner
-from reltrace_worker.engine.site_atlas import values_of
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.engine.site_atlas import places_of, values_of
+from reltrace_worker.errors import EngineError, InvalidJob
+from reltrace_worker.jobs import (
+    CorpusSpec,
+    JobSpec,
+    PreparedCorpus,
+    PreparedJob,
+    TargetSpec,
+    Term,
+)
+from reltrace_worker.model.vocabulary import Vocabulary
 from reltrace_worker.results import JobResult
 
 
@@ -121,6 +131,113 @@ def engine_passes(prompts: list[PreparedJob]) -> list[list[int]]:
             passes.append([])
         passes[-1].append(index)
     return passes
+
+
+NEXT = CorpusSpec(tuple(p for p in PROMPTS if isinstance(p, str)), positions=1 << 16)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "deep"])
+def test_all_next_tokens_are_explained_in_one_pass(checkpoints: Checkpoints, recipe: str) -> None:
+    """
+    Given prompts that explain their own next tokens, at all positions, by plain gradients
+    I expect what autograd gives of the sum of these logits, at all places but the first.
+    """
+    loaded = checkpoints.loaded(recipe)
+    spec = JobSpec("", rule="gradient", corpus=NEXT, k=3)
+    of = preparer(loaded).prepare_corpus(spec)
+    assert all(len(job.targets) == 1 and job.only_terms for job in of.prompts)
+    atlas = made(Engine(loaded, "off"), of)
+    for site in ("neuron", "head"):
+        traces, places = [], []
+        for number, job in enumerate(of.prompts):
+            ids = torch.tensor(job.token_ids, device=loaded.device)
+
+            def scalar(logits: torch.Tensor, ids: torch.Tensor = ids) -> torch.Tensor:
+                # The first token is not counted, and not what it predicts either.
+                return logits[1:-1].gather(1, ids[2:, None]).sum()
+
+            full = plain_gradient_times_input(loaded, job.token_ids, scalar)[site]
+            traces.append(full[:, 1:])
+            places.append((number << 16) + torch.arange(1, len(ids)))
+        every, at = torch.cat(traces, 1), torch.cat(places)
+        torch.testing.assert_close(
+            sums(atlas.atlas[site])[:, 0].cpu(), every.double().sum(1), rtol=1e-4, atol=1e-5
+        )
+        for layer in range(loaded.shape.layers):
+            strongest = values_of(atlas.atlas[site].strongest[layer, 0])
+            expected = by_hand(every[layer], at, 1)
+            for feature, (found,) in enumerate(expected):
+                assert float(strongest[0, feature]) == pytest.approx(found[0], rel=1e-3, abs=1e-6)
+
+
+def test_positions_are_drawn_by_the_prompt_and_the_seed(checkpoints: Checkpoints) -> None:
+    """
+    Given positions that are drawn
+    I expect so many of each prompt, the same ones in whichever slice it is, others by another seed;
+    and of a prompt that has fewer, all.
+    """
+    prepare_corpus = preparer(checkpoints.loaded("grouped")).prepare_corpus
+
+    def drawn(*prompts: str, seed: int = 0) -> list[tuple[Term, ...]]:
+        spec = CorpusSpec(prompts, positions=4, seed=seed)
+        of = prepare_corpus(JobSpec("", corpus=spec, k=1))
+        return [job.targets[0].terms for job in of.prompts]
+
+    long, other, short = PROMPTS[0], "We sing all day. The cats play all day.", "cats"
+    assert isinstance(long, str)
+    (first, second, few) = drawn(long, other, short)
+    assert drawn(other, long) == [second, first]
+    assert drawn(long, seed=1) != [first]
+    (job,) = prepare(checkpoints.loaded("grouped"), JobSpec(long))
+    for terms in (first, second):
+        positions = [term.position for term in terms]
+        assert len(set(positions)) == 4
+        assert positions == sorted(positions)
+        assert positions[0] > 0
+    assert all(term.token_id == job.token_ids[term.position + 1] for term in first)
+    (job,) = prepare(checkpoints.loaded("grouped"), JobSpec(short))
+    assert [term.position for term in few] == list(range(1, len(job.token_ids) - 1))[:4]
+
+
+def test_special_and_first_tokens_are_counted_on_request(checkpoints: Checkpoints) -> None:
+    """
+    Given prompts with a special token in them
+    I expect lists, sums and histograms without it and without the first token, and with both where
+    that is asked for; and that neither it nor what it predicts is explained.
+    """
+    loaded = checkpoints.loaded("grouped")
+    mark = min(Vocabulary(loaded.tokenizer).special_ids)
+    text = loaded.tokenizer.convert_ids_to_tokens(mark)
+    prompts = (f"I have 5 cats{text} and 3 dogs", "The quick brown fox")
+    for keep in (False, True):
+        spec = CorpusSpec(prompts, positions=99, keep_special=keep)
+        of = preparer(loaded).prepare_corpus(JobSpec("", corpus=spec, k=64))
+        ids = of.prompts[0].token_ids
+        at = ids.index(mark, 1)
+        counted = [i for i in range(len(ids)) if keep or i not in (0, at)]
+        explained = [t.position for t in of.prompts[0].targets[0].terms]
+        assert explained == [i for i in counted[:-1] if keep or i + 1 != at]
+        atlas = made(Engine(loaded, "off"), of)
+        places = [*counted, *((1 << 16) + i for i in range(not keep, len(of.prompts[1].token_ids)))]
+        for site in atlas.atlas.values():
+            assert (site.histogram.sum(-1) == len(places)).all()
+            found = places_of(site.strongest[:, 2])
+            assert set(found[found >= 0].tolist()) == set(places)
+        parts = {tensor.part for tensor in atlas.tensors() if tensor.site == "corpus"}
+        assert parts == {"token_ids", "lengths"}
+
+
+def test_a_prompt_without_a_next_token_is_left_out(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    bare = loaded.tokenizer.convert_ids_to_tokens(40)
+    spec = JobSpec("", corpus=CorpusSpec((bare, "The quick"), positions=1), k=1)
+    of = preparer(loaded).prepare_corpus(spec)
+    assert of.numbers == (1,)
+    ((number, why),) = of.skipped
+    assert number == 0
+    assert "none of them follows one that is counted" in why
+    with pytest.raises(InvalidJob, match=r"targets: are the prompts' own next tokens"):
+        preparer(loaded).prepare_corpus(replace(spec, targets=(TargetSpec(token=3),)))
 
 
 def test_a_slice_says_which_tokens_it_has(checkpoints: Checkpoints) -> None:

@@ -43,7 +43,7 @@ def test_a_key_holds_value_and_place() -> None:
 def test_the_strongest_places_are_those_that_sorting_finds() -> None:
     atlas = SiteAtlas.empty(2, 5, 4, CPU)
     relevance, activation, places = rows(1, 700, 5)
-    atlas.add(1, relevance, activation, places)
+    atlas.add(1, relevance, activation, torch.arange(len(places)), places)
     for which, values in zip(LISTS, (relevance, -relevance, activation, -activation), strict=True):
         assert listed(atlas, 1, which) == by_hand(values, places, 4)
         assert listed(atlas, 0, which) == [[]] * 5
@@ -54,7 +54,7 @@ def test_beside_a_place_is_the_other_measure_there() -> None:
     relevance, activation, places = rows(4, 700, 5)
     # Few places are left for the last feature's negative relevance: the rest stays empty.
     relevance[2:, 4] = relevance[2:, 4].abs()
-    atlas.add(0, relevance, activation, places)
+    atlas.add(0, relevance, activation, torch.arange(len(places)), places)
     at = {int(place): index for index, place in enumerate(places)}
     for which, other in zip(LISTS, (activation, activation, relevance, relevance), strict=True):
         for feature, found in enumerate(listed(atlas, 0, which)):
@@ -72,14 +72,14 @@ def test_beside_a_place_is_the_other_measure_there() -> None:
 def test_parts_in_any_order_give_the_same_bits(seed: int, cuts: list[int], order: object) -> None:
     relevance, activation, places = rows(seed, 300, 3)
     whole = SiteAtlas.empty(1, 3, 5, CPU)
-    whole.add(0, relevance, activation, places)
+    whole.add(0, relevance, activation, torch.arange(len(places)), places)
     edges = sorted({0, 300, *cuts})
     parts = list(pairwise(edges))
     order.shuffle(parts)  # type: ignore[attr-defined]
     pieces = SiteAtlas.empty(1, 3, 5, CPU)
     for start, stop in parts:
         part = slice(start, stop)
-        pieces.add(0, relevance[part], activation[part], places[part])
+        pieces.add(0, relevance, activation, torch.arange(300)[part], places[part])
     assert torch.equal(pieces.strongest, whole.strongest)
     assert torch.equal(pieces.beside, whole.beside)
     assert torch.equal(pieces.high, whole.high)
@@ -89,7 +89,8 @@ def test_parts_in_any_order_give_the_same_bits(seed: int, cuts: list[int], order
 
 def test_fewer_places_than_k_leave_the_rest_empty() -> None:
     atlas = SiteAtlas.empty(1, 1, 4, CPU)
-    atlas.add(0, torch.tensor([[2.0], [-1.0]]), torch.zeros(2, 1), torch.tensor([5, 6]))
+    values, every = torch.tensor([[2.0], [-1.0]]), torch.arange(2)
+    atlas.add(0, values, torch.zeros(2, 1), every, torch.tensor([5, 6]))
     assert listed(atlas, 0, "relevance+") == [[(2.0, 5)]]
     assert listed(atlas, 0, "relevance-") == [[(1.0, 6)]]
     assert listed(atlas, 0, "activation+") == [[]]
@@ -98,7 +99,7 @@ def test_fewer_places_than_k_leave_the_rest_empty() -> None:
 def test_sums_and_histograms_count_every_value() -> None:
     atlas = SiteAtlas.empty(1, 4, 2, CPU)
     relevance, activation, places = rows(3, 1000, 4)
-    atlas.add(0, relevance, activation, places)
+    atlas.add(0, relevance, activation, torch.arange(len(places)), places)
     expected = [values.double().sum(0) for values in (relevance, activation, relevance.abs())]
     torch.testing.assert_close(sums(atlas)[0], torch.stack(expected), rtol=0, atol=1e-9)
     assert (atlas.histogram[0].sum(-1) == 1000).all()
@@ -111,7 +112,7 @@ def test_sums_stay_exact_beyond_what_64_bits_hold() -> None:
     """
     atlas = SiteAtlas.empty(1, 1, 1, CPU)
     values = torch.full((3000, 1), 4_000_000.0)
-    atlas.add(0, -values, values, torch.arange(3000))
+    atlas.add(0, -values, values, torch.arange(3000), torch.arange(3000))
     exact = 3000 * 4_000_000 << POINT
     assert exact.bit_length() > 64
     for which, sign in enumerate((-1, 1, 1)):

@@ -33,6 +33,8 @@ class AtlasCapture(Watch):
         The model.
     pack
         The jobs, with one target each.
+    corpus
+        What they are of.
     numbers
         Of each job of the pack: its prompt's number in the slice.
     atlas
@@ -43,6 +45,7 @@ class AtlasCapture(Watch):
         self,
         loaded: LoadedModel,
         pack: Pack,
+        corpus: PreparedCorpus,
         numbers: Sequence[int],
         atlas: dict[str, SiteAtlas],
     ) -> None:
@@ -50,12 +53,14 @@ class AtlasCapture(Watch):
         super().__init__(loaded, dict.fromkeys(atlas, layers))
         self._shape: ModelShape = loaded.shape
         self._atlas = atlas
-        self._places = torch.cat(
-            [
-                (number << 16) + torch.arange(len(job.token_ids))
-                for number, job in zip(numbers, pack.jobs, strict=True)
-            ]
-        ).to(loaded.device)
+        rows, places = [], []
+        starts = pack.packing.starts
+        for number, start, job in zip(numbers, starts, pack.jobs, strict=True):
+            counted = torch.tensor(corpus.counted(job.token_ids), dtype=torch.int64)
+            rows.append(start + counted)
+            places.append((number << 16) + counted)
+        self._rows = torch.cat(rows).to(loaded.device)
+        self._places = torch.cat(places).to(loaded.device)
 
     def record(self, site: str, layer: int, value: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add one tensor of the running backward pass."""
@@ -74,7 +79,8 @@ class AtlasCapture(Watch):
                     f"the {name} of site {site!r} at layer {layer} is not finite, or too large "
                     f"for an atlas ({_LARGEST:.0f})"
                 )
-        self._atlas[site].add(layer, relevance, activation, self._places.to(value.device))
+        rows, places = (array.to(value.device) for array in (self._rows, self._places))
+        self._atlas[site].add(layer, relevance, activation, rows, places)
 
 
 PASS_TOKENS = 2048
@@ -145,9 +151,10 @@ class Slice:
     def tensors(self) -> tuple[SiteTensor, ...]:
         """Return the atlas: of each site what `SiteAtlas` has; and the corpus.
 
-        Site ``corpus`` has ``token_ids``, int32 [T], the prompts' tokens one after another,
-        ``lengths``, int32 [P], 0 where a prompt was left out, and ``targets``, int32 [P], the token
-        that is explained, -1 where the prompt was left out.
+        Site ``corpus`` has ``token_ids``, int32 [T], the prompts' tokens one after another, and
+        ``lengths``, int32 [P], 0 where a prompt was left out. Where prompts do not explain their
+        own next tokens it has ``targets`` too, int32 [P]: the token that is explained, -1 where the
+        prompt was left out.
         """
         found = [
             SiteTensor(0, site, part.name, getattr(atlas, part.name).cpu())
@@ -161,12 +168,13 @@ class Slice:
             lengths[number] = len(job.token_ids)
             targets[number] = self.targets[number].token_id
         ids = [token for job in corpus.prompts for token in job.token_ids]
-        return (
-            *found,
+        found += [
             SiteTensor(0, "corpus", "token_ids", torch.tensor(ids, dtype=torch.int32)),
             SiteTensor(0, "corpus", "lengths", lengths),
-            SiteTensor(0, "corpus", "targets", targets),
-        )
+        ]
+        if not corpus.next_tokens:
+            found.append(SiteTensor(0, "corpus", "targets", targets))
+        return tuple(found)
 
 
 def _passes(prompts: Sequence[PreparedJob]) -> deque[list[int]]:

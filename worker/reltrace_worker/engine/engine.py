@@ -328,7 +328,7 @@ class Engine:
             slice_.checkpointing |= checkpointing
             pack = Pack.of(jobs)
             numbers = [corpus.numbers[chosen[index]] for index in pack.order]
-            capture = AtlasCapture(self._loaded, pack, numbers, slice_.atlas)
+            capture = AtlasCapture(self._loaded, pack, corpus, numbers, slice_.atlas)
             trace = trace_checkpointed if checkpointing else trace_keeping
             capture.clock.begins("forward")
             try:

@@ -101,9 +101,14 @@ class MemoryModel:
         total += tokens * (held * itemsize * sum(widths) + 3 * 4 * max(widths, default=0))
         total += self._beyond_window([len(job.token_ids) for job in jobs], held)
         for job in jobs:
-            # Logits, capped or not, their gradients, and float32 copies for log-probabilities.
-            rows = len({term.position for target in job.targets for term in target.terms})
-            total += rows * shape.vocab_size * (4 * itemsize + 3 * 4)
+            if job.only_terms:
+                # Of each term a row of the hidden states and one of the weights, as float32.
+                terms = sum(len(target.terms) for target in job.targets)
+                total += terms * shape.hidden_size * 4 * 4
+            else:
+                # Logits, capped or not, their gradients, float32 copies for log-probabilities.
+                rows = len({term.position for target in job.targets for term in target.terms})
+                total += rows * shape.vocab_size * (4 * itemsize + 3 * 4)
             # The graph keeps which rows and columns each edit changes, or which cells.
             for edit in job.edits:
                 rows, columns = len(job.token_ids), len(edit.features)

@@ -99,6 +99,12 @@ class Readout:
     ----------
     pack
         The jobs.
+
+    Attributes
+    ----------
+    only
+        Of each row, the id of the one token whose logit is read; None: the logits of the whole
+        vocabulary are.
     """
 
     def __init__(self, pack: Pack) -> None:
@@ -110,6 +116,14 @@ class Readout:
         starts = pack.packing.starts
         # Packed row of each term, in the order of the targets.
         term_rows = [starts[j] + t.position for j, _, target in self._targets for t in target.terms]
+        self.only: list[int] | None = None
+        if all(job.only_terms for job in pack.jobs):
+            ids = [term.token_id for _, _, target in self._targets for term in target.terms]
+            self.only = [token_id for token_id in ids if token_id is not None]
+            assert len(self.only) == len(term_rows)
+            # One row for each term, which may be twice the same.
+            self._rows, self._term_rows = term_rows, list(range(len(term_rows)))
+            return
         self._rows = sorted(set(term_rows))
         index = {row: i for i, row in enumerate(self._rows)}
         self._term_rows = [index[row] for row in term_rows]
@@ -121,7 +135,7 @@ class Readout:
 
     @property
     def rows(self) -> list[int]:
-        """The P packed rows whose logits are read, rising."""
+        """The P packed rows whose logits are read."""
         return list(self._rows)
 
     def scalars(self, logits: torch.Tensor) -> list[Scalar]:
@@ -130,7 +144,7 @@ class Readout:
         Parameters
         ----------
         logits
-            [P, vocabulary], in the model's dtype.
+            [P, vocabulary], in the model's dtype; where `only` names tokens, [P, 1] of these.
 
         Returns
         -------
@@ -147,7 +161,7 @@ class Readout:
         ]
         device = logits.device
         rows = torch.tensor(self._term_rows, device=device)
-        columns = torch.tensor(token_ids, device=device)
+        columns = torch.tensor(token_ids if self.only is None else [0], device=device)
         values = logits[rows, columns].float()
         plain = values.detach()
         if any(logprob for _, logprob in terms):

@@ -23,7 +23,7 @@ from reltrace_worker.engine.edits import Edits, Rows
 from reltrace_worker.engine.pack import Pack, Readout, Scalar
 from reltrace_worker.engine.watch import Watch
 from reltrace_worker.model.loading import LoadedModel, ModelShape
-from reltrace_worker.rules.patching import instance_forward
+from reltrace_worker.rules.patching import instance_forward, single_logits
 
 
 def _starts(scalars: list[Scalar], passes: int) -> list[torch.Tensor]:
@@ -41,14 +41,17 @@ def _forward(
     loaded: LoadedModel, pack: Pack, readout: Readout, embeddings: torch.Tensor
 ) -> list[Scalar]:
     device = embeddings.device
-    output = loaded.model(
-        inputs_embeds=embeddings,
-        position_ids=pack.position_ids(device),
-        use_cache=False,
-        # A list: a tensor would be on one device, and of a split model the logits on another.
-        logits_to_keep=readout.rows,
-        packing=pack.packing,
-    )
+    with ExitStack() as patches:
+        if readout.only is not None:
+            patches.enter_context(single_logits(loaded.model, readout.only))
+        output = loaded.model(
+            inputs_embeds=embeddings,
+            position_ids=pack.position_ids(device),
+            use_cache=False,
+            # A list: a tensor would be on one device, and of a split model the logits on another.
+            logits_to_keep=readout.rows,
+            packing=pack.packing,
+        )
     return readout.scalars(output.logits[0])
 
 

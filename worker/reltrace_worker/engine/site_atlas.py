@@ -138,24 +138,33 @@ class SiteAtlas:
         )
 
     def add(
-        self, layer: int, relevance: torch.Tensor, activation: torch.Tensor, places: torch.Tensor
+        self,
+        layer: int,
+        relevance: torch.Tensor,
+        activation: torch.Tensor,
+        rows: torch.Tensor,
+        places: torch.Tensor,
     ) -> None:
-        """Add the rows of one layer.
+        """Add rows of one layer.
 
         Parameters
         ----------
         relevance, activation
             float32 [N, F], finite.
+        rows
+            int64 [M]: which of them are added.
         places
-            int64 [N].
+            int64 [M]: theirs.
         """
         together = min(max(_VALUES // relevance.shape[-1], _FEWEST_ROWS), _MOST_ROWS)
         for start in range(0, len(places), together):
-            rows = slice(start, start + together)
+            some = slice(start, start + together)
             # Features first: what is looked for of one feature stands together.
-            both = torch.stack((relevance[rows].T, activation[rows].T))
+            both = relevance.new_empty(2, relevance.shape[1], len(rows[some]))
+            for measure, values in enumerate((relevance, activation)):
+                both[measure] = values[rows[some]].T
             for measure in range(len(MEASURES)):
-                self._keep(layer, measure, both, places[rows])
+                self._keep(layer, measure, both, places[some])
                 self._count(self.histogram[layer, measure], both[measure])
             for which, values in enumerate((*both, both[0].abs())):
                 self._sum(layer, which, values)

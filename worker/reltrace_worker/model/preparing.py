@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from reltrace_worker.errors import Faults, InvalidJob
+from reltrace_worker.errors import Faults
 from reltrace_worker.jobs import (
     GenerationSpec,
     JobSpec,
@@ -15,21 +15,14 @@ from reltrace_worker.jobs import (
     TargetSpec,
     Term,
 )
+from reltrace_worker.model.corpus import prepare_corpus
 from reltrace_worker.model.editing import EditChecker, SiteExtent
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.model.prompts import PromptReader, Reading
+from reltrace_worker.model.vocabulary import Vocabulary
 
 MAX_TOP_K = 4096
 """Most values per layer that the reduction ``topk`` gives."""
-
-MOST_PROMPTS = 1 << 16
-"""Of one atlas."""
-
-MOST_CORPUS_TOKENS = 1 << 16
-"""Of one prompt of an atlas: a place has 16 bits for the token."""
-
-MOST_PLACES = 64
-"""That an atlas keeps of each feature."""
 
 MAX_NEW_TOKENS = 1024
 """Most tokens that one job writes."""
@@ -60,6 +53,7 @@ class JobPreparer:
         rules: Collection[str],
     ) -> None:
         self._prompts = PromptReader(loaded)
+        self._special = Vocabulary(loaded.tokenizer).special_ids
         self._context_length = loaded.context_length
         self._layers = loaded.shape.layers
         self._sites = tuple(sites)
@@ -122,38 +116,7 @@ class JobPreparer:
         InvalidJob
             Of what the prompts share, something is wrong, or none of them can be traced.
         """
-        faults = Faults()
-        given = spec.corpus or ()
-        if not 1 <= len(given) <= MOST_PROMPTS:
-            faults.add("corpus.prompts", f"are {len(given)}; allowed: 1 to {MOST_PROMPTS}")
-        if not 1 <= spec.k <= MOST_PLACES:
-            faults.add("top_k", f"is {spec.k}; of an atlas, allowed: 1 to {MOST_PLACES}")
-        if spec.rule not in self._rules:
-            faults.add("rule", _unknown("rule", spec.rule, self._rules))
-        if len(spec.targets) != 1 or spec.targets[0].continuation is not None:
-            faults.add("targets", "of an atlas: one, and no continuation")
-        faults.raise_any()
-        prompts, numbers, skipped = [], [], []
-        for number, prompt in enumerate(given):
-            try:
-                one = replace(spec, input=prompt, corpus=None, k=0, sites=("neuron",))
-                prompts.append(self._prepare_one_of_corpus(one))
-                numbers.append(number)
-            except InvalidJob as error:
-                skipped.append((number, str(error)))
-        if not prompts:
-            faults.add("corpus.prompts", f"can not be traced, none of them: {skipped[0][1]}")
-        faults.raise_any()
-        return PreparedCorpus(tuple(prompts), tuple(numbers), tuple(skipped), spec.k, spec.rule)
-
-    def _prepare_one_of_corpus(self, spec: JobSpec) -> PreparedJob:
-        job = self.prepare(spec)
-        if (tokens := len(job.token_ids)) > MOST_CORPUS_TOKENS:
-            faults = Faults()
-            faults.add("prompt", f"has {tokens} tokens; in an atlas at most {MOST_CORPUS_TOKENS}")
-            faults.raise_any()
-        # Of very many prompts at once, no more than the passes need.
-        return replace(job, text="", offsets=(), turns=(), hints=(), candidates=False)
+        return prepare_corpus(spec, self.prepare, self._rules, self._special)
 
     def _prepare_writing(
         self, spec: JobSpec, generation: GenerationSpec, faults: Faults

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -65,6 +65,29 @@ def _patch(module: nn.Module, function: Callable[..., Any]) -> Patch:
     # what it has put aside under this name.
     split = "_hf_hook" in vars(module)
     return module, "_old_forward" if split else "forward", MethodType(function, module)
+
+
+def single_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> AbstractContextManager[None]:
+    """Let a model compute one logit of each row, instead of the whole vocabulary's.
+
+    What a model does to its logits afterwards (a soft cap, a factor) is done to each by itself.
+    The product is computed in float32.
+
+    Parameters
+    ----------
+    model
+        Its output embeddings are a linear layer.
+    token_ids
+        The P tokens whose logits are wanted. Logits are [1, P, 1] then.
+    """
+
+    def forward(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+        wanted = torch.tensor(token_ids, device=hidden.device)
+        logits = (hidden.float() * head.weight[wanted].float()).sum(-1, keepdim=True)
+        return logits if head.bias is None else logits + head.bias[wanted, None]
+
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return instance_forwards([_patch(head, forward)])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from reltrace_worker.engine import REDUCTIONS, SITES
 from reltrace_worker.errors import InvalidJob, Violation
 from reltrace_worker.jobs import (
     Chat,
+    CorpusSpec,
     EditSpec,
     GenerationSpec,
     JobSpec,
@@ -42,6 +43,7 @@ CAPABILITIES = (
     "generation",
     "generation.stream",
     "corpus",
+    "corpus.positions",
     "chat",
     "add_special_tokens",
     "tokenize_only",
@@ -91,7 +93,7 @@ def job_spec(spec: types_pb2.JobSpec) -> JobSpec:
     without_sites = spec.forward_only or spec.HasField("generation")
     return JobSpec(
         input=_input(spec),
-        corpus=_corpus(spec.corpus) if kind == "corpus" else None,
+        corpus=_corpus_spec(spec.corpus) if kind == "corpus" else None,
         sites=() if without_sites else tuple(spec.sites) or default.sites,
         reduction=spec.reduction or default.reduction,
         targets=tuple(_target_spec(target) for target in spec.targets) or default.targets,
@@ -119,9 +121,10 @@ def _chat(chat: types_pb2.Chat) -> Chat:
     return Chat(tuple(Message(message.role, message.content) for message in chat.messages))
 
 
-def _corpus(corpus: types_pb2.Corpus) -> tuple[str | Chat, ...]:
-    chats = {number: _chat(chat) for number, chat in corpus.chats.items()}
-    return tuple(chats.get(number, prompt) for number, prompt in enumerate(corpus.prompts))
+def _corpus_spec(wire: types_pb2.Corpus) -> CorpusSpec:
+    chats = {number: _chat(chat) for number, chat in wire.chats.items()}
+    prompts = tuple(chats.get(number, prompt) for number, prompt in enumerate(wire.prompts))
+    return CorpusSpec(prompts, wire.positions, wire.seed, wire.keep_special)
 
 
 def _generation_spec(wire: types_pb2.Generation) -> GenerationSpec:
@@ -221,6 +224,7 @@ def corpus_header(
         tokens=vocabulary.values(),
         provenance=provenance,
         layers=range(layers),
+        special_positions=[i for i, token in enumerate(vocabulary) if token in corpus.special],
         skipped=[
             types_pb2.FieldViolation(field=f"corpus.prompts[{number}]", description=why)
             for number, why in corpus.skipped

@@ -7,7 +7,7 @@ const LISTS = [
   ["activation+", "activation +"], ["activation-", "activation \u2212"],
 ];
 
-// A snippet: indices of its words, what was explained, number of the prompt, whether it is cut at either
+// A snippet: indices of its words, what was explained (null: the next word), number of the prompt, whether it is cut at either
 // end, and the places of words that only number a part of a character.
 const snippets = data.snippets.map(([words, target, prompt, before, after, parts]) =>
   ({words: words.map(word => data.words[word]), target, prompt, before, after, parts}));
@@ -23,8 +23,9 @@ const printable = text => text.replace(/\n/g, "\u21b5").replace(/\t/g, "\u2192")
 for (const one of snippets) {
   one.folded = one.words.map((word, at) => one.parts.includes(at) ? "" : fold(word));
   one.text = one.folded.join("");
-  one.explained = fold(one.target);
 }
+// What is explained where a word is strong.
+const explained = (snippet, at) => snippet.target ?? (snippet.words[at + 1] ?? "").trim();
 for (const [name, site] of Object.entries(data.sites)) {
   site.name = name;
   site.features = site.features.map(([layer, index, label, by, mass, means, quantiles, words, lists, further, sizes], rank) =>
@@ -64,21 +65,21 @@ function called(parent, label) {
 // -- what is listed
 
 // Contexts by relevance are searched, as `reltrace atlas find` does: a context has a text that begins at the token
-// that is strong, or before it, or that is explained; of a neuron or head the list counts that has it more often.
+// that is strong, or before it, or that is in what is explained; of a neuron or head the list counts that has it more often.
 function matches() {
   const wanted = fold(printable(state.query));
   const place = /^\s*(\d+)\s*[\/: ]\s*(\d+)\s*$/.exec(state.query);
-  const first = wanted ? snippets.map(one => one.explained.includes(wanted) ? -1 : beginning(one, wanted)) : [];
+  const first = wanted ? snippets.map(one => beginning(one, wanted)) : [];
+  const having = ([, , snippet, at]) => first[snippet] <= at || fold(explained(snippets[snippet], at)).includes(wanted);
   return state.site.features.filter(one => {
     if (state.layer !== "" && one.layer !== Number(state.layer)) return false;
     Object.assign(one, {count: 0, of: 0, strength: 0, given: false});
     if (!wanted) return true;
     for (const list of [0, 1]) {
-      const all = [...one.lists[list], ...one.further[list]];
-      const having = all.filter(([, , snippet, at]) => first[snippet] <= at);
-      const strength = having.reduce((sum, [relevance]) => sum + Math.abs(relevance), 0);
-      if (having.length > one.count || (having.length === one.count && strength >= one.strength))
-        Object.assign(one, {count: having.length, of: one.sizes[list], strength});
+      const found = [...one.lists[list], ...one.further[list]].filter(having);
+      const strength = found.reduce((sum, [relevance]) => sum + Math.abs(relevance), 0);
+      if (found.length > one.count || (found.length === one.count && strength >= one.strength))
+        Object.assign(one, {count: found.length, of: one.sizes[list], strength});
     }
     const named = fold(printable(one.label)).includes(wanted);
     one.given = named && one.by !== "log-odds";
@@ -221,8 +222,8 @@ function context(cell, snippet, at, share) {
     part.style.color = ink(shade);
   });
   if (snippet.after) line.append(" \u2026");
-  const target = element(cell, "span", "  \u2192 ", "target");
-  element(element(target, "bdi"), wanted && snippet.explained.includes(wanted) ? "mark" : "span", snippet.target);
+  const target = element(cell, "span", "  \u2192 ", "target"), token = explained(snippet, at);
+  element(element(target, "bdi"), wanted && fold(token).includes(wanted) ? "mark" : "span", token || "\u2423");
   element(cell, "small", `   prompt ${snippet.prompt}`);
 }
 
