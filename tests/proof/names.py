@@ -98,17 +98,6 @@ def sentences(count: int, seed: int) -> list[Sentence]:
     return [of_order[i] for i in draw for of_order in every]
 
 
-def evaluated(client: reltrace.Client, given: Sequence[Sentence], seed: int) -> reltrace.Evaluation:
-    """Switch tokens off as every rule orders them; what is known is the indirect object's name."""
-    return client.evaluate(
-        [
-            {"prompt": one.prompt, "target": one.target, "answer": one.indirect_object}
-            for one in given
-        ],
-        seed=seed,
-    )
-
-
 def shares(client: reltrace.Client, given: Sequence[Sentence]) -> list[Shares]:
     """Trace every sentence by every rule."""
     found: list[Shares] = []

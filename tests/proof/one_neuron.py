@@ -15,7 +15,7 @@ import numpy as np
 import reltrace
 from reltrace._evaluate.scores import Mean
 
-WAYS = ("here", "elsewhere", "chance")
+WAYS = ("relevant here", "relevant elsewhere", "by chance")
 """Which neuron is scaled: the most relevant one of this prompt, of another, one of chance."""
 
 
@@ -81,15 +81,15 @@ def scale_one(
         others = [one for one in best[number + 1 :] + best[:number] if one != (layer, neuron)]
         width = traces[number]["neuron"].shape[1]
         chance = (neuron + int(draw.integers(1, width))) % width
-        chosen.append({"here": (layer, neuron), "elsewhere": others[0], "chance": (layer, chance)})
+        chosen.append(((layer, neuron), others[0], (layer, chance)))
     items = [
         {
             "input_ids": trace.token_ids,
             "sites": (),
-            "edits": reltrace.Edit("neuron", *neurons[way], scale=scale),
+            "edits": reltrace.Edit("neuron", *one, scale=scale),
         }
         for trace, neurons in zip(traces, chosen, strict=True)
-        for way in WAYS
+        for one in neurons
     ]
     results: list[Any] = list(client.trace_many(items, ordered=True))
     changed: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -107,6 +107,6 @@ def scale_one(
     return OneNeuron(
         scale,
         {way: Mean.of(values.tolist()) for way, values in found.items()},
-        {way: Mean.of((found["here"] - found[way]).tolist()) for way in WAYS[1:]},
+        {way: Mean.of((found[WAYS[0]] - found[way]).tolist()) for way in WAYS[1:]},
         texts,
     )

@@ -49,7 +49,8 @@ def reference(
     (work / "in.json").write_text(json.dumps([job.token_ids for job in jobs]))
     command = [sys.executable, lxt_example.__file__, "--input", work / "in.json"]
     for rule in RULES:
-        command += ["--rule", rule, "--model", real_models.gguf(name), "--out", work / f"{rule}.npz"]
+        command += ["--rule", rule, "--model", real_models.gguf(name)]
+        command += ["--out", work / f"{rule}.npz"]
     subprocess.run(command, check=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return {rule: np.load(work / f"{rule}.npz") for rule in RULES}
 
