@@ -6,6 +6,7 @@ An error is that of one layer of one trace: its largest difference over its larg
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,10 +66,7 @@ class Noise:
 def measure_noise(
     exact: LoadedModel, prompts: Sequence[str], reductions: Sequence[str] = ("token", "full")
 ) -> Noise:
-    """Compare bfloat16 with float32, and in each format prompts in one pack with prompts alone.
-
-    `exact` is in float32, and in bfloat16 afterwards.
-    """
+    """Compare bfloat16 with `exact`, and in each format prompts in one pack with prompts alone."""
     assert exact.dtype == torch.float32
     plain = [JobSpec(prompt, (), forward_only=True) for prompt in prompts]
     before = [result.targets[0] for result in _run(exact, plain)]
@@ -78,7 +76,7 @@ def measure_noise(
         for prompt, target in zip(prompts, before, strict=True)
     ]
     packed, alone = _run(exact, specs), _run_alone(exact, specs)
-    rough = replace(exact, model=exact.model.to(torch.bfloat16), dtype=torch.bfloat16)
+    rough = replace(exact, model=deepcopy(exact.model).bfloat16(), dtype=torch.bfloat16)
     after = [result.targets[0] for result in _run(rough, plain)]
     rough_packed, rough_alone = _run(rough, specs), _run_alone(rough, specs)
     errors = [
