@@ -112,7 +112,7 @@ def prove(scratch: Path, seed: int, progress: bool) -> RealReport:
         for name in PACKAGES
         for some in (SENTENCES[:_NOISY],)
     ]
-    pairs = names.sentences(80, seed)
+    pairs = names.sentences(40, seed)
     with serving("smollm2", RELTRACE_THREADS="2") as address, reltrace.Client(address) as client:
         return RealReport(
             list(trials(client, len(SENTENCES), pairs, seed, progress)),
