@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from reference.loaded import prepare, run
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.jobs import JobResult, JobSpec, TargetSpec
+from reltrace_worker.jobs import JobSpec, TargetSpec
 from reltrace_worker.model import LoadedModel
+from reltrace_worker.results import JobResult
 
 
 @dataclass(frozen=True, slots=True)
