@@ -81,7 +81,7 @@ fleet: $(VENV)/.setup-dev ## 500 simulated workers, two schedulers, 100,000 jobs
 chaos: $(VENV)/.setup-dev ## kill everything at random, 200 times, and watch Redis' memory (minutes)
 	@$(BIN)/python tests/chaos/run.py
 
-proof: $(VENV)/.setup-dev ## judge rules, prove relevance and labels of neurons on the demo model, with intervals (minutes)
+proof: $(VENV)/.setup-dev ## judge rules, prove relevance and labels of neurons, on the demo model and real ones, with intervals (minutes)
 	@$(BIN)/python tests/proof/run.py
 
 upgrade: $(VENV)/.setup-dev ## replace schedulers and workers one by one under load, as root on hosts of namespaces

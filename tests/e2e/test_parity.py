@@ -74,7 +74,7 @@ def test_the_service_equals_the_example(
     assert trace.target.logit == pytest.approx(float(expected[f"logit_{index}"]), rel=1e-4)
     assert trace.target.position == len(trace.tokens) - 1
     for site in ("resid", "embed"):
-        reference = np.atleast_2d(expected[f"{site}_{index}"])
+        reference = np.atleast_2d(expected[f"{site}_{index}"].sum(-1))
         values = np.atleast_2d(trace[site])
         assert values.shape == reference.shape
         assert values.dtype == np.float32

@@ -1,8 +1,9 @@
 """The proofs at full size: rules, ablation, steering, a corpus over workers, a planted neuron.
 
-Starts services of its own for the demo model, and for models with a planted neuron.
+Starts services of its own for the demo model, for models with a planted neuron, and for SmolLM2.
 
-    python tests/proof/run.py              # about five minutes on two cores
+    python tests/proof/run.py              # several minutes on two cores
+    python tests/proof/run.py --only demo  # or real: the real models
     python tests/proof/run.py --json
 """
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import reltrace
 from bench.service import serving
+from proof import real
 from proof.ablation import Ablation, ablate
 from proof.planted import LAYER, NEURON, Change, Planted, compare, look, plant
 from proof.rules import Judged, judge
@@ -56,6 +58,14 @@ class Report:
     was: str
     change: list[Change]
     planted: list[Planted]
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """What was found on the demo model, and on real ones; None where that was left out."""
+
+    demo: Report | None
+    real: real.RealReport | None
 
 
 def prove(sentences: int, prompts: int, made_from: int, directions: int, progress: bool) -> Report:
@@ -140,6 +150,19 @@ def show(report: Report) -> None:
     Console(width=110).print(table)
 
 
+def show_real(report: real.RealReport) -> None:
+    """Print it for people."""
+    table = Table(title="Proofs, measured on real models (mean ± half of the 95 % interval)")
+    for column in ("proof", "what", "figure"):
+        table.add_column(column, overflow="fold")
+    for row in real.rows(report):
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(*row)
+    Console(width=140).print(table)
+
+
 def main() -> None:
     """Prove, and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -147,16 +170,25 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200, help="that are ablated")
     parser.add_argument("--made-from", type=int, default=6_000, help="for planted neurons")
     parser.add_argument("--directions", type=int, default=3, help="neurons that are planted")
+    parser.add_argument("--only", choices=("demo", "real"), help="models; default: all")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    report = prove(
-        given.sentences, given.prompts, given.made_from, given.directions, not given.json
-    )
+    of_demo = of_real = None
+    if given.only != "real":
+        of_demo = prove(
+            given.sentences, given.prompts, given.made_from, given.directions, not given.json
+        )
+    if given.only != "demo":
+        with tempfile.TemporaryDirectory() as scratch:
+            of_real = real.prove(Path(scratch), CHANCE, not given.json)
     if given.json:
-        print(json.dumps(asdict(report)))
-    else:
-        show(report)
+        print(json.dumps(asdict(Reports(of_demo, of_real))))
+        return
+    if of_demo is not None:
+        show(of_demo)
+    if of_real is not None:
+        show_real(of_real)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,56 @@
-"""Gradient times input by plain autograd, without anything of the engine."""
+"""Gradient times input of every site by ``retain_grad``, without anything of reltrace.
+
+On a model as transformers runs it this is the plain gradient; on one whose classes lxt has
+patched it is the relevance of lxt's rule.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from reltrace_worker.engine import SITES
-from reltrace_worker.model import LoadedModel
+
+SITES = ("embed", "resid", "resid_mid", "attn_out", "mlp_out", "head", "neuron")
 
 # Where a layer of Gemma 3 and of all others has the outputs of attention and MLP.
 SANDWICHED = ("post_attention_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm")
 PLAIN = ("self_attn", "mlp", "post_attention_layernorm")
 
 
-def plain_gradient_times_input(
-    loaded: LoadedModel,
-    token_ids: tuple[int, ...],
-    scalar: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits[-1].max(),
-) -> dict[str, torch.Tensor]:
-    """Full traces of one prompt by ``retain_grad``, on the model as transformers runs it.
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Full traces of one prompt for one scalar.
 
-    `scalar` is made of the logits, [T, vocabulary]. Returns float32 [L, T, F] per site, ``embed``
-    [T, F], on the CPU.
+    Attributes
+    ----------
+    values : dict of str to Tensor
+        float32 on the CPU, [L, T, F] per site; ``embed`` is [T, F].
+    terms : dict of str to Tensor
+        Of the same shapes: the sum of the absolute values of what each value sums. That is the
+        absolute value itself, but for ``head``, which sums over the features of a head.
+    token_id : int
+        The token with the largest logit.
+    logit : float
+        That logit, at which the backward pass starts with 1.
     """
-    model: Any = loaded.model
+
+    values: dict[str, torch.Tensor]
+    terms: dict[str, torch.Tensor]
+    token_id: int
+    logit: float
+
+
+def gradient_times_input(
+    model: Any,
+    token_ids: tuple[int, ...] | list[int],
+    scalar: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits[-1].max(),
+) -> Reference:
+    """Run one prompt through ``model``, a causal LM of transformers, and back.
+
+    `scalar` makes where the backward pass starts of the logits, [T, vocabulary].
+    """
     kept: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
 
     def keep(site: str) -> Any:
@@ -47,18 +73,22 @@ def plain_gradient_times_input(
             layer.self_attn.o_proj.register_forward_pre_hook(keep("head")),
             layer.mlp.down_proj.register_forward_pre_hook(keep("neuron")),
         ]
-    embeddings = model.model.embed_tokens(
-        torch.tensor([token_ids], device=loaded.device)
-    ).requires_grad_()
+    ids = torch.tensor([list(token_ids)], device=model.device)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
     kept["embed"].append(embeddings)
     logits = model(inputs_embeds=embeddings, use_cache=False).logits[0]
     scalar(logits).backward()
+    logit, token_id = logits[-1].detach().max(dim=-1)
     for handle in handles:
         handle.remove()
-    traces = {}
+    values, terms = {}, {}
     for site, tensors in kept.items():
-        relevance = torch.stack([(t * t.grad).detach()[0].cpu() for t in tensors])
+        assert tensors, f"no tensor was seen at {site}"
+        relevance = torch.stack([(t.float() * t.grad.float()).detach()[0].cpu() for t in tensors])
+        absolute = relevance.abs()
         if site == "head":
-            relevance = relevance.unflatten(-1, (model.config.num_attention_heads, -1)).sum(-1)
-        traces[site] = relevance[0] if site == "embed" else relevance
-    return traces
+            by_head = (model.config.num_attention_heads, -1)
+            relevance, absolute = (v.unflatten(-1, by_head).sum(-1) for v in (relevance, absolute))
+        values[site] = relevance[0] if site == "embed" else relevance
+        terms[site] = absolute[0] if site == "embed" else absolute
+    return Reference(values, terms, int(token_id), float(logit))

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from reference.checkpoints import RECIPES
-from reference.gradient import plain_gradient_times_input
+from reference.gradient import gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, preparer, run
 from reference.strongest import by_hand, listed, sums
 from reltrace_worker.engine import Engine
@@ -156,7 +156,7 @@ def test_all_next_tokens_are_explained_in_one_pass(checkpoints: Checkpoints, rec
                 # The first token is not counted, and not what it predicts either.
                 return logits[1:-1].gather(1, ids[2:, None]).sum()
 
-            full = plain_gradient_times_input(loaded, job.token_ids, scalar)[site]
+            full = gradient_times_input(loaded.model, job.token_ids, scalar).values[site]
             traces.append(full[:, 1:])
             places.append((number << 16) + torch.arange(1, len(ids)))
         every, at = torch.cat(traces, 1), torch.cat(places)

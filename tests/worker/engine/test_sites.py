@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference.gradient import plain_gradient_times_input
+from reference.gradient import gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine.sites import Side, Site, Tap
@@ -34,7 +34,7 @@ def test_the_gradient_rule_is_plain_autograd(
     specs = [JobSpec(p, tuple(SITES), reduction, rule="gradient") for p in PROMPTS[:4]]
     jobs = prepare(loaded, *specs)
     for job, result in zip(jobs, run(Engine(loaded, checkpointing), jobs), strict=True):
-        expected = plain_gradient_times_input(loaded, job.token_ids)
+        expected = gradient_times_input(loaded.model, job.token_ids).values
         assert [tensor.site for tensor in result.tensors] == list(SITES)
         for tensor in result.tensors:
             values, wanted = tensor.values, REDUCED[reduction](expected[tensor.site])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from reference.checkpoints import FAMILY_RECIPES, RECIPES
-from reference.gradient import plain_gradient_times_input
+from reference.gradient import gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.jobs import JobSpec, TargetSpec
@@ -124,7 +124,9 @@ def test_the_gradient_rule_is_plain_autograd_and_leaves_the_model_untouched(
     I expect those numbers, and the model to give the same bits as before.
     """
     loaded = checkpoints.loaded(name)
-    before = [plain_gradient_times_input(loaded, job.token_ids) for job in _gradient_jobs(loaded)]
+    before = [
+        gradient_times_input(loaded.model, job.token_ids).values for job in _gradient_jobs(loaded)
+    ]
     attributes = {path: sorted(vars(module)) for path, module in loaded.model.named_modules()}
     kernel = loaded.model.config._attn_implementation
     for rule in RULES:
@@ -134,7 +136,7 @@ def test_the_gradient_rule_is_plain_autograd_and_leaves_the_model_untouched(
     ):
         for tensor in result.tensors:
             assert_close(tensor, SiteTensor(0, tensor.site, "", wanted[tensor.site]), 1e-4)
-        again = plain_gradient_times_input(loaded, job.token_ids)
+        again = gradient_times_input(loaded.model, job.token_ids).values
         assert all(torch.equal(again[site], wanted[site]) for site in SITES)
     assert {p: sorted(vars(m)) for p, m in loaded.model.named_modules()} == attributes
     assert loaded.model.config._attn_implementation == kernel
