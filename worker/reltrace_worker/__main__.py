@@ -241,8 +241,6 @@ def worker(
     # Threads that spin while they wait for each other lose whole time slices where something else
     # computes: a pass took ten times as long on two busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Torch's profiler announces every use on stderr otherwise.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from reltrace_worker.serving import PassOptions, serve, sources
 
     gc.freeze()

@@ -11,6 +11,7 @@ results) is added by its size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +182,8 @@ def peak_bytes(loaded: LoadedModel, run: Callable[[], object]) -> int:
 
 
 def _peak_on_cpu(run: Callable[[], object]) -> int:
+    # Kineto announces every start and stop on stderr otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.autograd.profiler import profile
 
     with profile(profile_memory=True, use_kineto=True) as profiler:
