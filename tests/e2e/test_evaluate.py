@@ -17,7 +17,7 @@ from reltrace_worker.demo.corpus import held_out
 from reltrace_worker.model import load_model
 
 PROMPTS = [
-    {"prompt": e.prompt, "target": e.answer, "answer": e.answer, "id": f"p{number}"}
+    {"prompt": e.prompt, "target": f" {e.answer}", "answer": e.answer, "id": f"p{number}"}
     for number, e in enumerate(held_out(20, 3))
 ]
 

@@ -48,7 +48,7 @@ def judge(client: reltrace.Client, examples: Sequence[Example], seed: int) -> li
     seed : int
         Of the order of chance.
     """
-    prompts = [{"prompt": e.prompt, "target": e.answer, "answer": e.answer} for e in examples]
+    prompts = [{"prompt": e.prompt, "target": f" {e.answer}", "answer": e.answer} for e in examples]
     tokens, neurons = (
         client.evaluate(prompts, site=site, seed=seed) for site in ("embed", "neuron")
     )
