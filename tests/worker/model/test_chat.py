@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from reference.chat_templates import CHATML, REASONING, STRICT
-from reference.tokenizers import byte_level
+from reference.small_tokenizers import byte_level
 from reltrace_worker.errors import InvalidJob
 from reltrace_worker.jobs import Chat, Message
 from reltrace_worker.model import chat as chats

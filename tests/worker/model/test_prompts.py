@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from reference.chat_templates import CHATML, STRICT
 from reference.loaded import Checkpoints, preparer
-from reference.tokenizers import TOKENIZERS, sentencepiece
+from reference.small_tokenizers import TOKENIZERS, sentencepiece
 from reltrace_worker.errors import InvalidJob
 from reltrace_worker.jobs import (
     Chat,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.tokenizers import TOKENIZERS, byte_level, sentencepiece
+from reference.small_tokenizers import TOKENIZERS, byte_level, sentencepiece
 from reltrace_worker.model.text import Encoded, TextEncoder
 from reltrace_worker.model.vocabulary import Vocabulary
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from reference.tokenizers import TOKENIZERS, byte_level, sentencepiece
+from reference.small_tokenizers import TOKENIZERS, byte_level, sentencepiece
 from reltrace_worker.model.vocabulary import Vocabulary
 
 

@@ -46,7 +46,7 @@ class Planner:
     def __init__(self, loaded: LoadedModel, limit: int | None) -> None:
         self._loaded = loaded
         self._memory = MemoryModel(loaded)
-        self._on_cpu = loaded.device.type == "cpu"
+        self._on_cpu = loaded.device.type != "cuda"
         self._limit = free_host_bytes() // 2 if limit is None and self._on_cpu else limit
         self._read_at, self._host = -math.inf, 0
         self._ratios: dict[tuple[str, bool], float] = {}
