@@ -22,6 +22,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LAYER, NEURON = 0, 77
+
+AT_THE_END = "max"
+"""What atlases of these sentences explain: what they ask for stands at their end."""
+
 _GATE, _UP = 8.0, 4.0
 """The gate's input is 8 at the word and -8 elsewhere, so that it is shut; the other factor is 4 at
 the word: together the neuron is 32 there, and nearly 0 elsewhere."""

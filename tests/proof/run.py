@@ -22,7 +22,7 @@ import reltrace
 from bench.service import serving
 from proof import real
 from proof.ablation import Ablation, ablate
-from proof.planted import LAYER, NEURON, Change, Planted, compare, look, plant
+from proof.planted import AT_THE_END, LAYER, NEURON, Change, Planted, compare, look, plant
 from proof.rules import Judged, judge
 from proof.split import Split, split
 from proof.steering import Steering, steer, unseen
@@ -79,7 +79,10 @@ def prove(sentences: int, prompts: int, made_from: int, directions: int, progres
         with serving("demo", RELTRACE_THREADS="2") as address, reltrace.Client(address) as client:
             rules = judge(client, held_out(_JUDGED, PROMPTS), CHANCE)
             ablation = ablate(client, str(checkpoint), ablated, (8, 32), CHANCE)
-            atlas = client.build_atlas(texts, Path(scratch) / "atlas", progress=progress)
+            atlas = client.build_atlas(
+                texts, Path(scratch) / "atlas", target=AT_THE_END, progress=progress
+            )
+            was = atlas.label(LAYER, NEURON)
             answers = {example.answer for example in corpus}
             others = unseen(corpus, 400, PROMPTS)
             steering = steer(client, atlas, answers, others, (1, 2, 4), CHANCE)
@@ -96,9 +99,11 @@ def prove(sentences: int, prompts: int, made_from: int, directions: int, progres
                 serving(planted, RELTRACE_THREADS="2") as address,
                 reltrace.Client(address) as client,
             ):
-                out = Path(scratch) / f"atlas-{seed}"
-                found.append(look(client.build_atlas(texts, out, progress=progress), WORD))
-    return Report(rules, ablation, steering, parted, atlas.label(LAYER, NEURON), change, found)
+                atlas = client.build_atlas(
+                    texts, Path(scratch) / f"atlas-{seed}", target=AT_THE_END, progress=progress
+                )
+                found.append(look(atlas, WORD))
+    return Report(rules, ablation, steering, parted, was, change, found)
 
 
 def show(report: Report) -> None:

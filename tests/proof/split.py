@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import reltrace
+from proof.planted import AT_THE_END
 from safetensors.numpy import load_file
 
 LOOK = 0.1
@@ -47,7 +48,7 @@ def split(address: str, texts: list[str], one: Path, out: Path, progress: bool) 
     watcher.start()
     try:
         with reltrace.Client(address) as client:
-            client.build_atlas(texts, out, progress=progress)
+            client.build_atlas(texts, out, target=AT_THE_END, progress=progress)
     finally:
         over.set()
         watcher.join()

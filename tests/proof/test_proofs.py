@@ -7,7 +7,7 @@ import reltrace
 from bench.service import serving
 from proof.ablation import ablate
 from proof.detection import detect
-from proof.planted import compare, look, plant
+from proof.planted import AT_THE_END, compare, look, plant
 from proof.rules import judge
 from proof.steering import steer, unseen
 from reltrace._evaluate.scores import Mean
@@ -71,7 +71,8 @@ def test_labels_name_what_neurons_speak_for(demo_address: str, tmp_path: Path) -
     others = unseen(corpus, 200, 77)
     assert not {example.prompt for example in corpus} & {example.prompt for example in others}
     with reltrace.Client(demo_address) as client:
-        atlas = client.build_atlas([example.prompt for example in corpus], tmp_path)
+        texts = [example.prompt for example in corpus]
+        atlas = client.build_atlas(texts, tmp_path, target=AT_THE_END)
         answers = {example.answer for example in corpus}
         (found,) = steer(client, atlas, answers, others, (2,), 0, 60)
     assert found.neurons == 60
@@ -94,7 +95,7 @@ def test_a_planted_neuron_is_found_and_labelled(tmp_path: Path) -> None:
     # places of positive relevance are elsewhere. With those of `make proof` none is.
     plant(demo_path(), planted, word, making, 0)
     with serving(planted, RELTRACE_THREADS="1") as address, reltrace.Client(address) as client:
-        found = look(client.build_atlas(corpus, tmp_path / "atlas"), word)
+        found = look(client.build_atlas(corpus, tmp_path / "atlas", target=AT_THE_END), word)
     assert found.label.split(" · ")[0] == "lunch"
     assert found.clearest is not None
     assert (found.clearest.token, found.clearest.role) == (word, "at")

@@ -123,6 +123,7 @@ class Readout:
             assert len(self.only) == len(term_rows)
             # One row for each term, which may be twice the same.
             self._rows, self._term_rows = term_rows, list(range(len(term_rows)))
+            self._told: list[int | None] = [None] * len(self._targets)
             return
         self._rows = sorted(set(term_rows))
         index = {row: i for i, row in enumerate(self._rows)}
