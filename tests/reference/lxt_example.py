@@ -37,13 +37,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+if __name__ == "__main__":
+    # A script has its own folder in the path, and this one has modules that are named as packages.
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-# Run as a script, this file has its own folder in the path alone.
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from reference.gradient import gradient_times_input
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # In the place of lxt's model zoo: its modules can be imported, its __init__ does not run.
 zoo = ModuleType("lxt.efficient.models")
