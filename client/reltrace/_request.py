@@ -27,6 +27,7 @@ _PRIORITIES: dict[str, types_pb2.Priority.ValueType] = {
     "batch": types_pb2.PRIORITY_BATCH,
 }
 _INDEXED = re.compile(r"^(\w+)(?:\[(\d+)\])?")
+_CHAT = re.compile(r"^chats\[(\d+)\]")
 _CALLER_NAMES = {"reduction": "reduce"}
 _MAX_TOP_K = 4096
 _MAX_LAYER = 2**32 - 1
@@ -46,12 +47,15 @@ class Job:
         The caller asked for a list of traces.
     target : object
         The `target` argument as it was passed, to name its parts in errors.
+    first : int
+        Of a slice of a corpus: the number of its first prompt, to name prompts in errors.
     """
 
     spec: types_pb2.JobSpec
     sites: tuple[str, ...]
     several: bool
     target: object
+    first: int = 0
 
     def rename(self, wire_field: str) -> str:
         """Return the caller's name of a field of the job."""
@@ -63,6 +67,10 @@ class Job:
                 return "steer" + wire_field.removeprefix("edits")
         if self.spec.HasField("corpus"):
             wire_field = wire_field.removeprefix("corpus.")
+            if wire_field == "chats":
+                return "messages"
+            if chat := _CHAT.match(wire_field):
+                return f"prompts[{self.first + int(chat[1])}]{wire_field[chat.end() :]}"
         if wire_field == "input":
             return "prompt"
         if wire_field.startswith("input_ids.ids"):

@@ -31,7 +31,7 @@ class AsyncStudies:
 
     async def build_atlas(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Mapping[str, Any]],
         out: str | PathLike[str],
         *,
         model: str | None = None,
@@ -40,13 +40,17 @@ class AsyncStudies:
         positions: int | None = None,
         seed: int = 0,
         keep_special: bool = False,
+        add_special_tokens: bool = True,
         k: int = 16,
         slice: int = 1024,  # noqa: A002 - as the folder calls it
         priority: Priority = "batch",
         progress: bool = False,
     ) -> Atlas:
         """Keep the strongest places of every neuron and head. See `Client.build_atlas`."""
-        plan = AtlasPlan(model, rule, target, k, slice, priority, positions, seed, keep_special)
+        plan = AtlasPlan(
+            model, rule, target, k, slice, priority, positions, seed, keep_special,
+            add_special_tokens,
+        )  # fmt: skip
         with Progress(prompts, shown=progress, unit="prompt") as bar:
             await build(self._connection, prompts, Path(out), plan, bar.add)
         return await asyncio.to_thread(Atlas, out)
@@ -100,7 +104,7 @@ class Studies:
 
     def build_atlas(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Mapping[str, Any]],
         out: str | PathLike[str],
         *,
         model: str | None = None,
@@ -109,6 +113,7 @@ class Studies:
         positions: int | None = None,
         seed: int = 0,
         keep_special: bool = False,
+        add_special_tokens: bool = True,
         k: int = 16,
         slice: int = 1024,  # noqa: A002 - as the folder calls it
         priority: Priority = "batch",
@@ -129,9 +134,10 @@ class Studies:
 
         Parameters
         ----------
-        prompts : iterable of str
-            The corpus, at least one; pulled as needed. One that can not be traced is left out and
-            noted.
+        prompts : iterable of str or mapping
+            The corpus, at least one: texts, or mappings with "prompt" or "messages", a
+            conversation as in `trace`, and perhaps an "id", which is not kept; pulled as needed.
+            One that can not be traced is left out and noted.
         out : path
             Folder; made if need be.
         model : str, optional
@@ -148,6 +154,8 @@ class Studies:
             Of the draws.
         keep_special : bool, default False
             Count first and special tokens as well.
+        add_special_tokens : bool, default True
+            As in `trace`, of the prompts that are texts.
         k : int, default 16
             Places of each list, 1 to 64.
         slice : int, default 1024
@@ -184,6 +192,7 @@ class Studies:
                 positions=positions,
                 seed=seed,
                 keep_special=keep_special,
+                add_special_tokens=add_special_tokens,
                 k=k,
                 slice=slice,
                 priority=priority,

@@ -387,7 +387,7 @@ def test_a_line_that_is_no_prompt_is_named(
     source.write_text('{"prompt": "We have cats"}\n{"input_ids": [1, 2]}\n')
     said = say("build", str(source), str(tmp_path / "out"), "--server", services[0], "--quiet")
     assert said.code == 1
-    assert "corpus, line 2: must have a prompt, and at most an id" in said.error
+    assert "corpus, line 2.input_ids: is no field of a prompt of an atlas" in said.error
     assert "Traceback" not in said.error
     gone = say("build", str(tmp_path / "no.txt"), str(tmp_path / "out"))
     assert (gone.code, "there is no file" in gone.error) == (1, True)

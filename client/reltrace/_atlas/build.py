@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from reltrace_proto.v1 import types_pb2
 
 from reltrace import _target
-from reltrace._atlas.cut import sizes
+from reltrace._atlas.cut import Slice, slices
 from reltrace._atlas.folder import Folder, State
 from reltrace._atlas.sending import Made, Sender, free
-from reltrace._checks import check_text, whole_number
+from reltrace._checks import whole_number
 from reltrace._errors import invalid
 from reltrace._pinning import Pins
 from reltrace._prompt import MAX_JOB_BYTES
@@ -56,6 +55,8 @@ class Plan:
         Prompts that a worker takes at a time, at most.
     keep_special : bool
         First and special tokens are counted.
+    add_special_tokens : bool
+        As in `trace`, of the prompts that are texts.
     """
 
     model: str | None
@@ -67,6 +68,7 @@ class Plan:
     positions: int | None = None
     seed: int = 0
     keep_special: bool = False
+    add_special_tokens: bool = True
 
     def check(self) -> None:
         """Check all of it before the first prompt is read."""
@@ -80,15 +82,26 @@ class Plan:
             whole_number(self.positions, "positions", 1, _ALL_POSITIONS)
             if self.target is not None:
                 raise invalid("positions", "of each text's own next tokens exclude a target")
+        if not isinstance(self.add_special_tokens, bool):
+            raise invalid(
+                "add_special_tokens", f"must be True or False, not {self.add_special_tokens!r}"
+            )
         if _target.is_several(self.target):
             raise invalid("target", "must be one, not several")
         wire_priority(self.priority)
         self.job(["x"])
 
-    def job(self, prompts: list[str]) -> Job:
-        """Return the job of a slice."""
+    def job(self, prompts: Sequence[str | types_pb2.Chat], first: int = 0) -> Job:
+        """Return the job of a slice, which begins with this prompt of the corpus."""
         corpus = types_pb2.Corpus(
-            prompts=prompts, seed=self.seed, keep_special=bool(self.keep_special)
+            prompts=[prompt if isinstance(prompt, str) else "" for prompt in prompts],
+            chats={
+                number: prompt
+                for number, prompt in enumerate(prompts)
+                if not isinstance(prompt, str)
+            },
+            seed=self.seed,
+            keep_special=bool(self.keep_special),
         )
         if self.target is None:
             corpus.positions = self.positions or _ALL_POSITIONS
@@ -98,6 +111,8 @@ class Plan:
             targets=() if self.target is None else _target.to_wire(self.target),
             top_k=self.k,
             corpus=corpus,
+            # Not said where it is the default: a server that does not know the field serves it too.
+            add_special_tokens=None if self.add_special_tokens else False,
         )
         if spec.ByteSize() > MAX_JOB_BYTES:
             raise invalid(
@@ -105,7 +120,7 @@ class Plan:
                 f"{len(prompts)} prompts make a job of {spec.ByteSize()} bytes; the limit is "
                 f"{MAX_JOB_BYTES}: take fewer at a time",
             )
-        return Job(spec, (), False, self.target)
+        return Job(spec, (), False, self.target, first)
 
     def about(self) -> dict[str, Any]:
         """Return what a folder must agree on."""
@@ -116,6 +131,7 @@ class Plan:
             "positions": self.positions,
             "seed": self.seed,
             "keep_special": self.keep_special,
+            "add_special_tokens": self.add_special_tokens,
             "k": self.k,
             "slice": self.slice,
         }
@@ -126,57 +142,9 @@ def _known_again(target: Any) -> str | int:
     return operator.index(target) if hasattr(target, "__index__") else str(target)
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Some prompts of a corpus, one after the other.
-
-    Attributes
-    ----------
-    number, first : int
-        Which, and the number of its first prompt.
-    prompts : list of str
-        As many as the slice has; of the last, perhaps fewer.
-    """
-
-    number: int
-    first: int
-    prompts: list[str]
-
-    @property
-    def digest(self) -> str:
-        """What tells its prompts from others."""
-        whole = hashlib.sha256()
-        for prompt in self.prompts:
-            data = prompt.encode()
-            whole.update(len(data).to_bytes(8, "little") + data)
-        return whole.hexdigest()
-
-
-def slices(prompts: Iterable[str], most: int) -> Iterator[Slice]:
-    """Cut a corpus into slices of so many prompts at most.
-
-    Raises
-    ------
-    InvalidArgument
-        Where something is no text; an empty one is left to the worker, who leaves it out.
-    """
-    iterator, first = iter(prompts), 0
-    for number, size in enumerate(sizes(most)):
-        some = list(islice(iterator, size))
-        if not some:
-            return
-        for index, prompt in enumerate(some, first):
-            if not isinstance(prompt, str):
-                raise invalid(f"prompts[{index}]", f"must be text, not {type(prompt).__name__}")
-            if prompt:
-                check_text(prompt, f"prompts[{index}]")
-        yield Slice(number, first, some)
-        first += size
-
-
 async def build(
     connection: Connection,
-    prompts: Iterable[str],
+    prompts: Iterable[str | Mapping[str, Any]],
     out: Path,
     plan: Plan,
     progress: Callable[[int], None],
@@ -200,7 +168,9 @@ async def build(
         await to_the_end(folder.hold)
         # Not before it is held: another may have been building here until then.
         state = await asyncio.to_thread(folder.read) if folder.exists else State(plan.about())
-        given = {name: state.about.get(name) for name in plan.about()}
+        # An earlier version did not note it.
+        before = {"add_special_tokens": True, **state.about}
+        given = {name: before.get(name) for name in plan.about()}
         if given != plan.about():
             raise invalid("out", f"{out} holds an atlas of other settings: {given}")
         builder = _Builder(connection, folder, state, plan, progress)
@@ -318,7 +288,7 @@ class _Builder:
         return self._sender
 
     async def _add(self, sender: Sender, some: Slice) -> None:
-        job = self._plan.job(some.prompts)
+        job = self._plan.job(some.prompts, some.first)
         # What has made a part of the atlas makes the rest.
         made_by = "@".join(filter(None, self._state.about.get("made_by", ())))
         job.spec.model = made_by or job.spec.model

@@ -70,7 +70,8 @@ class InputFormat:
     name : str
         One of `FORMATS`.
     column, id_column : str or None
-        Of CSV and Parquet; None: "prompt", and "id" if there is such a column.
+        Of CSV and Parquet; None: "prompt", else "messages", and "id" if there is such a column.
+        Of "messages" each cell is a conversation, in CSV as JSON.
     compressed : bool
         By gzip.
     also : tuple of str
@@ -324,7 +325,9 @@ class _Columns:
 
     @classmethod
     def of(cls, there: list[str] | Any, input_format: InputFormat) -> _Columns:
-        column, id_column = input_format.column or "prompt", input_format.id_column
+        column, id_column = input_format.column, input_format.id_column
+        if column is None:
+            column = "messages" if "messages" in there and "prompt" not in there else "prompt"
         for field_name, name in (("column", column), ("id-column", id_column)):
             if name is not None and name not in there:
                 raise invalid(field_name, f"{name!r} is not in the file; it has {', '.join(there)}")
@@ -343,10 +346,27 @@ def _from_row(index: int, line: int, row: Mapping[str, Any], names: _Columns) ->
     content = repr((prompt, name, *also.items())).encode(errors="surrogatepass")
     if not is_id(name):
         name = index
-    if not isinstance(prompt, str):
-        fault = invalid(names.prompt, f"must be text, not {type(prompt).__name__}")
-        return Item(index, line, name, fault=fault, content=content)
-    return Item(index, line, name, {"prompt": prompt, **also}, content=content)
+    try:
+        arguments = {**_input(prompt, names.prompt), **also}
+    except InvalidArgument as error:
+        return Item(index, line, name, fault=error, content=content)
+    return Item(index, line, name, arguments, content=content)
+
+
+def _input(cell: object, column: str) -> dict[str, Any]:
+    """Return the argument that a cell of CSV or Parquet stands for."""
+    if column != "messages":
+        if isinstance(cell, str):
+            return {"prompt": cell}
+        raise invalid(column, f"must be text, not {type(cell).__name__}")
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError) as error:
+            raise invalid(column, f"is not JSON: {error}") from None
+    if isinstance(cell, list):
+        return {"messages": cell}
+    raise invalid(column, f"must be a list of messages, not {type(cell).__name__}")
 
 
 class Fingerprint:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.text import Text
 
 import reltrace
 from reltrace._atlas.contexts import QUANTILES
+from reltrace._atlas.cut import read_prompt
 from reltrace._atlas.given import BUILT_IN
 from reltrace._atlas.part import LISTS, MEASURES
 from reltrace._batch.items import InputFormat, count_items, format_of, read_items
@@ -25,6 +26,7 @@ from reltrace._command.options import (
     Quiet,
     Rule,
     Server,
+    SpecialTokens,
     access_of,
     echo_json,
     target_of,
@@ -57,8 +59,8 @@ def build(
         str,
         typer.Argument(
             metavar="CORPUS",
-            help="File of prompts by its ending: jsonl, csv, parquet (and .gz); any other, and "
-            "standard input (-), has one per line.",
+            help="File of prompts or conversations, by its ending: jsonl, csv, parquet (and "
+            ".gz); any other, and standard input (-), has a prompt per line.",
         ),
     ],
     out: Annotated[
@@ -90,6 +92,7 @@ def build(
             help="Count first and special tokens, too.",
         ),
     ] = False,
+    add_special_tokens: SpecialTokens = True,
     k: Annotated[
         int, typer.Option("--places", envvar="RELTRACE_PLACES", help="Places of each list.")
     ] = 16,
@@ -102,8 +105,8 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Build an atlas, or what is missing of one."""
-    prompts: Iterable[str] = (
-        _texts(sys.stdin.buffer, InputFormat("text"))
+    prompts: Iterable[Mapping[str, Any]] = (
+        _prompts(sys.stdin.buffer, InputFormat("text"))
         if corpus == "-"
         else _File(Path(corpus), column)
     )
@@ -117,6 +120,7 @@ def build(
             positions=positions,
             seed=seed,
             keep_special=keep_special,
+            add_special_tokens=add_special_tokens,
             k=k,
             slice=slice_,
             progress=not quiet,
@@ -266,18 +270,19 @@ class _File:
         with self._path.open("rb") as file:
             return count_items(file, self._reading)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
         with self._path.open("rb") as file:
-            yield from _texts(file, self._reading)
+            yield from _prompts(file, self._reading)
 
 
-def _texts(file: BinaryIO, reading: InputFormat) -> Iterator[str]:
+def _prompts(file: BinaryIO, reading: InputFormat) -> Iterator[Mapping[str, Any]]:
     for item in read_items(file, reading):
+        line = f"corpus, line {item.line}"
         if item.fault is not None:
-            raise invalid(f"corpus, line {item.line}", str(item.fault))
-        if set(item.arguments) != {"prompt"}:
-            raise invalid(f"corpus, line {item.line}", "must have a prompt, and at most an id")
-        yield item.arguments["prompt"]
+            raise invalid(line, str(item.fault))
+        # Named by its line, which the build does not know.
+        read_prompt(item.arguments, line)
+        yield item.arguments
 
 
 def _known(value: float) -> float | None:

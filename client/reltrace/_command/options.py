@@ -110,7 +110,8 @@ Column = Annotated[
     str | None,
     typer.Option(
         envvar="RELTRACE_COLUMN",
-        help="Column of the prompts, in CSV and Parquet. (default: prompt)",
+        help="Column of the prompts, in CSV and Parquet; that of conversations is called messages. "
+        "(default: prompt, else messages)",
         show_default=False,
     ),
 ]

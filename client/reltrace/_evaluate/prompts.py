@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -83,7 +82,7 @@ class Prompt:
             return list(self.answer)
         assert self.answer is not None
         wanted = self.answer.strip()
-        text, spans = _spans(trace)
+        text, spans = trace.text, trace.offsets.tolist()
         begin = text.find(wanted) if wanted else -1
         while begin >= 0:
             end = begin + len(wanted)
@@ -153,13 +152,3 @@ def _positions(given: object, field: str) -> tuple[int, ...]:
         )
     found = {whole_number(one, f"{field}[{index}]") for index, one in enumerate(listed)}
     return tuple(sorted(found))
-
-
-def _spans(trace: Trace) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a trace, and the characters of each token in it."""
-    if len(trace.offsets):
-        return trace.text, [(first, stop) for first, stop in trace.offsets.tolist()]
-    # A worker of an older version does not say them; it writes a space as one of these.
-    pieces = [token.replace("Ġ", " ").replace("▁", " ") for token in trace.tokens]
-    ends = list(accumulate(map(len, pieces)))
-    return "".join(pieces), list(pairwise([0, *ends]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -14,15 +14,18 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import pytest
 import reltrace
+from fake_server import FakeServer
 from make_part import make_part
 from reltrace._atlas import build as build_module
-from reltrace._atlas.build import Plan, Slice, slices
+from reltrace._atlas.build import Plan
 from reltrace._atlas.folder import Folder, State
 from reltrace._atlas.merged import Merged
 from reltrace._atlas.sending import Made
 from reltrace._transport.connection import Connection
 from reltrace._transport.submission import Accepted
 from reltrace_proto.v1 import types_pb2
+
+CHAT = [{"role": "user", "content": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,18 @@ from reltrace_proto.v1 import types_pb2
         (b"a text", "prompts: must be an iterable of prompts, not one bytes"),
         ({"a": "text"}, "prompts: must be an iterable of prompts, not one dict"),
         (None, "prompts: must be an iterable of prompts, not NoneType"),
-        (["a", 7], r"prompts\[1\]: must be text, not int"),
+        (["a", 7], r"prompts\[1\]: must be text or a mapping, not int"),
+        (["a", {"input_ids": [1]}], r"prompts\[1\]\.input_ids: is no field of a prompt of an at"),
+        ([{"id": "a"}], r"prompts\[0\]: is missing; give prompt or messages"),
+        ([{"prompt": ["a"]}], r"prompts\[0\]\.prompt: must be text, not list"),
+        ([{"prompt": "\udfff"}], r"prompts\[0\]\.prompt: character 0 is a lone surrogate"),
+        ([{"prompt": "a", "messages": CHAT}], r"prompts\[0\]\.prompt: excludes messages"),
+        ([{"messages": "a"}], r"prompts\[0\]\.messages: must be a list of messages"),
+        (["a", {"messages": []}], r"prompts\[1\]\.messages: must have at least one message"),
+        (
+            ["a", {"messages": [*CHAT, {"role": "user"}]}],
+            r"prompts\[1\]\.messages\[1\]\.content: is missing",
+        ),
         (["a", "b", "c\ud800"], r"prompts\[2\]: character 1 is a lone surrogate"),
         ([], "prompts: there are none: the corpus is empty"),
         (iter(()), "prompts: there are none: the corpus is empty"),
@@ -44,6 +58,28 @@ def test_what_is_no_corpus_is_refused(
     with pytest.raises(reltrace.InvalidArgument, match=message):
         client.build_atlas(prompts, tmp_path / "atlas", slice=2**16)  # type: ignore[arg-type]
     assert not (tmp_path / "atlas").exists()
+
+
+def test_a_fault_in_a_conversation_is_named_by_its_place_in_the_corpus(
+    server: FakeServer, client: reltrace.Client, tmp_path: Path
+) -> None:
+    server.faults = lambda spec: [("corpus.chats[1].messages[0].role", "is not served")]
+    with pytest.raises(
+        reltrace.InvalidArgument, match=r"^prompts\[1\]\.messages\[0\]\.role: is not served"
+    ):
+        client.build_atlas(["a", {"messages": CHAT}], tmp_path / "atlas")
+    asked = server.requests[0].jobs[0].corpus
+    assert list(asked.prompts) == ["a", ""]
+    assert {number: sent_of(chat) for number, chat in asked.chats.items()} == {1: CHAT}
+    later = Plan(None, "attnlrp", None, 2, 16, "batch").job([""], 48)
+    assert later.rename("corpus.chats[3].messages[0].role") == "prompts[51].messages[0].role"
+    server.faults = lambda spec: [("corpus.chats", "is more than the workers of fake can do")]
+    with pytest.raises(reltrace.InvalidArgument, match=r"^messages: is more than the workers"):
+        client.build_atlas([{"messages": CHAT}], tmp_path / "atlas")
+
+
+def sent_of(chat: types_pb2.Chat) -> list[dict[str, str]]:
+    return [{"role": one.role, "content": one.content} for one in chat.messages]
 
 
 def test_one_process_at_a_time_builds_in_a_folder(client: reltrace.Client, tmp_path: Path) -> None:
@@ -64,19 +100,6 @@ def test_a_folder_that_can_not_be_is_named(client: reltrace.Client, tmp_path: Pa
     (tmp_path / "file").touch()
     with pytest.raises(reltrace.InvalidArgument, match=r"out: .* can not be used: Not a dir"):
         client.build_atlas(["a"], tmp_path / "file" / "atlas")
-
-
-def test_a_prompt_is_named_by_its_number_in_the_corpus() -> None:
-    found = slices(iter(["a", "", "b", "c", "\udfff"]), 2)
-    assert next(found) == Slice(0, 0, ["a", ""])
-    assert next(found) == Slice(1, 2, ["b", "c"])
-    with pytest.raises(reltrace.InvalidArgument, match=r"prompts\[4\]: character 0"):
-        next(found)
-
-
-def test_slices_differ_by_where_one_prompt_ends_and_the_next_begins() -> None:
-    several = [["ab", "c"], ["a", "bc"], ["abc"], ["", "abc"], ["abc", ""]]
-    assert len({Slice(0, 0, prompts).digest for prompts in several}) == len(several)
 
 
 class FakeSender:
@@ -116,7 +139,9 @@ def freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 PROMPTS = [f"prompt {number}" for number in range(8)]
 
 
-async def built(out: Path, prompts: Iterable[str] = PROMPTS, **other: Any) -> State:
+async def built(
+    out: Path, prompts: Iterable[str | Mapping[str, Any]] = PROMPTS, **other: Any
+) -> State:
     settings = {"model": None, "rule": "attnlrp", "target": "max", "k": 2, "slice": 2}
     plan = Plan(**{**settings, "priority": "batch", **other})
     return await build_module.build(cast("Connection", None), prompts, out, plan, lambda _: None)
@@ -227,6 +252,7 @@ async def test_what_is_explained_is_a_setting(freed: list[str], tmp_path: Path) 
         {"target": None, "positions": 4},
         {"target": None, "positions": 4, "seed": 1},
         {"target": None, "keep_special": True},
+        {"target": None, "add_special_tokens": False},
         {"target": "max"},
     ]
     for number, way in enumerate(ways):
@@ -247,6 +273,7 @@ async def test_what_is_explained_is_a_setting(freed: list[str], tmp_path: Path) 
         ({"target": "max", "positions": 4}, "positions: .* exclude a target"),
         ({"target": None, "seed": 1}, "seed: draws positions, and none are drawn"),
         ({"target": None, "positions": 4, "seed": -1}, "seed: must be a whole number from 0"),
+        ({"add_special_tokens": 1}, "add_special_tokens: must be True or False, not 1"),
     ],
 )
 async def test_positions_that_can_not_be_are_named(
@@ -267,6 +294,47 @@ def test_a_job_says_what_is_explained() -> None:
     assert (drawn.positions, drawn.seed, drawn.keep_special) == (3, 7, False)
     one = asked(target="max", keep_special=True)
     assert (one.corpus.positions, one.corpus.keep_special, len(one.targets)) == (0, True, 1)
+    assert not one.HasField("add_special_tokens")
+    plain = asked(add_special_tokens=False)
+    assert (plain.HasField("add_special_tokens"), plain.add_special_tokens) == (True, False)
+
+
+async def test_a_build_goes_on_with_the_same_conversations_alone(
+    freed: list[str], tmp_path: Path
+) -> None:
+    """
+    Given an atlas of texts and conversations
+    If one message, one role, or what is a conversation changes
+    I expect the folder to be refused; and the same in other words to be gone on with.
+    """
+    corpus = [{"messages": CHAT, "id": "first"}, *PROMPTS[:3]]
+    await built(tmp_path, corpus)
+    FakeSender.asked.clear()
+    await built(tmp_path, [{"messages": tuple(CHAT)}, *({"prompt": one} for one in PROMPTS[:3])])
+    assert FakeSender.asked == []
+    for other in (
+        {"messages": [{"role": "user", "content": "b"}]},
+        {"messages": [{"role": "system", "content": "a"}]},
+        {"messages": [*CHAT, *CHAT]},
+        "a",
+    ):
+        with pytest.raises(reltrace.InvalidArgument, match=r"prompts: are others .* from 0 on"):
+            await built(tmp_path, [other, *PROMPTS[:3]])
+    assert FakeSender.asked == []
+
+
+async def test_an_atlas_that_does_not_say_what_is_added_is_of_prompts_with_it(
+    freed: list[str], tmp_path: Path
+) -> None:
+    """An earlier version wrote such folders."""
+    state = await built(tmp_path)
+    del state.about["add_special_tokens"]
+    Folder(tmp_path).write(state)
+    FakeSender.asked.clear()
+    await built(tmp_path)
+    assert FakeSender.asked == []
+    with pytest.raises(reltrace.InvalidArgument, match="'add_special_tokens': True"):
+        await built(tmp_path, add_special_tokens=False)
 
 
 async def test_an_id_is_another_target_than_its_text(freed: list[str], tmp_path: Path) -> None:

@@ -136,6 +136,34 @@ def test_parquet(tmp_path: Path) -> None:
         read("hello", "parquet")
 
 
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def test_conversations_in_columns(tmp_path: Path) -> None:
+    """
+    Given CSV and Parquet with a column of conversations
+    I expect them to be read where there are no prompts, or where they are asked for.
+    """
+    row = json.dumps(MESSAGES).replace('"', '""')
+    expected = [{"messages": MESSAGES}]
+    items = read(f'id,messages\n7,"{row}"\n8,[\n9,{{}}\n', "csv")
+    assert [item.arguments for item in items] == [*expected, {}, {}]
+    assert [item.id for item in items] == ["7", "8", "9"]
+    assert "messages: is not JSON" in str(items[1].fault)
+    assert "messages: must be a list of messages, not dict" in str(items[2].fault)
+    both = f'prompt,messages\nx,"{row}"\n'
+    assert [item.arguments for item in read(both, "csv")] == [{"prompt": "x"}]
+    assert [item.arguments for item in read(both, "csv", column="messages")] == expected
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"messages": [MESSAGES, None], "prompt_id": ["a", "b"]})
+    pyarrow.parquet.write_table(table, path)
+    with path.open("rb") as file:
+        items = list(read_items(file, InputFormat("parquet", None, "prompt_id")))
+    assert [item.arguments for item in items] == [*expected, {}]
+    assert "messages: must be a list of messages, not NoneType" in str(items[1].fault)
+
+
 def test_compressed() -> None:
     data = gzip.compress(b'"a"\n\n"b"\n')
     reading = InputFormat("jsonl", compressed=True)

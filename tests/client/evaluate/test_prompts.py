@@ -1,6 +1,7 @@
 """What is evaluated, and where its answer stands."""
 
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -9,7 +10,13 @@ from make_trace import make_trace
 from reltrace import Target
 from reltrace._evaluate.prompts import Ids, Prompt
 
-TOKENS = ["<s>", "ĠMy", "Ġcats", "Ġlove", "Ġunder", "stand", "ing", "Ġcats"]
+TOKENS = ["<s>", " My", " cats", " love", " under", "stand", "ing", " cats"]
+
+
+def read_as(tokens: list[str]) -> reltrace.Trace:
+    """A trace of the text that these tokens make, each its own characters."""
+    spans = list(pairwise(accumulate(map(len, tokens), initial=0)))
+    return replace(make_trace(tokens=tokens), text="".join(tokens), offsets=np.array(spans))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +34,7 @@ TOKENS = ["<s>", "ĠMy", "Ġcats", "Ġlove", "Ġunder", "stand", "ing", "Ġcats"
 )
 def test_the_tokens_of_an_answer(answer: object, where: list[int]) -> None:
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
-    assert prompt.where(make_trace(tokens=TOKENS), len(TOKENS)) == where
+    assert prompt.where(read_as(TOKENS), len(TOKENS)) == where
 
 
 # "a 😀\ncats cat", where the face is three tokens, as byte-level vocabularies cut it.
@@ -55,7 +62,7 @@ def test_a_text_is_found_by_its_characters(answer: str, where: list[int]) -> Non
 
 
 def test_an_answer_is_of_the_prompt_and_not_of_what_follows() -> None:
-    trace = make_trace(tokens=[*TOKENS, "Ġdogs"])
+    trace = read_as([*TOKENS, " dogs"])
     for answer in ("dogs", [8]):
         prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
         with pytest.raises(reltrace.InvalidArgument, match="answer: "):
@@ -85,7 +92,7 @@ def test_a_text_as_target_is_what_follows_the_prompt() -> None:
 def test_an_answer_that_is_not_there_is_refused(answer: object) -> None:
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
     with pytest.raises(reltrace.InvalidArgument, match="answer: "):
-        prompt.where(make_trace(tokens=TOKENS), len(TOKENS))
+        prompt.where(read_as(TOKENS), len(TOKENS))
 
 
 @pytest.mark.parametrize(
