@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import numpy as np
 import reltrace
@@ -42,3 +44,9 @@ def make_trace(
         id=id,
         layers=layers,
     )
+
+
+def with_text(trace: reltrace.Trace) -> reltrace.Trace:
+    """Return a trace of the text that its tokens make, one after another."""
+    spans = list(pairwise(accumulate(map(len, trace.tokens), initial=0)))
+    return replace(trace, text="".join(trace.tokens), offsets=np.array(spans))

@@ -60,10 +60,10 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, st
         process.stop()
 
 
-def same(first: Path, second: Path) -> None:
-    """Compare two atlases bit for bit."""
+def same(first: Path, second: Path, digests: bool = True) -> None:
+    """Compare two atlases bit for bit, and unless told not to what they say of their corpora."""
     one, two = Folder(first).read(), Folder(second).read()
-    assert one.digests == two.digests
+    assert one.digests == two.digests or not digests
     assert (one.tokens, one.vocabulary, one.skipped) == (two.tokens, two.vocabulary, two.skipped)
     for site, merged in one.sites.items():
         for name, array in vars(merged).items():

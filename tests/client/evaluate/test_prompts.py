@@ -1,22 +1,15 @@
 """What is evaluated, and where its answer stands."""
 
 from dataclasses import replace
-from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
 import reltrace
-from make_trace import make_trace
+from make_trace import make_trace, with_text
 from reltrace import Target
 from reltrace._evaluate.prompts import Ids, Prompt
 
 TOKENS = ["<s>", " My", " cats", " love", " under", "stand", "ing", " cats"]
-
-
-def read_as(tokens: list[str]) -> reltrace.Trace:
-    """A trace of the text that these tokens make, each its own characters."""
-    spans = list(pairwise(accumulate(map(len, tokens), initial=0)))
-    return replace(make_trace(tokens=tokens), text="".join(tokens), offsets=np.array(spans))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +27,7 @@ def read_as(tokens: list[str]) -> reltrace.Trace:
 )
 def test_the_tokens_of_an_answer(answer: object, where: list[int]) -> None:
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
-    assert prompt.where(read_as(TOKENS), len(TOKENS)) == where
+    assert prompt.where(with_text(make_trace(tokens=TOKENS)), len(TOKENS)) == where
 
 
 # "a 😀\ncats cat", where the face is three tokens, as byte-level vocabularies cut it.
@@ -62,7 +55,7 @@ def test_a_text_is_found_by_its_characters(answer: str, where: list[int]) -> Non
 
 
 def test_an_answer_is_of_the_prompt_and_not_of_what_follows() -> None:
-    trace = read_as([*TOKENS, " dogs"])
+    trace = with_text(make_trace(tokens=[*TOKENS, " dogs"]))
     for answer in ("dogs", [8]):
         prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
         with pytest.raises(reltrace.InvalidArgument, match="answer: "):
@@ -92,7 +85,7 @@ def test_a_text_as_target_is_what_follows_the_prompt() -> None:
 def test_an_answer_that_is_not_there_is_refused(answer: object) -> None:
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
     with pytest.raises(reltrace.InvalidArgument, match="answer: "):
-        prompt.where(read_as(TOKENS), len(TOKENS))
+        prompt.where(with_text(make_trace(tokens=TOKENS)), len(TOKENS))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reltrace
 from make_plan import plan
-from make_trace import make_trace
+from make_trace import make_trace, with_text
 from reltrace._evaluate.curves import Curves
 from reltrace._evaluate.prompts import Prompt
 from reltrace._evaluate.scores import Mean
@@ -27,7 +27,7 @@ def found(
     how = plan(rules=RULES, points=5, **settings)
     tally = Tally(how)
     for number in range(prompts):
-        trace = make_trace({"embed": (6,)}, tokens=TOKENS)
+        trace = with_text(make_trace({"embed": (6,)}, tokens=TOKENS))
         # What is relevant is what the function says of each token alone.
         relevance = [value(set()) - value({position}) for position in range(6)]
         trace = replace(trace, arrays={"embed": {"": np.array(relevance, np.float32)}})
