@@ -11,9 +11,13 @@ Start with `Client`:
 from __future__ import annotations as _annotations
 
 import logging as _logging
+import os as _os
 from importlib.metadata import version as _version
 from os import PathLike as _PathLike
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+# Before gRPC is imported: its fork handlers crash the child of a process that is in a call.
+_os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from reltrace._admin import DeadJob, Requeued, Tenant
 from reltrace._aio import AsyncClient

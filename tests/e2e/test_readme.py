@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -19,20 +20,37 @@ import pytest
 from e2e.conftest import Process, address_in, wait_until
 from e2e.printed import ROOT, commands, environment, shell
 from nbclient import NotebookClient
+from proof.sentences import SENTENCES
 from reltrace_worker.demo.corpus import held_out
 
 PAGES = ["README.md", "client/README.md", "client/NUMBERS.md", "client/BATCH.md"]
+
+
+def shown(page: str, *what: Any) -> Any:
+    """A test's parameters: of README.md on a real model, which takes longer; else on the demo's."""
+    if page == "README.md":
+        return pytest.param("smollm2", page, *what, marks=pytest.mark.slow)
+    return pytest.param("demo", page, *what)
+
+
 PYTHON = [
-    (page, number, snippet)
+    shown(page, number, snippet)
     for page in PAGES
     for number, snippet in enumerate(
         re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     )
 ]
-# Without the default port, which another test may hold, they need a host, a hub, a JOB, or a model
-# with a chat template.
+# What the snippets of README.md print on the real model, one after the other.
+SAYS = (
+    "dogs",
+    r"Turn\(role='user'",
+    r"attnlrp",
+    r"London.* instead of  Paris",
+    r"\d+ \d+ ' \w+'|\d+ \d+  ?\w+",
+)
+# Without the default port, which another test may hold, they need a host, a hub, or a JOB.
 NOT_HERE = re.compile(
-    r"--chat|\breltrace up\b|10\.0\.0|meta-llama|PATH_OR_HUB_ID|JOB|TENANT|node1|\.\.\."
+    r"\breltrace up\b|10\.0\.0|meta-llama|PATH_OR_HUB_ID|JOB|TENANT|node1|\.\.\."
     # These have tests of their own: below, in test_s3.py and in test_atlas.py.
     r"|--watch|s3://|drain|CORPUS|OUT "
 )
@@ -41,33 +59,40 @@ PROMPTS = '{"id": "a", "prompt": "I have 2 birds and 4 fish. My birds"}\n"We hav
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the snippets of a page are pasted, one after another."""
+def folder(tmp_path_factory: pytest.TempPathFactory, default_server: str) -> Path:
+    """Where the snippets are pasted that one model is shown with, one after another."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "prompts.jsonl").write_text(PROMPTS)
-    # The first of those that the README's line writes.
-    (folder / "corpus.txt").write_text("\n".join(e.prompt for e in held_out(300, 9)))
+    (folder / "chat.json").write_text('[{"role": "user", "content": "Who barks?"}]')
+    texts = SENTENCES if default_server == "smollm2" else [e.prompt for e in held_out(300, 9)]
+    (folder / "corpus.txt").write_text("\n".join(texts))
     np.save(folder / "direction.npy", np.random.default_rng(0).normal(size=128))
     return folder
 
 
-@pytest.fixture(scope="module")
-def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`reltrace up` as the README says it: on the default port, with the demo model."""
+@pytest.fixture(scope="module", params=["demo"])
+def default_server(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[str]:
+    """`reltrace up` as the pages say it, on the default port; the model."""
     data = tmp_path_factory.mktemp("data")
-    service = Process.start(data, "reltrace", "up", "--data", str(data / "data"))
+    service = Process.start(
+        data, "reltrace", "up", "--model", request.param, "--data", str(data / "data")
+    )
     try:
         assert address_in(service.first_line()) == "127.0.0.1:50051"
-        yield
+        yield str(request.param)
     finally:
         service.stop()
 
 
 SHELL = [
-    (page, command)
+    shown(page, command)
     for page in PAGES
     for command in commands(page)
     if not NOT_HERE.search(command.partition("#")[0])
+    # The demo model has no chat template.
+    and ("--chat" not in command or page == "README.md")
     and not command.startswith(("reltrace --token-file", "reltrace-"))
 ]
 
@@ -77,14 +102,14 @@ DRAINS = [one for page in PAGES for one in commands(page) if "drain" in one]
 
 
 def test_there_is_something_to_paste() -> None:
-    assert {page for page, *_ in PYTHON} == set(PAGES)
+    assert {one.values[1] for one in PYTHON} == set(PAGES)
     assert len(SHELL) > 10
     assert len(WATCHED) > 0
     assert len(DRAINS) > 0
 
 
 @pytest.mark.usefixtures("default_server")
-@pytest.mark.parametrize(("page", "command"), SHELL)
+@pytest.mark.parametrize(("default_server", "page", "command"), SHELL, indirect=["default_server"])
 def test_a_command_runs_as_printed(page: str, command: str, folder: Path) -> None:
     if command.startswith("reltrace batch") and "--shard" in command:
         command = command.replace(" traces ", " sharded ")
@@ -143,7 +168,9 @@ def test_a_worker_is_drained_as_printed(command: str, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("default_server")
-@pytest.mark.parametrize(("page", "number", "snippet"), PYTHON)
+@pytest.mark.parametrize(
+    ("default_server", "page", "number", "snippet"), PYTHON, indirect=["default_server"]
+)
 def test_a_snippet_runs_as_printed(page: str, number: int, snippet: str, folder: Path) -> None:
     if "load_atlas" in snippet:
         shell(BUILD, folder)
@@ -161,10 +188,8 @@ def test_a_snippet_runs_as_printed(page: str, number: int, snippet: str, folder:
     if "trace.plot(" in snippet:
         assert (folder / "trace.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / "trace.safetensors").stat().st_size > 0
-    if "load_atlas" in snippet:
-        assert "instead of  turkeys" in done.stdout
-    if (page, number) == ("README.md", 0):
-        assert "dogs" in done.stdout
+    if page == "README.md":
+        assert re.search(SAYS[number], done.stdout), done.stdout
     if page == "client/NUMBERS.md":
         printed = re.findall(r"^# (\w+: .*)$", snippet, re.MULTILINE)
         assert done.stdout.splitlines() == printed

@@ -13,6 +13,7 @@ from reference.small_tokenizers import TOKENIZERS, sentencepiece
 from reltrace_worker.errors import InvalidJob
 from reltrace_worker.jobs import (
     Chat,
+    CorpusSpec,
     GenerationSpec,
     JobSpec,
     Message,
@@ -227,7 +228,7 @@ def test_a_chat_that_can_not_be_is_named(preparers: Any) -> None:
 
 def test_a_corpus_may_have_chats(preparers: Any) -> None:
     chat = Chat((Message("user", "cats and dogs"),))
-    spec = JobSpec("", corpus=("I have", chat, "", Chat(())), k=3)
+    spec = JobSpec("", corpus=CorpusSpec(("I have", chat, "", Chat(()))), k=3)
     jobs = preparers("byte level", CHATML)
     corpus = jobs.prepare_corpus(spec)
     assert corpus.numbers == (0, 1)
