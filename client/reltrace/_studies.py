@@ -160,8 +160,8 @@ class Studies:
             Places of each list, 1 to 64.
         slice : int, default 1024
             Prompts that a worker takes at a time at most, 1 to 65536: fewer are lost with a worker,
-            more send fewer bytes. The first slices have 16 prompts, later ones up to half of what
-            was before them.
+            more send fewer bytes. The first slices have 16 prompts, later ones up to a quarter of
+            what was before them.
         priority : {"interactive", "batch"}
             Of all jobs.
         progress : bool, default False

@@ -24,13 +24,13 @@ _FIRST = 16
 def sizes(most: int) -> Iterator[int]:
     """Yield how many prompts each slice has, without end.
 
-    The first ones are small, so that something is done soon; later ones are half as large as all
+    The first ones are small, so that something is done soon; later ones are a quarter as large as all
     before them, up to `most`: a large model's slice is hundreds of megabytes, however few prompts
     it has.
     """
     before = 0
     while True:
-        size = min(most, max(_FIRST, before // 2))
+        size = min(most, max(_FIRST, before // 4))
         yield size
         before += size
 
