@@ -24,9 +24,9 @@ _FIRST = 16
 def sizes(most: int) -> Iterator[int]:
     """Yield how many prompts each slice has, without end.
 
-    The first ones are small, so that something is done soon; later ones are a quarter as large as all
-    before them, up to `most`: a large model's slice is hundreds of megabytes, however few prompts
-    it has.
+    The first ones are small, so that something is done soon; later ones are a quarter as large as
+    all before them, up to `most`: a large model's slice is hundreds of megabytes, however few
+    prompts it has.
     """
     before = 0
     while True:

@@ -13,8 +13,8 @@ from reltrace_proto.v1 import types_pb2
 def test_slices_grow_up_to_a_bound(most: int) -> None:
     """
     Given a bound
-    I expect small slices first, none over the bound nor over a quarter of what was before it (or 16),
-    before long the bound itself; and the numbers of their first prompts to be their sums.
+    I expect small slices first, none over the bound nor over a quarter of what was before it (or
+    16), before long the bound itself; and the numbers of their first prompts to be their sums.
     """
     found = list(islice(sizes(most), 60))
     before = 0
