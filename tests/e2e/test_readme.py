@@ -195,7 +195,9 @@ def test_a_snippet_runs_as_printed(page: str, number: int, snippet: str, folder:
         assert done.stdout.splitlines() == printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("default_server")
+@pytest.mark.parametrize("default_server", ["smollm2"], indirect=True)
 def test_the_notebook_runs(folder: Path) -> None:
     book = nbformat.read(ROOT / "client" / "notebook.ipynb", as_version=4)
     assert all(cell.get("outputs", []) == [] for cell in book.cells), "it is kept without outputs"
