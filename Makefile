@@ -81,8 +81,9 @@ fleet: $(VENV)/.setup-dev ## 500 simulated workers, two schedulers, 100,000 jobs
 chaos: $(VENV)/.setup-dev ## kill everything at random, 200 times, and watch Redis' memory (minutes)
 	@$(BIN)/python tests/chaos/run.py
 
-proof: $(VENV)/.setup-dev ## judge rules, prove relevance and labels of neurons, on the demo model and real ones, with intervals (minutes)
+proof: $(VENV)/.setup-dev ## judge rules, relevance and labels of neurons, on the demo model and on real ones (an hour)
 	@$(BIN)/python tests/proof/run.py
+	@$(BIN)/python tests/proof/labels.py out/labels
 
 upgrade: $(VENV)/.setup-dev ## replace schedulers and workers one by one under load, as root on hosts of namespaces
 	@$(BIN)/python tests/chaos/upgrade.py --hosts
