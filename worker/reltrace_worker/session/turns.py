@@ -18,12 +18,14 @@ from reltrace_worker.session.leases import LeaseKey
 
 Outcome = JobResult | EngineError
 
-PASS_SECONDS = 1.0
-"""About how long a pass of traces takes at most, where it holds more than one job: so long do
-others wait. Longer passes are hardly faster per token."""
+PASS_SECONDS = 2.0
+"""About how long a pass of traces takes at most, unless it is one job or `_LEAST_WORK`: so long do
+others wait. Every pass reads all weights: shorter ones are slower per token."""
 
-_FIRST_TOKENS = 128
-"""In the first pass of a kind, whose speed is not known."""
+_LEAST_WORK = 512
+"""Tokens times how often they go through the model, such as 256 tokens of traces of one target. A
+pass may hold so much however long it takes: the first of a kind, whose speed is not known, and on a
+busy machine, where passes would shrink to single jobs and slow down further by that."""
 
 
 @dataclass(slots=True, eq=False)
@@ -119,8 +121,8 @@ class Turns:
             left: deque[Ready] = deque()
             work = math.inf
             if not first.takes_many_passes:
-                speed = self._speeds.get(first.kind)
-                work = _FIRST_TOKENS * _passes(first) if speed is None else speed * PASS_SECONDS
+                speed = self._speeds.get(first.kind, 0.0)
+                work = max(_LEAST_WORK, speed * PASS_SECONDS)
             room = _Room(self._max_tokens, work)
             for job in self._ready:
                 if job.job.kind == first.kind and room.takes(job.job):
