@@ -30,8 +30,8 @@ import torch
 import transformers
 from bench import example
 from bench.models import SHAPES, Shape, build, job, prompts
+from reference.peak import peak_bytes
 from reltrace_worker.engine import Checkpointing, Engine
-from reltrace_worker.engine.memory import peak_bytes
 from reltrace_worker.engine.pack import Pack, Readout
 from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel, ModelShape
@@ -198,8 +198,6 @@ def peaks(loaded: LoadedModel, tokens: int) -> Row:
     found: Row = {}
     for setting in settings:
         engine = Engine(loaded, setting)
-        # The first pass is measured by the engine itself.
-        engine.run(jobs)
         found[setting] = peak_bytes(loaded, partial(engine.run, jobs))
     return found
 

@@ -11,9 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from reference.loaded import Checkpoints, prepare
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.budget import device_memory
 from reltrace_worker.jobs import JobSpec
 from reltrace_worker.metrics import MetricsError, PassStats, WorkerCollector, exporting
+from reltrace_worker.model.placement import device_memory
 from reltrace_worker.session.runner import Runner
 
 README = Path(__file__).parents[2] / "worker" / "README.md"

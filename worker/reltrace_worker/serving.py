@@ -15,11 +15,11 @@ from reltrace_proto.v1 import types_pb2
 from reltrace_worker.demo import DEMO_MODEL
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.budget import device_memory
 from reltrace_worker.engine.engine import Checkpointing
 from reltrace_worker.errors import ModelError
 from reltrace_worker.metrics import PassStats
 from reltrace_worker.model import LoadedModel, load_model
+from reltrace_worker.model.placement import device_memory
 from reltrace_worker.rules import RULES, verify_rule
 from reltrace_worker.session.convert import model_info
 from reltrace_worker.session.drafts import Drafts

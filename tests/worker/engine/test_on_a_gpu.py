@@ -12,8 +12,9 @@ import torch
 from bench.models import SHAPES, build, job, prompts
 from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reference.peak import peak_bytes
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.engine.memory import MemoryModel, peak_bytes
+from reltrace_worker.engine.memory import MemoryModel
 from reltrace_worker.errors import EngineError
 from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
 from reltrace_worker.model import LoadedModel, load_model

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare
+from reference.peak import peak_bytes
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.generate import Text, Writing
-from reltrace_worker.engine.memory import MemoryModel, peak_bytes
+from reltrace_worker.engine.memory import MemoryModel
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
 from reltrace_worker.jobs import GenerationSpec, JobSpec, PreparedJob

@@ -90,25 +90,3 @@ class Trimmer:
 def _resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def in_gib(count: float) -> str:
-    """Return bytes as text, in GiB or MiB."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"
-
-
-def device_memory(devices: Sequence[torch.device]) -> dict[str, int]:
-    """Return the bytes that torch uses of GPUs, by kind; none on a CPU."""
-    found: dict[str, int] = {}
-    for device in devices:
-        if device.type != "cuda":
-            continue
-        kinds = {
-            "allocated": torch.cuda.memory_allocated(device),
-            "reserved": torch.cuda.memory_reserved(device),
-            "peak": torch.cuda.max_memory_allocated(device),
-            "total": torch.cuda.get_device_properties(device).total_memory,
-        }
-        for kind, count in kinds.items():
-            found[kind] = found.get(kind, 0) + count
-    return found

@@ -207,9 +207,7 @@ class Engine:
     ) -> list[Outcome] | None:
         """Run one pass; None where memory ran out."""
         try:
-            return self._planner.measured(
-                jobs, checkpointing, lambda: self._pass(rule, jobs, checkpointing)
-            )
+            return self._pass(rule, jobs, checkpointing)
         except EngineError:
             raise
         except Exception as error:

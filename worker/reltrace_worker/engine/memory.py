@@ -11,8 +11,7 @@ results) is added by its size.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,12 @@ from reltrace_worker.engine.sites import SITES
 from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel
 from reltrace_worker.rules import RULES
+from reltrace_worker.rules.fused import activation_name
 from reltrace_worker.rules.kernels import kernel_for
+
+_UNKNOWN_ACTIVATION = 3
+"""Factors of the gated product's width that an activation made of plain operations keeps beside
+its input: of those that transformers has, GELU by its formula ("gelu_new") keeps most, 2."""
 
 
 def head_size(loaded: LoadedModel) -> int:
@@ -69,6 +73,10 @@ class MemoryModel:
         layer = 2 * self._query_width + 2 * (self._key_width if grouped else self._query_width)
         found = RULES[rule]
         layer += (3 if found.gated_mlp is None else 2) * shape.intermediate_size
+        kind = self.loaded.family.gated_mlp
+        mlp: Any = next(m for m in self.loaded.model.modules() if isinstance(m, kind))
+        if activation_name(mlp.act_fn) is None:
+            layer += _UNKNOWN_ACTIVATION * shape.intermediate_size
         # The residual stream; of attention and of norms some numbers per head and row.
         layer += shape.hidden_size + 2 * shape.heads
         norms = 0
@@ -172,37 +180,3 @@ class MemoryModel:
         width = (3 * self._key_width + 3 * self._query_width // 2) * itemsize
         mask = 2 * window**2 * (itemsize + 1) if blocks else 0
         return mask + layers * width * window * blocks
-
-
-def peak_bytes(loaded: LoadedModel, run: Callable[[], object]) -> int:
-    """Return the most bytes that `run` has allocated at a time, beyond what was there before."""
-    if loaded.device.type == "cuda":
-        return _peak_on_cuda(run, loaded.devices)
-    return _peak_on_cpu(run)
-
-
-def _peak_on_cpu(run: Callable[[], object]) -> int:
-    # Kineto announces every start and stop on stderr otherwise.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    from torch.autograd.profiler import profile
-
-    with profile(profile_memory=True, use_kineto=True) as profiler:
-        run()
-    results: Any = profiler.kineto_results
-    events = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for _, change in sorted(events, key=lambda event: event[0]):
-        now += change
-        most = max(most, now)
-    return most
-
-
-def _peak_on_cuda(run: Callable[[], object], devices: Sequence[torch.device]) -> int:
-    for device in devices:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    before = sum(torch.cuda.memory_allocated(device) for device in devices)
-    run()
-    for device in devices:
-        torch.cuda.synchronize(device)
-    return sum(torch.cuda.max_memory_allocated(device) for device in devices) - before

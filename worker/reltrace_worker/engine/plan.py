@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import structlog
+from collections.abc import Sequence
 
 from reltrace_worker.engine.atlas import Slice
-from reltrace_worker.engine.budget import free_bytes, free_host_bytes, in_gib
-from reltrace_worker.engine.memory import MemoryModel, peak_bytes
+from reltrace_worker.engine.budget import GIB, free_bytes, free_host_bytes
+from reltrace_worker.engine.memory import MemoryModel
 from reltrace_worker.errors import EngineError
 from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.model.loading import LoadedModel
 
-log = structlog.get_logger()
-
-T = TypeVar("T")
-
 _FRESH = 0.5
 """Seconds for which a reading of host memory counts: three files, a good part of a short pass."""
 
-_TELLING = 64
-"""Tokens from which on the peak of a pass says what longer ones need."""
-
-
-_SAFETY = 1.05
-"""What other passes may take beyond a measured one, in proportion."""
-
 
 class Planner:
-    """Plans passes by `MemoryModel`, corrected by what the first pass of a rule and mode took.
+    """Plans passes by `MemoryModel`.
 
     Parameters
     ----------
@@ -49,9 +35,6 @@ class Planner:
         self._on_cpu = loaded.device.type != "cuda"
         self._limit = free_host_bytes() // 2 if limit is None and self._on_cpu else limit
         self._read_at, self._host = -math.inf, 0
-        self._ratios: dict[tuple[str, bool], float] = {}
-        # Torch's profiler wants to be set up by the thread that imported torch.
-        peak_bytes(loaded, lambda: None)
 
     @property
     def available(self) -> int:
@@ -71,9 +54,8 @@ class Planner:
 
     def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
         """Return the bytes that a pass needs: on a CPU with its results, which lie there too."""
-        ratio = self._ratios.get((jobs[0].rule, checkpointing), 1.0)
-        device = int(ratio * self._memory.need(jobs, checkpointing))
-        return device + (self._memory.results(jobs) if self._on_cpu else 0)
+        results = self._memory.results(jobs) if self._on_cpu else 0
+        return self._memory.need(jobs, checkpointing) + results
 
     def fits(
         self, jobs: Sequence[PreparedJob], checkpointing: bool, *, try_anyway: bool = False
@@ -88,23 +70,6 @@ class Planner:
         if try_anyway and not self._on_cpu:
             return True
         return self.need(jobs, checkpointing) <= self.available
-
-    def measured(self, jobs: Sequence[PreparedJob], checkpointing: bool, run: Callable[[], T]) -> T:
-        """Run a pass; the first of a rule and mode that tells enough corrects the plan.
-
-        What the shapes do not tell, such as what an unknown activation keeps, is found so. A plan
-        only grows by it: passes that ask for other things may need all that was computed.
-        """
-        key = (jobs[0].rule, checkpointing)
-        tokens = sum(len(job.token_ids) for job in jobs)
-        if key in self._ratios or tokens < _TELLING or jobs[0].forward_only:
-            return run()
-        found: list[T] = []
-        peak = peak_bytes(self._loaded, lambda: found.append(run()))
-        need = self.need(jobs, checkpointing)
-        self._ratios[key] = max(1.0, _SAFETY * peak / need)
-        log.info("memory.measured", rule=jobs[0].rule, tokens=tokens, planned=need, peak=peak)
-        return found[0]
 
     def too_large(self, jobs: Sequence[PreparedJob]) -> EngineError:
         """Return what is said of a pass that fits in no way."""
@@ -135,6 +100,6 @@ class Planner:
 
 def _beyond(what: str, need: int, available: int) -> EngineError:
     return EngineError(
-        f"{what}: it needs {need} bytes ({in_gib(need)}) and {available} "
-        f"({in_gib(available)}) are available"
+        f"{what}: it needs {need} bytes ({need / GIB:.3g} GiB) and {available} "
+        f"({available / GIB:.3g} GiB) are available"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -154,3 +154,20 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ModelError(f"dtype {name!r} is not supported; supported: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def device_memory(devices: Sequence[torch.device]) -> dict[str, int]:
+    """Return the bytes that torch uses of GPUs, by kind; none on a CPU."""
+    found: dict[str, int] = {}
+    for device in devices:
+        if device.type != "cuda":
+            continue
+        kinds = {
+            "allocated": torch.cuda.memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+            "peak": torch.cuda.max_memory_allocated(device),
+            "total": torch.cuda.get_device_properties(device).total_memory,
+        }
+        for kind, count in kinds.items():
+            found[kind] = found.get(kind, 0) + count
+    return found
