@@ -200,13 +200,32 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 def _jsonl(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     for index, (line, content) in enumerate(_lines(file)):
-        try:
-            yield _from_json(index, line, content, input_format.also)
-        except InvalidArgument as error:
-            yield Item(index, line, index, fault=error, content=content)
+        yield _from_json(index, line, content, input_format.also)
 
 
 def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> Item:
+    name: Any = None
+    try:
+        value = _json_object(content)
+        openai = "custom_id" in value or "body" in value
+        id_field = "custom_id" if openai else "id"
+        # Before anything else is checked: a fault keeps the id.
+        name = value.pop(id_field, None)
+        check_id(index if name is None else name, id_field)
+        arguments = {key: part for key, part in value.items() if part is not None}
+        if openai:
+            arguments = _from_openai(arguments)
+        if "target" in arguments:
+            arguments["target"] = _target(arguments["target"])
+        # Unknown arguments; the rest is checked where the job is made.
+        Arguments().with_item({key: arguments[key] for key in arguments if key not in also})
+    except InvalidArgument as error:
+        return Item(index, line, name if is_id(name) else index, fault=error, content=content)
+    return Item(index, line, index if name is None else name, arguments, content=content)
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    """Return the object of a line of JSON; a text is the prompt of one."""
     if len(content) > _MOST_LINE_BYTES:
         raise invalid("line", f"is longer than {_MOST_LINE_BYTES} bytes")
     try:
@@ -217,34 +236,27 @@ def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> 
         value = {"prompt": value}
     if not isinstance(value, dict):
         raise invalid("line", f"must be a JSON object, not {type(value).__name__}")
-    if "custom_id" in value or "body" in value:
-        value = _from_openai(value)
-    name = value.pop("id", None)
-    arguments = {key: part for key, part in value.items() if part is not None}
-    try:
-        if name is not None:
-            check_id(name, "id")
-        if "target" in arguments:
-            arguments["target"] = _target(arguments["target"])
-        # Unknown arguments; the rest is checked where the job is made.
-        Arguments().with_item({key: arguments[key] for key in arguments if key not in also})
-    except InvalidArgument as error:
-        return Item(index, line, name if is_id(name) else index, fault=error, content=content)
-    return Item(index, line, index if name is None else name, arguments, content=content)
+    return value
 
 
-def _from_openai(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the item that a line of OpenAI's batch format stands for.
+def _from_openai(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a line of OpenAI's batch format, without its id, stands for.
 
     What else is in the body (the model, settings of sampling) is passed over: it is about
     generating with another server.
     """
-    name, body = value.get("custom_id"), value.get("body")
-    if not isinstance(body, dict) or "messages" not in body:
-        raise invalid(
-            "body.messages", "is missing; of OpenAI's batch format chat completions are read"
-        )
-    return {"id": name, "messages": body["messages"]}
+    for key in line:
+        if key not in ("method", "url", "body"):
+            raise invalid(
+                key, "is no field of OpenAI's batch format; allowed: custom_id, method, url, body"
+            )
+    body = line["body"] if isinstance(line.get("body"), dict) else {}
+    given = [key for key in ("messages", "prompt") if body.get(key) is not None]
+    if len(given) != 1:
+        raise invalid("body", "must have one of messages (of a chat) and prompt (of a completion)")
+    if given == ["prompt"] and not isinstance(body["prompt"], str):
+        raise invalid("body.prompt", f"must be one text, not {type(body['prompt']).__name__}")
+    return {given[0]: body[given[0]]}
 
 
 def _target(value: Any) -> Any:

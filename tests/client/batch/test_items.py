@@ -50,12 +50,20 @@ def test_lines_of_openai_batches() -> None:
     )
     assert (found.id, found.arguments, found.fault) == ("r-1", {"messages": messages}, None)
     assert (own.id, own.arguments, own.fault) == ("a", {"messages": messages}, None)
+    line |= {"url": "/v1/completions", "body": {"model": "other", "prompt": "x"}, "method": None}
+    (found,) = read(json.dumps(line), "jsonl")
+    assert (found.id, found.arguments, found.fault) == ("r-1", {"prompt": "x"}, None)
 
 
 FAULTS = {
-    '{"custom_id": "r", "body": {"prompt": "x"}}': "body.messages: is missing",
-    '{"custom_id": "r", "url": "/v1"}': "body.messages: is missing",
-    '{"custom_id": 1.5, "body": {"messages": []}}': "id: must be text or a whole number",
+    '{"custom_id": "r", "body": {"input": "x"}}': "body: must have one of",
+    '{"custom_id": "r", "body": {"prompt": "x", "messages": []}}': "body: must have one of",
+    '{"custom_id": "r", "body": {"prompt": ["x"]}}': "body.prompt: must be one text, not list",
+    '{"custom_id": "r", "url": "/v1"}': "body: must have one of",
+    '{"custom_id": "r", "body": {"prompt": "x"}, "target": "y"}': "target: is no field of OpenAI's"
+    " batch format; allowed: custom_id, method, url, body",
+    '{"id": "r", "body": {"prompt": "x"}}': "id: is no field of OpenAI's batch format",
+    '{"custom_id": 1.5, "body": {"messages": []}}': "custom_id: must be text or a whole number",
     "{nope": "line: is not JSON",
     "[1]": "line: must be a JSON object, not list",
     '{"prompt": "x", "colour": 1}': "colour: is not an argument",
@@ -75,8 +83,16 @@ def test_a_line_that_is_wrong_is_a_fault_of_its_own(line: str) -> None:
     assert wrong.index == 1
 
 
-def test_a_fault_keeps_the_id() -> None:
-    (item,) = read('{"id": "q7", "prompt": "x", "target": {"tokn": 1}}', "jsonl")
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"id": "q7", "prompt": "x", "target": {"tokn": 1}}',
+        '{"custom_id": "q7", "prompt": "x"}',
+        '{"custom_id": "q7", "body": {"input": "x"}}',
+    ],
+)
+def test_a_fault_keeps_the_id(line: str) -> None:
+    (item,) = read(line, "jsonl")
     assert item.id == "q7"
     assert item.fault is not None
 
