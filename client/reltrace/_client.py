@@ -193,9 +193,9 @@ class Client(Queries, Generate, Tokenize, Studies):
         prompt : str
             Text, encoded by the model's tokenizer.
         messages : sequence of mapping
-            A conversation instead of `prompt`, each message with "role" and "content": the model's
-            own chat template makes a text of it, with the start of the assistant's next turn at
-            its end.
+            A conversation instead of `prompt`, each message with "role" and "content" (a text, or a
+            list of text parts as OpenAI has them, joined as they are): the model's own chat
+            template makes a text of it, with the start of the assistant's next turn at its end.
         input_ids : sequence of int
             Token ids instead of `prompt`, used as they are.
         add_special_tokens : bool, default True
@@ -330,8 +330,9 @@ class Client(Queries, Generate, Tokenize, Studies):
         ----------
         items : iterable
             Prompts, or mappings of the arguments of `trace` (without `timeout`) plus an
-            optional "id" (str or int). Pulled as needed, in a thread of its own unless it is a
-            list or tuple, so that a source may block.
+            optional "id" (str or int; default: its place, from 0). Whether ids are equal is not
+            checked. Pulled as needed, in a thread of its own unless it is a list or tuple, so that
+            a source may block.
         ordered : bool, default False
             Give results in the order of the items instead of as they finish.
         progress : bool, default False

@@ -12,12 +12,14 @@ from reltrace._errors import invalid
 from reltrace._target import token_ids
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-"""Of a conversation, the oldest first: each with "role" and "content"."""
+"""Of a conversation, the oldest first: each with "role" and "content", a text or a list of parts
+`{"type": "text", "text": "..."}`, whose texts are put together as they are."""
 
 # The server takes messages of 16 MiB; the rest of the request needs a little room.
 MAX_JOB_BYTES = 16 * 1024 * 1024 - 4096
 
 _MESSAGE = ("role", "content")
+_PART = ("type", "text")
 
 
 def set_input(
@@ -82,16 +84,39 @@ def chat_to_wire(messages: object, argument: str = "messages") -> types_pb2.Chat
             raise invalid(
                 name, f"must be a mapping with role and content, not {type(message).__name__}"
             )
-        for key in message:
-            if key not in _MESSAGE:
-                raise invalid(
-                    f"{name}.{key}", "is no field of a message; allowed: role and content"
-                )
-        role, content = (_text(message, key, name) for key in _MESSAGE)
+        _check_keys(message, _MESSAGE, name, "message")
+        role, content = _text(message, "role", name), _content(message, name)
         if not role:
             raise invalid(f"{name}.role", "must not be empty")
         chat.messages.add(role=role, content=content)
     return chat
+
+
+def _check_keys(given: Mapping[str, Any], allowed: Sequence[str], name: str, what: str) -> None:
+    for key in given:
+        if key not in allowed:
+            raise invalid(
+                f"{name}.{key}", f"is no field of a {what}; allowed: {' and '.join(allowed)}"
+            )
+
+
+def _content(message: Mapping[str, Any], name: str) -> str:
+    """Return the content of a message: a text, or those of a list of parts."""
+    parts = message.get("content")
+    if isinstance(parts, str | bytes) or not isinstance(parts, Sequence):
+        return _text(message, "content", name)
+    if not parts:
+        raise invalid(f"{name}.content", "must have at least one part")
+    texts = []
+    for index, part in enumerate(parts):
+        field = f"{name}.content[{index}]"
+        if not isinstance(part, Mapping):
+            raise invalid(field, f"must be a mapping with type and text, not {type(part).__name__}")
+        if (kind := _text(part, "type", field)) != "text":
+            raise invalid(f"{field}.type", f"must be 'text', not {kind!r}")
+        _check_keys(part, _PART, field, "part")
+        texts.append(_text(part, "text", field))
+    return "".join(texts)
 
 
 def _text(message: Mapping[str, Any], key: str, name: str) -> str:

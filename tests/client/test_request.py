@@ -12,6 +12,8 @@ from reltrace._prompt import MAX_JOB_BYTES
 from reltrace._request import Arguments, JobMaker
 
 USER = {"role": "user", "content": "hello"}
+PART = {"type": "text", "text": "hello"}
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
 
 
 @pytest.mark.parametrize(
@@ -38,8 +40,20 @@ USER = {"role": "user", "content": "hello"}
         ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content: is missing"),
         ({"messages": [{"role": "", "content": ""}]}, r"messages\[0\]\.role: must not be empty"),
         (
-            {"messages": [{**USER, "content": [1]}]},
-            r"messages\[0\]\.content: must be text, not list",
+            {"messages": [{**USER, "content": 1}]},
+            r"messages\[0\]\.content: must be text, not int",
+        ),
+        *(
+            ({"messages": [{**USER, "content": content}]}, rf"messages\[0\]\.content{said}")
+            for content, said in (
+                ([], ": must have at least one part"),
+                ([1], r"\[0\]: must be a mapping with type and text, not int"),
+                ([PART, {}], r"\[1\]\.type: is missing"),
+                ([PART, IMAGE], r"\[1\]\.type: must be 'text', not 'image_url'"),
+                ([{"type": "text"}], r"\[0\]\.text: is missing"),
+                ([{**PART, "text": ["a"]}], r"\[0\]\.text: must be text, not list"),
+                ([{**PART, "x": 1}], r"\[0\]\.x: is no field of a part; allowed: type and text"),
+            )
         ),
         ({"messages": [{**USER, "name": "x"}]}, r"messages\[0\]\.name: is no field of a message"),
         (
@@ -91,6 +105,9 @@ def test_a_conversation_arrives_as_it_is() -> None:
     assert job.spec.WhichOneof("input") == "chat"
     found = [(one.role, one.content) for one in job.spec.chat.messages]
     assert found == [("system", ""), ("user", "hello")]
+    parts = [PART, {"type": "text", "text": "\n and"}, {"type": "text", "text": ""}]
+    job = Arguments(messages=[{"role": "user", "content": parts}]).job()
+    assert job.spec.chat.messages[0].content == "hello\n and"
     assert job.rename("chat.messages[1].role") == "messages[1].role"
     assert job.rename("chat.messages") == job.rename("chat") == "messages"
 
