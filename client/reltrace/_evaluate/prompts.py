@@ -76,11 +76,12 @@ class Prompt:
         InvalidArgument
             The prompt has no such tokens.
         """
+        if not self.answer:
+            raise invalid("answer", "is empty; give a text or positions, or leave it out")
         if isinstance(self.answer, tuple):
-            if not self.answer or max(self.answer) >= count:
+            if max(self.answer) >= count:
                 raise invalid("answer", f"names positions outside of the {count} tokens")
             return list(self.answer)
-        assert self.answer is not None
         wanted = self.answer.strip()
         text, spans = trace.text, trace.offsets.tolist()
         begin = text.find(wanted) if wanted else -1

@@ -111,13 +111,17 @@ class Tally:
             "on the average of the curves": Mean.of(self._rise),
             "at their end": Mean.of(self._rise_at_end),
         }
-        if risen := [f"{rise} {where}" for where, rise in rises.items() if rise.mean > 0]:
+        # Of one prompt there is no interval.
+        if risen := [
+            f"{rise} {where}"
+            for where, rise in rises.items()
+            if rise.mean - np.nan_to_num(rise.margin) > 0
+        ]:
             found.append(
                 f"the {measure} of the target rises as {off} go ({' and '.join(risen)}), whichever "
                 "they are: the areas say little of the rules"
             )
         answer = Mean.of(self._without_answer)
-        # Of one prompt there is no interval.
         if answer.count and not answer.mean + np.nan_to_num(answer.margin) < 0:
             found.append(
                 f"without the tokens of the known answer the {measure} of the target does not "

@@ -81,10 +81,17 @@ def test_a_text_as_target_is_what_follows_the_prompt() -> None:
         assert target(same) == same
 
 
-@pytest.mark.parametrize("answer", ["dogs", "cat", "ats", "stand in", [99], []])
+@pytest.mark.parametrize("answer", ["dogs", "cat", "ats", "stand in", [99]])
 def test_an_answer_that_is_not_there_is_refused(answer: object) -> None:
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
     with pytest.raises(reltrace.InvalidArgument, match="answer: "):
+        prompt.where(with_text(make_trace(tokens=TOKENS)), len(TOKENS))
+
+
+@pytest.mark.parametrize("answer", ["", [], ()])
+def test_an_answer_that_is_empty_is_refused(answer: object) -> None:
+    prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
+    with pytest.raises(reltrace.InvalidArgument, match="answer: is empty"):
         prompt.where(with_text(make_trace(tokens=TOKENS)), len(TOKENS))
 
 

@@ -21,9 +21,16 @@ ANSWER = {"prompt": "x", "answer": "Peru"}
 
 
 def found(
-    value: Callable[[set[int]], float], given: object = "x", prompts: int = 3, **settings: object
+    value: Callable[[set[int]], float],
+    given: object = "x",
+    prompts: int = 3,
+    spread: float = 0.0,
+    **settings: object,
 ) -> reltrace.Evaluation:
-    """Evaluate a model whose target is a function of the tokens that are switched off."""
+    """Evaluate a model whose target is a function of the tokens that are switched off.
+
+    Of prompts, one after another, `spread` more is lost with the tokens.
+    """
     how = plan(rules=RULES, points=5, **settings)
     tally = Tally(how)
     for number in range(prompts):
@@ -33,7 +40,7 @@ def found(
         trace = replace(trace, arrays={"embed": {"": np.array(relevance, np.float32)}})
         curves = Curves.of(Prompt.of(number, given), {"gradient": trace}, how)
         for off in curves.asked():
-            curves.note(off, value(set(off)) + number / 100)
+            curves.note(off, value(set(off)) + number / 100 - number * spread * len(off))
         tally.add(curves)
     return tally.evaluation(("zero", None), {})
 
@@ -74,6 +81,19 @@ def test_a_target_that_rises_as_tokens_go_is_warned_of() -> None:
     assert "at their end" not in warning
     (warning,) = found(lambda off: 1.0 if len(off) == 5 else -float(len(off))).warnings
     assert "(1.000 ± 0.000 at their end)" in warning
+
+
+def test_a_rise_that_may_be_none_is_not_warned_of() -> None:
+    """As of three prompts one rises, one falls and one is in between."""
+
+    def rising(off: set[int]) -> float:
+        return 1.0 * len(off)
+
+    assert found(rising, spread=0.9).warnings == ()
+    (warning,) = found(rising, spread=0.1).warnings
+    assert "rises as tokens go" in warning
+    # Of one prompt there is no interval.
+    assert len(found(rising, prompts=1).warnings) == 1
 
 
 def test_an_answer_whose_loss_does_not_matter_is_warned_of() -> None:
