@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from numbers import Real
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from reltrace._errors import invalid
 
@@ -94,3 +95,19 @@ def check_id(name: object, argument: str) -> str | int:
     if isinstance(name, str):
         check_encodable(name, argument)
     return name
+
+
+def check_same_settings(before: Mapping[str, Any], asked: Mapping[str, Any], holder: str) -> None:
+    """Raise InvalidArgument if `out` holds what was made with other settings; name these."""
+    # What an older version did not note, as there was no choice of it.
+    before = {"add_special_tokens": True, **before}
+    changed = [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in asked.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise invalid(
+            "out",
+            f"{holder} with other settings ({'; '.join(changed)}); use the same, or another folder",
+        )

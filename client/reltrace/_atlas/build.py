@@ -17,7 +17,7 @@ from reltrace import _target
 from reltrace._atlas.cut import Slice, slices
 from reltrace._atlas.folder import Folder, State
 from reltrace._atlas.sending import Made, Sender, free
-from reltrace._checks import whole_number
+from reltrace._checks import check_same_settings, whole_number
 from reltrace._errors import invalid
 from reltrace._pinning import Pins
 from reltrace._prompt import MAX_JOB_BYTES
@@ -168,11 +168,7 @@ async def build(
         await to_the_end(folder.hold)
         # Not before it is held: another may have been building here until then.
         state = await asyncio.to_thread(folder.read) if folder.exists else State(plan.about())
-        # An earlier version did not note it.
-        before = {"add_special_tokens": True, **state.about}
-        given = {name: before.get(name) for name in plan.about()}
-        if given != plan.about():
-            raise invalid("out", f"{out} holds an atlas of other settings: {given}")
+        check_same_settings(state.about, plan.about(), f"{out} holds an atlas")
         builder = _Builder(connection, folder, state, plan, progress)
         await builder.run(chain([first], source))
         await to_the_end(folder.end)

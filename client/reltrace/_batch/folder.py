@@ -16,6 +16,7 @@ import reltrace
 from reltrace._batch.disk import UNFINISHED, held, named, write_whole
 from reltrace._batch.journal import NAME as JOURNAL
 from reltrace._batch.parts import PartFormat, is_name
+from reltrace._checks import check_same_settings
 from reltrace._errors import TraceError, invalid
 from reltrace._info import Model
 from reltrace._origin import Provenance
@@ -146,19 +147,8 @@ class Folder:
             }
             write_whole(path, [_json(manifest)])
             return
-        # A manifest of an older version does not name what there was no choice of.
-        before = {"add_special_tokens": True, **read_manifest(self.root)["settings"]}
-        changed = [
-            f"{name} was {before.get(name)!r} and is {value!r}"
-            for name, value in asdict(settings).items()
-            if before.get(name) != value
-        ]
-        if changed:
-            raise invalid(
-                "out",
-                f"{self.root} holds a batch with other settings ({'; '.join(changed)}); use the "
-                "same, or another folder",
-            )
+        before = read_manifest(self.root)["settings"]
+        check_same_settings(before, asdict(settings), f"{self.root} holds a batch")
 
     def model(self, served: Sequence[Model], asked: str | None) -> str | None:
         """Return the model that prompts are traced with: of the revision that others were.

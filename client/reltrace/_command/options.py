@@ -212,7 +212,13 @@ def _messages(chat: str) -> Any:
         raise invalid("chat", f"{name} can not be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise invalid("chat", f"{name} is not JSON: {error}") from None
-    return value.get("messages") if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        value = value.get("messages")
+    if not isinstance(value, list):
+        raise invalid(
+            "chat", f"{name} must be a JSON list of messages, or an object with it as messages"
+        )
+    return value
 
 
 def echo_hints(hints: Sequence[str]) -> None:

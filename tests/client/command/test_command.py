@@ -118,8 +118,8 @@ def test_a_conversation_that_is_none(command: Run, tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     for content, said in (
         ("{nope", f"chat: {path} is not JSON"),
-        ("5", "messages: must be a list of messages"),
-        ('{"id": 1}', "prompt: is missing; give prompt, messages or input_ids"),
+        ("5", f"chat: {path} must be a JSON list of messages"),
+        ('{"role": "user", "content": "a"}', f"chat: {path} must be a JSON list of messages"),
         ('[{"role": "user"}]', "messages[0].content: is missing"),
     ):
         path.write_text(content)
