@@ -212,6 +212,10 @@ def test_a_sharded_checkpoint_loads_and_a_missing_shard_is_named(
             lambda f: set_config(f, rope_parameters={"rope_type": "linear", "factor": None}),
             "factor in rope_parameters .*config.json is None; it must be a number",
         ),
+        (
+            lambda f: set_config(f, rope_parameters={"rope_type": "spiral"}),
+            "rope type 'spiral' in config.json is unknown",
+        ),
         (lambda f: index(f, []), r"index\.json holds no JSON object"),
         (lambda f: index(f, {}), r"index\.json in .*copy has no weight_map"),
         (

@@ -224,7 +224,9 @@ def check_config(config: Any) -> None:
         attention is not causal; names the setting.
     """
     for rope in _rope_parameters(config):
-        rope_type = rope.get("rope_type", "default")
+        rope_type = str(rope.get("rope_type", "default"))
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ModelError(f"rope type {rope_type!r} in config.json is unknown")
         if rope_type in _PACK_DEPENDENT_ROPE or (
             rope_type == _DYNAMIC_ROPE and len(_rope_parameters(config)) > 1
         ):
