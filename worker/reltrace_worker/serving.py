@@ -136,11 +136,15 @@ def sources(models: Sequence[str], names: Sequence[str], revision: str | None) -
     for index, text in enumerate(models):
         name = names[index] if names else None
         source, at, named = text.partition("@")
-        if text == "demo":
-            found.append(ModelSource(str(demo_path()), revision, name or DEMO_MODEL))
+        if at and Path(text).expanduser().exists():
+            found.append(ModelSource(text, revision, name))
+        elif source in ("demo", SMOLLM2) and (at or revision is not None):
+            raise ModelError(f"{source} takes no revision")
+        elif text == "demo":
+            found.append(ModelSource(str(demo_path()), None, name or DEMO_MODEL))
         elif text == SMOLLM2:
             found.append(ModelSource(str(smollm2_path()), SMOLLM2_DIGEST, name or SMOLLM2))
-        elif not at or Path(text).expanduser().exists():
+        elif not at:
             found.append(ModelSource(text, revision, name))
         elif revision is not None:
             raise ModelError(f"--model {text} and --revision {revision} both name a revision")

@@ -220,8 +220,9 @@ class Run:
         token = self._plan.token
         if token is None:
             return str(self._plan.replace), None
-        # A worker looks it up as a target; what it computes beside is a pass over one token.
-        asked = {"input_ids": [0], "target": Target(token), "sites": ()}
+        # A worker looks it up as a target; what it computes beside is a pass over one token. With
+        # a position there is no continuation, which the error of a longer text would propose.
+        asked = {"input_ids": [0], "target": Target(token, position=0), "sites": ()}
         (found,) = [result async for result in self._many([asked])]
         if isinstance(found, Failure):
             faults = [

@@ -145,6 +145,7 @@ async def up(
         If something is missing, in use, or does not come up.
     """
     _check_installed()
+    _check_names(options.models)
     port = _free_port(options.port)
     with _own_folder(options.data):
         parts = _parts(options, port, report)
@@ -213,9 +214,7 @@ async def _serving(options: UpOptions, address: str, report: Callable[[str], Non
                 served = [model for model in await client.models() if model.workers]
             except Unavailable:
                 served = []
-            # Models of one name count once; then all of their workers have to be there.
-            workers = sum(model.workers for model in served)
-            if len(served) >= wanted or workers >= wanted * options.workers:
+            if len(served) >= wanted:
                 return served
             now = time.monotonic()
             if now - began > options.start_timeout:
@@ -321,6 +320,24 @@ def _check_installed() -> None:
             f"`reltrace up` runs {' and '.join(missing)}, which this Python does not have: "
             f"pip install {' '.join(missing)}"
         )
+
+
+def _check_names(models: Sequence[str]) -> None:
+    """Check that no two models get one name from their workers."""
+    named: dict[str, str] = {}
+    for model in models:
+        path = Path(model).expanduser()
+        if path.is_file():
+            name = path.stem
+        else:
+            name = path.resolve().name if path.is_dir() else model.partition("@")[0]
+        if name in named:
+            raise invalid(
+                "model",
+                f"{named[name]} and {model} would both be called {name!r}; serve one of them by a "
+                "reltrace-worker of its own, with another --name",
+            )
+        named[name] = model
 
 
 def _free_port(port: int) -> int:

@@ -228,6 +228,22 @@ def test_an_error_of_the_part_itself_ends_it_at_once(start: Callable[..., Up]) -
     assert "reltrace-worker: there is no folder 'missing'" in err
 
 
+def test_two_models_of_one_name_are_refused(start: Callable[..., Up], tmp_path: Path) -> None:
+    """Before anything is started: of a folder, a file or a hub id, as a worker would name it."""
+    folder, file = tmp_path / "a" / "checkpoint-500", tmp_path / "checkpoint-500.gguf"
+    folder.mkdir(parents=True)
+    file.touch()
+    for models, name in (((folder, file), "checkpoint-500"), (("org/b", "org/b@v1"), "org/b")):
+        first, second = map(str, models)
+        up = start("--model", first, "--model", "demo", "--model", second)
+        out, err = up.process.communicate(timeout=SECONDS)
+        assert (up.process.returncode, out) == (1, "")
+        assert err.startswith(
+            f"reltrace: model: {first} and {second} would both be called {name!r}; serve one of "
+        )
+        assert up.events() == []
+
+
 def test_a_port_in_use(start: Callable[..., Up]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

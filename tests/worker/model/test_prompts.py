@@ -93,9 +93,14 @@ def test_a_split_is_shown_as_it_is_behind_the_prompt(preparers: Any) -> None:
         "'s and' is not exactly one token but 2: 's' (260), ' and' ("
     )
     assert token.description.endswith("ask for a continuation (continuation='s and')")
-    # That is no way to ask for a contrast.
+    # That is no way to ask for a contrast, and a continuation excludes one, and a position.
     assert contrast.description in token.description
     assert contrast.field == "targets[1].contrast"
+    for target in (TargetSpec("s and", contrast="s"), TargetSpec("s and", position=0)):
+        fault = only_fault(jobs, JobSpec("cat cats", targets=(target,)))
+        assert fault == ("targets[0].token", contrast.description)
+    both = (TargetSpec(token="s and"), TargetSpec(continuation=" and"))
+    assert only_fault(jobs, JobSpec("cat cats", targets=both))[1] == contrast.description
 
 
 @pytest.mark.parametrize("unknown", ["<unk>", None])

@@ -193,6 +193,14 @@ def test_what_is_not_used_is_no_part_of_the_revision(folder: Path) -> None:
     assert load_model(str(folder)).revision != before
 
 
+def test_the_ending_of_a_gguf_file_may_be_in_capitals(tmp_path: Path) -> None:
+    path = tmp_path / "Tiny.Q4_0.GGUF"
+    with pytest.raises(ModelError, match=r"there is no file .*Tiny\.Q4_0\.GGUF"):
+        source.find_source(str(path), None)
+    path.touch()
+    assert source.find_source(str(path), None) == source.Source(path, "Tiny.Q4_0")
+
+
 def test_a_folder_of_gguf_files_names_one(tmp_path: Path) -> None:
     touch("b.gguf", "a.gguf")(tmp_path)
     with pytest.raises(ModelError, match=r"GGUF files: give the path of one, such as a\.gguf"):

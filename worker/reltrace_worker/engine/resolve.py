@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from reltrace_worker.engine.pack import Candidates, Scalar
 from reltrace_worker.errors import EngineError
@@ -52,18 +52,30 @@ def resolve(vocabulary: Vocabulary, job: PreparedJob, scalar: Scalar) -> Resolve
 
 def hints(vocabulary: Vocabulary, job: PreparedJob, scalars: Iterable[Scalar]) -> tuple[str, ...]:
     """Return what a reader should know of the targets, each once."""
-    found = (_twin(vocabulary, job.targets[scalar.target], scalar) for scalar in scalars)
+    scalars = list(scalars)
+    # What is explained of the job, and where. A reader who asks for both tokens compares them.
+    asked = {
+        (term.position, token)
+        for scalar in scalars
+        for term, token in zip(job.targets[scalar.target].terms, scalar.token_ids, strict=True)
+    }
+    found = (_twin(vocabulary, job.targets[scalar.target], scalar, asked) for scalar in scalars)
     return tuple(dict.fromkeys(hint for hint in found if hint))
 
 
-def _twin(vocabulary: Vocabulary, target: PreparedTarget, scalar: Scalar) -> str:
+def _twin(
+    vocabulary: Vocabulary,
+    target: PreparedTarget,
+    scalar: Scalar,
+    asked: Collection[tuple[int, int]],
+) -> str:
     """Say so where a token is explained that is likely with a space before it, or without."""
-    asked = target.terms[0].token_id
-    if asked is None or scalar.candidates is None:
+    position, token = target.terms[0].position, target.terms[0].token_id
+    if token is None or scalar.candidates is None:
         return ""
-    name = vocabulary.text(asked)
+    name = vocabulary.text(token)
     twin = vocabulary.find(name[1:] if name.startswith(" ") else f" {name}")
-    if twin is None or twin not in scalar.candidates.token_ids:
+    if twin not in scalar.candidates.token_ids or (position, twin) in asked:
         return ""
     logit = float(scalar.logit)
     likely = scalar.candidates.logits[scalar.candidates.token_ids.index(twin)]

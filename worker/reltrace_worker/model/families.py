@@ -168,6 +168,22 @@ TEXT_PARTS: dict[str, TextPart] = {
 # A pack holds prompts of many lengths, and these rotary embeddings choose their frequencies by
 # the longest position of the whole forward: a result would depend on its neighbours.
 _PACK_DEPENDENT_ROPE = frozenset({"longrope"})
+# What transformers computes with, but does not check, or warns of only.
+_ROPE_NUMBERS = frozenset(
+    {
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "factor",
+        "high_freq_factor",
+        "low_freq_factor",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+        "rope_theta",
+    }
+)
 # So do these, but they can be given the frequencies of one length.
 _DYNAMIC_ROPE = "dynamic"
 
@@ -199,15 +215,18 @@ def check_config(config: Any) -> None:
     Parameters
     ----------
     config
-        Of a loaded model.
+        Of a model, which need not be loaded.
 
     Raises
     ------
     ModelError
-        Its rotary embeddings depend on the other prompts of a pass, or its attention is not
-        causal; names the setting.
+        Its rotary embeddings depend on the other prompts of a pass or on what is no number, or its
+        attention is not causal; names the setting.
     """
-    for rope_type in (rope.get("rope_type", "default") for rope in _rope_parameters(config)):
+    for rope in _rope_parameters(config):
+        rope_type = str(rope.get("rope_type", "default"))
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ModelError(f"rope type {rope_type!r} in config.json is unknown")
         if rope_type in _PACK_DEPENDENT_ROPE or (
             rope_type == _DYNAMIC_ROPE and len(_rope_parameters(config)) > 1
         ):
@@ -215,6 +234,14 @@ def check_config(config: Any) -> None:
                 f"rope type {rope_type!r} is not supported: its frequencies depend on the longest "
                 "prompt of a pass, so a result would depend on what it was computed with"
             )
+        for field in _ROPE_NUMBERS & rope.keys():
+            # transformers has a value of its own for null, but for no factor.
+            missing = rope[field] is None and (field != "factor" or rope_type == "default")
+            if not missing and not isinstance(rope[field], int | float):
+                raise ModelError(
+                    f"{field} in rope_parameters (or rope_scaling) of config.json is "
+                    f"{rope[field]!r}; it must be a number"
+                )
     if getattr(config, "use_bidirectional_attention", None):
         raise ModelError(
             "use_bidirectional_attention is not supported: a token's logits would depend on what "

@@ -165,6 +165,17 @@ def _read_config(path: str) -> dict[str, Any]:
     return dict(config)
 
 
+def _build_config(path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    # A value of another type surfaces as it comes up: as what the check of types raises, or as the
+    # error of what is computed with it. The first line alone does not say of which field.
+    except Exception as error:
+        raise ModelError(
+            f"config.json of {path!r} is not valid: {' '.join(str(error).split())}"
+        ) from error
+
+
 def _model_type(config: dict[str, Any]) -> str:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -233,6 +244,7 @@ def _open_folder(folder: Path, placement: Placement) -> _Checkpoint:
     shards, path = check_folder(folder), str(folder)
     config = _read_config(path)
     model_type = _model_type(config)
+    built = _build_config(path)
     options = placement.options | {"pretrained_model_name_or_path": path, "use_safetensors": True}
     ignored: tuple[str, ...] = ()
     if quantization(config) is not None:
@@ -240,9 +252,10 @@ def _open_folder(folder: Path, placement: Placement) -> _Checkpoint:
             raise ModelError("the checkpoint is quantized already, which excludes load_in_4bit")
         options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
     if model_type in TEXT_PARTS:
-        whole = AutoConfig.from_pretrained(path, trust_remote_code=False)
         prefix, ignored = TEXT_PARTS[model_type].prefix, TEXT_PARTS[model_type].others
-        options |= {"config": whole.text_config, "key_mapping": {f"^{prefix}": ""}}
+        built = built.text_config
+        options["key_mapping"] = {f"^{prefix}": ""}
+    options["config"] = built
     return _Checkpoint(shards, None, model_type, _load_tokenizer(path), options, ignored)
 
 
@@ -349,13 +362,13 @@ def load_model(
     if load_in_4bit and found.is_gguf:
         raise ModelError("a GGUF file is quantized already, which excludes load_in_4bit")
     opened = (_open_gguf if found.is_gguf else _open_folder)(found.path, placement)
+    check_config(opened.options["config"])
     with ThreadPoolExecutor(1, "digest") as beside, _no_progress_bars():
         # hashlib and torch let go of the interpreter, and both read the pages of one file cache.
         digest = beside.submit(found.revision, opened.shards)
         model = _load_weights(opened, str(found.path if found.commit is None else source))
         weights = digest.result()
     config: Any = model.config
-    check_config(config)
     placement.check(model)
     length = context_length(config, context)
     fix_frequencies(model, length)

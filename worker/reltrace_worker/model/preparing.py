@@ -197,8 +197,17 @@ class JobPreparer:
                 f"{-prompt_length} to {prompt_length - 1}",
             )
         absolute = position % prompt_length if prompt_length else 0
-        token_id = self._prompts.token(target.token, f"{field}.token", reading, faults)
-        contrast_id = self._prompts.token(target.contrast, f"{field}.contrast", reading, faults)
+        token_id = self._prompts.token(
+            target.token,
+            f"{field}.token",
+            reading,
+            faults,
+            # Which excludes both, and of which a job has one.
+            continues=target.contrast is None and position == -1 and not reading.continuation,
+        )
+        contrast_id = self._prompts.token(
+            target.contrast, f"{field}.contrast", reading, faults, continues=False
+        )
         if contrast_id is not None and contrast_id == token_id:
             faults.add(f"{field}.contrast", "is the token itself: the difference is always zero")
         terms = [Term(absolute, token_id)]

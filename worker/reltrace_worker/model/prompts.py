@@ -105,12 +105,18 @@ class PromptReader:
         return Reading(job, prompt.length, prompt.continuation, source, special)
 
     def token(
-        self, token: TokenRef | None, field: str, reading: Reading, faults: Faults
+        self,
+        token: TokenRef | None,
+        field: str,
+        reading: Reading,
+        faults: Faults,
+        *,
+        continues: bool,
     ) -> int | None:
         """Return the token that is meant.
 
         By text, that is the token of this name; else the one token that the tokenizer makes of the
-        text, alone or behind the prompt.
+        text, alone or behind the prompt. `continues`: a continuation may be asked for instead.
         """
         if token is None:
             return None
@@ -129,7 +135,7 @@ class PromptReader:
             ids = ids if behind.hints else behind.continuation
         if self._is_one(token, ids):
             return ids[0] if self._checks_known(ids, field, faults) else None
-        faults.add(field, self._split(token, ids, field))
+        faults.add(field, self._split(token, ids, continues=continues))
         return None
 
     def _with_continuation(
@@ -221,13 +227,13 @@ class PromptReader:
 
         return len(ids) == 1 and alike(self._vocabulary.text(ids[0])) == alike(text)
 
-    def _split(self, text: str, ids: tuple[int, ...], field: str) -> str:
+    def _split(self, text: str, ids: tuple[int, ...], *, continues: bool) -> str:
         tokens = zip(ids, self._vocabulary.texts(ids), strict=True)
         split = ", ".join(f"{name!r} ({token})" for token, name in tokens)
         found = f"{text!r} is not exactly one token but {len(ids)}" + (f": {split}" if ids else "")
         if len(ids) == 1:
             return f"{text!r} is not in the vocabulary; it is read as {split}"
-        if len(ids) > 1 and field.endswith(".token"):
+        if len(ids) > 1 and continues:
             return f"{found}; to trace them all, ask for a continuation (continuation={text!r})"
         return found
 

@@ -110,7 +110,7 @@ def find_source(source: str, revision: str | None) -> Source:
     """
     path = Path(source).expanduser()
     if source and path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise ModelError(
                 f"{source} is a file; a model is a folder, a .gguf file, or a hub id such as "
                 "'org/name'"
@@ -124,7 +124,7 @@ def find_source(source: str, revision: str | None) -> Source:
         if revision is not None:
             raise ModelError(f"a revision ({revision!r}) is for hub ids; {source} is a folder")
         return Source(path, path.resolve().name)
-    if source.endswith(".gguf"):
+    if source.lower().endswith(".gguf"):
         raise ModelError(f"there is no file {source!r}")
     if not source or source[0] in "./~" or not _HUB_ID.fullmatch(source):
         raise ModelError(
@@ -228,10 +228,15 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _index_shards(folder: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{_INDEX} in {folder} can not be read: {error!r}") from error
+    given = _object(_read_json(folder / _INDEX), "weight_map", _INDEX)
+    if given is None:
+        raise ModelError(f"{_INDEX} in {folder} has no weight_map")
+    for weight, name in given.items():
+        if not isinstance(name, str):
+            raise ModelError(
+                f"weight_map in {_INDEX} gives {name!r} for {weight}; it must be the name of a file"
+            )
+    return sorted(set(given.values()))
 
 
 def _check_others(folder: Path, used: set[str]) -> None:
@@ -274,10 +279,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"the config of {path.parent} can not be read: {error}") from error
+        raise ModelError(f"{path} can not be read: {error}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds no JSON object")
     return found
+
+
+def _object(found: dict[str, Any], field: str, file: str) -> dict[str, Any] | None:
+    given = found.get(field)
+    if given is not None and not isinstance(given, dict):
+        raise ModelError(f"{field} in {file} is {given!r}; it must be a JSON object")
+    return given
 
 
 def quantization(config: dict[str, Any]) -> str | None:
@@ -288,9 +300,10 @@ def quantization(config: dict[str, Any]) -> str | None:
     ModelError
         In a way that can not be undone while they load; says what to serve instead.
     """
-    given = config.get("quantization_config")
+    field, file = "quantization_config", "config.json"
+    given = _object(config, field, file)
     if given is None:
-        given = (config.get("text_config") or {}).get("quantization_config")
+        given = _object(_object(config, "text_config", file) or {}, field, file)
     if given is None:
         return None
     method = str(given.get("quant_method", "an unknown method"))
