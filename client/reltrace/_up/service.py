@@ -214,7 +214,9 @@ async def _serving(options: UpOptions, address: str, report: Callable[[str], Non
                 served = [model for model in await client.models() if model.workers]
             except Unavailable:
                 served = []
-            if len(served) >= wanted:
+            # Two revisions may turn out to be one; then all of their workers have to be there.
+            workers = sum(model.workers for model in served)
+            if len(served) >= wanted or workers >= wanted * options.workers:
                 return served
             now = time.monotonic()
             if now - began > options.start_timeout:
@@ -323,14 +325,12 @@ def _check_installed() -> None:
 
 
 def _check_names(models: Sequence[str]) -> None:
-    """Check that no two models get one name from their workers."""
+    """Check that no two models get one name from their workers; revisions of the hub may."""
     named: dict[str, str] = {}
     for model in models:
         path = Path(model).expanduser()
-        if path.is_file():
-            name = path.stem
-        else:
-            name = path.resolve().name if path.is_dir() else model.partition("@")[0]
+        resolved = path.resolve()
+        name = path.stem if path.is_file() else resolved.name if path.is_dir() else model
         if name in named:
             raise invalid(
                 "model",

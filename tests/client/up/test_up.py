@@ -229,17 +229,18 @@ def test_an_error_of_the_part_itself_ends_it_at_once(start: Callable[..., Up]) -
 
 
 def test_two_models_of_one_name_are_refused(start: Callable[..., Up], tmp_path: Path) -> None:
-    """Before anything is started: of a folder, a file or a hub id, as a worker would name it."""
+    """Before anything is started: folders and files, as a worker would name them."""
     folder, file = tmp_path / "a" / "checkpoint-500", tmp_path / "checkpoint-500.gguf"
+    other = tmp_path / "b" / "checkpoint-500"
     folder.mkdir(parents=True)
+    other.mkdir(parents=True)
     file.touch()
-    for models, name in (((folder, file), "checkpoint-500"), (("org/b", "org/b@v1"), "org/b")):
-        first, second = map(str, models)
-        up = start("--model", first, "--model", "demo", "--model", second)
+    for first, second in ((folder, file), (folder, other)):
+        up = start("--model", str(first), "--model", "demo", "--model", str(second))
         out, err = up.process.communicate(timeout=SECONDS)
         assert (up.process.returncode, out) == (1, "")
         assert err.startswith(
-            f"reltrace: model: {first} and {second} would both be called {name!r}; serve one of "
+            f"reltrace: model: {first} and {second} would both be called 'checkpoint-500'; serve "
         )
         assert up.events() == []
 
