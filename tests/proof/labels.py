@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="smollm2", help="as `reltrace up --model` takes it")
-    parser.add_argument("--passages", type=int, default=2400, help="for labels")
+    parser.add_argument("--passages", type=int, default=2410, help="for labels")
     parser.add_argument("--held-out", type=int, default=1000, help="for the places")
     parser.add_argument("--compare", action="store_true", help="with other ways to explain")
     parser.add_argument("--json", action="store_true")
