@@ -43,7 +43,7 @@ PYTHON = [
 # What the snippets of README.md print on the real model, one after the other.
 SAYS = (
     "dogs",
-    r"Turn\(role='user'",
+    r"is Paris\.\nThe .*Turn\(role='user'.*\n.*token=' France'",
     r"attnlrp",
     r"London.* instead of  Paris",
     r"\d+ \d+ ' \w+'|\d+ \d+  ?\w+",
