@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.errors import InvalidJob
@@ -48,6 +48,7 @@ def test_a_small_result_is_one_chunk() -> None:
     assert (joined([leased])[0] == np.arange(6).reshape(2, 3)).all()
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5), room=st.integers(4, 64))
 def test_pieces_make_the_same_tensors(sizes: list[int], room: int) -> None:
     values = [torch.arange(float(size)) + index for index, size in enumerate(sizes)]
