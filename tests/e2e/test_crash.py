@@ -145,7 +145,7 @@ def test_a_worker_that_is_asked_to_stop_hands_its_jobs_back(
         assert worker.stop() == 0
         # The lease is a minute long: only handing back explains that it is free so soon.
         status = client.status()
-        assert [queue.leased for queue in status.queues] == [0]
+        assert not any(queue.leased for queue in status.queues)
         assert not status.workers
         start("reltrace_worker", *options)
         thread.join(100)
