@@ -89,7 +89,7 @@ upgrade: $(VENV)/.setup-dev ## replace schedulers and workers one by one under l
 	@$(BIN)/python tests/chaos/upgrade.py --hosts
 
 model: $(VENV)/.setup ## train the demo model again (minutes)
-	@$(BIN)/python -m reltrace_worker.demo.train
+	@$(BIN)/python -m demo_model.train
 
 clean: ## remove .venv and everything generated
 	@rm -rf $(VENV) out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,10 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 IMAGE_PATHS = re.compile(r"(?<![\w.~-])/(?=(?:opt/reltrace|wheels|lxt)\b)")
 LAST = {
-    "scheduler": ["import reltrace_scheduler.server", "import grpc_health.v1.health_pb2_grpc"],
+    "scheduler": ["import reltrace_scheduler.api.server", "import grpc_health.v1.health_pb2_grpc"],
     "worker": [
-        "import reltrace_worker.rules, reltrace_worker.engine, reltrace_worker.session.runner",
-        "from reltrace_worker.demo import path; from reltrace_worker.model import load_model; "
+        "import reltrace_worker.lrp, reltrace_worker.engine, reltrace_worker.session.runner",
+        "from reltrace_worker.demo import path; from reltrace_worker.models import load_model; "
         "load_model(str(path()))",
     ],
 }

@@ -19,15 +19,17 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 # Before gRPC is imported: its fork handlers crash the child of a process that is in a call.
 _os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from reltrace._admin import DeadJob, Requeued, Tenant
-from reltrace._aio import AsyncClient
-from reltrace._atlas.atlas import Atlas
-from reltrace._atlas.contexts import Context, Feature, StandsOut
-from reltrace._atlas.find import FeatureMatch
-from reltrace._client import Client
-from reltrace._edit import Edit, Steer
-from reltrace._entries import Entry
-from reltrace._errors import (
+from reltrace.atlas.atlas import Atlas
+from reltrace.atlas.examples import Context, Feature, StandsOut
+from reltrace.atlas.search import FeatureMatch
+from reltrace.client.admin import DeadJob, Requeued, Tenant
+from reltrace.client.async_client import AsyncClient
+from reltrace.client.sync_client import Client
+from reltrace.client.text_stream import AsyncTextStream, TextPiece, TextStream
+from reltrace.evaluation.evaluation import Evaluation, RuleScore
+from reltrace.transport.security import TlsOptions
+from reltrace.types.edit import Edit, Steer
+from reltrace.types.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidArgument,
@@ -45,20 +47,18 @@ from reltrace._errors import (
     Unavailable,
     Violation,
 )
-from reltrace._evaluate.evaluation import Evaluation, RuleScore
-from reltrace._failure import Failure
-from reltrace._generation import Generation
-from reltrace._info import JobStatus, Model, Queue, Status, Worker
-from reltrace._neurons import StrongHead, StrongNeuron
-from reltrace._origin import Candidate, Provenance, ResolvedTarget, Timings
-from reltrace._target import Target
-from reltrace._text_stream import AsyncTextStream, TextPiece, TextStream
-from reltrace._tokens import FirstTokenShare, Tokens, Turn
-from reltrace._trace import Trace
-from reltrace._transport.security import TlsOptions
+from reltrace.types.failure import Failure
+from reltrace.types.generation import Generation
+from reltrace.types.neurons import StrongHead, StrongNeuron
+from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget, Timings
+from reltrace.types.server_info import JobStatus, Model, Queue, Status, Worker
+from reltrace.types.target import Target
+from reltrace.types.tokens import FirstTokenShare, Tokens, Turn
+from reltrace.types.top_entries import Entry
+from reltrace.types.trace import Trace
 
 if _TYPE_CHECKING:
-    from reltrace._batch.load import Batch as _Batch
+    from reltrace.batch.load import Batch as _Batch
 
 __version__ = _version("reltrace")
 
@@ -85,7 +85,7 @@ def load_batch(folder: str | _PathLike[str]) -> _Batch:
     InvalidArgument
         If the folder holds no batch, or it is damaged.
     """
-    from reltrace._batch.load import Batch
+    from reltrace.batch.load import Batch
 
     return Batch(folder)
 

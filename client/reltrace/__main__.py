@@ -1,6 +1,6 @@
 """`python -m reltrace`: the `reltrace` command."""
 
-from reltrace._command.app import main
+from reltrace.cli.app import main
 
 if __name__ == "__main__":
     main()

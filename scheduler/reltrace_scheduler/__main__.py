@@ -8,22 +8,22 @@ from typing import Annotated
 import typer
 import uvloop
 
+from reltrace_scheduler.api.result_store import check_url
+from reltrace_scheduler.api.server import serving, until_asked_to_stop
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT, Role
 from reltrace_scheduler.auth.rates import Rates
 from reltrace_scheduler.auth.tls import ServerTls
 from reltrace_scheduler.auth.tokens import TokenError, Tokens, append, make
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.embedded import EmbeddedRedis, Fsync
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.logs import LogFormat, configure, level_of
-from reltrace_scheduler.objects import check_url
-from reltrace_scheduler.server import serving, until_asked_to_stop
-from reltrace_scheduler.store.address import RedisAddress, redis_address
-from reltrace_scheduler.store.connection import connect
-from reltrace_scheduler.store.keys import partition
-from reltrace_scheduler.store.registry import Registry
-from reltrace_scheduler.tracing import Spans, exporting
+from reltrace_scheduler.keys import partition
+from reltrace_scheduler.local.redis import EmbeddedRedis, Fsync
+from reltrace_scheduler.observability.logs import LogFormat, configure, level_of
+from reltrace_scheduler.observability.tracing import Spans, exporting
+from reltrace_scheduler.queue.address import RedisAddress, redis_address
+from reltrace_scheduler.queue.connection import connect
+from reltrace_scheduler.queue.registry import Registry
 
 TOKENS_VARIABLE = "RELTRACE_TOKENS"
 

@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 import reltrace
 from bench.service import serving
-from reltrace_worker.demo.corpus import held_out
+from demo_model.corpus import held_out
 
 
 def write_prompts(path: Path, count: int, seed: int) -> None:

@@ -33,11 +33,11 @@ from bench.models import SHAPES, Shape, build, job, prompts
 from reference.peak import peak_bytes
 from reltrace_worker.engine import Checkpointing, Engine
 from reltrace_worker.engine.pack import Pack, Readout
-from reltrace_worker.jobs import PreparedJob
-from reltrace_worker.model.loading import LoadedModel, ModelShape
-from reltrace_worker.results import JobResult
-from reltrace_worker.rules import RULES, apply_rule
-from reltrace_worker.rules.linear import linear_layers, through_onednn
+from reltrace_worker.lrp import RULES, apply_rule
+from reltrace_worker.lrp.linear import linear_layers, through_onednn
+from reltrace_worker.models.loading import LoadedModel, ModelShape
+from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.results import JobResult
 
 Row = dict[str, Any]
 

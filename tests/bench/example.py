@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from reltrace_worker.rules import lxt_functions as lxt
+from reltrace_worker.lrp import lxt_functions as lxt
 from transformers.models.llama import modeling_llama
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from reference.checkpoints import build_tokenizer
-from reltrace_worker.jobs import PreparedJob, PreparedTarget, Term
-from reltrace_worker.model.families import FAMILIES
-from reltrace_worker.model.loading import LoadedModel, ModelShape
+from reltrace_worker.models.families import FAMILIES
+from reltrace_worker.models.loading import LoadedModel, ModelShape
+from reltrace_worker.types.jobs import PreparedJob, PreparedTarget, Term
 from transformers import LlamaConfig, LlamaForCausalLM
 
 

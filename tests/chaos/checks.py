@@ -9,7 +9,7 @@ from pathlib import Path
 import redis
 from chaos import journal, sdk_client, standin
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT
-from reltrace_scheduler.store.keys import CLUSTER, SHARDS, Keys
+from reltrace_scheduler.keys import CLUSTER, SHARDS, Keys
 
 
 @dataclass

@@ -20,7 +20,7 @@ import grpc
 import redis
 from chaos.hosts import Network
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
-from reltrace_scheduler.embedded import find_server
+from reltrace_scheduler.local.redis import find_server
 from waiting import wait_until
 
 TESTS = Path(__file__).parent.parent

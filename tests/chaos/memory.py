@@ -11,9 +11,9 @@ from chaos.cluster import Cluster
 from chaos.standin import Work
 from chaos.submitting import submit
 from reltrace_proto.v1 import types_pb2
-from reltrace_scheduler import store
+from reltrace_scheduler import queue as store
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT
-from reltrace_scheduler.store.keys import Keys
+from reltrace_scheduler.keys import Keys
 from waiting import wait_until
 
 BATCH = 100

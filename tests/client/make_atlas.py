@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import reltrace
-from reltrace._atlas.folder import Folder, State
-from reltrace._atlas.merged import OCTAVES
-from reltrace._atlas.part import LISTS, AtlasPart
+from reltrace.atlas.folder import Folder, State
+from reltrace.atlas.merged import OCTAVES
+from reltrace.types.atlas_shard import LISTS, AtlasPart
 
 MODEL, REVISION = "tiny", "r1"
 BINS = 2 * len(OCTAVES) + 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import reltrace
-from reltrace._atlas.merged import OCTAVES
-from reltrace._atlas.part import AtlasPart
+from reltrace.atlas.merged import OCTAVES
+from reltrace.types.atlas_shard import AtlasPart
 
 BINS = 2 * len(OCTAVES) + 1
 PROVENANCE = reltrace.Provenance("tiny", "r1", "attnlrp", "atlas", "float32", "sdpa", True, "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reltrace._evaluate.plan import Plan
+from reltrace.evaluation.plan import Plan
 
 
 def plan(**given: Any) -> Plan:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fake_results import chunks_of
-from reltrace import _stored
+from reltrace.storage import stored_arrays as stored
 from reltrace_proto.v1 import types_pb2
 
 
@@ -17,13 +17,13 @@ class Store:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self.reads: list[str] = []
-        read = _stored._read
+        read = stored._read
 
-        def noted(place: _stored.Place) -> bytes:
+        def noted(place: stored.Place) -> bytes:
             self.reads.append(place.url)
             return read(place)
 
-        monkeypatch.setattr(_stored, "_read", noted)
+        monkeypatch.setattr(stored, "_read", noted)
 
     def run(self, spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
         """Give a job's result as one chunk, its tensors behind some bytes of others."""

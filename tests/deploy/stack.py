@@ -23,7 +23,7 @@ from deploy.rendering import DEPLOY
 from e2e.conftest import Process
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT, Role
 from reltrace_scheduler.auth.tokens import append, make
-from reltrace_scheduler.embedded import EmbeddedRedis
+from reltrace_scheduler.local.redis import EmbeddedRedis
 from waiting import wait_until
 
 MONITORING = DEPLOY / "monitoring"

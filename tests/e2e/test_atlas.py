@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import reltrace
+from demo_model.corpus import held_out
 from e2e.conftest import Process, wait_until
-from reltrace._atlas import build as module
-from reltrace._atlas.folder import Folder
-from reltrace._atlas.sending import Sender, free
-from reltrace._pinning import Pins
-from reltrace._request import Job
-from reltrace_worker.demo.corpus import held_out
+from reltrace.atlas import build as module
+from reltrace.atlas.folder import Folder
+from reltrace.atlas.slice_jobs import Sender, free
+from reltrace.calls.pinning import Pins
+from reltrace.types.request import Job
 
 CORPUS = [example.prompt for example in held_out(260, 9)]
 SLICE = 40

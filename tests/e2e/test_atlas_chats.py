@@ -14,7 +14,7 @@ from e2e.test_atlas import same
 from pyarrow import parquet
 from reference.chat_templates import CHATML
 from reference.checkpoints import save_checkpoint
-from reltrace._atlas.folder import Folder
+from reltrace.atlas.folder import Folder
 
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "I have 5 cats and 3 dogs."}]},

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reltrace
+from demo_model.corpus import held_out
 from e2e.conftest import wait_until
 from reltrace_worker.demo import DEMO_MODEL
-from reltrace_worker.demo.corpus import held_out
 
 COUNT = 1500
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import reltrace
 import torch
+from demo_model.corpus import held_out
 from e2e.conftest import Process
 from reltrace_worker.demo import path as demo_path
-from reltrace_worker.demo.corpus import held_out
-from reltrace_worker.model import load_model
+from reltrace_worker.models import load_model
 
 PROMPTS = [
     {"prompt": e.prompt, "target": f" {e.answer}", "answer": e.answer, "id": f"p{number}"}

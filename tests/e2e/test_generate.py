@@ -11,7 +11,7 @@ import reltrace
 import torch
 from e2e.conftest import Process, wait_until
 from reltrace_worker.demo import path as demo_path
-from reltrace_worker.model import load_model
+from reltrace_worker.models import load_model
 
 PROMPTS = [
     "I have 5 cats and 3 dogs. My cats love to play with my",

@@ -9,7 +9,7 @@ import pytest
 import redis
 import reltrace
 from e2e.conftest import Process, wait_until
-from reltrace_scheduler.embedded import EmbeddedRedis
+from reltrace_scheduler.local.redis import EmbeddedRedis
 
 Start = Callable[..., Process]
 

@@ -17,11 +17,11 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
+from demo_model.corpus import held_out
 from e2e.conftest import Process, address_in, wait_until
 from e2e.printed import ROOT, commands, environment, shell
 from nbclient import NotebookClient
 from proof.sentences import SENTENCES
-from reltrace_worker.demo.corpus import held_out
 
 PAGES = ["README.md", "client/README.md", "client/NUMBERS.md", "client/BATCH.md"]
 

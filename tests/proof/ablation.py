@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import reltrace
 import torch
-from reltrace._evaluate.scores import Mean
+from reltrace.evaluation.scores import Mean
 from transformers import AutoModelForCausalLM
 
 WAYS = ("relevance", "size", "activation", "chance")

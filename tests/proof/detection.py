@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 import reltrace
 from numpy.typing import NDArray
-from reltrace._atlas.contexts import BEFORE
-from reltrace._atlas.labels import chosen, is_word
-from reltrace._atlas.part import LISTS
-from reltrace._pictures.display import label as readable
+from reltrace.atlas.examples import BEFORE
+from reltrace.atlas.labels import chosen, is_word
+from reltrace.types.atlas_shard import LISTS
+from reltrace.viz.display import label as readable
 
 DRAWN = 99
 """Labels that one is compared with."""

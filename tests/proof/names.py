@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import reltrace
-from reltrace._evaluate.scores import Mean
+from reltrace.evaluation.scores import Mean
 
 NAMES = ("Mary", "John", "Tom", "Anna", "Peter", "Sarah", "David", "Emma")
 """Each of them, with the space before it, is one token."""

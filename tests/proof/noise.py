@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from reference.loaded import prepare, run
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.jobs import JobSpec, TargetSpec
-from reltrace_worker.model import LoadedModel
-from reltrace_worker.results import JobResult
+from reltrace_worker.models import LoadedModel
+from reltrace_worker.types.jobs import JobSpec, TargetSpec
+from reltrace_worker.types.results import JobResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import reltrace
-from reltrace._evaluate.scores import Mean
+from reltrace.evaluation.scores import Mean
 
 WAYS = ("relevant here", "relevant elsewhere", "by chance")
 """Which neuron is scaled: the most relevant one of this prompt, of another, one of chance."""

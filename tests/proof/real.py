@@ -13,8 +13,8 @@ from proof import capitals, names, one_neuron
 from proof.noise import Noise, measure_noise
 from proof.sentences import SENTENCES
 from reference.real_models import PACKAGES, gguf_file
-from reltrace._evaluate.scores import Mean
-from reltrace_worker.model import load_model
+from reltrace.evaluation.scores import Mean
+from reltrace_worker.models import load_model
 
 _NOISY = 16
 """Sentences by which formats are compared."""

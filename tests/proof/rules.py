@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import reltrace
-from reltrace._evaluate.scores import Mean
-from reltrace_worker.demo.corpus import Example
+from demo_model.corpus import Example
+from reltrace.evaluation.scores import Mean
 
 
 @dataclass(frozen=True, slots=True)

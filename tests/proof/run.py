@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import reltrace
 from bench.service import serving
+from demo_model.corpus import held_out
 from proof import real
 from proof.ablation import Ablation, ablate
 from proof.planted import AT_THE_END, LAYER, NEURON, Change, Planted, compare, look, plant
@@ -27,7 +28,6 @@ from proof.rules import Judged, judge
 from proof.split import Split, split
 from proof.steering import Steering, steer, unseen
 from reltrace_worker.demo import path as demo_path
-from reltrace_worker.demo.corpus import held_out
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging

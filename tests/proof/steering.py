@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import reltrace
-from reltrace._evaluate.scores import Mean
-from reltrace_worker.demo.corpus import Example, held_out
+from demo_model.corpus import Example, held_out
+from reltrace.evaluation.scores import Mean
 
 PROMPTS = 20
 """In which each neuron is steered."""

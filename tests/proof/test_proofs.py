@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import reltrace
 from bench.service import serving
+from demo_model.corpus import held_out
 from proof.ablation import ablate
 from proof.detection import detect
 from proof.planted import AT_THE_END, compare, look, plant
 from proof.rules import judge
 from proof.steering import steer, unseen
-from reltrace._evaluate.scores import Mean
+from reltrace.evaluation.scores import Mean
 from reltrace_worker.demo import path as demo_path
-from reltrace_worker.demo.corpus import held_out
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from proof.one_neuron import scale_one
 from proof.real import trials
 from proof.sentences import SENTENCES
 from reference.real_models import RealModels
-from reltrace._evaluate.scores import Mean
+from reltrace.evaluation.scores import Mean
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from reference.checkpoints import RECIPES, save_checkpoint
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine
-from reltrace_worker.jobs import JobSpec, PreparedJob
-from reltrace_worker.model import JobPreparer, LoadedModel, load_model
-from reltrace_worker.results import JobResult
-from reltrace_worker.rules import RULES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.models import JobPreparer, LoadedModel, load_model
+from reltrace_worker.types.jobs import JobSpec, PreparedJob
+from reltrace_worker.types.results import JobResult
 
 DEVICE = os.environ.get("RELTRACE_TEST_DEVICE", "cpu")
 """Where the models of these tests are: `make gpu` sets it to cuda."""

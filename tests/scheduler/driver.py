@@ -5,9 +5,10 @@ from typing import Self
 
 from redis.asyncio import Redis
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.store.keys import Keys
-from reltrace_scheduler.store.queue import Queue
-from reltrace_scheduler.store.records import (
+from reltrace_scheduler.keys import Keys
+from reltrace_scheduler.queue.maintenance import Upkeep
+from reltrace_scheduler.queue.queue import Queue
+from reltrace_scheduler.records import (
     Condemned,
     Lease,
     LeasedJob,
@@ -16,7 +17,6 @@ from reltrace_scheduler.store.records import (
     Priority,
     Submission,
 )
-from reltrace_scheduler.store.upkeep import Upkeep
 
 MODEL = "m"
 EPOCH = "epoch"

@@ -18,13 +18,13 @@ import uvloop
 from reltrace_proto.v1 import worker_pb2
 
 from reltrace_worker import __version__
-from reltrace_worker.errors import WorkerError
-from reltrace_worker.logs import LogFormat, configure, level_of
+from reltrace_worker.observability.logs import LogFormat, configure, level_of
+from reltrace_worker.observability.tracing import Spans, exporting
 from reltrace_worker.session.endpoint import Access, Endpoints, Tls
-from reltrace_worker.tracing import Spans, exporting
+from reltrace_worker.types.errors import WorkerError
 
 if TYPE_CHECKING:
-    from reltrace_worker.serving import Served
+    from reltrace_worker.session.serving import Served
 
 log = structlog.get_logger()
 
@@ -241,7 +241,7 @@ def worker(
     # Threads that spin while they wait for each other lose whole time slices where something else
     # computes: a pass took ten times as long on two busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from reltrace_worker.serving import PassOptions, serve, sources
+    from reltrace_worker.session.serving import PassOptions, serve, sources
 
     gc.freeze()
     gc.enable()
@@ -283,7 +283,7 @@ def _exporting(listen: str | None, served: "Served") -> AbstractContextManager[o
     """Serve metrics, if somebody asked for them."""
     if listen is None:
         return nullcontext()
-    from reltrace_worker.metrics import WorkerCollector, exporting
+    from reltrace_worker.observability.metrics import WorkerCollector, exporting
 
     return exporting(listen, WorkerCollector(served.stats, served.memory))
 

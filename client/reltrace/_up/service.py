@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from reltrace._aio import AsyncClient
-from reltrace._batch.disk import held
-from reltrace._errors import MissingDependency, Unavailable, invalid
-from reltrace._info import Model
 from reltrace._up.supervise import Part
+from reltrace.client.async_client import AsyncClient
+from reltrace.storage.atomic_files import held
+from reltrace.types.errors import MissingDependency, Unavailable, invalid
+from reltrace.types.server_info import Model
 
 HOST = "127.0.0.1"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from reltrace._errors import TraceError
+from reltrace.types.errors import TraceError
 
 _LOG_BYTES = 4 * 1024 * 1024
 _TAIL_BYTES = 4096

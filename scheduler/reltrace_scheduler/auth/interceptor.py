@@ -28,7 +28,7 @@ _HOW = "set RELTRACE_TOKEN, or RELTRACE_TOKEN_FILE to a file that holds the toke
 class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Finds the caller by its token, and lets it do what its role allows.
 
-    It raises what `reltrace_scheduler.interceptor.ErrorInterceptor`, around it, answers.
+    It raises what `reltrace_scheduler.api.error_interceptor.ErrorInterceptor`, around it, answers.
 
     Parameters
     ----------

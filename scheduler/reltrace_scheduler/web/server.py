@@ -18,8 +18,8 @@ from reltrace_scheduler import __version__
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import Role
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
-from reltrace_scheduler.store.gauges import Gauges
-from reltrace_scheduler.store.store import Store
+from reltrace_scheduler.queue.gauges import Gauges
+from reltrace_scheduler.queue.store import Store
 
 log = structlog.get_logger()
 

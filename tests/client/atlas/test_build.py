@@ -16,13 +16,13 @@ import pytest
 import reltrace
 from fake_server import FakeServer
 from make_part import make_part
-from reltrace._atlas import build as build_module
-from reltrace._atlas.build import Plan
-from reltrace._atlas.folder import Folder, State
-from reltrace._atlas.merged import Merged
-from reltrace._atlas.sending import Made
-from reltrace._transport.connection import Connection
-from reltrace._transport.submission import Accepted
+from reltrace.atlas import build as build_module
+from reltrace.atlas.build import Plan
+from reltrace.atlas.folder import Folder, State
+from reltrace.atlas.merged import Merged
+from reltrace.atlas.slice_jobs import Made
+from reltrace.transport.connection import Connection
+from reltrace.transport.submission import Accepted
 from reltrace_proto.v1 import types_pb2
 
 CHAT = [{"role": "user", "content": "a"}]

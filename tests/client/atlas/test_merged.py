@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reltrace._atlas.merged import OCTAVES, Merged, quantile
+from reltrace.atlas.merged import OCTAVES, Merged, quantile
 
 K, FEATURES, BINS = 3, 4, 2 * len(OCTAVES) + 1
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import reltrace
 from fake_server import FakeServer
-from reltrace._batch.folder import Settings
-from reltrace._batch.items import InputFormat
-from reltrace._batch.run import Options, Run, Summary
-from reltrace._batch.served import check_served
+from reltrace.batch.folder import Settings
+from reltrace.batch.items import InputFormat
+from reltrace.batch.preflight import check_served
+from reltrace.batch.run import Options, Run, Summary
 
 SETTINGS = Settings(
     model=None, sites=["resid"], reduce="token", target="max", rule="attnlrp", dtype="float32",

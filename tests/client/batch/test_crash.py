@@ -14,8 +14,8 @@ import pytest
 import reltrace
 from batch.written import LINES, Batch, check, content
 from fake_server import FakeServer
-from reltrace._batch import parts, writer
-from reltrace._batch.journal import Failed
+from reltrace.batch import parts, writer
+from reltrace.batch.journal import Failed
 from waiting import wait_until
 
 
@@ -108,7 +108,7 @@ def test_a_full_disk_ends_the_run(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reltrace._batch.writer.parts.write", full)
+    monkeypatch.setattr("reltrace.batch.writer.parts.write", full)
     with pytest.raises(OSError, match="No space left"):
         batch(LINES * 20, part_traces=2)
     monkeypatch.undo()

@@ -12,8 +12,9 @@ import pytest
 import reltrace
 from batch.conftest import SETTINGS
 from make_trace import make_trace
-from reltrace._batch import disk, folder
-from reltrace._batch.folder import Folder, OtherOrigin, read_manifest
+from reltrace.batch import folder
+from reltrace.batch.folder import Folder, OtherOrigin, read_manifest
+from reltrace.storage import atomic_files as disk
 
 MACHINES = 2
 SHARED = replace(SETTINGS, shards=MACHINES)

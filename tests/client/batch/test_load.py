@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import reltrace
-from reltrace._batch.run import Summary
+from reltrace.batch.run import Summary
 
 Batch = Callable[..., Summary]
 

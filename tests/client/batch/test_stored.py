@@ -12,8 +12,8 @@ import pytest
 import reltrace
 from fake_results import relevance_of
 from fake_server import FakeServer, status_with
-from reltrace._batch.run import Summary
-from reltrace._stored import StoredArrays
+from reltrace.batch.run import Summary
+from reltrace.storage.stored_arrays import StoredArrays
 from reltrace_proto.v1 import types_pb2
 from stored_results import Store
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import reltrace
 from fake_results import relevance_of
-from reltrace._batch.run import Summary
+from reltrace.batch.run import Summary
 
 Batch = Callable[..., Summary]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import reltrace
 from fake_results import LAYERS, chunks_of, relevance_of
-from reltrace._request import Arguments
-from reltrace._transport.assemble import Assembler
+from reltrace.transport.assemble import Assembler
+from reltrace.types.request import Arguments
 from reltrace_proto.v1 import types_pb2
 
 Chunks = list[types_pb2.ResultChunk]

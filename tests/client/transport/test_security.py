@@ -236,7 +236,7 @@ def test_tls_options_that_can_not_be_used(
 def test_the_command_takes_the_options_before_its_name(
     certificates: Certificates, tmp_path: Path
 ) -> None:
-    from reltrace._command.app import app
+    from reltrace.cli.app import app
 
     token = tmp_path / "token"
     token.write_text(TOKEN)
@@ -256,7 +256,7 @@ def test_the_command_takes_the_options_before_its_name(
     ["redis://:geheim@h:1", "redis://u:geheim@h", "redis://h?password=geheim", "redis://a:[@"],
 )
 def test_up_takes_no_password_on_the_command_line(url: str, tmp_path: Path) -> None:
-    from reltrace._command.app import app
+    from reltrace.cli.app import app
 
     done = CliRunner().invoke(app, ["up", "--redis", url, "--data", str(tmp_path / "data")])
     assert isinstance(done.exception, reltrace.InvalidArgument)

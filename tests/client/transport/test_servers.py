@@ -12,9 +12,9 @@ import pytest
 import reltrace
 from fake_server import FakeServer
 from nameserver import nameserver
-from reltrace._transport.address import parse_addresses
-from reltrace._transport.security import Security
-from reltrace._transport.servers import Servers
+from reltrace.transport.address import parse_addresses
+from reltrace.transport.security import Security
+from reltrace.transport.servers import Servers
 from test_trace_many import check, prompts
 
 LONG = "a prompt whose result has ten tokens and many chunks"

@@ -37,7 +37,7 @@ class Up:
         self.events_file.touch()
         self.data = folder / "data"
         close = "import sys; sys.stderr.close(); " if closed else ""
-        program = f"{close}from reltrace._command.app import main; main()"
+        program = f"{close}from reltrace.cli.app import main; main()"
         command = [sys.executable, "-c", program, "up"]
         self.process = subprocess.Popen(
             [*command, "--port", "0", "--data", str(self.data), *options],

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 from certificates import Certificates, make_certificates
+from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import Role
 from reltrace_scheduler.auth.tokens import append, make
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.server import serving
-from reltrace_scheduler.store.connection import Connection
+from reltrace_scheduler.queue.connection import Connection
 
 Serve = Callable[[Access], AbstractAsyncContextManager[str]]
 

@@ -15,14 +15,14 @@ import pytest
 import redis.asyncio
 from playwright.async_api import Browser, async_playwright
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2, worker_pb2
+from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import Role
 from reltrace_scheduler.auth.tokens import Tokens, append, make
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.server import serving
-from reltrace_scheduler.store.connection import Connection
-from reltrace_scheduler.store.store import Store
+from reltrace_scheduler.queue.connection import Connection
+from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.web.server import showing
 from scheduler.fake_worker import FakeWorker
 

@@ -6,8 +6,8 @@ import itertools
 import re
 
 import pytest
-from reltrace_worker.demo import corpus
-from reltrace_worker.demo.families import FAMILIES
+from demo_model import corpus
+from demo_model.families import FAMILIES
 
 TEXTS = 4000
 

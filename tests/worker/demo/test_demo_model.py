@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from demo_model import corpus, tokenizer
+from demo_model.measure import Outcome, by_family, measure, score
 from reltrace_worker import demo
-from reltrace_worker.demo import corpus, tokenizer
-from reltrace_worker.demo.measure import Outcome, by_family, measure, score
-from reltrace_worker.model import LoadedModel, load_model
+from reltrace_worker.models import LoadedModel, load_model
 from transformers import AutoTokenizer
 
 SENTENCES = 450
@@ -90,7 +90,7 @@ def test_the_folder_is_small_and_complete(folder: Path) -> None:
 
 def test_the_card_tells_how_it_was_made(folder: Path) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "python -m reltrace_worker.demo.train --seed 0" in card
+    assert "python -m demo_model.train --seed 0" in card
     assert "| **all** |" in card
 
 

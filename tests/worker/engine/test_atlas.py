@@ -14,8 +14,9 @@ from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import PASS_TOKENS, Slice
 from reltrace_worker.engine.plan import Planner
 from reltrace_worker.engine.site_atlas import places_of, values_of
-from reltrace_worker.errors import EngineError, InvalidJob
-from reltrace_worker.jobs import (
+from reltrace_worker.models.vocabulary import Vocabulary
+from reltrace_worker.types.errors import EngineError, InvalidJob
+from reltrace_worker.types.jobs import (
     CorpusSpec,
     JobSpec,
     PreparedCorpus,
@@ -23,8 +24,7 @@ from reltrace_worker.jobs import (
     TargetSpec,
     Term,
 )
-from reltrace_worker.model.vocabulary import Vocabulary
-from reltrace_worker.results import JobResult
+from reltrace_worker.types.results import JobResult
 
 
 def corpus(prompts: list[PreparedJob], first: int = 0, k: int = 3) -> PreparedCorpus:

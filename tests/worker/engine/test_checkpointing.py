@@ -6,8 +6,8 @@ import pytest
 import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine, passes
-from reltrace_worker.jobs import JobSpec, TargetSpec
-from reltrace_worker.rules import RULES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.types.jobs import JobSpec, TargetSpec
 
 TARGETS = (TargetSpec(), TargetSpec(token=5, contrast=9), TargetSpec(position=0, logprob=True))
 

@@ -10,11 +10,11 @@ import pytest
 from reference.loaded import DEVICE, Checkpoints
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.sites import SITES
-from reltrace_worker.errors import ModelError
-from reltrace_worker.jobs import PreparedJob, PreparedTarget, Term
-from reltrace_worker.results import JobResult
-from reltrace_worker.rules import RULES, compiled, verify_rule
-from reltrace_worker.rules.fused import Kernels
+from reltrace_worker.lrp import RULES, compiled, verify_rule
+from reltrace_worker.lrp.fused import Kernels
+from reltrace_worker.types.errors import ModelError
+from reltrace_worker.types.jobs import PreparedJob, PreparedTarget, Term
+from reltrace_worker.types.results import JobResult
 
 CXX = os.environ.get("CXX", "g++")
 needs_compiler = pytest.mark.skipif(

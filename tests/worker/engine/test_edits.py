@@ -11,11 +11,11 @@ import torch
 from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.errors import InvalidJob
-from reltrace_worker.jobs import EditSpec, JobSpec, TargetSpec
-from reltrace_worker.model import LoadedModel
-from reltrace_worker.results import JobResult
-from reltrace_worker.rules import RULES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.models import LoadedModel
+from reltrace_worker.types.errors import InvalidJob
+from reltrace_worker.types.jobs import EditSpec, JobSpec, TargetSpec
+from reltrace_worker.types.results import JobResult
 
 CHECKPOINTING: list[Any] = ["on", "off"]
 

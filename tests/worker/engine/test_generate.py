@@ -8,11 +8,11 @@ from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.generate import Text, Writing, draw
-from reltrace_worker.errors import EngineError, InvalidJob
-from reltrace_worker.jobs import EditSpec, GenerationSpec, JobSpec, PreparedJob, TargetSpec
-from reltrace_worker.model import LoadedModel
-from reltrace_worker.results import JobResult, Written
-from reltrace_worker.rules import RULES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.models import LoadedModel
+from reltrace_worker.types.errors import EngineError, InvalidJob
+from reltrace_worker.types.jobs import EditSpec, GenerationSpec, JobSpec, PreparedJob, TargetSpec
+from reltrace_worker.types.results import JobResult, Written
 
 RECIPES = ["grouped", "tied", "llama3_rope", "deep", *FAMILY_RECIPES]
 

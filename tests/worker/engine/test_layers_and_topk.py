@@ -12,9 +12,9 @@ from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine.capture import Capture
 from reltrace_worker.engine.pack import Pack
-from reltrace_worker.errors import InvalidJob
-from reltrace_worker.jobs import JobSpec, TargetSpec
-from reltrace_worker.results import JobResult
+from reltrace_worker.types.errors import InvalidJob
+from reltrace_worker.types.jobs import JobSpec, TargetSpec
+from reltrace_worker.types.results import JobResult
 
 PER_LAYER = [name for name, site in SITES.items() if site.per_layer]
 quick = settings(

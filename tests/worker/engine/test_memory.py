@@ -25,11 +25,11 @@ from reltrace_worker.engine.budget import is_out_of_memory
 from reltrace_worker.engine.memory import MemoryModel
 from reltrace_worker.engine.passes import segment_length, trace_checkpointed, trace_keeping
 from reltrace_worker.engine.plan import Planner
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import EditSpec, JobSpec, PreparedJob, TargetSpec
-from reltrace_worker.model import LoadedModel, load_model
-from reltrace_worker.results import JobResult
-from reltrace_worker.rules import RULES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.models import LoadedModel, load_model
+from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.jobs import EditSpec, JobSpec, PreparedJob, TargetSpec
+from reltrace_worker.types.results import JobResult
 
 GIB = 1 << 30
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.jobs import JobSpec
-from reltrace_worker.model import LoadedModel
-from reltrace_worker.rules import RULES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.models import LoadedModel
+from reltrace_worker.types.jobs import JobSpec
 
 
 @pytest.mark.parametrize("name", ["grouped", "tied", "llama3_rope"])

@@ -15,11 +15,11 @@ from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reference.peak import peak_bytes
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine.memory import MemoryModel
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
-from reltrace_worker.model import LoadedModel, load_model
-from reltrace_worker.results import JobResult
-from reltrace_worker.rules import RULES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.models import LoadedModel, load_model
+from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.jobs import JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.types.results import JobResult
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

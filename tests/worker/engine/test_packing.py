@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobSpec, TargetSpec
-from reltrace_worker.results import JobResult
-from reltrace_worker.rules import RULES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.jobs import JobSpec, TargetSpec
+from reltrace_worker.types.results import JobResult
 
 
 def assert_same(packed: JobResult, alone: JobResult) -> None:

@@ -14,7 +14,7 @@ from reference import lxt_example
 from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
-from reltrace_worker.jobs import JobSpec
+from reltrace_worker.types.jobs import JobSpec
 
 SITES = ("embed", "resid")
 # What is summed over: features, or tokens.

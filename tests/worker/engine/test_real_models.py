@@ -17,7 +17,7 @@ from reference import lxt_example
 from reference.loaded import prepare, run
 from reference.real_models import PACKAGES, RealModels
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.jobs import JobSpec
+from reltrace_worker.types.jobs import JobSpec
 
 # Reading a GGUF file takes transformers half a minute for a vocabulary of 262,144.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -10,8 +10,8 @@ from reference.gradient import gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine.sites import Side, Site, Tap
-from reltrace_worker.jobs import JobSpec
 from reltrace_worker.session.convert import model_info
+from reltrace_worker.types.jobs import JobSpec
 
 REDUCED = {
     "token": lambda full: full.sum(-1),

@@ -10,11 +10,11 @@ import pytest
 import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import JobSpec, TargetSpec
-from reltrace_worker.model.vocabulary import Vocabulary
-from reltrace_worker.results import JobResult
-from reltrace_worker.rules import RULES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.models.vocabulary import Vocabulary
+from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.jobs import JobSpec, TargetSpec
+from reltrace_worker.types.results import JobResult
 
 PROMPT = PROMPTS[0]
 

@@ -13,10 +13,10 @@ from reltrace_worker.engine import Engine
 from reltrace_worker.engine.generate import Text, Writing
 from reltrace_worker.engine.memory import MemoryModel
 from reltrace_worker.engine.texts import Texts
-from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.jobs import GenerationSpec, JobSpec, PreparedJob
-from reltrace_worker.model import LoadedModel
-from reltrace_worker.results import JobResult
+from reltrace_worker.models import LoadedModel
+from reltrace_worker.types.errors import DeviceLostError, EngineError, PassFailedError
+from reltrace_worker.types.jobs import GenerationSpec, JobSpec, PreparedJob
+from reltrace_worker.types.results import JobResult
 
 Outcomes = dict[int, JobResult | EngineError]
 

@@ -4,11 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reltrace_proto.v1 import types_pb2, worker_pb2
-from reltrace_worker.errors import InvalidJob
-from reltrace_worker.results import SiteTensor
 from reltrace_worker.session import chunks as module
 from reltrace_worker.session.chunks import chunks
 from reltrace_worker.session.convert import cast, raw_bytes
+from reltrace_worker.types.errors import InvalidJob
+from reltrace_worker.types.results import SiteTensor
 
 NUMPY = {
     types_pb2.SCALAR_TYPE_FLOAT32: np.dtype("<f4"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reltrace_worker.model.vocabulary import Vocabulary
+from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.leases import LeaseKey
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -13,9 +13,9 @@ from reference.leases import lease, results
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
-from reltrace_worker.jobs import PreparedJob
 from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.session.runner import Runner
+from reltrace_worker.types.jobs import PreparedJob
 
 
 class Watched:

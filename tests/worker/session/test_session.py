@@ -14,10 +14,10 @@ from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.generate import Writing
-from reltrace_worker.errors import DeviceLostError, PassFailedError
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.session import RefusedError, Session
+from reltrace_worker.types.errors import DeviceLostError, PassFailedError
 
 PROMPT = "I have 5 cats and 3 dogs"
 

@@ -14,11 +14,11 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.texts import Texts
-from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob, PreparedTarget, Term
 from reltrace_worker.session.encoding import Ready
 from reltrace_worker.session.leases import FailedAttempt, LeaseKey
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.turns import Turns
+from reltrace_worker.types.jobs import JobSpec, PreparedCorpus, PreparedJob, PreparedTarget, Term
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(
 async def test_a_prompt_with_more_tokens_than_places_have_room_for_is_left_out(
     engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reltrace_worker.model.corpus.MOST_CORPUS_TOKENS", 12)
+    monkeypatch.setattr("reltrace_worker.models.corpus.MOST_CORPUS_TOKENS", 12)
     runner = Runner(checkpoints.loaded("plain"), engine, 4096)
     prompts = ["I have 5 cats", "I have 5 cats and 3 dogs " * 3]
     spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=prompts), top_k=2)

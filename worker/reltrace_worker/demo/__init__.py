@@ -1,7 +1,7 @@
 """The small trained LLaMA that ships with the worker, and how it is made.
 
 ``path()`` is the model's folder; its ``README.md`` is the model card. ``python -m
-reltrace_worker.demo.train`` makes the folder anew.
+demo_model.train`` makes the folder anew.
 """
 
 from __future__ import annotations
@@ -25,6 +25,6 @@ def path() -> Path:
     folder = Path(str(resources.files("reltrace_worker.demo"))) / "weights"
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"{folder} has no model.safetensors; `python -m reltrace_worker.demo.train` makes it"
+            f"{folder} has no model.safetensors; `python -m demo_model.train` makes it"
         )
     return folder

@@ -13,10 +13,10 @@ from reltrace_worker.engine.pack import Pack
 from reltrace_worker.engine.site_atlas import SiteAtlas
 from reltrace_worker.engine.sites import SITES
 from reltrace_worker.engine.watch import Watch
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import PreparedCorpus, PreparedJob
-from reltrace_worker.model.loading import LoadedModel, ModelShape
-from reltrace_worker.results import ResolvedTarget, SiteTensor
+from reltrace_worker.models.loading import LoadedModel, ModelShape
+from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.jobs import PreparedCorpus, PreparedJob
+from reltrace_worker.types.results import ResolvedTarget, SiteTensor
 
 ATLAS_SITES = ("neuron", "head")
 

@@ -10,10 +10,10 @@ from reltrace_worker.engine.pack import Pack
 from reltrace_worker.engine.reductions import REDUCTIONS, Extent, Reduction, Span
 from reltrace_worker.engine.sites import SITES, Site
 from reltrace_worker.engine.watch import Watch
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import PreparedJob
-from reltrace_worker.model.loading import LoadedModel, ModelShape
-from reltrace_worker.results import SiteTensor
+from reltrace_worker.models.loading import LoadedModel, ModelShape
+from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.results import SiteTensor
 
 
 def relevance_of(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

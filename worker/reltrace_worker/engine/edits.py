@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from reltrace_worker.engine.sites import SITES, Side, Site, Tap
-from reltrace_worker.jobs import EditSpec
-from reltrace_worker.model.loading import LoadedModel
+from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.types.jobs import EditSpec
 
 MANY_CELLS = 1024
 """Of one edit. Edits of fewer are made together, in one step for all jobs."""

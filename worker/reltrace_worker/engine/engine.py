@@ -19,15 +19,15 @@ from reltrace_worker.engine.passes import predict, trace_checkpointed, trace_kee
 from reltrace_worker.engine.plan import Planner
 from reltrace_worker.engine.resolve import hints, resolve
 from reltrace_worker.engine.texts import Texts
-from reltrace_worker.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.jobs import PreparedCorpus, PreparedJob
-from reltrace_worker.model.loading import LoadedModel
-from reltrace_worker.model.vocabulary import Vocabulary
-from reltrace_worker.results import JobResult
-from reltrace_worker.rules import RULES, Rule, apply_rule
-from reltrace_worker.rules.compiled import check_compiler, compiled_rule
-from reltrace_worker.rules.kernels import kernel_for
-from reltrace_worker.rules.linear import linear_layers, through_onednn
+from reltrace_worker.lrp import RULES, Rule, apply_rule
+from reltrace_worker.lrp.compiled import check_compiler, compiled_rule
+from reltrace_worker.lrp.kernels import kernel_for
+from reltrace_worker.lrp.linear import linear_layers, through_onednn
+from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.vocabulary import Vocabulary
+from reltrace_worker.types.errors import DeviceLostError, EngineError, PassFailedError
+from reltrace_worker.types.jobs import PreparedCorpus, PreparedJob
+from reltrace_worker.types.results import JobResult
 
 Checkpointing = Literal["auto", "on", "off"]
 _CHECKPOINTING = ("auto", "on", "off")

@@ -11,11 +11,11 @@ import torch
 from transformers import DynamicCache
 
 from reltrace_worker.engine.edits import Edits, Rows
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import GenerationSpec, PreparedJob
-from reltrace_worker.model.loading import LoadedModel
-from reltrace_worker.model.vocabulary import Vocabulary
-from reltrace_worker.results import Written
+from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.vocabulary import Vocabulary
+from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.jobs import GenerationSpec, PreparedJob
+from reltrace_worker.types.results import Written
 
 
 @dataclass(slots=True)

@@ -21,11 +21,11 @@ from reltrace_worker.engine.edits import MANY_CELLS
 from reltrace_worker.engine.passes import graph_width, segment_length
 from reltrace_worker.engine.reductions import REDUCTIONS, Extent
 from reltrace_worker.engine.sites import SITES
-from reltrace_worker.jobs import PreparedJob
-from reltrace_worker.model.loading import LoadedModel
-from reltrace_worker.rules import RULES
-from reltrace_worker.rules.fused import activation_name
-from reltrace_worker.rules.kernels import kernel_for
+from reltrace_worker.lrp import RULES
+from reltrace_worker.lrp.fused import activation_name
+from reltrace_worker.lrp.kernels import kernel_for
+from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.types.jobs import PreparedJob
 
 _UNKNOWN_ACTIVATION = 3
 """Factors of the gated product's width that an activation made of plain operations keeps beside

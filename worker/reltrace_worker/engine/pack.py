@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from reltrace_worker.jobs import PreparedJob, PreparedTarget
-from reltrace_worker.rules.attention import Packing, positions, sorted_by_length
+from reltrace_worker.lrp.attention import Packing, positions, sorted_by_length
+from reltrace_worker.types.jobs import PreparedJob, PreparedTarget
 
 
 @dataclass(frozen=True, slots=True)

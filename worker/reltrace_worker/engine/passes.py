@@ -22,8 +22,8 @@ from torch import nn
 from reltrace_worker.engine.edits import Edits, Rows
 from reltrace_worker.engine.pack import Pack, Readout, Scalar
 from reltrace_worker.engine.watch import Watch
-from reltrace_worker.model.loading import LoadedModel, ModelShape
-from reltrace_worker.rules.patching import instance_forward, single_logits
+from reltrace_worker.lrp.patching import instance_forward, single_logits
+from reltrace_worker.models.loading import LoadedModel, ModelShape
 
 
 def _starts(scalars: list[Scalar], passes: int) -> list[torch.Tensor]:

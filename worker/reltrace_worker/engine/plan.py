@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.budget import GIB, free_bytes, free_host_bytes
 from reltrace_worker.engine.memory import MemoryModel
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import PreparedJob
-from reltrace_worker.model.loading import LoadedModel
+from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.jobs import PreparedJob
 
 _FRESH = 0.5
 """Seconds for which a reading of host memory counts: three files, a good part of a short pass."""

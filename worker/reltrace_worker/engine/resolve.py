@@ -6,10 +6,10 @@ import math
 from collections.abc import Collection, Iterable
 
 from reltrace_worker.engine.pack import Candidates, Scalar
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import PreparedJob, PreparedTarget
-from reltrace_worker.model.vocabulary import Vocabulary
-from reltrace_worker.results import Candidate, ResolvedTarget
+from reltrace_worker.models.vocabulary import Vocabulary
+from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.jobs import PreparedJob, PreparedTarget
+from reltrace_worker.types.results import Candidate, ResolvedTarget
 
 _MUCH_LIKELIER = math.log(10)
 """Between two logits at one position: ten times the probability."""

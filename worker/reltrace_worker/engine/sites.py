@@ -9,8 +9,8 @@ from enum import Enum
 import torch
 from torch import nn
 
-from reltrace_worker.model.families import Family
-from reltrace_worker.model.loading import ModelShape
+from reltrace_worker.models.families import Family
+from reltrace_worker.models.loading import ModelShape
 
 
 class Side(Enum):

@@ -10,11 +10,11 @@ import torch
 
 from reltrace_worker.engine.budget import is_out_of_memory, release
 from reltrace_worker.engine.generate import Text, Writing
-from reltrace_worker.errors import EngineError, PassFailedError
-from reltrace_worker.jobs import PreparedJob
-from reltrace_worker.model.loading import LoadedModel
-from reltrace_worker.model.vocabulary import Vocabulary
-from reltrace_worker.results import JobResult
+from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.vocabulary import Vocabulary
+from reltrace_worker.types.errors import EngineError, PassFailedError
+from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reltrace_worker.engine.clock import PassClock
 from reltrace_worker.engine.sites import SITES, Side, Site, Tap
-from reltrace_worker.model.loading import LoadedModel
+from reltrace_worker.models.loading import LoadedModel
 
 
 class Watch(ABC):

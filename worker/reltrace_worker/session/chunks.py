@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
-from reltrace_worker.results import SiteTensor
 from reltrace_worker.session.convert import raw_bytes, scalar_type
+from reltrace_worker.types.results import SiteTensor
 
 CHUNK_BYTES = 1 << 20
 """Bytes of tensor data in one chunk."""

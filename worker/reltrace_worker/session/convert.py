@@ -9,8 +9,10 @@ from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.engine import REDUCTIONS, SITES
-from reltrace_worker.errors import InvalidJob, Violation
-from reltrace_worker.jobs import (
+from reltrace_worker.lrp import RULES
+from reltrace_worker.models import LoadedModel
+from reltrace_worker.types.errors import InvalidJob, Violation
+from reltrace_worker.types.jobs import (
     Chat,
     CorpusSpec,
     EditSpec,
@@ -22,9 +24,7 @@ from reltrace_worker.jobs import (
     TargetSpec,
     TokenRef,
 )
-from reltrace_worker.model import LoadedModel
-from reltrace_worker.results import ResolvedTarget, SiteTensor, Written
-from reltrace_worker.rules import RULES
+from reltrace_worker.types.results import ResolvedTarget, SiteTensor, Written
 
 _TORCH_DTYPES = {
     types_pb2.SCALAR_TYPE_FLOAT32: torch.float32,

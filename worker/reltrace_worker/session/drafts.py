@@ -15,7 +15,7 @@ from reltrace_proto.v1 import types_pb2
 from reltrace_worker.session.leases import LeaseKey
 
 if TYPE_CHECKING:
-    from reltrace_worker.model.vocabulary import Vocabulary
+    from reltrace_worker.models.vocabulary import Vocabulary
 
 _REPLACEMENT = "\ufffd"
 """What tokenizers decode the beginning of a character to."""

@@ -11,10 +11,7 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
-from reltrace_worker.errors import EngineError, InvalidJob, PassFailedError
-from reltrace_worker.jobs import PreparedCorpus, PreparedJob
-from reltrace_worker.model import LoadedModel
-from reltrace_worker.results import JobResult
+from reltrace_worker.models import LoadedModel
 from reltrace_worker.session.chunks import chunks, stored_chunk
 from reltrace_worker.session.convert import (
     INTERNAL,
@@ -29,6 +26,9 @@ from reltrace_worker.session.convert import (
 )
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.stored import LargeResults, Tensors, write
+from reltrace_worker.types.errors import EngineError, InvalidJob, PassFailedError
+from reltrace_worker.types.jobs import PreparedCorpus, PreparedJob
+from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 
-from reltrace_worker.errors import WorkerError
+from reltrace_worker.types.errors import WorkerError
 
 TOKEN_VARIABLE = "RELTRACE_TOKEN"
 

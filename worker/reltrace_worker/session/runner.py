@@ -12,20 +12,20 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine
 from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.texts import Texts
-from reltrace_worker.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
-from reltrace_worker.jobs import JobSpec, PreparedCorpus, PreparedJob
-from reltrace_worker.metrics import PassStats
-from reltrace_worker.model import JobPreparer, LoadedModel
-from reltrace_worker.model.vocabulary import Vocabulary
-from reltrace_worker.results import JobResult
-from reltrace_worker.rules import RULES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.models import JobPreparer, LoadedModel
+from reltrace_worker.models.vocabulary import Vocabulary
+from reltrace_worker.observability.metrics import PassStats
+from reltrace_worker.observability.tracing import NoSpans, Spans
 from reltrace_worker.session.convert import job_spec
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.encoding import Done, Encoder, Ready, broken, invalid
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.stored import LargeResults
 from reltrace_worker.session.turns import HalfDone, Outcome, Turns
-from reltrace_worker.tracing import NoSpans, Spans
+from reltrace_worker.types.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
+from reltrace_worker.types.jobs import JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
 

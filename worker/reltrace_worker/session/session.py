@@ -9,7 +9,7 @@ import grpc
 import structlog
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
-from reltrace_worker.errors import WorkerError
+from reltrace_worker.observability.tracing import NoSpans, Spans
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.endpoint import Access, EndpointError, Endpoints
 from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey, Window
@@ -22,7 +22,7 @@ from reltrace_worker.session.messages import (
     ref,
     requests,
 )
-from reltrace_worker.tracing import NoSpans, Spans
+from reltrace_worker.types.errors import WorkerError
 
 log = structlog.get_logger()
 

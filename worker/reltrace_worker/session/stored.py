@@ -13,9 +13,9 @@ import torch
 from fsspec.core import url_to_fs
 from reltrace_proto.v1 import types_pb2
 
-from reltrace_worker.errors import PassFailedError, WorkerError
-from reltrace_worker.results import SiteTensor
 from reltrace_worker.session.convert import raw_bytes, scalar_type
+from reltrace_worker.types.errors import PassFailedError, WorkerError
+from reltrace_worker.types.results import SiteTensor
 
 _NAMES = {
     torch.float32: "F32",

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.texts import Texts
-from reltrace_worker.errors import EngineError
-from reltrace_worker.jobs import PreparedCorpus, PreparedJob
-from reltrace_worker.results import JobResult
 from reltrace_worker.session.encoding import Ready
 from reltrace_worker.session.leases import LeaseKey
+from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.jobs import PreparedCorpus, PreparedJob
+from reltrace_worker.types.results import JobResult
 
 Outcome = JobResult | EngineError
 

@@ -1,0 +1,247 @@
+"""What an atlas is read into: features, and the places where they are strong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reltrace.atlas.merged import quantile
+from reltrace.types.atlas_shard import MEASURES
+from reltrace.types.checks import number
+from reltrace.types.edit import Steer, finite
+from reltrace.types.errors import invalid
+from reltrace.types.trace import Array
+from reltrace.viz.display import readable_all
+
+BEFORE, AFTER = 24, 8
+"""Tokens of a context before and after the one where the feature is strong."""
+
+QUANTILES = (0.01, 0.5, 0.99)
+"""Shares of all tokens that people are told the values of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A place in the corpus where a neuron or head is strong.
+
+    Attributes
+    ----------
+    relevance, activation : float
+        Of it, there.
+    prompt : int
+        Number of the prompt in the corpus.
+    position : int
+        Index of the token.
+    tokens : tuple of str
+        The prompt's tokens.
+    target : str
+        The token that follows, which the model is about to predict there; where the atlas explains
+        one token of each prompt, that token. "" where there is none.
+    """
+
+    relevance: float
+    activation: float
+    prompt: int
+    position: int
+    tokens: tuple[str, ...]
+    target: str
+
+    def __str__(self) -> str:
+        """Return the text around the token, which is between ⟦ and ⟧."""
+        before, token, after = self.parts()
+        return f"{before}⟦{token}⟧{after}"
+
+    def parts(self) -> tuple[str, str, str]:
+        """Return the text before the token, the token without its space, and the text after."""
+        window = self.window
+        words = readable_all(self.tokens, slice(window.start, window.stop))
+        at = self.position - window.start
+        word = words[at]
+        token = word.lstrip() or word
+        before = "".join(words[:at]) + word[: len(word) - len(token)]
+        after = "".join(words[at + 1 :])
+        return (
+            f"… {before}" if window.start else before,
+            token,
+            f"{after} …" if window.stop < len(self.tokens) else after,
+        )
+
+    def value(self, measure: str) -> float:
+        """Return the "relevance" or the "activation"."""
+        return self.relevance if measure == "relevance" else self.activation
+
+    @property
+    def token(self) -> str:
+        """The token where it is strong."""
+        return self.tokens[self.position]
+
+    @property
+    def window(self) -> range:
+        """Indices of the tokens around it: 24 before, 8 after."""
+        start = max(0, self.position - BEFORE)
+        return range(start, min(len(self.tokens), self.position + AFTER + 1))
+
+
+class ContextLists(Mapping[str, list[Context]]):
+    """The contexts of a feature by the names of `LISTS`; each list is read when it is looked at.
+
+    Parameters
+    ----------
+    read : callable
+        Takes the name of a list and how many of its contexts, the strongest first; returns them.
+    sizes : mapping of str to int
+        How many there are, by list.
+    """
+
+    def __init__(self, read: Callable[[str, int], list[Context]], sizes: Mapping[str, int]) -> None:
+        self._read = read
+        self._known: dict[str, list[Context]] = {}
+        self.sizes = sizes
+
+    def __getitem__(self, name: str) -> list[Context]:
+        found = self._known.get(name)
+        if found is None:
+            found = self._known[name] = self._read(name, self.sizes[name])
+        return found
+
+    def first(self, name: str, most: int) -> list[Context]:
+        """Return the strongest of a list; the others are not read."""
+        return self[name] if most >= self.sizes[name] else self._read(name, most)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is pickled does not need the atlas.
+        return dict, (dict(self),)
+
+
+@dataclass(frozen=True, slots=True)
+class StandsOut:
+    """A token that stands out in the contexts of a neuron or head.
+
+    Attributes
+    ----------
+    token : str
+        The token.
+    role : {"at", "before", "target"}
+        Where: at the place itself, among the 24 tokens before, or as the context's target.
+    count, of : int
+        In so many contexts, of so many; places in one prompt are one context for "before", and for
+        "target" where the atlas explains one token of each prompt.
+    score : float
+        Log-odds against the corpus, in standard deviations.
+    """
+
+    token: str
+    role: str
+    count: int
+    of: int
+    score: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Feature:
+    """A neuron or head of an atlas.
+
+    Attributes
+    ----------
+    site : str
+        "neuron" or "head".
+    layer, index : int
+        Which.
+    label : str
+        A label that was imported, else the tokens that stand out; "" where none does.
+    labelled_by : str
+        Who gave the imported label, "" if nobody said; "log-odds": it was not imported.
+    stands_out : list of StandsOut
+        In the contexts of its positive relevance, the clearest first.
+    contexts : mapping of str to list of Context
+        "relevance+", "relevance-", "activation+", "activation-": the strongest first.
+    count : int
+        Tokens that are counted.
+    mean : dict of str to float
+        Of "relevance" and "activation", over these.
+    mass : float
+        Size of its relevance, |R|, over these.
+    """
+
+    site: str
+    layer: int
+    index: int
+    label: str
+    labelled_by: str
+    stands_out: list[StandsOut]
+    contexts: ContextLists
+    count: int
+    mean: dict[str, float]
+    mass: float
+    _histograms: dict[str, Array]
+
+    def __repr__(self) -> str:
+        called = repr(self.label) if self.label else "no label"
+        return f"Feature({self.site} {self.index} of layer {self.layer}, {called})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from reltrace.viz.feature_fragment import feature_fragment
+
+        return feature_fragment(self)
+
+    def steer(self, times: float = 1.0) -> Steer:
+        """Return what makes generation speak of what this neuron stands for.
+
+        The neuron is set to the mean activation that it has where it speaks for predictions, in its
+        contexts of positive relevance, times a factor.
+
+        Parameters
+        ----------
+        times : float, default 1
+            The factor; negative ones make it speak against.
+
+        Raises
+        ------
+        InvalidArgument
+            This is a head, or a neuron that has no such context; or `times` is no finite number.
+        """
+        times = finite(times, "times")
+        if self.site != "neuron":
+            raise invalid(
+                "site",
+                f"is {self.site!r}: only a neuron can be set to an activation; instead, "
+                f'reltrace.Edit("{self.site}", {self.layer}, {self.index}, scale=...) scales it',
+            )
+        contexts = self.contexts["relevance+"]
+        if not contexts:
+            raise invalid(
+                self.site, f"{self.index} of layer {self.layer} has nothing to be steered by"
+            )
+        usual = sum(context.activation for context in contexts) / len(contexts)
+        return Steer(self.layer, self.index, value=times * usual)
+
+    def quantile(self, share: float, measure: str = "relevance") -> float:
+        """Return the value below which a share of all tokens' values lies, to within its octave.
+
+        Parameters
+        ----------
+        share : float
+            0 to 1.
+        measure : {"relevance", "activation"}
+            Of which.
+
+        Raises
+        ------
+        InvalidArgument
+            An argument is wrong.
+        """
+        share = number(share, "share", 0, 1)
+        if measure not in MEASURES:
+            raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
+        return quantile(self._histograms[measure], share)

@@ -1,0 +1,228 @@
+"""Labels that a person or a language model gave: a file of lines of JSON beside the atlas."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reltrace.atlas.examples import Feature
+from reltrace.atlas.search import sought
+from reltrace.types.checks import whole_number
+from reltrace.types.errors import TraceError, invalid
+from reltrace.viz.display import JOINERS
+
+_FILE = "labels.jsonl"
+_EXPORTED_CONTEXTS = 8
+_LONGEST = 200
+_LONGEST_LINE = 1 << 22
+
+_NOT_PRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Categories of characters that would move a terminal's cursor, turn the text around them, break a
+line, or are no text."""
+
+BUILT_IN = "log-odds"
+"""Who gave a label that nobody gave."""
+
+Key = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class GivenLabel:
+    """A label of a neuron or head.
+
+    Attributes
+    ----------
+    text : str
+        The label.
+    by : str
+        Who gave it; "" if nobody said.
+    """
+
+    text: str
+    by: str
+
+
+class GivenLabels:
+    """The labels that were imported into an atlas.
+
+    Parameters
+    ----------
+    folder : path
+        Of the atlas.
+    check : callable
+        Takes a site, a layer and an index; raises InvalidArgument where the atlas has none such.
+    made_by : sequence of str
+        Name and revision of the model whose neurons and heads are labelled.
+
+    Raises
+    ------
+    InvalidArgument
+        If the file is damaged, or of another model.
+    """
+
+    def __init__(
+        self, folder: Path, check: Callable[[str, int, int], None], made_by: Sequence[str]
+    ) -> None:
+        self.made_by = list(made_by)
+        self._path = folder / _FILE
+        self._check = check
+        self._labels: dict[Key, GivenLabel] = {}
+        if self._path.exists():
+            with self._path.open("rb") as lines:
+                self._labels.update(self._read(lines, str(self._path)))
+
+    def get(self, key: Key) -> GivenLabel | None:
+        """Return the label of a feature, if one was given."""
+        return self._labels.get(key)
+
+    def by(self, key: Key) -> str:
+        """Return who labelled a feature; "log-odds" where nobody did."""
+        given = self._labels.get(key)
+        return BUILT_IN if given is None else given.by
+
+    def matching(self, text: str) -> set[Key]:
+        """Return the features whose label has a text, however it is capitalised."""
+        wanted = sought(text)
+        return {key for key, label in self._labels.items() if wanted in sought(label.text)}
+
+    def check_other(self, path: Path) -> None:
+        """Raise InvalidArgument if a path is that of the labels themselves."""
+        if path.resolve() == self._path.resolve():
+            raise invalid(
+                "path", f"{path} is where the atlas keeps the labels given to it; choose another"
+            )
+
+    def take(self, path: Path, built_in: Callable[[Key], str]) -> int:
+        """Add the labels of a file, all or none; an empty one takes a label away.
+
+        Parameters
+        ----------
+        path : path
+            Lines of JSON with "layer", "index" and "label", and, if need be, "site", "by" and
+            "made_by".
+        built_in : callable
+            Returns the label of a feature that nobody labelled: what was exported and not changed
+            is not kept.
+
+        Returns
+        -------
+        int
+            How many labels were given, changed or taken away.
+
+        Raises
+        ------
+        InvalidArgument
+            A line is wrong; the message names it.
+        OSError
+            The file can not be read.
+        """
+        labels = dict(self._labels)
+        with path.open("rb") as lines:
+            for key, label in self._read(lines, str(path)):
+                if label.by == BUILT_IN:
+                    if label.text == built_in(key):
+                        continue
+                    label = GivenLabel(label.text, "")
+                if label.text:
+                    labels[key] = label
+                else:
+                    labels.pop(key, None)
+        changed = sum(self._labels.get(key) != labels.get(key) for key in {*labels, *self._labels})
+        self._write(labels)
+        self._labels = labels
+        return changed
+
+    def _read(self, lines: Iterable[bytes], source: str) -> Iterator[tuple[Key, GivenLabel]]:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                # What editors on Windows put there.
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            try:
+                yield self._parsed(line)
+            except TraceError as error:
+                raise invalid(f"{source}, line {number}", str(error)) from None
+
+    def _parsed(self, line: bytes) -> tuple[Key, GivenLabel]:
+        if len(line) > _LONGEST_LINE:
+            raise invalid("line", f"has {len(line)} bytes; allowed: {_LONGEST_LINE}")
+        try:
+            found: Any = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise invalid("line", f"is not UTF-8: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise invalid("line", f"is no JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise invalid("line", "must be an object")
+        site, layer, index = (
+            found.get("site", "neuron"),
+            whole_number(found.get("layer"), "layer"),
+            whole_number(found.get("index"), "index"),
+        )
+        self._check(site, layer, index)
+        made_by = found.get("made_by", self.made_by)
+        if made_by != self.made_by:
+            raise invalid(
+                "made_by",
+                f"is {made_by}, and the atlas is of {self.made_by}: the neurons and heads of "
+                "another model or revision are others",
+            )
+        return (site, layer, index), GivenLabel(
+            _text(found, "label").strip(), _text(found, "by", "")
+        )
+
+    def _write(self, labels: dict[Key, GivenLabel]) -> None:
+        scratch = self._path.with_suffix(".part")
+        with scratch.open("w", encoding="utf-8") as file:
+            for (site, layer, index), label in sorted(labels.items()):
+                record = {
+                    "site": site,
+                    "layer": layer,
+                    "index": index,
+                    "label": label.text,
+                    "by": label.by,
+                    "made_by": self.made_by,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(self._path)
+
+
+def _text(record: dict[str, Any], name: str, default: str | None = None) -> str:
+    value = record.get(name, default)
+    if not isinstance(value, str) or len(value) > _LONGEST or "\n" in value:
+        raise invalid(name, f"must be a line of at most {_LONGEST} characters")
+    for place, char in enumerate(value):
+        if unicodedata.category(char) in _NOT_PRINTED and char not in JOINERS:
+            raise invalid(name, f"character {place} is {char!r}: control characters are not text")
+    return value
+
+
+def described(feature: Feature) -> dict[str, Any]:
+    """Return a feature and its label as others read it. See `Atlas.export_labels`."""
+    return {
+        "site": feature.site,
+        "layer": feature.layer,
+        "index": feature.index,
+        "label": feature.label,
+        "by": feature.labelled_by,
+        "mass": feature.mass,
+        "contexts": [
+            {
+                "relevance": context.relevance,
+                "activation": context.activation,
+                "text": str(context),
+                "token": context.token,
+                "target": context.target,
+            }
+            for context in feature.contexts.first("relevance+", _EXPORTED_CONTEXTS)
+        ],
+    }

@@ -1,0 +1,136 @@
+"""Slices put together: exact, in whatever order they come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from reltrace.types.atlas_shard import SUMS
+from reltrace.types.trace import Array
+
+_LOW = (1 << 32) - 1
+_TOKEN_BITS = 16
+POINT = 40
+OCTAVES = range(-24, 8)
+"""Of |x|: a bin each, the negative ones before, the largest first; between them what is smaller."""
+
+
+@dataclass(eq=False)
+class Merged:
+    """What is known of the features of one site.
+
+    Attributes
+    ----------
+    values : ndarray
+        float32 [L, 4, k, F]: sizes, the strongest first; 0: there is none.
+    beside : ndarray
+        float32 of the same shape: the activation at places of relevance, the relevance at those of
+        activation.
+    prompts, tokens : ndarray
+        int64 and int32 of the same shape: number of the prompt in the corpus, and index of the
+        token; -1.
+    high, low : ndarray
+        int64 [L, 3, F]: sums in units of 2**-40 are ``high * 2**32 + low``.
+    histogram : ndarray
+        int64 [L, 2, F, bins].
+    """
+
+    values: Array
+    beside: Array
+    prompts: Array
+    tokens: Array
+    high: Array
+    low: Array
+    histogram: Array
+
+    @classmethod
+    def empty(cls, strongest: tuple[int, ...], bins: int) -> Merged:
+        """Return what is known of no prompt, for keys of this shape."""
+        layers, _, _, features = strongest
+        return cls(
+            values=np.zeros(strongest, np.float32),
+            beside=np.zeros(strongest, np.float32),
+            prompts=np.full(strongest, -1, np.int64),
+            tokens=np.full(strongest, -1, np.int32),
+            high=np.zeros((layers, len(SUMS), features), np.int64),
+            low=np.zeros((layers, len(SUMS), features), np.int64),
+            histogram=np.zeros((layers, 2, features, bins), np.int64),
+        )
+
+    def add(self, slice_: Mapping[str, Array], first: int) -> None:
+        """Add a slice.
+
+        Parameters
+        ----------
+        slice_ : mapping of str to ndarray
+            What `AtlasPart` has of the site.
+        first : int
+            Number in the corpus of the slice's first prompt.
+        """
+        for layer in range(len(self.values)):
+            # One at a time: of a large model, what is put together here is gigabytes.
+            self._keep(layer, slice_["strongest"][layer], slice_["beside"][layer], first)
+        low = self.low + slice_["low"]
+        self.high += slice_["high"] + (low >> 32)
+        self.low = low & _LOW
+        self.histogram += slice_["histogram"]
+
+    def _keep(self, layer: int, keys: Array, beside: Array, first: int) -> None:
+        there = keys > 0
+        place = _LOW - (keys & _LOW)
+        new = (
+            np.where(there, keys >> 32, 0).astype(np.int32).view(np.float32),
+            np.where(there, first + (place >> _TOKEN_BITS), -1),
+            np.where(there, place & ((1 << _TOKEN_BITS) - 1), -1).astype(np.int32),
+            beside,
+        )
+        kept = (self.values, self.prompts, self.tokens, self.beside)
+        columns = [np.concatenate((k[layer], n), axis=1) for k, n in zip(kept, new, strict=True)]
+        # The strongest first; of equal ones the earliest place, whoever came first.
+        order = np.lexsort((columns[2], columns[1], -columns[0]), axis=1)
+        order = order[:, : self.values.shape[2]]
+        for mine, column in zip(kept, columns, strict=True):
+            mine[layer] = np.take_along_axis(column, order, axis=1)
+
+    def sums(self) -> Array:
+        """Return the sums, float64 [L, 3, F], in the order of `SUMS`."""
+        total = self.high.astype(np.float64) * 2.0**32 + self.low
+        result: Array = total / 2.0**POINT
+        return result
+
+
+def quantile(histogram: Array, share: float) -> float:
+    """Return the value below which a share of what was counted lies, within its octave.
+
+    Parameters
+    ----------
+    histogram : ndarray
+        int64 [bins].
+    share : float
+        0 to 1.
+
+    Returns
+    -------
+    float
+        Between the bounds of its bin, in proportion; 0 where it is smaller than 2**-24.
+    """
+    total = int(histogram.sum())
+    if not total:
+        return float("nan")
+    through = np.cumsum(histogram)
+    # Of the first bin that has any, for a share of 0.
+    bin_ = int(np.searchsorted(through, max(share * total, 1e-9), side="left"))
+    bin_ = min(bin_, len(histogram) - 1)
+    zero = len(OCTAVES)
+    if bin_ == zero:
+        return 0.0
+    before = int(through[bin_] - histogram[bin_])
+    inside = (share * total - before) / max(int(histogram[bin_]), 1)
+    inside = min(max(inside, 0.0), 1.0)
+    octave = OCTAVES[abs(bin_ - zero) - 1]
+    small, large = 2.0**octave, 2.0 ** (octave + 1)
+    if bin_ > zero:
+        return float(small * (large / small) ** inside)
+    return -float(large * (small / large) ** inside)

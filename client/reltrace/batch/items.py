@@ -1,0 +1,399 @@
+"""The prompts of a file, one by one: JSON lines, plain text, CSV, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias, get_args
+
+from reltrace.types.checks import check_id, is_id
+from reltrace.types.errors import InvalidArgument, MissingDependency, invalid
+from reltrace.types.request import Arguments
+from reltrace.types.target import Target
+
+InputName: TypeAlias = Literal["jsonl", "text", "csv", "parquet"]
+FORMATS = get_args(InputName)
+_ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+# Of one line; a job is no larger either.
+_MOST_LINE_BYTES = 16 * 1024 * 1024
+_PARQUET_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A prompt of a file.
+
+    Attributes
+    ----------
+    index : int
+        Its place among the prompts, from 0: what a batch knows it by.
+    line : int
+        Where it begins in the file, from 1: a line, or the row of a Parquet file.
+    id : str or int
+        What the file calls it, else `index`.
+    arguments : dict
+        Arguments of `trace`; empty where there is a fault.
+    fault : InvalidArgument or None
+        Why it is no prompt.
+    content : bytes
+        What of the file decides it, to tell whether it has changed.
+    """
+
+    index: int
+    line: int
+    id: str | int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    fault: InvalidArgument | None = None
+    content: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFormat:
+    """How a file of prompts is read.
+
+    Attributes
+    ----------
+    name : str
+        One of `FORMATS`.
+    column, id_column : str or None
+        Of CSV and Parquet; None: "prompt", else "messages", and "id" if there is such a column.
+        Of "messages" each cell is a conversation, in CSV as JSON.
+    compressed : bool
+        By gzip.
+    also : tuple of str
+        What a prompt may have beside what `trace` takes. Of CSV and Parquet: columns that are read
+        where they are there; without it, only prompts and ids are.
+    """
+
+    name: str
+    column: str | None = None
+    id_column: str | None = None
+    compressed: bool = False
+    also: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        path: Path | None,
+        name: str | None,
+        column: str | None,
+        id_column: str | None,
+        also: tuple[str, ...] = (),
+    ) -> InputFormat:
+        """Return the format of a file, from its ending or as it was named.
+
+        Parameters
+        ----------
+        path : Path or None
+            None: standard input, whose format must be named.
+
+        Raises
+        ------
+        InvalidArgument
+            If it can not be told, or `column` is given for a format without columns.
+        """
+        compressed = path is not None and path.suffix.lower() == ".gz"
+        if name is None:
+            name = None if path is None else format_of(path)
+            if name is None:
+                what = "standard input" if path is None else f"{path.name!r}"
+                raise invalid(
+                    "input-format",
+                    f"of {what} can not be told; endings are {', '.join(_ENDINGS)} (and .gz), "
+                    f"formats {', '.join(FORMATS)}",
+                )
+        if name not in FORMATS:
+            raise invalid("input-format", f"must be one of {', '.join(FORMATS)}, not {name!r}")
+        for field_name, value in (("column", column), ("id-column", id_column)):
+            if value is not None and name not in ("csv", "parquet"):
+                raise invalid(field_name, f"is for csv and parquet; {name} has no columns")
+        if name == "parquet" and (path is None or compressed):
+            raise invalid("input-format", "parquet is read from a file that is not compressed")
+        return cls(name, column, id_column, compressed, also)
+
+
+def format_of(path: Path) -> str | None:
+    """Return the format that the ending of a file tells, .gz or not; None: it tells none."""
+    endings = [suffix.lower() for suffix in path.suffixes]
+    if endings[-1:] == [".gz"]:
+        endings.pop()
+    return _ENDINGS.get(endings[-1]) if endings else None
+
+
+def read_items(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
+    """Read the prompts of a file in order; what is held of it is one line, or some rows.
+
+    Raises
+    ------
+    InvalidArgument
+        If the file as a whole can not be read. A single prompt that is wrong is an item with a
+        fault.
+    """
+    readers: Mapping[str, Callable[[BinaryIO, InputFormat], Iterator[Item]]] = {
+        "jsonl": _jsonl,
+        "text": _text,
+        "csv": _csv,
+        "parquet": _parquet,
+    }
+    with _opened(file, input_format) as opened:
+        yield from readers[input_format.name](opened, input_format)
+
+
+def count_items(file: BinaryIO, input_format: InputFormat) -> int:
+    """Return how many prompts a file has, which takes a pass over it.
+
+    Raises
+    ------
+    InvalidArgument
+        If the file as a whole can not be read.
+    """
+    with _opened(file, input_format) as opened:
+        if input_format.name == "parquet":
+            return int(_parquet_file(opened).metadata.num_rows)
+        if input_format.name == "csv":
+            return sum(1 for _ in _csv(opened, input_format))
+        return sum(1 for line in opened if line.strip())
+
+
+@contextmanager
+def _opened(file: BinaryIO, input_format: InputFormat) -> Iterator[BinaryIO]:
+    """Give what is in a file; of a compressed one that is damaged, say so where it is read."""
+    if not input_format.compressed:
+        yield file
+        return
+    try:
+        yield io.BufferedReader(gzip.GzipFile(fileobj=file))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        named = getattr(file, "name", None)
+        name = f"{named} " if isinstance(named, str) else ""
+        raise invalid("input", f"{name}is no complete gzip file: {error}") from error
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Return lines that are not blank, with their numbers; one that is too long is cut."""
+    number = 0
+    while line := file.readline(_MOST_LINE_BYTES + 1):
+        number += 1
+        rest = line
+        while len(rest) > _MOST_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(_MOST_LINE_BYTES + 1)
+        if content := line.rstrip(b"\r\n"):
+            if number == 1:
+                content = content.removeprefix(b"\xef\xbb\xbf")
+            if content.strip():
+                yield number, content
+
+
+def _jsonl(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
+    for index, (line, content) in enumerate(_lines(file)):
+        yield _from_json(index, line, content, input_format.also)
+
+
+def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> Item:
+    name: Any = None
+    try:
+        value = _json_object(content)
+        openai = "custom_id" in value or "body" in value
+        id_field = "custom_id" if openai else "id"
+        # Before anything else is checked: a fault keeps the id.
+        name = value.pop(id_field, None)
+        check_id(index if name is None else name, id_field)
+        arguments = {key: part for key, part in value.items() if part is not None}
+        if openai:
+            arguments = _from_openai(arguments)
+        if "target" in arguments:
+            arguments["target"] = _target(arguments["target"])
+        # Unknown arguments; the rest is checked where the job is made.
+        Arguments().with_item({key: arguments[key] for key in arguments if key not in also})
+    except InvalidArgument as error:
+        return Item(index, line, name if is_id(name) else index, fault=error, content=content)
+    return Item(index, line, index if name is None else name, arguments, content=content)
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    """Return the object of a line of JSON; a text is the prompt of one."""
+    if len(content) > _MOST_LINE_BYTES:
+        raise invalid("line", f"is longer than {_MOST_LINE_BYTES} bytes")
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise invalid("line", f"is not JSON: {error}") from None
+    if isinstance(value, str):
+        value = {"prompt": value}
+    if not isinstance(value, dict):
+        raise invalid("line", f"must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _from_openai(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a line of OpenAI's batch format, without its id, stands for.
+
+    What else is in the body (the model, settings of sampling) is passed over: it is about
+    generating with another server.
+    """
+    for key in line:
+        if key not in ("method", "url", "body"):
+            raise invalid(
+                key, "is no field of OpenAI's batch format; allowed: custom_id, method, url, body"
+            )
+    body = line["body"] if isinstance(line.get("body"), dict) else {}
+    given = [key for key in ("messages", "prompt") if body.get(key) is not None]
+    if len(given) != 1:
+        raise invalid("body", "must have one of messages (of a chat) and prompt (of a completion)")
+    if given == ["prompt"] and not isinstance(body["prompt"], str):
+        raise invalid("body.prompt", f"must be one text, not {type(body['prompt']).__name__}")
+    return {given[0]: body[given[0]]}
+
+
+def _target(value: Any) -> Any:
+    """Return the `target` argument that a JSON value stands for."""
+    if isinstance(value, list):
+        return [_target(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    known = Target.__dataclass_fields__
+    for key in value:
+        if key not in known:
+            raise invalid(f"target.{key}", f"is no field of a target; allowed: {', '.join(known)}")
+    return Target(**value)
+
+
+def _text(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
+    for index, (line, content) in enumerate(_lines(file)):
+        try:
+            if len(content) > _MOST_LINE_BYTES:
+                raise invalid("line", f"is longer than {_MOST_LINE_BYTES} bytes")
+            yield Item(index, line, index, {"prompt": content.decode()}, content=content)
+        except UnicodeDecodeError as error:
+            fault = invalid("line", f"is not UTF-8 at byte {error.start}")
+            yield Item(index, line, index, fault=fault, content=content)
+        except InvalidArgument as error:
+            yield Item(index, line, index, fault=error, content=content)
+
+
+def _csv(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    line = 1
+    csv.field_size_limit(_MOST_LINE_BYTES)
+    try:
+        reader = csv.DictReader(text, strict=True)
+        names = _Columns.of(reader.fieldnames or [], input_format)
+        line = reader.line_num + 1
+        for index, row in enumerate(reader):
+            yield _from_row(index, line, row, names)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise invalid("input", f"the row at line {line} is not CSV: {error}") from error
+    except UnicodeDecodeError as error:
+        raise invalid("input", f"is not UTF-8 at byte {error.start} or near it") from error
+    finally:
+        text.detach()
+
+
+def _parquet(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
+    parquet = _parquet_file(file)
+    names = _Columns.of(parquet.schema_arrow.names, input_format)
+    index = 0
+    for batch in parquet.iter_batches(_PARQUET_ROWS, columns=names.all()):
+        for row in batch.to_pylist():
+            yield _from_row(index, index + 1, row, names)
+            index += 1
+
+
+def _parquet_file(file: BinaryIO) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependency(
+            "Parquet files need pyarrow: pip install 'reltrace[parquet]'"
+        ) from error
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise invalid("input", f"is no Parquet file: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The columns of the prompt, of the id, and of what else is read."""
+
+    prompt: str
+    id: str | None
+    also: tuple[str, ...]
+
+    @classmethod
+    def of(cls, there: list[str] | Any, input_format: InputFormat) -> _Columns:
+        column, id_column = input_format.column, input_format.id_column
+        if column is None:
+            column = "messages" if "messages" in there and "prompt" not in there else "prompt"
+        for field_name, name in (("column", column), ("id-column", id_column)):
+            if name is not None and name not in there:
+                raise invalid(field_name, f"{name!r} is not in the file; it has {', '.join(there)}")
+        also = tuple(name for name in input_format.also if name in there)
+        return cls(column, id_column or ("id" if "id" in there else None), also)
+
+    def all(self) -> list[str]:
+        return [self.prompt, *([] if self.id is None else [self.id]), *self.also]
+
+
+def _from_row(index: int, line: int, row: Mapping[str, Any], names: _Columns) -> Item:
+    prompt = row.get(names.prompt)
+    name = index if names.id is None else row.get(names.id)
+    # An empty cell of CSV says nothing, as null does in JSON.
+    also = {key: row[key] for key in names.also if row.get(key) not in (None, "")}
+    content = repr((prompt, name, *also.items())).encode(errors="surrogatepass")
+    if not is_id(name):
+        name = index
+    try:
+        arguments = {**_input(prompt, names.prompt), **also}
+    except InvalidArgument as error:
+        return Item(index, line, name, fault=error, content=content)
+    return Item(index, line, name, arguments, content=content)
+
+
+def _input(cell: object, column: str) -> dict[str, Any]:
+    """Return the argument that a cell of CSV or Parquet stands for."""
+    if column != "messages":
+        if isinstance(cell, str):
+            return {"prompt": cell}
+        raise invalid(column, f"must be text, not {type(cell).__name__}")
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError) as error:
+            raise invalid(column, f"is not JSON: {error}") from None
+    if isinstance(cell, list):
+        return {"messages": cell}
+    raise invalid(column, f"must be a list of messages, not {type(cell).__name__}")
+
+
+class Fingerprint:
+    """Tells whether the prompts of a file are the same as before, up to some number of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, item: Item) -> None:
+        """Take the next prompt."""
+        self._hash.update(len(item.content).to_bytes(8, "little"))
+        self._hash.update(item.content)
+        self.count += 1
+
+    def digest(self) -> str:
+        """Return the digest of the prompts so far."""
+        return self._hash.copy().hexdigest()

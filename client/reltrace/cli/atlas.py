@@ -1,0 +1,297 @@
+"""`reltrace atlas`: where in a corpus every neuron and head is strongest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import reltrace
+from reltrace.atlas.examples import QUANTILES
+from reltrace.atlas.imported_labels import BUILT_IN
+from reltrace.atlas.slices import read_prompt
+from reltrace.batch.items import InputFormat, count_items, format_of, read_items
+from reltrace.cli.options import (
+    AsJson,
+    Column,
+    Model,
+    Quiet,
+    Rule,
+    Server,
+    SpecialTokens,
+    access_of,
+    echo_json,
+    target_of,
+)
+from reltrace.types.atlas_shard import LISTS, MEASURES
+from reltrace.types.errors import invalid
+from reltrace.viz.display import label
+
+app = typer.Typer(no_args_is_help=True, help="Where in a corpus neurons and heads are strongest.")
+labels = typer.Typer(no_args_is_help=True, help="Take labels out of an atlas, and put others in.")
+app.add_typer(labels, name="labels")
+
+AtlasFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Of the atlas.")]
+Site = Annotated[
+    Literal["neuron", "head"], typer.Option(envvar="RELTRACE_ATLAS_SITE", help="Of which.")
+]
+Measure = Annotated[
+    Literal["relevance", "activation"],
+    typer.Option(envvar="RELTRACE_ATLAS_MEASURE", help="By which contexts are strong."),
+]
+Most = Annotated[
+    int | None,
+    typer.Option(envvar="RELTRACE_ATLAS_MOST", help="At most so many, by relevance mass."),
+]
+
+
+@app.command()
+def build(
+    context: typer.Context,
+    corpus: Annotated[
+        str,
+        typer.Argument(
+            metavar="CORPUS",
+            help="File of prompts or conversations, by its ending: jsonl, csv, parquet (and "
+            ".gz); any other, and standard input (-), has a prompt per line.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder; one that is there is gone on with.")
+    ],
+    server: Server = None,
+    model: Model = None,
+    rule: Rule = "attnlrp",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELTRACE_TARGET",
+            help='What is explained at the end of each prompt: "max", a token\'s text, or id:N; '
+            "default: its own next tokens, at all positions.",
+        ),
+    ] = None,
+    positions: Annotated[
+        int | None,
+        typer.Option(
+            envvar="RELTRACE_POSITIONS", help="Draw so many positions of each prompt instead."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(envvar="RELTRACE_SEED", help="Of the draws.")] = 0,
+    keep_special: Annotated[
+        bool,
+        typer.Option(
+            "--keep-special",
+            envvar="RELTRACE_KEEP_SPECIAL",
+            help="Count first and special tokens, too.",
+        ),
+    ] = False,
+    add_special_tokens: SpecialTokens = True,
+    k: Annotated[
+        int, typer.Option("--places", envvar="RELTRACE_PLACES", help="Places of each list.")
+    ] = 16,
+    slice_: Annotated[
+        int,
+        typer.Option("--slice", envvar="RELTRACE_SLICE", help="Most prompts that a worker takes."),
+    ] = 1024,
+    column: Column = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build an atlas, or what is missing of one."""
+    prompts: Iterable[Mapping[str, Any]] = (
+        _prompts(sys.stdin.buffer, InputFormat("text"))
+        if corpus == "-"
+        else _File(Path(corpus), column)
+    )
+    with access_of(context).client(server) as client:
+        found = client.build_atlas(
+            prompts,
+            out,
+            model=model,
+            rule=rule,
+            target=None if target is None else target_of(target),
+            positions=positions,
+            seed=seed,
+            keep_special=keep_special,
+            add_special_tokens=add_special_tokens,
+            k=k,
+            slice=slice_,
+            progress=not quiet,
+        )
+    if as_json:
+        echo_json({**found.about, "tokens": found.tokens, "skipped": found.skipped})
+    else:
+        left_out = f", {len(found.skipped)} prompts left out" if found.skipped else ""
+        typer.echo(f"{out}: {found.tokens} tokens{left_out}")
+
+
+@app.command()
+def show(
+    folder: AtlasFolder,
+    layer: Annotated[int, typer.Argument(help="Decoder layer, from 0.")],
+    index: Annotated[int, typer.Argument(metavar="NEURON", help="Neuron, or head, from 0.")],
+    site: Site = "neuron",
+    measure: Measure = "relevance",
+    as_json: AsJson = False,
+) -> None:
+    """Show the places where a neuron or head is strongest."""
+    atlas = reltrace.load_atlas(folder)
+    found = atlas.neuron(layer, index) if site == "neuron" else atlas.head(layer, index)
+    names = [name for name in LISTS if name.startswith(measure)]
+    if as_json:
+        echo_json(
+            {
+                "label": found.label,
+                "labelled_by": found.labelled_by,
+                "mass": found.mass,
+                "count": found.count,
+                "mean": {of: _known(found.mean[of]) for of in MEASURES},
+                "quantiles": {
+                    of: {f"{share:g}": _known(found.quantile(share, of)) for share in QUANTILES}
+                    for of in MEASURES
+                },
+                **{name: [asdict(place) for place in found.contexts[name]] for name in names},
+            }
+        )
+        return
+    low, middle, high = (f"{found.quantile(share, measure):.3g}" for share in QUANTILES)
+    about = (
+        f"{found.count} tokens, relevance mass {found.mass:.4g}\n"
+        f"{measure}: mean {found.mean[measure]:.3g}; 1 %, 50 %, 99 % below {low}, {middle}, {high}"
+    )
+    by = f" (by {found.labelled_by})" if found.labelled_by not in ("", BUILT_IN) else ""
+    table = Table(title=Text(f"{site} {index} of layer {layer}: {found.label or '-'}{by}\n{about}"))
+    table.add_column(measure, justify="right")
+    table.add_column("where")
+    table.add_column("next" if atlas.about["target"] is None else "explained")
+    for name in names:
+        for place in found.contexts[name]:
+            value = place.value(measure)
+            target = Text(label(place.target).strip())
+            table.add_row(f"{value:+.4g}", _line(place, value), target)
+    Console().print(table)
+
+
+@app.command()
+def find(
+    folder: AtlasFolder,
+    text: Annotated[str, typer.Argument(help="In a context, or in a label that was imported.")],
+    site: Site = "neuron",
+    measure: Measure = "relevance",
+    k: Annotated[
+        int, typer.Option("-k", "--most", envvar="RELTRACE_ATLAS_FIND", help="At most so many.")
+    ] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List the neurons or heads whose contexts have a text."""
+    found = reltrace.load_atlas(folder).find(text, site=site, measure=measure, k=k)
+    if as_json:
+        echo_json([asdict(match) for match in found])
+        return
+    table = Table()
+    for name in ("layer", site, "contexts"):
+        table.add_column(name, justify="right")
+    table.add_column("label")
+    table.add_column(f"strongest of them, by {measure}")
+    for match in found:
+        place = match.strongest
+        line = _line(place, place.value(measure)) if place else Text("-")
+        table.add_row(
+            str(match.layer),
+            str(match.index),
+            f"{match.count} of {match.of}",
+            Text(match.label or "-"),
+            line,
+        )
+    Console().print(table if found else f"No {site} has it in its contexts.")
+
+
+@app.command()
+def page(
+    folder: AtlasFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Ends in .html.")],
+    most: Annotated[
+        int,
+        typer.Option(envvar="RELTRACE_ATLAS_MOST", help="Neurons on it, by relevance mass."),
+    ] = 2000,
+    contexts: Annotated[
+        int,
+        typer.Option(
+            envvar="RELTRACE_ATLAS_CONTEXTS", help="Shown of each list; all are searched."
+        ),
+    ] = 8,
+) -> None:
+    """Write a page to browse, in one file."""
+    typer.echo(reltrace.load_atlas(folder).save_page(out, most=most, contexts=contexts))
+
+
+@labels.command("export")
+def export_labels(
+    folder: AtlasFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file of lines of JSON.")],
+    site: Site = "neuron",
+    most: Most = None,
+) -> None:
+    """Write labels with their contexts, for a person or a language model to better them."""
+    count = reltrace.load_atlas(folder).export_labels(out, site=site, most=most)
+    typer.echo(f"{out}: {count} labels")
+
+
+@labels.command("import")
+def import_labels(
+    folder: AtlasFolder,
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="Lines of JSON with layer, index and label."),
+    ],
+) -> None:
+    """Take labels of a file, all or none; an empty label takes one away."""
+    count = reltrace.load_atlas(folder).import_labels(source)
+    typer.echo(f"{folder}: {count} labels changed")
+
+
+class _File:
+    """The prompts of a file, and how many they are."""
+
+    def __init__(self, path: Path, column: str | None) -> None:
+        if not path.is_file():
+            raise invalid("corpus", f"there is no file {str(path)!r}")
+        self._path = path
+        self._reading = InputFormat.of(path, format_of(path) or "text", column, None)
+
+    def __len__(self) -> int:
+        with self._path.open("rb") as file:
+            return count_items(file, self._reading)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        with self._path.open("rb") as file:
+            yield from _prompts(file, self._reading)
+
+
+def _prompts(file: BinaryIO, reading: InputFormat) -> Iterator[Mapping[str, Any]]:
+    for item in read_items(file, reading):
+        line = f"corpus, line {item.line}"
+        if item.fault is not None:
+            raise invalid(line, str(item.fault))
+        # Named by its line, which the build does not know.
+        read_prompt(item.arguments, line)
+        yield item.arguments
+
+
+def _known(value: float) -> float | None:
+    """Return a number, or what JSON has for one that there is not."""
+    return value if value == value else None
+
+
+def _line(place: reltrace.Context, value: float) -> Text:
+    """Return the tokens around a place, the one that is strong marked, and in colour."""
+    before, token, after = place.parts()
+    strong = "bold red" if value > 0 else "bold blue"
+    return Text.assemble(before, (f"⟦{token}⟧", strong), after)

@@ -1,0 +1,412 @@
+"""The synchronous client: `AsyncClient` on an event loop of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, overload
+
+from reltrace.calls.progress import Progress
+from reltrace.calls.trace_many import ManyRun, Result
+from reltrace.client import loop_thread as loop
+from reltrace.client.async_client import AsyncClient, Item, Targets
+from reltrace.client.generate import Generate
+from reltrace.client.queries import Queries
+from reltrace.client.studies import Studies
+from reltrace.client.tokenize import Tokenize
+from reltrace.transport.connection import Deadline
+from reltrace.transport.security import Tls, Token
+from reltrace.types.edit import EditLike
+from reltrace.types.failure import Failure
+from reltrace.types.prompt import Messages
+from reltrace.types.request import Arguments, Dtype, Priority
+from reltrace.types.target import TargetLike
+from reltrace.types.trace import Trace
+
+
+class Client(Queries, Generate, Tokenize, Studies):
+    """A client of a reltrace server.
+
+    It may be used from several threads at once, in a notebook, and as a context manager.
+
+    Parameters
+    ----------
+    address : str, optional
+        "host:port" of the server; several with commas between, or "dns:///name:port" for every
+        address behind a name: calls are spread over them, and go on with the others when one
+        dies. Default: environment variable RELTRACE_SERVER, else "127.0.0.1:50051".
+    token : str or Path, optional
+        The token that a server asks for: the token itself, or a Path of a file that holds it,
+        which is read again when it changes. Default: the file that environment variable
+        RELTRACE_TOKEN_FILE names, else what RELTRACE_TOKEN holds, else none; "": none.
+    tls : bool or TlsOptions, optional
+        Whether to use TLS, and how. Default: TLS if one of the environment variables RELTRACE_TLS,
+        RELTRACE_TLS_CA, RELTRACE_TLS_CERT, RELTRACE_TLS_KEY and RELTRACE_TLS_NAME is set; with
+        True, too, they are the options.
+    insecure : bool, optional
+        Send the token in plaintext to another machine. Default: environment variable
+        RELTRACE_INSECURE, else no.
+    retry_timeout : float, default 30
+        Seconds to keep calling when no server can be reached or is ready, both at the first call
+        and after a connection was lost.
+
+    Raises
+    ------
+    InvalidArgument
+        If the address is of another form, a file of `token` or `tls` can not be read, or the
+        token would be sent in plaintext to another machine.
+
+    Examples
+    --------
+    >>> with reltrace.Client() as client:
+    ...     trace = client.trace("My cats love to play with my")
+    ...     trace.relevance.shape
+    """
+
+    _client: AsyncClient
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        token: Token = None,
+        tls: Tls = None,
+        insecure: bool | None = None,
+        retry_timeout: float = 30.0,
+    ) -> None:
+        self._client = AsyncClient(
+            address, token=token, tls=tls, insecure=insecure, retry_timeout=retry_timeout
+        )
+        self._loop = loop.shared()
+        self._loop.at_exit(self._client)
+
+    @property
+    def address(self) -> str:
+        """The address of the server, or of several."""
+        return self._client.address
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def recording(
+        self, held: Mapping[str, int], record: Callable[[Mapping[str, int]], None]
+    ) -> Iterator[None]:
+        """Record what the server holds for this client meanwhile; for `reltrace batch`.
+
+        Parameters
+        ----------
+        held : mapping of str to int
+            What was recorded last for a process that was killed: cancelled before anything else.
+        record : callable
+            See `Leftovers.record`.
+        """
+        leftovers = self._client.leftovers
+        leftovers.record = record
+        try:
+            self._loop.run(leftovers.take_over(held))
+            yield
+        finally:
+            leftovers.record = None
+
+    def close(self) -> None:
+        """Close the connection.
+
+        Calls that are open in other threads end with a `TraceError`; what they left on the server
+        is cancelled. In a forked child nothing happens: the connection is its parent's.
+        """
+        if self._loop.is_here():
+            self._loop.run(self._client.close())
+
+    @overload
+    def trace(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike = "max",
+        rule: str = "attnlrp",
+        dtype: Dtype = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> Trace: ...
+    @overload
+    def trace(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: Targets,
+        rule: str = "attnlrp",
+        dtype: Dtype = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> list[Trace]: ...
+    def trace(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        input_ids: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike | Targets = "max",
+        rule: str = "attnlrp",
+        dtype: Dtype = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> Trace | list[Trace]:
+        """Trace one prompt.
+
+        Parameters
+        ----------
+        prompt : str
+            Text, encoded by the model's tokenizer.
+        messages : sequence of mapping
+            A conversation instead of `prompt`, each message with "role" and "content" (a text, or a
+            list of text parts as OpenAI has them, joined as they are): the model's own chat
+            template makes a text of it, with the start of the assistant's next turn at its end.
+        input_ids : sequence of int
+            Token ids instead of `prompt`, used as they are.
+        add_special_tokens : bool, default True
+            Put in front of `prompt` what the tokenizer puts there (BOS), unless the text begins
+            with it. An EOS is never appended.
+        model : str, optional
+            Name of a served model (see `models`); default: the only one.
+        sites : str or sequence of str, default ("resid",)
+            Where relevance is read: "embed" (input embeddings), "resid" (output of each decoder
+            layer), and what else the model's workers serve. Empty: no backward pass is run, and
+            the result has its target's logit and no relevance.
+        reduce : str, default "token"
+            What is summed before the result is sent: "token" leaves one value per token,
+            "feature" one per feature, "full" everything; "topk" keeps the `top_k` largest |R| of
+            each layer (see `Trace.parts`: "values", and "token" and "feature" where they stand).
+        target : str, int, Target, or a list of these, default "max"
+            What is explained: "max" (the largest logit at the last position), a token's text, a
+            token id, or a `Target`. Targets of one list share one forward pass.
+        rule : str, default "attnlrp"
+            Propagation rule: "attnlrp", "cp_lrp" or "gradient", as the model's workers serve.
+        dtype : {"float32", "bfloat16", "float16"}
+            Number format in which relevance travels.
+        layers : sequence of int, optional
+            Decoder layers that the result has, in this order, counted from 0; default: all.
+        top_k : int, optional
+            With ``reduce="topk"``: values per layer, 1 to 4096; a layer with fewer gives all.
+        edits : Edit, Steer or a sequence of these, optional
+            Made in this order in the forward pass; relevance is that of the edited model.
+        priority : {"interactive", "batch"}
+            Who goes first where jobs wait: "batch" leaves room for what is interactive.
+        timeout : float, optional
+            Seconds for the whole call; default: as long as the server takes.
+
+        Returns
+        -------
+        Trace or list of Trace
+            A list if `target` is a list (in its order) or a `Target` with ``each=True`` (one
+            trace per response token; inside a list such a target takes several places).
+
+        Raises
+        ------
+        InvalidArgument
+            If an argument is wrong; the message names it and what is allowed.
+        ModelNotFound
+            If no worker serves the model.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        DeadlineExceeded
+            If `timeout` is over.
+        JobFailed
+            If the worker failed.
+
+        Notes
+        -----
+        While the server's queue is full the call waits for as long as the server asks. A call that
+        is given up (its `timeout` is over, or Ctrl-C) cancels its job on the server.
+        """
+        arguments = Arguments(
+            prompt, input_ids, messages, add_special_tokens, model, sites, reduce, target, rule,
+            dtype, layers, top_k, None, edits,
+        )  # fmt: skip
+        return self._loop.run(self._client.run_trace(arguments, priority, timeout))
+
+    @overload
+    def trace_many(
+        self,
+        items: Iterable[Item],
+        *,
+        ordered: bool = False,
+        progress: bool = False,
+        add_special_tokens: bool = True,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike = "max",
+        rule: str = "attnlrp",
+        dtype: Dtype = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
+        output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
+        max_in_flight: int = 1024,
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> Iterator[Trace | Failure]: ...
+    @overload
+    def trace_many(
+        self,
+        items: Iterable[Item],
+        *,
+        ordered: bool = False,
+        progress: bool = False,
+        add_special_tokens: bool = True,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: Targets,
+        rule: str = "attnlrp",
+        dtype: Dtype = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
+        output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
+        max_in_flight: int = 1024,
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> Iterator[list[Trace] | Failure]: ...
+    def trace_many(
+        self,
+        items: Iterable[Item],
+        *,
+        ordered: bool = False,
+        progress: bool = False,
+        add_special_tokens: bool = True,
+        model: str | None = None,
+        sites: str | Sequence[str] = ("resid",),
+        reduce: str = "token",
+        target: TargetLike | Targets = "max",
+        rule: str = "attnlrp",
+        dtype: Dtype = "float32",
+        layers: Sequence[int] | None = None,
+        top_k: int | None = None,
+        output_uri: str | None = None,
+        edits: EditLike | Sequence[EditLike] = (),
+        max_in_flight: int = 1024,
+        priority: Priority = "interactive",
+        timeout: float | None = None,
+    ) -> Iterator[Any]:
+        """Trace many prompts; results come as they finish.
+
+        Parameters
+        ----------
+        items : iterable
+            Prompts, or mappings of the arguments of `trace` (without `timeout`) plus an
+            optional "id" (str or int; default: its place, from 0). Whether ids are equal is not
+            checked. Pulled as needed, in a thread of its own unless it is a list or tuple, so that
+            a source may block.
+        ordered : bool, default False
+            Give results in the order of the items instead of as they finish.
+        progress : bool, default False
+            Show a tqdm bar.
+        add_special_tokens, model, sites, reduce, target, rule, dtype, layers, top_k, edits
+            As in `trace`, for the items that do not say otherwise.
+        output_uri : str, optional
+            Folder, as a URL such as "s3://bucket/run-1", that workers write tensors to instead of
+            sending them; one that the server allows. A trace then reads its own when they are
+            first looked at (s3 takes `pip install "reltrace[s3]"`).
+        max_in_flight : int, default 1024
+            Most items pulled from `items` whose results have not been handed out.
+        priority : {"interactive", "batch"}
+            As in `trace`.
+        timeout : float, optional
+            Seconds for the whole run; default: as long as it takes.
+
+        Yields
+        ------
+        Trace, list of Trace, or Failure
+            One per item, with its `id` (the given one, else the item's index). A list where the
+            item's target is a list or has ``each=True``, each trace with the item's id. An item
+            that is invalid or fails gives a `Failure` and does not disturb the others.
+
+        Raises
+        ------
+        InvalidArgument
+            At once, if an argument is wrong that all items share.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        DeadlineExceeded
+            If `timeout` is over.
+        Exception
+            What `items` raises, after the results of the items before it.
+
+        Notes
+        -----
+        Leaving the loop early stops pulling and reading, and cancels on the server what has not
+        ended there; so do `timeout`, an error and Ctrl-C. Results are acknowledged, and freed on
+        the server, once they are here.
+        """
+        defaults = Arguments(
+            None, None, None, add_special_tokens, model, sites, reduce, target, rule,
+            dtype, layers, top_k, output_uri, edits,
+        )  # fmt: skip
+        run = self._loop.run(
+            self._start(items, defaults, ordered, max_in_flight, priority, timeout)
+        )
+        return self._iterate(run, Progress(items, shown=progress))
+
+    async def _start(
+        self,
+        items: object,
+        defaults: Arguments,
+        ordered: bool,
+        max_in_flight: int,
+        priority: Priority,
+        timeout: float | None,
+    ) -> ManyRun:
+        return self._client.start_many(
+            items,
+            defaults,
+            ordered=ordered,
+            max_in_flight=max_in_flight,
+            priority=priority,
+            deadline=Deadline(timeout),
+        )
+
+    def _iterate(self, run: ManyRun, progress: Progress) -> Iterator[Result]:
+        try:
+            with progress:
+                while results := self._loop.run(run.take()):
+                    for result in results:
+                        progress.count(result)
+                        yield result
+        finally:
+            self._loop.finish(run.close())

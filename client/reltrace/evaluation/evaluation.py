@@ -1,0 +1,201 @@
+"""What an evaluation found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reltrace.evaluation.plan import MEASURES
+from reltrace.evaluation.scores import Floats, Mean
+from reltrace.types.errors import invalid
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RuleScore:
+    """How one rule did.
+
+    Attributes
+    ----------
+    area : Mean
+        Area between the curves, in units of the measure: see `reltrace.Client.evaluate`.
+    areas : ndarray
+        float64 [prompts]: of each prompt that was evaluated, in their order.
+    most, least : ndarray
+        float64 [P]: what was measured, averaged over prompts, as what is most (least) relevant is
+        switched off first.
+    hit : Mean or None
+        Share of prompts whose most relevant token is part of the answer; None without answers.
+    mass : Mean or None
+        Share of the positive relevance that is on the answer; None without answers.
+    """
+
+    area: Mean
+    areas: Floats
+    most: Floats
+    least: Floats
+    hit: Mean | None
+    mass: Mean | None
+
+    def __repr__(self) -> str:
+        located = "" if self.hit is None else f", hit {self.hit}, mass {self.mass}"
+        return f"RuleScore(area {self.area}{located}, curves of {len(self.most)} points)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation:
+    """What an evaluation found, rule by rule.
+
+    Attributes
+    ----------
+    model : str
+        The model, as it named itself; "" if no prompt could be evaluated.
+    site : str
+        What was switched off: "embed" (tokens) or "neuron".
+    measure : str
+        What was measured of the target: "logprob", "probability" or "logit".
+    replace : str
+        What took the place of tokens: "zero", "mean", or a token as the model writes it.
+    replace_id : int or None
+        Its id, where it was a token.
+    keep : str
+        Which tokens stayed as they are: "special" ones, with the first, or "none".
+    prompts : int
+        How many were evaluated.
+    at : ndarray
+        float64 [P]: what was switched off at each point: shares of tokens, or numbers of neurons.
+    rules : mapping of str to RuleScore
+        In the order that was asked for.
+    warnings : tuple of str
+        Why the areas can not be trusted, where they can not: the target rises as tokens go, or does
+        not fall without the known answer.
+    failures : mapping
+        Prompts that could not be evaluated, by id, and why.
+    """
+
+    model: str
+    site: str
+    measure: str
+    replace: str
+    replace_id: int | None
+    keep: str
+    prompts: int
+    at: Floats
+    rules: Mapping[str, RuleScore]
+    warnings: tuple[str, ...]
+    failures: Mapping[str | int, Exception]
+
+    def __repr__(self) -> str:
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        areas = ", ".join(f"{rule} {score.area}" for rule, score in self.rules.items())
+        warned = "".join(f"; warning: {warning}" for warning in self.warnings)
+        area = f"; area {areas}" if self.prompts else ""
+        return f"Evaluation({self.title}{failed}{area}{warned})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from reltrace.viz.evaluation_fragment import evaluation_fragment
+
+        return evaluation_fragment(self)
+
+    @property
+    def title(self) -> str:
+        """The model, how many prompts, and what was done, as tables and pictures say it."""
+        count = f"{self.prompts:,} prompt{'' if self.prompts == 1 else 's'}"
+        if self.site == "neuron":
+            done = "neurons set to 0"
+        elif self.replace_id is not None:
+            done = f"tokens replaced by {self.replace!r}"
+        else:
+            done = f"tokens set to {'0' if self.replace == 'zero' else 'the mean embedding'}"
+        # Of no prompt, no model has named itself.
+        return f"{self.model and f'{self.model}: '}{count}, {done}, by {MEASURES[self.measure]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain lists and numbers, ready for `json.dumps`.
+
+        None is what there is no number for: the margin of a single prompt, means of none.
+        """
+        return {
+            "model": self.model,
+            "site": self.site,
+            "measure": self.measure,
+            "replace": self.replace,
+            "replace_id": self.replace_id,
+            "keep": self.keep,
+            "prompts": self.prompts,
+            "at": self.at.tolist(),
+            "rules": {
+                rule: {
+                    "area": _plain(score.area),
+                    "most": score.most.tolist(),
+                    "least": score.least.tolist(),
+                    "hit": score.hit and _plain(score.hit),
+                    "mass": score.mass and _plain(score.mass),
+                }
+                for rule, score in self.rules.items()
+            },
+            "best": list(self.best()) if self.prompts else [],
+            "warnings": list(self.warnings),
+            "failures": {str(key): str(error) for key, error in self.failures.items()},
+        }
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the curves and the areas between them, as PNG, SVG or PDF.
+
+        Raises
+        ------
+        InvalidArgument
+            If the path ends in something else or its folder is not there, or no prompt could be
+            evaluated.
+        MissingDependency
+            If matplotlib is not installed.
+        """
+        from reltrace.viz.curves import check_path, write
+
+        path = check_path(path)
+        self._check_prompts()
+        write(self, path)
+
+    def best(self) -> tuple[str, ...]:
+        """Return the rule with the largest area, and those that can not be told from it.
+
+        Prompt by prompt, the area of a rule is subtracted from that of the largest; where the 95 %
+        interval of the mean difference has 0 in it, they can not be told apart. (Of a single prompt
+        there is no interval, and no rule can.)
+
+        Returns
+        -------
+        tuple of str
+            One name: that rule is the best. Several: none of them is, on these prompts.
+
+        Raises
+        ------
+        InvalidArgument
+            If no prompt could be evaluated; the message says why.
+        """
+        self._check_prompts()
+        first = max(self.rules, key=lambda rule: self.rules[rule].area.mean)
+        more = {
+            rule: Mean.of(self.rules[first].areas - score.areas)
+            for rule, score in self.rules.items()
+        }
+        return tuple(
+            # The margin may be nan.
+            rule
+            for rule, mean in more.items()
+            if rule == first or not mean.mean - mean.margin > 0
+        )
+
+    def _check_prompts(self) -> None:
+        if self.prompts:
+            return
+        why = next((f": {key}: {error}" for key, error in self.failures.items()), "")
+        raise invalid("prompts", f"none of {len(self.failures)} could be evaluated{why}")
+
+
+def _plain(mean: Mean) -> dict[str, Any]:
+    return {name: None if np.isnan(number) else number for name, number in asdict(mean).items()}

@@ -1,0 +1,155 @@
+"""What is evaluated: prompts, and the answers that the corpus knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from reltrace.types.checks import check_id, check_text, whole_number
+from reltrace.types.errors import invalid
+from reltrace.types.target import Target, is_several
+from reltrace.types.trace import Trace
+
+_INPUTS = ("prompt", "input_ids", "messages", "add_special_tokens")
+_ALLOWED = ("id", *_INPUTS, "target", "answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt.
+
+    Attributes
+    ----------
+    number : int
+        Its place among the prompts, from 0.
+    id : str or int
+        The one that was given, else its number.
+    item : mapping
+        Arguments of `trace`: what is put before the model, and perhaps a target.
+    answer : str, tuple of int or None
+        What the prediction is known to rest on: a text, or positions of tokens, each once.
+    """
+
+    number: int
+    id: str | int
+    item: Mapping[str, Any]
+    answer: str | tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, number: int, given: object) -> Prompt:
+        """Check what the caller gives.
+
+        Raises
+        ------
+        InvalidArgument
+            Names what is wrong.
+        """
+        if isinstance(given, str):
+            return cls(number, number, {"prompt": given}, None)
+        field = f"prompts[{number}]"
+        if not isinstance(given, Mapping):
+            raise invalid(field, f"must be text or a mapping, not {type(given).__name__}")
+        unknown = [key for key in given if key not in _ALLOWED]
+        if unknown:
+            raise invalid(field, f"has {unknown[0]!r}; allowed: {', '.join(_ALLOWED)}")
+        name = check_id(given.get("id", number), f"{field}.id")
+        check_target(given.get("target"), f"{field}.target")
+        answer = given.get("answer")
+        if answer is not None and not isinstance(answer, str):
+            answer = _positions(answer, f"{field}.answer")
+        item = {key: given[key] for key in _INPUTS if key in given}
+        if "target" in given:
+            item["target"] = as_continuation(given["target"])
+        return cls(number, name, item, answer)
+
+    def where(self, trace: Trace, count: int) -> list[int]:
+        """Return the positions of the answer's tokens, among the first so many.
+
+        Of a text they are those that have its characters, where it is made of whole tokens but for
+        white space.
+
+        Raises
+        ------
+        InvalidArgument
+            The prompt has no such tokens.
+        """
+        if not self.answer:
+            raise invalid("answer", "is empty; give a text or positions, or leave it out")
+        if isinstance(self.answer, tuple):
+            if max(self.answer) >= count:
+                raise invalid("answer", f"names positions outside of the {count} tokens")
+            return list(self.answer)
+        wanted = self.answer.strip()
+        text, spans = trace.text, trace.offsets.tolist()
+        begin = text.find(wanted) if wanted else -1
+        while begin >= 0:
+            end = begin + len(wanted)
+            where = [
+                position
+                for position, (first, stop) in enumerate(spans[:count])
+                if first < end and stop > begin
+            ]
+            if where and text[spans[where[0]][0] : spans[where[-1]][1]].strip() == wanted:
+                return where
+            begin = text.find(wanted, begin + 1)
+        raise invalid("answer", f"{self.answer!r} is not made of whole tokens of the prompt")
+
+
+class Ids:
+    """The ids of the prompts of one evaluation, by which it names them: each is one prompt's."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str | int, int] = {}
+
+    def add(self, prompt: Prompt) -> None:
+        """Note the next prompt.
+
+        Raises
+        ------
+        InvalidArgument
+            An earlier one is called the same.
+        """
+        earlier = self._numbers.setdefault(prompt.id, prompt.number)
+        if earlier != prompt.number:
+            raise invalid(
+                f"prompts[{prompt.number}].id",
+                f"{prompt.id!r} is that of prompts[{earlier}]; by default it is the place",
+            )
+
+
+def check_target(target: object, field: str) -> None:
+    """Raise InvalidArgument if a target is none whose value can be read again."""
+    if is_several(target):
+        raise invalid(field, "must be one, not several")
+    if isinstance(target, str):
+        check_text(target, field)
+
+
+def as_continuation(target: Any) -> Any:
+    """Return a target whose token is named by a text as one of the text that follows the prompt.
+
+    It is then explained and measured as a whole, of however many tokens it is.
+    """
+    named = Target(target) if isinstance(target, str) else target
+    if (
+        isinstance(named, Target)
+        and isinstance(named.token, str)
+        and named.token != "max"
+        and (named.position, named.contrast) == (-1, None)
+    ):
+        return Target(continuation=named.token, logprob=named.logprob)
+    return target
+
+
+def _positions(given: object, field: str) -> tuple[int, ...]:
+    """Return positions in rising order, each once, however often it was given."""
+    listed = given.tolist() if isinstance(given, np.ndarray) else given
+    if isinstance(listed, bytes) or not isinstance(listed, Sequence):
+        raise invalid(
+            field, f"must be a text or positions of tokens from 0, not {type(given).__name__}"
+        )
+    found = {whole_number(one, f"{field}[{index}]") for index, one in enumerate(listed)}
+    return tuple(sorted(found))

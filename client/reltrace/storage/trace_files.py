@@ -1,0 +1,157 @@
+"""Traces in safetensors files: tensors by name, and everything else as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reltrace.storage.stored_arrays import Place, StoredArrays
+from reltrace.storage.tensor_file import replace_tensors
+from reltrace.types.errors import invalid
+from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget
+from reltrace.types.tokens import Turn
+from reltrace.types.trace import Array, Trace
+
+_FORMAT = "reltrace-trace-1"
+
+
+def describe(trace: Trace) -> dict[str, Any]:
+    """Return everything of a trace but its tensors, as JSON holds it.
+
+    A logit that is not finite, which JSON does not know, becomes None.
+    """
+    target = asdict(trace.target)
+    if not math.isfinite(trace.target.logit):
+        target["logit"] = None
+    return {
+        "id": trace.id,
+        "tokens": trace.tokens,
+        "token_ids": trace.token_ids,
+        "text": trace.text,
+        "offsets": trace.offsets.tolist(),
+        "turns": [asdict(turn) for turn in trace.turns],
+        "hints": list(trace.hints),
+        "special_positions": list(trace.special_positions),
+        "layers": list(trace.layers),
+        "target": target,
+        "provenance": {**asdict(trace.provenance), "versions": dict(trace.provenance.versions)},
+    }
+
+
+def to_dict(trace: Trace) -> dict[str, Any]:
+    """Return a trace as plain lists and numbers. See `Trace.to_dict`."""
+    about = describe(trace)
+    about["target"]["candidates"] = [one._asdict() for one in trace.target.candidates]
+    relevance = {
+        site: _plain(parts[""])
+        if set(parts) == {""}
+        else {part: _plain(array) for part, array in parts.items()}
+        for site, parts in trace.arrays.items()
+    }
+    return {**about, "relevance": relevance}
+
+
+def _plain(values: Any) -> Any:
+    if np.isfinite(values).all():
+        return values.tolist()
+    boxed = np.asarray(values, dtype=object)
+    boxed[~np.isfinite(values)] = None
+    return boxed.tolist()
+
+
+def place_of(trace: Trace) -> dict[str, Any]:
+    """Return what `restore` needs of a trace whose tensors stay in their store; else nothing."""
+    if not isinstance(trace.arrays, StoredArrays):
+        return {}
+    return {"stored": trace.arrays.place.to_json(), "sites": list(trace.arrays)}
+
+
+def tensors_of(trace: Trace) -> dict[str, Array]:
+    """Return the tensors of a trace by name: the site, or "site/part" where it has parts."""
+    return {
+        f"{site}/{part}" if part else site: np.ascontiguousarray(array)
+        for site, parts in trace.arrays.items()
+        for part, array in parts.items()
+    }
+
+
+def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
+    """Return the trace that `describe` and `tensors_of` were taken from.
+
+    Raises
+    ------
+    KeyError, TypeError
+        If something is missing or of another form.
+    """
+    arrays: Mapping[str, Mapping[str, Array]]
+    if "stored" in about:
+        arrays = StoredArrays(Place.from_json(about["stored"]), about["sites"])
+    else:
+        arrays = _by_site(tensors)
+    target = dict(about["target"])
+    target["continuation_ids"] = tuple(target["continuation_ids"])
+    target["candidates"] = tuple(Candidate(*one) for one in target.get("candidates", ()))
+    if target["logit"] is None:
+        target["logit"] = float("nan")
+    return Trace(
+        tokens=about["tokens"],
+        token_ids=about["token_ids"],
+        target=ResolvedTarget(**target),
+        provenance=Provenance(**about["provenance"]),
+        arrays=arrays,
+        id=about["id"],
+        # Older files do not say what follows.
+        layers=tuple(about.get("layers", ())),
+        text=about.get("text", ""),
+        offsets=np.array(about.get("offsets", ()), np.int64).reshape(-1, 2),
+        turns=tuple(Turn(**turn) for turn in about.get("turns", ())),
+        hints=tuple(about.get("hints", ())),
+        special_positions=tuple(about.get("special_positions", ())),
+    )
+
+
+def _by_site(tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    arrays: dict[str, dict[str, Array]] = {}
+    for name, array in tensors.items():
+        site, _, part = name.partition("/")
+        arrays.setdefault(site, {})[part] = array
+    return arrays
+
+
+def save(trace: Trace, path: Path) -> Path:
+    """Write a trace. See `Trace.save`."""
+    tensors = tensors_of(trace)
+    # The file sorts by size and name; the order of the sites is the caller's.
+    about = {**describe(trace), "order": list(tensors)}
+    metadata = {"format": _FORMAT, "trace": json.dumps(about)}
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    replace_tensors(path, tensors, metadata, unfinished)
+    return path
+
+
+def load(path: Path) -> Trace:
+    """Read a trace. See `Trace.load`."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise invalid("path", f"{os.fspath(path)!r} was not written by Trace.save")
+            about = json.loads(metadata["trace"])
+            tensors = {name: file.get_tensor(name) for name in about["order"]}
+        return restore(about, tensors)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise invalid(
+            "path", f"{os.fspath(path)!r} is not a trace that Trace.save wrote: {error}"
+        ) from error

@@ -1,0 +1,43 @@
+"""An item of many that gave no trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from html import escape
+
+from reltrace.types.errors import TraceError, with_item
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An item of `trace_many` that gave no trace.
+
+    Attributes
+    ----------
+    id : str or int
+        The item's id: the given one, else its index.
+    reason : TraceError
+        Why.
+    error : TraceError
+        Why, and of which item: `reason` with the id in front of its message, to be raised.
+    """
+
+    id: str | int
+    reason: TraceError
+    error: TraceError = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "error", with_item(self.reason, self.id))
+
+    @property
+    def job_id(self) -> str | None:
+        """The job that failed, as the server's logs name it; None where there was none."""
+        return self.error.job_id
+
+    def __str__(self) -> str:
+        return f"{type(self.error).__name__}: {self.error}"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the kind of error and its message, which names the item."""
+        kind, message = type(self.error).__name__, escape(str(self.error))
+        return f"<div><strong>{kind}</strong>: <code>{message}</code></div>"

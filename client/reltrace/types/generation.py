@@ -1,0 +1,141 @@
+"""Text that a model writes after a prompt, with and without steering."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from reltrace_proto.v1 import types_pb2
+
+from reltrace.types.checks import number, whole_number
+from reltrace.types.edit import EditLike, edits_to_wire
+from reltrace.types.prompt import Messages, set_input
+from reltrace.types.provenance import Provenance, Timings
+from reltrace.types.request import Job, model_name
+
+_MOST_NEW_TOKENS = 1024
+_MOST_TEMPERATURE = 100.0
+_LARGEST_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What a model wrote after a prompt.
+
+    Attributes
+    ----------
+    text : str
+        The new tokens, decoded together, without special tokens.
+    tokens, token_ids : list of str, list of int
+        The new tokens.
+    logprobs : ndarray of float32
+        Log-probability of each under the model (steered, if it was); temperature and top_p are left
+        out.
+    stopped : bool
+        It ended by itself, by a token that ends texts, and not at `max_new_tokens`.
+    prompt_tokens, prompt_token_ids : list of str, list of int
+        The prompt's.
+    prompt_text : str
+        The text that the model read, special tokens included; of a conversation, what the model's
+        chat template makes of it. Empty if what wrote it did not say.
+    hints : tuple of str
+        What a reader should know of how the prompt was read, in sentences.
+    provenance : Provenance
+        Model and versions.
+    unsteered : Generation or None
+        What the same call gives without steering; None where nothing was steered.
+    timings : Timings or None
+        Where the job's time went.
+    job_id : str or None
+        The job, as the server's logs name it.
+    """
+
+    text: str
+    tokens: list[str]
+    token_ids: list[int]
+    logprobs: NDArray[np.float32]
+    stopped: bool
+    prompt_tokens: list[str]
+    prompt_token_ids: list[int]
+    provenance: Provenance
+    prompt_text: str = ""
+    hints: tuple[str, ...] = ()
+    unsteered: Generation | None = None
+    timings: Timings | None = None
+    job_id: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        without = "" if self.unsteered is None else f", unsteered={self.unsteered.text!r}"
+        return f"Generation({self.text!r}, {len(self.tokens)} tokens{without})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        from reltrace.viz.text_fragment import text_fragment
+
+        return text_fragment(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain lists and numbers, ready for `json.dumps`."""
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "token_ids": self.token_ids,
+            "logprobs": self.logprobs.tolist(),
+            "stopped": self.stopped,
+            "prompt_tokens": self.prompt_tokens,
+            "prompt_token_ids": self.prompt_token_ids,
+            "prompt_text": self.prompt_text,
+            "hints": list(self.hints),
+            "model": self.provenance.model,
+            "unsteered": self.unsteered and self.unsteered.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """The arguments of `generate`, by the names its documentation gives them."""
+
+    prompt: str | None
+    input_ids: Sequence[int] | None
+    messages: Messages | None
+    add_special_tokens: bool
+    steer: EditLike | Sequence[EditLike]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    model: str | None
+
+    def jobs(self, *, stream: bool = False) -> list[Job]:
+        """Check the arguments; return the job, and the same without steering if there is any.
+
+        Parameters
+        ----------
+        stream : bool
+            Whether somebody reads along.
+
+        Raises
+        ------
+        InvalidArgument
+            Naming the argument and what is allowed.
+        """
+        edits = edits_to_wire(self.steer, "steer")
+        wire = types_pb2.Generation(
+            max_new_tokens=whole_number(self.max_new_tokens, "max_new_tokens", 1, _MOST_NEW_TOKENS),
+            temperature=number(self.temperature, "temperature", 0, _MOST_TEMPERATURE),
+            top_p=number(self.top_p, "top_p", 0, 1),
+            seed=whole_number(self.seed, "seed", most=_LARGEST_SEED),
+            stream=stream,
+        )
+        jobs = []
+        for wanted in (edits, []) if edits else ([],):
+            spec = types_pb2.JobSpec(model=model_name(self.model), generation=wire, edits=wanted)
+            set_input(spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
+            jobs.append(Job(spec, (), False, None))
+        return jobs

@@ -1,0 +1,129 @@
+"""What is put before a model: a text, the messages of a conversation, or token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from reltrace_proto.v1 import types_pb2
+
+from reltrace.types.checks import check_encodable, check_text
+from reltrace.types.errors import invalid
+from reltrace.types.target import token_ids
+
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+"""Of a conversation, the oldest first: each with "role" and "content", a text or a list of parts
+`{"type": "text", "text": "..."}`, whose texts are put together as they are."""
+
+# The server takes messages of 16 MiB; the rest of the request needs a little room.
+MAX_JOB_BYTES = 16 * 1024 * 1024 - 4096
+
+_MESSAGE = ("role", "content")
+_PART = ("type", "text")
+
+
+def set_input(
+    spec: types_pb2.JobSpec,
+    prompt: object = None,
+    input_ids: object = None,
+    messages: object = None,
+    add_special_tokens: object = True,
+) -> None:
+    """Set the last fields of a job, and check the job's size.
+
+    Raises
+    ------
+    InvalidArgument
+        Not exactly one of the three is given, or it is of another form.
+    """
+    inputs = {"prompt": prompt, "messages": messages, "input_ids": input_ids}
+    given = [name for name, value in inputs.items() if value is not None]
+    if not given:
+        raise invalid("prompt", "is missing; give prompt, messages or input_ids")
+    if len(given) > 1:
+        raise invalid(given[0], f"excludes {given[1]}; give one of prompt, messages and input_ids")
+    if not isinstance(add_special_tokens, bool):
+        raise invalid("add_special_tokens", f"must be True or False, not {add_special_tokens!r}")
+    if input_ids is not None:
+        spec.input_ids.ids.extend(token_ids(input_ids, "input_ids"))
+    elif messages is not None:
+        spec.chat.CopyFrom(chat_to_wire(messages))
+    elif not isinstance(prompt, str):
+        raise invalid("prompt", f"must be str, not {type(prompt).__name__}")
+    else:
+        check_text(prompt, "prompt")
+        spec.prompt = prompt
+        # Not said where it is the default: a server that does not know the field serves it too.
+        if not add_special_tokens:
+            spec.add_special_tokens = False
+    size = spec.ByteSize()
+    if size > MAX_JOB_BYTES:
+        raise invalid(given[0], f"makes a job of {size} bytes; the limit is {MAX_JOB_BYTES}")
+
+
+def chat_to_wire(messages: object, argument: str = "messages") -> types_pb2.Chat:
+    """Translate the messages of a conversation.
+
+    Raises
+    ------
+    InvalidArgument
+        Naming the message and what of it is wrong.
+    """
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise invalid(
+            argument,
+            'must be a list of messages such as {"role": "user", "content": "..."}, not '
+            f"{type(messages).__name__}",
+        )
+    if not messages:
+        raise invalid(argument, "must have at least one message")
+    chat = types_pb2.Chat()
+    for index, message in enumerate(messages):
+        name = f"{argument}[{index}]"
+        if not isinstance(message, Mapping):
+            raise invalid(
+                name, f"must be a mapping with role and content, not {type(message).__name__}"
+            )
+        _check_keys(message, _MESSAGE, name, "message")
+        role, content = _text(message, "role", name), _content(message, name)
+        if not role:
+            raise invalid(f"{name}.role", "must not be empty")
+        chat.messages.add(role=role, content=content)
+    return chat
+
+
+def _check_keys(given: Mapping[str, Any], allowed: Sequence[str], name: str, what: str) -> None:
+    for key in given:
+        if key not in allowed:
+            raise invalid(
+                f"{name}.{key}", f"is no field of a {what}; allowed: {' and '.join(allowed)}"
+            )
+
+
+def _content(message: Mapping[str, Any], name: str) -> str:
+    """Return the content of a message: a text, or those of a list of parts."""
+    parts = message.get("content")
+    if isinstance(parts, str | bytes) or not isinstance(parts, Sequence):
+        return _text(message, "content", name)
+    if not parts:
+        raise invalid(f"{name}.content", "must have at least one part")
+    texts = []
+    for index, part in enumerate(parts):
+        field = f"{name}.content[{index}]"
+        if not isinstance(part, Mapping):
+            raise invalid(field, f"must be a mapping with type and text, not {type(part).__name__}")
+        if (kind := _text(part, "type", field)) != "text":
+            raise invalid(f"{field}.type", f"must be 'text', not {kind!r}")
+        _check_keys(part, _PART, field, "part")
+        texts.append(_text(part, "text", field))
+    return "".join(texts)
+
+
+def _text(message: Mapping[str, Any], key: str, name: str) -> str:
+    value = message.get(key)
+    if value is None:
+        raise invalid(f"{name}.{key}", "is missing")
+    if not isinstance(value, str):
+        raise invalid(f"{name}.{key}", f"must be text, not {type(value).__name__}")
+    check_encodable(value, f"{name}.{key}")
+    return value

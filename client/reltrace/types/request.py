@@ -1,0 +1,265 @@
+"""What is asked: from the arguments of `trace` to a job on the wire."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+from reltrace_proto.v1 import types_pb2
+
+from reltrace.types import target
+from reltrace.types.checks import check_text, whole_number
+from reltrace.types.edit import EditLike, edits_to_wire
+from reltrace.types.errors import invalid
+from reltrace.types.prompt import Messages, set_input
+
+DTYPES = {
+    "float32": types_pb2.SCALAR_TYPE_FLOAT32,
+    "bfloat16": types_pb2.SCALAR_TYPE_BFLOAT16,
+    "float16": types_pb2.SCALAR_TYPE_FLOAT16,
+}
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+Priority: TypeAlias = Literal["interactive", "batch"]
+_PRIORITIES: dict[str, types_pb2.Priority.ValueType] = {
+    "interactive": types_pb2.PRIORITY_INTERACTIVE,
+    "batch": types_pb2.PRIORITY_BATCH,
+}
+_INDEXED = re.compile(r"^(\w+)(?:\[(\d+)\])?")
+_CHAT = re.compile(r"^chats\[(\d+)\]")
+_CALLER_NAMES = {"reduction": "reduce"}
+_MAX_TOP_K = 4096
+_MAX_LAYER = 2**32 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job, checked, with what is needed to answer its caller.
+
+    Attributes
+    ----------
+    spec : types_pb2.JobSpec
+        The job on the wire.
+    sites : tuple of str
+        In the caller's order.
+    several : bool
+        The caller asked for a list of traces.
+    target : object
+        The `target` argument as it was passed, to name its parts in errors.
+    first : int
+        Of a slice of a corpus: the number of its first prompt, to name prompts in errors.
+    """
+
+    spec: types_pb2.JobSpec
+    sites: tuple[str, ...]
+    several: bool
+    target: object
+    first: int = 0
+
+    def rename(self, wire_field: str) -> str:
+        """Return the caller's name of a field of the job."""
+        if wire_field.startswith("targets"):
+            return target.caller_field(wire_field, self.target)
+        if self.spec.HasField("generation"):
+            wire_field = wire_field.removeprefix("generation.")
+            if wire_field.startswith("edits"):
+                return "steer" + wire_field.removeprefix("edits")
+        if self.spec.HasField("corpus"):
+            wire_field = wire_field.removeprefix("corpus.")
+            if wire_field == "chats":
+                return "messages"
+            if chat := _CHAT.match(wire_field):
+                return f"prompts[{self.first + int(chat[1])}]{wire_field[chat.end() :]}"
+        if wire_field == "input":
+            return "prompt"
+        if wire_field.startswith("input_ids.ids"):
+            return "input_ids" + wire_field.removeprefix("input_ids.ids")
+        if wire_field == "chat" or wire_field.startswith("chat."):
+            return wire_field.removeprefix("chat").removeprefix(".") or "messages"
+        match = _INDEXED.match(wire_field)
+        if match and match.group(1) in _CALLER_NAMES:
+            return _CALLER_NAMES[match.group(1)]
+        return wire_field
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The arguments of `trace`, by the names its documentation gives them."""
+
+    prompt: str | None = None
+    input_ids: Sequence[int] | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True
+    model: str | None = None
+    sites: str | Sequence[str] = field(default=("resid",))
+    reduce: str = "token"
+    target: Any = "max"
+    rule: str = "attnlrp"
+    dtype: Dtype = "float32"
+    layers: Sequence[int] | None = None
+    top_k: int | None = None
+    output_uri: str | None = None
+    edits: EditLike | Sequence[EditLike] = ()
+
+    def with_item(self, item: object) -> Arguments:
+        """Return these arguments as defaults, overridden by an item of `trace_many`."""
+        if isinstance(item, str):
+            return replace(self, prompt=item)
+        if not isinstance(item, Mapping):
+            raise invalid(
+                "item", f"must be a prompt or a mapping of arguments, not {type(item).__name__}"
+            )
+        given = {key: value for key, value in item.items() if key != "id"}
+        unknown = [key for key in given if key not in Arguments.__slots__]
+        if unknown:
+            raise invalid(
+                str(unknown[0]),
+                f"is not an argument of trace(); allowed: id, {', '.join(Arguments.__slots__)}",
+            )
+        return replace(self, **given)
+
+    def check_shared(self) -> None:
+        """Check everything but the prompt: what `trace_many` shares between items."""
+        replace(self, prompt="shared").job()
+
+    def job(self) -> Job:
+        """Check the arguments and build the job.
+
+        Raises
+        ------
+        InvalidArgument
+            Naming the argument and what is allowed.
+        """
+        spec = types_pb2.JobSpec(
+            model=model_name(self.model),
+            reduction=_name(self.reduce, "reduce"),
+            rule=_name(self.rule, "rule"),
+            targets=target.to_wire(self.target),
+        )
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+            raise invalid("dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        spec.dtype = DTYPES[self.dtype]
+        sites = _sites(self.sites)
+        spec.sites.extend(sites)
+        if self.layers is not None:
+            spec.layers.extend(_layers(self.layers))
+        if self.top_k is not None or self.reduce == "topk":
+            spec.top_k = _top_k(self.top_k, self.reduce)
+        if self.output_uri is not None:
+            spec.output_uri = _uri(self.output_uri)
+        spec.edits.extend(edits_to_wire(self.edits))
+        spec.forward_only = not sites
+        set_input(spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
+        return Job(spec, sites, target.is_several(self.target), self.target)
+
+
+def wire_priority(priority: object) -> types_pb2.Priority.ValueType:
+    """Translate a `priority` argument.
+
+    Raises
+    ------
+    InvalidArgument
+        If there is no such priority.
+    """
+    if not isinstance(priority, str) or priority not in _PRIORITIES:
+        raise invalid("priority", f"must be one of {', '.join(_PRIORITIES)}, not {priority!r}")
+    return _PRIORITIES[priority]
+
+
+_OWN_TO_AN_ITEM = frozenset({"id", "prompt", "input_ids", "messages", "model"})
+
+
+class JobMaker:
+    """Builds the jobs of many items. What they share is checked and built once.
+
+    Parameters
+    ----------
+    defaults : Arguments
+        What an item does not say; no prompt and no input_ids.
+    """
+
+    def __init__(self, defaults: Arguments) -> None:
+        self._defaults = defaults
+        # The last model's job, without its input.
+        self._model: object = None
+        self._shared: Job | None = None
+
+    def job(self, item: object) -> Job:
+        """Check an item and build its job.
+
+        Raises
+        ------
+        InvalidArgument
+            Naming the argument and what is allowed.
+        """
+        defaults = self._defaults
+        inputs: tuple[object, object, object]
+        if isinstance(item, str):
+            inputs, model = (item, None, None), defaults.model
+        elif isinstance(item, Mapping) and item.keys() <= _OWN_TO_AN_ITEM:
+            inputs = (item.get("prompt"), item.get("input_ids"), item.get("messages"))
+            model = item.get("model", defaults.model)
+        else:
+            return defaults.with_item(item).job()
+        shared = self._shared
+        if shared is None or model != self._model:
+            shared = replace(defaults, prompt="shared", model=model).job()
+            shared.spec.ClearField("prompt")
+            shared.spec.ClearField("add_special_tokens")
+            self._shared, self._model = shared, model
+        spec = types_pb2.JobSpec()
+        spec.CopyFrom(shared.spec)
+        set_input(spec, *inputs, defaults.add_special_tokens)
+        return Job(spec, shared.sites, shared.several, shared.target)
+
+
+def model_name(model: object) -> str:
+    """Check a `model` argument; return its name on the wire."""
+    return "" if model is None else _name(model, "model")
+
+
+def _name(value: object, argument: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(argument, f"must be str, not {type(value).__name__}")
+    check_text(value, argument)
+    return value
+
+
+def _uri(value: object) -> str:
+    uri = _name(value, "output_uri")
+    if not re.match(r"^[a-z][a-z0-9+.-]*://.", uri):
+        raise invalid("output_uri", f"must be a URL such as s3://bucket/folder, not {uri!r}")
+    return uri.rstrip("/")
+
+
+def _sites(sites: object) -> tuple[str, ...]:
+    if isinstance(sites, str):
+        sites = (sites,)
+    if not isinstance(sites, Sequence):
+        raise invalid("sites", f"must be a name or a sequence of names, not {sites!r}")
+    names = tuple(_name(site, f"sites[{index}]") for index, site in enumerate(sites))
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise invalid(f"sites[{index}]", f"repeats {name!r}")
+    return names
+
+
+def _layers(layers: object) -> tuple[int, ...]:
+    """Check the layers; whether the model has them, its worker knows."""
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise invalid("layers", f"must be a sequence of layer numbers, not {layers!r}")
+    if not layers:
+        raise invalid("layers", "must name at least one layer; leave it out for all")
+    for index, layer in enumerate(layers):
+        if whole_number(layer, f"layers[{index}]", most=_MAX_LAYER) in layers[:index]:
+            raise invalid(f"layers[{index}]", f"repeats {layer}")
+    return tuple(layers)
+
+
+def _top_k(top_k: object, reduce: str) -> int:
+    if reduce != "topk":
+        raise invalid("top_k", f'is for reduce="topk", not {reduce!r}')
+    if top_k is None:
+        raise invalid("top_k", 'is missing; reduce="topk" needs the number of values per layer')
+    return whole_number(top_k, "top_k", 1, _MAX_TOP_K)

@@ -1,0 +1,224 @@
+"""What a server says about itself: models, queues, workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from reltrace_proto.v1 import admin_pb2, trace_pb2, types_pb2
+
+from reltrace.transport.assemble import format_name
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that can be traced.
+
+    Attributes
+    ----------
+    name, revision, architecture : str
+        What it is; `name` is what `trace(model=...)` takes.
+    layers, hidden_size, heads, intermediate_size, vocab_size : int
+        Its shape.
+    context_length : int
+        Longest prompt in tokens.
+    parameters : int
+        Number of its weights.
+    dtype : str
+        Number format of its weights and activations.
+    sites, rules, reductions : tuple of str
+        What its workers serve.
+    workers : int
+        How many workers have it loaded at present.
+    """
+
+    name: str
+    revision: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    heads: int
+    intermediate_size: int
+    vocab_size: int
+    context_length: int
+    parameters: int
+    dtype: str
+    sites: tuple[str, ...]
+    rules: tuple[str, ...]
+    reductions: tuple[str, ...]
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The jobs of one model that have not ended.
+
+    Attributes
+    ----------
+    model : str
+        The model.
+    queued, leased : int
+        Jobs that wait, and jobs that a worker has.
+    """
+
+    model: str
+    queued: int
+    leased: int
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker that is connected.
+
+    Attributes
+    ----------
+    id : str
+        Stays the same when the worker connects again.
+    model : str
+        The model it has loaded.
+    device, version : str
+        Where it computes, and its software version.
+    leased : int
+        Jobs it holds.
+    connected_at, seen_at : datetime.datetime or None
+        In UTC.
+    further_models : tuple of str
+        Others that it has loaded, and serves in turn.
+    draining : bool
+        It was told to leave: it ends what it has begun.
+    """
+
+    id: str
+    model: str
+    device: str
+    version: str
+    leased: int
+    connected_at: datetime | None
+    seen_at: datetime | None
+    further_models: tuple[str, ...] = ()
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """A job, as the server has it.
+
+    Attributes
+    ----------
+    id : str
+        The job's id.
+    state : {"queued", "leased", "succeeded", "failed", "cancelled", "quarantined"} or None
+        None: the server does not know it, because its result was read or has expired, or because
+        there never was such a job.
+    attempt : int
+        How often it was given to a worker.
+    worker : str
+        The worker that has it or had it last.
+    """
+
+    id: str
+    state: str | None
+    attempt: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The state of a server.
+
+    Attributes
+    ----------
+    version : str
+        Of the scheduler.
+    queues : tuple of Queue
+        One per model.
+    workers : tuple of Worker
+        The connected ones.
+    ended : mapping of str to int
+        Jobs that ended since the store was made, by state.
+    redis_version : str
+        Of the store.
+    redis_memory_bytes : int
+        What the store uses.
+    """
+
+    version: str
+    queues: tuple[Queue, ...]
+    workers: tuple[Worker, ...]
+    ended: Mapping[str, int]
+    redis_version: str
+    redis_memory_bytes: int
+
+
+def model(wire: types_pb2.ModelInfo, workers: int) -> Model:
+    """Translate a model."""
+    return Model(
+        name=wire.name,
+        revision=wire.revision,
+        architecture=wire.architecture,
+        layers=wire.layers,
+        hidden_size=wire.hidden_size,
+        heads=wire.heads,
+        intermediate_size=wire.intermediate_size,
+        vocab_size=wire.vocab_size,
+        context_length=wire.context_length,
+        parameters=wire.parameters,
+        dtype=format_name(wire.dtype),
+        sites=tuple(wire.sites),
+        rules=tuple(wire.rules),
+        reductions=tuple(wire.reductions),
+        workers=workers,
+    )
+
+
+def models(wire: trace_pb2.ListModelsResponse) -> list[Model]:
+    """Translate a list of models."""
+    return [model(served.model, served.workers) for served in wire.models]
+
+
+def jobs(wire: trace_pb2.GetJobsResponse) -> list[JobStatus]:
+    """Translate the states of jobs."""
+    return [
+        JobStatus(
+            id=job.job_id,
+            state=types_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()
+            if job.state
+            else None,
+            attempt=job.attempt,
+            worker=job.worker_id,
+        )
+        for job in wire.jobs
+    ]
+
+
+def status(wire: admin_pb2.GetStatusResponse) -> Status:
+    """Translate a server's state."""
+    return Status(
+        version=wire.version,
+        queues=tuple(Queue(q.model, q.queued, q.leased) for q in wire.queues),
+        workers=tuple(map(worker, wire.workers)),
+        ended=dict(wire.ended),
+        redis_version=wire.redis_version,
+        redis_memory_bytes=wire.redis_memory_bytes,
+    )
+
+
+def worker(wire: admin_pb2.WorkerStatus) -> Worker:
+    """Translate a worker."""
+    return Worker(
+        id=wire.worker_id,
+        model=wire.model.name,
+        device=wire.device,
+        version=wire.version,
+        leased=wire.leased,
+        connected_at=_time(wire.connected_at),
+        seen_at=_time(wire.seen_at),
+        further_models=tuple(model.name for model in wire.further_models),
+        draining=wire.draining,
+    )
+
+
+def _time(wire: Timestamp) -> datetime | None:
+    return wire.ToDatetime(UTC) if wire.seconds else None

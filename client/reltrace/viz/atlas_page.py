@@ -1,0 +1,149 @@
+"""An atlas as a page: everything in one file, which loads nothing from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reltrace.atlas.examples import QUANTILES, Context, Feature
+from reltrace.types.atlas_shard import LISTS, MEASURES, SITES
+from reltrace.viz.display import NEGATIVE, POSITIVE, ZERO, label, shown_in
+from reltrace.viz.single_file import filled
+
+if TYPE_CHECKING:
+    from reltrace.atlas.atlas import Atlas
+
+_SEARCHED = LISTS[:2]
+_WORDS = 8
+"""Tokens that stand out, of one neuron or head."""
+
+
+def write(atlas: Atlas, path: Path, *, most: int, contexts: int) -> None:
+    """Write the page. See `Atlas.save_page`."""
+    path.write_text(page(atlas, most=most, contexts=contexts), encoding="utf-8")
+
+
+def page(atlas: Atlas, *, most: int, contexts: int) -> str:
+    """Return the page's text."""
+    about, (model, revision) = atlas.about, atlas.about["made_by"]
+    texts = _Snippets(next_tokens=about["target"] is None)
+    sites = {site: _site(atlas, site, most, contexts, texts) for site in SITES}
+    left_out = f", {len(atlas.skipped):,} prompts left out" if atlas.skipped else ""
+    data = {
+        "subtitle": f"Where {atlas.prompts:,} prompts ({atlas.tokens:,} tokens{left_out}) draw on "
+        f"neurons and heads: the token that is strong, and after the arrow what "
+        f"{'follows' if about['target'] is None else 'was explained'}.",
+        "sites": sites,
+        "snippets": texts.snippets,
+        "words": list(texts.words),
+        "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
+    }
+    foot = (
+        f"Model {model} at revision {revision}, rule {about['rule']}; explained: "
+        f"{_explained(about)}. "
+        "Relevance is R = x · dL/dx, the backward pass starting at 1; relevance mass is the sum of "
+        "|R| over all tokens that are counted. The activation of a head is the length of what it "
+        "writes. Words that stand out: by log-odds against the corpus."
+    )
+    return filled("atlas", title=f"Atlas of {model}", about=foot, data=data)
+
+
+def _explained(about: Mapping[str, Any]) -> str:
+    """Say what the prompts explain."""
+    target, positions, seed = about["target"], about["positions"], about["seed"]
+    if target is not None:
+        # 4, the id, is not the token "4".
+        return f"target {target if isinstance(target, str) else f'token id {target}'}"
+    drawn = "all positions" if positions is None else f"{positions} positions (seed {seed})"
+    return f"the next tokens at {drawn} of each prompt"
+
+
+def _site(atlas: Atlas, site: str, most: int, contexts: int, texts: _Snippets) -> dict[str, Any]:
+    mass = atlas.mass(site)
+    return {
+        "layers": mass.shape[0],
+        "width": mass.shape[1],
+        "mass": float(mass.sum()) or 1.0,
+        "features": [
+            _feature(atlas, feature, contexts, texts) for feature in atlas.by_mass(site, most)
+        ],
+    }
+
+
+def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) -> list[Any]:
+    """Return what the script calls by name, in its order."""
+    return [
+        feature.layer,
+        feature.index,
+        feature.label,
+        feature.labelled_by,
+        _short(feature.mass),
+        [_number(feature.mean[measure]) for measure in MEASURES],
+        [
+            [_number(feature.quantile(share, measure)) for share in QUANTILES]
+            for measure in MEASURES
+        ],
+        [
+            [label(one.token).strip(), one.role, one.count, one.of]
+            for one in feature.stands_out[:_WORDS]
+        ],
+        [
+            [texts.place(context) for context in feature.contexts.first(name, contexts)]
+            for name in LISTS
+        ],
+        # Those that are not shown, of the lists that are searched: it counts as the command does.
+        [
+            [texts.place(context) for context in feature.contexts[name][contexts:]]
+            for name in _SEARCHED
+        ],
+        [feature.contexts.sizes[name] for name in LISTS],
+    ]
+
+
+def _short(value: float, digits: int = 5) -> float:
+    """Return a number with the digits that are shown: half of the page would be the others."""
+    return float(f"{value:.{digits}g}")
+
+
+def _number(value: float) -> float | None:
+    return _short(value) if value == value else None
+
+
+class _Snippets:
+    """The texts around places, each once, and their words, each once.
+
+    Parameters
+    ----------
+    next_tokens : bool
+        What is explained is the next word of the text.
+    """
+
+    def __init__(self, *, next_tokens: bool) -> None:
+        self._next_tokens = next_tokens
+        self.snippets: list[list[Any]] = []
+        self.words: dict[str, int] = {}
+        self._numbers: dict[tuple[int, int, int], int] = {}
+
+    def place(self, context: Context) -> tuple[float, float, int, int]:
+        """Return relevance, activation, number of the snippet, and index of the word in it."""
+        window = context.window
+        key = (context.prompt, window.start, window.stop)
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self.snippets)
+            words = shown_in(context.tokens, slice(window.start, window.stop))
+            self.snippets.append(
+                [
+                    [self.words.setdefault(one.shown, len(self.words)) for one in words],
+                    None if self._next_tokens else label(context.target).strip(),
+                    context.prompt,
+                    int(window.start > 0),
+                    int(window.stop < len(context.tokens)),
+                    # Those that only number a part of a character: nobody searches for them.
+                    [at for at, one in enumerate(words) if one.number > 1],
+                ]
+            )
+        # What is found is sorted by sums of relevance: all digits that a float32 has.
+        values = _short(context.relevance, 8), _short(context.activation)
+        return *values, number, context.position - window.start

@@ -1,0 +1,147 @@
+"""A trace in the terminal: its tokens, coloured by relevance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.color import Color
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from reltrace.types.neurons import Labels, has_labels, labelled
+from reltrace.types.top_entries import Entry
+from reltrace.types.trace import Trace
+from reltrace.viz.display import (
+    colour,
+    ink,
+    printable,
+    quoted,
+    scaled,
+    token_values,
+)
+from reltrace.viz.heatmap import describe_target
+from reltrace.viz.words import Words, next_tokens, segments
+
+_LEGEND_CELLS = 25
+
+HIGH_SHARE = 0.5
+"""Of |R| on the first token, from which on it is told."""
+
+# Of so few the first has much in any case.
+_FEW_TOKENS = 4
+
+
+def show(trace: Trace, console: Console) -> None:
+    """Print the target, the coloured tokens and a legend; see `token_values` for what is shown.
+
+    Without colours (a pipe, NO_COLOR) it prints a table of the values instead.
+
+    Raises
+    ------
+    InvalidArgument
+        If the trace has no value per token.
+    """
+    shown = token_values(trace)
+    _print_target(trace, console, f": {shown.title}")
+    share = trace.first_token_share(shown.site).total
+    if share >= HIGH_SHARE and len(trace.tokens) > _FEW_TOKENS:
+        console.print(
+            f"The first token has {share:.0%} of |R| at site {shown.site}: it may draw attention "
+            "whatever the prompt says (see NUMBERS.md, Limits)"
+        )
+    if console.color_system is None or console.no_color:
+        console.print(_table(trace, shown.values))
+        return
+    text, words, shares = Text(), Words.of(trace).texts, scaled(shown.values)
+    for part in segments(trace):
+        # What the chat template puts around a turn is on lines of its own.
+        text.append(f"{chr(10) * (part.first > 0)}{part.role}: " if part.role else "", "bold")
+        text.append("\n" if trace.turns and not part.role and part.first else "")
+        for position in range(part.first, part.stop):
+            text.append(words[position], _style(float(shares[position])))
+    console.print(text, soft_wrap=True)
+    finite = np.abs(shown.values[np.isfinite(shown.values)])
+    console.print(_legend(float(finite.max()) if finite.size else 0.0))
+
+
+def show_entries(
+    trace: Trace, console: Console, count: int = 10, atlas: Labels | None = None
+) -> None:
+    """Print the strongest entries of each site, for reductions that leave no value per token."""
+    _print_target(trace, console)
+    for site in trace.sites:
+        if atlas is not None and has_labels(site):
+            show_labelled(trace, console, site, atlas, count)
+        else:
+            entries = [(entry,) for entry in trace.top(count, site)]
+            _print_entries(trace, console, site, entries)
+
+
+def show_labelled(
+    trace: Trace, console: Console, site: str, atlas: Labels, count: int = 10
+) -> None:
+    """Print the strongest neurons or heads with their labels."""
+    _print_entries(trace, console, site, labelled(trace, site, count, atlas), "label")
+
+
+def _print_target(trace: Trace, console: Console, behind: str = "") -> None:
+    console.print(Text.assemble("Relevance of ", (describe_target(trace), "bold"), behind))
+    if likeliest := next_tokens(trace):
+        console.print(Text(f"Likeliest next: {likeliest}"))
+
+
+def _print_entries(
+    trace: Trace,
+    console: Console,
+    site: str,
+    entries: Sequence[tuple[Entry] | tuple[Entry, str]],
+    *more: str,
+) -> None:
+    """Print a table: of each entry where it is, its relevance, and what else there is of it."""
+    fields = [
+        name
+        for name in ("layer", "position", "token", "feature")
+        if entries and getattr(entries[0][0], name) is not None
+    ]
+    console.print(f"strongest entries of site {site}")
+    table = Table(*fields, "relevance", *more, box=None, pad_edge=False)
+    table.columns[len(fields)].justify = "right"
+    names = Words.of(trace).names
+    for entry, *texts in entries:
+        cells = [
+            Text(str(getattr(entry, name)) if at is None or name != "token" else quoted(names[at]))
+            for name in fields
+            for at in [entry.position]
+        ]
+        table.add_row(*cells, f"{entry.value:+.4g}", *(Text(printable(text)) for text in texts))
+    console.print(table)
+
+
+def _style(share: float) -> Style:
+    background = colour(share)
+    return Style(bgcolor=Color.from_rgb(*background), color=Color.from_rgb(*ink(background)))
+
+
+def _legend(largest: float) -> Text:
+    text = Text(f"{-largest:.3g} ")
+    for cell in range(_LEGEND_CELLS):
+        text.append(" ", _style(2 * cell / (_LEGEND_CELLS - 1) - 1))
+    text.append(f" {largest:+.3g}   red: for the target, blue: against")
+    return text
+
+
+def _table(trace: Trace, values: NDArray[np.float32]) -> Table:
+    with_roles = ["role"] * bool(trace.turns)
+    table = Table("position", *with_roles, "token", "relevance", box=None, pad_edge=False)
+    table.columns[0].justify = table.columns[-1].justify = "right"
+    names = Words.of(trace).names
+    for part in segments(trace):
+        for position in range(part.first, part.stop):
+            cells = [Text(part.role)] * bool(trace.turns)
+            token, value = Text(quoted(names[position])), values[position]
+            table.add_row(str(position), *cells, token, f"{value:+.4g}")
+    return table

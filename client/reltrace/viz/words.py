@@ -1,0 +1,112 @@
+"""The tokens of a trace as people read them: in its text, and as names in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from reltrace.types.tokens import Tokens, Turn
+from reltrace.types.trace import Trace
+from reltrace.viz.display import (
+    Numbered,
+    alone,
+    is_special,
+    name_of,
+    printable,
+    quoted,
+    readable,
+    shown_in,
+    spelled,
+)
+
+# What stands in a decoded text for bytes that are no character.
+_NO_CHARACTER = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The tokens of a trace, or of `Client.tokenize`.
+
+    Attributes
+    ----------
+    texts : list of str
+        As they follow each other in the text. Of tokens that share a character the first has it
+        whole, and the others their number: ₂, ₃, ...
+    names : list of str
+        Of each alone: what can not be seen is made visible, and a number stands behind its
+        character.
+    special : list of bool
+        Whether it stands for no text.
+    """
+
+    texts: list[str]
+    names: list[str]
+    special: list[bool]
+
+    @classmethod
+    def of(cls, trace: Trace | Tokens) -> Words:
+        """Read them off the text and its offsets; of an older trace, off the tokens."""
+        if len(trace.offsets) == len(trace.tokens):
+            found = list(_by_offsets(trace))
+            positions = set(trace.special_positions)
+            special = [position in positions for position in range(len(found))]
+        else:
+            found = shown_in(trace.tokens)
+            special = [is_special(token) for token in trace.tokens]
+        names = [name_of(one.text) + one.shown * (one.number > 1) for one in found]
+        return cls([one.shown for one in found], names, special)
+
+
+def _by_offsets(trace: Trace | Tokens) -> Iterator[Numbered]:
+    """Yield what each token has of the text, with the white space before it that none has."""
+    done, before, one = 0, (0, 0), Numbered.of("")
+    for token, (start, stop) in zip(trace.tokens, trace.offsets.tolist(), strict=True):
+        text = trace.text[min(done, start) : stop]
+        if before == (start, stop) and start < stop:
+            one = Numbered.of(one.text, one.number + 1)
+        elif _NO_CHARACTER in text:
+            one = Numbered.of(spelled(token))
+        elif start == stop:
+            one = Numbered.of(readable(token))
+        else:
+            one = Numbered.of(printable(text))
+        done, before = max(done, stop), (start, stop)
+        yield one
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the tokens: a turn of a conversation, or what the chat template puts around them.
+
+    Attributes
+    ----------
+    first, stop : int
+        Tokens `first` to ``stop - 1``.
+    role : str
+        Of the turn; "" outside of turns.
+    """
+
+    first: int
+    stop: int
+    role: str
+
+
+def segments(trace: Trace) -> list[Segment]:
+    """Return the turns of a trace and what is between them; of a plain text one segment."""
+    found: list[Segment] = []
+    done = 0
+    for turn in [*trace.turns, Turn("", len(trace.tokens), len(trace.tokens))]:
+        if turn.first > done:
+            found.append(Segment(done, turn.first, ""))
+        if turn.stop > turn.first:
+            found.append(Segment(turn.first, turn.stop, turn.role))
+        done = max(done, turn.stop)
+    return found
+
+
+def next_tokens(trace: Trace, count: int = 5) -> str:
+    """Return the likeliest tokens at the target's position in words; "" if nobody looked."""
+    return ", ".join(
+        f"{quoted(alone(one.token))} {one.probability:.1%}"
+        for one in trace.target.candidates[:count]
+    )

@@ -1,0 +1,202 @@
+"""AdminService: what operators call."""
+
+import re
+import time
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
+from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, types_pb2
+
+from reltrace_scheduler import __version__
+from reltrace_scheduler.api.terminal_results import wire_losses
+from reltrace_scheduler.api.validation import check_job_ids
+from reltrace_scheduler.auth.identity import TENANT_NAME, TENANT_RULE
+from reltrace_scheduler.errors import (
+    InvalidRequestError,
+    UnknownJobError,
+    UnknownWorkerError,
+    Violation,
+)
+from reltrace_scheduler.queue.connection import memory_used
+from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.records import (
+    Limits,
+    NewJob,
+    QueueRecord,
+    TenantRecord,
+    WorkerRecord,
+)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+log = structlog.get_logger()
+
+_DEAD_SHOWN = 100
+_MOST_DRAINED = 1000
+_LEAST_WEIGHT, _MOST_WEIGHT = 0.01, 100.0
+
+
+class AdminService(admin_pb2_grpc.AdminServiceServicer):
+    """Shows the cluster, and lets operators act on it."""
+
+    def __init__(
+        self,
+        store: Store,
+        redis_version: str,
+    ) -> None:
+        self._store = store
+        self._redis_version = redis_version
+
+    async def GetStatus(  # noqa: N802
+        self, request: admin_pb2.GetStatusRequest, context: Context
+    ) -> admin_pb2.GetStatusResponse:
+        depths = await self._store.depths()
+        # Of what asks for a revision, only where there is something.
+        routes = {r for r in await self._store.registry.models() if "@" not in r} | depths.keys()
+        queues = [depths.get(route, QueueRecord(route, 0, 0)) for route in sorted(routes)]
+        return admin_pb2.GetStatusResponse(
+            version=__version__,
+            queues=[
+                admin_pb2.QueueStatus(model=q.model, queued=q.queued, leased=q.leased)
+                for q in queues
+            ],
+            workers=await self._workers(),
+            ended=await self._store.ended(),
+            redis_version=self._redis_version,
+            redis_memory_bytes=await memory_used(self._store.redis),
+        )
+
+    async def _workers(self) -> list[admin_pb2.WorkerStatus]:
+        # One that missed this long holds no lease any more.
+        since = time.time() - self._store.settings.lease
+        return [_worker(worker) for worker in await self._store.registry.workers(seen_since=since)]
+
+    async def ListWorkers(  # noqa: N802
+        self, request: admin_pb2.ListWorkersRequest, context: Context
+    ) -> admin_pb2.ListWorkersResponse:
+        return admin_pb2.ListWorkersResponse(workers=await self._workers())
+
+    async def DrainWorkers(  # noqa: N802
+        self, request: admin_pb2.DrainWorkersRequest, context: Context
+    ) -> admin_pb2.DrainWorkersResponse:
+        if not 0 < len(request.worker_ids) <= _MOST_DRAINED:
+            raise InvalidRequestError(
+                Violation("worker_ids", f"must name 1 to {_MOST_DRAINED} workers")
+            )
+        unknown = await self._store.registry.drain(request.worker_ids)
+        if unknown:
+            raise UnknownWorkerError(
+                *(
+                    Violation(f"worker_ids[{index}]", f"no worker {worker_id!r} is connected")
+                    for index, worker_id in enumerate(request.worker_ids)
+                    if worker_id in unknown
+                )
+            )
+        log.info("workers.drained", workers=list(request.worker_ids))
+        return admin_pb2.DrainWorkersResponse()
+
+    async def ListDeadJobs(  # noqa: N802
+        self, request: admin_pb2.ListDeadJobsRequest, context: Context
+    ) -> admin_pb2.ListDeadJobsResponse:
+        jobs = await self._store.dead(request.limit or _DEAD_SHOWN)
+        return admin_pb2.ListDeadJobsResponse(
+            jobs=[
+                admin_pb2.DeadJob(
+                    job_id=job.job_id,
+                    tenant=job.tenant,
+                    spec=types_pb2.JobSpec.FromString(job.spec),
+                    lost_leases=wire_losses(job.lost),
+                )
+                for job in jobs
+            ]
+        )
+
+    async def RequeueDeadJobs(  # noqa: N802
+        self, request: admin_pb2.RequeueDeadJobsRequest, context: Context
+    ) -> admin_pb2.RequeueDeadJobsResponse:
+        check_job_ids(request.job_ids)
+        found = await self._store.dead_jobs(request.job_ids)
+        unknown = [
+            Violation(f"job_ids[{index}]", f"no dead job {request.job_ids[index]!r}")
+            for index, job in enumerate(found)
+            if job is None
+        ]
+        if unknown:
+            raise UnknownJobError(*unknown)
+        response = admin_pb2.RequeueDeadJobsResponse()
+        for job in found:
+            assert job is not None
+            spec = types_pb2.JobSpec.FromString(job.spec)
+            # The key makes a second call, or one that was cut off, find the first one's job.
+            submission = await self._store.submit(
+                [NewJob(spec.model, job.spec, spec.timeout.ToTimedelta().total_seconds())],
+                tenant=job.tenant,
+                idempotency_key=f"dead:{job.job_id}",
+            )
+            await self._store.forget_dead(job.job_id)
+            response.jobs.add(
+                dead_job_id=job.job_id,
+                submission_id=submission.id,
+                job_id=submission.job_ids[0],
+            )
+        return response
+
+    async def ListTenants(  # noqa: N802
+        self, request: admin_pb2.ListTenantsRequest, context: Context
+    ) -> admin_pb2.ListTenantsResponse:
+        return admin_pb2.ListTenantsResponse(
+            tenants=[_tenant(tenant) for tenant in await self._store.tenants.all()]
+        )
+
+    async def SetTenant(  # noqa: N802
+        self, request: admin_pb2.SetTenantRequest, context: Context
+    ) -> admin_pb2.SetTenantResponse:
+        if not re.fullmatch(TENANT_NAME, request.tenant):
+            raise InvalidRequestError(Violation("tenant", TENANT_RULE))
+        if request.HasField("weight") and not _LEAST_WEIGHT <= request.weight <= _MOST_WEIGHT:
+            raise InvalidRequestError(
+                Violation("weight", f"must be {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}")
+            )
+        limits = Limits(
+            weight=request.weight if request.HasField("weight") else None,
+            max_jobs=request.max_jobs if request.HasField("max_jobs") else None,
+            max_bytes=request.max_bytes if request.HasField("max_bytes") else None,
+        )
+        return admin_pb2.SetTenantResponse(
+            tenant=_tenant(await self._store.tenants.set(request.tenant, limits))
+        )
+
+
+def _worker(record: WorkerRecord) -> admin_pb2.WorkerStatus:
+    first, *further = (types_pb2.ModelInfo.FromString(model.info) for model in record.models)
+    return admin_pb2.WorkerStatus(
+        worker_id=record.worker_id,
+        model=first,
+        further_models=further,
+        device=record.device,
+        version=record.version,
+        leased=record.leased,
+        connected_at=_timestamp(record.connected_at),
+        seen_at=_timestamp(record.seen_at),
+        draining=record.draining,
+    )
+
+
+def _tenant(record: TenantRecord) -> admin_pb2.Tenant:
+    return admin_pb2.Tenant(
+        tenant=record.tenant,
+        weight=record.limits.weight,
+        max_jobs=record.limits.max_jobs,
+        max_bytes=record.limits.max_bytes,
+        jobs=record.jobs,
+        bytes=record.bytes,
+    )
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(int(seconds * 1e9))
+    return timestamp

@@ -1,0 +1,93 @@
+"""The models that are known, read from Redis at most once a second."""
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from reltrace_proto.v1 import types_pb2
+
+from reltrace_scheduler.queue.registry import Registry
+
+_FRESH = 1.0
+"""Seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What is known of models at one moment."""
+
+    known: Mapping[str, types_pb2.ModelInfo] = field(default_factory=dict)
+    """Every model that was ever served, by route: jobs for it wait for its next worker.
+
+    A route is its name, which stands for the revision that came last, or NAME@REVISION."""
+
+    workers: Mapping[str, int] = field(default_factory=dict)
+    """How many workers have it loaded at present; routes without one are left out."""
+
+    def names(self, routes: Iterable[str]) -> list[str]:
+        """Return those routes that name no revision."""
+        return [route for route in routes if "@" not in route]
+
+    def revisions(self, name: str) -> list[str]:
+        """Return the routes of those revisions of a model that are served."""
+        return [route for route in self.workers if route.startswith(f"{name}@")]
+
+    def info(self, route: str) -> types_pb2.ModelInfo:
+        """Return what is known of a model; of a name, its only revision that is served."""
+        revisions = self.revisions(route)
+        return self.known[revisions[0] if len(revisions) == 1 else route]
+
+    @property
+    def default(self) -> str | None:
+        """The model of a job that names none: the only one that is served, or known."""
+        names = self.names(self.workers) or self.names(self.known)
+        return next(iter(names)) if len(names) == 1 else None
+
+
+class ModelCache:
+    """A short-lived copy of the registry, for checking submissions.
+
+    Parameters
+    ----------
+    lease : float
+        Seconds after which a silent worker does not count any more.
+    """
+
+    def __init__(self, registry: Registry, lease: float) -> None:
+        self._registry = registry
+        self._lease = lease
+        self._models = Models()
+        self._read_at = float("-inf")
+        # A fleet asks at once: one reads, the others wait for what it finds.
+        self._reading = asyncio.Lock()
+
+    async def get(self, *routes: str) -> Models:
+        """Return what is known.
+
+        Read again when the copy is old, or lacks one of `routes`: a worker that has just
+        announced its model must not be told that it does not exist.
+        """
+        asked_at = time.monotonic()
+        if not self._serves(routes):
+            async with self._reading:
+                # Whoever was before us may have read since we asked.
+                if self._read_at < asked_at and not self._serves(routes):
+                    read_at = time.monotonic()
+                    self._models = await self._read()
+                    self._read_at = read_at
+        return self._models
+
+    def _serves(self, routes: tuple[str, ...]) -> bool:
+        """Tell whether the copy is good enough for somebody who asks for these routes."""
+        known = self._models.known
+        fresh = time.monotonic() - self._read_at <= _FRESH
+        return fresh and bool(known) and all(not route or route in known for route in routes)
+
+    async def _read(self) -> Models:
+        infos = await self._registry.models()
+        alive = time.time() - self._lease
+        return Models(
+            {route: types_pb2.ModelInfo.FromString(info) for route, info in sorted(infos.items())},
+            await self._registry.serving(sorted(infos), seen_since=alive),
+        )

@@ -1,0 +1,190 @@
+"""Puts the scheduler together and runs it."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+from redis.exceptions import RedisError
+from reltrace_proto.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    trace_pb2,
+    trace_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+
+from reltrace_scheduler.api.admin import AdminService
+from reltrace_scheduler.api.error_interceptor import ErrorInterceptor
+from reltrace_scheduler.api.metrics_interceptor import MetricsInterceptor
+from reltrace_scheduler.api.models import ModelCache
+from reltrace_scheduler.api.reaper import Reaper
+from reltrace_scheduler.api.result_store import Sweeper
+from reltrace_scheduler.api.trace import TraceService
+from reltrace_scheduler.api.worker import WorkerService
+from reltrace_scheduler.auth.access import Access
+from reltrace_scheduler.auth.interceptor import AuthInterceptor
+from reltrace_scheduler.auth.rates import UNLIMITED, RateInterceptor
+from reltrace_scheduler.config import MAX_TRANSPORT_BYTES, Settings
+from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.export import exporting
+from reltrace_scheduler.observability.tracing import NoSpans, Spans
+from reltrace_scheduler.queue.connection import Connection
+from reltrace_scheduler.queue.gauges import Gauges
+from reltrace_scheduler.queue.signals import Signals
+from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.tasks import end
+from reltrace_scheduler.web.server import showing
+
+log = structlog.get_logger()
+
+SERVICES = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (trace_pb2, "TraceService"),
+        (worker_pb2, "WorkerService"),
+        (admin_pb2, "AdminService"),
+    )
+)
+
+_STOP_GRACE = 2.0
+"""Seconds for calls under way; streams to workers and clients are cut and resumed."""
+
+_HEALTH_PERIOD = 1.0
+
+
+@asynccontextmanager
+async def serving(
+    connection: Connection,
+    listen: str,
+    settings: Settings,
+    access: Access | None = None,
+    metrics: str | None = None,
+    web: str | None = None,
+    spans: Spans | None = None,
+) -> AsyncIterator[str]:
+    """Serve until the block ends; gives the address that clients use.
+
+    Parameters
+    ----------
+    connection : Connection
+        The store.
+    listen : str
+        ``HOST:PORT``; port 0: any free one.
+    settings : Settings
+        Bounds and times.
+    access : Access, optional
+        Who gets in; default: everybody on this machine.
+    metrics : str, optional
+        ``HOST:PORT`` at which Prometheus reads; default: nowhere.
+    web : str, optional
+        ``HOST:PORT`` of the page for people; default: nowhere. What it shows of jobs is noted where
+        the settings say so.
+    spans : Spans, optional
+        Takes what is done for jobs that are traced; default: nobody does.
+
+    Raises
+    ------
+    StartError
+        The address can not be bound, or may not be served like this.
+    """
+    access, spans = access or Access(), spans or NoSpans()
+    access.check(listen)
+    store, signals = Store(connection.redis, settings), Signals(connection.redis)
+    await store.open()
+    models, counts = ModelCache(store.registry, settings.lease), Counts()
+    server = grpc.aio.server(
+        interceptors=[MetricsInterceptor(counts), *_interceptors(access)],
+        options=[
+            # gRPC unpacks a compressed message to any length before it looks at the limit.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
+            ("grpc.max_receive_message_length", MAX_TRANSPORT_BYTES),
+            ("grpc.max_send_message_length", MAX_TRANSPORT_BYTES),
+            # Two schedulers on one port would share its connections at random.
+            ("grpc.so_reuseport", 0),
+            # Finds peers that vanished without closing.
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ],
+    )
+    trace_pb2_grpc.add_TraceServiceServicer_to_server(
+        TraceService(store, models, signals, counts, spans), server
+    )
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(
+        WorkerService(store, models, signals, counts, spans), server
+    )
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(
+        AdminService(store, connection.version), server
+    )
+    status = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    reflection.enable_server_reflection([*SERVICES, HEALTH_NAME, reflection.SERVICE_NAME], server)
+    try:
+        port = (
+            server.add_insecure_port(listen)
+            if access.tls is None
+            else server.add_secure_port(listen, access.tls.credentials())
+        )
+    except RuntimeError as error:
+        raise StartError(f"--listen {listen}: the address is in use or not ours") from error
+    exporter = exporting(metrics, counts, Gauges(store)) if metrics else contextlib.nullcontext()
+    page = showing(web, store, access) if web else contextlib.nullcontext()
+    await server.start()
+    tasks = [
+        asyncio.create_task(signals.run()),
+        asyncio.create_task(Reaper(store, counts).run()),
+        asyncio.create_task(_report_health(connection, status)),
+    ]
+    if settings.results_url:
+        tasks.append(asyncio.create_task(Sweeper(store.results_url, store).run()))
+    try:
+        async with exporter, page as shown:
+            if shown:
+                log.info("page.served", url=shown)
+            yield f"{listen.rpartition(':')[0]}:{port}"
+    finally:
+        await status.enter_graceful_shutdown()
+        await end(tasks)
+        await server.stop(_STOP_GRACE)
+
+
+def _interceptors(access: Access) -> Iterator[grpc.aio.ServerInterceptor]:
+    """Give the interceptors, the outermost first."""
+    yield ErrorInterceptor()
+    if access.tokens is not None:
+        yield AuthInterceptor(access.tokens)
+    if access.rates != UNLIMITED:
+        yield RateInterceptor(access.rates)
+
+
+async def _report_health(connection: Connection, status: health.HealthServicer) -> None:
+    """Serve NOT_SERVING, per service and in all, while Redis does not answer."""
+    while True:
+        try:
+            await connection.redis.ping()
+            state = health_pb2.HealthCheckResponse.SERVING
+        except (RedisError, OSError):
+            state = health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *SERVICES):
+            await status.set(service, state)
+        await asyncio.sleep(_HEALTH_PERIOD)
+
+
+async def until_asked_to_stop() -> None:
+    """Wait for SIGINT or SIGTERM."""
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(number, asked.set)
+    await asked.wait()

@@ -1,0 +1,245 @@
+"""TraceService: what clients call."""
+
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+import grpc
+from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
+
+from reltrace_scheduler.api.models import ModelCache
+from reltrace_scheduler.api.terminal_results import cancelled, end
+from reltrace_scheduler.api.validation import as_sent, check_job_ids, check_submission
+from reltrace_scheduler.auth.identity import current
+from reltrace_scheduler.errors import (
+    InvalidRequestError,
+    SchedulerError,
+    UnknownSubmissionError,
+    Violation,
+)
+from reltrace_scheduler.keys import job_ids, submission_of
+from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.tracing import Spans
+from reltrace_scheduler.queue.drafts import PAGE, START
+from reltrace_scheduler.queue.queue import digest
+from reltrace_scheduler.queue.results import Progress
+from reltrace_scheduler.queue.signals import Signals, wait
+from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.records import Priority, StoredDraft, Submission
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_MESSAGE_BYTES = 1 << 20
+"""A message is sent once it holds this much, or nothing more is there."""
+
+_MOST_DRAFTS = 16
+"""Jobs that one call reads along with: each is looked at whenever there is something."""
+
+_LOOK_AGAIN = 1.0
+"""Seconds between looks at the store while no signal comes."""
+
+
+_PRIORITIES = {
+    types_pb2.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
+    types_pb2.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    types_pb2.PRIORITY_BATCH: Priority.BATCH,
+}
+
+
+class TraceService(trace_pb2_grpc.TraceServiceServicer):
+    """Accepts jobs and hands out their results."""
+
+    def __init__(
+        self,
+        store: Store,
+        models: ModelCache,
+        signals: Signals,
+        counts: Counts,
+        spans: Spans,
+    ) -> None:
+        self._spans = spans
+        self._store = store
+        self._models = models
+        self._signals = signals
+        self._counts = counts
+
+    async def SubmitJobs(  # noqa: N802
+        self, request: trace_pb2.SubmitJobsRequest, context: Context
+    ) -> trace_pb2.SubmitJobsResponse:
+        began = time.monotonic()
+        self._spans.adopt(request.idempotency_key, request.jobs)
+        models = await self._models.get(*(job.model for job in request.jobs))
+        try:
+            jobs = check_submission(request, models, self._store.settings.output_uris)
+        except SchedulerError:
+            # What was accepted stays accepted, also when models have come or gone since.
+            before = await self._seen(request)
+            if before is None:
+                raise
+            return _answer(before)
+        tenant, priority = current().tenant, _PRIORITIES[request.priority]
+        submission = await self._store.submit(
+            jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key
+        )
+        if not submission.deduplicated:
+            self._counts.submitted.labels(tenant, priority).inc(len(jobs))
+        for parent in {job.traceparent for job in request.jobs} - {""}:
+            self._spans.record(
+                "reltrace.submit",
+                parent,
+                time.monotonic() - began,
+                submission=submission.id,
+                tenant=tenant,
+                jobs=len(jobs),
+            )
+        return _answer(submission)
+
+    async def _seen(self, request: trace_pb2.SubmitJobsRequest) -> Submission | None:
+        """Return what was accepted before, if this is a submission once more."""
+        priority = _PRIORITIES.get(request.priority)
+        if not request.idempotency_key or priority is None:
+            return None
+        jobs = digest(map(as_sent, request.jobs), priority)
+        return await self._store.seen(current().tenant, request.idempotency_key, jobs)
+
+    async def StreamResults(  # noqa: N802
+        self, request: trace_pb2.StreamResultsRequest, context: Context
+    ) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
+        submission = request.submission_id
+        entry, chunk = request.after_entry, request.after_chunk
+        _check_drafts(request)
+        drafts = dict.fromkeys(request.drafts_of, START)
+        with self._signals.listen(self._store.of(submission).keys.done(submission)) as signal:
+            while True:
+                progress = await self._progress(submission)
+                if progress.ended > entry:
+                    async for message in self._messages(submission, entry, chunk):
+                        yield message
+                        entry = message.events[-1].entry
+                    # What had ended and did not come has been acknowledged, or was seen.
+                    entry, chunk = max(entry, progress.ended), 0
+                elif entry >= progress.jobs:
+                    return
+                else:
+                    found = await self._store.drafts(submission, drafts) if drafts else {}
+                    for message in _draft_messages(found):
+                        yield message
+                    for job_id, new in found.items():
+                        drafts[job_id] = new[-1].position
+                    # What came since we began to look has been signalled.
+                    if all(len(new) < PAGE for new in found.values()):
+                        await wait(signal, _LOOK_AGAIN)
+
+    async def _progress(self, submission: str) -> Progress:
+        """Look a submission up; another tenant's does not exist for the caller."""
+        progress = await self._store.progress(submission)
+        if progress is None or progress.tenant != current().tenant:
+            raise UnknownSubmissionError(submission)
+        return progress
+
+    async def _messages(
+        self, submission: str, entry: int, chunk: int
+    ) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
+        message, size = trace_pb2.StreamResultsResponse(), 0
+        async for stored in self._store.read(submission, entry, chunk):
+            if size + len(stored.data) > _MESSAGE_BYTES and size:
+                yield message
+                message, size = trace_pb2.StreamResultsResponse(), 0
+            event = message.events.add(entry=stored.entry)
+            event.chunk.MergeFromString(stored.data)
+            size += len(stored.data)
+        if size:
+            yield message
+
+    async def AcknowledgeResults(  # noqa: N802
+        self, request: trace_pb2.AcknowledgeResultsRequest, context: Context
+    ) -> trace_pb2.AcknowledgeResultsResponse:
+        try:
+            await self._progress(request.submission_id)
+        except UnknownSubmissionError:
+            # All of it was acknowledged before: the answer to that was lost.
+            return trace_pb2.AcknowledgeResultsResponse()
+        await self._store.acknowledge(request.submission_id, request.through_entry)
+        return trace_pb2.AcknowledgeResultsResponse()
+
+    async def CancelJobs(  # noqa: N802
+        self, request: trace_pb2.CancelJobsRequest, context: Context
+    ) -> trace_pb2.CancelJobsResponse:
+        if bool(request.submission_id) == bool(request.job_ids):
+            raise InvalidRequestError(
+                Violation("submission_id", "name either a submission or job_ids, not both or none")
+            )
+        if request.submission_id:
+            progress = await self._progress(request.submission_id)
+            ids = job_ids(request.submission_id, progress.jobs)
+        else:
+            check_job_ids(request.job_ids)
+            found = await self._store.jobs(request.job_ids, tenant=current().tenant)
+            ids = [job.job_id for job in found if job]
+        endings = [cancelled(job_id) for job_id in ids]
+        ended = await end(self._store, self._counts, endings)
+        return trace_pb2.CancelJobsResponse(cancelled=ended)
+
+    async def GetJobs(  # noqa: N802
+        self, request: trace_pb2.GetJobsRequest, context: Context
+    ) -> trace_pb2.GetJobsResponse:
+        check_job_ids(request.job_ids)
+        found = await self._store.jobs(request.job_ids, tenant=current().tenant)
+        # A job that is unknown, expired or acknowledged has no state.
+        return trace_pb2.GetJobsResponse(
+            jobs=[
+                trace_pb2.JobStatus(
+                    job_id=job.job_id,
+                    state=types_pb2.JobState.Value(f"JOB_STATE_{job.state}"),
+                    attempt=job.attempt,
+                    worker_id=job.worker,
+                )
+                if job
+                else trace_pb2.JobStatus(job_id=job_id)
+                for job_id, job in zip(request.job_ids, found, strict=True)
+            ]
+        )
+
+    async def ListModels(  # noqa: N802
+        self, request: trace_pb2.ListModelsRequest, context: Context
+    ) -> trace_pb2.ListModelsResponse:
+        models = await self._models.get()
+        response = trace_pb2.ListModelsResponse()
+        for name in models.names(models.known):
+            for route in models.revisions(name) or [name]:
+                response.models.add(model=models.known[route], workers=models.workers.get(route, 0))
+        return response
+
+
+def _answer(submission: Submission) -> trace_pb2.SubmitJobsResponse:
+    return trace_pb2.SubmitJobsResponse(
+        submission_id=submission.id,
+        job_ids=submission.job_ids,
+        deduplicated=submission.deduplicated,
+    )
+
+
+def _check_drafts(request: trace_pb2.StreamResultsRequest) -> None:
+    if (count := len(request.drafts_of)) > _MOST_DRAFTS:
+        raise InvalidRequestError(
+            Violation("drafts_of", f"names {count} jobs; at most {_MOST_DRAFTS} are allowed")
+        )
+    for index, job_id in enumerate(request.drafts_of):
+        if submission_of(job_id) != request.submission_id:
+            raise InvalidRequestError(
+                Violation(f"drafts_of[{index}]", f"{job_id!r} is no job of the submission")
+            )
+
+
+def _draft_messages(
+    found: Mapping[str, list[StoredDraft]],
+) -> Iterator[trace_pb2.StreamResultsResponse]:
+    message, size = trace_pb2.StreamResultsResponse(), 0
+    for stored in (draft for drafts in found.values() for draft in drafts):
+        if size + len(stored.data) > _MESSAGE_BYTES and size:
+            yield message
+            message, size = trace_pb2.StreamResultsResponse(), 0
+        message.drafts.add().MergeFromString(stored.data)
+        size += len(stored.data)
+    if size:
+        yield message

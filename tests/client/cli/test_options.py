@@ -1,0 +1,105 @@
+"""What holds for every option of every command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import click
+import pytest
+import typer
+from reltrace.cli.app import app
+
+# The client itself looks for these, so that they hold without the command, too.
+BY_THE_CLIENT = {
+    "--token-file": "RELTRACE_TOKEN_FILE",
+    "--tls": "RELTRACE_TLS",
+    "--insecure": "RELTRACE_INSECURE",
+}
+WITHOUT = {"--help", "--version", "--install-completion", "--show-completion"}
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    def walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+        yield name, command
+        for child in getattr(command, "commands", {}).values():
+            yield from walk(f"{name} {child.name}", child)
+
+    return walk("reltrace", typer.main.get_command(app))
+
+
+OPTIONS = [
+    (name, option)
+    for name, command in commands()
+    for option in command.params
+    if option.param_type_name == "option" and not WITHOUT & set(option.opts)
+]
+
+
+def identify(value: object) -> str:
+    return value if isinstance(value, str) else value.opts[0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=identify)
+def test_every_option_is_an_environment_variable(name: str, option: click.Option) -> None:
+    if variable := BY_THE_CLIENT.get(option.opts[0]):
+        assert option.envvar is None
+        assert variable in (option.help or "")
+        return
+    assert isinstance(option.envvar, str)
+    assert option.envvar.startswith("RELTRACE_")
+
+
+def test_a_variable_means_one_thing() -> None:
+    meanings: dict[str, set[str]] = {}
+    for _, option in OPTIONS:
+        meanings.setdefault(str(option.envvar), set()).add(option.opts[0])
+    del meanings["None"]
+    assert {name: found for name, found in meanings.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=identify)
+def test_every_option_is_explained(name: str, option: click.Option) -> None:
+    # A bracket would be taken for markup, and vanish.
+    assert option.help
+    assert "[" not in option.help
+
+
+@pytest.mark.parametrize("name", [name for name, _ in commands()])
+def test_help(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *name.split(), "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: " in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands(shell: str) -> None:
+    words = {"bash": ("COMP_WORDS", "COMP_CWORD"), "zsh": ("_TYPER_COMPLETE_ARGS",)}.get(shell)
+    setting = {"_RELTRACE_COMPLETE": f"complete_{shell}"}
+    if words == ("COMP_WORDS", "COMP_CWORD"):
+        setting |= {"COMP_WORDS": "reltrace st", "COMP_CWORD": "1"}
+    else:
+        setting |= {
+            "_TYPER_COMPLETE_ARGS": "reltrace st",
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        }
+    program = "import sys; sys.argv = ['reltrace']; from reltrace.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | setting,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "status" in done.stdout
+    assert "models" not in done.stdout
+
+
+def test_a_reader_that_has_enough_causes_no_traceback() -> None:
+    reltrace = f"{sys.executable} -m reltrace batch --help | head -1"
+    done = subprocess.run(reltrace, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""

@@ -1,0 +1,252 @@
+from dataclasses import replace
+
+import pytest
+import redis.asyncio
+from reltrace_scheduler.api.terminal_results import abandoned
+from reltrace_scheduler.config import Settings
+from reltrace_scheduler.keys import Keys
+from reltrace_scheduler.queue.results import Progress, Results
+from reltrace_scheduler.records import Abandoned, Lease, NewChunk, NewJob, StoredChunk
+from scheduler.driver import Driver
+
+
+async def finish(driver: Driver, sizes: list[list[int]]) -> str:
+    """Submit and end one job per list: each number is the size of a chunk."""
+    submission = await driver.submit([NewJob("m", b"spec")] * len(sizes))
+    leased = await driver.lease("w", len(sizes))
+    for job, chunks in zip(leased, sizes, strict=True):
+        for number, size in enumerate(chunks, 1):
+            end = "SUCCEEDED" if number == len(chunks) else ""
+            data = bytes([number]) * size
+            chunk = NewChunk(Lease(job.job_id, job.attempt), number, end, data)
+            assert await driver.commit("w", [chunk]) == [1]
+    return submission.id
+
+
+async def read(results: Results, submission: str, entry: int = 0, chunk: int = 0) -> list:
+    return [stored async for stored in results.read(submission, entry, chunk)]
+
+
+async def test_chunks_come_in_order_and_the_same_every_time(
+    driver: Driver, results: Results
+) -> None:
+    submission = await finish(driver, [[10], [5, 5, 5], [100_000], [1]])
+
+    everything = await read(results, submission)
+
+    assert [(c.entry, c.number, len(c.data)) for c in everything] == [
+        (1, 1, 10),
+        (2, 1, 5),
+        (2, 2, 5),
+        (2, 3, 5),
+        (3, 1, 100_000),
+        (4, 1, 1),
+    ]
+    assert await read(results, submission) == everything
+    positions = [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (3, 0)]
+    for skipped, (entry, chunk) in enumerate(positions):
+        assert await read(results, submission, entry, chunk) == everything[skipped:]
+
+
+async def test_an_unfinished_job_shows_nothing(driver: Driver, results: Results) -> None:
+    submission = await driver.submit([NewJob("m", b"")])
+    (job,) = await driver.lease("w", 1)
+    await driver.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "", b"half")])
+    assert await read(results, submission.id) == []
+    assert await results.progress(submission.id) == Progress(tenant="t", jobs=1, ended=0)
+
+
+async def test_more_entries_than_a_page(driver: Driver, results: Results) -> None:
+    total = [await finish(driver, [[3]] * 40) for _ in range(8)]
+    assert [len(await read(results, submission)) for submission in total] == [40] * 8
+
+
+async def test_acknowledging_frees_what_was_read(
+    driver: Driver, results: Results, store: redis.asyncio.Redis
+) -> None:
+    submission = await finish(driver, [[1], [2, 2], [3]])
+
+    assert await results.acknowledge(submission, 2) == 2
+    assert await results.acknowledge(submission, 2) == 0
+    assert await read(results, submission) == [StoredChunk(3, 1, b"\1\1\1")]
+    assert not await store.keys("*chunks:*")
+
+    assert await results.acknowledge(submission, 3) == 1
+    assert await results.progress(submission) is None
+
+
+async def test_an_idempotency_key_of_what_was_read_is_soon_forgotten(
+    driver: Driver, results: Results, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    submission = await driver.submit([NewJob("m", b"")], "key")
+    key = keys.idempotency("t", "key")
+    assert await store.pttl(key) > 23 * 3600_000
+    (job,) = await driver.lease("w", 1)
+    await driver.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "SUCCEEDED", b"a")])
+    await results.acknowledge(submission.id, 1)
+    assert 0 < await store.pttl(key) <= 600_000
+
+
+async def test_acknowledging_early_does_not_end_a_submission(
+    driver: Driver, results: Results
+) -> None:
+    submission = await driver.submit([NewJob("m", b"")] * 2)
+    first, second = await driver.lease("w", 2)
+    await driver.commit("w", [NewChunk(Lease(first.job_id, 1), 1, "SUCCEEDED", b"a")])
+    await results.acknowledge(submission.id, 1)
+    await driver.commit("w", [NewChunk(Lease(second.job_id, 1), 1, "SUCCEEDED", b"b")])
+    assert await read(results, submission.id, 1) == [StoredChunk(2, 1, b"b")]
+
+
+async def test_the_time_to_live_starts_when_all_jobs_have_ended(
+    driver: Driver, results: Results, store: redis.asyncio.Redis, settings: Settings, keys: Keys
+) -> None:
+    submission = await driver.submit([NewJob("m", b"")] * 2)
+    first, second = await driver.lease("w", 2)
+    await driver.commit("w", [NewChunk(Lease(first.job_id, 1), 1, "", b"a")])
+    await driver.commit("w", [NewChunk(Lease(first.job_id, 1), 2, "SUCCEEDED", b"a")])
+    assert await store.zcard(keys.expiring) == 0
+
+    await driver.commit("w", [NewChunk(Lease(second.job_id, 1), 1, "SUCCEEDED", b"b")])
+
+    ((member, due),) = await store.zrange(keys.expiring, 0, -1, withscores=True)
+    seconds, _ = await store.time()
+    assert member.decode() == submission.id
+    assert 0 < due / 1000 - seconds <= settings.result_ttl + 1
+    assert await driver.upkeep.expire() == (0, [])
+
+
+async def test_what_expires_leaves_nothing(
+    driver: Driver, results: Results, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    submission = await finish(driver, [[1], [2, 2], [70_000]])
+    await results.acknowledge(submission, 1)
+    await store.zadd(keys.expiring, {submission: 1})
+
+    assert await driver.upkeep.expire() == (1, [])
+
+    assert await results.progress(submission) is None
+    assert not await store.keys("*job:*")
+    assert not await store.keys("*chunks:*")
+    assert await store.zcard(keys.expiring) == 0
+    assert int(await store.hget(keys.load, "results")) == 0
+
+
+async def test_unread_results_are_counted_until_they_are_freed(
+    driver: Driver, results: Results, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    submission = await finish(driver, [[10], [5, 5], [100_000]])
+    counts = [int(await store.hget(keys.load, "results"))]
+    for entry in (1, 2, 3):
+        await results.acknowledge(submission, entry)
+        counts.append(int(await store.hget(keys.load, "results")))
+    assert counts == [100_020, 100_010, 100_000, 0]
+    assert int(await store.hget(keys.tenant("t"), "results")) == 0
+
+
+async def test_an_unknown_submission(results: Results) -> None:
+    assert await results.progress("nothing") is None
+    assert await read(results, "nothing") == []
+
+
+@pytest.mark.parametrize("through", [300, 10**14, 2**63, 2**64 - 1])
+async def test_many_results_are_freed_in_pages_and_through_any_number(
+    store: redis.asyncio.Redis, keys: Keys, settings: Settings, through: int
+) -> None:
+    settings = replace(settings, max_jobs=1000)
+    driver, results = Driver.over(store, keys, settings), Results(store, settings, keys)
+    submission = await finish(driver, [[1]] * 300)
+    assert await results.acknowledge(submission, 0) == 0
+    assert await results.acknowledge(submission, 200) == 200
+    assert [chunk.entry for chunk in await read(results, submission)] == list(range(201, 301))
+    assert await results.acknowledge(submission, through) == 100
+    assert await results.progress(submission) is None
+    assert not await store.keys("*job:*")
+
+
+async def parked(driver: Driver, results: Results, *, tenant: str = "t") -> str:
+    """A submission of three jobs, the last of which waits until results are read."""
+    submission = await driver.submit([NewJob("m", b"")] * 3, tenant=tenant)
+    for _ in range(2):
+        (job,) = await driver.lease("w", 1)
+        await driver.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "SUCCEEDED", bytes(600))])
+    assert await driver.lease("w", 1) == []
+    return submission.id
+
+
+@pytest.fixture
+def little() -> Settings:
+    return Settings(lease=0.5, result_ttl=60, max_unread=1000, tenant_max_bytes=2000)
+
+
+async def test_a_submission_that_waits_for_a_reader_does_not_wait_for_ever(
+    store: redis.asyncio.Redis, keys: Keys, little: Settings
+) -> None:
+    """
+    Given a submission whose jobs are parked because nobody reads its results
+    If nobody reads for as long as results are kept
+    I expect it to be handed out as abandoned, and, once its jobs have ended, to leave nothing.
+    """
+    driver, results = Driver.over(store, keys, little), Results(store, little, keys)
+    submission = await parked(driver, results)
+    ((member, due),) = await store.zrange(keys.expiring, 0, -1, withscores=True)
+    seconds, _ = await store.time()
+    assert member.decode() == submission
+    assert 58 < due / 1000 - seconds <= 61
+    assert await driver.upkeep.expire() == (0, [])
+
+    await store.zadd(keys.expiring, {submission: 1})
+    assert await driver.upkeep.expire() == (0, [Abandoned(submission, 3)])
+    await driver.upkeep.end([abandoned(job) for job in Abandoned(submission, 3).job_ids])
+    await driver.upkeep.go(submission)
+    assert await driver.upkeep.expire() == (1, [])
+    assert not await store.keys("*job:*")
+    assert not await store.keys("*parked:*")
+    assert {int(n or 0) for n in await store.hmget(keys.load, "jobs", "bytes", "results")} == {0}
+
+
+async def test_whoever_reads_a_little_keeps_it(
+    store: redis.asyncio.Redis, keys: Keys, little: Settings
+) -> None:
+    driver, results = Driver.over(store, keys, little), Results(store, little, keys)
+    submission = await parked(driver, results)
+    await store.zadd(keys.expiring, {submission: 1})
+    await results.acknowledge(submission, 1)
+    assert await store.zcard(keys.expiring) == 0
+    assert await driver.upkeep.expire() == (0, [])
+    # What was parked goes on.
+    (job,) = await driver.lease("w", 1)
+    assert job.attempt == 1
+
+
+async def test_a_tenant_whose_results_nobody_reads_does_not_wait_for_ever(
+    store: redis.asyncio.Redis, keys: Keys, little: Settings
+) -> None:
+    """
+    Given a tenant whose unread results take all its room, in submissions that have not ended
+    If nobody has read any for as long as results are kept
+    I expect those submissions to be handed out as abandoned, once, and nobody else's.
+    """
+    driver, results = Driver.over(store, keys, little), Results(store, little, keys)
+    first = await parked(driver, results)
+    second = await driver.submit([NewJob("m", b"")] * 2)
+    (job,) = await driver.lease("w", 1)
+    await driver.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "SUCCEEDED", bytes(900))])
+    mine = {first, second.id}
+    other = await parked(driver, results, tenant="other")
+    assert await driver.lease("w", 1) == []
+    assert await store.zrange(keys.full, 0, -1) == [b"t"]
+    assert await driver.upkeep.unread() == []
+
+    await store.zadd(keys.full, {"t": 1})
+    found = await driver.upkeep.unread()
+    assert {one.submission for one in found} == mine
+    assert other not in mine
+    assert await driver.upkeep.unread() == []
+
+    # A reader of any of them is a reader.
+    assert await driver.lease("w", 1) == []
+    await results.acknowledge(first, 1)
+    assert await store.zcard(keys.full) == 0
+    leased = [job.job_id for job in await driver.lease("w", 4)]
+    assert set(leased) == {f"{first}-2", second.job_ids[1]}

@@ -1,0 +1,147 @@
+"""Linear layers through oneDNN: the numbers of plain ones, for as long as a block lasts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference.loaded import Checkpoints
+from reltrace_worker.engine import Engine
+from reltrace_worker.lrp import linear
+from reltrace_worker.models import load_model
+from reltrace_worker.types.jobs import PreparedJob, PreparedTarget, Term
+from reltrace_worker.types.results import JobResult
+from torch import nn
+
+needs_onednn = pytest.mark.skipif(
+    not linear.is_available(), reason="this torch has no oneDNN with mkldnn._linear_pointwise"
+)
+
+
+def layer(inner: int, outer: int, bias: bool = False) -> nn.Linear:
+    return nn.Linear(inner, outer, bias=bias).requires_grad_(False)
+
+
+def value_and_gradient(
+    module: nn.Linear, x: torch.Tensor, outer: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    value = module(x)
+    (gradient,) = torch.autograd.grad(value, x, outer)
+    return value.detach(), gradient
+
+
+@needs_onednn
+@settings(max_examples=20, deadline=None, database=None, derandomize=True)
+@given(
+    rows=st.integers(1, 70),
+    inner=st.integers(1, 600),
+    outer=st.integers(1, 600),
+    bias=st.booleans(),
+    strided=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_value_and_gradient_are_those_of_the_plain_layer(
+    rows: int, inner: int, outer: int, bias: bool, strided: bool, seed: int
+) -> None:
+    """
+    Given a linear layer of any size, and input and gradient of any layout
+    If oneDNN computes it
+    I expect value and gradient of float64 to float32 rounding, as close as torch's own come.
+    """
+    torch.manual_seed(seed)
+    module = layer(inner, outer, bias)
+    x, g = torch.randn(1, rows, inner), torch.randn(1, rows, outer)
+    if strided:
+        x, g = x.mT.contiguous().mT, g.mT.contiguous().mT
+    exact = value_and_gradient(copy.deepcopy(module).double(), x.double(), g.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "_LEAST_WORK", 0)
+        with linear.through_onednn([module]):
+            ours = value_and_gradient(module, x, g)
+    for found, wanted, depth in zip(ours, exact, (inner, outer), strict=True):
+        assert found.dtype == torch.float32
+        # Rounding of a sum of `depth` products of normal numbers.
+        assert float((found - wanted).abs().max()) <= 1e-6 * (4 + depth**0.5)
+
+
+@needs_onednn
+def test_what_is_too_small_stays_with_torch() -> None:
+    """
+    Given a small layer
+    If oneDNN may compute it
+    I expect torch's own function to: bit for bit, and in the graph.
+    """
+    module, x = layer(48, 96), torch.randn(5, 48, requires_grad=True)
+    plain = module(x)
+    with linear.through_onednn([module]):
+        value = module(x)
+    assert type(value.grad_fn) is type(plain.grad_fn)
+    assert torch.equal(value, plain)
+    with linear.through_onednn([module]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "_LEAST_WORK", 0)
+        assert type(module(x).grad_fn) is not type(plain.grad_fn)
+
+
+def test_only_plain_frozen_float32_layers_are_taken() -> None:
+    class Quantized(nn.Linear):
+        pass
+
+    model = nn.Sequential(
+        layer(4, 4),
+        layer(4, 4).bfloat16(),
+        Quantized(4, 4).requires_grad_(False),
+        nn.Linear(4, 4),
+        layer(4, 4, bias=True),
+    )
+    model[0].weight.requires_grad_(True)
+    assert linear.linear_layers(model) == ((model[4],) if linear.is_available() else ())
+
+
+def test_layers_come_back_also_after_an_exception() -> None:
+    module = layer(4, 4)
+    before = dict(vars(module))
+    with pytest.raises(KeyError, match="True"), linear.through_onednn([module, module]):
+        raise KeyError("forward" in vars(module))
+    assert vars(module) == before
+
+
+@needs_onednn
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_a_trace_through_onednn_is_the_trace(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, checkpointing: str
+) -> None:
+    """
+    Given a model, every site, and several prompts
+    If oneDNN computes all of its products
+    I expect the relevance that torch's own give, to 1e-5 of the largest of the layer.
+    """
+    loaded = load_model(str(checkpoints.folder("grouped")), device="cpu")
+    sites = ("embed", "resid", "resid_mid", "attn_out", "mlp_out", "head", "neuron")
+    jobs = [
+        PreparedJob(ids, ("",) * len(ids), sites, "full", "attnlrp", (PreparedTarget((term,)),))
+        for ids in ((3, 1, 4, 1, 5), (9, 2, 6), tuple(range(40)))
+        for term in (Term(len(ids) - 1, 7),)
+    ]
+    engine = Engine(loaded, checkpointing)  # type: ignore[arg-type]
+    plain = engine.run(jobs)
+    monkeypatch.setattr(linear, "_LEAST_WORK", 0)
+    products: list[int] = []
+    product = linear._product
+    monkeypatch.setattr(linear, "_product", lambda *a: products.append(1) or product(*a))
+    for ours, wanted in zip(engine.run(jobs), plain, strict=True):
+        assert isinstance(ours, JobResult)
+        assert isinstance(wanted, JobResult)
+        for found, expected in zip(ours.tensors, wanted.tensors, strict=True):
+            assert found.site == expected.site
+            assert torch.allclose(
+                found.values,
+                expected.values,
+                rtol=0,
+                atol=1e-5 * float(expected.values.abs().max()),
+            )
+    # Seven products per layer and the logits, forward and backward.
+    assert len(products) >= 2 * (7 * loaded.shape.layers + 1)

@@ -1,0 +1,173 @@
+"""Where a model's weights go, and in which number format."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from reltrace_worker.types.errors import ModelError
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+DeviceMap = str | Mapping[str, int | str]
+"""``"auto"``, or devices by the paths of modules, as accelerate takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model is loaded to.
+
+    Parameters
+    ----------
+    device
+        Of the whole model; of a model that is split, ``cuda`` stands for all its GPUs.
+    dtype
+        Of the weights, or, where these are quantized, of what is computed with them.
+    device_map
+        How accelerate splits the model; None: it is on `device` alone.
+    load_in_4bit
+        bitsandbytes quantizes the weights of the linear layers.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    device_map: DeviceMap | None
+    load_in_4bit: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of ``from_pretrained`` that place the model."""
+        options: dict[str, Any] = {"dtype": self.dtype}
+        if self.device_map is not None:
+            options["device_map"] = self.device_map
+        elif self.device.type != "cpu":
+            # Weight by weight to the device: the host's memory never holds all of them.
+            options["device_map"] = {"": str(self.device)}
+        if self.load_in_4bit:
+            # As in LXT's examples/quantized_llama.py; float16 would overflow in the gradients.
+            options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+                load_in_4bit=True, bnb_4bit_compute_dtype=self.dtype
+            )
+        return options
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check where accelerate has put the parts of a loaded model.
+
+        Raises
+        ------
+        ModelError
+            A part was offloaded from where it is computed; names the first.
+        """
+        places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
+        on_gpus = not set(places.values()) <= {"cpu", "disk"}
+        for name, place in places.items():
+            if place == "disk" or (place == "cpu" and on_gpus):
+                raise ModelError(
+                    f"the model does not fit {'the GPUs' if on_gpus else 'the memory'}: "
+                    f"{name or 'all of it'} would be offloaded to the {place}, and every pass "
+                    "would wait for it"
+                )
+
+
+def choose_placement(
+    device: str, dtype: str, device_map: DeviceMap | None = None, load_in_4bit: bool = False
+) -> Placement:
+    """Check what was asked for, before anything is loaded.
+
+    Parameters
+    ----------
+    device, dtype, device_map, load_in_4bit
+        As in :func:`reltrace_worker.models.loading.load_model`.
+
+    Raises
+    ------
+    ModelError
+        Names what is not supported, or what is missing on this machine.
+    """
+    if device_map is not None:
+        if device != "auto":
+            raise ModelError(f"device {device!r} and a device_map exclude each other; give one")
+        if isinstance(device_map, str) and device_map != "auto":
+            raise ModelError(f"device_map {device_map!r} is not supported; supported: auto")
+        if device_map == "auto" and not torch.cuda.is_available():
+            raise ModelError(
+                "device_map 'auto' splits a model over GPUs, and torch "
+                f"{torch.__version__} sees no CUDA device"
+            )
+    on_cpu = isinstance(device_map, Mapping) and set(map(str, device_map.values())) == {"cpu"}
+    target = torch.device("cpu") if on_cpu else _device(device)
+    if load_in_4bit:
+        if target.type != "cuda":
+            raise ModelError(
+                f"load_in_4bit needs a CUDA device; this model would be on {target.type!r}"
+            )
+        if find_spec("bitsandbytes") is None:
+            raise ModelError(
+                "load_in_4bit needs bitsandbytes, which is not installed; install it with: "
+                "pip install bitsandbytes"
+            )
+    return Placement(target, _dtype(dtype, target), device_map, load_in_4bit)
+
+
+def device_name(devices: tuple[torch.device, ...]) -> str:
+    """Name what a model is on: ``"cpu"``, the name of its GPU, or ``"2 x "`` its name."""
+    names = Counter(
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        for device in devices
+    )
+    return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in names.items())
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(
+            f"device {name!r} is unknown; supported: auto, cpu, cuda, cuda:N"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r} is not supported; supported: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device {name!r} does not exist: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    if name in ("float16", "half", "fp16"):
+        raise ModelError(
+            "dtype 'float16' is not supported: relevance overflows its range and becomes NaN; "
+            f"supported: {', '.join(DTYPES)}"
+        )
+    if name not in DTYPES:
+        raise ModelError(f"dtype {name!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def device_memory(devices: Sequence[torch.device]) -> dict[str, int]:
+    """Return the bytes that torch uses of GPUs, by kind; none on a CPU."""
+    found: dict[str, int] = {}
+    for device in devices:
+        if device.type != "cuda":
+            continue
+        kinds = {
+            "allocated": torch.cuda.memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+            "peak": torch.cuda.max_memory_allocated(device),
+            "total": torch.cuda.get_device_properties(device).total_memory,
+        }
+        for kind, count in kinds.items():
+            found[kind] = found.get(kind, 0) + count
+    return found
