@@ -52,10 +52,10 @@ class Settings:
     keep_recent: bool = False
     """Note some of the jobs that end, and pictures of some, for people to look at."""
 
-    max_dead: int = 1000
+    max_quarantined: int = 1000
     """Quarantined jobs that are kept for an operator to look at."""
 
-    dead_ttl: float = 7 * 24 * 3600.0
+    quarantine_ttl: float = 7 * 24 * 3600.0
     """Seconds they are kept."""
 
     @property
