@@ -14,9 +14,7 @@ from reltrace.cli.options import AsJson, Server, access_of, echo_json
 from reltrace.client.admin import QuarantinedJob
 from reltrace.types.errors import NotFound
 
-quarantined = typer.Typer(
-    no_args_is_help=True, help="Jobs that lost too many workers."
-)
+quarantined = typer.Typer(no_args_is_help=True, help="Jobs that lost too many workers.")
 tenants = typer.Typer(no_args_is_help=True, help="Whose jobs they are, and what each may hold.")
 
 _SHOWN = 60
