@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from reltrace._up import service
-from reltrace.cli.options import AsJson
+from reltrace.cli.output import AsJson
 
 
 def up(

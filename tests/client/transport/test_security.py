@@ -233,7 +233,7 @@ def test_tls_options_that_can_not_be_used(
         reltrace.Client()
 
 
-def test_the_command_takes_the_options_before_its_name(
+def test_the_command_takes_the_options(
     certificates: Certificates, tmp_path: Path
 ) -> None:
     from reltrace.cli.app import app
