@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from reltrace._up.supervise import Part
 from reltrace.client.async_client import AsyncClient
-from reltrace.storage.atomic_files import held
+from reltrace.storage.atomic_files import lock_folder
 from reltrace.types.errors import MissingDependency, Unavailable, invalid
 from reltrace.types.server_info import Model
 
@@ -361,4 +361,4 @@ def _own_folder(data: Path) -> AbstractContextManager[None]:
     """Hold the folder: two stores on one append-only file would destroy it."""
     busy = f"another `reltrace up` uses {data}; stop it, or choose another folder by --data"
     # Prompts are in it.
-    return held(data, "up.lock", "data", busy, mode=0o700)
+    return lock_folder(data, "up.lock", "data", busy, mode=0o700)
