@@ -182,9 +182,9 @@ class Settings:
     """Failed attempts after which a job is tried again; the next one is final."""
     max_unread: int = 64 << 20
     """Bytes of unread results at which a submission's further jobs wait for its reader."""
-    max_dead: int = 1000
+    max_quarantined: int = 1000
     """Quarantined jobs that are kept for an operator to look at."""
-    dead_ttl: float = 7 * 24 * 3600.0
+    quarantine_ttl: float = 7 * 24 * 3600.0
     """Seconds they are kept."""
 
     @property
