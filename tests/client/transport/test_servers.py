@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 import reltrace
+from calls.test_trace_many import check, prompts
 from fake_server import FakeServer
 from nameserver import nameserver
 from reltrace.transport.address import parse_addresses
 from reltrace.transport.security import Security
 from reltrace.transport.servers import Servers
-from test_trace_many import check, prompts
 
 LONG = "a prompt whose result has ten tokens and many chunks"
 
