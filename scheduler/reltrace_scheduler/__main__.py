@@ -1,12 +1,13 @@
 """The `reltrace-scheduler` command."""
 
 import asyncio
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import uvloop
+from reltrace_proto.net import SettingError
+from reltrace_proto.telemetry import LogFormat, Spans, configure_logs, exporting_spans, level_of
 
 from reltrace_scheduler.api.result_store import check_url
 from reltrace_scheduler.api.server import serving, until_asked_to_stop
@@ -19,8 +20,6 @@ from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.keys import partition
 from reltrace_scheduler.local.redis import EmbeddedRedis, Fsync
-from reltrace_scheduler.observability.logs import LogFormat, configure, level_of
-from reltrace_scheduler.observability.tracing import Spans, exporting
 from reltrace_scheduler.queue.address import RedisAddress, redis_address
 from reltrace_scheduler.queue.connection import connect
 from reltrace_scheduler.queue.registry import Registry
@@ -268,7 +267,7 @@ def scheduler(
     level = level_of(log_level)
     if level is None:
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error")
-    configure(level, log_format)
+    configure_logs(level, log_format)
     if (tls_cert is None) != (tls_key is None):
         raise typer.BadParameter("--tls-cert and --tls-key go together")
     if tls_client_ca is not None and tls_cert is None:
@@ -314,9 +313,9 @@ def scheduler(
             check_url("--output-uri", uri)
         access.check(listen)
         own = None if data is None else EmbeddedRedis(data, fsync)
-        with exporting(traces, traces_share) if traces else nullcontext() as spans:
+        with exporting_spans(traces, "reltrace-scheduler", traces_share) as spans:
             uvloop.run(_run(listen, address, own, settings, access, metrics, web, spans))
-    except StartError as error:
+    except (StartError, SettingError) as error:
         typer.echo(f"reltrace-scheduler: {error}", err=True)
         raise typer.Exit(1) from None
 
@@ -371,7 +370,7 @@ async def _run(
     access: Access,
     metrics: str | None,
     web: str | None,
-    spans: Spans | None,
+    spans: Spans,
 ) -> None:
     try:
         connection = await connect(await own.start() if own else address or "")
