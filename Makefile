@@ -21,7 +21,7 @@ $(VENV)/.setup: constraints.txt $(PROJECTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "reltrace needs Python 3.11 or newer; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch alone takes a minute) ..."
-	@$(PIP) hatchling editables
+	@$(PIP) hatchling hatch-fancy-pypi-readme editables
 	@$(PIP) --no-build-isolation --editable proto --editable 'client[plot,pandas,parquet]' --editable scheduler --editable 'worker[gguf]'
 	@# lxt names requirements that its rules do not use and that break transformers on a CPU.
 	@$(PIP) --no-deps --no-build-isolation --use-pep517 lxt
@@ -31,6 +31,8 @@ $(VENV)/.setup: constraints.txt $(PROJECTS)
 
 $(VENV)/.setup-dev: $(VENV)/.setup tests/requirements.txt
 	@$(PIP) --requirement tests/requirements.txt
+	@# Its stubs run with protobuf 6 and 7; its requirements are those of its own age.
+	@$(PIP) --no-deps grpcio-tools
 	@touch $@
 
 # What `make demo` serves: a real model of 135 million weights, or MODEL=demo, a folder, a GGUF file, a hub id.

@@ -24,7 +24,7 @@ from reltrace_proto.net import TlsOptions
 from reltrace.atlas.atlas import Atlas
 from reltrace.atlas.examples import Context, Feature, StandsOut
 from reltrace.atlas.search import FeatureMatch
-from reltrace.client.admin import DeadJob, Requeued, Tenant
+from reltrace.client.admin import QuarantinedJob, Requeued, Tenant
 from reltrace.client.async_client import AsyncClient
 from reltrace.client.sync_client import Client
 from reltrace.client.text_stream import AsyncTextStream, TextPiece, TextStream
@@ -121,7 +121,6 @@ __all__ = [
     "Candidate",
     "Client",
     "Context",
-    "DeadJob",
     "DeadlineExceeded",
     "Edit",
     "Entry",
@@ -143,6 +142,7 @@ __all__ = [
     "ProtocolError",
     "Provenance",
     "Quarantined",
+    "QuarantinedJob",
     "Queue",
     "Requeued",
     "ResolvedTarget",

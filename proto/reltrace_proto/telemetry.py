@@ -159,9 +159,7 @@ def exporting_spans(endpoint: str | None, service: str, share: float = 0.0) -> I
         yield Spans()
         return
     if not endpoint.startswith(("http://", "https://")):
-        raise SettingError(
-            "--traces", f"must be a URL such as http://127.0.0.1:4317, not {endpoint!r}"
-        )
+        raise SettingError(f"--traces {endpoint}", "must be a URL such as http://127.0.0.1:4317")
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource

@@ -70,7 +70,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self._spans.start_traces(request.idempotency_key, request.jobs)
         models = await self._models.get(*(job.model for job in request.jobs))
         try:
-            jobs = check_submission(request, models, self._store.settings.output_uris)
+            jobs = check_submission(request, models, self._store.settings.output_uri)
         except SchedulerError:
             # What was accepted stays accepted, also when models have come or gone since.
             before = await self._seen(request)

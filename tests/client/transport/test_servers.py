@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 import reltrace
+from calls.test_trace_many import check, prompts
 from fake_server import FakeServer
 from nameserver import nameserver
 from reltrace.transport.servers import Servers
 from reltrace_proto.net import Credentials
-from test_trace_many import check, prompts
 
 LONG = "a prompt whose result has ten tokens and many chunks"
 
