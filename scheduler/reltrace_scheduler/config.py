@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from reltrace_proto.options import option
-
-from reltrace_scheduler.observability.logs import LogFormat
+from reltrace_proto.telemetry import LogFormat
 
 
 class Fsync(StrEnum):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from reltrace_proto.net import TlsOptions
 
 import reltrace
 from reltrace.cli import (
@@ -22,7 +23,6 @@ from reltrace.cli import (
     trace,
 )
 from reltrace.cli.options import Access
-from reltrace.transport.security import TlsOptions
 from reltrace.types.errors import MissingDependency, TraceError
 
 app = typer.Typer(

@@ -12,6 +12,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 from redis.exceptions import RedisError
+from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -36,7 +37,6 @@ from reltrace_scheduler.config import MAX_TRANSPORT_BYTES, Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.observability.counters import Counts
 from reltrace_scheduler.observability.export import exporting
-from reltrace_scheduler.observability.tracing import NoSpans, Spans
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.signals import Signals
@@ -81,7 +81,7 @@ async def serving(
         The address can not be bound, or may not be served without TLS and tokens.
     """
     listen, metrics, web = settings.listen, settings.metrics, settings.web
-    access, spans = access or Access(), spans or NoSpans()
+    access, spans = access or Access(), spans or Spans()
     access.check(listen)
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
