@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -252,17 +251,3 @@ def test_the_command_takes_the_options_before_its_name(
     done = CliRunner().invoke(app, ["--token-file", str(token), "models", "--server", OTHER])
     assert isinstance(done.exception, reltrace.InvalidArgument)
     assert "in plaintext" in str(done.exception)
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["redis://:geheim@h:1", "redis://u:geheim@h", "redis://h?password=geheim", "redis://a:[@"],
-)
-def test_up_takes_no_password_on_the_command_line(url: str, tmp_path: Path) -> None:
-    from reltrace.cli.app import app
-
-    done = CliRunner().invoke(app, ["up", "--redis", url, "--data", str(tmp_path / "data")])
-    assert isinstance(done.exception, reltrace.InvalidArgument)
-    assert "RELTRACE_REDIS_PASSWORD" in str(done.exception)
-    assert not re.search("geheim", str(done.exception))
-    assert not (tmp_path / "data").exists()
