@@ -125,7 +125,7 @@ def test_a_token_that_can_not_be_sent_is_not_shown(token: str, tmp_path: Path) -
     file = tmp_path / "token"
     file.write_text(token)
     for given in (token, file):
-        with pytest.raises(reltrace.InvalidArgument, match=r"token: .*must (be|hold) one") as caught:
+        with pytest.raises(reltrace.InvalidArgument, match=r"must (be|hold) one") as caught:
             reltrace.Client(token=given)
         assert token not in str(caught.value)
 
