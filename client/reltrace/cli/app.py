@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import entry_points
 from typing import Annotated, NoReturn
 
 import typer
 
 import reltrace
-from reltrace.cli import admin, atlas, server, up
+from reltrace.cli import admin, atlas, server
 from reltrace.cli.batch import batch
 from reltrace.cli.config import config
 from reltrace.cli.connection import Connection
@@ -19,7 +20,7 @@ from reltrace.cli.option_groups import command, with_option_groups
 from reltrace.cli.output import warn
 from reltrace.cli.tokenize import tokenize
 from reltrace.cli.trace import trace
-from reltrace.types.errors import TraceError
+from reltrace.types.errors import MissingDependency, TraceError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +35,6 @@ command(app, rich_help_panel=_TRACES)(generate)
 command(app, rich_help_panel=_TRACES)(tokenize)
 command(app, rich_help_panel=_TRACES)(server.cancel)
 app.add_typer(atlas.app, name="atlas", rich_help_panel=_TRACES)
-app.command(rich_help_panel=_SERVER)(up.up)
 command(app, rich_help_panel=_SERVER)(server.models)
 command(app, rich_help_panel=_SERVER)(server.status)
 command(app, rich_help_panel=_SERVER)(config)
@@ -46,8 +46,27 @@ command(app, "run", hidden=True)(trace)
 app.add_typer(admin.quarantined, name="dead", hidden=True)
 
 
+def add_installed_commands(app: typer.Typer) -> None:
+    """Add the commands of other distributions: `up` of reltrace-scheduler."""
+    installed = entry_points(group="reltrace.commands")
+    for entry in installed:
+        app.command(entry.name, rich_help_panel=_SERVER)(entry.load())
+    if "up" not in installed.names:
+        anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+        app.command("up", rich_help_panel=_SERVER, context_settings=anything)(_up_is_missing)
+
+
+def _up_is_missing() -> None:
+    """Run the whole service on this machine (needs reltrace-scheduler and reltrace-worker)."""
+    raise MissingDependency(
+        "`reltrace up` is part of reltrace-scheduler, which this Python does not have: "
+        "pip install reltrace-scheduler reltrace-worker"
+    )
+
+
 def main() -> NoReturn:
     """Run the command; an error of ours is one line and exit code 1."""
+    add_installed_commands(app)
     try:
         app()
     except BrokenPipeError:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
+from reltrace_proto.net import TlsOptions
 
 import reltrace
 from reltrace.cli.option_groups import with_option_groups
-from reltrace.transport.address import DEFAULT_ADDRESS
-from reltrace.transport.security import TlsOptions, flag
+from reltrace.transport.settings import DEFAULT_ADDRESS, flag
 from reltrace.types.errors import InvalidArgument, invalid
 
 _PANEL = "Connection (each is also a variable: RELTRACE_SERVER, ...)"

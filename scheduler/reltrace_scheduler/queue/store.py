@@ -71,7 +71,7 @@ class Store:
             for each in keys
         )
         self._cluster = ""
-        self.recent = Recent(redis, keys[0], enabled=settings.keep_recent)
+        self.recent = Recent(redis, keys[0], enabled=settings.web is not None)
         self.registry = Registry(redis, keys)
         self.tenants = Tenants(redis, keys)
 

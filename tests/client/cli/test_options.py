@@ -39,13 +39,13 @@ def identify(value: object) -> str:
 @pytest.mark.parametrize(("name", "option"), OPTIONS, ids=identify)
 def test_no_option_is_a_variable_by_the_way(name: str, option: click.Option) -> None:
     """Those of a connection are read by `reltrace.cli.connection`, the others are none."""
-    assert option.envvar is None or name == "reltrace up"
+    assert option.envvar is None
 
 
 @pytest.mark.parametrize("name", [name for name, _ in commands()])
 def test_options_of_a_connection_are_those_of_every_command_that_connects(name: str) -> None:
     options = {option.opts[0] for of, option in OPTIONS if of == name}
-    alone = {"reltrace up", "reltrace atlas labels"}
+    alone = {"reltrace atlas labels"}
     offline = name.startswith("reltrace atlas ") and name != "reltrace atlas build"
     assert ("--server" in options) is not (name in alone or offline)
     assert ("--server" in options) == ({"--profile", "--tls-ca", "--insecure"} <= options)
