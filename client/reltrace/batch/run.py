@@ -18,6 +18,7 @@ from reltrace.batch.item_options import check_own
 from reltrace.batch.items import Fingerprint, InputFormat, Item, read_items
 from reltrace.batch.journal import Done, Failed, Journal
 from reltrace.batch.writer import Traced, Writer, write_errors
+from reltrace.client.recording import recording
 from reltrace.client.sync_client import Client
 from reltrace.types.errors import InvalidArgument, invalid
 from reltrace.types.failure import Failure
@@ -167,7 +168,7 @@ class Run:
                 most_seconds=self._options.part_seconds,
             )
             try:
-                with self._client.recording(self._folder.submissions(), self._folder.note):
+                with recording(self._client, self._folder.submissions(), self._folder.note):
                     self._trace(writer, target)
             finally:
                 writer.close()

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reltrace.cli.options import AsJson, Server, access_of, echo_json
-from reltrace.client.admin import DeadJob
+from reltrace.types.admin_info import DeadJob
 from reltrace.types.errors import NotFound
 
 dead = typer.Typer(no_args_is_help=True, help="Jobs that lost their workers, and were set aside.")
