@@ -15,7 +15,7 @@ from reltrace.client.async_studies import AsyncStudies
 from reltrace.client.iteration import iterate
 from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
-from reltrace.transport.security import Security, Tls, Token
+from reltrace.transport.settings import Tls, Token, credentials
 from reltrace.types.edit import EditLike
 from reltrace.types.failure import Failure
 from reltrace.types.prompt import Messages
@@ -86,7 +86,7 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
         insecure: bool | None = None,
         retry_timeout: float = 30.0,
     ) -> None:
-        self._connection = Connection(address, retry_timeout, Security(token, tls, insecure))
+        self._connection = Connection(address, retry_timeout, credentials(token, tls, insecure))
 
     @property
     def address(self) -> str:

@@ -7,7 +7,7 @@ from reltrace_proto.v1 import admin_pb2, trace_pb2
 from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
 from reltrace.types import server_info
-from reltrace.types.admin_info import DeadJob, Requeued, Tenant, dead_job, tenant
+from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
 from reltrace.types.checks import check_texts, whole_number
 from reltrace.types.errors import invalid
 from reltrace.types.job_ids import check_job_ids, portions, split_ids
@@ -26,7 +26,7 @@ class AsyncAdmin:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def dead_jobs(self, limit: int = 100) -> list[DeadJob]:
+    async def quarantined_jobs(self, limit: int = 100) -> list[QuarantinedJob]:
         """Return jobs that were quarantined, the latest first.
 
         Parameters
@@ -35,11 +35,11 @@ class AsyncAdmin:
             At most so many.
         """
         answer = await self._connection.call(
-            lambda server: server.admin.ListDeadJobs,
-            admin_pb2.ListDeadJobsRequest(limit=whole_number(limit, "limit", 1, 2**32 - 1)),
+            lambda server: server.admin.ListQuarantinedJobs,
+            admin_pb2.ListQuarantinedJobsRequest(limit=whole_number(limit, "limit", 1, 2**32 - 1)),
             Deadline(TIMEOUT),
         )
-        return [dead_job(job) for job in answer.jobs]
+        return [quarantined_job(job) for job in answer.jobs]
 
     async def requeue(self, *job_ids: str) -> list[Requeued]:
         """Queue quarantined jobs once more, as jobs of their tenant.
@@ -47,7 +47,7 @@ class AsyncAdmin:
         Parameters
         ----------
         *job_ids : str
-            As in `DeadJob.id`.
+            As in `QuarantinedJob.id`.
 
         Raises
         ------
@@ -56,11 +56,11 @@ class AsyncAdmin:
         """
         check_texts(job_ids, "job_ids")
         answer = await self._connection.call(
-            lambda server: server.admin.RequeueDeadJobs,
-            admin_pb2.RequeueDeadJobsRequest(job_ids=job_ids),
+            lambda server: server.admin.RequeueQuarantinedJobs,
+            admin_pb2.RequeueQuarantinedJobsRequest(job_ids=job_ids),
             Deadline(TIMEOUT),
         )
-        return [Requeued(job.dead_job_id, job.job_id) for job in answer.jobs]
+        return [Requeued(job.quarantined_job_id, job.job_id) for job in answer.jobs]
 
     async def workers(self) -> list[server_info.Worker]:
         """Return the workers that are connected."""

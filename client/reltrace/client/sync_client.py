@@ -28,9 +28,9 @@ from reltrace.evaluation.plan import Keep, Measure, Plan
 from reltrace.evaluation.run import Run as EvaluationRun
 from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
-from reltrace.transport.security import Security, Tls, Token
+from reltrace.transport.settings import Tls, Token, credentials
 from reltrace.types import server_info
-from reltrace.types.admin_info import DeadJob, Requeued, Tenant, dead_job, tenant
+from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
 from reltrace.types.checks import check_texts, whole_number
 from reltrace.types.edit import EditLike
 from reltrace.types.errors import invalid
@@ -62,7 +62,7 @@ class Admin:
         self._loop = loop
         self._connection = connection
 
-    def dead_jobs(self, limit: int = 100) -> list[DeadJob]:
+    def quarantined_jobs(self, limit: int = 100) -> list[QuarantinedJob]:
         """Return jobs that were quarantined, the latest first.
 
         Parameters
@@ -72,12 +72,14 @@ class Admin:
         """
         answer = self._loop.run(
             self._connection.call(
-                lambda server: server.admin.ListDeadJobs,
-                admin_pb2.ListDeadJobsRequest(limit=whole_number(limit, "limit", 1, 2**32 - 1)),
+                lambda server: server.admin.ListQuarantinedJobs,
+                admin_pb2.ListQuarantinedJobsRequest(
+                    limit=whole_number(limit, "limit", 1, 2**32 - 1)
+                ),
                 Deadline(TIMEOUT),
             )
         )
-        return [dead_job(job) for job in answer.jobs]
+        return [quarantined_job(job) for job in answer.jobs]
 
     def requeue(self, *job_ids: str) -> list[Requeued]:
         """Queue quarantined jobs once more, as jobs of their tenant.
@@ -85,7 +87,7 @@ class Admin:
         Parameters
         ----------
         *job_ids : str
-            As in `DeadJob.id`.
+            As in `QuarantinedJob.id`.
 
         Raises
         ------
@@ -95,12 +97,12 @@ class Admin:
         check_texts(job_ids, "job_ids")
         answer = self._loop.run(
             self._connection.call(
-                lambda server: server.admin.RequeueDeadJobs,
-                admin_pb2.RequeueDeadJobsRequest(job_ids=job_ids),
+                lambda server: server.admin.RequeueQuarantinedJobs,
+                admin_pb2.RequeueQuarantinedJobsRequest(job_ids=job_ids),
                 Deadline(TIMEOUT),
             )
         )
-        return [Requeued(job.dead_job_id, job.job_id) for job in answer.jobs]
+        return [Requeued(job.quarantined_job_id, job.job_id) for job in answer.jobs]
 
     def workers(self) -> list[server_info.Worker]:
         """Return the workers that are connected."""
@@ -737,7 +739,7 @@ class Client(Generate, Queries, Studies):
         insecure: bool | None = None,
         retry_timeout: float = 30.0,
     ) -> None:
-        self._connection = Connection(address, retry_timeout, Security(token, tls, insecure))
+        self._connection = Connection(address, retry_timeout, credentials(token, tls, insecure))
         self._loop = loop_thread.shared()
         self._loop.close_at_exit(self._connection)
 

@@ -9,17 +9,16 @@ from typing import Protocol, TypeVar
 
 import grpc
 import grpc.aio
+from reltrace_proto.net import Credentials, Metadata
 
-from reltrace.transport.address import parse_addresses
 from reltrace.transport.retry import TRANSIENT, Deadline, OutageLog, Retries, is_number
-from reltrace.transport.security import Security
 from reltrace.transport.servers import Server, Servers
+from reltrace.transport.settings import as_invalid_argument, server_addresses
 from reltrace.types.errors import RpcStatus, TraceError, invalid
 
 # Seconds after which a call that is neither answered nor refused is made again.
 _CALL_TIMEOUT = 30.0
 
-Metadata = tuple[tuple[str, str], ...]
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
 
@@ -38,10 +37,10 @@ class Caller:
     Parameters
     ----------
     address : str or None
-        See `parse_addresses`.
+        See `server_addresses`.
     retry_timeout : float
         Seconds to keep calling when no server can be reached.
-    security : Security
+    credentials : Credentials
         Token and TLS.
 
     Raises
@@ -50,16 +49,16 @@ class Caller:
         If the address is malformed, or the token would be sent to it in plaintext.
     """
 
-    def __init__(self, address: str | None, retry_timeout: float, security: Security) -> None:
-        self.address, addresses = parse_addresses(address)
-        for one in addresses:
-            security.check(one)
+    def __init__(self, address: str | None, retry_timeout: float, credentials: Credentials) -> None:
+        self.address, addresses = server_addresses(address)
+        with as_invalid_argument():
+            credentials.check(*addresses)
         if not (is_number(retry_timeout) and retry_timeout >= 0):
             raise invalid("retry_timeout", f"must be 0 or more seconds, not {retry_timeout!r}")
         self.retry_timeout = retry_timeout
         self._random = random.Random()
-        self._security = security
-        self._servers = Servers(addresses, security, self._random)
+        self._credentials = credentials
+        self._servers = Servers(addresses, credentials, self._random)
         self._outage = OutageLog(self.address)
         self._closed = False
         self._background: set[asyncio.Task[None]] = set()
@@ -85,7 +84,7 @@ class Caller:
 
     @property
     def metadata(self) -> Metadata:
-        return self._security.metadata()
+        return self._credentials.metadata()
 
     def outdated(self, status: RpcStatus, metadata: Metadata) -> bool:
         """Tell whether a call was refused for a token that has been replaced since."""

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+from reltrace_proto.net import Credentials
+
 from reltrace.transport.caller import Caller
 from reltrace.transport.pending import PendingSubmissions
-from reltrace.transport.security import Security
 
 # Seconds that closing waits for what finishes in the background.
 _CLOSE_TIMEOUT = 5.0
@@ -17,8 +18,8 @@ _CLOSE_TIMEOUT = 5.0
 class Connection(Caller):
     """A `Caller` that knows which submissions are to be cancelled when their caller leaves."""
 
-    def __init__(self, address: str | None, retry_timeout: float, security: Security) -> None:
-        super().__init__(address, retry_timeout, security)
+    def __init__(self, address: str | None, retry_timeout: float, credentials: Credentials) -> None:
+        super().__init__(address, retry_timeout, credentials)
         self.pending = PendingSubmissions(self)
         self._finishing: set[asyncio.Task[None]] = set()
 

@@ -10,7 +10,7 @@ import time
 
 import grpc
 
-from reltrace.transport.address import ADDRESS_VARIABLE
+from reltrace.transport.settings import ADDRESS_VARIABLE
 from reltrace.types.errors import DeadlineExceeded, RpcStatus, TraceError, from_status, invalid
 
 log = logging.getLogger("reltrace")

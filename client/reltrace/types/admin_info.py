@@ -10,7 +10,7 @@ from reltrace.types.errors import LostLease, lost_leases
 
 
 @dataclass(frozen=True, slots=True)
-class DeadJob:
+class QuarantinedJob:
     """A job that was quarantined: it lost its worker too often.
 
     Attributes
@@ -37,17 +37,17 @@ class DeadJob:
 
 @dataclass(frozen=True, slots=True)
 class Requeued:
-    """A dead job that is queued once more.
+    """A quarantined job that is queued once more.
 
     Attributes
     ----------
-    dead_id : str
+    quarantined_id : str
         What it was called.
     id : str
         What it is called now.
     """
 
-    dead_id: str
+    quarantined_id: str
     id: str
 
 
@@ -76,9 +76,9 @@ class Tenant:
     bytes: int
 
 
-def dead_job(wire: admin_pb2.DeadJob) -> DeadJob:
+def quarantined_job(wire: admin_pb2.QuarantinedJob) -> QuarantinedJob:
     """Translate a quarantined job."""
-    return DeadJob(
+    return QuarantinedJob(
         id=wire.job_id,
         tenant=wire.tenant,
         model=wire.spec.model,
