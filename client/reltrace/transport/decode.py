@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from reltrace_proto.v1 import types_pb2
 
-from reltrace.storage.stored_arrays import Place, StoredTensor
+from reltrace.storage.stored_arrays import StoredLocation, StoredTensor
 from reltrace.types.errors import ProtocolError
 from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget, Timings
 from reltrace.types.scalar_types import scalar_name
@@ -84,9 +84,9 @@ def _provenance(data: bytes) -> Provenance:
 
 def stored_location(
     manifest: types_pb2.Manifest, tensors: Iterable[types_pb2.StoredTensor]
-) -> Place:
+) -> StoredLocation:
     """Return where some of a manifest's tensors are stored."""
-    return Place(
+    return StoredLocation(
         manifest.url,
         manifest.offset,
         manifest.length,
