@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from reltrace_proto.v1 import types_pb2
 
-from reltrace.storage.stored_arrays import Place, StoredArrays, StoredTensor
+from reltrace.storage.stored_arrays import StoredArrays, StoredLocation, StoredTensor
 from reltrace.types.atlas_shard import AtlasPart
 from reltrace.types.errors import ProtocolError, TraceError, from_job_end
 from reltrace.types.generation import Generation
@@ -289,9 +289,11 @@ class Assembler:
         return [StoredArrays(_place(manifest, tensors), self.job.sites) for tensors in by_trace]
 
 
-def _place(manifest: types_pb2.Manifest, tensors: Iterable[types_pb2.StoredTensor]) -> Place:
+def _place(
+    manifest: types_pb2.Manifest, tensors: Iterable[types_pb2.StoredTensor]
+) -> StoredLocation:
     """Return where some of a manifest's tensors are."""
-    return Place(
+    return StoredLocation(
         manifest.url,
         manifest.offset,
         manifest.length,

@@ -147,7 +147,7 @@ def test_tensors_in_the_callers_store_are_read_when_looked_at(
     store.clear()
     # What was read stays; what was not says where it should have been.
     np.testing.assert_array_equal(traces[1].relevance, expected("<s> a b"))
-    with pytest.raises(reltrace.StoreUnreadable, match=traces[0].arrays.place.url):
+    with pytest.raises(reltrace.StoreUnreadable, match=traces[0].arrays.location.url):
         traces[0].relevance  # noqa: B018
 
 

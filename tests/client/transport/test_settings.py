@@ -125,7 +125,7 @@ def test_a_token_that_can_not_be_sent_is_not_shown(token: str, tmp_path: Path) -
     file = tmp_path / "token"
     file.write_text(token)
     for given in (token, file):
-        with pytest.raises(reltrace.InvalidArgument, match="must be one word") as caught:
+        with pytest.raises(reltrace.InvalidArgument, match=r"must (be|hold) one") as caught:
             reltrace.Client(token=given)
         assert token not in str(caught.value)
 
@@ -134,7 +134,7 @@ def test_token_files_that_hold_none(tmp_path: Path) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=r"token: .*missing: No such file"):
         reltrace.Client(token=tmp_path / "missing")
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(reltrace.InvalidArgument, match="the file is empty"):
+    with pytest.raises(reltrace.InvalidArgument, match="must hold one line"):
         reltrace.Client(token=tmp_path / "empty")
     with pytest.raises(reltrace.InvalidArgument, match="token: must be str or Path, not int"):
         reltrace.Client(token=3)  # type: ignore[arg-type]
