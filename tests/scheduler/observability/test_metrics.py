@@ -188,7 +188,7 @@ async def test_methods_that_do_not_exist_make_no_labels(
     If a caller without one names methods of its own
     I expect all of them under one label: label sets are kept for ever.
     """
-    token, entry = make("alice", Role.CLIENT)
+    _, entry = make("alice", Role.CLIENT)
     append(tmp_path / "tokens.toml", entry)
     access = Access(Tokens(tmp_path / "tokens.toml"))
     client, counts = redis.asyncio.Redis.from_url(redis_url), Counts()
