@@ -10,7 +10,7 @@ from rich.console import Console
 from reltrace.cli.connection import Connection, connection_group
 from reltrace.cli.option_groups import command
 from reltrace.cli.output import AsJson, print_json, table, write
-from reltrace.client.admin import QuarantinedJob
+from reltrace.types.admin_info import QuarantinedJob
 from reltrace.types.errors import NotFound
 
 quarantined = connection_group("Jobs that lost too many workers.")

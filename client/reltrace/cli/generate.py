@@ -18,7 +18,7 @@ from rich.text import Text
 from reltrace.cli.connection import Connection
 from reltrace.cli.options import Model, PromptOptions, Seed, SpecialTokens
 from reltrace.cli.output import AsJson, print_json, safe, warn, write
-from reltrace.client.text_stream import TextStream
+from reltrace.client.sync_client import TextStream
 from reltrace.types.edit import Steer
 from reltrace.types.errors import TraceError, invalid
 
