@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import overload
 
 from reltrace_worker.engine.corpus import prepare_atlas
@@ -116,9 +115,7 @@ class JobPreparer:
     def _check_sampling(self, sampling: Sampling, prompt_length: int, faults: Faults) -> None:
         most = sampling.max_new_tokens
         if not 1 <= most <= MAX_NEW_TOKENS:
-            faults.add(
-                "generation.max_new_tokens", f"is {most}; allowed: 1 to {MAX_NEW_TOKENS}"
-            )
+            faults.add("generation.max_new_tokens", f"is {most}; allowed: 1 to {MAX_NEW_TOKENS}")
         elif prompt_length and prompt_length + most > self._context_length >= prompt_length:
             faults.add(
                 "generation.max_new_tokens",
