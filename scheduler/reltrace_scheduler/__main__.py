@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 import signal
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import uvloop
+from reltrace_proto.net import SettingError
 from reltrace_proto.options import from_options
+from reltrace_proto.telemetry import Spans, configure_logs, exporting_spans
 
 from reltrace_scheduler.api.result_store import check_url
 from reltrace_scheduler.api.server import serving
@@ -23,8 +24,6 @@ from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.keys import partition
 from reltrace_scheduler.local.redis import EmbeddedRedis
-from reltrace_scheduler.observability.logs import configure, level_of
-from reltrace_scheduler.observability.tracing import Spans, exporting
 from reltrace_scheduler.queue.address import RedisAddress, redis_address
 from reltrace_scheduler.queue.connection import connect
 from reltrace_scheduler.queue.registry import Registry
@@ -39,16 +38,13 @@ def scheduler(context: typer.Context, settings: Settings) -> None:
     """Queue trace jobs in Redis and lease them to workers."""
     if context.invoked_subcommand is not None:
         return
-    level = level_of(settings.log_level)
-    if level is None:
-        raise typer.BadParameter(f"{settings.log_level!r} is not debug, info, warning or error")
-    configure(level, settings.log_format)
     settings = replace(
         settings,
         results_url=settings.results_url.rstrip("/"),
         output_uri=tuple(uri.rstrip("/") for uri in settings.output_uri),
     )
     try:
+        configure_logs(settings.log_level, settings.log_format)
         address = _redis_address(context, settings)
         access = _access(settings)
         if settings.results_url:
@@ -56,10 +52,10 @@ def scheduler(context: typer.Context, settings: Settings) -> None:
         for uri in settings.output_uri:
             check_url("--output-uri", uri)
         access.check(settings.listen)
-        traces = settings.traces
-        with exporting(traces, settings.traces_share) if traces else nullcontext() as spans:
+        traces, share = settings.traces, settings.traces_share
+        with exporting_spans(traces, "reltrace-scheduler", share) as spans:
             uvloop.run(_run(settings, address, access, spans))
-    except StartError as error:
+    except (StartError, SettingError) as error:
         typer.echo(f"reltrace-scheduler: {error}", err=True)
         raise typer.Exit(1) from None
 
@@ -130,7 +126,7 @@ def token(
 
 
 async def _run(
-    settings: Settings, address: RedisAddress | None, access: Access, spans: Spans | None
+    settings: Settings, address: RedisAddress | None, access: Access, spans: Spans
 ) -> None:
     embedded = None if settings.data is None else EmbeddedRedis(settings.data, settings.fsync)
     try:

@@ -27,7 +27,7 @@ from reltrace.cli.options import (
     echo_json,
     input_of,
 )
-from reltrace.client.text_stream import TextStream
+from reltrace.client.sync_client import TextStream
 from reltrace.types.edit import Steer
 from reltrace.types.errors import TraceError, invalid
 

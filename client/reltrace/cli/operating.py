@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reltrace.cli.options import AsJson, Server, access_of, echo_json
-from reltrace.client.admin import QuarantinedJob
+from reltrace.types.admin_info import QuarantinedJob
 from reltrace.types.errors import NotFound
 
 quarantined = typer.Typer(no_args_is_help=True, help="Jobs that lost too many workers.")

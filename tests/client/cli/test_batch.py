@@ -128,7 +128,7 @@ def test_a_signal_keeps_what_has_come(
         text=True,
     )
     try:
-        while not (out / "journal.jsonl").exists() or len(reltrace.load_batch(out)) < 2:
+        while not (out / "journal.sqlite").exists() or len(reltrace.load_batch(out)) < 2:
             assert child.poll() is None
         child.send_signal(number)
         _, errors = child.communicate(timeout=20)
