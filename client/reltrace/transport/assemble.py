@@ -376,4 +376,5 @@ def _provenance(data: bytes) -> Provenance:
         device=wire.device,
         # Shared by all traces that it is the origin of.
         versions=dict(wire.versions),
+        rule_functions=wire.rule_functions,
     )

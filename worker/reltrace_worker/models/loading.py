@@ -25,10 +25,7 @@ from reltrace_worker.models.families import (
     FAMILIES,
     TEXT_PARTS,
     Family,
-    check_config,
-    context_length,
     family_named,
-    fix_frequencies,
 )
 from reltrace_worker.models.gguf import GgufFile
 from reltrace_worker.models.placement import (
@@ -37,6 +34,7 @@ from reltrace_worker.models.placement import (
     choose_placement,
     device_name,
 )
+from reltrace_worker.models.rope import check_config, context_length, fix_frequencies
 from reltrace_worker.models.source import (
     check_folder,
     find_source,
