@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 # Before gRPC is imported: its fork handlers crash the child of a process that is in a call.
 _os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+from reltrace_proto.net import TlsOptions
+
 from reltrace.atlas.atlas import Atlas
 from reltrace.atlas.examples import Context, Feature, StandsOut
 from reltrace.atlas.search import FeatureMatch
-from reltrace.client.admin import DeadJob, Requeued, Tenant
+from reltrace.client.admin import QuarantinedJob, Requeued, Tenant
 from reltrace.client.async_client import AsyncClient
 from reltrace.client.sync_client import Client
 from reltrace.client.text_stream import AsyncTextStream, TextPiece, TextStream
 from reltrace.evaluation.evaluation import Evaluation, RuleScore
-from reltrace.transport.security import TlsOptions
 from reltrace.types.edit import Edit, Steer
 from reltrace.types.errors import (
     Cancelled,
@@ -120,7 +121,6 @@ __all__ = [
     "Candidate",
     "Client",
     "Context",
-    "DeadJob",
     "DeadlineExceeded",
     "Edit",
     "Entry",
@@ -142,6 +142,7 @@ __all__ = [
     "ProtocolError",
     "Provenance",
     "Quarantined",
+    "QuarantinedJob",
     "Queue",
     "Requeued",
     "ResolvedTarget",

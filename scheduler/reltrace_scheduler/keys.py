@@ -43,8 +43,8 @@ key                              type     holds
 ``load``                         hash     jobs, bytes (of specs), results (bytes)
 ``tenants``                      set      every tenant that had jobs or was set
 ``tenant:<tenant>``              hash     its load, as above; weight, max_jobs, max_bytes
-``dead``                         zset     jobs that were quarantined, by when
-``dead:<job>``                   hash     tenant, spec, history
+``quarantined``                  zset     jobs that were quarantined, by when
+``quarantined:<job>``            hash     tenant, spec, history
 ``watch``                        hash     when leases were last looked after, and until
                                           when none is taken to be lost
 ``ended``                        hash     how many jobs ended, by state
@@ -171,8 +171,8 @@ class Keys:
         return f"{self.prefix}watch"
 
     @property
-    def dead(self) -> str:
-        return f"{self.prefix}dead"
+    def quarantined(self) -> str:
+        return f"{self.prefix}quarantined"
 
     def queue(self, name: str) -> str:
         return f"{self.prefix}queue:{name}"
@@ -183,8 +183,8 @@ class Keys:
     def draft(self, job_id: str) -> str:
         return f"{self.prefix}draft:{job_id}"
 
-    def dead_job(self, job_id: str) -> str:
-        return f"{self.prefix}dead:{job_id}"
+    def quarantined_job(self, job_id: str) -> str:
+        return f"{self.prefix}quarantined:{job_id}"
 
     def held(self, worker_id: str) -> str:
         return f"{self.prefix}held:{worker_id}"

@@ -161,7 +161,7 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
-class DeadJob:
+class QuarantinedJob:
     """A job that was quarantined."""
 
     job_id: str

@@ -346,25 +346,27 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         self.drained += request.worker_ids
         return admin_pb2.DrainWorkersResponse()
 
-    dead: list[admin_pb2.DeadJob] = field(default_factory=list)
+    quarantined: list[admin_pb2.QuarantinedJob] = field(default_factory=list)
     tenants: dict[str, admin_pb2.Tenant] = field(default_factory=dict)
 
-    def ListDeadJobs(
-        self, request: admin_pb2.ListDeadJobsRequest, context: Any
-    ) -> admin_pb2.ListDeadJobsResponse:
-        return admin_pb2.ListDeadJobsResponse(jobs=self.dead[: request.limit])
+    def ListQuarantinedJobs(
+        self, request: admin_pb2.ListQuarantinedJobsRequest, context: Any
+    ) -> admin_pb2.ListQuarantinedJobsResponse:
+        return admin_pb2.ListQuarantinedJobsResponse(jobs=self.quarantined[: request.limit])
 
-    def RequeueDeadJobs(
-        self, request: admin_pb2.RequeueDeadJobsRequest, context: Any
-    ) -> admin_pb2.RequeueDeadJobsResponse:
-        known = {job.job_id for job in self.dead}
+    def RequeueQuarantinedJobs(
+        self, request: admin_pb2.RequeueQuarantinedJobsRequest, context: Any
+    ) -> admin_pb2.RequeueQuarantinedJobsResponse:
+        known = {job.job_id for job in self.quarantined}
         for index, job_id in enumerate(request.job_ids):
             if job_id not in known:
-                _unknown(context, f"job_ids[{index}]", f"no dead job {job_id!r}")
-        self.dead = [job for job in self.dead if job.job_id not in request.job_ids]
-        response = admin_pb2.RequeueDeadJobsResponse()
+                _unknown(context, f"job_ids[{index}]", f"no quarantined job {job_id!r}")
+        self.quarantined = [job for job in self.quarantined if job.job_id not in request.job_ids]
+        response = admin_pb2.RequeueQuarantinedJobsResponse()
         for job_id in request.job_ids:
-            response.jobs.add(dead_job_id=job_id, submission_id="again", job_id=f"again-{job_id}")
+            response.jobs.add(
+                quarantined_job_id=job_id, submission_id="again", job_id=f"again-{job_id}"
+            )
         return response
 
     def ListTenants(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from reltrace.atlas.examples import BEFORE
 from reltrace.atlas.labels import chosen, is_word
 from reltrace.types.atlas_shard import LISTS
-from reltrace.viz.display import label as readable
+from reltrace.types.token_text import visible_token
 
 DRAWN = 99
 """Labels that one is compared with."""
@@ -121,7 +121,7 @@ class Detection:
 
     def _word(self, token: str) -> int:
         """Return the number of a token's word: however it is capitalised, as in labels."""
-        word = readable(token).strip().casefold()
+        word = visible_token(token).strip().casefold()
         return self._words.setdefault(word, len(self._words))
 
     def _read_corpus(self) -> None:

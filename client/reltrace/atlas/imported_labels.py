@@ -15,7 +15,7 @@ from reltrace.atlas.examples import Feature
 from reltrace.atlas.search import sought
 from reltrace.types.checks import whole_number
 from reltrace.types.errors import TraceError, invalid
-from reltrace.viz.display import JOINERS
+from reltrace.types.token_text import JOINERS
 
 _FILE = "labels.jsonl"
 _EXPORTED_CONTEXTS = 8

@@ -11,8 +11,8 @@ from reltrace.atlas.examples import BEFORE, StandsOut
 from reltrace.atlas.folder import State
 from reltrace.atlas.reader import Reader
 from reltrace.atlas.token_counts import log_odds
+from reltrace.types.token_text import visible_token
 from reltrace.types.trace import Array
-from reltrace.viz.display import label as readable
 
 _WORDS = 3
 """Of a label."""
@@ -103,7 +103,7 @@ def chosen(found: Sequence[StandsOut]) -> list[StandsOut]:
     """
     words: dict[str, StandsOut] = {}
     for one in found:
-        words.setdefault(readable(one.token).strip().casefold(), one)
+        words.setdefault(visible_token(one.token).strip().casefold(), one)
     ordered = sorted(
         words.values(), key=lambda one: -one.score * (1.0 if is_word(one.token) else _MARKS_WEIGH)
     )
@@ -117,4 +117,4 @@ def is_word(token: str) -> bool:
 
 def label_of(found: Sequence[StandsOut]) -> str:
     """Return a label of what stands out: ``dogs``, ``… before``, ``→ explained``."""
-    return " · ".join(_ROLES[one.role] + readable(one.token).strip() for one in chosen(found))
+    return " · ".join(_ROLES[one.role] + visible_token(one.token).strip() for one in chosen(found))

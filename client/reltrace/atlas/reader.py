@@ -9,8 +9,8 @@ import numpy as np
 
 from reltrace.atlas.folder import Corpus, Folder, State
 from reltrace.types.errors import invalid
+from reltrace.types.token_text import readable
 from reltrace.types.trace import Array
-from reltrace.viz.display import readable
 
 _SLICES_OPEN = 1024
 _PROMPTS_KEPT = 1024

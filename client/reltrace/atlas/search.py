@@ -13,8 +13,8 @@ from reltrace.atlas.examples import BEFORE, Context
 from reltrace.atlas.folder import State
 from reltrace.atlas.reader import Reader
 from reltrace.types.atlas_shard import LISTS
+from reltrace.types.token_text import is_partial_character, join_partial_characters, printable
 from reltrace.types.trace import Array
-from reltrace.viz.display import is_part, numbered, printable
 
 _TOKEN_BITS = 16
 
@@ -122,7 +122,7 @@ class Search:
         wanted, words = sought(text), reader.folded
         explained = {token for token, word in words.items() if wanted in word}
         # Of a prompt with such tokens the characters that several share are put together first.
-        parts = {token for token, text in state.vocabulary.items() if is_part(text)}
+        parts = {token for token, text in state.vocabulary.items() if is_partial_character(text)}
         places: list[int] = []
         # Places, or, where what is explained is the same at all of them, prompts.
         hits: list[int] = []
@@ -133,7 +133,7 @@ class Search:
             else:
                 shown = [
                     one.text.casefold() if one.number == 1 else ""
-                    for one in numbered([state.vocabulary[token] for token in ids])
+                    for one in join_partial_characters([state.vocabulary[token] for token in ids])
                 ]
             places += [first + at for at in starts_of(wanted, shown)]
             if state.next_tokens:

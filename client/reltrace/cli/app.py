@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from reltrace_proto.net import TlsOptions
 
 import reltrace
 from reltrace.cli import (
@@ -22,7 +23,6 @@ from reltrace.cli import (
     up,
 )
 from reltrace.cli.options import Access
-from reltrace.transport.security import TlsOptions
 from reltrace.types.errors import TraceError
 
 app = typer.Typer(
@@ -42,7 +42,9 @@ app.command(rich_help_panel=_SERVER)(cluster.models)
 app.command(rich_help_panel=_SERVER)(cluster.status)
 app.add_typer(atlas.app, name="atlas", rich_help_panel=_TRACES)
 app.add_typer(cluster.workers, name="workers", rich_help_panel=_SERVER)
-app.add_typer(operating.dead, name="dead", rich_help_panel=_SERVER)
+app.add_typer(operating.quarantined, name="quarantined", rich_help_panel=_SERVER)
+# The name of this command until 0.1.
+app.add_typer(operating.quarantined, name="dead", hidden=True)
 app.add_typer(operating.tenants, name="tenants", rich_help_panel=_SERVER)
 
 

@@ -32,7 +32,7 @@ from reltrace.cli.options import (
 )
 from reltrace.types.atlas_shard import LISTS, MEASURES
 from reltrace.types.errors import invalid
-from reltrace.viz.display import label
+from reltrace.types.token_text import visible_token
 
 app = typer.Typer(no_args_is_help=True, help="Where in a corpus neurons and heads are strongest.")
 labels = typer.Typer(no_args_is_help=True, help="Take labels out of an atlas, and put others in.")
@@ -174,7 +174,7 @@ def show(
     for name in names:
         for place in found.contexts[name]:
             value = place.value(measure)
-            target = Text(label(place.target).strip())
+            target = Text(visible_token(place.target).strip())
             table.add_row(f"{value:+.4g}", _line(place, value), target)
     Console().print(table)
 

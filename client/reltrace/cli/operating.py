@@ -1,4 +1,4 @@
-"""`reltrace dead` and `reltrace tenants`: what operators do."""
+"""`reltrace quarantined` and `reltrace tenants`: what operators do."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from rich.table import Table
 from rich.text import Text
 
 from reltrace.cli.options import AsJson, Server, access_of, echo_json
-from reltrace.client.admin import DeadJob
+from reltrace.client.admin import QuarantinedJob
 from reltrace.types.errors import NotFound
 
-dead = typer.Typer(no_args_is_help=True, help="Jobs that lost their workers, and were set aside.")
+quarantined = typer.Typer(no_args_is_help=True, help="Jobs that lost too many workers.")
 tenants = typer.Typer(no_args_is_help=True, help="Whose jobs they are, and what each may hold.")
 
 _SHOWN = 60
 _MOST = 10_000
 
-Limit = Annotated[int, typer.Option(envvar="RELTRACE_DEAD_LIMIT", min=1, help="At most so many.")]
+Limit = Annotated[
+    int, typer.Option(envvar="RELTRACE_QUARANTINED_LIMIT", min=1, help="At most so many.")
+]
 
 
-@dead.command("list")
-def list_dead(
+@quarantined.command("list")
+def list_quarantined(
     context: typer.Context, server: Server = None, limit: Limit = 100, as_json: AsJson = False
 ) -> None:
     """List them, the latest first."""
     with access_of(context).client(server) as client:
-        jobs = client.admin.dead_jobs(limit)
+        jobs = client.admin.quarantined_jobs(limit)
     if as_json:
         echo_json([asdict(job) for job in jobs])
         return
     if not jobs:
-        typer.echo("no dead jobs")
+        typer.echo("no quarantined jobs")
         return
     table = Table("job", "tenant", "model", "lost", "input")
     for job in jobs:
@@ -44,7 +46,7 @@ def list_dead(
     Console().print(table)
 
 
-@dead.command()
+@quarantined.command()
 def show(
     context: typer.Context,
     job: Annotated[str, typer.Argument(metavar="JOB", help="Its id.")],
@@ -53,9 +55,9 @@ def show(
 ) -> None:
     """Show one with its input, and the workers that it lost."""
     with access_of(context).client(server) as client:
-        found = [one for one in client.admin.dead_jobs(_MOST) if one.id == job]
+        found = [one for one in client.admin.quarantined_jobs(_MOST) if one.id == job]
     if not found:
-        raise NotFound(f"no dead job {job!r}; `reltrace dead list` lists them")
+        raise NotFound(f"no quarantined job {job!r}; `reltrace quarantined list` lists them")
     if as_json:
         echo_json(asdict(found[0]))
         return
@@ -66,7 +68,7 @@ def show(
         typer.echo(f"attempt {lost.attempt} was lost by worker {lost.worker}{when}")
 
 
-@dead.command()
+@quarantined.command()
 def requeue(
     context: typer.Context,
     jobs: Annotated[
@@ -74,7 +76,7 @@ def requeue(
     ] = None,
     server: Server = None,
     everything: Annotated[
-        bool, typer.Option("--all", envvar="RELTRACE_DEAD_ALL", help="All of them.")
+        bool, typer.Option("--all", envvar="RELTRACE_QUARANTINED_ALL", help="All of them.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,18 +84,18 @@ def requeue(
     if bool(jobs) == everything:
         raise typer.BadParameter("name jobs, or say --all", param_hint="JOB...")
     with access_of(context).client(server) as client:
-        ids = [job.id for job in client.admin.dead_jobs(_MOST)] if everything else jobs or []
+        ids = [job.id for job in client.admin.quarantined_jobs(_MOST)] if everything else jobs or []
         requeued = client.admin.requeue(*ids) if ids else []
     if as_json:
         echo_json([asdict(job) for job in requeued])
         return
     for job in requeued:
-        typer.echo(f"{job.dead_id} is queued as {job.id}")
+        typer.echo(f"{job.quarantined_id} is queued as {job.id}")
     if not requeued:
-        typer.echo("no dead jobs")
+        typer.echo("no quarantined jobs")
 
 
-def _input(job: DeadJob, most: int | None = None) -> str:
+def _input(job: QuarantinedJob, most: int | None = None) -> str:
     text = f"ids {list(job.input_ids)}" if job.prompt is None else repr(job.prompt)
     return text if most is None or len(text) <= most else f"{text[: most - 1]}…"
 

@@ -19,7 +19,7 @@ from reltrace.cli.options import (
     echo_json,
     input_of,
 )
-from reltrace.viz.display import quoted
+from reltrace.types.token_text import quoted
 from reltrace.viz.words import Words
 
 

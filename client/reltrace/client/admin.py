@@ -19,7 +19,7 @@ _TIMEOUT = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class DeadJob:
+class QuarantinedJob:
     """A job that was quarantined: it lost its worker too often.
 
     Attributes
@@ -46,17 +46,17 @@ class DeadJob:
 
 @dataclass(frozen=True, slots=True)
 class Requeued:
-    """A dead job that is queued once more.
+    """A quarantined job that is queued once more.
 
     Attributes
     ----------
-    dead_id : str
+    quarantined_id : str
         What it was called.
     id : str
         What it is called now.
     """
 
-    dead_id: str
+    quarantined_id: str
     id: str
 
 
@@ -91,12 +91,14 @@ class AsyncAdmin:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def dead_jobs(self, limit: int = 100) -> list[DeadJob]:
-        """Return quarantined jobs. See `Admin.dead_jobs`."""
-        request = admin_pb2.ListDeadJobsRequest(limit=whole_number(limit, "limit", 1, 2**32 - 1))
-        answer = await self._call(lambda server: server.admin.ListDeadJobs, request)
+    async def quarantined_jobs(self, limit: int = 100) -> list[QuarantinedJob]:
+        """Return quarantined jobs. See `Admin.quarantined_jobs`."""
+        request = admin_pb2.ListQuarantinedJobsRequest(
+            limit=whole_number(limit, "limit", 1, 2**32 - 1)
+        )
+        answer = await self._call(lambda server: server.admin.ListQuarantinedJobs, request)
         return [
-            DeadJob(
+            QuarantinedJob(
                 id=job.job_id,
                 tenant=job.tenant,
                 model=job.spec.model,
@@ -110,10 +112,10 @@ class AsyncAdmin:
     async def requeue(self, *job_ids: str) -> list[Requeued]:
         """Queue quarantined jobs once more. See `Admin.requeue`."""
         answer = await self._call(
-            lambda server: server.admin.RequeueDeadJobs,
-            admin_pb2.RequeueDeadJobsRequest(job_ids=_texts(job_ids, "job_ids")),
+            lambda server: server.admin.RequeueQuarantinedJobs,
+            admin_pb2.RequeueQuarantinedJobsRequest(job_ids=_texts(job_ids, "job_ids")),
         )
-        return [Requeued(job.dead_job_id, job.job_id) for job in answer.jobs]
+        return [Requeued(job.quarantined_job_id, job.job_id) for job in answer.jobs]
 
     async def workers(self) -> list[Worker]:
         """Return the connected workers. See `Admin.workers`."""
@@ -173,7 +175,7 @@ class Admin:
         self._admin = admin
         self._loop = loop
 
-    def dead_jobs(self, limit: int = 100) -> list[DeadJob]:
+    def quarantined_jobs(self, limit: int = 100) -> list[QuarantinedJob]:
         """Return jobs that were quarantined, the latest first.
 
         Parameters
@@ -181,7 +183,7 @@ class Admin:
         limit : int, default 100
             At most so many.
         """
-        return self._loop.run(self._admin.dead_jobs(limit))
+        return self._loop.run(self._admin.quarantined_jobs(limit))
 
     def requeue(self, *job_ids: str) -> list[Requeued]:
         """Queue quarantined jobs once more, as jobs of their tenant.
@@ -189,7 +191,7 @@ class Admin:
         Parameters
         ----------
         *job_ids : str
-            As in `DeadJob.id`.
+            As in `QuarantinedJob.id`.
 
         Raises
         ------

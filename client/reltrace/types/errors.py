@@ -112,7 +112,7 @@ class LostLease:
 
 
 class Quarantined(JobFailed):
-    """The job lost its worker too often and was set aside.
+    """The job lost its worker too often and was quarantined.
 
     Attributes
     ----------

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from reltrace.atlas.examples import QUANTILES, Context, Feature
 from reltrace.types.atlas_shard import LISTS, MEASURES, SITES
-from reltrace.viz.display import NEGATIVE, POSITIVE, ZERO, label, shown_in
+from reltrace.types.token_text import token_texts, visible_token
+from reltrace.viz.display import NEGATIVE, POSITIVE, ZERO
 from reltrace.viz.single_file import filled
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) ->
             for measure in MEASURES
         ],
         [
-            [label(one.token).strip(), one.role, one.count, one.of]
+            [visible_token(one.token).strip(), one.role, one.count, one.of]
             for one in feature.stands_out[:_WORDS]
         ],
         [
@@ -132,11 +133,11 @@ class _Snippets:
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self.snippets)
-            words = shown_in(context.tokens, slice(window.start, window.stop))
+            words = token_texts(context.tokens, slice(window.start, window.stop))
             self.snippets.append(
                 [
                     [self.words.setdefault(one.shown, len(self.words)) for one in words],
-                    None if self._next_tokens else label(context.target).strip(),
+                    None if self._next_tokens else visible_token(context.target).strip(),
                     context.prompt,
                     int(window.start > 0),
                     int(window.stop < len(context.tokens)),

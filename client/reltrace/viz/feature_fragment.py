@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 
 from reltrace.atlas.examples import Context, Feature
-from reltrace.viz.display import colour, css, ink, label
+from reltrace.types.token_text import visible_token
+from reltrace.viz.display import colour, css, ink
 from reltrace.viz.notebook_html import APART, BOX, CELL, GREY
 
 _CONTEXTS = 6
@@ -47,7 +48,7 @@ def _row(context: Context, feature: Feature) -> str:
     cells = (
         f"{context.relevance:+.4g}",
         f'{before}<span style="{strong}">{token}</span>{after}',
-        html.escape(label(context.target).strip()),
+        html.escape(visible_token(context.target).strip()),
     )
     style = f"{CELL};{APART};white-space:pre-wrap"
     texts = "".join(f'<td style="{style}">{cell}</td>' for cell in cells)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from reltrace.types.token_text import quoted, readable_alone
 from reltrace.types.trace import SITES_WITHOUT_LAYERS, Trace
-from reltrace.viz.display import alone, layer_numbers, quoted
+from reltrace.viz.display import layer_numbers
 from reltrace.viz.words import Segment, Words, segments
 
 # Of more tokens than the first, so many rows are drawn.
@@ -113,9 +114,9 @@ def describe_target(trace: Trace) -> str:
     """Return the target in words: what was traced and its value."""
     target = trace.target
     kind = "log-probability" if target.logprob else "logit"
-    name = quoted(alone(target.token))
+    name = quoted(readable_alone(target.token))
     if target.contrast is not None:
-        name += f" minus {quoted(alone(target.contrast))}"
+        name += f" minus {quoted(readable_alone(target.contrast))}"
     if len(target.continuation_ids) > 1:
         name = f"{len(target.continuation_ids)} response tokens"
     return f"{name} ({kind} {target.logit:.3f})"

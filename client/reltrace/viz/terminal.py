@@ -13,13 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from reltrace.types.neurons import Labels, has_labels, labelled
+from reltrace.types.token_text import printable, quoted
 from reltrace.types.top_entries import Entry
 from reltrace.types.trace import Trace
 from reltrace.viz.display import (
     colour,
     ink,
-    printable,
-    quoted,
     scaled,
     token_values,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 
 from reltrace.types.generation import Generation
-from reltrace.viz.display import readable_all
+from reltrace.types.token_text import readable_all
 from reltrace.viz.notebook_html import BOX, GREY, HINT
 
 _CELL = "flex:1;min-width:14em;white-space:pre-wrap;overflow-wrap:anywhere"

@@ -11,6 +11,7 @@ import numpy as np
 
 from reltrace.types.errors import invalid
 from reltrace.types.neurons import Labels, has_labels, labels_of
+from reltrace.types.token_text import printable
 from reltrace.types.trace import SITES_WITHOUT_LAYERS, Array, Trace
 from reltrace.viz.display import (
     NEGATIVE,
@@ -18,7 +19,6 @@ from reltrace.viz.display import (
     STREAM_SITES,
     ZERO,
     layer_numbers,
-    printable,
 )
 from reltrace.viz.heatmap import describe_target
 from reltrace.viz.single_file import filled

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from reltrace.types.tokens import Tokens, Turn
-from reltrace.types.trace import Trace
-from reltrace.viz.display import (
-    Numbered,
-    alone,
+from reltrace.types.token_text import (
+    TokenText,
+    escaped_bytes,
     is_special,
-    name_of,
     printable,
     quoted,
     readable,
-    shown_in,
-    spelled,
+    readable_alone,
+    token_texts,
+    visible,
 )
+from reltrace.types.tokens import Tokens, Turn
+from reltrace.types.trace import Trace
 
 # What stands in a decoded text for bytes that are no character.
 _NO_CHARACTER = "\ufffd"
@@ -51,25 +51,25 @@ class Words:
             positions = set(trace.special_positions)
             special = [position in positions for position in range(len(found))]
         else:
-            found = shown_in(trace.tokens)
+            found = token_texts(trace.tokens)
             special = [is_special(token) for token in trace.tokens]
-        names = [name_of(one.text) + one.shown * (one.number > 1) for one in found]
+        names = [visible(one.text) + one.shown * (one.number > 1) for one in found]
         return cls([one.shown for one in found], names, special)
 
 
-def _by_offsets(trace: Trace | Tokens) -> Iterator[Numbered]:
+def _by_offsets(trace: Trace | Tokens) -> Iterator[TokenText]:
     """Yield what each token has of the text, with the white space before it that none has."""
-    done, before, one = 0, (0, 0), Numbered.of("")
+    done, before, one = 0, (0, 0), TokenText.of("")
     for token, (start, stop) in zip(trace.tokens, trace.offsets.tolist(), strict=True):
         text = trace.text[min(done, start) : stop]
         if before == (start, stop) and start < stop:
-            one = Numbered.of(one.text, one.number + 1)
+            one = TokenText.of(one.text, one.number + 1)
         elif _NO_CHARACTER in text:
-            one = Numbered.of(spelled(token))
+            one = TokenText.of(escaped_bytes(token))
         elif start == stop:
-            one = Numbered.of(readable(token))
+            one = TokenText.of(readable(token))
         else:
-            one = Numbered.of(printable(text))
+            one = TokenText.of(printable(text))
         done, before = max(done, stop), (start, stop)
         yield one
 
@@ -107,6 +107,6 @@ def segments(trace: Trace) -> list[Segment]:
 def next_tokens(trace: Trace, count: int = 5) -> str:
     """Return the likeliest tokens at the target's position in words; "" if nobody looked."""
     return ", ".join(
-        f"{quoted(alone(one.token))} {one.probability:.1%}"
+        f"{quoted(readable_alone(one.token))} {one.probability:.1%}"
         for one in trace.target.candidates[:count]
     )

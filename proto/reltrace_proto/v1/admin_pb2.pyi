@@ -240,7 +240,7 @@ class DrainWorkersResponse(_message.Message):
 Global___DrainWorkersResponse: _TypeAlias = DrainWorkersResponse  # noqa: Y015
 
 @_typing.final
-class ListDeadJobsRequest(_message.Message):
+class ListQuarantinedJobsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LIMIT_FIELD_NUMBER: _builtins.int
@@ -257,10 +257,10 @@ class ListDeadJobsRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListDeadJobsRequest: _TypeAlias = ListDeadJobsRequest  # noqa: Y015
+Global___ListQuarantinedJobsRequest: _TypeAlias = ListQuarantinedJobsRequest  # noqa: Y015
 
 @_typing.final
-class DeadJob(_message.Message):
+class QuarantinedJob(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -287,19 +287,19 @@ class DeadJob(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DeadJob: _TypeAlias = DeadJob  # noqa: Y015
+Global___QuarantinedJob: _TypeAlias = QuarantinedJob  # noqa: Y015
 
 @_typing.final
-class ListDeadJobsResponse(_message.Message):
+class ListQuarantinedJobsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadJob]: ...
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuarantinedJob]: ...
     def __init__(
         self,
         *,
-        jobs: _abc.Iterable[Global___DeadJob] | None = ...,
+        jobs: _abc.Iterable[Global___QuarantinedJob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -307,10 +307,10 @@ class ListDeadJobsResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ListDeadJobsResponse: _TypeAlias = ListDeadJobsResponse  # noqa: Y015
+Global___ListQuarantinedJobsResponse: _TypeAlias = ListQuarantinedJobsResponse  # noqa: Y015
 
 @_typing.final
-class RequeueDeadJobsRequest(_message.Message):
+class RequeueQuarantinedJobsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_IDS_FIELD_NUMBER: _builtins.int
@@ -327,36 +327,36 @@ class RequeueDeadJobsRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RequeueDeadJobsRequest: _TypeAlias = RequeueDeadJobsRequest  # noqa: Y015
+Global___RequeueQuarantinedJobsRequest: _TypeAlias = RequeueQuarantinedJobsRequest  # noqa: Y015
 
 @_typing.final
 class RequeuedJob(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    DEAD_JOB_ID_FIELD_NUMBER: _builtins.int
+    QUARANTINED_JOB_ID_FIELD_NUMBER: _builtins.int
     SUBMISSION_ID_FIELD_NUMBER: _builtins.int
     JOB_ID_FIELD_NUMBER: _builtins.int
-    dead_job_id: _builtins.str
+    quarantined_job_id: _builtins.str
     submission_id: _builtins.str
     """Under which its result can be read."""
     job_id: _builtins.str
     def __init__(
         self,
         *,
-        dead_job_id: _builtins.str = ...,
+        quarantined_job_id: _builtins.str = ...,
         submission_id: _builtins.str = ...,
         job_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_job_id", b"dead_job_id", "job_id", b"job_id", "submission_id", b"submission_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "quarantined_job_id", b"quarantined_job_id", "submission_id", b"submission_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequeuedJob: _TypeAlias = RequeuedJob  # noqa: Y015
 
 @_typing.final
-class RequeueDeadJobsResponse(_message.Message):
+class RequeueQuarantinedJobsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOBS_FIELD_NUMBER: _builtins.int
@@ -373,7 +373,7 @@ class RequeueDeadJobsResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RequeueDeadJobsResponse: _TypeAlias = RequeueDeadJobsResponse  # noqa: Y015
+Global___RequeueQuarantinedJobsResponse: _TypeAlias = RequeueQuarantinedJobsResponse  # noqa: Y015
 
 @_typing.final
 class Tenant(_message.Message):

@@ -50,15 +50,15 @@ class AdminServiceStub:
                 request_serializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersRequest.SerializeToString,
                 response_deserializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersResponse.FromString,
                 _registered_method=True)
-        self.ListDeadJobs = channel.unary_unary(
-                '/reltrace.v1.AdminService/ListDeadJobs',
-                request_serializer=reltrace_dot_v1_dot_admin__pb2.ListDeadJobsRequest.SerializeToString,
-                response_deserializer=reltrace_dot_v1_dot_admin__pb2.ListDeadJobsResponse.FromString,
+        self.ListQuarantinedJobs = channel.unary_unary(
+                '/reltrace.v1.AdminService/ListQuarantinedJobs',
+                request_serializer=reltrace_dot_v1_dot_admin__pb2.ListQuarantinedJobsRequest.SerializeToString,
+                response_deserializer=reltrace_dot_v1_dot_admin__pb2.ListQuarantinedJobsResponse.FromString,
                 _registered_method=True)
-        self.RequeueDeadJobs = channel.unary_unary(
-                '/reltrace.v1.AdminService/RequeueDeadJobs',
-                request_serializer=reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsRequest.SerializeToString,
-                response_deserializer=reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsResponse.FromString,
+        self.RequeueQuarantinedJobs = channel.unary_unary(
+                '/reltrace.v1.AdminService/RequeueQuarantinedJobs',
+                request_serializer=reltrace_dot_v1_dot_admin__pb2.RequeueQuarantinedJobsRequest.SerializeToString,
+                response_deserializer=reltrace_dot_v1_dot_admin__pb2.RequeueQuarantinedJobsResponse.FromString,
                 _registered_method=True)
         self.ListTenants = channel.unary_unary(
                 '/reltrace.v1.AdminService/ListTenants',
@@ -96,14 +96,14 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ListDeadJobs(self, request, context):
+    def ListQuarantinedJobs(self, request, context):
         """Jobs that were quarantined, latest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def RequeueDeadJobs(self, request, context):
+    def RequeueQuarantinedJobs(self, request, context):
         """Queues quarantined jobs once more, as a submission of their tenant's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -141,15 +141,15 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersRequest.FromString,
                     response_serializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersResponse.SerializeToString,
             ),
-            'ListDeadJobs': grpc.unary_unary_rpc_method_handler(
-                    servicer.ListDeadJobs,
-                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.ListDeadJobsRequest.FromString,
-                    response_serializer=reltrace_dot_v1_dot_admin__pb2.ListDeadJobsResponse.SerializeToString,
+            'ListQuarantinedJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuarantinedJobs,
+                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.ListQuarantinedJobsRequest.FromString,
+                    response_serializer=reltrace_dot_v1_dot_admin__pb2.ListQuarantinedJobsResponse.SerializeToString,
             ),
-            'RequeueDeadJobs': grpc.unary_unary_rpc_method_handler(
-                    servicer.RequeueDeadJobs,
-                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsRequest.FromString,
-                    response_serializer=reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsResponse.SerializeToString,
+            'RequeueQuarantinedJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequeueQuarantinedJobs,
+                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.RequeueQuarantinedJobsRequest.FromString,
+                    response_serializer=reltrace_dot_v1_dot_admin__pb2.RequeueQuarantinedJobsResponse.SerializeToString,
             ),
             'ListTenants': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTenants,
@@ -255,7 +255,7 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
-    def ListDeadJobs(request,
+    def ListQuarantinedJobs(request,
             target,
             options=(),
             channel_credentials=None,
@@ -268,9 +268,9 @@ class AdminService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/reltrace.v1.AdminService/ListDeadJobs',
-            reltrace_dot_v1_dot_admin__pb2.ListDeadJobsRequest.SerializeToString,
-            reltrace_dot_v1_dot_admin__pb2.ListDeadJobsResponse.FromString,
+            '/reltrace.v1.AdminService/ListQuarantinedJobs',
+            reltrace_dot_v1_dot_admin__pb2.ListQuarantinedJobsRequest.SerializeToString,
+            reltrace_dot_v1_dot_admin__pb2.ListQuarantinedJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -282,7 +282,7 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
-    def RequeueDeadJobs(request,
+    def RequeueQuarantinedJobs(request,
             target,
             options=(),
             channel_credentials=None,
@@ -295,9 +295,9 @@ class AdminService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/reltrace.v1.AdminService/RequeueDeadJobs',
-            reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsRequest.SerializeToString,
-            reltrace_dot_v1_dot_admin__pb2.RequeueDeadJobsResponse.FromString,
+            '/reltrace.v1.AdminService/RequeueQuarantinedJobs',
+            reltrace_dot_v1_dot_admin__pb2.RequeueQuarantinedJobsRequest.SerializeToString,
+            reltrace_dot_v1_dot_admin__pb2.RequeueQuarantinedJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

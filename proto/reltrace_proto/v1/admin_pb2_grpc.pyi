@@ -39,9 +39,9 @@ class AdminServiceStub:
     """Has workers hand back what they have not begun, end what they have, and leave.
     Answers at once; a worker that is unknown refuses the request.
     """
-    ListDeadJobs: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListDeadJobsRequest, _admin_pb2.ListDeadJobsResponse]
+    ListQuarantinedJobs: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListQuarantinedJobsRequest, _admin_pb2.ListQuarantinedJobsResponse]
     """Jobs that were quarantined, latest first."""
-    RequeueDeadJobs: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RequeueDeadJobsRequest, _admin_pb2.RequeueDeadJobsResponse]
+    RequeueQuarantinedJobs: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RequeueQuarantinedJobsRequest, _admin_pb2.RequeueQuarantinedJobsResponse]
     """Queues quarantined jobs once more, as a submission of their tenant's."""
     ListTenants: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListTenantsRequest, _admin_pb2.ListTenantsResponse]
     SetTenant: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetTenantRequest, _admin_pb2.SetTenantResponse]
@@ -58,9 +58,9 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Has workers hand back what they have not begun, end what they have, and leave.
     Answers at once; a worker that is unknown refuses the request.
     """
-    ListDeadJobs: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListDeadJobsRequest, _admin_pb2.ListDeadJobsResponse]  # type: ignore[assignment]
+    ListQuarantinedJobs: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListQuarantinedJobsRequest, _admin_pb2.ListQuarantinedJobsResponse]  # type: ignore[assignment]
     """Jobs that were quarantined, latest first."""
-    RequeueDeadJobs: _aio.UnaryUnaryMultiCallable[_admin_pb2.RequeueDeadJobsRequest, _admin_pb2.RequeueDeadJobsResponse]  # type: ignore[assignment]
+    RequeueQuarantinedJobs: _aio.UnaryUnaryMultiCallable[_admin_pb2.RequeueQuarantinedJobsRequest, _admin_pb2.RequeueQuarantinedJobsResponse]  # type: ignore[assignment]
     """Queues quarantined jobs once more, as a submission of their tenant's."""
     ListTenants: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListTenantsRequest, _admin_pb2.ListTenantsResponse]  # type: ignore[assignment]
     SetTenant: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetTenantRequest, _admin_pb2.SetTenantResponse]  # type: ignore[assignment]
@@ -94,19 +94,19 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
-    def ListDeadJobs(
+    def ListQuarantinedJobs(
         self,
-        request: _admin_pb2.ListDeadJobsRequest,
+        request: _admin_pb2.ListQuarantinedJobsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.ListDeadJobsResponse, _abc.Awaitable[_admin_pb2.ListDeadJobsResponse]]:
+    ) -> _typing.Union[_admin_pb2.ListQuarantinedJobsResponse, _abc.Awaitable[_admin_pb2.ListQuarantinedJobsResponse]]:
         """Jobs that were quarantined, latest first."""
 
     @_abc_1.abstractmethod
-    def RequeueDeadJobs(
+    def RequeueQuarantinedJobs(
         self,
-        request: _admin_pb2.RequeueDeadJobsRequest,
+        request: _admin_pb2.RequeueQuarantinedJobsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.RequeueDeadJobsResponse, _abc.Awaitable[_admin_pb2.RequeueDeadJobsResponse]]:
+    ) -> _typing.Union[_admin_pb2.RequeueQuarantinedJobsResponse, _abc.Awaitable[_admin_pb2.RequeueQuarantinedJobsResponse]]:
         """Queues quarantined jobs once more, as a submission of their tenant's."""
 
     @_abc_1.abstractmethod

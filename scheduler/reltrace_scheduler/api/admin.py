@@ -34,7 +34,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 log = structlog.get_logger()
 
-_DEAD_SHOWN = 100
+_QUARANTINED_SHOWN = 100
 _MOST_DRAINED = 1000
 _LEAST_WEIGHT, _MOST_WEIGHT = 0.01, 100.0
 
@@ -98,13 +98,13 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         log.info("workers.drained", workers=list(request.worker_ids))
         return admin_pb2.DrainWorkersResponse()
 
-    async def ListDeadJobs(  # noqa: N802
-        self, request: admin_pb2.ListDeadJobsRequest, context: Context
-    ) -> admin_pb2.ListDeadJobsResponse:
-        jobs = await self._store.dead(request.limit or _DEAD_SHOWN)
-        return admin_pb2.ListDeadJobsResponse(
+    async def ListQuarantinedJobs(  # noqa: N802
+        self, request: admin_pb2.ListQuarantinedJobsRequest, context: Context
+    ) -> admin_pb2.ListQuarantinedJobsResponse:
+        jobs = await self._store.quarantined(request.limit or _QUARANTINED_SHOWN)
+        return admin_pb2.ListQuarantinedJobsResponse(
             jobs=[
-                admin_pb2.DeadJob(
+                admin_pb2.QuarantinedJob(
                     job_id=job.job_id,
                     tenant=job.tenant,
                     spec=types_pb2.JobSpec.FromString(job.spec),
@@ -114,19 +114,19 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             ]
         )
 
-    async def RequeueDeadJobs(  # noqa: N802
-        self, request: admin_pb2.RequeueDeadJobsRequest, context: Context
-    ) -> admin_pb2.RequeueDeadJobsResponse:
+    async def RequeueQuarantinedJobs(  # noqa: N802
+        self, request: admin_pb2.RequeueQuarantinedJobsRequest, context: Context
+    ) -> admin_pb2.RequeueQuarantinedJobsResponse:
         check_job_ids(request.job_ids)
-        found = await self._store.dead_jobs(request.job_ids)
+        found = await self._store.quarantined_jobs(request.job_ids)
         unknown = [
-            Violation(f"job_ids[{index}]", f"no dead job {request.job_ids[index]!r}")
+            Violation(f"job_ids[{index}]", f"no quarantined job {request.job_ids[index]!r}")
             for index, job in enumerate(found)
             if job is None
         ]
         if unknown:
             raise UnknownJobError(*unknown)
-        response = admin_pb2.RequeueDeadJobsResponse()
+        response = admin_pb2.RequeueQuarantinedJobsResponse()
         for job in found:
             assert job is not None
             spec = types_pb2.JobSpec.FromString(job.spec)
@@ -134,11 +134,11 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             submission = await self._store.submit(
                 [NewJob(spec.model, job.spec, spec.timeout.ToTimedelta().total_seconds())],
                 tenant=job.tenant,
-                idempotency_key=f"dead:{job.job_id}",
+                idempotency_key=f"quarantined:{job.job_id}",
             )
-            await self._store.forget_dead(job.job_id)
+            await self._store.forget_quarantined(job.job_id)
             response.jobs.add(
-                dead_job_id=job.job_id,
+                quarantined_job_id=job.job_id,
                 submission_id=submission.id,
                 job_id=submission.job_ids[0],
             )

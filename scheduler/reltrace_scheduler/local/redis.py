@@ -18,13 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import redis
 
+from reltrace_scheduler.config import Fsync
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.connection import OLDEST, parse_version
 
@@ -69,18 +69,6 @@ def find_server() -> Path:
             "(name a running one by --redis URL)"
         )
     return Path(binary)
-
-
-class Fsync(StrEnum):
-    """When the embedded Redis has its file written to the disk (Redis' `appendfsync`)."""
-
-    ALWAYS = "always"
-    """Before each answer: a machine that loses power loses nothing that was accepted."""
-    EVERYSEC = "everysec"
-    """Each second: at most the last two seconds are lost, by a machine that loses power, or
-    by a server that is killed while its disk is slow."""
-    NO = "no"
-    """When the system does: up to half a minute."""
 
 
 class EmbeddedRedis:

@@ -9,14 +9,14 @@ from reltrace_scheduler.config import Settings
 from reltrace_scheduler.keys import REAPER, Keys
 from reltrace_scheduler.queue.queue import milliseconds
 from reltrace_scheduler.queue.scripts import Scripts
-from reltrace_scheduler.records import Abandoned, Condemned, DeadJob, Ending, LostLease
+from reltrace_scheduler.records import Abandoned, Condemned, Ending, LostLease, QuarantinedJob
 
 _AT_ONCE = 500
 """Jobs that one script moves: bounds how long it holds Redis."""
 
 _END_AT_ONCE = 256
 
-_DEAD_AT_ONCE, _DEAD_BYTES = 4, 32 << 20
+_QUARANTINED_AT_ONCE, _QUARANTINED_BYTES = 4, 32 << 20
 """Quarantined jobs that are read at a time, and bytes of theirs that one listing has."""
 
 EXPIRE_AT_ONCE = 16
@@ -88,8 +88,8 @@ class Upkeep:
                 "end",
                 [],
                 milliseconds(self._settings.result_ttl),
-                self._settings.max_dead,
-                milliseconds(self._settings.dead_ttl),
+                self._settings.max_quarantined,
+                milliseconds(self._settings.quarantine_ttl),
                 *(
                     part
                     for ending in endings[start : start + _END_AT_ONCE]
@@ -161,14 +161,14 @@ class Upkeep:
         await self._redis.zrem(self._keys.full, *full)
         return found
 
-    async def dead(self, limit: int) -> list[DeadJob]:
+    async def quarantined(self, limit: int) -> list[QuarantinedJob]:
         """Return jobs that were quarantined, latest first; of large ones, fewer than `limit`."""
-        ids: Any = await self._redis.zrevrange(self._keys.dead, 0, limit - 1)
-        found: list[DeadJob] = []
-        room = _DEAD_BYTES
-        for start in range(0, len(ids), _DEAD_AT_ONCE):
-            page = [name.decode() for name in ids[start : start + _DEAD_AT_ONCE]]
-            for job in await self.dead_jobs(page):
+        ids: Any = await self._redis.zrevrange(self._keys.quarantined, 0, limit - 1)
+        found: list[QuarantinedJob] = []
+        room = _QUARANTINED_BYTES
+        for start in range(0, len(ids), _QUARANTINED_AT_ONCE):
+            page = [name.decode() for name in ids[start : start + _QUARANTINED_AT_ONCE]]
+            for job in await self.quarantined_jobs(page):
                 if job is None:
                     continue
                 room -= len(job.spec)
@@ -177,22 +177,22 @@ class Upkeep:
                 found.append(job)
         return found
 
-    async def dead_jobs(self, job_ids: Sequence[str]) -> list[DeadJob | None]:
+    async def quarantined_jobs(self, job_ids: Sequence[str]) -> list[QuarantinedJob | None]:
         """Look quarantined jobs up; None for one that is unknown or too old."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
-                pipe.hmget(self._keys.dead_job(job_id), "tenant", "spec", "history")
+                pipe.hmget(self._keys.quarantined_job(job_id), "tenant", "spec", "history")
             rows: list[Any] = await pipe.execute()
         return [
-            DeadJob(job_id, tenant.decode(), spec, _history(history)) if tenant else None
+            QuarantinedJob(job_id, tenant.decode(), spec, _history(history)) if tenant else None
             for job_id, (tenant, spec, history) in zip(job_ids, rows, strict=True)
         ]
 
-    async def forget_dead(self, job_id: str) -> None:
+    async def forget_quarantined(self, job_id: str) -> None:
         """Forget a quarantined job."""
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.zrem(self._keys.dead, job_id)
-            pipe.delete(self._keys.dead_job(job_id))
+            pipe.zrem(self._keys.quarantined, job_id)
+            pipe.delete(self._keys.quarantined_job(job_id))
             await pipe.execute()
 
 

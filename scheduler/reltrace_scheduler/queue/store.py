@@ -20,7 +20,6 @@ from reltrace_scheduler.queue.registry import Registry
 from reltrace_scheduler.queue.results import Progress, Results
 from reltrace_scheduler.queue.tenants import Tenants
 from reltrace_scheduler.records import (
-    DeadJob,
     Ending,
     JobRecord,
     Lease,
@@ -28,6 +27,7 @@ from reltrace_scheduler.records import (
     NewDraft,
     NewJob,
     Priority,
+    QuarantinedJob,
     QueueRecord,
     StoredChunk,
     StoredDraft,
@@ -71,7 +71,7 @@ class Store:
             for each in keys
         )
         self._cluster = ""
-        self.recent = Recent(redis, keys[0], enabled=settings.keep_recent)
+        self.recent = Recent(redis, keys[0], enabled=settings.web is not None)
         self.registry = Registry(redis, keys)
         self.tenants = Tenants(redis, keys)
 
@@ -271,16 +271,16 @@ class Store:
             totals.update(await shard.queue.ended())
         return dict(totals)
 
-    async def dead(self, limit: int) -> list[DeadJob]:
+    async def quarantined(self, limit: int) -> list[QuarantinedJob]:
         """Return jobs that were quarantined, latest first."""
-        found = [job for shard in self.shards for job in await shard.upkeep.dead(limit)]
+        found = [job for shard in self.shards for job in await shard.upkeep.quarantined(limit)]
         found.sort(key=lambda job: job.lost[-1].lost_at if job.lost else 0.0, reverse=True)
         return found[:limit]
 
-    async def dead_jobs(self, job_ids: Sequence[str]) -> list[DeadJob | None]:
-        """Look quarantined jobs up; see `Upkeep.dead_jobs`."""
-        return await self._each(job_ids, str, lambda shard, own: shard.upkeep.dead_jobs(own))
+    async def quarantined_jobs(self, job_ids: Sequence[str]) -> list[QuarantinedJob | None]:
+        """Look quarantined jobs up; see `Upkeep.quarantined_jobs`."""
+        return await self._each(job_ids, str, lambda shard, own: shard.upkeep.quarantined_jobs(own))
 
-    async def forget_dead(self, job_id: str) -> None:
+    async def forget_quarantined(self, job_id: str) -> None:
         """Forget a quarantined job."""
-        await self.of(job_id).upkeep.forget_dead(job_id)
+        await self.of(job_id).upkeep.forget_quarantined(job_id)

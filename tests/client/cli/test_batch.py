@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import reltrace
-from command.conftest import Run
+from cli.conftest import Run
 from fake_server import FakeServer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import reltrace
-from command.conftest import Run
+from cli.conftest import Run
 from fake_labels import FakeLabels
 from fake_server import FakeServer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command.conftest import Run
+from cli.conftest import Run
 
 LINES = gzip.compress(
     b"".join(json.dumps({"prompt": f"prompt {n * n}"}).encode() + b"\n" for n in range(2000)),

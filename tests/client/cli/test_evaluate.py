@@ -12,7 +12,7 @@ import grpc
 import pyarrow
 import pyarrow.parquet
 import pytest
-from command.conftest import Run
+from cli.conftest import Run
 from fake_server import FakeServer
 
 QUICK = ("--points", "2", "--rule", "attnlrp", "--json")

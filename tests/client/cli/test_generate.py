@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from command.conftest import Run
+from cli.conftest import Run
 from fake_server import FakeServer
 from make_text import draft, written
 from reltrace_proto.v1 import types_pb2

@@ -13,7 +13,7 @@ import threading
 from typing import Any
 
 import pytest
-from command.conftest import Run
+from cli.conftest import Run
 from fake_server import FakeServer
 from reltrace.cli import watch
 from reltrace.cli.cluster import _Look

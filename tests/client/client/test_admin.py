@@ -10,30 +10,33 @@ from fake_server import FakeServer
 from reltrace_proto.v1 import admin_pb2, types_pb2
 
 
-def dead_job(job_id: str, **spec: object) -> admin_pb2.DeadJob:
-    job = admin_pb2.DeadJob(job_id=job_id, tenant="team-a", spec=types_pb2.JobSpec(**spec))
+def quarantined_job(job_id: str, **spec: object) -> admin_pb2.QuarantinedJob:
+    job = admin_pb2.QuarantinedJob(job_id=job_id, tenant="team-a", spec=types_pb2.JobSpec(**spec))
     lost = job.lost_leases.add(attempt=2, worker_id="gpu-1")
     lost.lost_at.FromSeconds(1_700_000_000)
     return job
 
 
-def test_dead_jobs_with_their_history(server: FakeServer, client: reltrace.Client) -> None:
+def test_quarantined_jobs_with_their_history(server: FakeServer, client: reltrace.Client) -> None:
     ids = types_pb2.TokenIds(ids=[5, 6])
-    server.dead = [dead_job("a-0", prompt="x", model="m"), dead_job("b-0", input_ids=ids)]
-    first, second = client.admin.dead_jobs()
+    server.quarantined = [
+        quarantined_job("a-0", prompt="x", model="m"),
+        quarantined_job("b-0", input_ids=ids),
+    ]
+    first, second = client.admin.quarantined_jobs()
     assert (first.id, first.tenant, first.model) == ("a-0", "team-a", "m")
     assert (first.prompt, first.input_ids) == ("x", ())
     assert (second.prompt, second.input_ids) == (None, (5, 6))
     when = datetime.fromtimestamp(1_700_000_000, UTC)
     assert first.lost_leases == (reltrace.LostLease(2, "gpu-1", when),)
-    assert len(client.admin.dead_jobs(limit=1)) == 1
+    assert len(client.admin.quarantined_jobs(limit=1)) == 1
 
 
-def test_dead_jobs_are_queued_again(server: FakeServer, client: reltrace.Client) -> None:
-    server.dead = [dead_job("a-0", prompt="x"), dead_job("b-0", prompt="y")]
+def test_quarantined_jobs_are_queued_again(server: FakeServer, client: reltrace.Client) -> None:
+    server.quarantined = [quarantined_job("a-0", prompt="x"), quarantined_job("b-0", prompt="y")]
     assert client.admin.requeue("b-0") == [reltrace.Requeued("b-0", "again-b-0")]
-    assert [job.id for job in client.admin.dead_jobs()] == ["a-0"]
-    with pytest.raises(reltrace.NotFound, match=r"job_ids\[1\]: no dead job 'c-0'"):
+    assert [job.id for job in client.admin.quarantined_jobs()] == ["a-0"]
+    with pytest.raises(reltrace.NotFound, match=r"job_ids\[1\]: no quarantined job 'c-0'"):
         client.admin.requeue("a-0", "c-0")
 
 
@@ -67,9 +70,9 @@ def test_tenants(client: reltrace.Client) -> None:
 
 
 async def test_awaitable(server: FakeServer) -> None:
-    server.dead = [dead_job("a-0", prompt="x")]
+    server.quarantined = [quarantined_job("a-0", prompt="x")]
     async with reltrace.AsyncClient(server.address) as client:
-        assert len(await client.admin.dead_jobs()) == 1
+        assert len(await client.admin.quarantined_jobs()) == 1
         assert len(await client.admin.requeue("a-0")) == 1
         assert (await client.admin.set_tenant("t", weight=1)).weight == 1
         assert len(await client.admin.tenants()) == 1
@@ -82,7 +85,7 @@ def test_a_limit_that_is_none(client: reltrace.Client, limit: object) -> None:
     with pytest.raises(
         reltrace.InvalidArgument, match="limit: must be a whole number from 1 to 4294967295"
     ):
-        client.admin.dead_jobs(limit)  # type: ignore[arg-type]
+        client.admin.quarantined_jobs(limit)  # type: ignore[arg-type]
 
 
 def test_values_that_are_none(client: reltrace.Client) -> None:

@@ -192,57 +192,6 @@ def test_the_page_asks_for_nothing_and_runs_nothing_of_the_prompt(tmp_path: Path
     assert "%%TITLE%%" not in text
 
 
-@pytest.mark.parametrize(
-    ("token", "shown"),
-    [
-        ("Ġcats", " cats"),
-        ("▁cats", " cats"),
-        ("Ċ", "↵"),
-        ("a\x1b[0m", "a\\x1b[0m"),
-        ("ü", "ü"),
-        ("ä½łå¥½", "你好"),
-        ("âĢĻs", "’s"),
-        ("ä½", "ä½"),
-        ("Ã¼ber", "über"),
-        ("猫", "猫"),
-        ("", ""),
-        ("a\u3000b\u00a0c\u2009", "a b c "),
-        # A space that is not broken, as byte-level tokenizers write it; and a Maltese letter.
-        ("Âł", " "),
-        ("Äł", "Ġ"),
-        ("می\u200cخواهم", "می\u200cخواهم"),
-        ("👩\u200d🚀", "👩\u200d🚀"),
-        ("a\r\n\tb", "a\\r↵→b"),
-        ("<0x0A>", "↵"),
-        ("<0xE3>", "<0xE3>"),
-        ("\u202eab\u2066\u200f\ufeff", "\\u202eab\\u2066\\u200f\\ufeff"),
-    ],
-)
-def test_readable(token: str, shown: str) -> None:
-    assert display.readable(token) == shown
-
-
-@pytest.mark.parametrize(
-    ("token", "name"),
-    [
-        ("Ġ", "␣"),
-        ("\u3000\u3000", "␣␣"),
-        ("\u200c", "\\u200c"),
-        (" \u200d", "␣\\u200d"),
-        ("Ġa", " a"),
-    ],
-)
-def test_a_name_can_be_seen(token: str, name: str) -> None:
-    assert display.label(token) == name
-
-
-def test_a_part_of_a_text_is_shown_as_in_the_whole() -> None:
-    # Whether white space is marked is told by a token outside of the part.
-    for tokens in (["Ġa", "b", "c", "d"], ["a", "b", "c", "d"]):
-        assert display.readable_all(tokens, slice(1, 3)) == display.readable_all(tokens)[1:3]
-    assert display.readable_all(["a", "b"], slice(1, 2)) == ["b "]
-
-
 def test_what_colours_the_text() -> None:
     trace = make_trace({"attn_out": (3, 5), "resid": (3, 5), "embed": (5,)})
     np.testing.assert_array_equal(display.token_values(trace).values, trace["embed"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reltrace
 from make_trace import make_trace
-from reltrace.viz import display, terminal
+from reltrace.viz import terminal
 from reltrace.viz.words import Segment, Words, segments
 from rich.console import Console
 
@@ -73,33 +73,6 @@ def test_offsets_win_over_what_tokens_look_like() -> None:
     trace = make_trace({"resid": (1, 3)}, tokens=["Ã", "©", "dog"])
     known = replace(trace, text="Ã©  dog", offsets=np.array([(0, 1), (1, 2), (4, 7)]))
     assert Words.of(known).texts == ["Ã", "©", "  dog"]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "shown"),
-    [
-        (["▁a", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"], [" a", "😀", "₂", "₃", "₄"]),
-        (["▁a", "<0xF0>", "<0x9F>", "▁b"], [" a", "<0xF0>", "<0x9F>", " b"]),
-        ([" a", "<0xE4BD>", "<0xA0E5>", "<0xA5BD>", " b"], [" a", "你好", "₂", "₃", " b"]),
-        ([" caf", "<0xC3>", "é"], [" caf", "<0xC3>", "é"]),
-        (["Ġa", "ä½łå", "¥½"], [" a", "你好", "₂"]),
-        (["Ġa", "ä½", "łå", "¥½"], [" a", "你好", "₂", "₃"]),
-        (["Ġa", "ĠcafÃ", "Ġb"], [" a", r" caf\xc3", " b"]),
-        (["Ã", "b"], ["Ã ", "b "]),
-        (["▁a", "é", "t"], [" a", "é", "t"]),
-        (["ĠH", "âĤĤ", "O"], [" H", "₂", "O"]),
-    ],
-)  # fmt: skip
-def test_bytes_are_put_together_where_they_make_characters(
-    tokens: list[str], shown: list[str]
-) -> None:
-    assert display.readable_all(tokens) == shown
-
-
-def test_a_part_of_a_text_may_begin_within_a_character() -> None:
-    for start in range(len(TOKENS)):
-        for stop in range(start, len(TOKENS) + 1):
-            assert display.readable_all(TOKENS, slice(start, stop)) == SHOWN[start:stop]
 
 
 def test_turns_and_what_is_between_them(trace: reltrace.Trace) -> None:

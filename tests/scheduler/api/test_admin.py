@@ -29,26 +29,26 @@ async def die(client, channel: grpc.aio.Channel, spec: types_pb2.JobSpec) -> str
     return answer.job_ids[0]
 
 
-async def test_a_dead_job_is_shown_with_its_history_and_can_be_queued_again(
+async def test_a_quarantined_job_is_shown_with_its_history_and_can_be_queued_again(
     client, channel, admin
 ) -> None:
     spec = JobSpec(prompt="deadly", sites=["resid"])
-    dead_id = await die(client, channel, spec)
+    quarantined_id = await die(client, channel, spec)
 
-    (dead,) = (await admin.ListDeadJobs(admin_pb2.ListDeadJobsRequest())).jobs
-    assert (dead.job_id, dead.tenant, dead.spec.prompt) == (dead_id, "default", "deadly")
-    assert [(x.attempt, x.worker_id) for x in dead.lost_leases] == [(1, "w0"), (2, "w1"), (3, "w2")]
+    (job,) = (await admin.ListQuarantinedJobs(admin_pb2.ListQuarantinedJobsRequest())).jobs
+    assert (job.job_id, job.tenant, job.spec.prompt) == (quarantined_id, "default", "deadly")
+    assert [(x.attempt, x.worker_id) for x in job.lost_leases] == [(1, "w0"), (2, "w1"), (3, "w2")]
 
-    request = admin_pb2.RequeueDeadJobsRequest(job_ids=[dead_id])
-    (queued,) = (await admin.RequeueDeadJobs(request)).jobs
-    assert queued.dead_job_id == dead_id
+    request = admin_pb2.RequeueQuarantinedJobsRequest(job_ids=[quarantined_id])
+    (queued,) = (await admin.RequeueQuarantinedJobs(request)).jobs
+    assert queued.quarantined_job_id == quarantined_id
     worker = FakeWorker(channel, "good")
     await worker.connect()
     (lease,) = await worker.lease(1)
     assert (lease.job_id, lease.attempt, lease.spec.prompt) == (queued.job_id, 1, "deadly")
-    assert not (await admin.ListDeadJobs(admin_pb2.ListDeadJobsRequest())).jobs
-    with pytest.raises(grpc.aio.AioRpcError, match="no dead job") as error:
-        await admin.RequeueDeadJobs(request)
+    assert not (await admin.ListQuarantinedJobs(admin_pb2.ListQuarantinedJobsRequest())).jobs
+    with pytest.raises(grpc.aio.AioRpcError, match="no quarantined job") as error:
+        await admin.RequeueQuarantinedJobs(request)
     assert error.value.code() is grpc.StatusCode.NOT_FOUND
 
 

@@ -52,11 +52,11 @@ async def test_a_quarantined_job_can_be_looked_at(driver: Driver) -> None:
     (condemned,) = await driver.reap_until(condemned=1)
     await driver.upkeep.end([quarantined(condemned)])
 
-    (dead,) = await driver.upkeep.dead(10)
+    (job,) = await driver.upkeep.quarantined(10)
 
-    assert (dead.tenant, dead.spec, dead.lost) == ("t", b"deadly", condemned.lost)
-    await driver.upkeep.forget_dead(dead.job_id)
-    assert await driver.upkeep.dead(10) == []
+    assert (job.tenant, job.spec, job.lost) == ("t", b"deadly", condemned.lost)
+    await driver.upkeep.forget_quarantined(job.job_id)
+    assert await driver.upkeep.quarantined(10) == []
 
 
 async def test_what_was_leased_beside_a_deadly_job_survives(driver: Driver) -> None:
@@ -241,7 +241,7 @@ async def test_nobody_looked_for_a_while(driver: Driver, settings: Settings) -> 
     assert 0.8 * settings.lease < waited
 
 
-async def test_a_listing_of_large_dead_jobs_is_short(
+async def test_a_listing_of_large_quarantined_jobs_is_short(
     store: redis.asyncio.Redis, keys: Keys, settings: Settings
 ) -> None:
     driver = Driver.over(store, keys, replace(settings, max_bytes=1 << 30, max_lost_leases=1))
@@ -250,5 +250,5 @@ async def test_a_listing_of_large_dead_jobs_is_short(
     assert all(leased)
     condemned = await driver.reap_until(condemned=4)
     await driver.upkeep.end([quarantined(job) for job in condemned])
-    assert len(await driver.upkeep.dead(100)) == 2
-    assert len(await driver.upkeep.dead(1)) == 1
+    assert len(await driver.upkeep.quarantined(100)) == 2
+    assert len(await driver.upkeep.quarantined(1)) == 1

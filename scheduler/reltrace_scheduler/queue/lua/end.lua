@@ -10,29 +10,29 @@
 --       draft:<job>                     stream  deleted
 --       submission:<sub>, results:<sub>, expiring, load, tenant:<tenant>, ended
 --                                       as in commit.lua
---       dead                            zset    a job that is quarantined
---       dead:<job>                      hash    what it was
+--       quarantined                     zset    a job that is quarantined
+--       quarantined:<job>               hash    what it was
 -- publishes done:<sub>, revoked:<worker>
 --
--- ARGV: prefix, group, result ttl (ms), how many dead jobs are kept, how long (ms), then per
---       job: job id, attempt ("": any), state, chunk
+-- ARGV: prefix, group, result ttl (ms), how many quarantined jobs are kept, for how long (ms), then
+--       per job: job id, attempt ("": any), state, chunk
 --
 -- Returns per job the name of the queue that it was in, or "" where this did not end it: it had
 -- ended, is unknown, or is at another attempt.
-local ttl, most_dead, dead_ttl = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local ttl, max_quarantined, quarantine_ttl = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local outcome, revoked = {}, {}
 
-local function bury(job, time)
+local function quarantine(job, time)
     local row = redis.call("HMGET", job.key, "spec", "history")
-    local key = prefix .. "dead:" .. job.id
+    local key = prefix .. "quarantined:" .. job.id
     redis.call("HSET", key, "tenant", submission_of(job.id).tenant, "spec", row[1],
         "history", row[2] or "")
-    redis.call("PEXPIRE", key, dead_ttl)
-    redis.call("ZADD", prefix .. "dead", time, job.id)
-    redis.call("ZREMRANGEBYSCORE", prefix .. "dead", "-inf", time - dead_ttl)
-    for _, id in ipairs(redis.call("ZRANGE", prefix .. "dead", 0, -most_dead - 1)) do
-        redis.call("ZREM", prefix .. "dead", id)
-        redis.call("DEL", prefix .. "dead:" .. id)
+    redis.call("PEXPIRE", key, quarantine_ttl)
+    redis.call("ZADD", prefix .. "quarantined", time, job.id)
+    redis.call("ZREMRANGEBYSCORE", prefix .. "quarantined", "-inf", time - quarantine_ttl)
+    for _, id in ipairs(redis.call("ZRANGE", prefix .. "quarantined", 0, -max_quarantined - 1)) do
+        redis.call("ZREM", prefix .. "quarantined", id)
+        redis.call("DEL", prefix .. "quarantined:" .. id)
     end
 end
 
@@ -58,7 +58,7 @@ for i = 6, #ARGV, 4 do
         leave_queue(job)
         drop_chunks(job)
         if state == "QUARANTINED" then
-            bury(job, now())
+            quarantine(job, now())
         end
         finish(job, state, chunk)
         outcome[#outcome + 1] = job.queue

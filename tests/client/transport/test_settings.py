@@ -221,8 +221,11 @@ def test_tls_options_that_can_not_be_used(
     cases: list[tuple[Any, str]] = [
         (TlsOptions(ca=missing), f"tls.ca: {missing}: No such file"),
         (TlsOptions(ca=certificates.server_key), "tls.ca: .*holds no CERTIFICATE"),
-        (TlsOptions(cert=certificates.client_cert), "tls.key: must be given with tls.cert"),
-        (TlsOptions(key=certificates.client_key), "tls.cert: must be given with tls.key"),
+        (
+            TlsOptions(cert=certificates.client_cert),
+            "tls.key: must be given together",
+        ),
+        (TlsOptions(key=certificates.client_key), "tls.cert: must be given together"),
         ("yes", "tls: must be True, False or TlsOptions, not str"),
     ]
     for tls, said in cases:
