@@ -22,7 +22,7 @@ from itertools import accumulate, groupby
 from typing import Any
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from reltrace_worker.lrp.deterministic import sdpa, with_deterministic_backward
@@ -138,6 +138,7 @@ def sdpa_attention(
     return torch.cat(outputs).unsqueeze(0), None
 
 
+varlen_attn: Callable[..., Any] = varlen.varlen_attn
 # torch 2.11 has no grouped heads here.
 _VARLEN_HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 

@@ -120,12 +120,12 @@ class _ScaleGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> tuple[Any, ...]:
-        return None, *(gradient * factor for gradient, factor in zip(outer, ctx.factors, strict=True))
+        return None, *(
+            gradient * factor for gradient, factor in zip(outer, ctx.factors, strict=True)
+        )
 
 
-def scale_gradients(
-    factors: tuple[float, ...], *tensors: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def scale_gradients(factors: tuple[float, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return `tensors`, whose gradients are multiplied by `factors`."""
     scaled: tuple[torch.Tensor, ...] = _ScaleGradients.apply(factors, *tensors)  # type: ignore[no-untyped-call]
     return scaled
@@ -167,7 +167,8 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.name = name
-        return _gated_forward(gate, up, name)
+        value: torch.Tensor = _gated_forward(gate, up, name)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -177,7 +178,7 @@ class _GatedProduct(torch.autograd.Function):
 def attnlrp_gated_product(
     activation: nn.Module, gate: torch.Tensor, up: torch.Tensor
 ) -> torch.Tensor:
-    """Return act(gate) * up: f(x) / x through the activation, half of the product to each factor."""
+    """Return act(gate) * up under AttnLRP: identity rule and uniform rule."""
     name = activation_name(activation)
     product: torch.Tensor
     if name is None:
@@ -203,9 +204,7 @@ def _norm_forward(
 
 
 @_elementwise
-def _norm_backward(
-    outer: torch.Tensor, inverse: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
+def _norm_backward(outer: torch.Tensor, inverse: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (outer * scale).float().mul_(inverse).to(outer.dtype)
 
 
@@ -214,6 +213,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, epsilon: float) -> torch.Tensor:
+        value: torch.Tensor
         value, inverse = _norm_forward(x, scale, epsilon)
         ctx.save_for_backward(inverse, scale)
         return value

@@ -50,9 +50,7 @@ def _gemma_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 _NORMS: Patches = {
-    **dict.fromkeys(
-        (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm), ("forward", _norm)
-    ),
+    **dict.fromkeys((LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm), ("forward", _norm)),
     Gemma3RMSNorm: ("forward", _gemma_norm),
 }
 
@@ -62,7 +60,8 @@ def _gated_mlps(product: GatedProduct) -> Patches:
         weighted = product(module.act_fn, module.gate_proj(x), module.up_proj(x))
         return module.down_proj(weighted)  # type: ignore[no-any-return]
 
-    return dict.fromkeys((LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, Gemma3MLP), ("forward", gated_mlp))
+    classes = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, Gemma3MLP)
+    return dict.fromkeys(classes, ("forward", gated_mlp))
 
 
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -83,8 +82,8 @@ def _with_states(change: Callable[..., States]) -> Callable[[AttentionFunction],
     """Wrap an attention kernel so that it gets changed queries, keys and values."""
 
     def wrap(kernel: AttentionFunction) -> AttentionFunction:
-        def attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            return kernel(module, *change(query, key, value), *args, **kwargs)
+        def attention(module: Any, query: Any, key: Any, value: Any, *rest: Any, **kw: Any) -> Any:
+            return kernel(module, *change(query, key, value), *rest, **kw)
 
         return attention
 
@@ -125,9 +124,15 @@ RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
         Rule(
-            "attnlrp", {**_NORMS, **_gated_mlps(attnlrp_gated_product)}, _with_states(_attnlrp_states)
+            "attnlrp",
+            {**_NORMS, **_gated_mlps(attnlrp_gated_product)},
+            _with_states(_attnlrp_states),
         ),
-        Rule("cp_lrp", {**_NORMS, **_gated_mlps(cp_gated_product)}, _with_states(_softmax_held)),
+        Rule(
+            "cp_lrp",
+            {**_NORMS, **_gated_mlps(cp_gated_product)},
+            _with_states(_softmax_held),
+        ),
         Rule("gradient", mlp_tensors=3, functions=""),
     )
 }

@@ -145,7 +145,7 @@ class Encoder:
         engine_time = Duration()
         engine_time.FromTimedelta(timedelta(seconds=seconds))
         if result.written is None:
-            kernel, functions = self._attention, self._functions[job.job.rule]
+            kernel, functions = self._attention, self._functions.get(job.job.rule, "")
         else:
             # Texts are written by the model as transformers runs it.
             kernel, functions = self._plain_attention, ""
