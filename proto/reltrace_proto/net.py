@@ -20,6 +20,7 @@ import grpc.aio
 T = TypeVar("T")
 Metadata = tuple[tuple[str, str], ...]
 ChannelOptions = Sequence[tuple[str, int | str]]
+FailureHandler = Callable[[OSError | ValueError], object]
 
 MAX_ADDRESSES = 64
 
@@ -41,14 +42,9 @@ _ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
 
 class SettingError(ValueError):
-    """A connection setting can not be used.
+    """A setting can not be used.
 
-    Parameters
-    ----------
-    field : str
-        "address", "token", "tls.ca", "tls.cert" or "tls.key".
-    reason : str
-        What is wrong with it, and what is allowed. Never shows a token.
+    Its `field` is "address", "token", "tls.ca", "tls.cert", "tls.key" or a command's option.
     """
 
     def __init__(self, field: str, reason: str) -> None:
@@ -60,10 +56,7 @@ class SettingError(ValueError):
 def parse_addresses(text: str) -> tuple[str, ...]:
     """Return the addresses of a list with commas between, in the form that gRPC takes.
 
-    Raises
-    ------
-    SettingError
-        One is not "HOST:PORT", "dns:///NAME:PORT", "dns://NAMESERVER/NAME:PORT" or "unix:PATH".
+    They are "HOST:PORT", "dns:///NAME:PORT", "dns://NAMESERVER/NAME:PORT" or "unix:PATH".
     """
     addresses = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for address in addresses:
@@ -97,27 +90,17 @@ def is_loopback(address: str) -> bool:
 
 
 class FileValue(Generic[T]):
-    """What files hold, read again when they have changed.
+    """What `read` makes of some files, read again when they have changed.
 
-    A file that is being replaced may be missing or incomplete for a moment: until the files can be
-    read, the last value stays.
-
-    Parameters
-    ----------
-    read : callable
-        Reads the files. Raises OSError or ValueError if they can not be used: here, at the first
-        time.
-    paths : sequence of Path
-        The files.
-    failed : callable
-        Takes the error of a later `read`, once for each change of the files.
+    A file that is being replaced may be missing or incomplete for a moment: the last value stays,
+    and `failed` takes the error, once for each change. The first read must succeed.
     """
 
     def __init__(
         self,
         read: Callable[[], T],
         paths: Sequence[Path],
-        failed: Callable[[OSError | ValueError], object] = lambda error: None,
+        failed: FailureHandler = lambda error: None,
     ) -> None:
         self._read = read
         self._paths = paths
@@ -139,34 +122,19 @@ class FileValue(Generic[T]):
         return True
 
     def _state(self) -> list[tuple[int, int, int] | None]:
-        states: list[tuple[int, int, int] | None] = []
-        for path in self._paths:
-            try:
-                stat = path.stat()
-            except OSError:
-                states.append(None)
-            else:
-                states.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
-        return states
+        return [_file_state(path) for path in self._paths]
+
+
+def _file_state(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def read_pem(field: str, path: str | Path, kind: str) -> bytes:
-    """Return what a PEM file holds.
-
-    Parameters
-    ----------
-    field : str
-        The setting that names the file, for messages.
-    path : str or Path
-        The file.
-    kind : str
-        What must be in it: "CERTIFICATE" or "PRIVATE KEY".
-
-    Raises
-    ------
-    SettingError
-        It can not be read, or holds something else.
-    """
+    """Return what a PEM file holds; `kind` is "CERTIFICATE" or "PRIVATE KEY"."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -175,6 +143,18 @@ def read_pem(field: str, path: str | Path, kind: str) -> bytes:
     if f"{kind}-----".encode() not in content:
         raise SettingError(field, f"{path}: holds no {kind} in PEM form")
     return content
+
+
+def read_line(field: str, path: Path) -> str:
+    """Return the only line of a file."""
+    try:
+        line = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not text"
+        raise SettingError(field, f"{path}: {reason}") from None
+    if not line or "\n" in line:
+        raise SettingError(field, f"{path}: must hold one line")
+    return line
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +183,7 @@ class TlsOptions:
         return cls(*(os.environ.get(f"RELTRACE_TLS_{name}") or None for name in names))
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Read the files.
-
-        Raises
-        ------
-        SettingError
-            One can not be read, holds something else, or is missing.
-        """
+        """Read the files."""
         if (self.cert is None) != (self.key is None):
             missing, other = ("key", "certificate") if self.key is None else ("cert", "key")
             raise SettingError(f"tls.{missing}", f"must be given together with the {other}")
@@ -229,8 +203,6 @@ def token_from_environment() -> str | Path:
 class Credentials:
     """What a caller shows to servers, and how the connection to them is protected.
 
-    Files are read again when they change.
-
     Parameters
     ----------
     token : str or Path
@@ -240,12 +212,7 @@ class Credentials:
     insecure : bool, default False
         Allow the token to be sent in plaintext to another machine.
     failed : callable
-        Takes the error of a file that was usable before; what it held then stays in use.
-
-    Raises
-    ------
-    SettingError
-        A file or the token can not be used.
+        Takes the error of a file that was usable before; see `FileValue`.
     """
 
     def __init__(
@@ -254,7 +221,7 @@ class Credentials:
         tls: TlsOptions | None = None,
         *,
         insecure: bool = False,
-        failed: Callable[[OSError | ValueError], object] = lambda error: None,
+        failed: FailureHandler = lambda error: None,
     ) -> None:
         self._insecure = insecure
         self._tls = tls
@@ -274,14 +241,9 @@ class Credentials:
         return self._metadata.value
 
     def check(self, *addresses: str) -> None:
-        """Check that the token may be sent to these addresses.
+        """Check that nobody on the way to these addresses could read the token.
 
         gRPC refuses to send its own call credentials in plaintext; our token is plain metadata.
-
-        Raises
-        ------
-        SettingError
-            Others could read it on the way.
         """
         remote = [address for address in addresses if not is_loopback(address)]
         if self._metadata.value and remote and self._tls is None and not self._insecure:
@@ -293,15 +255,7 @@ class Credentials:
             )
 
     def open_channel(self, address: str, options: ChannelOptions = ()) -> grpc.aio.Channel:
-        """Make a channel on the running event loop.
-
-        Parameters
-        ----------
-        address : str
-            One of those that `parse_addresses` returns.
-        options : sequence
-            Channel options of gRPC beside those that every connection needs.
-        """
+        """Make a channel on the running event loop."""
         options = [*_CHANNEL_OPTIONS, *options]
         if is_loopback(address):
             # gRPC would look for this machine behind the proxy that the environment names.
@@ -319,20 +273,9 @@ class Credentials:
 
 
 def _metadata(token: str | Path) -> Metadata:
-    where = ""
-    if isinstance(token, Path):
-        where = f"{token}: "
-        try:
-            token = token.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "is not text"
-            raise SettingError("token", f"{where}{reason}") from None
-    token = token.strip()
-    if not token:
-        if where:
-            raise SettingError("token", f"{where}the file is empty")
-        return ()
-    if not token.isascii() or not token.isprintable() or " " in token:
+    where = f"{token}: " if isinstance(token, Path) else ""
+    text = read_line("token", token) if isinstance(token, Path) else token.strip()
+    if not text.isascii() or not text.isprintable() or " " in text:
         # The token itself is in no message.
         raise SettingError("token", f"{where}must be one word of printable ASCII characters")
-    return (("authorization", f"Bearer {token}"),)
+    return (("authorization", f"Bearer {text}"),) if text else ()

@@ -39,7 +39,7 @@ def option(text: str, *names: str, env: str | None = None, **settings: Any) -> A
 
 
 def from_options(
-    options: type[Options], *, config_env: str
+    options: type[Options], *, config_env: str | None = None
 ) -> Callable[[Callable[[typer.Context, Options], None]], Callable[..., None]]:
     """Make a command out of a function that takes the context and a dataclass of options.
 
@@ -47,31 +47,26 @@ def from_options(
     ----------
     options : type
         A dataclass; fields without the annotation of `option` are no options.
-    config_env : str
-        Variable that names the TOML file.
+    config_env : str, optional
+        Variable that names a TOML file of options, as ``--config`` does; None: there is no such
+        file.
     """
-    parameters = [
-        inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-        *_parameters(options),
-        inspect.Parameter(
-            "config",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                Path | None,
-                typer.Option(
-                    envvar=config_env,
-                    metavar="FILE.toml",
-                    is_eager=True,
-                    callback=_read_config,
-                    help="File of options, by their names here: result-ttl = 600.",
-                ),
-            ],
-        ),
-    ]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    context = inspect.Parameter("context", keyword, annotation=typer.Context)
+    parameters = [context, *_parameters(options)]
+    if config_env is not None:
+        info = typer.Option(
+            envvar=config_env,
+            metavar="FILE.toml",
+            is_eager=True,
+            callback=_read_config,
+            help="File of options, by their names here: result-ttl = 600.",
+        )
+        kind = Annotated[Path | None, info]
+        parameters.append(inspect.Parameter("config", keyword, default=None, annotation=kind))
 
     def decorate(function: Callable[[typer.Context, Options], None]) -> Callable[..., None]:
-        def command(context: typer.Context, config: Path | None, **values: Any) -> None:
+        def command(context: typer.Context, config: Path | None = None, **values: Any) -> None:
             given = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in values.items()

@@ -33,18 +33,11 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
-def configure_logs(level: int, form: LogFormat, **fields: str) -> None:
-    """Set up structlog for the whole process, on standard error.
-
-    Parameters
-    ----------
-    level : int
-        As the module `logging` numbers them.
-    form : LogFormat
-        How a line looks.
-    fields : str
-        Added to every line, whatever its thread.
-    """
+def configure_logs(level: str, form: LogFormat, **fields: str) -> None:
+    """Set up structlog for the whole process; `fields` are added to every line of every thread."""
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise SettingError(f"--log-level {level}", "must be debug, info, warning or error")
 
     def add_fields(logger: object, method: str, event: "EventDict") -> "EventDict":
         return {**fields, **event}
@@ -61,40 +54,22 @@ def configure_logs(level: int, form: LogFormat, **fields: str) -> None:
             structlog.processors.TimeStamper(fmt="iso"),
             *renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 
 
-def level_of(name: str) -> int | None:
-    """Return the number of a log level's name; None: there is none."""
-    return logging.getLevelNamesMapping().get(name.upper())
-
-
 class Spans:
-    """Adds spans that are over to the traces of jobs.
-
-    Parameters
-    ----------
-    tracer : Tracer or None
-        Sends them; None: nobody asked for spans.
-    share : float
-        Of submissions whose client traces nothing, how many are traced all the same.
-    """
+    """Adds finished spans to the traces of jobs; without a tracer, none."""
 
     def __init__(self, tracer: "Tracer | None" = None, share: float = 0.0) -> None:
         self._tracer = tracer
         self._share = share
 
     def start_traces(self, key: str, jobs: "Iterable[types_pb2.JobSpec]") -> None:
-        """Give the jobs of a submission a trace, if it is among the share that gets one.
+        """Give the jobs that belong to no trace of their client's one, for a share of submissions.
 
-        Parameters
-        ----------
-        key : str
-            The submission's idempotency key: sent again, it must give the same jobs.
-        jobs : iterable of JobSpec
-            Changed in place, where they belong to no trace of their client's.
+        `key` is the submission's idempotency key: sent again, it must give the same jobs.
         """
         digest = hashlib.blake2b(key.encode(), digest_size=28).digest()
         if not key or int.from_bytes(digest[24:], "little") >= self._share * 2**32:
@@ -107,17 +82,7 @@ class Spans:
     def record(
         self, name: str, parent: str, seconds: float, **attributes: str | int | float
     ) -> None:
-        """Add a span that ends now.
-
-        Parameters
-        ----------
-        parent : str
-            A ``traceparent``; if it is empty, or of a trace that is not sampled, nothing is added.
-        seconds : float
-            How long it took.
-        attributes : str, int or float
-            Without the prefix "reltrace.".
-        """
+        """Add a span that ends now, if `parent` is a ``traceparent`` of a trace that is sampled."""
         if self._tracer is None or not parent:
             return
         from opentelemetry.trace import get_current_span
@@ -148,12 +113,7 @@ def exporting_spans(endpoint: str | None, service: str, share: float = 0.0) -> I
     service : str
         The distribution that sends them.
     share : float
-        See `Spans`.
-
-    Raises
-    ------
-    SettingError
-        The packages are not installed, or the endpoint is no such URL.
+        Of submissions whose client traces nothing, how many are traced all the same.
     """
     if endpoint is None:
         yield Spans()

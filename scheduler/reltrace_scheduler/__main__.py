@@ -11,7 +11,7 @@ import typer
 import uvloop
 from reltrace_proto.net import SettingError
 from reltrace_proto.options import from_options
-from reltrace_proto.telemetry import Spans, configure_logs, exporting_spans, level_of
+from reltrace_proto.telemetry import Spans, configure_logs, exporting_spans
 
 from reltrace_scheduler.api.result_store import check_url
 from reltrace_scheduler.api.server import serving
@@ -38,16 +38,13 @@ def scheduler(context: typer.Context, settings: Settings) -> None:
     """Queue trace jobs in Redis and lease them to workers."""
     if context.invoked_subcommand is not None:
         return
-    level = level_of(settings.log_level)
-    if level is None:
-        raise typer.BadParameter(f"{settings.log_level!r} is not debug, info, warning or error")
-    configure_logs(level, settings.log_format)
     settings = replace(
         settings,
         results_url=settings.results_url.rstrip("/"),
         output_uri=tuple(uri.rstrip("/") for uri in settings.output_uri),
     )
     try:
+        configure_logs(settings.log_level, settings.log_format)
         address = _redis_address(context, settings)
         access = _access(settings)
         if settings.results_url:

@@ -100,7 +100,7 @@ def test_files_that_can_not_be_used(certificates: Certificates, tmp_path: Path) 
     binary.write_bytes(b"\xff\xff")
     cases: tuple[tuple[str | Path, TlsOptions | None, str], ...] = (
         (missing, None, f"token: {missing}: No such file"),
-        (empty, None, f"token: {empty}: the file is empty"),
+        (empty, None, f"token: {empty}: must hold one line"),
         (odd, None, f"token: {odd}: must be one word"),
         (binary, None, f"token: {binary}: is not text"),
         ("two words", None, "token: must be one word"),

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
@@ -19,7 +18,6 @@ from reltrace_proto.telemetry import (
     Spans,
     configure_logs,
     exporting_spans,
-    level_of,
 )
 from reltrace_proto.v1 import types_pb2
 
@@ -36,7 +34,7 @@ def lines() -> Iterator[Lines]:
     """What was logged as JSON so far."""
     written = io.StringIO()
     with redirect_stderr(written):
-        configure_logs(logging.INFO, LogFormat.JSON, worker="gpu-1-00ff")
+        configure_logs("info", LogFormat.JSON, worker="gpu-1-00ff")
     yield lambda: [json.loads(line) for line in written.getvalue().splitlines()]
     structlog.reset_defaults()
 
@@ -67,16 +65,21 @@ def test_an_exception_stays_on_its_line(lines: Lines) -> None:
 def test_lines_for_people_have_the_fields_too() -> None:
     written = io.StringIO()
     with redirect_stderr(written):
-        configure_logs(logging.INFO, LogFormat.CONSOLE, worker="gpu-1-00ff")
+        configure_logs("info", LogFormat.CONSOLE, worker="gpu-1-00ff")
         log.info("one", job="j-1")
     structlog.reset_defaults()
     assert "worker=gpu-1-00ff" in written.getvalue()
     assert "job=j-1" in written.getvalue()
 
 
-@pytest.mark.parametrize(("name", "level"), [("warning", 30), ("DEBUG", 10), ("loud", None)])
-def test_levels(name: str, level: int | None) -> None:
-    assert level_of(name) == level
+def test_levels(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("WARNING", LogFormat.JSON)
+    log.info("not shown")
+    log.warning("shown")
+    structlog.reset_defaults()
+    assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == ["shown"]
+    with pytest.raises(SettingError, match="--log-level loud: must be debug, info"):
+        configure_logs("loud", LogFormat.JSON)
 
 
 def test_a_span_ends_now_in_the_trace_of_its_parent_if_that_is_sampled() -> None:

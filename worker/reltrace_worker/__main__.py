@@ -16,7 +16,7 @@ import structlog
 import typer
 import uvloop
 from reltrace_proto.net import Credentials, SettingError, TlsOptions, token_from_environment
-from reltrace_proto.telemetry import LogFormat, Spans, configure_logs, exporting_spans, level_of
+from reltrace_proto.telemetry import LogFormat, Spans, configure_logs, exporting_spans
 from reltrace_proto.v1 import worker_pb2
 
 from reltrace_worker import __version__
@@ -248,15 +248,11 @@ def worker(
     ] = LogFormat.CONSOLE,
 ) -> None:
     """Keep a model loaded and trace the jobs that the scheduler leases out."""
-    level = level_of(log_level)
-    if level is None:
-        raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error")
     if max_tokens != "auto" and not (max_tokens.isdecimal() and int(max_tokens) > 0):
         raise typer.BadParameter(f"max-tokens {max_tokens!r} is neither auto nor a number above 0")
     if memory_gib is not None and not memory_gib > 0:
         raise typer.BadParameter(f"memory-gib must be above 0, not {memory_gib}")
     own_id = f"{worker_id or socket.gethostname()}-{secrets.token_hex(4)}"
-    configure_logs(level, log_format, worker=own_id)
     options = TlsOptions(tls_ca, tls_cert, tls_key, tls_name)
     # Only now: torch and transformers take seconds to import, and --help should not. What they
     # make stays: looking for garbage among it takes a second here, and again now and then.
@@ -269,6 +265,7 @@ def worker(
     gc.freeze()
     gc.enable()
     try:
+        configure_logs(log_level, log_format, worker=own_id)
         # Before a model is loaded for minutes.
         credentials = Credentials(
             token_file or token_from_environment(),

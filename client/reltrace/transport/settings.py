@@ -29,13 +29,7 @@ _FALSE = ("", "0", "false", "no", "off")
 
 
 def server_addresses(address: str | None) -> tuple[str, tuple[str, ...]]:
-    """Return the address to use (see `Client`) and the servers that it names.
-
-    Raises
-    ------
-    InvalidArgument
-        It is malformed.
-    """
+    """Return the address to use (see `Client`) and the servers that it names."""
     if address is None:
         address = os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
     if not isinstance(address, str):
@@ -45,13 +39,7 @@ def server_addresses(address: str | None) -> tuple[str, tuple[str, ...]]:
 
 
 def credentials(token: Token, tls: Tls, insecure: bool | None) -> Credentials:
-    """Return what is shown to servers; see `Client` for the arguments.
-
-    Raises
-    ------
-    InvalidArgument
-        An argument is of another type, or a file can not be used.
-    """
+    """Return what is shown to servers; see `Client` for the arguments."""
     if token is None:
         token = token_from_environment()
     if not isinstance(token, str | Path):
@@ -79,13 +67,7 @@ def as_invalid_argument() -> Iterator[None]:
 
 
 def flag(variable: str) -> bool:
-    """Return what an environment variable says, yes or no.
-
-    Raises
-    ------
-    InvalidArgument
-        It says neither.
-    """
+    """Return whether an environment variable says yes."""
     value = os.environ.get(variable, "").lower()
     if value not in _TRUE + _FALSE:
         raise invalid(variable, f"must be 1 or 0, not {value!r}")

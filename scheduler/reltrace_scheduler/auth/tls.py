@@ -12,17 +12,8 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """Files in PEM form.
-
-    Parameters
-    ----------
-    cert : Path
-        The server's certificate, and the chain above it.
-    key : Path
-        Its key.
-    client_ca : Path or None
-        Certificates of the authorities whose clients may connect (mutual TLS); None: no
-        client needs a certificate.
+    """Files in PEM form: certificate (and the chain above it), key, and for mutual TLS the
+    authorities whose clients may connect.
     """
 
     cert: Path
@@ -30,13 +21,6 @@ class ServerTls:
     client_ca: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Return what `grpc.aio.Server.add_secure_port` takes.
-
-        Raises
-        ------
-        SettingError
-            A file can not be read, or is not PEM.
-        """
         paths = [path for path in (self.cert, self.key, self.client_ca) if path is not None]
         files = FileValue(self._read, paths, _log_failure)
 

@@ -132,7 +132,7 @@ def test_a_batch_begun_by_an_older_version_goes_on(batch: Batch, tmp_path: Path)
 def test_tensors_that_are_gone_cost_no_others(batch: Batch, store: Store, tmp_path: Path) -> None:
     batch(LINES[:3], output_uri=store.folder.as_uri())
     loaded = reltrace.load_batch(tmp_path / "out")
-    place = loaded[1].arrays.place
+    place = loaded[1].arrays.location
     Path(place.url.removeprefix("file://")).unlink()
     with pytest.raises(reltrace.StoreUnreadable, match=place.url):
         loaded[1].relevance  # noqa: B018

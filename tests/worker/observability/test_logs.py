@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -25,7 +24,7 @@ def lines() -> Iterator[Lines]:
     """What was logged as JSON so far."""
     said = io.StringIO()
     with redirect_stderr(said):
-        configure_logs(logging.INFO, LogFormat.JSON, worker="gpu-1-00ff")
+        configure_logs("info", LogFormat.JSON, worker="gpu-1-00ff")
     yield lambda: [json.loads(line) for line in said.getvalue().splitlines()]
     structlog.reset_defaults()
 

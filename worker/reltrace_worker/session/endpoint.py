@@ -14,23 +14,7 @@ _CHANNEL_OPTIONS: ChannelOptions = (
 
 
 class Endpoints:
-    """Schedulers, and the one of them to connect to now.
-
-    Parameters
-    ----------
-    addresses : str
-        See `parse_addresses`.
-    credentials : Credentials
-        Token and TLS.
-    seed : int or None
-        For the order in which they are tried; None: another one in each process, so that workers
-        spread over them.
-
-    Raises
-    ------
-    SettingError
-        An address is malformed, or the token would be sent in plaintext to another machine.
-    """
+    """Schedulers in the random order in which they are tried, so that workers spread over them."""
 
     def __init__(self, addresses: str, credentials: Credentials, seed: int | None = None) -> None:
         self._addresses = list(parse_addresses(addresses))
@@ -44,13 +28,10 @@ class Endpoints:
 
     @property
     def current(self) -> str:
-        """The address to connect to."""
         return self._addresses[0]
 
     def move_on(self) -> None:
-        """Make the next address the current one."""
         self._addresses.append(self._addresses.pop(0))
 
     def open_channel(self) -> grpc.aio.Channel:
-        """Make a channel to the current address."""
         return self._credentials.open_channel(self.current, _CHANNEL_OPTIONS)

@@ -1,0 +1,207 @@
+"""Child processes that are kept running, with their output in bounded log files."""
+
+import asyncio
+import codecs
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.local.guard import guarded
+
+_LOG_BYTES = 4 * 1024 * 1024
+_TAIL_CHARACTERS = 4096
+_TAIL_LINES = 12
+
+_MAX_EARLY_DEATHS = 3
+_FIRST_DELAY = 0.5
+_LONGEST_DELAY = 30.0
+_LONG_LIFE = 60.0
+"""Seconds after which the delay before a restart is the first one again."""
+
+
+class Log:
+    """A log of at most 8 MiB: two files, the older one with the ending ".1"."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8")
+        self._file.terminator = ""
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin the tail anew, for a new process."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._tail = ""
+
+    def write(self, data: bytes) -> None:
+        """Append what a process wrote, and move on to a new file when this one is full."""
+        text = self._decoder.decode(data)
+        self._file.emit(logging.makeLogRecord({"msg": text}))
+        self._tail = (self._tail + text)[-_TAIL_CHARACTERS:]
+
+    def tail(self) -> list[str]:
+        """Return the last lines that were written."""
+        return self._tail.splitlines()[-_TAIL_LINES:]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Child:
+    """One child process, started again whenever it ends.
+
+    Parameters
+    ----------
+    name : str
+        For messages, and of the log file.
+    command : sequence of str
+        Program (an absolute path) and arguments.
+    environment : mapping of str to str
+        All of its environment.
+    logs : Path
+        Folder of the log file.
+    report : callable
+        Takes messages for people; raises nothing.
+    fatal_prefix : str
+        How the child's own one-line errors begin: before the service has been up, one of these
+        ends the attempts, since trying again would end the same way.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        logs: Path,
+        report: Callable[[str], None],
+        fatal_prefix: str,
+    ) -> None:
+        self.name = name
+        self.was_ready = False
+        self._command = tuple(command)
+        self._environment = environment
+        self._report = report
+        self._fatal_prefix = fatal_prefix
+        self._log = Log(logs / f"{name}.log")
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+        self._early_deaths = 0
+
+    async def keep_running(self) -> None:
+        """Run the child until `stop`.
+
+        Raises
+        ------
+        StartError
+            It keeps ending before the service `was_ready`; the message holds its last lines.
+        """
+        delay = _FIRST_DELAY
+        while not self._stopping:
+            began = time.monotonic()
+            code = await self._run_once()
+            if self._stopping:
+                return
+            if not self.was_ready:
+                self._count_early_death(code)
+            if time.monotonic() - began > _LONG_LIFE:
+                delay = _FIRST_DELAY
+            self._report(f"{self.name} {_ended(code)}; starting it again (log: {self._log.path})")
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+    def _count_early_death(self, code: int) -> None:
+        self._early_deaths += 1
+        tail = self._log.tail()
+        final = code == 2 or bool(tail and tail[-1].startswith(self._fatal_prefix))
+        if final or self._early_deaths >= _MAX_EARLY_DEATHS:
+            times = "" if self._early_deaths == 1 else f" {self._early_deaths} times"
+            lines = "".join(f"\n  {line}" for line in tail)
+            raise StartError(
+                f"{self.name} {_ended(code)}{times} before it was ready{':' if tail else ''}{lines}"
+                f"\n(log: {self._log.path})"
+            )
+
+    async def _run_once(self) -> int:
+        loop = asyncio.get_running_loop()
+        self._log.reset()
+        # A pipe of our own: asyncio's would keep `wait` waiting for grandchildren that hold it.
+        reader, writer = os.pipe()
+        try:
+            os.set_blocking(reader, False)
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *guarded(self._command, signal.SIGKILL),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=writer,
+                    stderr=writer,
+                    env=self._environment,
+                    # Ctrl-C in a terminal reaches its whole process group; the order in which
+                    # children end is ours to choose.
+                    start_new_session=True,
+                )
+            finally:
+                os.close(writer)
+            loop.add_reader(reader, self._pump, reader)
+            if self._stopping:
+                # `stop` came while the process was being made, and found none.
+                self._signal(signal.SIGTERM)
+            code = await self._process.wait()
+            self._pump(reader)
+            return code
+        finally:
+            loop.remove_reader(reader)
+            os.close(reader)
+
+    def _pump(self, reader: int) -> None:
+        while True:
+            try:
+                data = os.read(reader, 65536)
+            except BlockingIOError:
+                return
+            if not data:
+                asyncio.get_running_loop().remove_reader(reader)
+                return
+            self._log.write(data)
+
+    async def stop(self, grace: float) -> None:
+        """End the child: SIGTERM, and SIGKILL to its whole group after `grace` seconds."""
+        self._stopping = True
+        process = self._process
+        if process is not None and process.returncode is None:
+            self._signal(signal.SIGTERM)
+            try:
+                async with asyncio.timeout(grace):
+                    await process.wait()
+            except TimeoutError:
+                self._report(f"{self.name} has not ended after {grace:g} s: killing it")
+                self.kill()
+                await process.wait()
+
+    def kill(self) -> None:
+        """Send SIGKILL to the child and what it has started."""
+        self._stopping = True
+        self._signal(signal.SIGKILL, group=True)
+
+    def close(self) -> None:
+        """Close the log."""
+        self._log.close()
+
+    def _signal(self, number: signal.Signals, *, group: bool = False) -> None:
+        process = self._process
+        if process is not None and process.returncode is None:
+            with suppress(ProcessLookupError):
+                (os.killpg if group else os.kill)(process.pid, number)
+
+
+def _ended(code: int) -> str:
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
