@@ -12,7 +12,7 @@ from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.lrp import RULES, lxt_rules, verify_rule
 from reltrace_worker.models import FAMILIES
 from reltrace_worker.types.errors import ModelError
-from reltrace_worker.types.jobs import JobSpec
+from reltrace_worker.types.jobs import TraceRequest
 
 FAMILIES_OF_LXT = ("grouped", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_softcap")
 
@@ -71,7 +71,7 @@ def test_both_ways_give_the_same_numbers(checkpoints: Checkpoints, name: str, ru
     I expect the same relevance, to 1e-5 of the largest of each layer.
     """
     loaded = checkpoints.loaded(name)
-    jobs = prepare(loaded, *(JobSpec(p, tuple(SITES), "full", rule=rule) for p in PROMPTS))
+    jobs = prepare(loaded, *(TraceRequest(p, tuple(SITES), "full", rule=rule) for p in PROMPTS))
     fused = run(Engine(loaded), jobs)
     theirs = run(Engine(loaded, rules=lxt_rules.lxt_rules(loaded.family)), jobs)
     for ours, wanted in zip(fused, theirs, strict=True):

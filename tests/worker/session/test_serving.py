@@ -148,7 +148,7 @@ async def test_a_result_says_whose_functions_ran(
 
 def test_lxts_functions_are_not_compiled(checkpoints: Checkpoints) -> None:
     source = sources([str(checkpoints.folder("plain"))], [], None)
-    with pytest.raises(ModelError, match="--compile .* excludes --rules lxt"):
+    with pytest.raises(ModelError, match=r"--compile .* excludes --rules lxt"):
         serve(source, replace(OPTIONS, rules="lxt", compile=True))
 
 
