@@ -1,7 +1,7 @@
 """Loading a model, and checking and tokenizing jobs for it."""
 
 from reltrace_worker.models.families import FAMILIES, Family
-from reltrace_worker.models.loading import LoadedModel, ModelDescription, ModelShape, load_model
+from reltrace_worker.models.loading import LoadedModel, ModelShape, load_model
 from reltrace_worker.models.preparing import JobPreparer
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "Family",
     "JobPreparer",
     "LoadedModel",
-    "ModelDescription",
     "ModelShape",
     "load_model",
 ]
