@@ -133,11 +133,11 @@ class Settings:
     ] = False
     max_requests_per_second: Annotated[
         float | None,
-        option("Calls of one token, at this scheduler. (default: no limit)", min=0.001),
+        option("Calls of one token, over all schedulers. (default: no limit)", min=0.001),
     ] = None
     max_jobs_per_second: Annotated[
         float | None,
-        option("Jobs that one token submits, at this scheduler. (default: no limit)", min=0.001),
+        option("Jobs that one token submits, over all schedulers. (default: no limit)", min=0.001),
     ] = None
     metrics: Annotated[
         str | None,

@@ -68,7 +68,8 @@ In shard 0 only:
 ===============================  =======  ==============================================
 
 Without a shard: ``reltrace:shards``, a string, says how many shards there are, and
-``reltrace:cluster`` names this queue among others.
+``reltrace:cluster`` names this queue among others; ``reltrace:rate:<what>:<identity>`` is a
+token bucket (`rate_key`).
 
 Times are milliseconds by Redis' own clock; those of workers are seconds. ``<model>`` is a
 route: the name of a model, or ``NAME@REVISION`` for jobs that ask for a revision.
@@ -263,3 +264,8 @@ def model_of(queue: str) -> str:
 def tenant_of(queue: str) -> str:
     """Return the tenant of a queue's name."""
     return queue.split(":", 2)[1]
+
+
+def rate_key(what: str, identity: str) -> str:
+    """A string: when the token bucket of an identity is full again; of no shard."""
+    return f"reltrace:rate:{what}:{identity}"

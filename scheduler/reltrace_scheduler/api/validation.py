@@ -24,8 +24,8 @@ from reltrace_scheduler.config import (
 )
 from reltrace_scheduler.errors import (
     InvalidRequestError,
+    NotFoundError,
     UnavailableError,
-    UnknownModelError,
     Violation,
 )
 from reltrace_scheduler.records import NewJob
@@ -68,7 +68,7 @@ def check_submission(
     InvalidRequestError
         With one violation per fault, ``jobs[3].prompt`` and the like; also where a model is named
         without a revision while several of its revisions are served.
-    UnknownModelError
+    NotFoundError
         No worker has ever served a model that is named.
     UnavailableError
         No worker has connected yet, so that no model is known.
@@ -95,7 +95,7 @@ def check_submission(
         if (fault := _model_fault(job.model, models))
     ]
     if unknown:
-        raise UnknownModelError(*unknown)
+        raise NotFoundError(*unknown)
     routes = [job.model or models.default or "" for job in request.jobs]
     # Which revision would run such a job is chance, and may differ from the next job's.
     several = {route: fault for route in set(routes) if (fault := _revision_fault(route, models))}

@@ -465,7 +465,7 @@ async def test_an_empty_request_and_an_overlong_key(client, worker: FakeWorker) 
         assert fields(caught.value) == [field]
 
 
-async def test_text_that_is_not_utf8_is_named(channel: grpc.aio.Channel, worker) -> None:
+async def test_text_that_is_not_utf8(channel: grpc.aio.Channel, worker) -> None:
     data = submission(
         JobSpec(prompt="fine"),
         JobSpec(prompt="a", targets=[types_pb2.Target(token=types_pb2.TokenRef(text="zz"))]),
@@ -474,7 +474,8 @@ async def test_text_that_is_not_utf8_is_named(channel: grpc.aio.Channel, worker)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call(data.replace(b"zz", b"\xff\xfe"))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert fields(caught.value) == ["jobs[1].targets[0].token.text"]
+    assert fields(caught.value) == ["request"]
+    assert "UTF-8" in (caught.value.details() or "")
 
 
 async def test_bytes_that_are_no_message(channel: grpc.aio.Channel, worker) -> None:

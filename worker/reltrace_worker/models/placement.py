@@ -49,9 +49,8 @@ class Placement:
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a loaded model of which accelerate has offloaded a part."""
-        devices = {
-            name: str(device) for name, device in getattr(model, "hf_device_map", {}).items()
-        }
+        device_map = getattr(model, "hf_device_map", {})
+        devices = {name: str(device) for name, device in device_map.items()}
         on_gpus = not set(devices.values()) <= {"cpu", "disk"}
         for name, device in devices.items():
             if device == "disk" or (device == "cpu" and on_gpus):
