@@ -17,6 +17,7 @@ from reltrace.batch.items import Fingerprint, InputFormat, Item, read_items
 from reltrace.batch.journal import FAILED, REFUSED, TRACED, Failed, Journal
 from reltrace.batch.preflight import check_item
 from reltrace.batch.writer import Traced, Writer, write_errors
+from reltrace.client.recording import recording
 from reltrace.client.sync_client import Client
 from reltrace.storage.atomic_files import with_filename
 from reltrace.types.errors import InvalidArgument, invalid
@@ -167,7 +168,7 @@ class Run:
                 )
                 left, record = self._folder.submissions(), self._folder.record_submissions
                 try:
-                    with self._client.recording(left, record):
+                    with recording(self._client, left, record):
                         self._trace(source, writer, target)
                 finally:
                     writer.close()

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import grpc
 from reltrace_proto.v1 import trace_pb2
 
-from reltrace.transport.connection import Connection, Deadline
+from reltrace.transport.connection import Connection
+from reltrace.transport.retry import Deadline
 from reltrace.types import server_info as info
 from reltrace.types.errors import ModelNotFound, RpcStatus, invalid
 
@@ -116,7 +117,6 @@ class Pins:
         answer = await self._connection.call(
             lambda server: server.traces.ListModels, trace_pb2.ListModelsRequest(), deadline
         )
-        assert not isinstance(answer, RpcStatus)
         return info.models(answer)
 
     async def watch(self) -> None:

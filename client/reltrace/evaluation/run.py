@@ -7,24 +7,23 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reltrace.calls.pinning import Pins
 from reltrace.calls.source import Source, open_source
+from reltrace.calls.trace_many import TraceManyRun
 from reltrace.evaluation.curves import Curves
 from reltrace.evaluation.evaluation import Evaluation
 from reltrace.evaluation.plan import RANDOM, Plan
 from reltrace.evaluation.prompts import Ids, Prompt, as_continuation, check_target
 from reltrace.evaluation.tally import Tally
-from reltrace.transport.connection import Deadline
+from reltrace.transport.connection import Connection
+from reltrace.transport.retry import Deadline
 from reltrace.types.errors import TraceError, Violation, invalid
 from reltrace.types.failure import Failure
 from reltrace.types.request import Arguments, Priority, wire_priority
 from reltrace.types.target import Target
 from reltrace.types.trace import Trace
-
-if TYPE_CHECKING:
-    from reltrace.client.async_client import AsyncClient
 
 _AT_ONCE = 64
 """Prompts whose traces and curves are held at a time."""
@@ -40,8 +39,8 @@ class Run:
 
     Parameters
     ----------
-    client
-        Whose traces.
+    connection
+        To the server.
     plan
         What and how.
     defaults
@@ -61,15 +60,15 @@ class Run:
 
     def __init__(
         self,
-        client: AsyncClient,
+        connection: Connection,
         plan: Plan,
         defaults: Mapping[str, Any],
         priority: Priority,
         deadline: Deadline,
         done: Callable[[Failure | None], None],
     ) -> None:
-        self._client = client
-        self._pins = Pins(client._connection)
+        self._connection = connection
+        self._pins = Pins(connection)
         self._plan = plan
         given = Arguments(**{key: value for key, value in defaults.items() if value is not None})
         check_target(given.target, "target")
@@ -133,11 +132,10 @@ class Run:
         return some
 
     async def _many(self, items: list[dict[str, Any]]) -> AsyncGenerator[Any, None]:
-        run = self._client.start_many(
+        run = TraceManyRun(
+            self._connection,
             items,
             self._defaults,
-            ordered=False,
-            max_in_flight=1024,
             priority=self._priority,
             deadline=self._deadline,
             pins=self._pins,

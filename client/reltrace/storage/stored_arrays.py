@@ -13,24 +13,15 @@ from typing import Any
 import numpy as np
 
 from reltrace.types.errors import MissingDependency, ProtocolError, StoreUnreadable
-from reltrace.types.trace import Array
+from reltrace.types.scalar_types import NUMPY_TYPES, Array, widened
 
 _ATTEMPTS = 3
 _BACKOFF = 0.2
 
-# By their names on the wire. numpy has no bfloat16: these are its bits.
-FORMATS: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype("<f4"),
-    "bfloat16": np.dtype("<u2"),
-    "float16": np.dtype("<f2"),
-    "int32": np.dtype("<i4"),
-    "int64": np.dtype("<i8"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor inside the bytes of its job: `offset` is in bytes, `dtype` one of `FORMATS`."""
+    """A tensor inside the bytes of its job: `offset` is in bytes, `dtype` one of `NUMPY_TYPES`."""
 
     site: str
     part: str
@@ -155,17 +146,14 @@ def read_together(
 
 
 def _array(tensor: StoredTensor, data: bytes) -> Array:
-    dtype = FORMATS.get(tensor.dtype)
+    dtype = NUMPY_TYPES.get(tensor.dtype)
     if dtype is None:
         raise ProtocolError(f"site {tensor.site!r}: number format {tensor.dtype!r} is unknown")
     count = math.prod(tensor.shape)
     if tensor.offset + count * dtype.itemsize > len(data):
         raise ProtocolError(f"site {tensor.site!r}: its manifest points past the job's bytes")
     values = np.frombuffer(data, dtype, count, tensor.offset).reshape(tensor.shape)
-    if tensor.dtype == "bfloat16":
-        # bfloat16 is the upper half of a float32: exact.
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values
+    return widened(values, tensor.dtype)
 
 
 def _read(location: StoredLocation) -> bytes:

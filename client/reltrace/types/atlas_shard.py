@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reltrace.types.provenance import Provenance
-from reltrace.types.trace import Array
+from reltrace.types.scalar_types import Array
 
 SITES = ("neuron", "head")
 LISTS = ("relevance+", "relevance-", "activation+", "activation-")

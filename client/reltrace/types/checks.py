@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -78,6 +78,13 @@ def check_encodable(text: str, argument: str) -> None:
             f"character {error.start} is a lone surrogate ({text[error.start]!r}), which no "
             "UTF-8 text holds",
         ) from None
+
+
+def check_texts(values: Sequence[object], argument: str) -> None:
+    """Raise InvalidArgument if one of the values is not a str."""
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise invalid(f"{argument}[{index}]", f"must be str, not {type(value).__name__}")
 
 
 def is_id(name: object) -> TypeGuard[str | int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,12 @@ class Generation:
     timings: Timings | None = None
     job_id: str | None = None
 
+    @classmethod
+    def combined(cls, texts: Sequence[object]) -> Generation:
+        """Return the first of one or two texts; the second is what was written unsteered."""
+        generations = [text for text in texts if isinstance(text, Generation)]
+        return replace(generations[0], unsteered=generations[1] if generations[1:] else None)
+
     def __str__(self) -> str:
         return self.text
 
@@ -98,7 +104,31 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
-class Writing:
+class TextPiece:
+    """What a model wrote since the last piece.
+
+    Attributes
+    ----------
+    text : str
+        Decoded: the pieces of a text together are its `Generation.text`. Empty while a character is
+        not complete.
+    tokens, token_ids : tuple of str, tuple of int
+        The new tokens.
+    steered : bool
+        Whether it is of the steered text, or of the other.
+    again : bool
+        The text begins again with this piece: a worker was lost, and another wrote something else.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    steered: bool
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateArguments:
     """The arguments of `generate`, by the names its documentation gives them."""
 
     prompt: str | None

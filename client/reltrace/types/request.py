@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from reltrace_proto.v1 import types_pb2
 
@@ -49,6 +49,8 @@ class Job:
         The `target` argument as it was passed, to name its parts in errors.
     first : int
         Of a slice of a corpus: the number of its first prompt, to name prompts in errors.
+    id : str or int or None
+        The id that its traces carry.
     """
 
     spec: types_pb2.JobSpec
@@ -56,6 +58,7 @@ class Job:
     several: bool
     target: object
     first: int = 0
+    id: str | int | None = None
 
     def rename(self, wire_field: str) -> str:
         """Return the caller's name of a field of the job."""
@@ -81,6 +84,38 @@ class Job:
         if match and match.group(1) in _CALLER_NAMES:
             return _CALLER_NAMES[match.group(1)]
         return wire_field
+
+
+class SharedOptions(TypedDict, total=False):
+    """Arguments of `trace` and `trace_many` that do not decide what they return."""
+
+    add_special_tokens: bool
+    model: str | None
+    sites: str | Sequence[str]
+    reduce: str
+    rule: str
+    dtype: Dtype
+    layers: Sequence[int] | None
+    top_k: int | None
+    edits: EditLike | Sequence[EditLike]
+    priority: Priority
+    timeout: float | None
+
+
+class TraceOptions(SharedOptions, total=False):
+    """Those of `trace`."""
+
+    messages: Messages | None
+    input_ids: Sequence[int] | None
+
+
+class TraceManyOptions(SharedOptions, total=False):
+    """Those of `trace_many`."""
+
+    ordered: bool
+    progress: bool
+    output_uri: str | None
+    max_in_flight: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +189,15 @@ class Arguments:
         return Job(spec, sites, target.is_several(self.target), self.target)
 
 
+def tokenize_job(
+    prompt: object, messages: object, add_special_tokens: object, model: object
+) -> Job:
+    """Check the arguments of `tokenize` and build its job."""
+    spec = types_pb2.JobSpec(model=model_name(model), tokenize_only=True)
+    set_input(spec, prompt, None, messages, add_special_tokens)
+    return Job(spec, (), False, None)
+
+
 def wire_priority(priority: object) -> types_pb2.Priority.ValueType:
     """Translate a `priority` argument.
 
@@ -185,8 +229,8 @@ class JobMaker:
         self._model: object = None
         self._shared: Job | None = None
 
-    def job(self, item: object) -> Job:
-        """Check an item and build its job.
+    def job(self, item: object, name: str | int | None = None) -> Job:
+        """Check an item and build its job, whose traces get this id.
 
         Raises
         ------
@@ -201,7 +245,7 @@ class JobMaker:
             inputs = (item.get("prompt"), item.get("input_ids"), item.get("messages"))
             model = item.get("model", defaults.model)
         else:
-            return defaults.with_item(item).job()
+            return replace(defaults.with_item(item).job(), id=name)
         shared = self._shared
         if shared is None or model != self._model:
             shared = replace(defaults, prompt="shared", model=model).job()
@@ -211,7 +255,7 @@ class JobMaker:
         spec = types_pb2.JobSpec()
         spec.CopyFrom(shared.spec)
         set_input(spec, *inputs, defaults.add_special_tokens)
-        return Job(spec, shared.sites, shared.several, shared.target)
+        return Job(spec, shared.sites, shared.several, shared.target, id=name)
 
 
 def model_name(model: object) -> str:

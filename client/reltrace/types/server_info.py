@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 from reltrace_proto.v1 import admin_pb2, trace_pb2, types_pb2
 
-from reltrace.transport.assemble import format_name
+from reltrace.types.scalar_types import scalar_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ def model(wire: types_pb2.ModelInfo, workers: int) -> Model:
         vocab_size=wire.vocab_size,
         context_length=wire.context_length,
         parameters=wire.parameters,
-        dtype=format_name(wire.dtype),
+        dtype=scalar_name(wire.dtype),
         sites=tuple(wire.sites),
         rules=tuple(wire.rules),
         reductions=tuple(wire.reductions),

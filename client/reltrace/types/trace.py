@@ -6,13 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reltrace.types.errors import InvalidArgument, invalid
 from reltrace.types.provenance import Provenance, ResolvedTarget, Timings
+from reltrace.types.scalar_types import Array as Array
 from reltrace.types.tokens import FirstTokenShare, Turn, no_offsets
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from reltrace.types.neurons import Labels, StrongHead, StrongNeuron
     from reltrace.types.top_entries import Entry
-
-Array: TypeAlias = NDArray[Any]
 
 # Sites without a layer axis: their relevance exists once, not once per layer.
 SITES_WITHOUT_LAYERS = frozenset({"embed"})

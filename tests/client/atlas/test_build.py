@@ -22,7 +22,7 @@ from reltrace.atlas.folder import Folder, State
 from reltrace.atlas.merged import Merged
 from reltrace.atlas.slice_jobs import Made
 from reltrace.transport.connection import Connection
-from reltrace.transport.submission import Accepted
+from reltrace.transport.submit import Accepted
 from reltrace_proto.v1 import types_pb2
 
 CHAT = [{"role": "user", "content": "a"}]

@@ -2,12 +2,10 @@
 
 from reltrace_worker.models.families import FAMILIES, Family
 from reltrace_worker.models.loading import LoadedModel, ModelDescription, ModelShape, load_model
-from reltrace_worker.models.preparing import JobPreparer
 
 __all__ = [
     "FAMILIES",
     "Family",
-    "JobPreparer",
     "LoadedModel",
     "ModelDescription",
     "ModelShape",

@@ -1,4 +1,4 @@
-"""Reading along with a text: whatever drafts are lost, repeated or begun again."""
+"""Reading merger with a text: whatever drafts are lost, repeated or begun again."""
 
 import make_text as words
 import numpy as np
@@ -7,7 +7,8 @@ import reltrace
 from fake_server import FakeServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reltrace.client.text_stream import TextPiece, _Along
+from reltrace import TextPiece
+from reltrace.calls.text_run import DraftMerger
 from reltrace.transport.cursor import Draft
 
 PROVENANCE = reltrace.Provenance("m", "r", "", "", "float32", "", False, "cpu")
@@ -69,24 +70,24 @@ def test_pieces_are_the_text_whatever_happens(
     if anew is not None:
         ids, size = attempts[-1]
         sent += [draft(len(attempts), 0, ids[: anew + 1]), *drafts(len(attempts), ids, size)]
-    along = _Along(steered=False)
+    merger = DraftMerger(steered=False)
     arrived = [one for number, one in enumerate(sent) if number not in lost]
     arrived = arrived[:again] + arrived
-    pieces = [along.draft(one) for one in arrived]
+    pieces = [merger.draft(one) for one in arrived]
     whole = generation(attempts[-1][0])
-    pieces.append(along.result(whole))
+    pieces.append(merger.result(whole))
     assert put_together(pieces) == (whole.text, whole.token_ids)
 
 
 def test_another_attempt_that_writes_the_same_goes_on_silently() -> None:
     ids = [1, 2, 3, 4, 5]
-    along = _Along(steered=True)
-    first = [along.draft(one) for one in drafts(1, ids[:3], 1)]
+    merger = DraftMerger(steered=True)
+    first = [merger.draft(one) for one in drafts(1, ids[:3], 1)]
     assert [piece and piece.text for piece in first] == [" 1", " 2", " 3"]
-    second = [along.draft(one) for one in drafts(2, ids, 2)]
+    second = [merger.draft(one) for one in drafts(2, ids, 2)]
     assert second[0] is None
     assert (second[1].text, second[1].token_ids, second[1].again) == (" 4", (4,), False)
-    assert along.result(generation(ids)) is None
+    assert merger.result(generation(ids)) is None
     assert all(piece.steered for piece in [*first, *second[1:]])
 
 
@@ -96,29 +97,29 @@ def test_a_draft_that_was_lost_is_made_up_for_when_the_worker_begins_again() -> 
     When the worker connects again and drafts its text from the beginning
     I expect the reader to go on from what it has, and with what follows.
     """
-    along = _Along(steered=False)
-    along.draft(draft(1, 0, [1, 2]))
-    assert along.draft(draft(1, 3, [4])) is None
-    piece = along.draft(draft(1, 0, [1, 2, 3, 4]))
+    merger = DraftMerger(steered=False)
+    merger.draft(draft(1, 0, [1, 2]))
+    assert merger.draft(draft(1, 3, [4])) is None
+    piece = merger.draft(draft(1, 0, [1, 2, 3, 4]))
     assert (piece.text, piece.token_ids, piece.again) == (" 3 4", (3, 4), False)
-    assert along.draft(draft(1, 4, [5])).text == " 5"
+    assert merger.draft(draft(1, 4, [5])).text == " 5"
 
 
 def test_another_attempt_that_writes_something_else_begins_again() -> None:
-    along = _Along(steered=False)
-    along.draft(draft(1, 0, [1, 2]))
-    piece = along.draft(draft(2, 0, [1, 3]))
+    merger = DraftMerger(steered=False)
+    merger.draft(draft(1, 0, [1, 2]))
+    piece = merger.draft(draft(2, 0, [1, 3]))
     assert (piece.text, piece.token_ids, piece.again) == (" 1 3", (1, 3), True)
     # What the lost worker still sent comes late.
-    assert along.draft(draft(1, 2, [4])) is None
-    last = along.result(generation([1, 3, 5]))
+    assert merger.draft(draft(1, 2, [4])) is None
+    last = merger.result(generation([1, 3, 5]))
     assert (last.text, last.again) == (" 5", False)
 
 
 def test_a_shorter_result_begins_again() -> None:
-    along = _Along(steered=False)
-    along.draft(draft(1, 0, [1, 2]))
-    piece = along.result(generation([1]))
+    merger = DraftMerger(steered=False)
+    merger.draft(draft(1, 0, [1, 2]))
+    piece = merger.result(generation([1]))
     assert (piece.text, piece.token_ids, piece.again) == (" 1", (1,), True)
 
 

@@ -1,4 +1,4 @@
-"""What clients learn of a model from many prompts: its atlas, and which rule to trust."""
+"""Calls that run a whole corpus of prompts. `generate.py` makes their synchronous forms."""
 
 from __future__ import annotations
 
@@ -6,103 +6,27 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reltrace.atlas.atlas import Atlas
 from reltrace.atlas.build import Plan as AtlasPlan
 from reltrace.atlas.build import build
 from reltrace.calls.progress import Progress
-from reltrace.client.loop_thread import LoopThread
 from reltrace.evaluation.evaluation import Evaluation
 from reltrace.evaluation.plan import Keep, Measure, Plan
 from reltrace.evaluation.run import Run as EvaluationRun
-from reltrace.transport.connection import Connection, Deadline
+from reltrace.transport.connection import Connection
+from reltrace.transport.retry import Deadline
 from reltrace.types.request import Priority
 from reltrace.types.target import TargetLike
 
-if TYPE_CHECKING:
-    from reltrace.client.async_client import AsyncClient
-
 
 class AsyncStudies:
-    """See `Studies`."""
+    """The calls of `AsyncClient` that build an atlas and evaluate rules."""
 
     _connection: Connection
 
     async def build_atlas(
-        self,
-        prompts: Iterable[str | Mapping[str, Any]],
-        out: str | PathLike[str],
-        *,
-        model: str | None = None,
-        rule: str = "attnlrp",
-        target: TargetLike | None = None,
-        positions: int | None = None,
-        seed: int = 0,
-        keep_special: bool = False,
-        add_special_tokens: bool = True,
-        k: int = 16,
-        slice: int = 1024,  # noqa: A002 - as the folder calls it
-        priority: Priority = "batch",
-        progress: bool = False,
-    ) -> Atlas:
-        """Keep the strongest places of every neuron and head. See `Client.build_atlas`."""
-        plan = AtlasPlan(
-            model, rule, target, k, slice, priority, positions, seed, keep_special,
-            add_special_tokens,
-        )  # fmt: skip
-        with Progress(prompts, shown=progress, unit="prompt") as bar:
-            await build(self._connection, prompts, Path(out), plan, bar.add)
-        return await asyncio.to_thread(Atlas, out)
-
-    async def evaluate(
-        self,
-        prompts: Iterable[str | Mapping[str, Any]],
-        *,
-        rules: Sequence[str] = ("attnlrp", "cp_lrp", "gradient", "random"),
-        site: str = "embed",
-        target: TargetLike = "max",
-        measure: Measure = "logprob",
-        replace: str | int = "zero",
-        keep: Keep = "special",
-        model: str | None = None,
-        points: int = 10,
-        seed: int = 0,
-        priority: Priority = "batch",
-        progress: bool = False,
-        timeout: float | None = None,
-    ) -> Evaluation:
-        """Measure how well each rule tells what predictions rest on. See `Client.evaluate`."""
-        plan = Plan.of(
-            rules=rules,
-            site=site,
-            measure=measure,
-            replace=replace,
-            keep=keep,
-            points=points,
-            seed=seed,
-        )
-        client: AsyncClient = self  # type: ignore[assignment]
-        bar = Progress(prompts, shown=progress, unit="prompt")
-        run = EvaluationRun(
-            client,
-            plan,
-            {"model": model, "target": target},
-            priority,
-            Deadline(timeout),
-            bar.count,
-        )
-        with bar:
-            return await run.over(prompts)
-
-
-class Studies:
-    """What `Client` does besides tracing and asking."""
-
-    _client: AsyncStudies
-    _loop: LoopThread
-
-    def build_atlas(
         self,
         prompts: Iterable[str | Mapping[str, Any]],
         out: str | PathLike[str],
@@ -182,25 +106,15 @@ class Studies:
         JobFailed
             If a slice can not be made: the model's numbers are not finite, say.
         """
-        return self._loop.run(
-            self._client.build_atlas(
-                prompts,
-                out,
-                model=model,
-                rule=rule,
-                target=target,
-                positions=positions,
-                seed=seed,
-                keep_special=keep_special,
-                add_special_tokens=add_special_tokens,
-                k=k,
-                slice=slice,
-                priority=priority,
-                progress=progress,
-            )
-        )
+        plan = AtlasPlan(
+            model, rule, target, k, slice, priority, positions, seed, keep_special,
+            add_special_tokens,
+        )  # fmt: skip
+        with Progress(prompts, shown=progress, unit="prompt") as bar:
+            await build(self._connection, prompts, Path(out), plan, bar.add)
+        return await asyncio.to_thread(Atlas, out)
 
-    def evaluate(
+    async def evaluate(
         self,
         prompts: Iterable[str | Mapping[str, Any]],
         *,
@@ -298,20 +212,23 @@ class Studies:
         -----
         A prompt costs a trace per rule, and at most ``2 * points`` forward passes per rule.
         """
-        return self._loop.run(
-            self._client.evaluate(
-                prompts,
-                rules=rules,
-                site=site,
-                target=target,
-                measure=measure,
-                replace=replace,
-                keep=keep,
-                model=model,
-                points=points,
-                seed=seed,
-                priority=priority,
-                progress=progress,
-                timeout=timeout,
-            )
+        plan = Plan.of(
+            rules=rules,
+            site=site,
+            measure=measure,
+            replace=replace,
+            keep=keep,
+            points=points,
+            seed=seed,
         )
+        bar = Progress(prompts, shown=progress, unit="prompt")
+        run = EvaluationRun(
+            self._connection,
+            plan,
+            {"model": model, "target": target},
+            priority,
+            Deadline(timeout),
+            bar.count,
+        )
+        with bar:
+            return await run.over(prompts)
