@@ -13,7 +13,7 @@ from reltrace_worker.engine.sites import SITES
 from reltrace_worker.lrp import RULES, compiled, verify_rule
 from reltrace_worker.lrp.fused import Kernels
 from reltrace_worker.types.errors import ModelError
-from reltrace_worker.types.jobs import PreparedJob, PreparedTarget, Term
+from reltrace_worker.types.jobs import Target, Term, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import JobResult
 
 CXX = os.environ.get("CXX", "g++")
@@ -26,11 +26,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def jobs(rule: str) -> list[PreparedJob]:
+def jobs(rule: str) -> list[TraceJob]:
     found = []
     for ids in ((3, 1, 4, 1, 5), (9,), tuple(range(30))):
-        targets = tuple(PreparedTarget((Term(len(ids) - 1, token),)) for token in (7, 8))
-        found.append(PreparedJob(ids, ("",) * len(ids), tuple(SITES), "full", rule, targets))
+        targets = tuple(Target((Term(len(ids) - 1, token),)) for token in (7, 8))
+        found.append(
+            TraceJob(TokenizedPrompt(ids, ("",) * len(ids)), targets, tuple(SITES), "full", rule)
+        )
     return found
 
 

@@ -25,7 +25,7 @@ from reltrace_worker.lrp import RULES
 from reltrace_worker.lrp.fused import activation_name
 from reltrace_worker.lrp.kernels import kernel_for
 from reltrace_worker.models.loading import LoadedModel
-from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.jobs import GenerateJob, TraceJob
 
 _UNKNOWN_ACTIVATION = 3
 """Factors of the gated product's width that an activation made of plain operations keeps beside
@@ -90,13 +90,13 @@ class MemoryModel:
             inputs = -(-shape.layers // graphs) * shape.hidden_size
         return (inputs + self._backward_width + graphs * layer) * itemsize + graphs * norms
 
-    def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
+    def need(self, jobs: Sequence[TraceJob], checkpointing: bool) -> int:
         """Return the bytes that a pass over `jobs` needs on the model's devices."""
         shape, itemsize = self.loaded.shape, self.loaded.dtype.itemsize
         tokens = sum(len(job.token_ids) for job in jobs)
         kernel = kernel_for(self.loaded.device, self.loaded.dtype, head_size(self.loaded))
         total = kernel.padding * self._query_width * torch.float32.itemsize * len(jobs)
-        if jobs[0].forward_only:
+        if not jobs[0].sites:
             total += tokens * self._backward_width * itemsize
         else:
             total += tokens * self.per_token(jobs[0].rule, checkpointing)
@@ -124,7 +124,7 @@ class MemoryModel:
                 total += 32 * (rows + columns + min(rows * columns, MANY_CELLS))
         return total
 
-    def results(self, jobs: Sequence[PreparedJob]) -> int:
+    def results(self, jobs: Sequence[TraceJob]) -> int:
         """Return the bytes of host memory of the jobs' results: as recorded, and handed out."""
         total = 0
         for job in jobs:
@@ -140,20 +140,18 @@ class MemoryModel:
                 total += 2 * 4 * values
         return total
 
-    def need_to_write(self, jobs: Sequence[PreparedJob]) -> int:
+    def need_to_write(self, jobs: Sequence[GenerateJob]) -> int:
         """Return the bytes that it takes to write the texts of `jobs` together, padded."""
         shape, itemsize = self.loaded.shape, self.loaded.dtype.itemsize
         rows, longest = len(jobs), max(len(job.token_ids) for job in jobs)
-        extent = max(job.extent for job in jobs)
+        extent = max(job.total_tokens for job in jobs)
         total = rows * longest * self._backward_width * itemsize
         # Keys and values; a layer's are copied when they grow.
         total += rows * extent * 2 * (shape.layers + 1) * self._key_width * itemsize
         if any(len(job.token_ids) < longest for job in jobs):
             # Who sees whom, as truth values and as what is added to the scores.
             total += rows * longest**2 * (1 + itemsize)
-        sampled = sum(
-            job.generation is not None and job.generation.temperature != 0 for job in jobs
-        )
+        sampled = sum(job.sampling.temperature != 0 for job in jobs)
         # Logits as they come and as float32, twice; of those drawn from, five tables of 8 bytes.
         return total + shape.vocab_size * (rows * (itemsize + 2 * 4) + sampled * 5 * 8)
 

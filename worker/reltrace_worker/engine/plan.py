@@ -11,7 +11,7 @@ from reltrace_worker.engine.budget import GIB, free_bytes, free_host_bytes
 from reltrace_worker.engine.memory import MemoryModel
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.jobs import GenerateJob, TraceJob
 
 _FRESH = 0.5
 """Seconds for which a reading of host memory counts: three files, a good part of a short pass."""
@@ -52,13 +52,13 @@ class Planner:
         """Return how many tokens fit into a pass that asks for no more than ``resid``."""
         return self.available // self._memory.per_token(rule, checkpointing)
 
-    def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
+    def need(self, jobs: Sequence[TraceJob], checkpointing: bool) -> int:
         """Return the bytes that a pass needs: on a CPU with its results, which lie there too."""
         results = self._memory.results(jobs) if self._on_cpu else 0
         return self._memory.need(jobs, checkpointing) + results
 
     def fits(
-        self, jobs: Sequence[PreparedJob], checkpointing: bool, *, try_anyway: bool = False
+        self, jobs: Sequence[TraceJob], checkpointing: bool, *, try_anyway: bool = False
     ) -> bool:
         """Whether a pass over jobs may be tried; `try_anyway`: whatever it needs of a GPU.
 
@@ -71,7 +71,7 @@ class Planner:
             return True
         return self.need(jobs, checkpointing) <= self.available
 
-    def too_large(self, jobs: Sequence[PreparedJob]) -> EngineError:
+    def too_large(self, jobs: Sequence[TraceJob]) -> EngineError:
         """Return what is said of a pass that fits in no way."""
         tokens = sum(len(job.token_ids) for job in jobs)
         what = "one prompt" if len(jobs) == 1 else f"a pass of {len(jobs)} prompts"
@@ -81,12 +81,12 @@ class Planner:
             return _beyond(f"{what}: its results lie in the host's", results, host)
         return _beyond(what, self.need(jobs, checkpointing=True), self.available)
 
-    def fault_of_texts(self, jobs: Sequence[PreparedJob]) -> EngineError | None:
+    def fault_of_texts(self, jobs: Sequence[GenerateJob]) -> EngineError | None:
         """Return why jobs can not be written together; None: that may be tried."""
         need = self._memory.need_to_write(jobs)
         if need <= self.available or (len(jobs) == 1 and not self._on_cpu):
             return None
-        most = max(job.extent for job in jobs)
+        most = max(job.total_tokens for job in jobs)
         what = f"writing up to {most} tokens, prompts included, does not fit into memory"
         return _beyond(what, need, self.available)
 

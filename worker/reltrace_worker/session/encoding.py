@@ -27,7 +27,7 @@ from reltrace_worker.session.convert import (
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.stored import LargeResults, Tensors, write
 from reltrace_worker.types.errors import EngineError, InvalidJob, PassFailedError
-from reltrace_worker.types.jobs import PreparedCorpus, PreparedJob
+from reltrace_worker.types.jobs import AtlasJob, Job, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
@@ -41,7 +41,7 @@ class Ready:
 
     key: LeaseKey
     lease: worker_pb2.Lease
-    job: PreparedJob | PreparedCorpus
+    job: Job
     turn: float
     """Monotonic time by which the jobs that wait are ordered."""
 
@@ -140,40 +140,46 @@ class Encoder:
         engine_time = Duration()
         engine_time.FromTimedelta(timedelta(seconds=seconds))
         # Texts are written by the model as transformers runs it.
-        kernel = self._attention if result.written is None else self._plain_attention
+        kernel = self._attention if result.generated is None else self._plain_attention
         provenance = self._provenance(job.job, kernel, checkpointing=result.checkpointing)
         layers = self._model.shape.layers
         return _Tensors(
             lease,
             corpus_header(job.job, result.targets, provenance, layers)
-            if isinstance(job.job, PreparedCorpus)
-            else header(job.job, provenance, layers, result.targets, result.hints),
+            if isinstance(job.job, AtlasJob)
+            else header(
+                job.job.prompt, provenance, _layers(job.job, layers), result.targets, result.hints
+            ),
             tensors,
             types_pb2.Timings(queued=lease.queued_for, engine=engine_time),
-            None if result.written is None else generated(result.written),
+            None if result.generated is None else generated(result.generated),
         )
 
-    def tokenized(self, lease: worker_pb2.Lease, job: PreparedJob) -> Chunks:
+    def tokenized(self, lease: worker_pb2.Lease, job: TokenizedPrompt) -> Chunks:
         """Return the result of a job that needs no pass: how its input is read."""
         provenance = self._provenance(job, "", checkpointing=False)
         timings = types_pb2.Timings(queued=lease.queued_for)
-        found = header(job, provenance, self._model.shape.layers)
+        found = header(job, provenance, range(self._model.shape.layers))
         return iter(list(chunks(lease, found, (), timings)))
 
     def _provenance(
-        self, job: PreparedJob | PreparedCorpus, attention: str, *, checkpointing: bool
+        self, job: Job | TokenizedPrompt, attention: str, *, checkpointing: bool
     ) -> types_pb2.Provenance:
         return types_pb2.Provenance(
             model=self._model.name,
             revision=self._model.revision,
-            rule=job.rule,
-            reduction=job.reduction,
+            rule="" if isinstance(job, TokenizedPrompt) else job.rule,
+            reduction="" if isinstance(job, TokenizedPrompt) else job.reduction,
             dtype=scalar_type(self._model.dtype),
             attention=attention,
             checkpointing=checkpointing,
             versions=VERSIONS,
             device=str(self._model.device),
         )
+
+
+def _layers(job: Job, layers: int) -> Sequence[int]:
+    return (isinstance(job, TraceJob) and job.layers) or range(layers)
 
 
 def _store(url: str, name: str, jobs: list[_Tensors]) -> list[Chunks | FailedAttempt]:

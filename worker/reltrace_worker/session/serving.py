@@ -19,7 +19,7 @@ from reltrace_worker.engine import Engine
 from reltrace_worker.engine.engine import Checkpointing
 from reltrace_worker.lrp import RULES, verify_rule
 from reltrace_worker.models import LoadedModel, load_model
-from reltrace_worker.models.placement import device_memory
+from reltrace_worker.models.placement import device_memory, device_name
 from reltrace_worker.observability.metrics import PassStats
 from reltrace_worker.session.convert import model_info
 from reltrace_worker.session.drafts import Drafts
@@ -216,7 +216,7 @@ def serve(
             }
         ),
         infos=infos,
-        device=loaded[0].describe().device,
+        device=device_name(loaded[0].devices),
         stats={one.name: runner.stats for one, runner in zip(loaded, runners, strict=True)},
         memory=lambda: device_memory(devices),
         drafts=drafts,
