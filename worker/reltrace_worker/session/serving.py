@@ -22,7 +22,7 @@ from reltrace_worker.lrp import RULES, Rule, verify_rule
 from reltrace_worker.lrp.lxt_rules import lxt_rules
 from reltrace_worker.lrp.ops import compile_functions
 from reltrace_worker.models import LoadedModel, load_model
-from reltrace_worker.models.placement import device_memory
+from reltrace_worker.models.placement import device_memory, device_name
 from reltrace_worker.observability.metrics import PassStats
 from reltrace_worker.session.convert import model_info
 from reltrace_worker.session.drafts import Drafts
@@ -233,7 +233,7 @@ def serve(
             }
         ),
         infos=infos,
-        device=loaded[0].describe().device,
+        device=device_name(loaded[0].devices),
         stats={one.name: runner.stats for one, runner in zip(loaded, runners, strict=True)},
         memory=lambda: device_memory(devices),
         drafts=drafts,
