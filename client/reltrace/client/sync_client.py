@@ -31,7 +31,7 @@ from reltrace.transport.retry import Deadline
 from reltrace.transport.settings import Tls, Token, credentials
 from reltrace.types import server_info
 from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
-from reltrace.types.checks import check_texts, whole_number
+from reltrace.types.checks import check_strings, whole_number
 from reltrace.types.edit import EditLike
 from reltrace.types.errors import invalid
 from reltrace.types.failure import Failure
@@ -94,7 +94,7 @@ class Admin:
         NotFound
             If one of them is no quarantined job; then none is queued.
         """
-        check_texts(job_ids, "job_ids")
+        check_strings(job_ids, "job_ids")
         answer = self._loop.run(
             self._connection.call(
                 lambda server: server.admin.RequeueQuarantinedJobs,
@@ -130,7 +130,7 @@ class Admin:
         NotFound
             If one of them is not connected; then none is told.
         """
-        check_texts(worker_ids, "worker_ids")
+        check_strings(worker_ids, "worker_ids")
         self._loop.run(
             self._connection.call(
                 lambda server: server.admin.DrainWorkers,
