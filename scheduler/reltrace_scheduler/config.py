@@ -190,23 +190,3 @@ class Settings:
     def heartbeat(self) -> float:
         """Seconds between a worker's heartbeats: two may be missed."""
         return self.lease / 3
-
-
-MAX_JOBS_PER_REQUEST = 1000
-MAX_REQUEST_BYTES = 16 << 20
-MAX_PROMPT_BYTES = 1 << 20
-MAX_TARGETS_PER_JOB = 1024
-MAX_MESSAGES = 1024
-MAX_ROLE = 64
-MAX_EDITS_PER_JOB = 256
-MAX_NEW_TOKENS = 1024
-MAX_CORPUS_PROMPTS = 1 << 16
-MAX_ATLAS_PLACES = 64
-MAX_TEMPERATURE = 100
-MAX_EDITED_FEATURES = 65536
-# A norm squares what flows through it, which has to stay within float32.
-LARGEST_EDIT = 1e9
-
-# Above our own limit, so that an over-long message gets an error that names it; what is
-# longer still is refused by gRPC itself with RESOURCE_EXHAUSTED.
-MAX_TRANSPORT_BYTES = 64 << 20

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 from reltrace_proto.v1 import admin_pb2, trace_pb2, types_pb2
 
-from reltrace.types.scalar_types import scalar_name
+from reltrace.types.arrays import scalar_name
 
 
 @dataclass(frozen=True, slots=True)

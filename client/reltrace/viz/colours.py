@@ -7,14 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from reltrace.types.arrays import SITES_WITHOUT_LAYERS, Array
 from reltrace.types.errors import invalid
-from reltrace.types.trace import SITES_WITHOUT_LAYERS, Array, Trace
+from reltrace.types.trace import Trace
 
 # The ends of ColorBrewer's RdBu, which people with any kind of colour blindness tell apart,
 # and its middle.
 NEGATIVE = (33, 102, 172)
 ZERO = (255, 255, 255)
 POSITIVE = (178, 24, 43)
+COLOURS = {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE}
 
 # Sites whose first layer is nearest to the input; the others add to the stream layer by layer.
 STREAM_SITES = frozenset({"resid", "resid_mid"})

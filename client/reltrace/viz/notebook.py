@@ -9,16 +9,16 @@ from markupsafe import Markup
 
 from reltrace.atlas.atlas import Atlas
 from reltrace.atlas.examples import Context, Feature
-from reltrace.evaluation.evaluation import Evaluation
-from reltrace.evaluation.table import caption, table, verdict
+from reltrace.evaluation.evaluation import Evaluation, caption, table, verdict
+from reltrace.types.arrays import SITES_WITHOUT_LAYERS
 from reltrace.types.generation import Generation
 from reltrace.types.token_text import readable_all, visible_token
 from reltrace.types.top_entries import Entry
-from reltrace.types.trace import SITES_WITHOUT_LAYERS, Trace
+from reltrace.types.trace import Trace
 from reltrace.viz.colours import colour, css, ink, layer_numbers, scaled, token_values
 from reltrace.viz.heatmap import describe_target
 from reltrace.viz.templates import template
-from reltrace.viz.words import Words, next_tokens, segments
+from reltrace.viz.words import Words, entry_table, next_tokens, segments
 
 # A notebook keeps what it shows: of a long prompt, this many tokens at either end.
 _END_TOKENS = 300
@@ -55,9 +55,7 @@ def trace_html(trace: Trace) -> str:
     origin = (
         f"{shapes or 'no tensors'}; model {trace.provenance.model}, rule {trace.provenance.rule}"
     )
-    return _html(
-        "trace", describe_target(trace), next_tokens(trace), trace.hints, content, origin
-    )
+    return _html("trace", describe_target(trace), next_tokens(trace), trace.hints, content, origin)
 
 
 class _Word(NamedTuple):
@@ -115,22 +113,6 @@ def _entries(entries: list[Entry], names: list[str]) -> Markup:
     return Markup(_html("entries", entries[0].site if entries else "", titles, rows))
 
 
-def entry_table(entries: list[Entry], names: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Return titles and rows of single values; `names` are those of the tokens."""
-    fields = [
-        name
-        for name in ("layer", "position", "token", "feature")
-        if entries and getattr(entries[0], name) is not None
-    ]
-    rows = []
-    for entry in entries:
-        row = {name: str(getattr(entry, name)) for name in fields}
-        if entry.position is not None:
-            row["token"] = names[entry.position]
-        rows.append([*row.values(), f"{entry.value:+.4g}"])
-    return [*fields, "R"], rows
-
-
 def generation_html(found: Generation) -> str:
     """Return the prompt and the text, beside that without steering."""
     texts = [("", found)]
@@ -152,9 +134,7 @@ def evaluation_html(found: Evaluation) -> str:
         key, error = next(iter(found.failures.items()))
         notes.append(f"{len(found.failures):,} failed; the first, {key}: {error}")
     bold = best[0] if len(best) == 1 else ""
-    return _html(
-        "evaluation", found.title, titles, rows if found.prompts else [], bold, notes
-    )
+    return _html("evaluation", found.title, titles, rows if found.prompts else [], bold, notes)
 
 
 def atlas_html(atlas: Atlas) -> str:

@@ -30,8 +30,9 @@ from reltrace_scheduler.api.result_store import Sweeper
 from reltrace_scheduler.api.trace import TraceService
 from reltrace_scheduler.api.worker import WorkerService
 from reltrace_scheduler.auth.access import Access
-from reltrace_scheduler.config import MAX_TRANSPORT_BYTES, Settings
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.limits import MAX_TRANSPORT_BYTES
 from reltrace_scheduler.observability.counters import Counts
 from reltrace_scheduler.observability.export import exporting
 from reltrace_scheduler.queue.connection import Connection

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 from reference.loaded import Checkpoints, preparer
 from reltrace_worker.types.errors import InvalidJob, Violation
-from reltrace_worker.types.jobs import JobSpec, PreparedJob, PreparedTarget, TargetSpec, Term
+from reltrace_worker.types.jobs import Target, TargetRequest, Term, TraceJob, TraceRequest
 
 
-def prepare(checkpoints: Checkpoints, spec: JobSpec) -> PreparedJob:
+def prepare(checkpoints: Checkpoints, spec: TraceRequest) -> TraceJob:
     return preparer(checkpoints.loaded("plain")).prepare(spec)
 
 
 def faults(checkpoints: Checkpoints, *args: Any, **kwargs: Any) -> tuple[Violation, ...]:
     with pytest.raises(InvalidJob) as caught:
-        prepare(checkpoints, JobSpec(*args, **kwargs))
+        prepare(checkpoints, TraceRequest(*args, **kwargs))
     for fault in caught.value.violations:
         assert f"{fault.field}: {fault.description}" in str(caught.value)
     return caught.value.violations
@@ -28,26 +28,26 @@ def only_fault(checkpoints: Checkpoints, *args: Any, **kwargs: Any) -> tuple[str
 
 
 def test_text_gets_special_tokens_and_readable_ones(checkpoints: Checkpoints) -> None:
-    job = prepare(checkpoints, JobSpec("My cats é"))
-    assert job.tokens[0] == "<s>"
+    job = prepare(checkpoints, TraceRequest("My cats é"))
+    assert job.prompt.tokens[0] == "<s>"
     assert job.token_ids[0] == 0
-    assert "".join(job.tokens[1:4]) == "My cats "
+    assert "".join(job.prompt.tokens[1:4]) == "My cats "
     # Two bytes of one character: neither decodes, so that they are named by what they are.
-    assert job.tokens[4:] == ("<0xC3>", "<0xA9>")
+    assert job.prompt.tokens[4:] == ("<0xC3>", "<0xA9>")
     assert (job.sites, job.reduction, job.rule) == (("resid",), "token", "attnlrp")
     last = len(job.token_ids) - 1
-    assert job.targets == (PreparedTarget((Term(last, None),)),)
+    assert job.targets == (Target((Term(last, None),)),)
 
 
 def test_ids_are_used_as_they_are(checkpoints: Checkpoints) -> None:
-    job = prepare(checkpoints, JobSpec((5, 319, 0), targets=(TargetSpec(position=-3),)))
+    job = prepare(checkpoints, TraceRequest((5, 319, 0), targets=(TargetRequest(position=-3),)))
     assert job.token_ids == (5, 319, 0)
-    assert len(job.tokens) == 3
+    assert len(job.prompt.tokens) == 3
     assert job.targets[0].terms[0].position == 0
 
 
 def test_the_whole_context_can_be_used(checkpoints: Checkpoints) -> None:
-    assert len(prepare(checkpoints, JobSpec((7,) * 128)).token_ids) == 128
+    assert len(prepare(checkpoints, TraceRequest((7,) * 128)).token_ids) == 128
     field, description = only_fault(checkpoints, (7,) * 129)
     assert field == "input_ids"
     assert description == "has 129 tokens; the model's context holds 128"
@@ -97,14 +97,14 @@ def test_a_site_named_twice_is_a_fault(checkpoints: Checkpoints) -> None:
     )
 
 
-def test_a_job_needs_sites_and_targets(checkpoints: Checkpoints) -> None:
+def test_a_job_needs_targets(checkpoints: Checkpoints) -> None:
     found = faults(checkpoints, "a", sites=(), targets=())
-    assert [fault.field for fault in found] == ["sites", "targets"]
+    assert [fault.field for fault in found] == ["targets"]
 
 
 def test_text_that_is_several_tokens_shows_how_it_was_split(checkpoints: Checkpoints) -> None:
     field, description = only_fault(
-        checkpoints, "a", targets=(TargetSpec(), TargetSpec(token=" dogs!"))
+        checkpoints, "a", targets=(TargetRequest(), TargetRequest(token=" dogs!"))
     )
     dogs = checkpoints.loaded("plain").tokenizer.convert_tokens_to_ids("Ġdogs")
     mark = checkpoints.loaded("plain").tokenizer.convert_tokens_to_ids("!")
@@ -118,43 +118,47 @@ def test_text_that_is_several_tokens_shows_how_it_was_split(checkpoints: Checkpo
 @pytest.mark.parametrize(
     ("target", "field", "description"),
     [
-        (TargetSpec(token=""), "token", "'' is not exactly one token but 0"),
-        (TargetSpec(token=320), "token", "token id 320 is out of range; allowed: 0 to 319"),
-        (TargetSpec(token=-1), "token", "token id -1 is out of range; allowed: 0 to 319"),
-        (TargetSpec(contrast=320), "contrast", "token id 320 is out of range; allowed: 0 to 319"),
+        (TargetRequest(token=""), "token", "'' is not exactly one token but 0"),
+        (TargetRequest(token=320), "token", "token id 320 is out of range; allowed: 0 to 319"),
+        (TargetRequest(token=-1), "token", "token id -1 is out of range; allowed: 0 to 319"),
         (
-            TargetSpec(token=4, contrast=4),
+            TargetRequest(contrast=320),
+            "contrast",
+            "token id 320 is out of range; allowed: 0 to 319",
+        ),
+        (
+            TargetRequest(token=4, contrast=4),
             "contrast",
             "is the token itself: the difference is always zero",
         ),
         (
-            TargetSpec(position=3),
+            TargetRequest(position=3),
             "position",
             "position 3 is outside the prompt of 3 tokens; allowed: -3 to 2",
         ),
         (
-            TargetSpec(position=-4),
+            TargetRequest(position=-4),
             "position",
             "position -4 is outside the prompt of 3 tokens; allowed: -3 to 2",
         ),
-        (TargetSpec(each=True), "each", "is for a continuation, and there is none"),
+        (TargetRequest(each=True), "each", "is for a continuation, and there is none"),
         (
-            TargetSpec(continuation=""),
+            TargetRequest(continuation=""),
             "continuation",
             "is empty; it needs at least one response token",
         ),
         (
-            TargetSpec(continuation=()),
+            TargetRequest(continuation=()),
             "continuation",
             "is empty; it needs at least one response token",
         ),
         (
-            TargetSpec(continuation=(3, 400)),
+            TargetRequest(continuation=(3, 400)),
             "continuation[1]",
             "token id 400 is out of range; allowed: 0 to 319",
         ),
         (
-            TargetSpec(continuation=(7,) * 127),
+            TargetRequest(continuation=(7,) * 127),
             "continuation",
             "prompt and continuation need 129 tokens (3 and 127, without the last); "
             "the model's context holds 128",
@@ -162,14 +166,14 @@ def test_text_that_is_several_tokens_shows_how_it_was_split(checkpoints: Checkpo
     ],
 )
 def test_a_target_that_can_not_be_is_named(
-    checkpoints: Checkpoints, target: TargetSpec, field: str, description: str
+    checkpoints: Checkpoints, target: TargetRequest, field: str, description: str
 ) -> None:
     found = only_fault(checkpoints, (5, 6, 7), targets=(target,))
     assert found == (f"targets[0].{field}", description)
 
 
 def test_a_continuation_excludes_token_position_and_contrast(checkpoints: Checkpoints) -> None:
-    target = TargetSpec(token=3, position=0, contrast=4, continuation=(5, 6))
+    target = TargetRequest(token=3, position=0, contrast=4, continuation=(5, 6))
     found = faults(checkpoints, (5, 6, 7), targets=(target,))
     assert {fault.field for fault in found} == {
         "targets[0].token",
@@ -179,7 +183,7 @@ def test_a_continuation_excludes_token_position_and_contrast(checkpoints: Checkp
 
 
 def test_a_job_has_one_continuation(checkpoints: Checkpoints) -> None:
-    targets = (TargetSpec(continuation=(5, 6)), TargetSpec(continuation=(5, 7)))
+    targets = (TargetRequest(continuation=(5, 6)), TargetRequest(continuation=(5, 7)))
     field, description = only_fault(checkpoints, (5, 6, 7), targets=targets)
     assert field == "targets[1].continuation"
     assert description == "differs from the continuation of another target; one job has one"
@@ -189,29 +193,29 @@ def test_a_continuation_is_read_one_position_before_each_of_its_tokens(
     checkpoints: Checkpoints,
 ) -> None:
     targets = (
-        TargetSpec(continuation=(8, 9, 10)),
-        TargetSpec(continuation=(8, 9, 10), each=True, logprob=True),
-        TargetSpec(),
+        TargetRequest(continuation=(8, 9, 10)),
+        TargetRequest(continuation=(8, 9, 10), each=True, logprob=True),
+        TargetRequest(),
     )
-    job = prepare(checkpoints, JobSpec((5, 6, 7), targets=targets))
+    job = prepare(checkpoints, TraceRequest((5, 6, 7), targets=targets))
     assert job.token_ids == (5, 6, 7, 8, 9)
-    assert len(job.tokens) == 5
+    assert len(job.prompt.tokens) == 5
     terms = (Term(2, 8), Term(3, 9), Term(4, 10))
     assert job.targets == (
-        PreparedTarget(terms, continuation_ids=(8, 9, 10)),
-        *(PreparedTarget((t,), None, True, (i,)) for t, i in zip(terms, (8, 9, 10), strict=True)),
-        PreparedTarget((Term(2, None),)),
+        Target(terms, continuation_ids=(8, 9, 10)),
+        *(Target((t,), None, True, (i,)) for t, i in zip(terms, (8, 9, 10), strict=True)),
+        Target((Term(2, None),)),
     )
 
 
 def test_a_continuation_may_end_beyond_the_context(checkpoints: Checkpoints) -> None:
     """Its last token is only predicted, never read."""
-    target = TargetSpec(continuation=(7, 8))
-    assert len(prepare(checkpoints, JobSpec((7,) * 127, targets=(target,))).token_ids) == 128
+    target = TargetRequest(continuation=(7, 8))
+    assert len(prepare(checkpoints, TraceRequest((7,) * 127, targets=(target,))).token_ids) == 128
 
 
 def test_all_faults_are_told_at_once(checkpoints: Checkpoints) -> None:
-    targets = (TargetSpec(token=999), TargetSpec(position=50))
+    targets = (TargetRequest(token=999), TargetRequest(position=50))
     found = faults(checkpoints, (1, 999), sites=("nose",), targets=targets)
     assert [fault.field for fault in found] == [
         "sites[0]",
