@@ -24,8 +24,8 @@ from reltrace.client.async_client import Items, Targets
 from reltrace.client.async_queries import TIMEOUT
 from reltrace.client.loop_thread import LoopThread
 from reltrace.evaluation.evaluation import Evaluation
-from reltrace.evaluation.plan import Keep, Measure, Plan
-from reltrace.evaluation.run import Run as EvaluationRun
+from reltrace.evaluation.run import Evaluator
+from reltrace.evaluation.settings import Keep, Measure, Settings
 from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
 from reltrace.transport.settings import Tls, Token, credentials
@@ -506,7 +506,7 @@ class Studies:
         -----
         A prompt costs a trace per rule, and at most ``2 * points`` forward passes per rule.
         """
-        plan = Plan.of(
+        settings = Settings.of(
             rules=rules,
             site=site,
             measure=measure,
@@ -516,16 +516,16 @@ class Studies:
             seed=seed,
         )
         bar = Progress(prompts, shown=progress, unit="prompt")
-        run = EvaluationRun(
+        evaluator = Evaluator(
             self._connection,
-            plan,
-            {"model": model, "target": target},
+            settings,
+            Arguments(model=model, target=target),
             priority,
             Deadline(timeout),
             bar.count,
         )
         with bar:
-            return self._loop.run(run.over(prompts))
+            return self._loop.run(evaluator.run(prompts))
 
 
 class TextStream(Iterator[TextPiece]):

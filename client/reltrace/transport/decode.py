@@ -79,6 +79,7 @@ def _provenance(data: bytes) -> Provenance:
         checkpointing=wire.checkpointing,
         device=wire.device,
         versions=dict(wire.versions),
+        rule_functions=wire.rule_functions,
     )
 
 
