@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-war
 PROJECTS := $(wildcard */pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test slow lint proto bench gpu fleet chaos proof upgrade model clean
+.PHONY: help setup setup-dev demo test slow lint docs proto bench gpu fleet chaos proof upgrade model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,17 +44,21 @@ demo: $(VENV)/.setup ## trace the example sentence through the whole service: ou
 # two files run side by side, and tests of one file, which share services, in turn.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(VENV)/.setup-dev lint ## lint, types, and all tests but the slow ones
+test: $(VENV)/.setup-dev lint docs ## lint, types, the documentation site, and all tests but the slow ones
 	@$(PYTEST) -m "not slow"
 
 slow: $(VENV)/.setup-dev ## the slow ones: small benchmarks and proofs, hosts, a dashboard, kills of real workers
 	@$(PYTEST) -m slow
 
-lint: $(VENV)/.setup-dev ## ruff, mypy and buf
+lint: $(VENV)/.setup-dev ## ruff, mypy, import-linter and buf
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 	@cd proto && ../$(BIN)/buf lint
+
+docs: $(VENV)/.setup-dev ## the documentation site: out/site
+	@$(BIN)/mkdocs build --quiet
 
 proto: $(VENV)/.setup-dev ## generate the stubs from the .proto files
 	@$(BIN)/python proto/generate.py

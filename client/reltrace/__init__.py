@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 # Before gRPC is imported: its fork handlers crash the child of a process that is in a call.
 _os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+from reltrace_proto.net import TlsOptions
+
 from reltrace.atlas.atlas import Atlas
 from reltrace.atlas.examples import Context, Feature, StandsOut
 from reltrace.atlas.search import FeatureMatch
@@ -27,7 +29,6 @@ from reltrace.client.async_client import AsyncClient
 from reltrace.client.sync_client import Client
 from reltrace.client.text_stream import AsyncTextStream, TextPiece, TextStream
 from reltrace.evaluation.evaluation import Evaluation, RuleScore
-from reltrace.transport.security import TlsOptions
 from reltrace.types.edit import Edit, Steer
 from reltrace.types.errors import (
     Cancelled,

@@ -1,60 +1,188 @@
-"""What an operator can set, as one documented dataclass."""
+"""What an operator can set: the options of `reltrace-scheduler`, and fixed limits."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from reltrace_proto.options import option
+from reltrace_proto.telemetry import LogFormat
+
+
+class Fsync(StrEnum):
+    """When the embedded Redis writes its file to the disk (Redis' `appendfsync`)."""
+
+    ALWAYS = "always"
+    """Before each answer: a machine that loses power loses nothing that was accepted."""
+    EVERYSEC = "everysec"
+    """Each second: at most the last two seconds are lost, by a machine that loses power, or
+    by a server that is killed while its disk is slow."""
+    NO = "no"
+    """When the system does: up to half a minute is lost."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Bounds and times of the queue."""
+    """Options and, without the annotation of one, tuning of the queue."""
 
-    lease: float = 30.0
-    """Seconds after which an unrenewed lease is lost."""
-
-    result_ttl: float = 3600.0
-    """Seconds that results of a finished submission are kept without acknowledgement."""
-
-    max_lost_leases: int = 3
-    """A job that loses this many leases is quarantined."""
+    listen: Annotated[str, option("HOST:PORT to serve on; port 0: any free port.")] = (
+        "127.0.0.1:50051"
+    )
+    redis: Annotated[
+        str | None,
+        option(
+            "URL of a Redis, 6.2 or newer: redis://, rediss:// or unix://. Without it, the "
+            "scheduler starts one of its own, with its data under --data."
+        ),
+    ] = None
+    redis_url_file: Annotated[
+        Path | None, option("File that holds this URL, with the password in it.")
+    ] = None
+    redis_password_file: Annotated[
+        Path | None,
+        option(
+            "File that holds the password of the Redis; or put the password into "
+            "RELTRACE_REDIS_PASSWORD."
+        ),
+    ] = None
+    redis_ca: Annotated[
+        Path | None,
+        option(
+            "With rediss://: PEM file of the authorities to trust. (default: the system's)",
+            show_default=False,
+        ),
+    ] = None
+    data: Annotated[Path | None, option("Folder of the scheduler's own Redis.")] = None
+    fsync: Annotated[
+        Fsync, option("When the scheduler's own Redis writes its file to the disk.")
+    ] = Fsync.EVERYSEC
+    lease: Annotated[
+        float, option("Seconds without a heartbeat after which a lease is lost.", min=0.5)
+    ] = 30.0
+    result_ttl: Annotated[
+        float, option("Seconds that results are kept that nobody has fetched.", min=1)
+    ] = 3600.0
+    max_lost_leases: Annotated[
+        int, option("Lost leases after which a job is quarantined.", min=1)
+    ] = 3
+    max_jobs: Annotated[int, option("Jobs that may be queued or leased at a time.", min=1)] = (
+        100_000
+    )
+    max_bytes: Annotated[
+        int, option("Bytes of their specifications and of unread results.", min=1)
+    ] = 4 << 30
+    tenant_max_jobs: Annotated[
+        int, option("--max-jobs of each tenant that has no bound of its own.", min=1)
+    ] = 50_000
+    tenant_max_bytes: Annotated[
+        int, option("--max-bytes of each tenant that has no bound of its own.", min=1)
+    ] = 1 << 30
+    results_url: Annotated[
+        str,
+        option(
+            "Folder for tensors that are too large for Redis, which workers write and clients "
+            "read: file:///SHARED/FOLDER, s3://BUCKET/FOLDER, ... (default: all go through Redis)",
+            show_default=False,
+        ),
+    ] = ""
+    results_above: Annotated[
+        int, option("Bytes of a job's tensors above which they go to --results-url.", min=0)
+    ] = 8 << 20
+    output_uri: Annotated[
+        tuple[str, ...],
+        option(
+            "Folder that clients may have workers write tensors to, with all folders in it; may be "
+            "given several times. (default: none)",
+            show_default=False,
+        ),
+    ] = ()
+    shards: Annotated[
+        int,
+        option(
+            "Parts of the queue, each in a slot of its own of a Redis Cluster; the same for all "
+            "schedulers. Each has an equal part of all bounds.",
+            min=1,
+            max=1000,
+        ),
+    ] = 1
+    tokens: Annotated[
+        Path | None,
+        option(
+            "File of the tokens that callers need, as `reltrace-scheduler token` writes it. "
+            "Without it, everybody may do everything."
+        ),
+    ] = None
+    tls_cert: Annotated[
+        Path | None, option("PEM file of the server's certificate.", env="LISTEN_TLS_CERT")
+    ] = None
+    tls_key: Annotated[Path | None, option("PEM file of its key.", env="LISTEN_TLS_KEY")] = None
+    tls_client_ca: Annotated[
+        Path | None,
+        option(
+            "PEM file of the authorities whose clients may connect (mutual TLS).",
+            env="LISTEN_TLS_CLIENT_CA",
+        ),
+    ] = None
+    insecure: Annotated[
+        bool,
+        option(
+            "Serve other machines without TLS or without tokens.",
+            "--insecure",
+            env="LISTEN_INSECURE",
+        ),
+    ] = False
+    max_requests_per_second: Annotated[
+        float | None,
+        option("Calls of one token, at this scheduler. (default: no limit)", min=0.001),
+    ] = None
+    max_jobs_per_second: Annotated[
+        float | None,
+        option("Jobs that one token submits, at this scheduler. (default: no limit)", min=0.001),
+    ] = None
+    metrics: Annotated[
+        str | None,
+        option(
+            "Where Prometheus reads metrics, over plain HTTP. (default: nowhere)",
+            metavar="HOST:PORT",
+        ),
+    ] = None
+    web: Annotated[
+        str | None,
+        option(
+            "Where a read-only page shows queues, workers and recent jobs to operators. "
+            "(default: nowhere)",
+            metavar="HOST:PORT",
+        ),
+    ] = None
+    traces: Annotated[
+        str | None,
+        option(
+            "Where an OpenTelemetry collector takes spans of jobs (OTLP over gRPC), such as "
+            "http://127.0.0.1:4317. (default: nowhere)",
+            metavar="URL",
+        ),
+    ] = None
+    traces_share: Annotated[
+        float,
+        option(
+            "With --traces: share of the submissions without a client's span that is traced.",
+            min=0,
+            max=1,
+        ),
+    ] = 0.01
+    log_level: Annotated[str, option("debug, info, warning or error.")] = "info"
+    log_format: Annotated[LogFormat, option("For people, or one JSON object per line.")] = (
+        LogFormat.CONSOLE
+    )
 
     retry_delay: float = 1.0
     """Seconds a job waits after its first failed attempt; twice as long after each further one."""
-
     max_failures: int = 3
     """Failed attempts after which a job is tried again; the next one is final."""
-
-    max_jobs: int = 100_000
-    """Jobs that may be queued or leased at a time."""
-
-    max_bytes: int = 4 << 30
-    """Bytes of their specifications, and of results that nobody has read."""
-
-    tenant_max_jobs: int = 50_000
-    """The same for each tenant that has no bound of its own."""
-
-    tenant_max_bytes: int = 1 << 30
-    """The same for each tenant that has no bound of its own."""
-
-    shards: int = 1
-    """Parts of the queue; each may be on a node of its own of a Redis Cluster."""
-
     max_unread: int = 64 << 20
     """Bytes of unread results at which a submission's further jobs wait for its reader."""
-
-    results_url: str = ""
-    """Folder, as a URL, of results that are too large for Redis; empty: none is."""
-
-    results_above: int = 8 << 20
-    """Bytes of tensors above which a result is."""
-
-    output_uris: tuple[str, ...] = ()
-    """Folders, as URLs, that clients may have workers write tensors to."""
-
-    keep_recent: bool = False
-    """Note some of the jobs that end, and pictures of some, for people to look at."""
-
     max_quarantined: int = 1000
     """Quarantined jobs that are kept for an operator to look at."""
-
     quarantine_ttl: float = 7 * 24 * 3600.0
     """Seconds they are kept."""
 

@@ -36,6 +36,7 @@ async def store(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
 @pytest.fixture
 def settings() -> Settings:
     return Settings(
+        listen="127.0.0.1:0",
         lease=0.5,
         result_ttl=60,
         max_jobs=50,
@@ -71,7 +72,7 @@ async def server(
 ) -> AsyncIterator[str]:
     """A scheduler in this process, on a port of its own; gives its address."""
     client = redis.asyncio.Redis.from_url(redis_url)
-    async with serving(Connection(client, "test"), "127.0.0.1:0", settings) as address:
+    async with serving(Connection(client, "test"), settings) as address:
         yield address
     await client.aclose()
 

@@ -217,6 +217,45 @@ def test_values_that_can_not_be(
     assert process.returncode == code
 
 
+def test_options_of_a_file(
+    start: Start, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a file with an address, a URL of Redis and output folders
+    I expect them to be in force, and what stands on the command line to win.
+    """
+    file = tmp_path / "scheduler.toml"
+    file.write_text(
+        f'listen = "127.0.0.1:x"\nredis = "{redis_url}"\noutput-uri = ["nothing://x"]\n'
+    )
+    options = ("--config", str(file), "--listen", "127.0.0.1:0")
+    assert "--output-uri nothing://x" in refused(start(*options))
+    assert address_of(start(*options, "--output-uri", "file:///srv"))
+    # The environment wins over the file, too.
+    monkeypatch.setenv("RELTRACE_OUTPUT_URI", "file:///srv file:///home")
+    monkeypatch.setenv("RELTRACE_SCHEDULER_CONFIG", str(file))
+    assert address_of(start("--listen", "127.0.0.1:0"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("lese = 3", "there is no option 'lese'"),
+        ("lease = 0.1", "Input should be greater than or equal to 0.5"),
+        ("lease =", "Invalid value"),
+    ],
+)
+def test_a_file_of_options_that_is_wrong(
+    start: Start, redis_url: str, tmp_path: Path, content: str, said: str
+) -> None:
+    file = tmp_path / "scheduler.toml"
+    file.write_text(content)
+    process = start("--redis", redis_url, "--config", str(file))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert said in " ".join(errors.replace("│", " ").split())
+
+
 def test_a_tokens_file_that_is_broken(start: Start, redis_url: str, tmp_path: Path) -> None:
     file = tmp_path / "tokens.toml"
     file.write_text("[[token")

@@ -15,18 +15,27 @@ from typing import TYPE_CHECKING, Annotated
 import structlog
 import typer
 import uvloop
+from reltrace_proto.net import Credentials, SettingError, TlsOptions, token_from_environment
+from reltrace_proto.telemetry import LogFormat, Spans, configure_logs, exporting_spans
 from reltrace_proto.v1 import worker_pb2
 
 from reltrace_worker import __version__
-from reltrace_worker.observability.logs import LogFormat, configure, level_of
-from reltrace_worker.observability.tracing import Spans, exporting
-from reltrace_worker.session.endpoint import Access, Endpoints, Tls
+from reltrace_worker.session.endpoint import Endpoints
 from reltrace_worker.types.errors import WorkerError
 
 if TYPE_CHECKING:
     from reltrace_worker.session.serving import Served
 
 log = structlog.get_logger()
+
+_OPTIONS = {
+    "address": "--scheduler",
+    "token": "--token-file or RELTRACE_TOKEN",
+    "tls.ca": "--tls-ca",
+    "tls.cert": "--tls-cert",
+    "tls.key": "--tls-key",
+}
+"""Where the settings that `reltrace_proto.net` names come from."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -224,17 +233,12 @@ def worker(
     ] = LogFormat.CONSOLE,
 ) -> None:
     """Keep a model loaded and trace the jobs that the scheduler leases out."""
-    level = level_of(log_level)
-    if level is None:
-        raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error")
     if max_tokens != "auto" and not (max_tokens.isdecimal() and int(max_tokens) > 0):
         raise typer.BadParameter(f"max-tokens {max_tokens!r} is neither auto nor a number above 0")
     if memory_gib is not None and not memory_gib > 0:
         raise typer.BadParameter(f"memory-gib must be above 0, not {memory_gib}")
     own_id = f"{worker_id or socket.gethostname()}-{secrets.token_hex(4)}"
-    configure(level, log_format, own_id)
-    options = Tls(tls_ca, tls_cert, tls_key, tls_name)
-    access = Access(token_file, options if tls or options != Tls() else None, insecure)
+    options = TlsOptions(tls_ca, tls_cert, tls_key, tls_name)
     # Only now: torch and transformers take seconds to import, and --help should not. What they
     # make stays: looking for garbage among it takes a second here, and again now and then.
     gc.disable()
@@ -246,14 +250,21 @@ def worker(
     gc.freeze()
     gc.enable()
     try:
+        configure_logs(log_level, log_format, worker=own_id)
         # Before a model is loaded for minutes.
-        Endpoints(scheduler, access)
+        credentials = Credentials(
+            token_file or token_from_environment(),
+            options if tls or options != TlsOptions() else None,
+            insecure=insecure,
+            failed=lambda error: log.error("credentials.unreadable", error=str(error)),
+        )
+        Endpoints(scheduler, credentials)
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads)
         with ExitStack() as stack:
-            spans = stack.enter_context(exporting(traces)) if traces else None
+            spans = stack.enter_context(exporting_spans(traces, "reltrace-worker"))
             served = serve(
                 sources(model, name or [], revision),
                 PassOptions(
@@ -270,7 +281,11 @@ def worker(
                 spans,
             )
             stack.enter_context(_exporting(metrics, served))
-            uvloop.run(_run(scheduler, access, served, own_id, drain_grace, spans))
+            uvloop.run(_run(scheduler, credentials, served, own_id, drain_grace, spans))
+    except SettingError as error:
+        option = _OPTIONS.get(error.field, error.field)
+        typer.echo(f"reltrace-worker: {option}: {error.reason}", err=True)
+        raise typer.Exit(1) from None
     except WorkerError as error:
         typer.echo(f"reltrace-worker: {error}", err=True)
         raise typer.Exit(1) from None
@@ -290,11 +305,11 @@ def _exporting(listen: str | None, served: "Served") -> AbstractContextManager[o
 
 async def _run(
     scheduler: str,
-    access: Access,
+    credentials: Credentials,
     served: "Served",
     worker_id: str,
     grace: float,
-    spans: Spans | None,
+    spans: Spans,
 ) -> None:
     from reltrace_worker.session.session import Session
 
@@ -307,7 +322,7 @@ async def _run(
         version=__version__,
     )
     session = Session(
-        scheduler, hello, served.runner, access=access, spans=spans, drafts=served.drafts
+        scheduler, hello, served.runner, credentials=credentials, spans=spans, drafts=served.drafts
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from reltrace_proto.net import TlsOptions
 
 import reltrace
 from reltrace.cli import (
@@ -19,11 +21,9 @@ from reltrace.cli import (
     operating,
     tokenize,
     trace,
-    up,
 )
 from reltrace.cli.options import Access
-from reltrace.transport.security import TlsOptions
-from reltrace.types.errors import TraceError
+from reltrace.types.errors import MissingDependency, TraceError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,7 +37,6 @@ app.command(rich_help_panel=_TRACES)(evaluate.evaluate)
 app.command(rich_help_panel=_TRACES)(generate.generate)
 app.command(rich_help_panel=_TRACES)(tokenize.tokenize)
 app.command(rich_help_panel=_TRACES)(cluster.cancel)
-app.command(rich_help_panel=_SERVER)(up.up)
 app.command(rich_help_panel=_SERVER)(cluster.models)
 app.command(rich_help_panel=_SERVER)(cluster.status)
 app.add_typer(atlas.app, name="atlas", rich_help_panel=_TRACES)
@@ -48,8 +47,27 @@ app.add_typer(operating.quarantined, name="dead", hidden=True)
 app.add_typer(operating.tenants, name="tenants", rich_help_panel=_SERVER)
 
 
+def add_installed_commands(app: typer.Typer) -> None:
+    """Add the commands of other distributions: `up` of reltrace-scheduler."""
+    installed = entry_points(group="reltrace.commands")
+    for entry in installed:
+        app.command(entry.name, rich_help_panel=_SERVER)(entry.load())
+    if "up" not in installed.names:
+        anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+        app.command("up", rich_help_panel=_SERVER, context_settings=anything)(_up_is_missing)
+
+
+def _up_is_missing() -> None:
+    """Run the whole service on this machine (needs reltrace-scheduler and reltrace-worker)."""
+    raise MissingDependency(
+        "`reltrace up` is part of reltrace-scheduler, which this Python does not have: "
+        "pip install reltrace-scheduler reltrace-worker"
+    )
+
+
 def main() -> NoReturn:
     """Run the command; an error of ours is one line and exit code 1."""
+    add_installed_commands(app)
     try:
         app()
     except BrokenPipeError:

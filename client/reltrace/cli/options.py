@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from reltrace_proto.net import TlsOptions
 
 import reltrace
 from reltrace.batch.items import InputName
-from reltrace.transport.address import ADDRESS_VARIABLE, DEFAULT_ADDRESS
-from reltrace.transport.security import TlsOptions
+from reltrace.transport.settings import ADDRESS_VARIABLE, DEFAULT_ADDRESS
 from reltrace.types.errors import invalid
 from reltrace.types.request import Dtype as DtypeName
 

@@ -18,7 +18,7 @@ from reltrace.client.studies import AsyncStudies
 from reltrace.client.tokenize import AsyncTokenize
 from reltrace.transport.connection import Connection, Deadline
 from reltrace.transport.pending import Leftovers
-from reltrace.transport.security import Security, Tls, Token
+from reltrace.transport.settings import Tls, Token, credentials
 from reltrace.transport.submission import Entry, Rejected, deliveries, submit
 from reltrace.types.checks import whole_number
 from reltrace.types.edit import EditLike
@@ -85,8 +85,7 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncTokenize, AsyncStudies):
         insecure: bool | None = None,
         retry_timeout: float = 30.0,
     ) -> None:
-        security = Security(token, tls, insecure)
-        self._connection = Connection(address, retry_timeout, security)
+        self._connection = Connection(address, retry_timeout, credentials(token, tls, insecure))
         self._background: set[asyncio.Task[None]] = set()
 
     @property

@@ -16,7 +16,7 @@ from reltrace.client.queries import Queries
 from reltrace.client.studies import Studies
 from reltrace.client.tokenize import Tokenize
 from reltrace.transport.connection import Deadline
-from reltrace.transport.security import Tls, Token
+from reltrace.transport.settings import Tls, Token
 from reltrace.types.edit import EditLike
 from reltrace.types.failure import Failure
 from reltrace.types.prompt import Messages

@@ -12,11 +12,11 @@ from typing import Protocol, TypeVar
 
 import grpc
 import grpc.aio
+from reltrace_proto.net import Credentials, Metadata
 
-from reltrace.transport.address import ADDRESS_VARIABLE, parse_addresses
 from reltrace.transport.pending import Leftovers
-from reltrace.transport.security import Security
 from reltrace.transport.servers import Server, Servers
+from reltrace.transport.settings import ADDRESS_VARIABLE, as_invalid_argument, server_addresses
 from reltrace.types.errors import DeadlineExceeded, RpcStatus, TraceError, from_status, invalid
 
 log = logging.getLogger("reltrace")
@@ -35,7 +35,6 @@ PASSING = (
     grpc.StatusCode.DEADLINE_EXCEEDED,
 )
 
-Metadata = tuple[tuple[str, str], ...]
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
 
@@ -200,10 +199,10 @@ class Connection:
     Parameters
     ----------
     address : str or None
-        See `parse_addresses`.
+        See `server_addresses`.
     retry_timeout : float
         Seconds to keep calling when no server can be reached.
-    security : Security
+    credentials : Credentials
         Token and TLS.
 
     Attributes
@@ -221,16 +220,16 @@ class Connection:
         If the address is malformed, or the token would be sent to it in plaintext.
     """
 
-    def __init__(self, address: str | None, retry_timeout: float, security: Security) -> None:
-        self.address, addresses = parse_addresses(address)
-        for one in addresses:
-            security.check(one)
+    def __init__(self, address: str | None, retry_timeout: float, credentials: Credentials) -> None:
+        self.address, addresses = server_addresses(address)
+        with as_invalid_argument():
+            credentials.check(*addresses)
         if not (_is_number(retry_timeout) and retry_timeout >= 0):
             raise invalid("retry_timeout", f"must be 0 or more seconds, not {retry_timeout!r}")
         self.retry_timeout = retry_timeout
         self._random = random.Random()
-        self._security = security
-        self._servers = Servers(addresses, security, self._random)
+        self._credentials = credentials
+        self._servers = Servers(addresses, credentials, self._random)
         self._outage = Outage(self.address)
         self._closed = False
         self._kept: set[asyncio.Task[None]] = set()
@@ -265,7 +264,7 @@ class Connection:
     @property
     def metadata(self) -> Metadata:
         """What goes with each call."""
-        return self._security.metadata()
+        return self._credentials.metadata()
 
     def outdated(self, status: RpcStatus, metadata: Metadata) -> bool:
         """Return whether a call failed for a token that has been replaced since."""

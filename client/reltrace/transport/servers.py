@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 
 import grpc.aio
+from reltrace_proto.net import ChannelOptions, Credentials
 from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc
 
-from reltrace.transport.address import Address
-from reltrace.transport.security import Security
-
+_RECONNECT: ChannelOptions = (
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
 _FIRST_AVOIDANCE, _LAST_AVOIDANCE = 0.5, 15.0
 
 
@@ -26,7 +28,7 @@ class Server:
         Time of the clock until which others are asked first.
     """
 
-    def __init__(self, address: Address, channel: grpc.aio.Channel) -> None:
+    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
         self.address = address
         self.channel = channel
         self.traces: trace_pb2_grpc.TraceServiceAsyncStub = trace_pb2_grpc.TraceServiceStub(channel)
@@ -51,9 +53,9 @@ class Servers:
 
     Parameters
     ----------
-    addresses : sequence of Address
+    addresses : sequence of str
         At least one.
-    security : Security
+    credentials : Credentials
         Makes their channels, at the first use.
     random_source : random.Random
         Chooses the first.
@@ -63,13 +65,13 @@ class Servers:
 
     def __init__(
         self,
-        addresses: Sequence[Address],
-        security: Security,
+        addresses: Sequence[str],
+        credentials: Credentials,
         random_source: random.Random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._addresses = addresses
-        self._security = security
+        self._credentials = credentials
         self._clock = clock
         self._next = random_source.randrange(len(addresses))
         self._servers: list[Server] = []
@@ -78,7 +80,8 @@ class Servers:
         """Return the server for the next call; call it on the event loop of the calls."""
         if not self._servers:
             self._servers = [
-                Server(address, self._security.open(address)) for address in self._addresses
+                Server(address, self._credentials.open_channel(address, _RECONNECT))
+                for address in self._addresses
             ]
         count = len(self._servers)
         now = self._clock()

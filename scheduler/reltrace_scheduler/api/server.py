@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -13,6 +12,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 from redis.exceptions import RedisError
+from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -37,7 +37,6 @@ from reltrace_scheduler.config import MAX_TRANSPORT_BYTES, Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.observability.counters import Counts
 from reltrace_scheduler.observability.export import exporting
-from reltrace_scheduler.observability.tracing import NoSpans, Spans
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.signals import Signals
@@ -65,39 +64,24 @@ _HEALTH_PERIOD = 1.0
 @asynccontextmanager
 async def serving(
     connection: Connection,
-    listen: str,
     settings: Settings,
     access: Access | None = None,
-    metrics: str | None = None,
-    web: str | None = None,
     spans: Spans | None = None,
 ) -> AsyncIterator[str]:
     """Serve until the block ends; gives the address that clients use.
 
     Parameters
     ----------
-    connection : Connection
-        The store.
-    listen : str
-        ``HOST:PORT``; port 0: any free one.
-    settings : Settings
-        Bounds and times.
     access : Access, optional
-        Who gets in; default: everybody on this machine.
-    metrics : str, optional
-        ``HOST:PORT`` at which Prometheus reads; default: nowhere.
-    web : str, optional
-        ``HOST:PORT`` of the page for people; default: nowhere. What it shows of jobs is noted where
-        the settings say so.
-    spans : Spans, optional
-        Takes what is done for jobs that are traced; default: nobody does.
+        By default everybody on this machine may do everything.
 
     Raises
     ------
     StartError
-        The address can not be bound, or may not be served like this.
+        The address can not be bound, or may not be served without TLS and tokens.
     """
-    access, spans = access or Access(), spans or NoSpans()
+    listen, metrics, web = settings.listen, settings.metrics, settings.web
+    access, spans = access or Access(), spans or Spans()
     access.check(listen)
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
@@ -179,12 +163,3 @@ async def _report_health(connection: Connection, status: health.HealthServicer) 
         for service in ("", *SERVICES):
             await status.set(service, state)
         await asyncio.sleep(_HEALTH_PERIOD)
-
-
-async def until_asked_to_stop() -> None:
-    """Wait for SIGINT or SIGTERM."""
-    loop, asked = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(number, asked.set)
-    await asked.wait()

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import grpc
+from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 from reltrace_scheduler.api.models import ModelCache
@@ -19,7 +20,6 @@ from reltrace_scheduler.errors import (
 )
 from reltrace_scheduler.keys import job_ids, submission_of
 from reltrace_scheduler.observability.counters import Counts
-from reltrace_scheduler.observability.tracing import Spans
 from reltrace_scheduler.queue.drafts import PAGE, START
 from reltrace_scheduler.queue.queue import digest
 from reltrace_scheduler.queue.results import Progress
@@ -67,10 +67,10 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self, request: trace_pb2.SubmitJobsRequest, context: Context
     ) -> trace_pb2.SubmitJobsResponse:
         began = time.monotonic()
-        self._spans.adopt(request.idempotency_key, request.jobs)
+        self._spans.start_traces(request.idempotency_key, request.jobs)
         models = await self._models.get(*(job.model for job in request.jobs))
         try:
-            jobs = check_submission(request, models, self._store.settings.output_uris)
+            jobs = check_submission(request, models, self._store.settings.output_uri)
         except SchedulerError:
             # What was accepted stays accepted, also when models have come or gone since.
             before = await self._seen(request)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 from reltrace_scheduler.api.idle_queues import LOOK_AGAIN, Idleness
@@ -14,7 +15,6 @@ from reltrace_scheduler.api.worker_session import Session, duration
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.keys import REAPER
 from reltrace_scheduler.observability.counters import Counts
-from reltrace_scheduler.observability.tracing import Spans
 from reltrace_scheduler.queue.signals import Signals, wait
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.tasks import end

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
+from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_scheduler.api import terminal_results as endings
@@ -19,7 +20,6 @@ from reltrace_scheduler.config import MAX_NEW_TOKENS
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.keys import submission_of
 from reltrace_scheduler.observability.counters import Counts
-from reltrace_scheduler.observability.tracing import Spans
 from reltrace_scheduler.queue.queue import LOST, STORED
 from reltrace_scheduler.queue.recent import RecentJob
 from reltrace_scheduler.queue.store import Store

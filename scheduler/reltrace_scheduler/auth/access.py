@@ -1,8 +1,8 @@
 """What guards the gRPC port, and what may be left unguarded."""
 
-import ipaddress
-import socket
 from dataclasses import dataclass
+
+from reltrace_proto.net import is_loopback
 
 from reltrace_scheduler.auth.rates import UNLIMITED, Rates
 from reltrace_scheduler.auth.tls import ServerTls
@@ -58,18 +58,3 @@ class Access:
                 f"{' and '.join(lacking)}, listen on 127.0.0.1, or say --insecure if the "
                 "network keeps strangers out"
             )
-
-
-def is_loopback(listen: str) -> bool:
-    """Return whether only this machine can reach an address, ``HOST:PORT`` or ``unix:PATH``."""
-    if listen.startswith("unix:"):
-        return True
-    host = listen.rpartition(":")[0].strip("[]")
-    if not host:
-        return False
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        # Binding fails too, and says why.
-        return False
-    return all(ipaddress.ip_address(str(entry[4][0]).split("%")[0]).is_loopback for entry in found)

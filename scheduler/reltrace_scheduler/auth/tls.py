@@ -5,25 +5,15 @@ from pathlib import Path
 
 import grpc
 import structlog
-
-from reltrace_scheduler.errors import StartError
+from reltrace_proto.net import FileValue, read_pem
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """Files in PEM form.
-
-    Parameters
-    ----------
-    cert : Path
-        The server's certificate, and the chain above it.
-    key : Path
-        Its key.
-    client_ca : Path or None
-        Certificates of the authorities whose clients may connect (mutual TLS); None: no
-        client needs a certificate.
+    """Files in PEM form: certificate (and the chain above it), key, and for mutual TLS the
+    authorities whose clients may connect.
     """
 
     cert: Path
@@ -31,76 +21,30 @@ class ServerTls:
     client_ca: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Return what `grpc.aio.Server.add_secure_port` takes.
+        paths = [path for path in (self.cert, self.key, self.client_ca) if path is not None]
+        files = FileValue(self._read, paths, _log_failure)
 
-        Raises
-        ------
-        StartError
-            A file can not be read, or is not PEM.
-        """
-        files = _Files(self)
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            """Return new certificates, or None: those in use stay. Called at every handshake."""
+            if not files.refresh():
+                return None
+            log.info("tls.read", cert=str(self.cert))
+            return files.value
+
         return grpc.dynamic_ssl_server_credentials(
-            files.configuration(),
-            files.fetch,  # type: ignore[arg-type]  # None is allowed: what is in use stays.
+            files.value,
+            fetch,  # type: ignore[arg-type]  # None is allowed.
             self.client_ca is not None,
         )
 
-
-_Contents = tuple[bytes, bytes, bytes | None]
-
-
-class _Files:
-    """The files, looked at by gRPC with every handshake."""
-
-    def __init__(self, tls: ServerTls) -> None:
-        self._tls = tls
-        self._seen = self._signature()
-        try:
-            self._served = self._read()
-        except OSError as error:
-            raise StartError(f"{error.filename}: {error.strerror}") from error
-        except ValueError as error:
-            raise StartError(str(error)) from error
-
-    def configuration(self) -> grpc.ServerCertificateConfiguration:
-        cert, key, ca = self._served
-        return grpc.ssl_server_certificate_configuration([(key, cert)], ca)
-
-    def fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return new certificates, or None: the ones in use stay."""
-        signature = self._signature()
-        if signature == self._seen:
-            return None
-        self._seen = signature
-        try:
-            self._served = self._read()
-        except (OSError, ValueError) as error:
-            log.error("tls.unreadable", error=str(error), kept="old certificates")
-            return None
-        log.info("tls.read", cert=str(self._tls.cert))
-        return self.configuration()
-
-    def _signature(self) -> tuple[tuple[int, int, int] | None, ...]:
-        paths = (self._tls.cert, self._tls.key, self._tls.client_ca)
-        return tuple(_state(path) for path in paths if path is not None)
-
-    def _read(self) -> _Contents:
-        cert, key = _pem(self._tls.cert, "CERTIFICATE"), _pem(self._tls.key, "PRIVATE KEY")
-        ca = self._tls.client_ca
-        return cert, key, None if ca is None else _pem(ca, "CERTIFICATE")
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        key = read_pem("--tls-key", self.key, "PRIVATE KEY")
+        cert = read_pem("--tls-cert", self.cert, "CERTIFICATE")
+        client_ca = None
+        if self.client_ca is not None:
+            client_ca = read_pem("--tls-client-ca", self.client_ca, "CERTIFICATE")
+        return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
 
 
-def _state(path: Path) -> tuple[int, int, int] | None:
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_mtime_ns, state.st_size, state.st_ino
-
-
-def _pem(path: Path, what: str) -> bytes:
-    content = path.read_bytes()
-    # gRPC takes anything, and then fails every handshake without a word.
-    if f"{what}-----".encode() not in content:
-        raise ValueError(f"{path}: holds no {what} in PEM form")
-    return content
+def _log_failure(error: OSError | ValueError) -> None:
+    log.error("tls.unreadable", error=str(error), kept="old certificates")

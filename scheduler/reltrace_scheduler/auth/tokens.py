@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from reltrace_proto.net import FileValue
 
 from reltrace_scheduler.auth.identity import (
     DEFAULT_TENANT,
@@ -213,13 +214,12 @@ class Tokens:
         self.generation = 0
         """Rises when other tokens hold than before."""
         try:
-            self._seen = self._signature()
-            self._entries = self._read()
+            self._file = FileValue(self._read, [path], self._log_failure)
         except OSError as error:
             raise StartError(f"--tokens {path}: {error.strerror}") from error
         except TokenError as error:
             raise StartError(f"--tokens {path}: {error}") from error
-        if not self._entries:
+        if not self._file.value:
             raise StartError(
                 f"--tokens {path}: holds no token; "
                 f"`reltrace-scheduler token --file {path} ...` makes one"
@@ -237,7 +237,7 @@ class Tokens:
         digest = hashlib.sha256(token.encode()).hexdigest()
         found = None
         # To the end, whatever matches: the time tells nothing about where.
-        for entry in self._entries:
+        for entry in self._file.value:
             if hmac.compare_digest(entry.sha256, digest):
                 found = entry
         if found is None:
@@ -252,23 +252,13 @@ class Tokens:
         if now - self._looked_at < _LOOK_EVERY:
             return
         self._looked_at = now
-        try:
-            signature = self._signature()
-            if signature == self._seen:
-                return
-            self._seen = signature
-            self._entries = self._read()
-        except (OSError, TokenError) as error:
-            # A file that is away for a moment is being replaced; it has no signature to keep.
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            log.error("tokens.unreadable", file=str(self._path), error=reason, kept="old tokens")
-            return
-        self.generation += 1
-        log.info("tokens.read", file=str(self._path), tokens=len(self._entries))
+        if self._file.refresh():
+            self.generation += 1
+            log.info("tokens.read", file=str(self._path), tokens=len(self._file.value))
 
-    def _signature(self) -> tuple[int, int, int]:
-        state = self._path.stat()
-        return state.st_mtime_ns, state.st_size, state.st_ino
+    def _log_failure(self, error: OSError | ValueError) -> None:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        log.error("tokens.unreadable", file=str(self._path), error=reason, kept="old tokens")
 
     def _read(self) -> tuple[Entry, ...]:
         with self._path.open("rb") as file:

@@ -8,24 +8,21 @@ the scheduler ends.
 
 import asyncio
 import contextlib
-import ctypes
 import fcntl
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import redis
 
+from reltrace_scheduler.config import Fsync
 from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.local.guard import guarded
 from reltrace_scheduler.queue.connection import OLDEST, parse_version
 
 _START_DEADLINE = 60.0
@@ -71,18 +68,6 @@ def find_server() -> Path:
     return Path(binary)
 
 
-class Fsync(StrEnum):
-    """When the embedded Redis has its file written to the disk (Redis' `appendfsync`)."""
-
-    ALWAYS = "always"
-    """Before each answer: a machine that loses power loses nothing that was accepted."""
-    EVERYSEC = "everysec"
-    """Each second: at most the last two seconds are lost, by a machine that loses power, or
-    by a server that is killed while its disk is slow."""
-    NO = "no"
-    """When the system does: up to half a minute."""
-
-
 class EmbeddedRedis:
     """A `redis-server` child process with its data in a folder.
 
@@ -116,18 +101,19 @@ class EmbeddedRedis:
         with lock:
             await self._take(lock.fileno())
             socket = self._socket()
+            arguments = [
+                str(binary.absolute()),
+                *("--port", "0"),
+                *("--unixsocket", str(socket), "--unixsocketperm", "700"),
+                *("--dir", str(self._data)),
+                *("--appendonly", "yes", "--appendfsync", self._fsync),
+                *("--save", ""),
+                # Jobs must never be evicted to make room.
+                *("--maxmemory-policy", "noeviction"),
+            ]
             with (self._data / "redis.log").open("wb") as output:
                 self._process = subprocess.Popen(
-                    [
-                        str(binary),
-                        *("--port", "0"),
-                        *("--unixsocket", str(socket), "--unixsocketperm", "700"),
-                        *("--dir", str(self._data)),
-                        *("--appendonly", "yes", "--appendfsync", self._fsync),
-                        *("--save", ""),
-                        # Jobs must never be evicted to make room.
-                        *("--maxmemory-policy", "noeviction"),
-                    ],
+                    guarded(arguments, signal.SIGTERM),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -138,7 +124,6 @@ class EmbeddedRedis:
                     start_new_session=True,
                     # The file holds prompts: whatever the folder's mode, they are this user's.
                     umask=0o077,
-                    preexec_fn=_end_with_parent(os.getpid()) if sys.platform == "linux" else None,
                 )
         await self._answering(socket)
         await self._mended(socket)
@@ -232,16 +217,3 @@ class EmbeddedRedis:
         while (code := self._process.poll()) is None:
             await asyncio.sleep(0.2)
         return code
-
-
-def _end_with_parent(parent: int) -> Callable[[], None]:
-    def between_fork_and_exec() -> None:
-        # The kernel sends SIGTERM when the parent is gone, also after a SIGKILL that
-        # leaves the parent no chance to clean up.
-        pr_set_pdeathsig = 1
-        libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    libc: Any = ctypes.CDLL(None)
-    return between_fork_and_exec

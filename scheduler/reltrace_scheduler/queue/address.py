@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from reltrace_proto.net import read_line
+
 from reltrace_scheduler.errors import StartError
 
 PASSWORD_VARIABLE = "RELTRACE_REDIS_PASSWORD"
@@ -107,26 +109,15 @@ def redis_address(
             "--redis-password-file"
         )
     if url_file is not None:
-        url = _secret(url_file, "--redis-url-file")
+        url = read_line("--redis-url-file", url_file)
     if url is None:
         return None
     password = os.environ.get(PASSWORD_VARIABLE) or None
     if password_file is not None:
-        password = _secret(password_file, "--redis-password-file")
+        password = read_line("--redis-password-file", password_file)
     if ca is not None:
         if not url.startswith("rediss://"):
             raise StartError(f"--redis-ca {ca}: only a rediss:// URL uses it")
         if not ca.is_file():
             raise StartError(f"--redis-ca {ca}: no such file")
     return RedisAddress(url, password, ca)
-
-
-def _secret(path: Path, option: str) -> str:
-    try:
-        content = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not text"
-        raise StartError(f"{option} {path}: {reason}") from error
-    if not content or "\n" in content:
-        raise StartError(f"{option} {path}: must hold one line")
-    return content

@@ -113,7 +113,7 @@ async def test_an_async_source_that_breaks_off_is_not_at_its_end(error: BaseExce
     assert await items_source.take(5, wait=True) == ["one"]
     with pytest.raises(Exception, match=r"CancelledError|no more"):
         await items_source.take(5, wait=True)
-    await source.close()
+    await items_source.close()
 
 
 async def test_an_async_source_can_be_closed_while_it_is_waited_for() -> None:

@@ -7,14 +7,18 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reltrace
+import typer
 from cli.conftest import Run
 from fake_labels import FakeLabels
 from fake_server import FakeServer
+from reltrace.cli import app
+from typer.testing import CliRunner
 
 PROMPT = "My cats love to play with my"
 
@@ -284,3 +288,30 @@ def test_ctrl_c_ends_a_call(server: FakeServer) -> None:
             ended.set()
             process.kill()
     assert (out, process.returncode) == ("interrupted\n", 0)
+
+
+def test_commands_of_other_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Given a distribution that declares the command `up`
+    I expect it among the commands, and without one a sentence that says what to install.
+    """
+
+    def up(port: int = 1) -> None:
+        print("on port", port)
+
+    def load(entry: EntryPoint) -> Any:
+        return up
+
+    monkeypatch.setattr(EntryPoint, "load", load)
+    for installed in (True, False):
+        entries = EntryPoints([EntryPoint("up", "somewhere:up", "reltrace.commands")] * installed)
+        monkeypatch.setattr(app, "entry_points", lambda group, found=entries: found)
+        made = typer.Typer()
+        made.callback()(lambda: None)
+        app.add_installed_commands(made)
+        done = CliRunner().invoke(made, ["up", "--port", "7"])
+        if installed:
+            assert done.output == "on port 7\n"
+        else:
+            assert isinstance(done.exception, reltrace.MissingDependency)
+            assert "pip install reltrace-scheduler" in str(done.exception)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reltrace
 from reltrace import Target
-from reltrace.types import target
+from reltrace.types.target import caller_field, to_wire
 from reltrace_proto.v1 import types_pb2 as pb
 
 
@@ -35,11 +35,11 @@ from reltrace_proto.v1 import types_pb2 as pb
     ],
 )
 def test_to_wire(target: Any, wire: pb.Target) -> None:
-    assert target.to_wire(target) == [wire]
+    assert to_wire(target) == [wire]
 
 
 def test_a_list_keeps_its_order() -> None:
-    assert target.to_wire(["max", 3]) == [pb.Target(), pb.Target(token=pb.TokenRef(id=3))]
+    assert to_wire(["max", 3]) == [pb.Target(), pb.Target(token=pb.TokenRef(id=3))]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_list_keeps_its_order() -> None:
 )
 def test_bad_targets(target: Any, message: str) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=f"^{message}"):
-        target.to_wire(target)
+        to_wire(target)
 
 
 @pytest.mark.parametrize(
@@ -102,4 +102,4 @@ def test_a_target_can_be_a_key() -> None:
     ],
 )
 def test_caller_field(wire_field: str, target: Any, name: str) -> None:
-    assert target.caller_field(wire_field, target) == name
+    assert caller_field(wire_field, target) == name

@@ -52,7 +52,7 @@ fuzz = examples(
 @pytest.fixture
 def settings() -> Settings:
     # No lease runs out here, however busy the machine.
-    return Settings(lease=60, max_jobs=500)
+    return Settings(listen="127.0.0.1:0", lease=60, max_jobs=500)
 
 
 async def answer(channel: grpc.aio.Channel, path: str, request: bytes) -> grpc.StatusCode:

@@ -11,7 +11,9 @@ from scheduler.fake_worker import FakeWorker
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(lease=1, result_ttl=1, max_unread=1000, tenant_max_bytes=4000)
+    return Settings(
+        listen="127.0.0.1:0", lease=1, result_ttl=1, max_unread=1000, tenant_max_bytes=4000
+    )
 
 
 async def test_a_client_that_dies_does_not_keep_its_tenant_out_for_ever(

@@ -22,7 +22,7 @@ def serve(store: redis.asyncio.Redis, redis_url: str, settings: Settings) -> Ser
     @asynccontextmanager
     async def serve(access: Access) -> AsyncIterator[str]:
         client = redis.asyncio.Redis.from_url(redis_url)
-        async with serving(Connection(client, "test"), "127.0.0.1:0", settings, access) as address:
+        async with serving(Connection(client, "test"), settings, access) as address:
             yield address
         await client.aclose()
 

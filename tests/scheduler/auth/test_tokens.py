@@ -157,8 +157,8 @@ def test_a_broken_new_file_keeps_the_old_tokens(file: Path, broken: str | bytes 
             clock.now += 1.1
             assert tokens.find(alice).name == "alice"
     assert logs[0]["event"] == "tokens.unreadable"
-    # Once per content; a missing file is looked for again.
-    assert len(logs) == (3 if broken is None else 1)
+    # Once, until the file changes again.
+    assert len(logs) == 1
 
     # A repaired file holds, also one that looks as it did before.
     file.write_text(good)

@@ -5,6 +5,7 @@ import re
 import socket
 import urllib.request
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -71,7 +72,7 @@ async def exported(
         port = probe.getsockname()[1]
     connection = Connection(client, "test")
     async with (
-        serving(connection, "127.0.0.1:0", settings, metrics=f"127.0.0.1:{port}") as address,
+        serving(connection, replace(settings, metrics=f"127.0.0.1:{port}")) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
         yield Exported(channel, port)
@@ -180,7 +181,7 @@ async def test_redis_away(exported: Exported, monkeypatch: pytest.MonkeyPatch) -
 async def test_an_address_that_is_none(redis_url: str, settings: Settings, listen: str) -> None:
     client = redis.asyncio.Redis.from_url(redis_url)
     with pytest.raises(StartError, match=r"--metrics .*: must be HOST:PORT"):
-        async with serving(Connection(client, "test"), "127.0.0.1:0", settings, metrics=listen):
+        async with serving(Connection(client, "test"), replace(settings, metrics=listen)):
             pass
     await client.aclose()
 
@@ -192,7 +193,7 @@ async def test_an_address_that_is_taken(redis_url: str, settings: Settings) -> N
         taken.listen()
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(StartError, match=r"--metrics .*: Address already in use"):
-            async with serving(Connection(client, "test"), "127.0.0.1:0", settings, metrics=listen):
+            async with serving(Connection(client, "test"), replace(settings, metrics=listen)):
                 pass
     await client.aclose()
 

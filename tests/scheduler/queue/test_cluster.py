@@ -64,7 +64,7 @@ async def test_jobs_of_all_shards_run_once(connection: Connection, sharded: Sett
     held = await nodes_of(connection, SHARDS)
     assert sorted(held.values()) == [2, 3, 3]
     async with (
-        serving(connection, "127.0.0.1:0", sharded) as address,
+        serving(connection, sharded) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
         client = trace_pb2_grpc.TraceServiceStub(channel)
@@ -120,7 +120,7 @@ async def test_jobs_of_all_shards_run_once(connection: Connection, sharded: Sett
 
 async def test_a_shard_is_one_slot(connection: Connection, sharded: Settings) -> None:
     async with (
-        serving(connection, "127.0.0.1:0", sharded) as address,
+        serving(connection, sharded) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
         worker = FakeWorker(channel)

@@ -35,11 +35,9 @@ async def shown(
 ) -> AsyncIterator[tuple[str, str]]:
     """A scheduler with a page; gives both addresses."""
     client = redis.asyncio.Redis.from_url(redis_url)
-    settings = replace(settings, keep_recent=True, lease=30.0)
+    settings = replace(settings, web="127.0.0.1:0", lease=30.0)
     async with AsyncExitStack() as stack:
-        address = await stack.enter_async_context(
-            serving(Connection(client, "test"), "127.0.0.1:0", settings)
-        )
+        address = await stack.enter_async_context(serving(Connection(client, "test"), settings))
         page = await stack.enter_async_context(
             showing("127.0.0.1:0", Store(client, settings), Access())
         )

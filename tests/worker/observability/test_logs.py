@@ -1,9 +1,7 @@
-"""What the worker says: who, about whose job."""
+"""Log lines about jobs name the job, its tenant and the worker."""
 
 import io
 import json
-import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -12,15 +10,13 @@ from typing import Any
 import pytest
 import structlog
 from reference.loaded import Checkpoints
+from reltrace_proto.telemetry import LogFormat, configure_logs
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
-from reltrace_worker.observability.logs import LogFormat, configure, level_of
 from reltrace_worker.session.leases import FailedAttempt
 from reltrace_worker.session.runner import Runner
 
 Lines = Callable[[], list[dict[str, Any]]]
-
-log = structlog.get_logger()
 
 
 @pytest.fixture
@@ -28,7 +24,7 @@ def lines() -> Iterator[Lines]:
     """What was logged as JSON so far."""
     said = io.StringIO()
     with redirect_stderr(said):
-        configure(logging.INFO, LogFormat.JSON, "gpu-1-00ff")
+        configure_logs("info", LogFormat.JSON, worker="gpu-1-00ff")
     yield lambda: [json.loads(line) for line in said.getvalue().splitlines()]
     structlog.reset_defaults()
 
@@ -37,44 +33,6 @@ def lease(job: str, **fields: Any) -> worker_pb2.Lease:
     ids = types_pb2.TokenIds(ids=range(20, 26))
     spec = types_pb2.JobSpec(input_ids=ids, **fields)
     return worker_pb2.Lease(job_id=job, attempt=1, spec=spec, tenant="team-a")
-
-
-def test_every_line_is_an_object_that_names_the_worker(lines: Lines) -> None:
-    log.info("one", job="j-1")
-    log.debug("not shown")
-    # Passes run on threads of their own.
-    thread = threading.Thread(target=lambda: log.warning("two\nlines"))
-    thread.start()
-    thread.join()
-    first, second = lines()
-    assert (first["event"], first["job"], first["level"]) == ("one", "j-1", "info")
-    assert (second["event"], second["worker"]) == ("two\nlines", "gpu-1-00ff")
-    assert first["worker"] == "gpu-1-00ff"
-    assert first["timestamp"].endswith("Z")
-
-
-def test_an_exception_stays_on_its_line(lines: Lines) -> None:
-    try:
-        raise ValueError("broken")
-    except ValueError:
-        log.exception("failed")
-    (line,) = lines()
-    assert "ValueError: broken" in line["exception"]
-
-
-def test_people_are_told_the_worker_too() -> None:
-    said = io.StringIO()
-    with redirect_stderr(said):
-        configure(logging.INFO, LogFormat.CONSOLE, "gpu-1-00ff")
-        log.info("one", job="j-1")
-    structlog.reset_defaults()
-    assert "worker=gpu-1-00ff" in said.getvalue()
-    assert "job=j-1" in said.getvalue()
-
-
-@pytest.mark.parametrize(("name", "level"), [("warning", 30), ("DEBUG", 10), ("loud", None)])
-def test_levels(name: str, level: int | None) -> None:
-    assert level_of(name) == level
 
 
 async def test_a_pass_that_fails_names_job_and_tenant(

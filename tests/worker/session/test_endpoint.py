@@ -1,7 +1,6 @@
 """Which scheduler a worker goes to, what it presents there, and over what."""
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -10,12 +9,12 @@ import grpc
 import pytest
 from certificates import Certificates, make_certificates
 from nameserver import nameserver
+from reltrace_proto.net import Credentials, TlsOptions, token_from_environment
 from reltrace_proto.v1 import worker_pb2, worker_pb2_grpc
-from reltrace_worker.session.endpoint import Access, EndpointError, Endpoints, Tls
+from reltrace_worker.session.endpoint import Endpoints
 from reltrace_worker.session.session import RefusedError, Session
 
 TOKEN = "rlt_secret"
-OTHER = "scheduler.example:50051"
 
 
 class Idle:
@@ -87,9 +86,11 @@ async def serving(
 
 @asynccontextmanager
 async def working(
-    address: str, access: Access | None = None, seed: int = 0
+    address: str, credentials: Credentials | None = None, seed: int = 0
 ) -> AsyncIterator["asyncio.Task[None]"]:
-    session = Session(address, worker_pb2.Hello(worker_id="w"), Idle(), access=access, seed=seed)
+    session = Session(
+        address, worker_pb2.Hello(worker_id="w"), Idle(), credentials=credentials, seed=seed
+    )
     task = asyncio.create_task(session.run())
     yield task
     task.cancel()
@@ -113,7 +114,7 @@ async def test_it_moves_on_when_its_scheduler_goes_and_comes_back() -> None:
         first, second = [
             await stack.enter_async_context(serving(scheduler)) for scheduler in schedulers
         ]
-        chosen = Endpoints(f"{first},{second}", Access(), 0).current
+        chosen = Endpoints(f"{first},{second}", Credentials(), 0).current
         order = schedulers if chosen == first else schedulers[::-1]
         await stack.enter_async_context(working(f"{first},{second}"))
         for turn in range(4):
@@ -128,7 +129,9 @@ async def test_it_does_not_wait_before_it_asks_the_other_one() -> None:
     async with serving(scheduler) as address:
         endpoints = f"127.0.0.1:1,{address}"
         seed = next(
-            seed for seed in range(100) if Endpoints(endpoints, Access(), seed).current != address
+            seed
+            for seed in range(100)
+            if Endpoints(endpoints, Credentials(), seed).current != address
         )
         pauses: list[float] = []
         sleep = asyncio.sleep
@@ -147,10 +150,10 @@ async def test_it_does_not_wait_before_it_asks_the_other_one() -> None:
 
 def test_workers_spread_over_the_schedulers() -> None:
     addresses = ",".join(f"h{number}:1" for number in range(4))
-    chosen = [Endpoints(addresses, Access(), seed).current for seed in range(200)]
+    chosen = [Endpoints(addresses, Credentials(), seed).current for seed in range(200)]
     assert {chosen.count(address) > 25 for address in addresses.split(",")} == {True}
     # One seed, one order; every address has its turn.
-    endpoints, again = (Endpoints(addresses, Access(), 7) for _ in range(2))
+    endpoints, again = (Endpoints(addresses, Credentials(), 7) for _ in range(2))
     seen = []
     for _ in range(4):
         assert endpoints.current == again.current
@@ -195,9 +198,9 @@ async def test_the_token_comes_from_a_file_or_the_environment(
         async with working(address):
             assert await scheduler.next() == ""
         monkeypatch.setenv("RELTRACE_TOKEN", "from-variable")
-        async with working(address):
+        async with working(address, Credentials(token_from_environment())):
             assert await scheduler.next() == "Bearer from-variable"
-        async with working(address, Access(file)):
+        async with working(address, Credentials(file)):
             assert await scheduler.next() == f"Bearer {TOKEN}"
 
 
@@ -215,7 +218,7 @@ async def test_a_token_that_was_replaced_meanwhile_is_presented_anew(tmp_path: P
     file.write_text("old")
     scheduler = Scheduler()
     scheduler.token = "old"
-    async with serving(scheduler) as address, working(address, Access(file)) as task:
+    async with serving(scheduler) as address, working(address, Credentials(file)) as task:
         assert await scheduler.next() == "Bearer old"
         file.write_text("new")
         scheduler.token = "new"
@@ -237,56 +240,15 @@ async def test_a_token_that_was_replaced_meanwhile_is_presented_anew(tmp_path: P
 async def test_tls_and_mutual_tls(certificates: Certificates) -> None:
     pair = (certificates.server_key.read_bytes(), certificates.server_cert.read_bytes())
     server = grpc.ssl_server_credentials([pair], certificates.ca.read_bytes(), True)
-    mine = Tls(
+    mine = TlsOptions(
         certificates.ca, certificates.client_cert, certificates.client_key, certificates.name
     )
     scheduler = Scheduler()
     async with serving(scheduler, server) as address:
-        async with working(address, Access(tls=mine)):
+        async with working(address, Credentials(tls=mine)):
             await scheduler.next()
-        async with working(address, Access(tls=Tls(certificates.ca))) as nobody:
-            async with working(address, Access(tls=mine)):
+        async with working(address, Credentials(tls=TlsOptions(certificates.ca))) as nobody:
+            async with working(address, Credentials(tls=mine)):
                 await scheduler.next()
             assert scheduler.presented.empty()
             assert not nobody.done()
-
-
-@pytest.mark.parametrize("address", [OTHER, f"127.0.0.1:1,{OTHER}", f"dns:///{OTHER}"])
-def test_a_token_is_not_sent_in_plaintext_to_another_machine(
-    address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Endpoints(address, Access())
-    monkeypatch.setenv("RELTRACE_TOKEN", TOKEN)
-    with pytest.raises(EndpointError, match="in plaintext; add --tls") as caught:
-        Endpoints(address, Access())
-    assert TOKEN not in str(caught.value)
-    Endpoints(address, Access(insecure=True))
-    Endpoints(address, Access(tls=Tls()))
-    for local in ("127.0.0.1:1", "localhost:1", "[::1]:1", "dns:///localhost:1"):
-        Endpoints(local, Access())
-
-
-@pytest.mark.parametrize(
-    "address", ["", "h", "h:0", "h:99999", ":1", "a:1,,b:2", "dns:///h", "h:x"]
-)
-def test_malformed_addresses(address: str) -> None:
-    with pytest.raises(EndpointError, match="must be HOST:PORT"):
-        Endpoints(address, Access())
-
-
-def test_files_that_can_not_be_used(certificates: Certificates, tmp_path: Path) -> None:
-    missing, empty, odd = (tmp_path / name for name in ("missing", "empty", "odd"))
-    empty.write_text("\n")
-    odd.write_text("two words")
-    cases = (
-        (Access(missing), f"--token-file {missing}: No such file"),
-        (Access(empty), "the file is empty"),
-        (Access(odd), "must be one word"),
-        (Access(tls=Tls(ca=missing)), f"--tls-ca {missing}: No such file"),
-        (Access(tls=Tls(ca=certificates.server_key)), "holds no CERTIFICATE"),
-        (Access(tls=Tls(cert=certificates.client_cert)), "--tls-cert and --tls-key go together"),
-    )
-    for access, said in cases:
-        with pytest.raises(EndpointError, match=re.escape(said)) as caught:
-            Endpoints("127.0.0.1:1", access)
-        assert "two words" not in str(caught.value)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
+from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine
@@ -16,7 +17,6 @@ from reltrace_worker.lrp import RULES
 from reltrace_worker.models import JobPreparer, LoadedModel
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.observability.metrics import PassStats
-from reltrace_worker.observability.tracing import NoSpans, Spans
 from reltrace_worker.session.convert import job_spec
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.encoding import Done, Encoder, Ready, broken, invalid
@@ -82,7 +82,7 @@ class Runner:
         self._arrived = asyncio.Event()
         self._crowded = 0
         self._encoder = Encoder(model, engine.attention)
-        self._spans = spans or NoSpans()
+        self._spans = spans or Spans()
         self._drafts = drafts or Drafts()
         self._vocabulary = Vocabulary(model.tokenizer)
         self.stats = PassStats(seconds=engine.seconds)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import structlog
 import torch
+from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2
 
 from reltrace_worker.demo import DEMO_MODEL
@@ -20,7 +21,6 @@ from reltrace_worker.lrp import RULES, verify_rule
 from reltrace_worker.models import LoadedModel, load_model
 from reltrace_worker.models.placement import device_memory
 from reltrace_worker.observability.metrics import PassStats
-from reltrace_worker.observability.tracing import Spans
 from reltrace_worker.session.convert import model_info
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.routing import RoutingRunner

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import grpc
 import structlog
+from reltrace_proto.net import Credentials, Metadata
+from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
-from reltrace_worker.observability.tracing import NoSpans, Spans
 from reltrace_worker.session.drafts import Drafts
-from reltrace_worker.session.endpoint import Access, EndpointError, Endpoints
+from reltrace_worker.session.endpoint import Endpoints
 from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey, Window
 from reltrace_worker.session.messages import (
     Outgoing,
@@ -69,8 +70,8 @@ class Session:
         Who this worker is and what it serves.
     runner : JobRunner
         What runs the jobs.
-    access : Access, optional
-        Token and TLS; default: the token of the environment, over plaintext.
+    credentials : Credentials, optional
+        Token and TLS; default: no token, over plaintext.
     seed : int, optional
         Of the choice between several schedulers.
     spans : Spans, optional
@@ -80,8 +81,8 @@ class Session:
 
     Raises
     ------
-    EndpointError
-        The address, the token or a certificate can not be used.
+    SettingError
+        The address can not be used, or not with this token.
     """
 
     def __init__(
@@ -90,19 +91,20 @@ class Session:
         hello: worker_pb2.Hello,
         runner: JobRunner,
         *,
-        access: Access | None = None,
+        credentials: Credentials | None = None,
         seed: int | None = None,
         spans: Spans | None = None,
         drafts: Drafts | None = None,
     ) -> None:
         self._drafts = drafts or Drafts()
         self._takes_drafts = False
-        self._endpoints = Endpoints(address, access or Access(), seed)
+        self._credentials = credentials or Credentials()
+        self._endpoints = Endpoints(address, self._credentials, seed)
         # Addresses that failed since a scheduler last took us.
         self._failed_in_a_row = 0
         self._hello = hello
         self._runner = runner
-        self._spans = spans or NoSpans()
+        self._spans = spans or Spans()
         # Spans of jobs that are traced, and since when they are held.
         self._traced: dict[LeaseKey, tuple[str, float]] = {}
         self._held: set[LeaseKey] = set()
@@ -296,9 +298,6 @@ class Session:
                 log.warning("scheduler.away", address=address, error=error.details())
             except TimeoutError:
                 log.warning("scheduler.silent", address=address)
-            except EndpointError as error:
-                # It was usable at the start: its file is being replaced.
-                log.warning("endpoint.unusable", address=address, error=str(error))
             finally:
                 self._outgoing = None
             self._endpoints.move_on()
@@ -311,14 +310,15 @@ class Session:
 
     async def _connect(self) -> None:
         """Live through one connection to the current address."""
-        token = self._endpoints.token()
+        metadata = self._credentials.metadata()
         try:
-            async with self._endpoints.open() as channel:
-                await self._connection(worker_pb2_grpc.WorkerServiceStub(channel), token)
+            async with self._endpoints.open_channel() as channel:
+                await self._connection(worker_pb2_grpc.WorkerServiceStub(channel), metadata)
         except grpc.aio.AioRpcError as error:
             # A token that was replaced while we were connected is no reason to leave.
             outdated = (
-                error.code() is grpc.StatusCode.UNAUTHENTICATED and token != self._endpoints.token()
+                error.code() is grpc.StatusCode.UNAUTHENTICATED
+                and metadata != self._credentials.metadata()
             )
             if error.code() not in _FINAL or outdated:
                 raise
@@ -326,10 +326,11 @@ class Session:
                 f"the scheduler at {self._endpoints.current} refuses this worker: {error.details()}"
             ) from error
 
-    async def _connection(self, stub: "worker_pb2_grpc.WorkerServiceAsyncStub", token: str) -> None:
+    async def _connection(
+        self, stub: "worker_pb2_grpc.WorkerServiceAsyncStub", metadata: Metadata
+    ) -> None:
         """Greet, and handle what comes until the stream ends."""
         outgoing: Outgoing = asyncio.Queue()
-        metadata = (("authorization", f"Bearer {token}"),) if token else ()
         call = stub.Work(requests(outgoing), metadata=metadata)
         try:
             outgoing.put_nowait(worker_pb2.WorkRequest(hello=self._hello))

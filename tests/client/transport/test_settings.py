@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def test_a_token_that_can_not_be_sent_is_not_shown(token: str, tmp_path: Path) -
     file = tmp_path / "token"
     file.write_text(token)
     for given in (token, file):
-        with pytest.raises(reltrace.InvalidArgument, match="must be one word") as caught:
+        with pytest.raises(reltrace.InvalidArgument, match=r"must (be|hold) one") as caught:
             reltrace.Client(token=given)
         assert token not in str(caught.value)
 
@@ -135,7 +134,7 @@ def test_token_files_that_hold_none(tmp_path: Path) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=r"token: .*missing: No such file"):
         reltrace.Client(token=tmp_path / "missing")
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(reltrace.InvalidArgument, match="the file is empty"):
+    with pytest.raises(reltrace.InvalidArgument, match="must hold one line"):
         reltrace.Client(token=tmp_path / "empty")
     with pytest.raises(reltrace.InvalidArgument, match="token: must be str or Path, not int"):
         reltrace.Client(token=3)  # type: ignore[arg-type]
@@ -221,8 +220,11 @@ def test_tls_options_that_can_not_be_used(
     cases: list[tuple[Any, str]] = [
         (TlsOptions(ca=missing), f"tls.ca: {missing}: No such file"),
         (TlsOptions(ca=certificates.server_key), "tls.ca: .*holds no CERTIFICATE"),
-        (TlsOptions(cert=certificates.client_cert), "tls.key: must be given with tls.cert"),
-        (TlsOptions(key=certificates.client_key), "tls.cert: must be given with tls.key"),
+        (
+            TlsOptions(cert=certificates.client_cert),
+            "tls.key: must be given together",
+        ),
+        (TlsOptions(key=certificates.client_key), "tls.cert: must be given together"),
         ("yes", "tls: must be True, False or TlsOptions, not str"),
     ]
     for tls, said in cases:
@@ -249,17 +251,3 @@ def test_the_command_takes_the_options_before_its_name(
     done = CliRunner().invoke(app, ["--token-file", str(token), "models", "--server", OTHER])
     assert isinstance(done.exception, reltrace.InvalidArgument)
     assert "in plaintext" in str(done.exception)
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["redis://:geheim@h:1", "redis://u:geheim@h", "redis://h?password=geheim", "redis://a:[@"],
-)
-def test_up_takes_no_password_on_the_command_line(url: str, tmp_path: Path) -> None:
-    from reltrace.cli.app import app
-
-    done = CliRunner().invoke(app, ["up", "--redis", url, "--data", str(tmp_path / "data")])
-    assert isinstance(done.exception, reltrace.InvalidArgument)
-    assert "RELTRACE_REDIS_PASSWORD" in str(done.exception)
-    assert not re.search("geheim", str(done.exception))
-    assert not (tmp_path / "data").exists()

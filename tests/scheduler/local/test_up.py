@@ -14,9 +14,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
-import reltrace
-from reltrace._up import service, supervise
+import typer
+from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
+from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.local import children, service
+from reltrace_scheduler.local.command import up as command
+from typer.testing import CliRunner
 
 PARTS = Path(__file__).parent / "fake_parts"
 SECONDS = 20.0
@@ -36,9 +41,13 @@ class Up:
         self.events_file = folder / "events"
         self.events_file.touch()
         self.data = folder / "data"
-        close = "import sys; sys.stderr.close(); " if closed else ""
-        program = f"{close}from reltrace.cli.app import main; main()"
-        command = [sys.executable, "-c", program, "up"]
+        close = "sys.stderr.close(); " if closed else ""
+        # Its children are stand-ins, not itself.
+        program = (
+            f"import sys; sys.path.remove({str(PARTS)!r}); {close}"
+            "from reltrace_scheduler.local.command import main; main()"
+        )
+        command = [sys.executable, "-c", program]
         self.process = subprocess.Popen(
             [*command, "--port", "0", "--data", str(self.data), *options],
             env={
@@ -110,8 +119,10 @@ def test_it_serves_and_ends_cleanly(start: Callable[..., Up]) -> None:
     )
     assert match
     assert match.group(2) == str(up.data)
-    with reltrace.Client(f"127.0.0.1:{match.group(1)}") as client:
-        assert [model.name for model in client.models()] == ["a", "b"]
+    with grpc.insecure_channel(f"127.0.0.1:{match.group(1)}") as channel:
+        stub = trace_pb2_grpc.TraceServiceStub(channel)
+        answer = stub.ListModels(trace_pb2.ListModelsRequest(), timeout=SECONDS)
+        assert [served.model.name for served in answer.models] == ["a", "b"]
     pids = [pid for _, _, pid in up.events()]
     code, out, err = up.end()
     assert (code, out) == (0, "")
@@ -240,7 +251,8 @@ def test_two_models_of_one_name_are_refused(start: Callable[..., Up], tmp_path: 
         out, err = up.process.communicate(timeout=SECONDS)
         assert (up.process.returncode, out) == (1, "")
         assert err.startswith(
-            f"reltrace: model: {first} and {second} would both be called 'checkpoint-500'; serve "
+            f"reltrace: --model {first} and --model {second} would both be called "
+            "'checkpoint-500'; serve "
         )
         assert up.events() == []
 
@@ -251,7 +263,7 @@ def test_a_port_in_use(start: Callable[..., Up]) -> None:
         up = start("--port", str(port))
         out, err = up.process.communicate(timeout=SECONDS)
     assert (up.process.returncode, out) == (1, "")
-    assert err.startswith(f"reltrace: port: {port} can not be used on 127.0.0.1 (Address already")
+    assert err.startswith(f"reltrace: --port {port} can not be used on 127.0.0.1 (Address already")
     assert up.events() == []
 
 
@@ -300,9 +312,9 @@ def test_workers_are_told_the_number_format(
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import asyncio
 
-    monkeypatch.setattr(service, "find_spec", lambda name: None if "worker" in name else object())
-    options = service.UpOptions(("demo",), None, 0, tmp_path, 1, None, 5)
-    with pytest.raises(reltrace.MissingDependency, match=r"pip install reltrace-worker$"):
+    monkeypatch.setattr(service, "find_spec", lambda name: None)
+    options = service.UpOptions(port=0, data=tmp_path)
+    with pytest.raises(StartError, match=r"pip install reltrace-worker$"):
         asyncio.run(service.up(options, announce=print, report=print))
 
 
@@ -315,8 +327,8 @@ def test_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_log_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "_LOG_BYTES", 100)
-    log = supervise.LogFile(tmp_path / "a.log")
+    monkeypatch.setattr(children, "_LOG_BYTES", 100)
+    log = children.Log(tmp_path / "a.log")
     for number in range(50):
         log.write(f"line {number}\n".encode())
     log.close()
@@ -325,3 +337,17 @@ def test_a_log_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert max(sizes.values()) <= 100
     assert log.tail()[-1] == "line 49"
     assert (tmp_path / "a.log").read_text().endswith("line 49\n")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://:geheim@h:1", "redis://u:geheim@h", "redis://h?password=geheim", "redis://a:[@"],
+)
+def test_no_password_on_the_command_line(url: str, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(command)
+    done = CliRunner().invoke(app, ["--redis", url, "--data", str(tmp_path / "data")])
+    assert done.exit_code == 1
+    assert "RELTRACE_REDIS_PASSWORD" in done.output
+    assert "geheim" not in done.output
+    assert not (tmp_path / "data").exists()

@@ -1,1 +1,0 @@
-"""`reltrace up`: the whole service on one machine."""

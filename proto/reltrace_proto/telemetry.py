@@ -1,0 +1,139 @@
+"""Log lines by structlog, and spans of jobs for OpenTelemetry.
+
+A job carries the span of the client's that it belongs to, as ``traceparent`` of the W3C's Trace
+Context. Scheduler and worker add what they did for it once it is over, with the times at which it
+was done, so that no span is kept open. Both packages are optional: see the extras of this
+distribution.
+"""
+
+import hashlib
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import structlog
+
+from reltrace_proto.net import SettingError
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+    from structlog.types import EventDict, Processor
+
+    from reltrace_proto.v1 import types_pb2
+
+
+class LogFormat(StrEnum):
+    """For people, or one JSON object a line."""
+
+    CONSOLE = "console"
+    JSON = "json"
+
+
+def configure_logs(level: str, form: LogFormat, **fields: str) -> None:
+    """Set up structlog for the whole process; `fields` are added to every line of every thread."""
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise SettingError(f"--log-level {level}", "must be debug, info, warning or error")
+
+    def add_fields(logger: object, method: str, event: "EventDict") -> "EventDict":
+        return {**fields, **event}
+
+    renderer: list[Processor] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if form is LogFormat.JSON
+        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    )
+    structlog.configure(
+        processors=[
+            add_fields,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            *renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+class Spans:
+    """Adds finished spans to the traces of jobs; without a tracer, none."""
+
+    def __init__(self, tracer: "Tracer | None" = None, share: float = 0.0) -> None:
+        self._tracer = tracer
+        self._share = share
+
+    def start_traces(self, key: str, jobs: "Iterable[types_pb2.JobSpec]") -> None:
+        """Give the jobs that belong to no trace of their client's one, for a share of submissions.
+
+        `key` is the submission's idempotency key: sent again, it must give the same jobs.
+        """
+        digest = hashlib.blake2b(key.encode(), digest_size=28).digest()
+        if not key or int.from_bytes(digest[24:], "little") >= self._share * 2**32:
+            return
+        parent = f"00-{digest[:16].hex()}-{digest[16:24].hex()}-01"
+        for job in jobs:
+            if not job.traceparent:
+                job.traceparent = parent
+
+    def record(
+        self, name: str, parent: str, seconds: float, **attributes: str | int | float
+    ) -> None:
+        """Add a span that ends now, if `parent` is a ``traceparent`` of a trace that is sampled."""
+        if self._tracer is None or not parent:
+            return
+        from opentelemetry.trace import get_current_span
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        context = TraceContextTextMapPropagator().extract({"traceparent": parent})
+        if not get_current_span(context).get_span_context().trace_flags.sampled:
+            return
+        now = time.time_ns()
+        span = self._tracer.start_span(
+            name,
+            context=context,
+            start_time=now - int(seconds * 1e9),
+            attributes={f"reltrace.{key}": value for key, value in attributes.items()},
+        )
+        span.end(now)
+
+
+@contextmanager
+def exporting_spans(endpoint: str | None, service: str, share: float = 0.0) -> Iterator[Spans]:
+    """Send spans to a collector, by OTLP over gRPC, until the block ends.
+
+    Parameters
+    ----------
+    endpoint : str or None
+        ``http://HOST:PORT``, or ``https://`` for TLS; None: no spans are sent. Headers and
+        certificates are set by the variables of OpenTelemetry, such as OTEL_EXPORTER_OTLP_HEADERS.
+    service : str
+        The distribution that sends them.
+    share : float
+        Of submissions whose client traces nothing, how many are traced all the same.
+    """
+    if endpoint is None:
+        yield Spans()
+        return
+    if not endpoint.startswith(("http://", "https://")):
+        raise SettingError(f"--traces {endpoint}", "must be a URL such as http://127.0.0.1:4317")
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise SettingError(
+            "--traces", f'needs the packages of: pip install "{service}[otel]" ({error})'
+        ) from error
+    provider = TracerProvider(resource=Resource.create({"service.name": service}))
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"))
+    # Its queue is bounded: what a collector that is away does not take is dropped.
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    try:
+        yield Spans(provider.get_tracer(service), share)
+    finally:
+        provider.shutdown()

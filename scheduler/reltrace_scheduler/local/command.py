@@ -1,0 +1,60 @@
+"""The command `reltrace up`, which the `reltrace` command finds as an entry point."""
+
+import asyncio
+import json
+import os
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+
+import typer
+from reltrace_proto.options import from_options
+
+from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.local import service
+from reltrace_scheduler.queue.address import has_password
+
+
+@from_options(service.UpOptions)
+def up(context: typer.Context, options: service.UpOptions) -> None:
+    """Run the whole service on this machine: a store, a scheduler and workers.
+
+    Prints one line with the address once a job would be served. Ends cleanly on Ctrl-C or SIGTERM.
+    """
+
+    def announce(ready: service.Ready) -> None:
+        print(json.dumps(asdict(ready)) if options.json else ready, flush=True)
+
+    source = context.get_parameter_source("redis")
+    try:
+        if (
+            options.redis is not None
+            and (source is not None and source.name == "COMMANDLINE")
+            and has_password(options.redis)
+        ):
+            raise StartError(
+                "--redis: every user of this machine can read a password on the command line; put "
+                "the URL into RELTRACE_REDIS, or the password into RELTRACE_REDIS_PASSWORD"
+            )
+        asyncio.run(service.up(options, announce=announce, report=_report))
+    except StartError as error:
+        typer.echo(f"reltrace: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _report(line: str) -> None:
+    """Tell people, if anybody reads: the service is kept running, and ended in order, either way.
+
+    Whoever read may be gone (a closed terminal, `2>&1 | head`), or its disk full.
+    """
+    # Not `print`: what its buffer could not write would be an error once more, at exit.
+    with suppress(OSError, ValueError):
+        # ValueError: the stream has been closed.
+        os.write(sys.stderr.fileno(), f"reltrace up: {line}\n".encode(errors="backslashreplace"))
+
+
+def main() -> None:
+    """Run the command without the `reltrace` command."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(up)
+    app()

