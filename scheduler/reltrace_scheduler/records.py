@@ -24,7 +24,7 @@ class NewJob:
     timeout: float = 0.0
     """Seconds within which it must end; 0: none."""
     sent: bytes = b""
-    """The specification as the client sent it, where that differs: its repetition is known by it."""
+    """The specification as the client sent it, where that differs: for the digest of the jobs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ class Quarantine:
 
     async def latest(self, limit: int) -> list[QuarantinedJob]:
         """Return jobs, the latest first; of large ones, fewer than `limit`."""
-        ids: list[tuple[bytes, float]] = []
+        ids: list[Any] = []
         for shard in self._shards.all:
             key = shard.key("quarantined")
             ids += await self._redis.zrevrange(key, 0, limit - 1, withscores=True)

@@ -93,8 +93,8 @@ class RecentJobs:
 
     async def sample_result(self, job_id: str) -> bytes | None:
         """Return the serialized ``ResultChunk`` of a job, if it was kept."""
-        found: bytes | None = await self._redis.get(self._key("sample_result", job_id))
-        return found
+        found: Any = await self._redis.get(self._key("sample_result", job_id))
+        return found if found is None else bytes(found)
 
 
 class _Rate:

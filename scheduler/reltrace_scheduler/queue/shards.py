@@ -59,9 +59,7 @@ class Scripts:
         if script is None:
             folder = files(__package__) / "lua"
             parts = [(folder / f"{part}.lua").read_text() for part in ("common", name)]
-            script = self._loaded[name] = self._redis.register_script(
-                "".join((preamble(), *parts))
-            )
+            script = self._loaded[name] = self._redis.register_script("".join((preamble(), *parts)))
         return script
 
 

@@ -119,7 +119,7 @@ function draw(state) {
 function ended(state) {
   return (job) => {
     const text = make("td", "", "text");
-    if (job.picture) {
+    if (job.sampled) {
       const button = make("button", job.text || job.job);
       button.addEventListener("click", () => show(job.job));
       text.append(button);
