@@ -20,5 +20,5 @@ cat "$out/ready"
 server=$(sed -E 's/.* at ([^ ]+).*/\1/' "$out/ready")
 
 prompt="I have 5 cats and 3 dogs. My cats love to play with my"
-reltrace run "$prompt" --server "$server" --site resid --site embed --plot "$out/trace.png"
-reltrace run "$prompt" --server "$server" --plot "$out/trace.html" --json - >"$out/trace.json"
+reltrace trace "$prompt" --server "$server" --site resid --site embed --plot "$out/trace.png"
+reltrace trace "$prompt" --server "$server" --plot "$out/trace.html" --json - >"$out/trace.json"

@@ -24,11 +24,11 @@ from reltrace_proto.net import TlsOptions
 from reltrace.atlas.atlas import Atlas
 from reltrace.atlas.examples import Context, Feature, StandsOut
 from reltrace.atlas.search import FeatureMatch
-from reltrace.client.admin import QuarantinedJob, Requeued, Tenant
 from reltrace.client.async_client import AsyncClient
-from reltrace.client.sync_client import Client
-from reltrace.client.text_stream import AsyncTextStream, TextPiece, TextStream
+from reltrace.client.async_generate import AsyncTextStream
+from reltrace.client.sync_client import Client, TextStream
 from reltrace.evaluation.evaluation import Evaluation, RuleScore
+from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant
 from reltrace.types.edit import Edit, Steer
 from reltrace.types.errors import (
     Cancelled,
@@ -49,7 +49,7 @@ from reltrace.types.errors import (
     Violation,
 )
 from reltrace.types.failure import Failure
-from reltrace.types.generation import Generation
+from reltrace.types.generation import Generation, TextPiece
 from reltrace.types.neurons import StrongHead, StrongNeuron
 from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget, Timings
 from reltrace.types.server_info import JobStatus, Model, Queue, Status, Worker

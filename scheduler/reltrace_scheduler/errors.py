@@ -1,7 +1,6 @@
-"""Every error the scheduler answers with, as one flat module.
+"""Every error that the scheduler answers with, and its gRPC status.
 
-Handlers raise these; `interceptor.ErrorInterceptor` is the one place that turns them
-into gRPC statuses with ``google.rpc`` details.
+Handlers raise these; `reltrace_scheduler.api.interceptor` is the one place that sends them.
 """
 
 from dataclasses import dataclass
@@ -45,50 +44,40 @@ class SchedulerError(Exception):
         self.retry_after = retry_after
 
 
-class FaultyRequestError(SchedulerError):
-    """Base of errors that faults of the request say all about."""
+class RequestError(SchedulerError):
+    """Base of errors that consist of faults of the request."""
 
     def __init__(self, *violations: Violation) -> None:
         message = "; ".join(f"{v.field}: {v.description}" for v in violations)
         super().__init__(message, violations=violations)
 
 
-class InvalidRequestError(FaultyRequestError):
+class InvalidRequestError(RequestError):
     """The request is malformed; `violations` names every fault."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
 
-class UnknownModelError(FaultyRequestError):
-    """No worker has ever served a model of that name."""
+class IdempotencyError(InvalidRequestError):
+    """The idempotency key was used for other jobs."""
+
+    def __init__(self, key: str) -> None:
+        fault = f"{key!r} was used for other jobs; choose a new one per submission"
+        super().__init__(Violation("idempotency_key", fault))
+
+
+class NotFoundError(RequestError):
+    """A model, job or worker that is named is not there."""
 
     code = grpc.StatusCode.NOT_FOUND
 
 
-class UnknownSubmissionError(FaultyRequestError):
+class UnknownSubmissionError(NotFoundError):
     """The submission never was, has expired, or was acknowledged whole."""
 
-    code = grpc.StatusCode.NOT_FOUND
-
     def __init__(self, submission_id: str) -> None:
-        super().__init__(
-            Violation(
-                "submission_id",
-                f"no submission {submission_id!r}: unknown, expired or acknowledged",
-            )
-        )
-
-
-class UnknownJobError(FaultyRequestError):
-    """A job that is named is not there."""
-
-    code = grpc.StatusCode.NOT_FOUND
-
-
-class UnknownWorkerError(FaultyRequestError):
-    """A worker that is named is not connected."""
-
-    code = grpc.StatusCode.NOT_FOUND
+        fault = f"no submission {submission_id!r}: unknown, expired or acknowledged"
+        super().__init__(Violation("submission_id", fault))
 
 
 class QueueFullError(SchedulerError):
@@ -100,22 +89,17 @@ class QueueFullError(SchedulerError):
         super().__init__(message, retry_after=1.0)
 
 
-class IdempotencyError(FaultyRequestError):
-    """The idempotency key was used for other jobs."""
+class TooFastError(SchedulerError):
+    """The caller exceeds its rate."""
 
-    code = grpc.StatusCode.INVALID_ARGUMENT
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
-    def __init__(self, key: str) -> None:
-        super().__init__(
-            Violation(
-                "idempotency_key",
-                f"{key!r} was used for other jobs; choose a new one per submission",
-            )
-        )
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message, retry_after=retry_after)
 
 
 class SupersededError(SchedulerError):
-    """A worker has connected anew; what its former session asks for is void."""
+    """A worker has connected anew; its former session can not go on."""
 
     code = grpc.StatusCode.ABORTED
 
@@ -124,7 +108,7 @@ class SupersededError(SchedulerError):
 
 
 class UnauthenticatedError(SchedulerError):
-    """The caller presents no token, or none that holds."""
+    """The caller presents no token, or none that is valid."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
 
@@ -133,15 +117,6 @@ class ForbiddenError(SchedulerError):
     """The caller's role does not allow the call."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
-
-
-class TooFastError(SchedulerError):
-    """The caller is over its rate."""
-
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message, retry_after=retry_after)
 
 
 class UnavailableError(SchedulerError):

@@ -74,7 +74,8 @@ Channels (hints only: whoever misses one polls): ``wake:<model>`` when jobs were
 worker were ended by somebody else, or it was told to drain.
 
 Without a shard: ``reltrace:shards``, a string, says how many shards there are, and
-``reltrace:cluster`` names this queue among others.
+``reltrace:cluster`` names this queue among others; ``reltrace:rate:<what>:<identity>`` is a
+token bucket (`rate_key`).
 
 Times are milliseconds by Redis' own clock; those of workers are seconds. ``<model>`` is a
 route: the name of a model, or ``NAME@REVISION`` for jobs that ask for a revision.
@@ -207,3 +208,8 @@ def shard_of(some_id: str) -> int:
     """Return the shard that the id of a submission or a job names; 0: it names none."""
     named = re.search(r"\.(\d{1,4})(-\d+)?$", some_id)
     return int(named[1]) if named else 0
+
+
+def rate_key(what: str, identity: str) -> str:
+    """A string: when the token bucket of an identity is full again; of no shard."""
+    return f"reltrace:rate:{what}:{identity}"

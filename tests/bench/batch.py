@@ -44,7 +44,7 @@ def start(source: Path, out: Path, address: str) -> subprocess.Popen[bytes]:
 
 
 def traced(out: Path) -> int:
-    return len(reltrace.load_batch(out)) if (out / "journal.jsonl").exists() else 0
+    return len(reltrace.load_batch(out)) if (out / "journal.sqlite").exists() else 0
 
 
 def undisturbed(source: Path, out: Path, address: str) -> tuple[float, list[float]]:

@@ -35,8 +35,9 @@ from reltrace_worker.engine import Checkpointing, Engine
 from reltrace_worker.engine.pack import Pack, Readout
 from reltrace_worker.lrp import RULES, apply_rule
 from reltrace_worker.lrp.linear import linear_layers, through_onednn
+from reltrace_worker.lrp.ops import compile_functions
 from reltrace_worker.models.loading import LoadedModel, ModelShape
-from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import JobResult
 
 Row = dict[str, Any]
@@ -69,9 +70,9 @@ def ratios(times: list[list[float]], over: int, under: int) -> Row:
     }
 
 
-def passes_of(jobs: list[PreparedJob], max_tokens: int) -> list[list[PreparedJob]]:
+def passes_of(jobs: list[TraceJob], max_tokens: int) -> list[list[TraceJob]]:
     """Jobs in passes, in the order of arrival, as a worker packs them."""
-    packs: list[list[PreparedJob]] = [[]]
+    packs: list[list[TraceJob]] = [[]]
     for each in jobs:
         tokens = sum(len(other.token_ids) for other in packs[-1])
         if packs[-1] and tokens + len(each.token_ids) > max_tokens:
@@ -80,7 +81,7 @@ def passes_of(jobs: list[PreparedJob], max_tokens: int) -> list[list[PreparedJob
     return packs
 
 
-def run_all(engine: Engine, packs: list[list[PreparedJob]]) -> list[JobResult]:
+def run_all(engine: Engine, packs: list[list[TraceJob]]) -> list[JobResult]:
     results = []
     for pack in packs:
         for result in engine.run(pack):
@@ -312,7 +313,9 @@ def main() -> None:
         loaded = build(shape, dtype, given.device)
         report["attention"] = Engine(loaded).attention
         if "example" in parts:
-            engine = Engine(loaded, compile=given.compile)
+            if given.compile:
+                compile_functions(loaded.device, loaded.dtype)
+            engine = Engine(loaded)
             report["example"] = against_example(
                 loaded, inputs, given.rounds, engine, given.example_every
             )

@@ -8,7 +8,12 @@ import torch
 from reference.checkpoints import build_tokenizer
 from reltrace_worker.models.families import FAMILIES
 from reltrace_worker.models.loading import LoadedModel, ModelShape
-from reltrace_worker.types.jobs import PreparedJob, PreparedTarget, Term
+from reltrace_worker.types.jobs import (
+    Target,
+    Term,
+    TokenizedPrompt,
+    TraceJob,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -79,7 +84,7 @@ def prompts(
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def job(ids: list[int], rule: str = "attnlrp", sites: tuple[str, ...] = ("resid",)) -> PreparedJob:
+def job(ids: list[int], rule: str = "attnlrp", sites: tuple[str, ...] = ("resid",)) -> TraceJob:
     """Return a job that traces the largest logit at the last position, reduced to tokens."""
-    target = PreparedTarget((Term(len(ids) - 1, None),))
-    return PreparedJob(tuple(ids), tuple(map(str, ids)), sites, "token", rule, (target,))
+    target = Target((Term(len(ids) - 1, None),))
+    return TraceJob(TokenizedPrompt(tuple(ids), tuple(map(str, ids))), (target,), sites, rule=rule)

@@ -19,7 +19,7 @@ class Store:
         self.reads: list[str] = []
         read = stored._read
 
-        def noted(place: stored.Place) -> bytes:
+        def noted(place: stored.StoredLocation) -> bytes:
             self.reads.append(place.url)
             return read(place)
 

@@ -13,7 +13,7 @@ import torch
 from reference.loaded import prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.models import LoadedModel
-from reltrace_worker.types.jobs import JobSpec, TargetSpec
+from reltrace_worker.types.jobs import TargetRequest, TraceRequest
 from reltrace_worker.types.results import JobResult
 
 
@@ -69,10 +69,10 @@ def measure_noise(
 ) -> Noise:
     """Compare bfloat16 with `exact`, and in each format prompts in one pack with prompts alone."""
     assert exact.dtype == torch.float32
-    plain = [JobSpec(prompt, (), forward_only=True) for prompt in prompts]
+    plain = [TraceRequest(prompt, ()) for prompt in prompts]
     before = [result.targets[0] for result in _run(exact, plain)]
     specs = [
-        JobSpec(prompt, tuple(SITES), reduction, (TargetSpec(target.token_id),))
+        TraceRequest(prompt, tuple(SITES), reduction, (TargetRequest(target.token_id),))
         for reduction in reductions
         for prompt, target in zip(prompts, before, strict=True)
     ]
@@ -95,17 +95,17 @@ def measure_noise(
     )
 
 
-def _run(loaded: LoadedModel, specs: Sequence[JobSpec]) -> list[JobResult]:
+def _run(loaded: LoadedModel, specs: Sequence[TraceRequest]) -> list[JobResult]:
     return run(Engine(loaded, "off"), prepare(loaded, *specs))
 
 
-def _run_alone(loaded: LoadedModel, specs: Sequence[JobSpec]) -> list[JobResult]:
+def _run_alone(loaded: LoadedModel, specs: Sequence[TraceRequest]) -> list[JobResult]:
     engine = Engine(loaded, "off")
     return [result for job in prepare(loaded, *specs) for result in run(engine, [job])]
 
 
 def _errors(
-    compared: str, specs: Sequence[JobSpec], ours: list[JobResult], theirs: list[JobResult]
+    compared: str, specs: Sequence[TraceRequest], ours: list[JobResult], theirs: list[JobResult]
 ) -> Iterator[Errors]:
     found: dict[tuple[str, str], list[torch.Tensor]] = {}
     for spec, result, reference in zip(specs, ours, theirs, strict=True):

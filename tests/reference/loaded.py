@@ -6,14 +6,20 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, overload
 
 import pytest
 import torch
 from reference.checkpoints import RECIPES, save_checkpoint
-from reltrace_worker.engine import REDUCTIONS, SITES, Engine
-from reltrace_worker.lrp import RULES
-from reltrace_worker.models import JobPreparer, LoadedModel, load_model
-from reltrace_worker.types.jobs import JobSpec, PreparedJob
+from reltrace_worker.engine import Engine
+from reltrace_worker.engine.preparing import JobPreparer
+from reltrace_worker.models import LoadedModel, load_model
+from reltrace_worker.types.jobs import (
+    GenerateJob,
+    GenerateRequest,
+    TraceJob,
+    TraceRequest,
+)
 from reltrace_worker.types.results import JobResult
 
 DEVICE = os.environ.get("RELTRACE_TEST_DEVICE", "cpu")
@@ -47,17 +53,20 @@ class Checkpoints:
 
 
 def preparer(loaded: LoadedModel) -> JobPreparer:
-    """Return a preparer with all that the engine knows."""
-    return JobPreparer(loaded, sites=SITES, reductions=REDUCTIONS, rules=RULES)
+    return JobPreparer(loaded)
 
 
-def prepare(loaded: LoadedModel, *specs: JobSpec) -> list[PreparedJob]:
+@overload
+def prepare(loaded: LoadedModel, *requests: TraceRequest) -> list[TraceJob]: ...
+@overload
+def prepare(loaded: LoadedModel, *requests: GenerateRequest) -> list[GenerateJob]: ...
+def prepare(loaded: LoadedModel, *requests: Any) -> list[Any]:
     """Prepare jobs."""
     jobs = preparer(loaded)
-    return [jobs.prepare(spec) for spec in specs]
+    return [jobs.prepare(request) for request in requests]
 
 
-def run(engine: Engine, jobs: Sequence[PreparedJob]) -> list[JobResult]:
+def run(engine: Engine, jobs: Sequence[TraceJob | GenerateJob]) -> list[JobResult]:
     """Run jobs that must all succeed."""
     results = []
     for result in engine.run(jobs):

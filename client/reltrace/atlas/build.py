@@ -18,9 +18,9 @@ from reltrace.atlas.slice_jobs import Made, Sender, free
 from reltrace.atlas.slices import Slice, slices
 from reltrace.calls.pinning import Pins
 from reltrace.calls.source import check_iterable
-from reltrace.calls.threads import settled, to_the_end
+from reltrace.calls.threads import gather_shielded, shielded_to_thread
 from reltrace.transport.connection import Connection
-from reltrace.transport.submission import Accepted
+from reltrace.transport.submit import Accepted
 from reltrace.types import target
 from reltrace.types.checks import check_same_settings, whole_number
 from reltrace.types.errors import invalid
@@ -165,13 +165,13 @@ async def build(
         raise invalid("prompts", "there are none: the corpus is empty")
     folder = Folder(out)
     try:
-        await to_the_end(folder.hold)
+        await shielded_to_thread(folder.hold)
         # Not before it is held: another may have been building here until then.
         state = await asyncio.to_thread(folder.read) if folder.exists else State(plan.about())
         check_same_settings(state.about, plan.about(), f"{out} holds an atlas")
         builder = _Builder(connection, folder, state, plan, progress)
         await builder.run(chain([first], source))
-        await to_the_end(folder.end)
+        await shielded_to_thread(folder.end)
     finally:
         folder.leave()
     return state
@@ -242,7 +242,7 @@ class _Builder:
         finally:
             for task in (*under_way, watch):
                 task.cancel()
-            await settled([*under_way, *done, watch])
+            await gather_shielded([*under_way, *done, watch])
             # What failed together with the task whose error is raised has been seen, too.
             await asyncio.gather(*under_way, *done, watch, return_exceptions=True)
             await self._write()
@@ -292,7 +292,7 @@ class _Builder:
             if self._torn:
                 # The error by which it is ends the build.
                 return
-            await to_the_end(self._merge, some, made)
+            await shielded_to_thread(self._merge, some, made)
         self._progress(len(some.prompts))
 
     def _merge(self, some: Slice, made: Made) -> None:
@@ -322,7 +322,7 @@ class _Builder:
             if self._torn or not self._unwritten:
                 return
             began = time.monotonic()
-            await to_the_end(self._folder.write, self._state)
+            await shielded_to_thread(self._folder.write, self._state)
             ended = time.monotonic()
             self._write_at = ended + max(_LEAST_SECONDS, _PAUSE * (ended - began))
             written, self._unwritten = self._unwritten, []

@@ -15,11 +15,11 @@ import numpy as np
 from reltrace.atlas.merged import Merged
 from reltrace.atlas.slices import firsts
 from reltrace.atlas.token_counts import WordCounts
-from reltrace.storage.atomic_files import held, write_whole
-from reltrace.storage.tensor_file import replace_tensors
+from reltrace.storage.atomic_files import lock_folder, replace_file
+from reltrace.storage.tensor_files import write_tensors
+from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import SITES, AtlasPart
 from reltrace.types.errors import InvalidArgument, TraceError, invalid
-from reltrace.types.trace import Array
 
 _FORMAT = 3
 _ATLAS, _CORPUS = "atlas.safetensors", "corpus"
@@ -280,7 +280,7 @@ class Folder:
             Another process builds here, or the folder can not be used.
         """
         busy = f"another process builds the atlas in {self.path}; stop it, or choose another folder"
-        self._held.enter_context(held(self.path, _LOCK, "out", busy))
+        self._held.enter_context(lock_folder(self.path, _LOCK, "out", busy))
 
     def leave(self) -> None:
         """Let others build here."""
@@ -295,7 +295,8 @@ class Folder:
         known = path.read_text("ascii", "replace") if path.exists() else ""
         if not re.fullmatch("[0-9a-f]{32}", known):
             known = secrets.token_hex(16)
-            write_whole(path, [known.encode()])
+            with replace_file(path) as file:
+                file.write(known.encode())
         return known
 
     def end(self) -> None:
@@ -357,8 +358,8 @@ class Folder:
 
     def _replace(self, path: Path, arrays: dict[str, Array], metadata: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Always the same: what a kill leaves of it is written over.
-        replace_tensors(path, arrays, metadata, path.with_suffix(".part"), durable=True)
+        with replace_file(path) as file:
+            write_tensors(file, arrays, metadata)
 
 
 def _state(about: dict[str, Any], arrays: dict[str, Array]) -> State:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from reltrace.atlas.examples import Feature
 from reltrace.atlas.search import sought
+from reltrace.storage.atomic_files import replace_file
 from reltrace.types.checks import whole_number
 from reltrace.types.errors import TraceError, invalid
 from reltrace.types.token_text import JOINERS
@@ -179,8 +179,7 @@ class GivenLabels:
         )
 
     def _write(self, labels: dict[Key, GivenLabel]) -> None:
-        scratch = self._path.with_suffix(".part")
-        with scratch.open("w", encoding="utf-8") as file:
+        with replace_file(self._path) as file:
             for (site, layer, index), label in sorted(labels.items()):
                 record = {
                     "site": site,
@@ -190,10 +189,7 @@ class GivenLabels:
                     "by": label.by,
                     "made_by": self.made_by,
                 }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(self._path)
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
 def _text(record: dict[str, Any], name: str, default: str | None = None) -> str:

@@ -13,15 +13,10 @@ from typing import Any
 
 from reltrace.atlas.prefetch import Room
 from reltrace.calls.pinning import Pins
-from reltrace.transport.connection import Connection, Deadline
-from reltrace.transport.submission import (
-    Accepted,
-    Entry,
-    Rejected,
-    acknowledge,
-    deliveries,
-    submit,
-)
+from reltrace.transport.connection import Connection
+from reltrace.transport.results import acknowledge, stream_results
+from reltrace.transport.retry import Deadline
+from reltrace.transport.submit import Accepted, Rejected, submit
 from reltrace.types.atlas_shard import AtlasPart
 from reltrace.types.errors import InvalidArgument, NotFound, TraceError
 from reltrace.types.request import Job, Priority, wire_priority
@@ -102,12 +97,12 @@ class Sender:
         TraceError
             If a job that is this run's own gives nothing.
         """
-        entries, deadline = [Entry(job, None)], Deadline(None)
+        jobs, deadline = [job], Deadline(None)
         job.spec.model = await self._pins.route(job.spec.model, deadline)
         for attempt in count():
             key = self._key(number, digest, attempt)
             try:
-                answer = await submit(self._connection, entries, deadline, self._priority, key)
+                answer = await submit(self._connection, jobs, deadline, self._priority, key)
             except InvalidArgument as error:
                 if any(violation.field == _KEY_FIELD for violation in error.violations):
                     # Handed in as another job: for a model that was the default one then, say.
@@ -116,12 +111,12 @@ class Sender:
             if isinstance(answer, Rejected):
                 raise answer.errors[0]
             async with self._room.place() as take:
-                found = await self._read(answer, entries, deadline, take)
+                found = await self._read(answer, jobs, deadline, take)
                 if isinstance(found, Made):
                     await self._room.measured(found.bytes)
                     yield found
                     return
-            if not answer.before:
+            if not answer.deduplicated:
                 raise found
             # What an earlier run left was cancelled, has failed, was freed, or has expired.
         raise AssertionError
@@ -129,7 +124,7 @@ class Sender:
     async def _read(
         self,
         accepted: Accepted,
-        entries: list[Entry],
+        jobs: list[Job],
         deadline: Deadline,
         room: Callable[[], Awaitable[None]],
     ) -> Made | TraceError:
@@ -137,17 +132,19 @@ class Sender:
 
         It is read past its first message, or out of the store that it is in, once there is room.
         """
-        results = deliveries(self._connection, accepted, entries, deadline, room, keep=True)
+        results = stream_results(
+            self._connection, accepted, jobs, deadline, throttle=room, acknowledged=False
+        )
         try:
             async with aclosing(results):
-                delivery = await anext(results)
+                result = await anext(results)
         except NotFound as error:
             return error
-        if isinstance(delivery.outcome, AtlasPart):
-            return Made(delivery.outcome, delivery.bytes, accepted)
-        assert isinstance(delivery.outcome, TraceError)
+        if isinstance(result.outcome, AtlasPart):
+            return Made(result.outcome, result.bytes, accepted)
+        assert isinstance(result.outcome, TraceError)
         await acknowledge(self._connection, accepted)
-        return delivery.outcome
+        return result.outcome
 
     def _key(self, number: int, digest: str, attempt: int) -> str:
         what = f"{self._about} {number} {digest} {attempt}"

@@ -1,22 +1,20 @@
-"""The folder of a batch: whose it is, with which settings, and what is in it."""
+"""The folder of a batch: its lock, its manifest, and what a crash left in it."""
 
 from __future__ import annotations
 
 import json
 import platform
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import reltrace
-from reltrace.batch.journal import NAME as JOURNAL
 from reltrace.batch.parts import PartFormat, is_name
 from reltrace.calls.pinning import only, route_of
-from reltrace.storage.atomic_files import UNFINISHED, held, named, write_whole
+from reltrace.storage.atomic_files import UNFINISHED, lock_folder, replace_file
 from reltrace.types.checks import check_same_settings
 from reltrace.types.errors import TraceError, invalid
 from reltrace.types.provenance import Provenance
@@ -26,36 +24,33 @@ from reltrace.types.server_info import Model
 MANIFEST = "manifest.json"
 ERRORS = "errors.jsonl"
 SUBMISSIONS = "submissions.json"
-_FORMAT = "reltrace-batch-1"
+STDIN = "stdin"
+_FORMAT = "reltrace-batch-2"
 _LOCK = ".lock"
-# Seconds. A manifest is written in milliseconds; a file system that is shared may be slow.
-_PATIENCE = 30.0
-_SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
+# Seconds to wait for another machine that writes the manifest.
+_MANIFEST_TIMEOUT = 30.0
 
-# What may not change between the traces of one batch.
-_SAME = ("model", "revision", "rule", "reduction", "dtype")
+_SAME_PROVENANCE = ("model", "revision", "rule", "reduction", "dtype")
 
 
-class OtherOrigin(TraceError):  # noqa: N818 - like its siblings
-    """A trace was made otherwise than those before it."""
+class ProvenanceMismatch(TraceError):  # noqa: N818 - like the other errors of a batch
+    """A trace was made in another way than those before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the numbers of a batch, and how they are kept; it does not change.
+    """What decides the numbers of a batch, and how they are kept; fixed for its folder.
 
     Attributes
     ----------
-    model, sites, reduce, target, rule, dtype, layers, top_k, add_special_tokens
+    model, sites, reduce, target, rule, dtype, layers, top_k, output_uri, add_special_tokens
         Arguments of `trace`, as JSON holds them, for prompts that do not say otherwise.
     format : str
         Of the files of traces.
     input_format, column, id_column
         How the input is read.
     shards : int
-        Over how many machines the prompts are spread.
-    output_uri : str or None
-        Where workers write tensors, instead of sending them.
+        Number of machines that share the prompts.
     """
 
     model: str | None
@@ -75,186 +70,159 @@ class Settings:
     add_special_tokens: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """The folder of a batch, or one machine's part of it.
+class BatchFolder:
+    """The folder of a batch, for the machine that traces one of its shards.
 
-    Attributes
+    Parameters
     ----------
     root : Path
-        Of the whole batch; the manifest is in it.
-    own : Path
-        Where this machine writes: `root`, or a folder in it.
+        Of the whole batch; it holds the manifest.
+    shard : (int, int)
+        Number of the machine, from 1, and how many there are. A single one writes to `root`,
+        others write to a folder in it each.
     """
 
-    root: Path
-    own: Path
-
-    @classmethod
-    def of(cls, root: Path, shard: tuple[int, int]) -> Folder:
-        """Return the folder for a machine: its number, from 1, and how many there are."""
+    def __init__(self, root: Path, shard: tuple[int, int]) -> None:
         number, count = shard
-        return cls(root, root if count == 1 else root / f"shard-{number}-of-{count}")
+        self.root = root
+        self.path = root if count == 1 else root / f"shard-{number}-of-{count}"
+        self._provenance: dict[str, Any] | None = None
 
-    def held(self) -> AbstractContextManager[None]:
-        """Hold the folder: one process at a time writes to it.
+    def lock(self) -> AbstractContextManager[None]:
+        """Let one process at a time write to `path`.
 
         Raises
         ------
         TraceError
-            If another does, or the folder can not be used.
+            If another one does, or the folder can not be used.
         """
-        return held(self.own, _LOCK, "out", _busy(self.own))
+        return lock_folder(self.path, _LOCK, "out", _busy(self.path))
 
-    def _manifest_held(self) -> AbstractContextManager[None]:
-        """Hold what several machines share, while it is read and written."""
-        if self.own == self.root:
-            # By `held`, and by whoever has it, for as long as a run lasts.
-            return nullcontext()
-        return held(self.root, _LOCK, "out", _busy(self.root), patience=_PATIENCE)
+    @contextmanager
+    def _lock_manifest(self) -> Iterator[None]:
+        if self.path == self.root:
+            # Locked for the whole run.
+            yield
+            return
+        with lock_folder(self.root, _LOCK, "out", _busy(self.root), timeout=_MANIFEST_TIMEOUT):
+            yield
 
-    def enter(self, settings: Settings, input_name: str) -> None:
-        """Write the manifest, or check that the one that is there has the same settings.
+    def open(self, settings: Settings, input_name: str) -> None:
+        """Write the manifest, or check that there is one with the same settings.
 
         Raises
         ------
         InvalidArgument
             If the folder holds something else, or a batch with other settings.
         """
-        with self._manifest_held():
-            self._enter(settings, input_name)
-
-    def _enter(self, settings: Settings, input_name: str) -> None:
-        path = self.root / MANIFEST
-        if not path.exists():
-            strangers = [
-                entry.name
-                for entry in self.own.iterdir()
-                if entry.name != _LOCK and not entry.name.endswith(UNFINISHED)
-            ]
-            if strangers:
+        with self._lock_manifest():
+            if (self.root / MANIFEST).exists():
+                before = read_manifest(self.root)["settings"]
+                check_same_settings(before, asdict(settings), f"{self.root} holds a batch")
+                return
+            names = {entry.name for entry in self.path.iterdir()}
+            others = [n for n in names if n != _LOCK and not n.endswith(UNFINISHED)]
+            if others:
                 raise invalid(
-                    "out",
-                    f"{self.root} holds {sorted(strangers)[0]!r} and no batch; choose a new folder",
+                    "out", f"{self.root} holds {min(others)!r} and no batch; choose a new folder"
                 )
-            manifest = {
+            self._write_manifest({
                 "format": _FORMAT,
                 "settings": asdict(settings),
                 "input": input_name,
                 "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": {"reltrace": reltrace.__version__, "python": platform.python_version()},
                 "provenance": None,
-            }
-            write_whole(path, [_json(manifest)])
-            return
-        before = read_manifest(self.root)["settings"]
-        check_same_settings(before, asdict(settings), f"{self.root} holds a batch")
+            })  # fmt: skip
 
-    def model(self, served: Sequence[Model], asked: str | None) -> str | None:
-        """Return the model that prompts are traced with: of the revision that others were.
+    def route(self, served: Sequence[Model], name: str | None) -> str | None:
+        """Return the model to trace with: of the revision of the traces that are there.
 
         Parameters
         ----------
         served : sequence of Model
             What the server lists.
-        asked : str or None
-            How the batch names its model.
+        name : str or None
+            The batch's name of the model.
 
         Raises
         ------
         InvalidArgument
-            If there are none, and several revisions of the model are served.
-        OtherOrigin
-            If other revisions alone are served.
+            If there are no traces, and several revisions of the model are served.
+        ProvenanceMismatch
+            If only other revisions are served.
         """
         known = read_manifest(self.root)["provenance"]
         if known is None:
-            first = only(served, asked or "")
-            return asked if first is None else route_of(first)
-        others = [m.revision for m in served if m.workers and m.name == known["model"]]
-        if others and known["revision"] not in others:
-            raise _other_origin(known, "revision", ", ".join(others))
+            model = only(served, name or "")
+            return name if model is None else route_of(model)
+        revisions = [m.revision for m in served if m.workers and m.name == known["model"]]
+        if revisions and known["revision"] not in revisions:
+            raise _mismatch(known, "revision", ", ".join(revisions))
         return "@".join(filter(None, (known["model"], known["revision"])))
 
-    def submissions(self) -> dict[str, int]:
-        """Return what a run that was killed may have left on the server: see `note`."""
-        try:
-            found: dict[str, int] = json.loads((self.own / SUBMISSIONS).read_bytes())
-        except (FileNotFoundError, ValueError):
-            # Not even its name is sure to outlive a machine that loses power.
-            return {}
-        return found
-
-    def note(self, submissions: Mapping[str, int]) -> None:
-        """Note how many jobs each submission has that the server holds.
-
-        It is not synced to the disk, for it is written twice for each submission. What is lost with
-        the machine costs no trace: jobs that nobody waits for run to their end.
-        """
-        path = self.own / SUBMISSIONS
-        if not submissions:
-            path.unlink(missing_ok=True)
-            return
-        unfinished = path.with_name(path.name + UNFINISHED)
-        with named(unfinished):
-            unfinished.write_text(json.dumps(submissions))
-            unfinished.replace(path)
-
-    def check_origin(self, provenance: Provenance) -> None:
-        """Check that a trace was made as those before it were; the first one sets how.
+    def check_provenance(self, provenance: Provenance) -> None:
+        """Check that a trace was made as those before it; versions and devices may differ.
 
         Raises
         ------
-        OtherOrigin
-            If the server's model is another one by now.
+        ProvenanceMismatch
+            If the server's model has changed.
         """
-        known = read_manifest(self.root)["provenance"]
-        if known is None:
-            known = self._begin_with(provenance)
-        check_same(known, provenance)
+        if self._provenance is None:
+            self._provenance = self._recorded_provenance(provenance)
+        for name in _SAME_PROVENANCE:
+            if self._provenance[name] != getattr(provenance, name):
+                raise _mismatch(self._provenance, name, getattr(provenance, name))
 
-    def _begin_with(self, provenance: Provenance) -> dict[str, Any]:
-        """Note how the traces are made, unless another machine has; return what is noted."""
-        with self._manifest_held():
+    def _recorded_provenance(self, first: Provenance) -> dict[str, Any]:
+        with self._lock_manifest():
             manifest = read_manifest(self.root)
             if manifest["provenance"] is None:
-                versions = dict(provenance.versions)
-                manifest["provenance"] = {**asdict(provenance), "versions": versions}
-                write_whole(self.root / MANIFEST, [_json(manifest)])
+                manifest["provenance"] = {**asdict(first), "versions": dict(first.versions)}
+                self._write_manifest(manifest)
             known: dict[str, Any] = manifest["provenance"]
             return known
 
-    def clean(self, parts: set[str]) -> None:
-        """Remove what a crash left: unfinished files, and traces that were not committed.
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        # A file name that is not UTF-8 has lone surrogates here.
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        with replace_file(self.root / MANIFEST) as file:
+            file.write(text.encode(errors="backslashreplace"))
 
-        What a batch does not write is somebody else's, whatever it is called.
+    def submissions(self) -> dict[str, int]:
+        """Return what a run that was killed may have left on the server."""
+        try:
+            found: dict[str, int] = json.loads((self.path / SUBMISSIONS).read_bytes())
+        except (FileNotFoundError, ValueError):
+            # It is not synced: a power failure may leave anything.
+            return {}
+        return found
+
+    def record_submissions(self, submissions: Mapping[str, int]) -> None:
+        """Record how many jobs of each submission the server holds.
+
+        Twice per submission, so it is not synced. If a power failure loses it, no trace is lost:
+        jobs that nobody waits for run to their end.
         """
-        for entry in self.own.iterdir():
+        path = self.path / SUBMISSIONS
+        if not submissions:
+            path.unlink(missing_ok=True)
+            return
+        with replace_file(path, durable=False) as file:
+            file.write(json.dumps(submissions).encode())
+
+    def remove_uncommitted(self, parts: set[str]) -> None:
+        """Remove files that a crash left: unfinished ones, and all parts but the given ones.
+
+        Files that a batch does not write stay, whatever their names are.
+        """
+        for entry in self.path.iterdir():
             name = entry.name.removesuffix(UNFINISHED)
             unfinished = name != entry.name
             ours = is_name(name) or (unfinished and name in (MANIFEST, ERRORS, SUBMISSIONS))
             if ours and entry.name not in parts and entry.is_file():
                 entry.unlink()
-
-
-def check_same(known: dict[str, Any], provenance: Provenance) -> None:
-    """Check that a trace was made as the manifest says.
-
-    Raises
-    ------
-    OtherOrigin
-        If not; versions and devices may differ, and each trace names its own.
-    """
-    for name in _SAME:
-        if known[name] != getattr(provenance, name):
-            raise _other_origin(known, name, getattr(provenance, name))
-
-
-def _other_origin(known: dict[str, Any], name: str, found: str) -> OtherOrigin:
-    return OtherOrigin(
-        f"the server's {name} is {found!r}; this batch was begun with {known[name]!r}, and mixes "
-        "nothing: use another folder"
-    )
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -273,24 +241,20 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except ValueError as error:
         raise invalid("out", f"{path} is damaged: {error}") from error
     if manifest.get("format") != _FORMAT:
-        raise invalid("out", f"{path} is of format {manifest.get('format')!r}, not {_FORMAT!r}")
+        raise invalid(
+            "out",
+            f"{path} is of format {manifest.get('format')!r}, and this version reads {_FORMAT!r}: "
+            "use a new folder",
+        )
     return manifest
-
-
-def folders_of(root: Path) -> list[Path]:
-    """Return the folders of a batch that have a journal: its own, or one per machine."""
-    found = [
-        entry for entry in [root, *root.iterdir()]
-        if (entry is root or _SHARD.fullmatch(entry.name)) and (entry / JOURNAL).exists()
-    ]  # fmt: skip
-    return sorted(found)
 
 
 def _busy(folder: Path) -> str:
     return f"another `reltrace batch` writes to {folder}; stop it, or choose another folder"
 
 
-def _json(value: dict[str, Any]) -> bytes:
-    # The name of a file may be no UTF-8; JSON escapes what stands for such a byte in it.
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    return text.encode(errors="backslashreplace") + b"\n"
+def _mismatch(known: dict[str, Any], name: str, found: str) -> ProvenanceMismatch:
+    return ProvenanceMismatch(
+        f"the server's {name} is {found!r}; this batch was begun with {known[name]!r}, and mixes "
+        "nothing: use another folder"
+    )

@@ -14,22 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
+from reltrace.batch.parts import pyarrow_modules
 from reltrace.types.checks import check_id, is_id
-from reltrace.types.errors import InvalidArgument, MissingDependency, invalid
+from reltrace.types.errors import InvalidArgument, invalid
 from reltrace.types.request import Arguments
 from reltrace.types.target import Target
 
 InputName: TypeAlias = Literal["jsonl", "text", "csv", "parquet"]
 FORMATS = get_args(InputName)
-_ENDINGS = {
+_SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".txt": "text",
     ".csv": "csv",
     ".parquet": "parquet",
 }
-# Of one line; a job is no larger either.
-_MOST_LINE_BYTES = 16 * 1024 * 1024
+# A job is no larger either.
+_MAX_LINE_BYTES = 16 * 1024 * 1024
 _PARQUET_ROWS = 4096
 
 
@@ -40,17 +41,17 @@ class Item:
     Attributes
     ----------
     index : int
-        Its place among the prompts, from 0: what a batch knows it by.
+        Its number among the prompts, from 0.
     line : int
-        Where it begins in the file, from 1: a line, or the row of a Parquet file.
+        Line of the file where it begins, or row of a Parquet file, from 1.
     id : str or int
-        What the file calls it, else `index`.
+        As the file names it, else `index`.
     arguments : dict
-        Arguments of `trace`; empty where there is a fault.
+        Arguments of `trace`; empty if there is a fault.
     fault : InvalidArgument or None
-        Why it is no prompt.
+        Why it is not a prompt.
     content : bytes
-        What of the file decides it, to tell whether it has changed.
+        Part of the file that it was read from, to tell whether it has changed.
     """
 
     index: int
@@ -70,13 +71,13 @@ class InputFormat:
     name : str
         One of `FORMATS`.
     column, id_column : str or None
-        Of CSV and Parquet; None: "prompt", else "messages", and "id" if there is such a column.
-        Of "messages" each cell is a conversation, in CSV as JSON.
+        Of CSV and Parquet; default: "prompt", else "messages", and "id" if there is such a column.
+        Each cell of "messages" is a conversation, in CSV as JSON.
     compressed : bool
         By gzip.
     also : tuple of str
-        What a prompt may have beside what `trace` takes. Of CSV and Parquet: columns that are read
-        where they are there; without it, only prompts and ids are.
+        Fields that a prompt may have beside the arguments of `trace`; of CSV and Parquet, further
+        columns that are read if they exist.
     """
 
     name: str
@@ -94,17 +95,9 @@ class InputFormat:
         id_column: str | None,
         also: tuple[str, ...] = (),
     ) -> InputFormat:
-        """Return the format of a file, from its ending or as it was named.
+        """Return the format of a file (None: standard input), by `name` or else by its suffix.
 
-        Parameters
-        ----------
-        path : Path or None
-            None: standard input, whose format must be named.
-
-        Raises
-        ------
-        InvalidArgument
-            If it can not be told, or `column` is given for a format without columns.
+        Raises InvalidArgument if neither tells, or the options do not fit the format.
         """
         compressed = path is not None and path.suffix.lower() == ".gz"
         if name is None:
@@ -113,7 +106,7 @@ class InputFormat:
                 what = "standard input" if path is None else f"{path.name!r}"
                 raise invalid(
                     "input-format",
-                    f"of {what} can not be told; endings are {', '.join(_ENDINGS)} (and .gz), "
+                    f"of {what} can not be told; endings are {', '.join(_SUFFIXES)} (and .gz), "
                     f"formats {', '.join(FORMATS)}",
                 )
         if name not in FORMATS:
@@ -127,40 +120,25 @@ class InputFormat:
 
 
 def format_of(path: Path) -> str | None:
-    """Return the format that the ending of a file tells, .gz or not; None: it tells none."""
-    endings = [suffix.lower() for suffix in path.suffixes]
-    if endings[-1:] == [".gz"]:
-        endings.pop()
-    return _ENDINGS.get(endings[-1]) if endings else None
+    """Return the format that the suffix of a file names, before a .gz; None: it names none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
 def read_items(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
-    """Read the prompts of a file in order; what is held of it is one line, or some rows.
+    """Read the prompts of a file in order; a line, or some rows, are in memory at a time.
 
-    Raises
-    ------
-    InvalidArgument
-        If the file as a whole can not be read. A single prompt that is wrong is an item with a
-        fault.
+    Raises InvalidArgument if the file as a whole can not be read. A single prompt that is wrong is
+    an item with a fault.
     """
-    readers: Mapping[str, Callable[[BinaryIO, InputFormat], Iterator[Item]]] = {
-        "jsonl": _jsonl,
-        "text": _text,
-        "csv": _csv,
-        "parquet": _parquet,
-    }
     with _opened(file, input_format) as opened:
-        yield from readers[input_format.name](opened, input_format)
+        yield from _READERS[input_format.name](opened, input_format)
 
 
 def count_items(file: BinaryIO, input_format: InputFormat) -> int:
-    """Return how many prompts a file has, which takes a pass over it.
-
-    Raises
-    ------
-    InvalidArgument
-        If the file as a whole can not be read.
-    """
+    """Return how many prompts a file has, which takes a pass over it; errors as `read_items`."""
     with _opened(file, input_format) as opened:
         if input_format.name == "parquet":
             return int(_parquet_file(opened).metadata.num_rows)
@@ -171,26 +149,26 @@ def count_items(file: BinaryIO, input_format: InputFormat) -> int:
 
 @contextmanager
 def _opened(file: BinaryIO, input_format: InputFormat) -> Iterator[BinaryIO]:
-    """Give what is in a file; of a compressed one that is damaged, say so where it is read."""
+    """Decompress a file if need be; raise InvalidArgument where it turns out to be damaged."""
     if not input_format.compressed:
         yield file
         return
     try:
         yield io.BufferedReader(gzip.GzipFile(fileobj=file))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        named = getattr(file, "name", None)
-        name = f"{named} " if isinstance(named, str) else ""
-        raise invalid("input", f"{name}is no complete gzip file: {error}") from error
+        name = getattr(file, "name", None)
+        named = f"{name} " if isinstance(name, str) else ""
+        raise invalid("input", f"{named}is no complete gzip file: {error}") from error
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Return lines that are not blank, with their numbers; one that is too long is cut."""
+    """Yield lines that are not blank, with their numbers; one that is too long is cut off."""
     number = 0
-    while line := file.readline(_MOST_LINE_BYTES + 1):
+    while line := file.readline(_MAX_LINE_BYTES + 1):
         number += 1
         rest = line
-        while len(rest) > _MOST_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(_MOST_LINE_BYTES + 1)
+        while len(rest) > _MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(_MAX_LINE_BYTES + 1)
         if content := line.rstrip(b"\r\n"):
             if number == 1:
                 content = content.removeprefix(b"\xef\xbb\xbf")
@@ -209,7 +187,7 @@ def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> 
         value = _json_object(content)
         openai = "custom_id" in value or "body" in value
         id_field = "custom_id" if openai else "id"
-        # Before anything else is checked: a fault keeps the id.
+        # First, so that an item with a fault keeps its id.
         name = value.pop(id_field, None)
         check_id(index if name is None else name, id_field)
         arguments = {key: part for key, part in value.items() if part is not None}
@@ -217,7 +195,7 @@ def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> 
             arguments = _from_openai(arguments)
         if "target" in arguments:
             arguments["target"] = _target(arguments["target"])
-        # Unknown arguments; the rest is checked where the job is made.
+        # Checks the names of arguments; their values are checked when the job is made.
         Arguments().with_item({key: arguments[key] for key in arguments if key not in also})
     except InvalidArgument as error:
         return Item(index, line, name if is_id(name) else index, fault=error, content=content)
@@ -225,9 +203,9 @@ def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> 
 
 
 def _json_object(content: bytes) -> dict[str, Any]:
-    """Return the object of a line of JSON; a text is the prompt of one."""
-    if len(content) > _MOST_LINE_BYTES:
-        raise invalid("line", f"is longer than {_MOST_LINE_BYTES} bytes")
+    """Return the object of a line of JSON; a text stands for a prompt."""
+    if len(content) > _MAX_LINE_BYTES:
+        raise invalid("line", f"is longer than {_MAX_LINE_BYTES} bytes")
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -240,10 +218,9 @@ def _json_object(content: bytes) -> dict[str, Any]:
 
 
 def _from_openai(line: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that a line of OpenAI's batch format, without its id, stands for.
+    """Return the arguments for a line of OpenAI's batch format, without its id.
 
-    What else is in the body (the model, settings of sampling) is passed over: it is about
-    generating with another server.
+    Other fields of the body (model, sampling) are about generating with another server: ignored.
     """
     for key in line:
         if key not in ("method", "url", "body"):
@@ -260,7 +237,7 @@ def _from_openai(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _target(value: Any) -> Any:
-    """Return the `target` argument that a JSON value stands for."""
+    """Return the `target` argument of a JSON value."""
     if isinstance(value, list):
         return [_target(part) for part in value]
     if not isinstance(value, dict):
@@ -275,8 +252,8 @@ def _target(value: Any) -> Any:
 def _text(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     for index, (line, content) in enumerate(_lines(file)):
         try:
-            if len(content) > _MOST_LINE_BYTES:
-                raise invalid("line", f"is longer than {_MOST_LINE_BYTES} bytes")
+            if len(content) > _MAX_LINE_BYTES:
+                raise invalid("line", f"is longer than {_MAX_LINE_BYTES} bytes")
             yield Item(index, line, index, {"prompt": content.decode()}, content=content)
         except UnicodeDecodeError as error:
             fault = invalid("line", f"is not UTF-8 at byte {error.start}")
@@ -288,7 +265,7 @@ def _text(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
 def _csv(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     line = 1
-    csv.field_size_limit(_MOST_LINE_BYTES)
+    csv.field_size_limit(_MAX_LINE_BYTES)
     try:
         reader = csv.DictReader(text, strict=True)
         names = _Columns.of(reader.fieldnames or [], input_format)
@@ -315,21 +292,24 @@ def _parquet(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
 
 
 def _parquet_file(file: BinaryIO) -> Any:
+    pyarrow, parquet = pyarrow_modules()
     try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependency(
-            "Parquet files need pyarrow: pip install 'reltrace[parquet]'"
-        ) from error
-    try:
-        return pyarrow.parquet.ParquetFile(file)
+        return parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
         raise invalid("input", f"is no Parquet file: {error}") from error
 
 
+_READERS: dict[str, Callable[[BinaryIO, InputFormat], Iterator[Item]]] = {
+    "jsonl": _jsonl,
+    "text": _text,
+    "csv": _csv,
+    "parquet": _parquet,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """The columns of the prompt, of the id, and of what else is read."""
+    """Names of the columns that are read."""
 
     prompt: str
     id: str | None
@@ -353,7 +333,7 @@ class _Columns:
 def _from_row(index: int, line: int, row: Mapping[str, Any], names: _Columns) -> Item:
     prompt = row.get(names.prompt)
     name = index if names.id is None else row.get(names.id)
-    # An empty cell of CSV says nothing, as null does in JSON.
+    # An empty cell of CSV is what null is in JSON.
     also = {key: row[key] for key in names.also if row.get(key) not in (None, "")}
     content = repr((prompt, name, *also.items())).encode(errors="surrogatepass")
     if not is_id(name):
@@ -366,7 +346,7 @@ def _from_row(index: int, line: int, row: Mapping[str, Any], names: _Columns) ->
 
 
 def _input(cell: object, column: str) -> dict[str, Any]:
-    """Return the argument that a cell of CSV or Parquet stands for."""
+    """Return the argument of a cell of CSV or Parquet."""
     if column != "messages":
         if isinstance(cell, str):
             return {"prompt": cell}
@@ -382,18 +362,18 @@ def _input(cell: object, column: str) -> dict[str, Any]:
 
 
 class Fingerprint:
-    """Tells whether the prompts of a file are the same as before, up to some number of them."""
+    """Digest of the first prompts of a file, to tell whether they have changed."""
 
     def __init__(self) -> None:
         self.count = 0
         self._hash = hashlib.blake2b(digest_size=16)
 
     def add(self, item: Item) -> None:
-        """Take the next prompt."""
+        """Add the next prompt."""
         self._hash.update(len(item.content).to_bytes(8, "little"))
         self._hash.update(item.content)
         self.count += 1
 
     def digest(self) -> str:
-        """Return the digest of the prompts so far."""
+        """Return the digest of the prompts that were added."""
         return self._hash.copy().hexdigest()

@@ -1,29 +1,31 @@
-"""A batch, read back."""
+"""Batches read back."""
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reltrace.batch.folder import folders_of, read_manifest
-from reltrace.batch.journal import Failed, Journal
-from reltrace.batch.parts import Part, open_part
+from reltrace.batch.folder import read_manifest
+from reltrace.batch.journal import NAME, Failed, Journal
+from reltrace.batch.parts import name_of, open_part
+from reltrace.storage.trace_files import tensors_of
 from reltrace.types.trace import Trace
 
 _OPEN_PARTS = 8
+_SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 
 
 class Batch:
     """The traces of a folder that `reltrace batch` wrote, in the order of the prompts.
 
-    Traces are read when they are asked for; what is held in memory is where they are (16 bytes
-    each) and the few files that were used last. `len(batch)` is the number of traces, and
-    `batch[i]` the i-th of them.
+    Traces are read when they are asked for; in memory are where they are (16 bytes each) and the
+    files that were used last. `len(batch)` is the number of traces, and `batch[i]` the i-th.
 
     Parameters
     ----------
@@ -33,7 +35,7 @@ class Batch:
     Attributes
     ----------
     manifest : dict
-        Settings, versions and origin of the batch.
+        Settings, versions and provenance of the batch.
 
     Raises
     ------
@@ -44,41 +46,44 @@ class Batch:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         root = Path(folder)
         self.manifest: dict[str, Any] = read_manifest(root)
-        self._folders = folders_of(root)
-        self._paths: list[Path] = []
-        self._open: OrderedDict[int, Part] = OrderedDict()
-        indices: list[np.ndarray[Any, np.dtype[np.int64]]] = []
-        places: list[np.ndarray[Any, np.dtype[np.int32]]] = []
-        for own in self._folders:
-            for commit in Journal(own).commits():
-                if commit.part is None:
-                    continue
-                index = np.fromiter(commit.indices(), np.int64)
-                if commit.traces:
-                    index = np.repeat(index, commit.traces)
-                part = np.full(len(index), len(self._paths), np.int32)
-                indices.append(index)
-                places.append(np.stack([part, np.arange(len(index), dtype=np.int32)], axis=1))
-                self._paths.append(own / commit.part)
-        index = np.concatenate(indices) if indices else np.empty(0, np.int64)
-        self._places = np.concatenate(places) if places else np.empty((0, 2), np.int32)
-        # Stable: the traces of one prompt stay in the order of its targets.
-        self._places = self._places[np.argsort(index, kind="stable")]
+        self._folders = sorted(
+            entry
+            for entry in (root, *root.iterdir())
+            if (entry == root or _SHARD.fullmatch(entry.name)) and (entry / NAME).exists()
+        )
+        tables = [np.empty((0, 4), np.int64)]
+        for number, path in enumerate(self._folders):
+            with Journal(path) as journal:
+                found = journal.traces()
+            # A prompt with several targets has as many traces, in rows one after the other.
+            begin = np.repeat(np.cumsum(found["traces"]) - found["traces"], found["traces"])
+            rows = np.repeat(found, found["traces"])
+            row = rows["row"] + np.arange(len(rows)) - begin
+            folders = np.full(len(rows), number)
+            tables.append(np.stack([rows["number"], folders, rows["part"], row], axis=1))
+        table = np.concatenate(tables)
+        table = table[np.argsort(table[:, 0], kind="stable")]
+        # Of each trace: its folder, part and row.
+        self._rows = table[:, 1:].astype(np.int32)
+        self._part = lru_cache(_OPEN_PARTS)(self._open_part)
 
     @property
     def errors(self) -> list[Failed]:
         """The prompts that failed, in their order."""
-        found = [failed for own in self._folders for failed in Journal(own).failures()]
+        found: list[Failed] = []
+        for path in self._folders:
+            with Journal(path) as journal:
+                found += journal.failures()
         return sorted(found, key=lambda failed: failed.index)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     def __getitem__(self, number: int) -> Trace:
         if not -len(self) <= number < len(self):
             raise IndexError(f"the batch has {len(self)} traces, and no {number}")
-        part, row = self._places[number]
-        return self._part(int(part)).trace(int(row))
+        folder, part, row = self._rows[number].tolist()
+        return self._part(folder, part)(row)
 
     def __iter__(self) -> Iterator[Trace]:
         for number in range(len(self)):
@@ -94,8 +99,6 @@ class Batch:
         --------
         >>> datasets.Dataset.from_generator(reltrace.load_batch("out").rows)
         """
-        from reltrace.storage.trace_files import tensors_of
-
         for trace in self:
             yield {
                 "id": trace.id,
@@ -108,18 +111,18 @@ class Batch:
                 **tensors_of(trace),
             }
 
-    def _part(self, number: int) -> Part:
-        if number in self._open:
-            self._open.move_to_end(number)
-        else:
-            self._open[number] = open_part(self._paths[number])
-            if len(self._open) > _OPEN_PARTS:
-                self._open.popitem(last=False)
-        return self._open[number]
+    def _open_part(self, folder: int, part: int) -> Callable[[int], Trace]:
+        name = name_of(part, self.manifest["settings"]["format"])
+        return open_part(self._folders[folder] / name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Files that are open do not travel; `datasets` looks at what its generators hold.
-        return {**self.__dict__, "_open": OrderedDict()}
+        # Open files do not travel; `datasets` pickles what its generators hold.
+        return {name: value for name, value in self.__dict__.items() if name != "_part"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._part = lru_cache(_OPEN_PARTS)(self._open_part)
 
     def __repr__(self) -> str:
-        return f"Batch({len(self)} traces in {len(self._paths)} files, {len(self.errors)} errors)"
+        files = len(np.unique(self._rows[:, :2], axis=0))
+        return f"Batch({len(self)} traces in {files} files, {len(self.errors)} errors)"

@@ -1,8 +1,9 @@
-"""Whether a server can do what a batch asks for, before a million prompts fail one by one."""
+"""Checks of what a batch, and each of its prompts, asks for, before anything is sent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from reltrace.batch.folder import Settings
 from reltrace.calls.pinning import named
@@ -11,19 +12,11 @@ from reltrace.types.server_info import Model
 
 
 def check_served(settings: Settings, models: Sequence[Model]) -> None:
-    """Check what all prompts share against what is served.
+    """Check what all prompts share against the models that are served.
 
-    Parameters
-    ----------
-    settings : Settings
-        Those of the batch.
-    models : sequence of Model
-        What is served; none: workers have yet to come, and the prompts wait for them.
+    Without any model workers have yet to come: nothing is checked, and the prompts will wait.
 
-    Raises
-    ------
-    ModelNotFound, InvalidArgument
-        Naming what is served.
+    Raises ModelNotFound or InvalidArgument, naming what is served.
     """
     if not models:
         return
@@ -48,3 +41,36 @@ def check_served(settings: Settings, models: Sequence[Model]) -> None:
     for layer in settings.layers or ():
         if not 0 <= layer < model.layers:
             raise invalid("layer", f"{layer} is not one of the {model.layers} of {model.name}")
+
+
+def check_item(arguments: Mapping[str, Any], settings: Settings) -> None:
+    """Check the arguments that a prompt has for itself: its folder must be able to hold the traces.
+
+    The values are not checked otherwise. Where the batch names no model, whether a prompt's own one
+    is the same is only known from the trace.
+
+    Raises InvalidArgument, naming the argument, and what the folder holds.
+    """
+    required: dict[str, Any] = {"rule": settings.rule, "reduce": settings.reduce}
+    if settings.model is not None:
+        required["model"] = settings.model
+    if settings.format == "parquet":
+        # It has a column per site, of one type, and as long as all others.
+        required |= {"dtype": settings.dtype, "output_uri": settings.output_uri}
+        sites = arguments.get("sites", settings.sites)
+        sites = [sites] if isinstance(sites, str) else sites
+        # Their order may differ; repeated names are refused elsewhere.
+        if not isinstance(sites, list) or any(
+            site not in other
+            for some, other in ((sites, settings.sites), (settings.sites, sites))
+            for site in some
+        ):
+            required["sites"] = settings.sites
+    for name, value in required.items():
+        if name in arguments and arguments[name] != value:
+            held = f"{name} {value!r}" if value is not None else f"no {name}"
+            raise invalid(
+                name,
+                f"is {arguments[name]!r} for this prompt, and the folder holds traces with {held} "
+                "only; leave it out, or trace the prompt into another folder",
+            )

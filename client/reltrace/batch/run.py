@@ -1,9 +1,8 @@
-"""`reltrace batch`: the prompts of a file through the service, each once."""
+"""`reltrace batch`: traces the prompts of a file, each once."""
 
 from __future__ import annotations
 
-import io
-import tempfile
+import shutil
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -13,17 +12,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from reltrace.batch import parts
-from reltrace.batch.folder import Folder, Settings
-from reltrace.batch.item_options import check_own
+from reltrace.batch.folder import STDIN, BatchFolder, Settings
 from reltrace.batch.items import Fingerprint, InputFormat, Item, read_items
-from reltrace.batch.journal import Done, Failed, Journal
+from reltrace.batch.journal import FAILED, REFUSED, TRACED, Failed, Journal
+from reltrace.batch.preflight import check_item
 from reltrace.batch.writer import Traced, Writer, write_errors
+from reltrace.client.recording import recording
 from reltrace.client.sync_client import Client
+from reltrace.storage.atomic_files import with_filename
 from reltrace.types.errors import InvalidArgument, invalid
 from reltrace.types.failure import Failure
 from reltrace.types.trace import Trace
-
-_SPOOL_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +36,13 @@ class Options:
     out : Path
         The folder of the batch.
     limit : int or None
-        Only so many prompts of the file, from its beginning.
+        Read only the first prompts of the file.
     shard : (int, int)
         Which part of the prompts, from 1, and of how many.
     retry_failed : bool
         Try prompts again that failed for a fault of their own.
     max_in_flight : int
-        Prompts on their way at a time.
+        Prompts on the server at a time.
     part_traces : int
         Traces in one file.
     part_seconds : float
@@ -69,7 +68,7 @@ class Summary:
     traced, failed : int
         Prompts of the batch that have their traces, and that failed, in this run or before.
     new : int
-        Those that this run ended, one way or the other.
+        Those of this run.
     seconds : float
         That it took.
     """
@@ -81,10 +80,10 @@ class Summary:
 
 
 class Watcher(Protocol):
-    """Is told how a run goes."""
+    """Shows the progress of a run."""
 
     def begin(self, done: int) -> None:
-        """Take how many prompts are done already."""
+        """Take how many prompts earlier runs have done."""
 
     def result(self, failed: bool) -> None:
         """Take a further one."""
@@ -96,17 +95,15 @@ class Run:
     Parameters
     ----------
     client : Client
-        To the server.
-    settings : Settings
-        Those of the batch.
+        Of the server.
+    settings, options
+        Of the batch, and of this run.
     input_format : InputFormat
         How the input is read.
-    options : Options
-        Those of this run.
     stdin : BinaryIO
-        Where the prompts come from if `options.source` is None.
+        The prompts if `options.source` is None.
     watcher : Watcher
-        Who is told.
+        Shows the progress.
     """
 
     def __init__(
@@ -122,19 +119,18 @@ class Run:
         self._settings = settings
         self._format = input_format
         self._options = options
-        self._input = _Stdin(stdin) if options.source is None else _File(options.source)
+        self._stdin = stdin
         self._watcher = watcher
-        self._folder = Folder.of(options.out, options.shard)
-        self._done = Done()
-        self._next_part = 0
+        self._folder = BatchFolder(options.out, options.shard)
+        # Of each prompt, by earlier runs.
+        self._states = bytearray()
         # With the revision, once traces have been made.
         self._model = settings.model
         # Shared by the thread that reads prompts and the one that writes.
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
-        # Prompts on their way: what the file calls them, where they are in it, and whether they
-        # say themselves which model.
-        self._named: dict[int, tuple[str | int, int, bool]] = {}
+        # Id, line and `Traced.own_model` of prompts on the server.
+        self._in_flight: dict[int, tuple[str | int, int, bool]] = {}
         self._new = 0
 
     def run(self, target: Any) -> Summary:
@@ -148,54 +144,68 @@ class Run:
         Raises
         ------
         InvalidArgument
-            If the folder holds another batch, or the input is another one than before.
+            If the folder holds another batch, or the input has changed.
         TraceError
-            If the server can not be reached, or refuses. What came before is committed.
+            If the server can not be reached, or refuses. The results so far are committed.
         """
         began = time.monotonic()
-        with self._folder.held(), closing(self._input):
-            self._folder.enter(self._settings, str(self._options.source or "-"))
-            self._recover()
-            self._model = self._folder.model(self._client.models(), self._settings.model)
-            self._watcher.begin(self._done.traced + self._done.failed)
-            writer = Writer(
-                self._folder,
-                self._settings.format,
-                self._next_part,
-                self._read_so_far,
-                most_traces=self._options.part_traces,
-                most_seconds=self._options.part_seconds,
-            )
-            try:
-                with self._client.recording(self._folder.submissions(), self._folder.note):
-                    self._trace(writer, target)
-            finally:
-                writer.close()
-            return self._summary(time.monotonic() - began)
+        options, settings = self._options, self._settings
+        with self._folder.lock():
+            self._folder.open(settings, str(options.source or "-"))
+            with Journal(self._folder.path) as journal:
+                self._recover(journal)
+                source = options.source or self._copy_stdin()
+                self._check_input(source, *journal.input())
+                self._model = self._folder.route(self._client.models(), settings.model)
+                self._watcher.begin(len(self._states) - self._states.count(0))
+                writer = Writer(
+                    self._folder,
+                    journal,
+                    settings.format,
+                    self._input_read,
+                    max_traces=options.part_traces,
+                    max_seconds=options.part_seconds,
+                )
+                left, record = self._folder.submissions(), self._folder.record_submissions
+                try:
+                    with recording(self._client, left, record):
+                        self._trace(source, writer, target)
+                finally:
+                    writer.close()
+                write_errors(self._folder, journal)
+                states = journal.states()
+        failed = states.count(FAILED) + states.count(REFUSED)
+        return Summary(states.count(TRACED), failed, self._new, time.monotonic() - began)
 
-    def _recover(self) -> None:
-        """Take up what runs before this one committed, and remove what they left."""
-        journal = Journal(self._folder.own)
-        journal.repair()
-        named: set[str] = set()
-        read, digest = 0, ""
-        for commit in journal.commits():
-            self._done.add(commit)
-            if commit.part is not None:
-                named.add(commit.part)
-            if commit.read >= read:
-                read, digest = commit.read, commit.digest
-        self._folder.clean(named)
-        self._next_part = 1 + max((parts.number_of(name) for name in named), default=-1)
-        write_errors(self._folder, journal.failures())
-        if read:
-            self._check_input(read, digest)
+    def _recover(self, journal: Journal) -> None:
+        """Read what earlier runs committed, and remove files that they left unfinished."""
+        self._states = journal.states()
+        names = {parts.name_of(number, self._settings.format) for number in journal.parts()}
+        self._folder.remove_uncommitted(names)
+        write_errors(self._folder, journal)
 
-    def _check_input(self, count: int, digest: str) -> None:
+    def _copy_stdin(self) -> Path:
+        """Copy standard input to a file: it is read twice."""
+        path = self._folder.path / STDIN
+        with with_filename(path), path.open("wb") as file:
+            shutil.copyfileobj(self._stdin, file)
+        return path
+
+    def _read(self, source: Path) -> Generator[Item]:
+        try:
+            file = source.open("rb")
+        except OSError as error:
+            raise invalid("input", f"{source}: {error.strerror}") from None
+        with file:
+            yield from read_items(file, self._format)
+
+    def _check_input(self, source: Path, count: int, digest: str) -> None:
         """Check that the input begins as it did when `count` prompts of it had been read."""
+        if not count:
+            return
         found = Fingerprint()
-        with self._input.first() as file:
-            for item in read_items(file, self._format):
+        with closing(self._read(source)) as items:
+            for item in items:
                 found.add(item)
                 if found.count == count:
                     break
@@ -210,10 +220,10 @@ class Run:
                 "use another folder",
             )
 
-    def _trace(self, writer: Writer, target: Any) -> None:
+    def _trace(self, source: Path, writer: Writer, target: Any) -> None:
         settings = self._settings
         results = self._client.trace_many(
-            self._wanted(writer),
+            self._missing(source, writer),
             model=self._model,
             add_special_tokens=settings.add_special_tokens,
             sites=settings.sites,
@@ -227,45 +237,48 @@ class Run:
             max_in_flight=self._options.max_in_flight,
             priority="batch",
         )
-        # Closed whatever happens: what is still on the server is cancelled.
+        # Closing it cancels what is still on the server.
         with closing(cast(Generator[Any, None, None], results)):
             for result in results:
-                writer.put(self._named_result(result))
+                writer.put(self._with_id(result))
                 self._new += 1
                 self._watcher.result(isinstance(result, Failure))
 
-    def _named_result(self, result: Trace | list[Trace] | Failure) -> Traced | Failed:
-        """Give a result the name that the file has for it."""
+    def _with_id(self, result: Trace | list[Trace] | Failure) -> Traced | Failed:
+        """Return a result with the id that the prompt has in the file."""
         index = result[0].id if isinstance(result, list) else result.id
         assert isinstance(index, int)
         with self._lock:
-            name, line, own_model = self._named.pop(index)
+            name, line, own_model = self._in_flight.pop(index)
         if isinstance(result, Failure):
             return Failed.of(index, line, name, result.reason)
         traces = result if isinstance(result, list) else [result]
         return Traced(index, line, tuple(replace(trace, id=name) for trace in traces), own_model)
 
-    def _wanted(self, writer: Writer) -> Iterator[dict[str, Any]]:
-        """Read the input; return the prompts that are this machine's and not done."""
+    def _missing(self, source: Path, writer: Writer) -> Iterator[dict[str, Any]]:
+        """Yield the prompts of this machine's shard that have no result yet, as jobs."""
         number, count = self._options.shard
-        with self._input.second() as file:
-            for item in read_items(file, self._format):
-                if self._options.limit is not None and item.index >= self._options.limit:
-                    return
+        for item in self._read(source):
+            if self._options.limit is not None and item.index >= self._options.limit:
+                return
+            with self._lock:
+                self._fingerprint.add(item)
+            if item.index % count != number - 1:
+                continue
+            state = self._states[item.index] if item.index < len(self._states) else 0
+            if state == TRACED or (state == REFUSED and not self._options.retry_failed):
+                continue
+            fault = item.fault or self._fault(item)
+            if fault is None:
+                own_model = "model" in item.arguments
                 with self._lock:
-                    self._fingerprint.add(item)
-                if item.index % count != number - 1:
-                    continue
-                if not self._done.wants(item.index, retry_failed=self._options.retry_failed):
-                    continue
-                fault = item.fault or self._own_fault(item)
-                if fault is not None:
-                    self._refuse(item, fault, writer)
-                    continue
-                with self._lock:
-                    own_model = "model" in item.arguments
-                    self._named[item.index] = (item.id, item.line, own_model)
+                    self._in_flight[item.index] = (item.id, item.line, own_model)
                 yield {**item.arguments, **self._revision(item), "id": item.index}
+            elif not state:
+                # Recorded once: the input does not change.
+                writer.put(Failed.of(item.index, item.line, item.id, fault))
+                self._new += 1
+                self._watcher.result(failed=True)
 
     def _revision(self, item: Item) -> dict[str, str]:
         """Return the batch's revision for a prompt that names the same model without one."""
@@ -273,104 +286,13 @@ class Run:
             return {"model": self._model}
         return {}
 
-    def _own_fault(self, item: Item) -> InvalidArgument | None:
+    def _fault(self, item: Item) -> InvalidArgument | None:
         try:
-            check_own(item.arguments, self._settings)
+            check_item(item.arguments, self._settings)
         except InvalidArgument as fault:
             return fault
         return None
 
-    def _refuse(self, item: Item, fault: InvalidArgument, writer: Writer) -> None:
-        """Note a prompt that is none here; the input is the same, so once is enough."""
-        if not self._done.failed_before(item.index):
-            writer.put(Failed.of(item.index, item.line, item.id, fault))
-            self._new += 1
-            self._watcher.result(failed=True)
-
-    def _read_so_far(self) -> tuple[int, str]:
+    def _input_read(self) -> tuple[int, str]:
         with self._lock:
             return self._fingerprint.count, self._fingerprint.digest()
-
-    def _summary(self, seconds: float) -> Summary:
-        done = Done()
-        journal = Journal(self._folder.own)
-        for commit in journal.commits():
-            done.add(commit)
-        write_errors(self._folder, journal.failures())
-        return Summary(done.traced, done.failed, self._new, seconds)
-
-
-class _File:
-    """An input that can be read twice."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def first(self) -> BinaryIO:
-        try:
-            return self._path.open("rb")
-        except OSError as error:
-            raise invalid("input", f"{self._path}: {error.strerror}") from None
-
-    second = first
-
-    def close(self) -> None:
-        """Hold nothing."""
-
-
-class _Stdin:
-    """An input that comes once: what the first reading takes of it is kept for the second."""
-
-    def __init__(self, stdin: BinaryIO) -> None:
-        self._stdin = stdin
-        # Without a name: nothing is left of it after a crash.
-        self._kept: Any = None
-
-    def first(self) -> BinaryIO:
-        self._kept = tempfile.SpooledTemporaryFile(_SPOOL_BYTES)  # noqa: SIM115
-        return io.BufferedReader(_Tee(self._stdin, self._kept))
-
-    def second(self) -> BinaryIO:
-        if self._kept is None:
-            return io.BufferedReader(_Chain([self._stdin]))
-        self._kept.seek(0)
-        return io.BufferedReader(_Chain([self._kept, self._stdin]))
-
-    def close(self) -> None:
-        if self._kept is not None:
-            self._kept.close()
-
-
-class _Tee(io.RawIOBase):
-    """Reads a stream, and writes what it has read to another."""
-
-    def __init__(self, source: Any, copy: Any) -> None:
-        self._source, self._copy = source, copy
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._source.read1(len(buffer))
-        self._copy.write(data)
-        buffer[: len(data)] = data
-        return len(data)
-
-
-class _Chain(io.RawIOBase):
-    """Reads streams one after another."""
-
-    def __init__(self, sources: list[Any]) -> None:
-        self._sources = sources
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while self._sources:
-            read = getattr(self._sources[0], "read1", self._sources[0].read)
-            if data := read(len(buffer)):
-                buffer[: len(data)] = data
-                return len(data)
-            self._sources.pop(0)
-        return 0

@@ -1,4 +1,4 @@
-"""Work in threads that is never left half done: who is cancelled waits for its end first."""
+"""Work in threads whose end a cancelled caller waits for, so that nothing is left half done."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-async def to_the_end(function: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
-    """Call a function in a thread and return what it returns, or raise what it raises.
-
-    A thread can not be stopped. Whoever is cancelled meanwhile is so once the thread has ended, and
-    until then nobody goes on as if it had.
-    """
+async def shielded_to_thread(function: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
+    """Call a function in a thread. A caller that is cancelled waits for the thread's end first."""
     work = asyncio.get_running_loop().run_in_executor(None, function, *arguments)
-    await settled([work])
+    await gather_shielded([work])
     return work.result()
 
 
-async def settled(work: Iterable[asyncio.Future[Any]]) -> None:
-    """Wait until all of it has ended, however; a cancellation meanwhile is raised only then."""
+async def gather_shielded(work: Iterable[asyncio.Future[Any]]) -> None:
+    """Wait until all of it has ended, however; a cancellation is raised only then."""
     pending, cancelled = set(work), None
     while pending:
         try:

@@ -9,16 +9,16 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from reltrace_proto.v1 import types_pb2
-
 from reltrace.calls.pinning import Pins
-from reltrace.calls.source import Source
-from reltrace.transport.connection import Connection, Deadline
-from reltrace.transport.submission import Entry, Rejected, deliveries, submit
-from reltrace.types.checks import check_id
+from reltrace.calls.source import open_source
+from reltrace.transport.connection import Connection
+from reltrace.transport.results import stream_results
+from reltrace.transport.retry import Deadline
+from reltrace.transport.submit import Rejected, submit
+from reltrace.types.checks import check_id, whole_number
 from reltrace.types.errors import InvalidArgument, NotFound, TraceError
 from reltrace.types.failure import Failure
-from reltrace.types.request import Arguments, JobMaker
+from reltrace.types.request import Arguments, Job, JobMaker, Priority, wire_priority
 from reltrace.types.trace import Trace
 
 Result: TypeAlias = Trace | list[Trace] | Failure
@@ -30,96 +30,94 @@ _BATCH_BYTES = 1024 * 1024
 # server as much as dozens of jobs. No longer, for the next result in order may be among them.
 _LINGER = 0.02
 # A source that trickles makes small submissions: past this many, they grow instead.
-_OPEN_SUBMISSIONS = 64
+_MAX_SUBMISSIONS = 64
 # Finished results that nobody has taken: past this, streams are not read on.
-_HELD_BYTES = 256 * 1024 * 1024
+_MAX_UNREAD_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class _Pending:
-    """An item on its way: its place among the items, and its job."""
+class _Item:
+    """A job with the index of its item."""
 
     index: int
-    entry: Entry
+    job: Job
     bytes: int
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Jobs for the next submission."""
+    """Jobs of the next submission."""
 
-    pending: list[_Pending] = field(default_factory=list)
+    items: list[_Item] = field(default_factory=list)
     bytes: int = 0
 
-    def fits(self, size: int) -> bool:
-        return not self.pending or (
-            len(self.pending) < _BATCH_JOBS and self.bytes + size <= _BATCH_BYTES
+    def fits(self, item: _Item) -> bool:
+        return not self.items or (
+            len(self.items) < _BATCH_JOBS and self.bytes + item.bytes <= _BATCH_BYTES
         )
 
-    def add(self, item: _Pending) -> None:
-        self.pending.append(item)
+    def add(self, item: _Item) -> None:
+        self.items.append(item)
         self.bytes += item.bytes
 
 
-class ManyRun:
+class TraceManyRun:
     """One `trace_many`: pulls items, submits them in batches, hands results out.
 
     Parameters
     ----------
-    connection : Connection
-        The server.
-    source : Source
-        The items.
+    items : iterable or async iterable
+        See `Client.trace_many`.
     defaults : Arguments
         What an item does not say.
-    ordered : bool
-        Results in the order of the items.
-    max_in_flight : int
-        Most items pulled from the source whose results have not been taken.
-    priority : Priority
-        Of all jobs, as on the wire.
     deadline : Deadline
         For the whole run.
-    pins : Pins
-        Which revisions its jobs ask for.
+    pins : Pins, optional
+        Those of a larger run that this one is part of.
+
+    Raises
+    ------
+    InvalidArgument
+        If an argument is wrong that all items share.
     """
 
     def __init__(
         self,
         connection: Connection,
-        source: Source,
+        items: object,
         defaults: Arguments,
         *,
-        ordered: bool,
-        max_in_flight: int,
-        priority: types_pb2.Priority.ValueType,
         deadline: Deadline,
-        pins: Pins,
+        ordered: bool = False,
+        max_in_flight: int = 1024,
+        priority: Priority = "interactive",
+        pins: Pins | None = None,
     ) -> None:
+        defaults.check_shared()
         self._connection = connection
-        self._source = source
+        self._source = open_source(items)
         self._jobs = JobMaker(defaults)
         self._ordered = ordered
-        self._limit = max_in_flight
-        self._priority = priority
+        self._limit = whole_number(max_in_flight, "max_in_flight", 1)
+        self._priority = wire_priority(priority)
         self._deadline = deadline
-        self._pins = pins
-        self._slots = asyncio.Semaphore(_OPEN_SUBMISSIONS)
+        self._pins = pins or Pins(connection)
+        self._slots = asyncio.Semaphore(_MAX_SUBMISSIONS)
         self._feeder: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._submissions: set[asyncio.Task[None]] = set()
         self._fatal: BaseException | None = None
         self._source_error: Exception | None = None
-        # Results with their sizes: ready to be taken, and waiting for their turn.
+        # Results with their sizes: ready to be taken, and, in order, waiting for earlier ones.
         self._ready: deque[tuple[Result, int]] = deque()
         self._early: dict[int, tuple[Result, int]] = {}
         self._next_index = 0
-        self._open = 0
-        self._held_bytes = 0
+        self._in_flight = 0
+        self._unread_bytes = 0
         self._taken = 0
         self._taken_bytes = 0
-        self._news = asyncio.Event()
-        self._room = asyncio.Event()
+        self._result_ready = asyncio.Event()
+        self._result_taken = asyncio.Event()
 
     async def take(self) -> list[Result]:
         """Return the results that are there, at least one; none: all items are done.
@@ -136,10 +134,10 @@ class ManyRun:
         if self._feeder is None:
             self._feeder = self._start(self._feed())
             self._watch = self._start(self._pins.watch())
-        self._open -= self._taken
-        self._held_bytes -= self._taken_bytes
+        self._in_flight -= self._taken
+        self._unread_bytes -= self._taken_bytes
         self._taken = self._taken_bytes = 0
-        self._room.set()
+        self._result_taken.set()
         while not self._ready:
             if self._fatal is not None:
                 raise self._fatal
@@ -147,11 +145,11 @@ class ManyRun:
                 if self._source_error is not None:
                     raise self._source_error
                 return []
-            self._news.clear()
+            self._result_ready.clear()
             try:
                 # Not wait_for: that of Python 3.11 loses a cancellation that comes with the news.
                 async with asyncio.timeout(self._deadline.remaining()):
-                    await self._news.wait()
+                    await self._result_ready.wait()
             except TimeoutError:
                 raise self._deadline.error() from None
         # A part of what may be in flight: the rest goes on while the caller works on these.
@@ -178,19 +176,19 @@ class ManyRun:
         self._submissions.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fatal = self._fatal or error
-        self._news.set()
+        self._result_ready.set()
 
     async def _feed(self) -> None:
         batch = _Batch()
         index = 0
         while True:
-            room = self._limit - self._open
-            if room <= 0:
-                if not await self._has_room(_LINGER if batch.pending else None):
+            free = self._limit - self._in_flight
+            if free <= 0:
+                if not await self._wait_taken(_LINGER if batch.items else None):
                     batch = await self._flush(batch)
                 continue
             try:
-                items = await self._source.take(min(room, _BATCH_JOBS), wait=not batch.pending)
+                items = await self._source.take(min(free, _BATCH_JOBS), wait=not batch.items)
             except Exception as error:
                 self._source_error = error
                 items = None
@@ -199,92 +197,95 @@ class ManyRun:
                 if items is None:
                     return
                 continue
-            self._open += len(items)
+            self._in_flight += len(items)
             for item in items:
-                pending = self._prepare(index, item)
+                prepared = self._prepare(index, item)
                 index += 1
-                if pending is None:
+                if prepared is None:
                     continue
-                if not batch.fits(pending.bytes):
+                if not batch.fits(prepared):
                     batch = await self._flush(batch)
-                batch.add(pending)
-            if len(batch.pending) >= _BATCH_JOBS:
+                batch.add(prepared)
+            if len(batch.items) >= _BATCH_JOBS:
                 batch = await self._flush(batch)
 
-    async def _has_room(self, patience: float | None) -> bool:
+    async def _wait_taken(self, patience: float | None) -> bool:
         """Wait until something of what is on its way has been taken; return whether it was."""
-        self._room.clear()
-        if self._open < self._limit:
+        self._result_taken.clear()
+        if self._in_flight < self._limit:
             return True
         try:
             # See `take`: `close` cancels once, and a feeder that missed it would go on for ever.
             async with asyncio.timeout(patience):
-                await self._room.wait()
+                await self._result_taken.wait()
         except TimeoutError:
             return False
         return True
 
-    def _prepare(self, index: int, item: object) -> _Pending | None:
-        name: str | int = index
+    def _prepare(self, index: int, item: object) -> _Item | None:
+        item_id: str | int = index
         try:
             if isinstance(item, Mapping):
-                name = check_id(item.get("id", index), "id")
-            job = self._jobs.job(item)
+                item_id = check_id(item.get("id", index), "id")
+            job = self._jobs.job(item, item_id)
         except TraceError as error:
-            self._emit(index, Failure(name, error), 0)
+            self._emit(index, Failure(item_id, error), 0)
             return None
-        return _Pending(index, Entry(job, name), job.spec.ByteSize())
+        return _Item(index, job, job.spec.ByteSize())
 
     async def _flush(self, batch: _Batch) -> _Batch:
-        if batch.pending:
+        if batch.items:
             await self._slots.acquire()
-            task = self._start(self._run(batch.pending))
+            task = self._start(self._run(batch.items))
             self._submissions.add(task)
             task.add_done_callback(lambda _: self._slots.release())
         return _Batch()
 
-    async def _run(self, pending: list[_Pending]) -> None:
-        """Bring one batch to its end: submit it, without what is rejected, and read it."""
-        pending = [item for item in pending if await self._pinned(item)]
-        while pending:
-            entries = [item.entry for item in pending]
+    async def _run(self, items: list[_Item]) -> None:
+        """Submit the jobs of one batch, without those that are rejected, and read their results."""
+        items = [item for item in items if await self._pin_revision(item)]
+        while items:
+            jobs = [item.job for item in items]
             try:
-                answer = await submit(self._connection, entries, self._deadline, self._priority)
+                answer = await submit(self._connection, jobs, self._deadline, self._priority)
             except InvalidArgument as error:
                 # About the submission as a whole: no job of it can be told from the others.
-                answer = Rejected(dict.fromkeys(range(len(pending)), error))
+                answer = Rejected(dict.fromkeys(range(len(items)), error))
             if not isinstance(answer, Rejected):
                 break
             for index, rejection in answer.errors.items():
-                self._fail(pending[index], rejection)
-            pending = [item for i, item in enumerate(pending) if i not in answer.errors]
+                self._fail(items[index], rejection)
+            items = [item for i, item in enumerate(items) if i not in answer.errors]
         else:
             return
-        waiting = {item.index for item in pending}
-        stream = deliveries(
-            self._connection, answer, entries, self._deadline, lambda: self._wait(waiting)
+        waiting = {item.index for item in items}
+        stream = stream_results(
+            self._connection,
+            answer,
+            jobs,
+            self._deadline,
+            throttle=lambda: self._throttle(waiting),
         )
         try:
             async with aclosing(stream):
-                async for delivery in stream:
-                    item = pending[delivery.index]
+                async for result in stream:
+                    item = items[result.index]
                     waiting.discard(item.index)
-                    if isinstance(delivery.outcome, TraceError):
-                        self._fail(item, delivery.outcome)
+                    if isinstance(result.outcome, TraceError):
+                        self._fail(item, result.outcome)
                         continue
-                    traces = delivery.outcome
+                    traces = result.outcome
                     assert isinstance(traces, list)
-                    result = traces if item.entry.job.several else traces[0]
-                    self._emit(item.index, result, delivery.bytes)
+                    self._emit(item.index, traces if item.job.several else traces[0], result.bytes)
         except NotFound as error:
-            # The results expired, or the server lost its store: these jobs, not the run.
-            for item in pending:
+            # The results expired, or the server lost its store: these jobs fail, not the run.
+            for item in items:
                 if item.index in waiting:
                     self._fail(item, error)
 
-    async def _pinned(self, item: _Pending) -> bool:
+    async def _pin_revision(self, item: _Item) -> bool:
         """Have a job ask for the run's revision of its model; return whether it can."""
-        spec = item.entry.job.spec
+        spec = item.job.spec
         try:
             spec.model = await self._pins.route(spec.model, self._deadline)
         except InvalidArgument as error:
@@ -292,32 +293,32 @@ class ManyRun:
             return False
         return True
 
-    async def _wait(self, waiting: set[int]) -> None:
+    async def _throttle(self, waiting: set[int]) -> None:
         """Wait until results may be read on.
 
         The stream that brings the next result in order is held up only while there are results
         to be taken: once they are gone, it is what all others wait for.
         """
-        while self._held_bytes > _HELD_BYTES and not (
+        while self._unread_bytes > _MAX_UNREAD_BYTES and not (
             self._ordered and not self._ready and self._next_index in waiting
         ):
-            self._room.clear()
-            await self._room.wait()
+            self._result_taken.clear()
+            await self._result_taken.wait()
 
-    def _fail(self, item: _Pending, error: TraceError) -> None:
-        name = item.entry.id if item.entry.id is not None else item.index
-        self._emit(item.index, Failure(name, error), 0)
+    def _fail(self, item: _Item, error: TraceError) -> None:
+        assert item.job.id is not None
+        self._emit(item.index, Failure(item.job.id, error), 0)
 
     def _emit(self, index: int, result: Result, size: int) -> None:
-        self._held_bytes += size
+        self._unread_bytes += size
         if self._ordered:
             self._early[index] = (result, size)
             while (early := self._early.pop(self._next_index, None)) is not None:
                 self._ready.append(early)
                 self._next_index += 1
             # The stream that brings the next one may be among those that wait.
-            self._room.set()
+            self._result_taken.set()
         else:
             self._ready.append((result, size))
         if self._ready:
-            self._news.set()
+            self._result_ready.set()

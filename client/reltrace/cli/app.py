@@ -5,24 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from reltrace_proto.net import TlsOptions
 
 import reltrace
-from reltrace.cli import (
-    atlas,
-    batch,
-    cluster,
-    evaluate,
-    generate,
-    operating,
-    tokenize,
-    trace,
-)
-from reltrace.cli.options import Access
+from reltrace.cli import admin, atlas, server
+from reltrace.cli.batch import batch
+from reltrace.cli.config import config
+from reltrace.cli.connection import Connection
+from reltrace.cli.evaluate import evaluate
+from reltrace.cli.generate import generate
+from reltrace.cli.option_groups import command, with_option_groups
+from reltrace.cli.output import warn
+from reltrace.cli.tokenize import tokenize
+from reltrace.cli.trace import trace
 from reltrace.types.errors import MissingDependency, TraceError
 
 app = typer.Typer(
@@ -31,20 +28,22 @@ app = typer.Typer(
     help="Relevance traces of LLaMA-family language models.",
 )
 _TRACES, _SERVER = "Traces", "Server"
-app.command(rich_help_panel=_TRACES)(trace.run)
-app.command(rich_help_panel=_TRACES)(batch.batch)
-app.command(rich_help_panel=_TRACES)(evaluate.evaluate)
-app.command(rich_help_panel=_TRACES)(generate.generate)
-app.command(rich_help_panel=_TRACES)(tokenize.tokenize)
-app.command(rich_help_panel=_TRACES)(cluster.cancel)
-app.command(rich_help_panel=_SERVER)(cluster.models)
-app.command(rich_help_panel=_SERVER)(cluster.status)
+command(app, rich_help_panel=_TRACES)(trace)
+command(app, rich_help_panel=_TRACES)(batch)
+command(app, rich_help_panel=_TRACES)(evaluate)
+command(app, rich_help_panel=_TRACES)(generate)
+command(app, rich_help_panel=_TRACES)(tokenize)
+command(app, rich_help_panel=_TRACES)(server.cancel)
 app.add_typer(atlas.app, name="atlas", rich_help_panel=_TRACES)
-app.add_typer(cluster.workers, name="workers", rich_help_panel=_SERVER)
-app.add_typer(operating.quarantined, name="quarantined", rich_help_panel=_SERVER)
-# The name of this command until 0.1.
-app.add_typer(operating.quarantined, name="dead", hidden=True)
-app.add_typer(operating.tenants, name="tenants", rich_help_panel=_SERVER)
+command(app, rich_help_panel=_SERVER)(server.models)
+command(app, rich_help_panel=_SERVER)(server.status)
+command(app, rich_help_panel=_SERVER)(config)
+app.add_typer(server.workers, name="workers", rich_help_panel=_SERVER)
+app.add_typer(admin.quarantined, name="quarantined", rich_help_panel=_SERVER)
+app.add_typer(admin.tenants, name="tenants", rich_help_panel=_SERVER)
+# Names of earlier versions.
+command(app, "run", hidden=True)(trace)
+app.add_typer(admin.quarantined, name="dead", hidden=True)
 
 
 def add_installed_commands(app: typer.Typer) -> None:
@@ -71,11 +70,11 @@ def main() -> NoReturn:
     try:
         app()
     except BrokenPipeError:
-        # Whoever reads has enough (`reltrace models | head -1`); nothing is flushed at exit.
+        # The reader has enough (`reltrace models | head -1`); nothing is flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (TraceError, OSError) as error:
-        typer.echo(f"reltrace: {error}", err=True)
+        warn(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -89,60 +88,11 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def _common(
-    context: typer.Context,
+@with_option_groups
+def _options_before(
+    connection: Connection,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File that holds the token for the server. (env var: RELTRACE_TOKEN_FILE, or the "
-            "token itself in RELTRACE_TOKEN)",
-            show_default=False,
-        ),
-    ] = None,
-    tls: Annotated[
-        bool | None,
-        typer.Option(
-            "--tls/--no-tls",
-            help="Use TLS; every option below switches it on. (env var: RELTRACE_TLS)",
-            show_default=False,
-        ),
-    ] = None,
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="RELTRACE_TLS_CA",
-            help="PEM file of the authorities to trust. (default: the public ones)",
-            show_default=False,
-        ),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(envvar="RELTRACE_TLS_CERT", help="PEM file of a certificate to show."),
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(envvar="RELTRACE_TLS_KEY", help="PEM file of its key.")
-    ] = None,
-    tls_name: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RELTRACE_TLS_NAME",
-            help="The name in the server's certificate. (default: the host of the address)",
-            show_default=False,
-        ),
-    ] = None,
-    insecure: Annotated[
-        bool | None,
-        typer.Option(
-            "--insecure",
-            help="Send the token in plaintext to another machine. (env var: RELTRACE_INSECURE)",
-            show_default=False,
-        ),
-    ] = None,
 ) -> None:
-    options = TlsOptions(tls_ca, tls_cert, tls_key, tls_name)
-    context.obj = Access(
-        token_file, options if tls is not False and options != TlsOptions() else tls, insecure
-    )
+    pass

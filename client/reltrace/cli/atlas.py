@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 import reltrace
@@ -18,43 +16,29 @@ from reltrace.atlas.examples import QUANTILES
 from reltrace.atlas.imported_labels import BUILT_IN
 from reltrace.atlas.slices import read_prompt
 from reltrace.batch.items import InputFormat, count_items, format_of, read_items
-from reltrace.cli.options import (
-    AsJson,
-    Column,
-    Model,
-    Quiet,
-    Rule,
-    Server,
-    SpecialTokens,
-    access_of,
-    echo_json,
-    target_of,
-)
+from reltrace.cli.connection import Connection, connection_group
+from reltrace.cli.option_groups import command
+from reltrace.cli.options import Column, Model, Rule, Seed, SpecialTokens, target_of
+from reltrace.cli.output import AsJson, Quiet, print_json, safe, table
 from reltrace.types.atlas_shard import LISTS, MEASURES
 from reltrace.types.errors import invalid
 from reltrace.types.token_text import visible_token
 
-app = typer.Typer(no_args_is_help=True, help="Where in a corpus neurons and heads are strongest.")
-labels = typer.Typer(no_args_is_help=True, help="Take labels out of an atlas, and put others in.")
+app = connection_group("Where in a corpus neurons and heads are strongest.")
+labels = typer.Typer(no_args_is_help=True, help="Export the labels of an atlas, and import others.")
 app.add_typer(labels, name="labels")
 
-AtlasFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Of the atlas.")]
-Site = Annotated[
-    Literal["neuron", "head"], typer.Option(envvar="RELTRACE_ATLAS_SITE", help="Of which.")
-]
+AtlasFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the atlas.")]
+Site = Annotated[Literal["neuron", "head"], typer.Option(help="Neurons or attention heads.")]
 Measure = Annotated[
     Literal["relevance", "activation"],
-    typer.Option(envvar="RELTRACE_ATLAS_MEASURE", help="By which contexts are strong."),
-]
-Most = Annotated[
-    int | None,
-    typer.Option(envvar="RELTRACE_ATLAS_MOST", help="At most so many, by relevance mass."),
+    typer.Option(help="The measure by which contexts are strong."),
 ]
 
 
-@app.command()
+@command(app)
 def build(
-    context: typer.Context,
+    connection: Connection,
     corpus: Annotated[
         str,
         typer.Argument(
@@ -64,41 +48,28 @@ def build(
         ),
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder; one that is there is gone on with.")
+        Path, typer.Argument(metavar="OUT", help="Folder; an atlas that is there is continued.")
     ],
-    server: Server = None,
     model: Model = None,
     rule: Rule = "attnlrp",
     target: Annotated[
         str | None,
         typer.Option(
-            envvar="RELTRACE_TARGET",
-            help='What is explained at the end of each prompt: "max", a token\'s text, or id:N; '
-            "default: its own next tokens, at all positions.",
+            help='What is explained at the end of each prompt: "max", a token\'s text, or id:N.',
+            show_default="its own next tokens, at all positions",
         ),
     ] = None,
     positions: Annotated[
-        int | None,
-        typer.Option(
-            envvar="RELTRACE_POSITIONS", help="Draw so many positions of each prompt instead."
-        ),
+        int | None, typer.Option(help="Draw so many positions of each prompt instead.")
     ] = None,
-    seed: Annotated[int, typer.Option(envvar="RELTRACE_SEED", help="Of the draws.")] = 0,
+    seed: Seed = 0,
     keep_special: Annotated[
-        bool,
-        typer.Option(
-            "--keep-special",
-            envvar="RELTRACE_KEEP_SPECIAL",
-            help="Count first and special tokens, too.",
-        ),
+        bool, typer.Option("--keep-special", help="Count first and special tokens, too.")
     ] = False,
     add_special_tokens: SpecialTokens = True,
-    k: Annotated[
-        int, typer.Option("--places", envvar="RELTRACE_PLACES", help="Places of each list.")
-    ] = 16,
+    k: Annotated[int, typer.Option("--places", help="Places of each list.")] = 16,
     slice_: Annotated[
-        int,
-        typer.Option("--slice", envvar="RELTRACE_SLICE", help="Most prompts that a worker takes."),
+        int, typer.Option("--slice", help="Most prompts that a worker takes.")
     ] = 1024,
     column: Column = None,
     quiet: Quiet = False,
@@ -108,9 +79,9 @@ def build(
     prompts: Iterable[Mapping[str, Any]] = (
         _prompts(sys.stdin.buffer, InputFormat("text"))
         if corpus == "-"
-        else _File(Path(corpus), column)
+        else _PromptFile(Path(corpus), column)
     )
-    with access_of(context).client(server) as client:
+    with connection.client() as client:
         found = client.build_atlas(
             prompts,
             out,
@@ -126,13 +97,13 @@ def build(
             progress=not quiet,
         )
     if as_json:
-        echo_json({**found.about, "tokens": found.tokens, "skipped": found.skipped})
+        print_json({**found.about, "tokens": found.tokens, "skipped": found.skipped})
     else:
         left_out = f", {len(found.skipped)} prompts left out" if found.skipped else ""
         typer.echo(f"{out}: {found.tokens} tokens{left_out}")
 
 
-@app.command()
+@command(app)
 def show(
     folder: AtlasFolder,
     layer: Annotated[int, typer.Argument(help="Decoder layer, from 0.")],
@@ -146,7 +117,7 @@ def show(
     found = atlas.neuron(layer, index) if site == "neuron" else atlas.head(layer, index)
     names = [name for name in LISTS if name.startswith(measure)]
     if as_json:
-        echo_json(
+        print_json(
             {
                 "label": found.label,
                 "labelled_by": found.labelled_by,
@@ -157,94 +128,85 @@ def show(
                     of: {f"{share:g}": _known(found.quantile(share, of)) for share in QUANTILES}
                     for of in MEASURES
                 },
-                **{name: [asdict(place) for place in found.contexts[name]] for name in names},
+                **{name: found.contexts[name] for name in names},
             }
         )
         return
-    low, middle, high = (f"{found.quantile(share, measure):.3g}" for share in QUANTILES)
-    about = (
-        f"{found.count} tokens, relevance mass {found.mass:.4g}\n"
-        f"{measure}: mean {found.mean[measure]:.3g}; 1 %, 50 %, 99 % below {low}, {middle}, {high}"
-    )
+    quantiles = ", ".join(f"{found.quantile(share, measure):.3g}" for share in QUANTILES)
     by = f" (by {found.labelled_by})" if found.labelled_by not in ("", BUILT_IN) else ""
-    table = Table(title=Text(f"{site} {index} of layer {layer}: {found.label or '-'}{by}\n{about}"))
-    table.add_column(measure, justify="right")
-    table.add_column("where")
-    table.add_column("next" if atlas.about["target"] is None else "explained")
-    for name in names:
-        for place in found.contexts[name]:
-            value = place.value(measure)
-            target = Text(visible_token(place.target).strip())
-            table.add_row(f"{value:+.4g}", _line(place, value), target)
-    Console().print(table)
+    rows = [
+        (f"{value:+.4g}", _line(place, value), visible_token(place.target).strip())
+        for name in names
+        for place in found.contexts[name]
+        for value in [place.value(measure)]
+    ]
+    console = Console()
+    console.print(
+        Text(
+            f"{site} {index} of layer {layer}: {safe(found.label or '-')}{safe(by)}\n"
+            f"{found.count} tokens, relevance mass {found.mass:.4g}\n"
+            f"{measure}: mean {found.mean[measure]:.3g}; 1 %, 50 %, 99 % below {quantiles}"
+        )
+    )
+    target = "next" if atlas.about["target"] is None else "explained"
+    console.print(table((measure, "where", target), rows, right=(measure,)))
 
 
-@app.command()
+@command(app)
 def find(
     folder: AtlasFolder,
     text: Annotated[str, typer.Argument(help="In a context, or in a label that was imported.")],
     site: Site = "neuron",
     measure: Measure = "relevance",
-    k: Annotated[
-        int, typer.Option("-k", "--most", envvar="RELTRACE_ATLAS_FIND", help="At most so many.")
-    ] = 20,
+    k: Annotated[int, typer.Option("-k", "--most", help="At most so many.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """List the neurons or heads whose contexts have a text."""
     found = reltrace.load_atlas(folder).find(text, site=site, measure=measure, k=k)
     if as_json:
-        echo_json([asdict(match) for match in found])
+        print_json(found)
         return
-    table = Table()
-    for name in ("layer", site, "contexts"):
-        table.add_column(name, justify="right")
-    table.add_column("label")
-    table.add_column(f"strongest of them, by {measure}")
-    for match in found:
-        place = match.strongest
-        line = _line(place, place.value(measure)) if place else Text("-")
-        table.add_row(
-            str(match.layer),
-            str(match.index),
+    if not found:
+        typer.echo(f"No {site} has it in its contexts.")
+        return
+    rows = [
+        (
+            match.layer,
+            match.index,
             f"{match.count} of {match.of}",
-            Text(match.label or "-"),
-            line,
+            match.label or "-",
+            _line(match.strongest, match.strongest.value(measure)) if match.strongest else "-",
         )
-    Console().print(table if found else f"No {site} has it in its contexts.")
+        for match in found
+    ]
+    columns = ("layer", site, "contexts", "label", f"strongest of them, by {measure}")
+    Console().print(table(columns, rows, right=columns[:3]))
 
 
-@app.command()
+@command(app)
 def page(
     folder: AtlasFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Ends in .html.")],
-    most: Annotated[
-        int,
-        typer.Option(envvar="RELTRACE_ATLAS_MOST", help="Neurons on it, by relevance mass."),
-    ] = 2000,
-    contexts: Annotated[
-        int,
-        typer.Option(
-            envvar="RELTRACE_ATLAS_CONTEXTS", help="Shown of each list; all are searched."
-        ),
-    ] = 8,
+    most: Annotated[int, typer.Option(help="Neurons on it, by relevance mass.")] = 2000,
+    contexts: Annotated[int, typer.Option(help="Shown of each list; all are searched.")] = 8,
 ) -> None:
     """Write a page to browse, in one file."""
     typer.echo(reltrace.load_atlas(folder).save_page(out, most=most, contexts=contexts))
 
 
-@labels.command("export")
+@command(labels, "export")
 def export_labels(
     folder: AtlasFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A file of lines of JSON.")],
     site: Site = "neuron",
-    most: Most = None,
+    most: Annotated[int | None, typer.Option(help="At most so many, by relevance mass.")] = None,
 ) -> None:
-    """Write labels with their contexts, for a person or a language model to better them."""
+    """Write labels with their contexts, for a person or a language model to improve."""
     count = reltrace.load_atlas(folder).export_labels(out, site=site, most=most)
     typer.echo(f"{out}: {count} labels")
 
 
-@labels.command("import")
+@command(labels, "import")
 def import_labels(
     folder: AtlasFolder,
     source: Annotated[
@@ -252,13 +214,13 @@ def import_labels(
         typer.Argument(metavar="FILE", help="Lines of JSON with layer, index and label."),
     ],
 ) -> None:
-    """Take labels of a file, all or none; an empty label takes one away."""
+    """Import the labels of a file, all or none; an empty label removes one."""
     count = reltrace.load_atlas(folder).import_labels(source)
     typer.echo(f"{folder}: {count} labels changed")
 
 
-class _File:
-    """The prompts of a file, and how many they are."""
+class _PromptFile:
+    """The prompts of a file, which know their number."""
 
     def __init__(self, path: Path, column: str | None) -> None:
         if not path.is_file():
@@ -286,12 +248,12 @@ def _prompts(file: BinaryIO, reading: InputFormat) -> Iterator[Mapping[str, Any]
 
 
 def _known(value: float) -> float | None:
-    """Return a number, or what JSON has for one that there is not."""
+    """Return a number; None for nan, which JSON does not have."""
     return value if value == value else None
 
 
 def _line(place: reltrace.Context, value: float) -> Text:
-    """Return the tokens around a place, the one that is strong marked, and in colour."""
-    before, token, after = place.parts()
+    """Return the tokens around a place, the strong one marked and in colour."""
+    before, token, after = map(safe, place.parts())
     strong = "bold red" if value > 0 else "bold blue"
     return Text.assemble(before, (f"⟦{token}⟧", strong), after)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
@@ -20,55 +19,30 @@ from reltrace.batch.parts import PartFormat, pyarrow_modules
 from reltrace.batch.preflight import check_served
 from reltrace.batch.run import Options, Run, Summary
 from reltrace.calls.progress import Progress
-from reltrace.cli.options import (
-    AsJson,
-    Column,
-    Dtype,
-    IdColumn,
-    Layers,
-    Limit,
-    Model,
-    PromptFormat,
-    Quiet,
-    Reduce,
-    Rule,
-    Server,
-    Sites,
-    SpecialTokens,
-    TargetText,
-    TopK,
-    access_of,
-    target_of,
-)
+from reltrace.cli.connection import Connection
+from reltrace.cli.options import FileOptions, Limit, TraceOptions, file_of, target_of
+from reltrace.cli.output import AsJson, Quiet, print_json
 from reltrace.types.errors import invalid
 
 _INTERRUPTED, _TERMINATED = 130, 143
-# A log is no terminal: a line now and then is enough.
+# Of a log that is no terminal.
 _SECONDS_BETWEEN_LINES = 30.0
 
 
 def batch(
-    context: typer.Context,
+    connection: Connection,
     source: Annotated[
         str, typer.Argument(metavar="IN", help="File of prompts; -: standard input.")
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT_DIR", help="Folder of the traces; made if need be.")
+        Path,
+        typer.Argument(metavar="OUT_DIR", help="Folder of the traces; made if it is not there."),
     ],
-    server: Server = None,
-    model: Model = None,
-    target: TargetText = "max",
-    rule: Rule = "attnlrp",
-    site: Sites = None,
-    reduce: Reduce = "token",
-    top_k: TopK = None,
-    layer: Layers = None,
-    dtype: Dtype = "float32",
-    add_special_tokens: SpecialTokens = True,
+    trace: TraceOptions,
+    reading: FileOptions,
     output_uri: Annotated[
         str | None,
         typer.Option(
-            envvar="RELTRACE_BATCH_OUTPUT_URI",
             metavar="URL",
             help="Folder, such as s3://bucket/run-1, that workers write tensors to instead of "
             "sending them; OUT_DIR then says where they are. One that the server allows.",
@@ -76,67 +50,42 @@ def batch(
         ),
     ] = None,
     part_format: Annotated[
-        PartFormat, typer.Option("--format", envvar="RELTRACE_FORMAT", help="Of the traces.")
+        PartFormat, typer.Option("--format", help="Format of the files of traces.")
     ] = "safetensors",
-    input_format: PromptFormat = None,
-    column: Column = None,
-    id_column: IdColumn = None,
     limit: Limit = None,
     shard: Annotated[
         str | None,
         typer.Option(
-            envvar="RELTRACE_SHARD",
             metavar="I/N",
             help="Only this machine's part of the prompts: 1/4, 2/4, ... into the same OUT_DIR.",
         ),
     ] = None,
     retry_failed: Annotated[
         bool,
-        typer.Option(
-            "--retry-failed",
-            envvar="RELTRACE_RETRY_FAILED",
-            help="Try prompts again that the server found fault with.",
-        ),
+        typer.Option("--retry-failed", help="Try prompts again that failed for their own fault."),
     ] = False,
     max_in_flight: Annotated[
-        int,
-        typer.Option(
-            envvar="RELTRACE_MAX_IN_FLIGHT", min=1, help="Prompts on their way at a time."
-        ),
+        int, typer.Option(min=1, help="Prompts that are submitted and not finished, at a time.")
     ] = 1024,
-    part_traces: Annotated[
-        int, typer.Option(envvar="RELTRACE_PART_TRACES", min=1, help="Traces in one file.")
-    ] = 1024,
+    part_traces: Annotated[int, typer.Option(min=1, help="Traces in one file.")] = 1024,
     part_seconds: Annotated[
-        float,
-        typer.Option(
-            envvar="RELTRACE_PART_SECONDS", min=0.1, help="Most seconds until a trace is on disk."
-        ),
+        float, typer.Option(min=0.1, help="Most seconds until a trace is on disk.")
     ] = 10.0,
     retry_timeout: Annotated[
-        float,
-        typer.Option(
-            envvar="RELTRACE_RETRY_TIMEOUT",
-            min=0,
-            help="Seconds to wait for a server that is away.",
-        ),
+        float, typer.Option(min=0, help="Seconds to wait for a server that does not answer.")
     ] = 600.0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Trace a file of prompts. The same command again goes on where it was left.
+    """Trace a file of prompts. The same command again continues an interrupted run.
 
     Exit code: 0 if every prompt has its trace, 1 if some failed (OUT_DIR/errors.jsonl says which
     and why) or the run broke off, 130 or 143 if it was interrupted.
     """
-    path = None if source == "-" else Path(source)
-    if path is not None and not path.is_file():
-        raise invalid("input", f"there is no file {source!r}")
+    path = file_of(source)
     if part_format == "parquet":
         pyarrow_modules()
-    reading = InputFormat.of(
-        path, input_format or ("jsonl" if path is None else None), column, id_column
-    )
+    input_format = reading.format_of(path)
     part = _shard(shard)
     options = Options(
         path,
@@ -148,34 +97,28 @@ def batch(
         part_traces=part_traces,
         part_seconds=part_seconds,
     )
-    wanted = target_of(target)
+    target = target_of(trace.target)
     settings = Settings(
-        model=model,
-        sites=site or ["resid"],
-        reduce=reduce,
-        target=wanted,
-        rule=rule,
-        dtype=dtype,
-        layers=layer or None,
-        top_k=top_k,
+        **trace.arguments(),
+        target=target,
         format=part_format,
-        input_format=reading.name,
-        column=column,
-        id_column=id_column,
+        input_format=input_format.name,
+        column=reading.column,
+        id_column=reading.id_column,
         shards=part[1],
         output_uri=output_uri,
-        add_special_tokens=add_special_tokens,
     )
-    # With the usual patience: a wrong address is told at once, and only then waited for.
-    with access_of(context).client(server) as client:
+    # With the usual timeout: a wrong address is reported soon.
+    with connection.client() as client:
         check_served(settings, client.models())
     with (
-        access_of(context).client(server, retry_timeout) as client,
-        closing(_bar(_total(path, reading, limit, part), quiet)) as bar,
-        _stopped_in_order(out),
-        _said_aloud(),
+        connection.client(retry_timeout) as client,
+        closing(_bar(_total(path, input_format, limit, part), quiet)) as bar,
+        _reporting_signals(out),
+        _logging_beside_the_bar(),
     ):
-        summary = Run(client, settings, reading, options, sys.stdin.buffer, bar).run(wanted)
+        run = Run(client, settings, input_format, options, sys.stdin.buffer, bar)
+        summary = run.run(target)
     _report(summary, out, as_json)
     if summary.failed:
         raise typer.Exit(1)
@@ -193,7 +136,7 @@ def _shard(text: str | None) -> tuple[int, int]:
 def _total(
     path: Path | None, reading: InputFormat, limit: int | None, shard: tuple[int, int]
 ) -> int | None:
-    """Return how many prompts there are for this machine; None where only reading them tells."""
+    """Return how many prompts there are for this machine; None if only reading them tells."""
     if path is None:
         return limit
     with path.open("rb") as file:
@@ -208,8 +151,8 @@ class _Stop(BaseException):
 
 
 @contextmanager
-def _stopped_in_order(out: Path) -> Iterator[None]:
-    """On Ctrl-C and SIGTERM say that nothing is lost, and how it goes on."""
+def _reporting_signals(out: Path) -> Iterator[None]:
+    """On Ctrl-C and SIGTERM say that nothing is lost, and how to continue."""
 
     def stop(*_: object) -> None:
         raise _Stop
@@ -219,8 +162,8 @@ def _stopped_in_order(out: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, _Stop) as error:
         typer.echo(
-            f"reltrace: interrupted; what has come is in {out}, and the same command goes on "
-            "from there",
+            f"reltrace: interrupted; the results so far are in {out}, and the same command "
+            "continues from there",
             err=True,
         )
         code = _TERMINATED if isinstance(error, _Stop) else _INTERRUPTED
@@ -229,9 +172,7 @@ def _stopped_in_order(out: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Aloud(logging.Handler):
-    """Says what the client logs beside the bar."""
-
+class _BesideTheBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
@@ -239,9 +180,9 @@ class _Aloud(logging.Handler):
 
 
 @contextmanager
-def _said_aloud() -> Iterator[None]:
-    """Tell that the server is away: otherwise a run that waits for it looks stuck."""
-    handler = _Aloud(logging.WARNING)
+def _logging_beside_the_bar() -> Iterator[None]:
+    """Print what the client logs: otherwise a run that waits for a server looks stuck."""
+    handler = _BesideTheBar(logging.WARNING)
     logging.getLogger("reltrace").addHandler(handler)
     try:
         yield
@@ -257,7 +198,7 @@ def _bar(total: int | None, quiet: bool) -> Progress:
 
 def _report(summary: Summary, out: Path, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({**asdict(summary), "out": str(out)}))
+        print_json({**asdict(summary), "out": str(out)})
         return
     failed = f", {summary.failed:,} failed (see errors.jsonl)" if summary.failed else ""
     typer.echo(

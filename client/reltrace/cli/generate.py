@@ -15,41 +15,30 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from reltrace.cli.options import (
-    AsJson,
-    Chat,
-    Model,
-    Prompt,
-    Server,
-    SpecialTokens,
-    access_of,
-    echo_hints,
-    echo_json,
-    input_of,
-)
-from reltrace.client.text_stream import TextStream
+from reltrace.cli.connection import Connection
+from reltrace.cli.options import Model, PromptOptions, Seed, SpecialTokens
+from reltrace.cli.output import AsJson, print_json, safe, warn, write
+from reltrace.client.sync_client import TextStream
 from reltrace.types.edit import Steer
 from reltrace.types.errors import TraceError, invalid
 
 _NEURON = re.compile(r"(\d+):(\d+)(=|\*)(\S+)")
 _DIRECTION = re.compile(r"(\d+)\+(.+)")
 
-_ARCHIVE = b"PK"
-"""What .npz files begin with."""
+# The first bytes of .npz files.
+_ZIP_MAGIC = b"PK"
 
-_MOST_NUMBERS = 1 << 20
-"""Of a direction: one for each feature of the residual stream, of which no model has more."""
+# A direction has a number for each feature of the residual stream: no model has more.
+_MAX_DIRECTION = 1 << 20
 
 
 def generate(
-    context: typer.Context,
-    prompt: Prompt = None,
-    server: Server = None,
+    connection: Connection,
+    prompt: PromptOptions,
     model: Model = None,
     steer: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="RELTRACE_STEER",
             metavar="LAYER:NEURON=VALUE",
             help="Set a neuron, or multiply it (LAYER:NEURON*SCALE), or add a direction to the "
             "residual stream (LAYER+FILE.npy or LAYER+FILE.npy*SCALE); may be repeated. The text "
@@ -57,28 +46,21 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(envvar="RELTRACE_MAX_NEW_TOKENS", help="At most so many tokens.")
-    ] = 64,
-    temperature: Annotated[
-        float,
-        typer.Option(envvar="RELTRACE_TEMPERATURE", help="0: always the likeliest token."),
-    ] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[
         float,
         typer.Option(
-            envvar="RELTRACE_TOP_P",
-            help="Draw from the likeliest that have this much probability together; 0: from all.",
+            help="Draw from the likeliest that have this much probability together; 0: from all."
         ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(envvar="RELTRACE_SEED", help="Of the draws.")] = 0,
-    chat: Chat = None,
+    seed: Seed = 0,
     add_special_tokens: SpecialTokens = True,
     as_json: AsJson = False,
 ) -> None:
-    """Let a model go on with a prompt, as it is and steered."""
-    asked: dict[str, Any] = {
-        **input_of(prompt, chat),
+    """Let a model continue a prompt, as it is and steered."""
+    arguments: dict[str, Any] = {
+        **prompt.arguments(),
         "add_special_tokens": add_special_tokens,
         "steer": [steer_of(text) for text in steer or ()],
         "max_new_tokens": max_new_tokens,
@@ -87,41 +69,38 @@ def generate(
         "seed": seed,
         "model": model,
     }
-    with access_of(context).client(server) as client:
+    with connection.client() as client:
         # A file or a pipe must not get a text that begins again after it has begun.
         if sys.stdout.isatty() and not as_json:
-            along = _write_beside if steer else _write_along
-            stream = client.generate_stream(**asked)
-            along(stream)
+            stream = client.generate_stream(**arguments)
+            (_show_both_texts if steer else _show_text)(stream)
             if stream.result is not None:
-                echo_hints(stream.result.hints)
+                warn(*stream.result.hints)
             return
-        found = client.generate(**asked)
-    echo_hints(found.hints)
+        found = client.generate(**arguments)
+    warn(*found.hints)
     if as_json:
-        echo_json(found.to_dict())
+        print_json(found.to_dict())
     elif found.unsteered is None:
-        typer.echo(found.text)
+        write(found.text)
     else:
         Console().print(_side_by_side(found.text, found.unsteered.text))
 
 
-def _write_along(stream: TextStream) -> None:
-    """Print a text as it comes; one that begins again does so on a new line."""
+def _show_text(stream: TextStream) -> None:
+    """Print a text while it is written; one that begins again does so on a new line."""
     begun = False
     try:
         for piece in stream:
-            typer.echo("\n" * piece.again + piece.text, nl=False)
-            sys.stdout.flush()
+            write("\n" * piece.again + piece.text, end="")
             begun = True
     finally:
-        # What an error says stands on a line of its own too.
+        # The message of an error stands on a line of its own, too.
         if begun:
             typer.echo()
 
 
-def _write_beside(stream: TextStream) -> None:
-    """Show both texts as they come."""
+def _show_both_texts(stream: TextStream) -> None:
     texts = {True: "", False: ""}
     with Live(_side_by_side("", ""), console=Console()) as live:
         for piece in stream:
@@ -130,13 +109,21 @@ def _write_beside(stream: TextStream) -> None:
             live.update(_side_by_side(texts[True], texts[False]))
 
 
+def _side_by_side(steered: str, plain: str) -> Table:
+    table = Table(expand=True)
+    table.add_column("as it is", ratio=1)
+    table.add_column("steered", ratio=1)
+    table.add_row(Text(safe(plain)), Text(safe(steered)))
+    return table
+
+
 def steer_of(text: str) -> Steer:
     """Read ``LAYER:NEURON=VALUE``, ``LAYER:NEURON*SCALE`` or ``LAYER+FILE``, ``LAYER+FILE*SCALE``.
 
     Raises
     ------
     InvalidArgument
-        It is none of these, or the file holds no direction.
+        If the text has none of these forms, or the file does not hold a direction.
     """
     if neuron := _NEURON.fullmatch(text):
         number = _number(neuron[4])
@@ -148,7 +135,7 @@ def steer_of(text: str) -> Steer:
         file, _, behind = direction[2].rpartition("*")
         scale = _number(behind) if file else None
         if scale is None:
-            # The asterisk, if there is one, is the file's own.
+            # An asterisk, if there is one, is part of the name of the file.
             file = direction[2]
         return Steer(int(direction[1]), direction=_vector(Path(file)), scale=scale)
     raise invalid(
@@ -168,25 +155,16 @@ def _number(text: str) -> float | None:
 def _vector(path: Path) -> NDArray[Any]:
     try:
         with path.open("rb") as file:
-            if file.read(len(_ARCHIVE)) == _ARCHIVE:
+            if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
                 raise invalid("steer", f"{path} holds several arrays (.npz); a direction is one")
-        # Mapped: what a header announces and the file does not have is no memory that is taken.
+        # Mapped: a header that announces more than the file has does not take memory.
         found: NDArray[Any] = np.load(path, mmap_mode="r")
     except OSError as error:
         raise invalid("steer", f"{path} can not be read: {error.strerror or error}") from None
     except TraceError:
         raise
     except (ValueError, EOFError, OverflowError, MemoryError) as error:
-        raise invalid("steer", f"{path} is no file of numpy.save's: {error}") from None
-    if found.size > _MOST_NUMBERS:
-        raise invalid("steer", f"{path} has {found.size} numbers; allowed: {_MOST_NUMBERS}")
+        raise invalid("steer", f"{path} was not written by numpy.save: {error}") from None
+    if found.size > _MAX_DIRECTION:
+        raise invalid("steer", f"{path} has {found.size} numbers; allowed: {_MAX_DIRECTION}")
     return np.array(found)
-
-
-def _side_by_side(steered: str, plain: str) -> Table:
-    table = Table(show_lines=False, expand=True)
-    table.add_column("as it is", ratio=1)
-    table.add_column("steered", ratio=1)
-    # What models write is no markup.
-    table.add_row(Text(plain), Text(steered))
-    return table

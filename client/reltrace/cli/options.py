@@ -4,160 +4,169 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from reltrace_proto.net import TlsOptions
 
-import reltrace
-from reltrace.batch.items import InputName
-from reltrace.transport.settings import ADDRESS_VARIABLE, DEFAULT_ADDRESS
+from reltrace.batch.items import InputFormat, InputName
 from reltrace.types.errors import invalid
-from reltrace.types.request import Dtype as DtypeName
+from reltrace.types.request import Dtype
 
 _ID_PREFIX = "id:"
 
-Server = Annotated[
-    str | None,
-    typer.Option(
-        envvar=ADDRESS_VARIABLE,
-        help="HOST:PORT of the server, several with commas between, or dns:///NAME:PORT."
-        f" (default: {DEFAULT_ADDRESS})",
-        show_default=False,
-    ),
+Model = Annotated[
+    str | None, typer.Option(help="Name of a served model.", show_default="the only one")
 ]
-Prompt = Annotated[
-    str | None,
-    typer.Argument(help="A text; -: standard input.", show_default=False),
-]
-Chat = Annotated[
-    str | None,
-    typer.Option(
-        envvar="RELTRACE_CHAT",
-        metavar="FILE|-",
-        help="Instead of PROMPT a conversation: JSON, a list of messages with role and content; "
-        "-: standard input.",
-        show_default=False,
-    ),
-]
+Rule = Annotated[str, typer.Option(help="Propagation rule.")]
 SpecialTokens = Annotated[
     bool,
     typer.Option(
         "--add-special-tokens/--no-add-special-tokens",
-        envvar="RELTRACE_ADD_SPECIAL_TOKENS",
         help="Put in front of a prompt what the tokenizer puts there (BOS), unless it has it.",
     ),
 ]
-Model = Annotated[
-    str | None,
-    typer.Option(envvar="RELTRACE_MODEL", help="Name of a served model; default: the only one."),
+Contrast = Annotated[
+    str | None, typer.Option(help="Subtract the logit of this token (a text, or id:N).")
 ]
-TargetText = Annotated[
-    str,
-    typer.Option(
-        envvar="RELTRACE_TARGET",
-        help='What is explained: "max" (the largest logit), a token\'s text, or id:N.',
-    ),
+Logprob = Annotated[
+    bool, typer.Option("--logprob", help="Log-probability of the target instead of its logit.")
 ]
-Rule = Annotated[str, typer.Option(envvar="RELTRACE_RULE", help="Propagation rule.")]
-Sites = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--site",
-        envvar="RELTRACE_SITE",
-        help="Where relevance is read; may be repeated. (default: resid)",
-        show_default=False,
-    ),
-]
-Reduce = Annotated[
-    str,
-    typer.Option(
-        envvar="RELTRACE_REDUCE",
-        help="What is summed: token leaves a value per token, feature one per feature, full "
-        "everything; topk keeps the --top-k largest of each layer.",
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(envvar="RELTRACE_TOP_K", help="With --reduce topk: values per layer."),
-]
-Layers = Annotated[
-    list[int] | None,
-    typer.Option(
-        "--layer",
-        envvar="RELTRACE_LAYER",
-        help="A decoder layer to keep, from 0; may be repeated. (default: all)",
-        show_default=False,
-    ),
-]
-Dtype = Annotated[
-    DtypeName,
-    typer.Option(envvar="RELTRACE_RESULT_DTYPE", help="Number format in which relevance travels."),
-]
-PromptFormat = Annotated[
-    InputName | None,
-    typer.Option(
-        envvar="RELTRACE_INPUT_FORMAT",
-        help="Of the prompts. (default: by the ending; of standard input: jsonl)",
-        show_default=False,
-    ),
-]
+Timeout = Annotated[float | None, typer.Option(help="Seconds for the whole call.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts of the file.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of what is drawn at random.")]
 Column = Annotated[
     str | None,
     typer.Option(
-        envvar="RELTRACE_COLUMN",
-        help="Column of the prompts, in CSV and Parquet; that of conversations is called messages. "
-        "(default: prompt, else messages)",
-        show_default=False,
+        help="Column of the prompts, in CSV and Parquet; that of conversations is called messages.",
+        show_default="prompt, else messages",
     ),
-]
-IdColumn = Annotated[
-    str | None,
-    typer.Option(
-        envvar="RELTRACE_ID_COLUMN",
-        help="Column of their ids. (default: id, if there is one)",
-        show_default=False,
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(envvar="RELTRACE_LIMIT", min=1, help="Only the first N prompts of the file."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", envvar="RELTRACE_QUIET", help="Show no progress.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", envvar="RELTRACE_JSON", help="Print JSON for machines.")
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
-    """What the options before the command say."""
+class TraceOptions:
+    """What is traced, and which values are returned."""
 
-    token_file: Path | None
-    tls: TlsOptions | bool | None
-    insecure: bool | None
+    model: Model = None
+    target: Annotated[
+        str,
+        typer.Option(
+            help='What is explained: "max" (the largest logit), a token\'s text, or id:N.'
+        ),
+    ] = "max"
+    rule: Rule = "attnlrp"
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="Where relevance is read; may be repeated.", show_default="resid"),
+    ] = None
+    reduce: Annotated[
+        str,
+        typer.Option(
+            help="What is summed: token leaves a value per token, feature one per feature, full "
+            "everything; topk keeps the --top-k largest of each layer."
+        ),
+    ] = "token"
+    top_k: Annotated[int | None, typer.Option(help="With --reduce topk: values per layer.")] = None
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(help="A decoder layer to keep, from 0; may be repeated.", show_default="all"),
+    ] = None
+    dtype: Annotated[Dtype, typer.Option(help="Number format in which relevance is sent.")] = (
+        "float32"
+    )
+    add_special_tokens: SpecialTokens = True
 
-    def client(self, server: str | None, retry_timeout: float = 30.0) -> reltrace.Client:
-        """Return a client; it waits so many seconds for a server that is away."""
-        # An option wins over the environment, where the client looks for what is None.
-        return reltrace.Client(
-            server,
-            token=self.token_file,
-            tls=self.tls,
-            insecure=self.insecure,
-            retry_timeout=retry_timeout,
-        )
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `Client.trace`, but for the target."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        del found["target"]
+        return found | {
+            "sites": found.pop("site") or ["resid"],
+            "layers": found.pop("layer") or None,
+        }
 
 
-def access_of(context: typer.Context) -> Access:
-    """Return what the options before the command say."""
-    access = context.find_object(Access)
-    assert access is not None
-    return access
+@dataclass(frozen=True, slots=True)
+class PromptOptions:
+    """One prompt or conversation, and how a model reads it."""
+
+    prompt: Annotated[
+        str | None, typer.Argument(help="A text; -: standard input.", show_default=False)
+    ] = None
+    chat: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|-",
+            help="Instead of PROMPT a conversation: JSON, a list of messages with role and "
+            "content; -: standard input.",
+            show_default=False,
+        ),
+    ] = None
+
+    def arguments(self, input_ids: str | None = None) -> dict[str, Any]:
+        """Return the argument of `Client.trace` that holds the input, under its name.
+
+        Raises
+        ------
+        InvalidArgument
+            If the conversation can not be read, or the ids are none.
+        typer.BadParameter
+            If not exactly one of the three is given.
+        """
+        if [self.prompt, self.chat, input_ids].count(None) != 2:
+            raise typer.BadParameter(
+                "give one of a prompt, --chat and --input-ids", param_hint="PROMPT"
+            )
+        if self.prompt is not None:
+            text = sys.stdin.read().removesuffix("\n") if self.prompt == "-" else self.prompt
+            return {"prompt": text}
+        if self.chat is not None:
+            return {"messages": _messages(self.chat)}
+        assert input_ids is not None
+        parts = [part.strip() for part in input_ids.split(",")]
+        if not all(part.isascii() and part.isdigit() for part in parts):
+            raise invalid("input-ids", f"must be token ids with commas between, not {input_ids!r}")
+        return {"input_ids": [int(part) for part in parts]}
+
+
+@dataclass(frozen=True, slots=True)
+class FileOptions:
+    """How a file of prompts is read."""
+
+    input_format: Annotated[
+        InputName | None,
+        typer.Option(
+            help="Of the prompts.", show_default="by the ending; of standard input: jsonl"
+        ),
+    ] = None
+    column: Column = None
+    id_column: Annotated[
+        str | None,
+        typer.Option(help="Column of their ids.", show_default="id, if there is one"),
+    ] = None
+
+    def format_of(self, path: Path | None, *further: str) -> InputFormat:
+        """Return how to read a file, or standard input; `further` columns as well."""
+        name = self.input_format or ("jsonl" if path is None else None)
+        return InputFormat.of(path, name, self.column, self.id_column, further)
+
+
+def file_of(source: str) -> Path | None:
+    """Return the file of prompts that an argument names; None: standard input.
+
+    Raises
+    ------
+    InvalidArgument
+        If there is no such file.
+    """
+    path = Path(source)
+    if source == "-":
+        return None
+    if path.is_dir() or not path.exists():
+        raise invalid("input", f"there is no file {source!r}")
+    return path
 
 
 def target_of(text: str, field: str = "target") -> str | int:
@@ -166,7 +175,7 @@ def target_of(text: str, field: str = "target") -> str | int:
     Raises
     ------
     InvalidArgument
-        If it is an id that is none.
+        If ``id:`` is not followed by a token id.
     """
     if not text.startswith(_ID_PREFIX):
         return text
@@ -174,32 +183,6 @@ def target_of(text: str, field: str = "target") -> str | int:
     if not (number.isascii() and number.isdigit()):
         raise invalid(field, f"after {_ID_PREFIX} comes a token id, not {number!r}")
     return int(number)
-
-
-def input_of(prompt: str | None, chat: str | None, ids: str | None = None) -> dict[str, Any]:
-    """Return the argument of `trace` for what is put before the model, under its name.
-
-    Raises
-    ------
-    InvalidArgument
-        If the conversation can not be read, or the ids are none.
-    typer.BadParameter
-        If not exactly one of the three is given.
-    """
-    given = [one for one in (prompt, chat, ids) if one is not None]
-    if len(given) != 1:
-        raise typer.BadParameter(
-            "give one of a prompt, --chat and --input-ids", param_hint="PROMPT"
-        )
-    if prompt is not None:
-        return {"prompt": sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt}
-    if chat is not None:
-        return {"messages": _messages(chat)}
-    assert ids is not None
-    parts = [part.strip() for part in ids.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise invalid("input-ids", f"must be token ids with commas between, not {ids!r}")
-    return {"input_ids": [int(part) for part in parts]}
 
 
 def _messages(chat: str) -> Any:
@@ -219,20 +202,3 @@ def _messages(chat: str) -> Any:
             "chat", f"{name} must be a JSON list of messages, or an object with it as messages"
         )
     return value
-
-
-def echo_hints(hints: Sequence[str]) -> None:
-    """Print what a reader should know of how a prompt was read, to standard error."""
-    for hint in hints:
-        typer.echo(f"reltrace: {hint}", err=True)
-
-
-def echo_json(value: Any) -> None:
-    """Print a value as one line of JSON; times in ISO 8601."""
-    typer.echo(json.dumps(value, default=_plain))
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,4 +1,4 @@
-"""`reltrace run`: one prompt."""
+"""`reltrace trace`: one prompt."""
 
 from __future__ import annotations
 
@@ -10,24 +10,9 @@ import typer
 from rich.console import Console
 
 import reltrace
-from reltrace.cli.options import (
-    Chat,
-    Dtype,
-    Layers,
-    Model,
-    Prompt,
-    Reduce,
-    Rule,
-    Server,
-    Sites,
-    SpecialTokens,
-    TargetText,
-    TopK,
-    access_of,
-    echo_hints,
-    input_of,
-    target_of,
-)
+from reltrace.cli.connection import Connection
+from reltrace.cli.options import Contrast, Logprob, PromptOptions, Timeout, TraceOptions, target_of
+from reltrace.cli.output import warn
 from reltrace.types.errors import invalid
 from reltrace.types.neurons import has_labels
 from reltrace.types.target import Target
@@ -36,68 +21,38 @@ from reltrace.viz import terminal
 from reltrace.viz.file import check_path
 
 
-def run(
-    context: typer.Context,
-    prompt: Prompt = None,
-    server: Server = None,
-    model: Model = None,
-    target: TargetText = "max",
-    rule: Rule = "attnlrp",
-    site: Sites = None,
-    reduce: Reduce = "token",
-    top_k: TopK = None,
-    layer: Layers = None,
-    dtype: Dtype = "float32",
+def trace(
+    connection: Connection,
+    prompt: PromptOptions,
+    options: TraceOptions,
     position: Annotated[
         int,
         typer.Option(
-            envvar="RELTRACE_POSITION",
-            help="Of the token whose next token is explained; negative: from the end.",
+            help="Position of the token whose next token is explained; negative: from the end."
         ),
     ] = -1,
-    contrast: Annotated[
-        str | None,
-        typer.Option(envvar="RELTRACE_CONTRAST", help="Subtract this token (a text, or id:N)."),
-    ] = None,
+    contrast: Contrast = None,
     continuation: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RELTRACE_CONTINUATION",
-            help="Explain these tokens after the prompt instead of --target.",
-        ),
+        str | None, typer.Option(help="Explain these tokens after the prompt instead of --target.")
     ] = None,
-    logprob: Annotated[
-        bool,
-        typer.Option(
-            "--logprob", envvar="RELTRACE_LOGPROB", help="Log-probability instead of logit."
-        ),
-    ] = False,
-    chat: Chat = None,
-    add_special_tokens: SpecialTokens = True,
+    logprob: Logprob = False,
     input_ids: Annotated[
         str | None,
-        typer.Option(
-            envvar="RELTRACE_INPUT_IDS",
-            metavar="N,N,...",
-            help="Token ids instead of PROMPT, used as they are.",
-        ),
+        typer.Option(metavar="N,N,...", help="Token ids instead of PROMPT, used as they are."),
     ] = None,
     save: Annotated[
-        Path | None,
-        typer.Option(envvar="RELTRACE_SAVE", help="Write the trace to a .safetensors file."),
+        Path | None, typer.Option(help="Write the trace to a .safetensors file.")
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            envvar="RELTRACE_PLOT",
             help="Write the layers-by-tokens heatmap: a .png, .svg or .pdf file, or .html for a "
-            "page with hover values.",
+            "page with hover values."
         ),
     ] = None,
     atlas: Annotated[
         Path | None,
         typer.Option(
-            envvar="RELTRACE_ATLAS",
             metavar="FOLDER",
             help="Label the strongest neurons and heads, here and in an .html plot: an atlas of "
             "the model.",
@@ -107,62 +62,47 @@ def run(
         str | None,
         typer.Option(
             "--json",
-            envvar="RELTRACE_JSON_FILE",
             metavar="FILE|-",
             help="Write the trace as one JSON object; -: to standard output, and nothing else.",
         ),
     ] = None,
-    timeout: Annotated[
-        float | None,
-        typer.Option(envvar="RELTRACE_TIMEOUT", help="Seconds for the whole call."),
-    ] = None,
+    timeout: Timeout = None,
 ) -> None:
     """Trace one prompt and show its tokens coloured by relevance."""
-    read = input_of(prompt, chat, input_ids)
+    text = prompt.arguments(input_ids)
     if plot is not None:
         check_path(plot, with_labels=atlas is not None)
     # Before anything is traced: that may take long.
-    labels = None if atlas is None else _labels(atlas, site or [], reduce)
-    asked = Target(
-        target_of(target),
+    labels = None if atlas is None else _labels(atlas, options)
+    wanted = Target(
+        target_of(options.target),
         position,
         None if contrast is None else target_of(contrast, "contrast"),
         continuation,
         logprob,
     )
-    # A type checker gives up on so many arguments that may be None, each in two overloads.
-    options: dict[str, Any] = {
-        **read,
-        "add_special_tokens": add_special_tokens,
-        "model": model,
-        "sites": site or ["resid"],
-        "reduce": reduce,
-        "rule": rule,
-        "dtype": dtype,
-        "layers": layer or None,
-        "top_k": top_k,
-        "timeout": timeout,
-    }
-    with access_of(context).client(server) as client:
-        trace = client.trace(target=asked, **options)
-    echo_hints(trace.hints)
+    # Not by keyword: a type checker gives up on so many arguments in two overloads.
+    arguments: dict[str, Any] = {**text, **options.arguments(), "timeout": timeout}
+    with connection.client() as client:
+        found = client.trace(target=wanted, **arguments)
+    warn(*found.hints)
     if json_file == "-":
-        typer.echo(json.dumps(trace.to_dict(), allow_nan=False))
+        print(json.dumps(found.to_dict(), allow_nan=False))
     else:
-        _show(trace, labels)
+        _show(found, labels)
         if json_file is not None:
-            Path(json_file).write_text(json.dumps(trace.to_dict(), allow_nan=False) + "\n")
+            Path(json_file).write_text(json.dumps(found.to_dict(), allow_nan=False) + "\n")
     if save is not None:
-        trace.save(save)
+        found.save(save)
         typer.echo(f"wrote {save}", err=True)
     if plot is not None:
-        trace.plot(plot, atlas=labels)
+        found.plot(plot, atlas=labels)
         typer.echo(f"wrote {plot}", err=True)
 
 
-def _labels(folder: Path, sites: list[str], reduce: str) -> reltrace.Atlas:
+def _labels(folder: Path, options: TraceOptions) -> reltrace.Atlas:
     """Read an atlas, for a trace that has what it labels."""
-    if reduce == "token" or not any(map(has_labels, sites)):
+    if options.reduce == "token" or not any(map(has_labels, options.site or [])):
         raise invalid(
             "atlas",
             "labels neurons and heads: ask for them, with --site neuron or --site head and "

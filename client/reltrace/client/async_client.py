@@ -1,43 +1,44 @@
-"""The asyncio client: all of the client's logic; `Client` is a facade over it."""
+"""The asyncio client. `generate.py` makes the synchronous client in `sync_client.py` of it."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self, TypeAlias, overload
+from typing import Any, Self, TypeAlias, Unpack, overload
 
-from reltrace.calls.pinning import Pins
+from reltrace.calls.jobs import run_jobs
 from reltrace.calls.progress import Progress
-from reltrace.calls.source import open_source
-from reltrace.calls.trace_many import ManyRun, Result
-from reltrace.client.generate import AsyncGenerate
-from reltrace.client.queries import AsyncQueries
-from reltrace.client.studies import AsyncStudies
-from reltrace.client.tokenize import AsyncTokenize
-from reltrace.transport.connection import Connection, Deadline
-from reltrace.transport.pending import Leftovers
+from reltrace.calls.trace_many import TraceManyRun
+from reltrace.client.async_generate import AsyncGenerate
+from reltrace.client.async_queries import AsyncQueries
+from reltrace.client.async_studies import AsyncStudies
+from reltrace.client.iteration import iterate
+from reltrace.transport.connection import Connection
+from reltrace.transport.retry import Deadline
 from reltrace.transport.settings import Tls, Token, credentials
-from reltrace.transport.submission import Entry, Rejected, deliveries, submit
-from reltrace.types.checks import whole_number
 from reltrace.types.edit import EditLike
-from reltrace.types.errors import TraceError
 from reltrace.types.failure import Failure
 from reltrace.types.prompt import Messages
-from reltrace.types.request import Arguments, Dtype, Priority, wire_priority
+from reltrace.types.request import (
+    Arguments,
+    Dtype,
+    Priority,
+    TraceManyOptions,
+    TraceOptions,
+    tokenize_job,
+)
 from reltrace.types.target import Target, TargetLike
+from reltrace.types.tokens import Tokens
 from reltrace.types.trace import Trace
 
 Targets: TypeAlias = (
     list[TargetLike] | list[str] | list[int] | list[Target] | tuple[TargetLike, ...]
 )
 Item: TypeAlias = str | Mapping[str, Any]
+Items: TypeAlias = Iterable[Item] | AsyncIterable[Item]
 
-_CLOSE_TIMEOUT = 5.0
 
-
-class AsyncClient(AsyncQueries, AsyncGenerate, AsyncTokenize, AsyncStudies):
+class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
     """A client of a reltrace server for asyncio code.
 
     The methods of `Client`, awaitable; `trace_many` is an async iterator. A client belongs to
@@ -86,17 +87,11 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncTokenize, AsyncStudies):
         retry_timeout: float = 30.0,
     ) -> None:
         self._connection = Connection(address, retry_timeout, credentials(token, tls, insecure))
-        self._background: set[asyncio.Task[None]] = set()
 
     @property
     def address(self) -> str:
         """The address of the server, or of several."""
         return self._connection.address
-
-    @property
-    def leftovers(self) -> Leftovers:
-        """What the server holds for this client; for the clients' own use."""
-        return self._connection.leftovers
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,12 +107,9 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncTokenize, AsyncStudies):
     async def close(self) -> None:
         """Close the connection.
 
-        Calls that are open end with a `TraceError`; what they left on the server is cancelled.
+        Calls that are open end with a `TraceError`, and their jobs on the server are cancelled.
+        In a process that was forked from the client's own, the synchronous client does nothing.
         """
-        if self._background:
-            await asyncio.wait(self._background, timeout=_CLOSE_TIMEOUT)
-        for task in self._background:
-            task.cancel()
         await self._connection.close()
 
     @overload
@@ -125,40 +117,12 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncTokenize, AsyncStudies):
         self,
         prompt: str | None = None,
         *,
-        messages: Messages | None = None,
-        input_ids: Sequence[int] | None = None,
-        add_special_tokens: bool = True,
-        model: str | None = None,
-        sites: str | Sequence[str] = ("resid",),
-        reduce: str = "token",
         target: TargetLike = "max",
-        rule: str = "attnlrp",
-        dtype: Dtype = "float32",
-        layers: Sequence[int] | None = None,
-        top_k: int | None = None,
-        edits: EditLike | Sequence[EditLike] = (),
-        priority: Priority = "interactive",
-        timeout: float | None = None,
+        **options: Unpack[TraceOptions],
     ) -> Trace: ...
     @overload
     async def trace(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Messages | None = None,
-        input_ids: Sequence[int] | None = None,
-        add_special_tokens: bool = True,
-        model: str | None = None,
-        sites: str | Sequence[str] = ("resid",),
-        reduce: str = "token",
-        target: Targets,
-        rule: str = "attnlrp",
-        dtype: Dtype = "float32",
-        layers: Sequence[int] | None = None,
-        top_k: int | None = None,
-        edits: EditLike | Sequence[EditLike] = (),
-        priority: Priority = "interactive",
-        timeout: float | None = None,
+        self, prompt: str | None = None, *, target: Targets, **options: Unpack[TraceOptions]
     ) -> list[Trace]: ...
     async def trace(
         self,
@@ -179,81 +143,92 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncTokenize, AsyncStudies):
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Trace | list[Trace]:
-        """Trace one prompt. See `Client.trace`."""
-        arguments = Arguments(
+        """Trace one prompt.
+
+        Parameters
+        ----------
+        prompt : str
+            Text, encoded by the model's tokenizer.
+        messages : sequence of mapping
+            A conversation instead of `prompt`, each message with "role" and "content" (a text, or a
+            list of text parts as OpenAI has them, joined as they are): the model's own chat
+            template makes a text of it, with the start of the assistant's next turn at its end.
+        input_ids : sequence of int
+            Token ids instead of `prompt`, used as they are.
+        add_special_tokens : bool, default True
+            Put in front of `prompt` what the tokenizer puts there (BOS), unless the text begins
+            with it. An EOS is never appended.
+        model : str, optional
+            Name of a served model (see `models`); default: the only one.
+        sites : str or sequence of str, default ("resid",)
+            Where relevance is read: "embed" (input embeddings), "resid" (output of each decoder
+            layer), and what else the model's workers serve. Empty: no backward pass is run, and
+            the result has its target's logit and no relevance.
+        reduce : str, default "token"
+            What is summed before the result is sent: "token" leaves one value per token,
+            "feature" one per feature, "full" everything; "topk" keeps the `top_k` largest |R| of
+            each layer (see `Trace.parts`: "values", and "token" and "feature" where they stand).
+        target : str, int, Target, or a list of these, default "max"
+            What is explained: "max" (the largest logit at the last position), a token's text, a
+            token id, or a `Target`. Targets of one list share one forward pass.
+        rule : str, default "attnlrp"
+            Propagation rule: "attnlrp", "cp_lrp" or "gradient", as the model's workers serve.
+        dtype : {"float32", "bfloat16", "float16"}
+            Number format in which relevance travels.
+        layers : sequence of int, optional
+            Decoder layers that the result has, in this order, counted from 0; default: all.
+        top_k : int, optional
+            With ``reduce="topk"``: values per layer, 1 to 4096; a layer with fewer gives all.
+        edits : Edit, Steer or a sequence of these, optional
+            Made in this order in the forward pass; relevance is that of the edited model.
+        priority : {"interactive", "batch"}
+            Who goes first where jobs wait: "batch" leaves room for what is interactive.
+        timeout : float, optional
+            Seconds for the whole call; default: as long as the server takes.
+
+        Returns
+        -------
+        Trace or list of Trace
+            A list if `target` is a list (in its order) or a `Target` with ``each=True`` (one
+            trace per response token; inside a list such a target takes several places).
+
+        Raises
+        ------
+        InvalidArgument
+            If an argument is wrong; the message names it and what is allowed.
+        ModelNotFound
+            If no worker serves the model.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        DeadlineExceeded
+            If `timeout` is over.
+        JobFailed
+            If the worker failed.
+
+        Notes
+        -----
+        While the server's queue is full the call waits for as long as the server asks. A call that
+        is given up (its `timeout` is over, or Ctrl-C) cancels its job on the server.
+        """
+        job = Arguments(
             prompt, input_ids, messages, add_special_tokens, model, sites, reduce, target, rule,
             dtype, layers, top_k, None, edits,
-        )  # fmt: skip
-        return await self.run_trace(arguments, priority, timeout)
-
-    async def run_trace(
-        self, arguments: Arguments, priority: Priority, timeout: float | None
-    ) -> Trace | list[Trace]:
-        """Do what `trace` does with its arguments; for the clients' own use."""
-        deadline = Deadline(timeout)
-        job = arguments.job()
-        entries = [Entry(job, None)]
-        answer = await submit(self._connection, entries, deadline, wire_priority(priority))
-        if isinstance(answer, Rejected):
-            raise answer.errors[0]
-        stream = deliveries(self._connection, answer, entries, deadline)
-        # One job, one delivery: the stream raises where it can not give it.
-        delivery = await anext(stream)
-        finish = asyncio.create_task(_drain(stream))
-        self._background.add(finish)
-        finish.add_done_callback(self._background.discard)
-        if isinstance(delivery.outcome, TraceError):
-            raise delivery.outcome
-        assert isinstance(delivery.outcome, list)
-        return delivery.outcome if job.several else delivery.outcome[0]
+        ).job()  # fmt: skip
+        (traces,) = await run_jobs(self._connection, [job], priority, timeout)
+        assert isinstance(traces, list)
+        return traces if job.several else traces[0]
 
     @overload
     def trace_many(
-        self,
-        items: Iterable[Item] | AsyncIterable[Item],
-        *,
-        ordered: bool = False,
-        progress: bool = False,
-        add_special_tokens: bool = True,
-        model: str | None = None,
-        sites: str | Sequence[str] = ("resid",),
-        reduce: str = "token",
-        target: TargetLike = "max",
-        rule: str = "attnlrp",
-        dtype: Dtype = "float32",
-        layers: Sequence[int] | None = None,
-        top_k: int | None = None,
-        output_uri: str | None = None,
-        edits: EditLike | Sequence[EditLike] = (),
-        max_in_flight: int = 1024,
-        priority: Priority = "interactive",
-        timeout: float | None = None,
+        self, items: Items, *, target: TargetLike = "max", **options: Unpack[TraceManyOptions]
     ) -> AsyncIterator[Trace | Failure]: ...
     @overload
     def trace_many(
-        self,
-        items: Iterable[Item] | AsyncIterable[Item],
-        *,
-        ordered: bool = False,
-        progress: bool = False,
-        add_special_tokens: bool = True,
-        model: str | None = None,
-        sites: str | Sequence[str] = ("resid",),
-        reduce: str = "token",
-        target: Targets,
-        rule: str = "attnlrp",
-        dtype: Dtype = "float32",
-        layers: Sequence[int] | None = None,
-        top_k: int | None = None,
-        output_uri: str | None = None,
-        edits: EditLike | Sequence[EditLike] = (),
-        max_in_flight: int = 1024,
-        priority: Priority = "interactive",
-        timeout: float | None = None,
+        self, items: Items, *, target: Targets, **options: Unpack[TraceManyOptions]
     ) -> AsyncIterator[list[Trace] | Failure]: ...
     def trace_many(
         self,
-        items: Iterable[Item] | AsyncIterable[Item],
+        items: Items,
         *,
         ordered: bool = False,
         progress: bool = False,
@@ -272,15 +247,62 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncTokenize, AsyncStudies):
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> AsyncIterator[Any]:
-        """Trace many prompts; results come as they finish. See `Client.trace_many`.
+        """Trace many prompts; results come as they finish.
 
-        `items` may also be an async iterable.
+        Parameters
+        ----------
+        items : iterable
+            Prompts, or mappings of the arguments of `trace` (without `timeout`) plus an
+            optional "id" (str or int; default: its place, from 0). Whether ids are equal is not
+            checked. Pulled as needed, in a thread of its own unless it is a list or tuple, so that
+            a source may block.
+        ordered : bool, default False
+            Give results in the order of the items instead of as they finish.
+        progress : bool, default False
+            Show a tqdm bar.
+        add_special_tokens, model, sites, reduce, target, rule, dtype, layers, top_k, edits
+            As in `trace`, for the items that do not say otherwise.
+        output_uri : str, optional
+            Folder, as a URL such as "s3://bucket/run-1", that workers write tensors to instead of
+            sending them; one that the server allows. A trace then reads its own when they are
+            first looked at (s3 takes `pip install "reltrace[s3]"`).
+        max_in_flight : int, default 1024
+            Most items pulled from `items` whose results have not been handed out.
+        priority : {"interactive", "batch"}
+            As in `trace`.
+        timeout : float, optional
+            Seconds for the whole run; default: as long as it takes.
+
+        Yields
+        ------
+        Trace, list of Trace, or Failure
+            One per item, with its `id` (the given one, else the item's index). A list where the
+            item's target is a list or has ``each=True``, each trace with the item's id. An item
+            that is invalid or fails gives a `Failure` and does not disturb the others.
+
+        Raises
+        ------
+        InvalidArgument
+            At once, if an argument is wrong that all items share.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        DeadlineExceeded
+            If `timeout` is over.
+        Exception
+            What `items` raises, after the results of the items before it.
+
+        Notes
+        -----
+        Leaving the loop early stops pulling and reading, and cancels on the server what has not
+        ended there; so do `timeout`, an error and Ctrl-C. Results are acknowledged, and freed on
+        the server, once they are here.
         """
         defaults = Arguments(
             None, None, None, add_special_tokens, model, sites, reduce, target, rule,
             dtype, layers, top_k, output_uri, edits,
         )  # fmt: skip
-        run = self.start_many(
+        run = TraceManyRun(
+            self._connection,
             items,
             defaults,
             ordered=ordered,
@@ -288,56 +310,51 @@ class AsyncClient(AsyncQueries, AsyncGenerate, AsyncTokenize, AsyncStudies):
             priority=priority,
             deadline=Deadline(timeout),
         )
-        return self._iterate(run, Progress(items, shown=progress))
+        return iterate(run, Progress(items, shown=progress))
 
-    def start_many(
+    async def tokenize(
         self,
-        items: object,
-        defaults: Arguments,
+        prompt: str | None = None,
         *,
-        ordered: bool,
-        max_in_flight: int,
-        priority: Priority,
-        deadline: Deadline,
-        pins: Pins | None = None,
-    ) -> ManyRun:
-        """Check the arguments of `trace_many` and make its run; for the clients' own use.
+        messages: Messages | None = None,
+        add_special_tokens: bool = True,
+        model: str | None = None,
+        timeout: float | None = None,
+    ) -> Tokens:
+        """Return a prompt as a model reads it: its tokens, and where they stand in its text.
 
         Parameters
         ----------
-        pins : Pins, optional
-            Of a larger run that this one is part of.
+        prompt : str
+            Text, encoded by the model's tokenizer.
+        messages : sequence of mapping
+            A conversation instead of `prompt`, as in `trace`.
+        add_special_tokens : bool, default True
+            As in `trace`.
+        model : str, optional
+            Name of a served model; default: the only one.
+        timeout : float, optional
+            Seconds for the whole call; default: as long as the server takes.
+
+        Returns
+        -------
+        Tokens
+            What `trace` of the same prompt has.
+
+        Raises
+        ------
+        InvalidArgument
+            If an argument is wrong, or the model has no chat template; the message names it.
+        ModelNotFound
+            If no worker serves the model.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        DeadlineExceeded
+            If `timeout` is over.
+        JobFailed
+            If the worker failed.
         """
-        defaults.check_shared()
-        return ManyRun(
-            self._connection,
-            open_source(items),
-            defaults,
-            ordered=ordered,
-            max_in_flight=whole_number(max_in_flight, "max_in_flight", 1),
-            priority=wire_priority(priority),
-            deadline=deadline,
-            pins=pins or Pins(self._connection),
-        )
-
-    async def _iterate(self, run: ManyRun, progress: Progress) -> AsyncIterator[Result]:
-        try:
-            with progress:
-                while results := await run.take():
-                    for result in results:
-                        progress.count(result)
-                        yield result
-        finally:
-            await run.close()
-
-
-async def _drain(stream: Any) -> None:
-    """Read a stream that has delivered to its end, which acknowledges what it delivered."""
-    async with aclosing(stream):
-        try:
-            async with asyncio.timeout(_CLOSE_TIMEOUT):
-                async for _ in stream:
-                    pass
-        except (TraceError, TimeoutError):
-            # The result is with the caller; unacknowledged, it expires on the server.
-            return
+        job = tokenize_job(prompt, messages, add_special_tokens, model)
+        (tokens,) = await run_jobs(self._connection, [job], "interactive", timeout)
+        assert isinstance(tokens, Tokens)
+        return tokens

@@ -7,28 +7,22 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Generator
 from concurrent import futures
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
+from reltrace.calls.progress import Progress
+from reltrace.client.iteration import Run
+from reltrace.transport.connection import Connection
 from reltrace.types.errors import TraceError
 
 T = TypeVar("T")
 
-_LOOK_FOR_SIGNALS = 0.2
-"""Seconds. A signal that arrives just before a thread falls asleep on a lock does not wake it."""
-
-
-_TIDY_UP = 2.0
-"""Seconds that somebody who leaves is kept while the server is told."""
-
-
-class Closing(Protocol):
-    """What can be closed on the loop."""
-
-    async def close(self) -> None:
-        """Close it."""
-        ...
+# Seconds. A signal that arrives just before a thread falls asleep on a lock does not wake it.
+_SIGNAL_CHECK_INTERVAL = 0.2
+# Seconds that a caller who was interrupted, and the end of the process, wait for the server to be
+# told.
+_CLEANUP_TIMEOUT = 2.0
 
 
 class _Call(Generic[T]):
@@ -66,7 +60,7 @@ class LoopThread:
         )
         self._thread.start()
         self._ended = False
-        self._closing: weakref.WeakSet[Closing] = weakref.WeakSet()
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._finishing: set[asyncio.Task[None]] = set()
         atexit.register(self.end)
 
@@ -78,33 +72,34 @@ class LoopThread:
         """Run a coroutine on the loop and wait for it, from any other thread.
 
         An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine, which has
-        `_TIDY_UP` to leave in order; a second interruption ends that wait. It is noticed within
-        `_LOOK_FOR_SIGNALS`, whichever thread the system gave the signal to.
+        `_CLEANUP_TIMEOUT` to end in order; a second interruption ends that wait. It is noticed
+        within `_SIGNAL_CHECK_INTERVAL`, whichever thread the system gave the signal to.
 
         Raises
         ------
         TraceError
             In a forked child: the loop's thread is in its parent.
         """
+        unusable: Exception | None = None
         if not self.is_here():
-            work.close()
-            raise TraceError(
+            unusable = TraceError(
                 "this client was made before the process was forked, and its connection is the "
                 "parent's; make a new Client in each process"
             )
-        if threading.current_thread() is self._thread:
+        elif threading.current_thread() is self._thread:
+            unusable = RuntimeError("a synchronous client can not be used on its own event loop")
+        elif self._ended:
+            unusable = RuntimeError("the process is ending: a client can not be used any more")
+        if unusable is not None:
             work.close()
-            raise RuntimeError("a synchronous client can not be used on its own event loop")
-        if self._ended:
-            work.close()
-            raise RuntimeError("the process is ending: a synchronous client can not be used now")
+            raise unusable
         call = _Call(work)
         future: futures.Future[T] | None = None
         try:
             future = asyncio.run_coroutine_threadsafe(call.run(), self._loop)
             while True:
                 try:
-                    return future.result(_LOOK_FOR_SIGNALS)
+                    return future.result(_SIGNAL_CHECK_INTERVAL)
                 except TimeoutError:
                     # Ours, or the coroutine's own: that one is raised again.
                     if future.done():
@@ -113,15 +108,15 @@ class LoopThread:
             if future is None or not future.done():
                 self._loop.call_soon_threadsafe(call.cancel)
                 if future is not None:
-                    futures.wait((future,), _TIDY_UP)
+                    futures.wait((future,), _CLEANUP_TIMEOUT)
             raise
 
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run what ends something: from any thread, also as the process ends.
+        """Run what closes something: from any thread, also while the process ends.
 
-        A generator that nobody holds any more may be closed on the loop's own thread, which can
-        not wait for itself, or after the loop has ended. In a forked child nothing is done: what
-        there is to end is its parent's.
+        A generator that is no longer referred to may be closed on the loop's own thread, which
+        can not wait for itself, or after the loop has ended. In a forked child nothing is done:
+        what there is to close is its parent's.
         """
         if self._ended or not self.is_here():
             work.close()
@@ -132,23 +127,33 @@ class LoopThread:
         else:
             self.run(work)
 
-    def at_exit(self, closing: Closing) -> None:
-        """Note a client to be closed when the process ends, if it still exists then."""
-        self._closing.add(closing)
+    def iterate(self, run: Run[T], progress: Progress) -> Generator[T, None, None]:
+        """Yield the results of a run, one by one."""
+        try:
+            with progress:
+                while results := self.run(run.take()):
+                    for result in results:
+                        progress.count(result)
+                        yield result
+        finally:
+            self.finish(run.close())
+
+    def close_at_exit(self, connection: Connection) -> None:
+        """Close a connection when the process ends, if it still exists then."""
+        self._connections.add(connection)
 
     def end(self) -> None:
-        """Close what is open, for at most `_TIDY_UP`; nothing runs on the loop from then on."""
+        """Close all connections, for at most `_CLEANUP_TIMEOUT`; nothing runs here after that."""
         if not self.is_here():
             return
-        left = [client.close() for client in tuple(self._closing)]
-        if left:
-            future = asyncio.run_coroutine_threadsafe(_all(left), self._loop)
-            futures.wait((future,), _TIDY_UP)
+        if connections := tuple(self._connections):
+            closing = asyncio.run_coroutine_threadsafe(_close(connections), self._loop)
+            futures.wait((closing,), _CLEANUP_TIMEOUT)
         self._ended = True
 
 
-async def _all(work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    await asyncio.gather(*work, return_exceptions=True)
+async def _close(connections: tuple[Connection, ...]) -> None:
+    await asyncio.gather(*(one.close() for one in connections), return_exceptions=True)
 
 
 _lock = threading.Lock()

@@ -1,56 +1,53 @@
-"""Changes of a folder that are there whole or not at all, whatever the moment of a crash."""
+"""Files that a crash leaves either as they were or complete, and folders with one writer."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from reltrace.types.errors import TraceError, invalid
 
-# What a crash leaves unfinished has this ending, and is removed by the next run.
 UNFINISHED = ".unfinished"
-# A lock that is waited for with an end in sight has to be looked at: flock knows none.
-_LOOK_AGAIN = 0.02
+"""Suffix of a file that is being written; the next run removes or replaces what a crash left."""
+
+_POLL_SECONDS = 0.02
 
 
 @contextmanager
-def held(
+def lock_folder(
     folder: Path,
     lock_name: str,
     field: str,
     busy: str,
     *,
     mode: int = 0o777,
-    patience: float = 0.0,
+    timeout: float = 0.0,
 ) -> Iterator[None]:
-    """Hold a folder, which is made if need be: one process at a time.
+    """Create a folder if need be, and keep other processes from locking it.
 
     Parameters
     ----------
     folder : Path
-        The folder.
+        The folder; created with `mode`.
     lock_name : str
-        Of the file in it that is locked.
+        Name of the file in it that is locked.
     field : str
-        Names the folder in errors.
+        Argument that named the folder, for errors.
     busy : str
-        What is said if another process holds it.
-    mode : int
-        Of the folder, if it is made.
-    patience : float
-        Seconds to wait for another process, for what is soon over.
+        Message of the error if another process holds the lock.
+    timeout : float
+        Seconds to wait for another process.
 
     Raises
     ------
     InvalidArgument
-        Naming `field`, if the folder can not be used.
+        If the folder can not be used.
     TraceError
-        Saying `busy`, if another process holds it.
+        If another process holds the lock, or the system has no POSIX file locks.
     """
     try:
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
@@ -58,15 +55,22 @@ def held(
     except OSError as error:
         raise invalid(field, f"{folder} can not be used: {error.strerror}") from None
     with lock:
-        end = time.monotonic() + patience
-        while not _locked(lock):
-            if time.monotonic() >= end:
+        deadline = time.monotonic() + timeout
+        while not _try_lock(lock):
+            if time.monotonic() >= deadline:
                 raise TraceError(busy)
-            time.sleep(_LOOK_AGAIN)
+            time.sleep(_POLL_SECONDS)
         yield
 
 
-def _locked(lock: IO[str]) -> bool:
+def _try_lock(lock: IO[str]) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        raise TraceError(
+            f"{lock.name}: writing such a folder needs POSIX file locks (Linux, macOS), which this "
+            "system does not have; reading one does not"
+        ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -75,54 +79,60 @@ def _locked(lock: IO[str]) -> bool:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Name the file in an error of the system that does not, such as that of a full disk."""
+def with_filename(path: Path) -> Iterator[None]:
+    """Name the file in an OSError that names none or a temporary one, such as of a full disk."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
-            raise
         if error.errno is None:
-            # Not the system's own words, but those of a library about them.
+            # The words of a library, not of the system.
             raise OSError(f"{error}: {str(path)!r}") from error
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file in one step: readers see the old one or the new one, and so does a crash."""
-    unfinished = path.with_name(path.name + UNFINISHED)
-    with named(unfinished), unfinished.open("wb") as file:
-        file.writelines(pieces)
-        file.flush()
-        os.fsync(file.fileno())
-    finish(unfinished, path)
+@contextmanager
+def replace_file(
+    path: Path, *, durable: bool = True, unfinished: Path | None = None
+) -> Iterator[BinaryIO]:
+    """Open a new version of a file, which replaces the file in one step at the end.
+
+    Readers, and a crash, find the old version or the new one; after an error only the old one is
+    left.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    durable : bool, default True
+        Return when it is on the disk.
+    unfinished : Path, optional
+        Temporary name, in the same folder; default: `path` with the suffix `UNFINISHED`.
+
+    Raises
+    ------
+    OSError
+        Naming `path`, if it can not be written: the disk is full, say.
+    """
+    unfinished = unfinished or path.with_name(path.name + UNFINISHED)
+    with with_filename(path):
+        try:
+            with unfinished.open("wb") as file:
+                yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            unfinished.replace(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        if durable:
+            _sync_folder(path.parent)
 
 
-def finish(unfinished: Path, path: Path) -> None:
-    """Give a file that is complete and synced its name, durably."""
-    unfinished.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def append_durably(path: Path, line: bytes) -> None:
-    """Append to a file; a crash may leave a part of `line`, which has no end of line."""
-    with named(path), path.open("ab") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def cut(path: Path, size: int) -> None:
-    """Cut a file off after `size` bytes, durably."""
-    with path.open("r+b") as file:
-        file.truncate(size)
-        os.fsync(file.fileno())

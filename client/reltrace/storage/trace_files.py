@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from reltrace.storage.stored_arrays import Place, StoredArrays
-from reltrace.storage.tensor_file import replace_tensors
+from reltrace.storage.atomic_files import replace_file
+from reltrace.storage.stored_arrays import StoredArrays, StoredLocation
+from reltrace.storage.tensor_files import write_tensors
+from reltrace.types.arrays import Array
 from reltrace.types.errors import invalid
 from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget
 from reltrace.types.tokens import Turn
-from reltrace.types.trace import Array, Trace
+from reltrace.types.trace import Trace
 
 _FORMAT = "reltrace-trace-1"
 
@@ -67,11 +69,11 @@ def _plain(values: Any) -> Any:
     return boxed.tolist()
 
 
-def place_of(trace: Trace) -> dict[str, Any]:
+def location_of(trace: Trace) -> dict[str, Any]:
     """Return what `restore` needs of a trace whose tensors stay in their store; else nothing."""
     if not isinstance(trace.arrays, StoredArrays):
         return {}
-    return {"stored": trace.arrays.place.to_json(), "sites": list(trace.arrays)}
+    return {"stored": asdict(trace.arrays.location), "sites": list(trace.arrays)}
 
 
 def tensors_of(trace: Trace) -> dict[str, Array]:
@@ -84,18 +86,19 @@ def tensors_of(trace: Trace) -> dict[str, Array]:
 
 
 def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
-    """Return the trace that `describe` and `tensors_of` were taken from.
+    """Return the trace of what `describe`, `tensors_of` and `location_of` returned.
 
-    Raises
-    ------
-    KeyError, TypeError
-        If something is missing or of another form.
+    Raises KeyError or TypeError if something is missing or of another form.
     """
     arrays: Mapping[str, Mapping[str, Array]]
     if "stored" in about:
-        arrays = StoredArrays(Place.from_json(about["stored"]), about["sites"])
+        arrays = StoredArrays(StoredLocation.from_json(about["stored"]), about["sites"])
     else:
-        arrays = _by_site(tensors)
+        by_site: dict[str, dict[str, Array]] = {}
+        for name, array in tensors.items():
+            site, _, part = name.partition("/")
+            by_site.setdefault(site, {})[part] = array
+        arrays = by_site
     target = dict(about["target"])
     target["continuation_ids"] = tuple(target["continuation_ids"])
     target["candidates"] = tuple(Candidate(*one) for one in target.get("candidates", ()))
@@ -118,22 +121,16 @@ def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
     )
 
 
-def _by_site(tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
-    arrays: dict[str, dict[str, Array]] = {}
-    for name, array in tensors.items():
-        site, _, part = name.partition("/")
-        arrays.setdefault(site, {})[part] = array
-    return arrays
-
-
 def save(trace: Trace, path: Path) -> Path:
     """Write a trace. See `Trace.save`."""
     tensors = tensors_of(trace)
-    # The file sorts by size and name; the order of the sites is the caller's.
+    # In the file tensors are sorted by size and name.
     about = {**describe(trace), "order": list(tensors)}
     metadata = {"format": _FORMAT, "trace": json.dumps(about)}
+    # Of its own: several processes may save to one path.
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    replace_tensors(path, tensors, metadata, unfinished)
+    with replace_file(path, durable=False, unfinished=unfinished) as file:
+        write_tensors(file, tensors, metadata)
     return path
 
 

@@ -1,33 +1,20 @@
-"""What comes of a submission: chunks put together job by job, and drafts of texts."""
+"""The position in the results of a submission, and what the next message adds to them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace.transport.assemble import Assembler, Outcome
 from reltrace.types.errors import ProtocolError
-
-if TYPE_CHECKING:
-    from reltrace.transport.submission import Entry
+from reltrace.types.request import Job
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
-    """One job that ended.
-
-    Attributes
-    ----------
-    index : int
-        Of the job in the submission.
-    outcome : list of Trace, Generation, Tokens, AtlasPart or TraceError
-        One trace per target, or what else was asked for, or why there is none.
-    bytes : int
-        Size of the tensors.
-    """
+class JobResult:
+    """A job that ended: its index in the submission, its outcome, and the bytes of its tensors."""
 
     index: int
     outcome: Outcome
@@ -36,14 +23,14 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a job has written since its last draft. One may be missing.
+    """What a job has generated since its last draft. A draft may be missing.
 
     Attributes
     ----------
     index : int
         Of the job in the submission.
     attempt : int
-        Another one begins again.
+        Which attempt at the job; another attempt generates from the beginning.
     first : int
         Index of the first of these tokens in the text.
     token_ids, tokens : tuple of int, tuple of str
@@ -60,63 +47,59 @@ class Draft:
     text: str
 
 
-class Reader:
-    """Where in the results of a submission we are.
+class ResultCursor:
+    """Takes the results of a submission in the order of the stream.
 
     Parameters
     ----------
     positions : mapping of str to int
-        Of the jobs in the submission, by their ids.
-    entries : sequence of Entry
+        Index of each job in the submission, by its id.
+    jobs : sequence of Job
         The jobs.
+
+    Attributes
+    ----------
+    last_entry : int
+        Number of the last entry of the stream that is here as a whole.
     """
 
-    def __init__(self, positions: Mapping[str, int], entries: Sequence[Entry]) -> None:
+    def __init__(self, positions: Mapping[str, int], jobs: Sequence[Job]) -> None:
         self._positions = dict(positions)
-        self._entries = entries
+        self._jobs = jobs
         self._current: Assembler | None = None
-        self._current_job = ""
+        self._current_id = ""
         self.last_entry = 0
 
     @property
     def chunks_seen(self) -> int:
-        """How many chunks of the entry after the last whole one are here."""
+        """Number of chunks that are here of the entry after the last one."""
         return 0 if self._current is None else self._current.chunks
 
     @property
-    def missing(self) -> int:
-        """How many jobs have not ended."""
-        return len(self._positions)
-
-    @property
     def unfinished(self) -> list[str]:
-        """The jobs that have not ended."""
+        """Ids of the jobs that have not ended."""
         return list(self._positions)
 
-    def draft(self, draft: types_pb2.Draft) -> Draft | None:
-        """Return a draft of a job that has not ended."""
-        index = self._positions.get(draft.job_id)
+    def draft(self, wire: types_pb2.Draft) -> Draft | None:
+        """Return a draft, or None if its job has ended."""
+        index = self._positions.get(wire.job_id)
         if index is None:
             return None
-        return Draft(
-            index,
-            draft.attempt,
-            draft.first,
-            tuple(draft.token_ids),
-            tuple(draft.tokens),
-            draft.text,
-        )
+        ids, tokens = tuple(wire.token_ids), tuple(wire.tokens)
+        return Draft(index, wire.attempt, wire.first, ids, tokens, wire.text)
 
-    def take(self, event: trace_pb2.ResultEvent) -> Delivery | None:
-        """Take the next chunk; return the job that ends with it."""
+    def take(self, event: trace_pb2.ResultEvent) -> JobResult | None:
+        """Take the next chunk; return the result of the job that ends with it."""
         chunk = event.chunk
         index = self._positions.get(chunk.job_id)
         if index is None or event.entry <= self.last_entry:
-            raise ProtocolError(f"entry {event.entry} delivers job {chunk.job_id!r} unasked")
+            raise ProtocolError(
+                f"entry {event.entry} has results of job {chunk.job_id!r}, which were not asked for"
+            )
         if self._current is None:
-            self._current = Assembler(self._entries[index].job, self._entries[index].id)
-            self._current_job = chunk.job_id
-        elif self._current_job != chunk.job_id:
+            self._current = Assembler(self._jobs[index])
+            self._current_id = chunk.job_id
+        elif self._current_id != chunk.job_id:
             raise ProtocolError(f"chunks of job {chunk.job_id!r} came inside another entry")
         outcome = self._current.add(chunk)
         if outcome is None:
@@ -125,4 +108,4 @@ class Reader:
         self._current = None
         self.last_entry = event.entry
         del self._positions[chunk.job_id]
-        return Delivery(index, outcome, size)
+        return JobResult(index, outcome, size)

@@ -1,32 +1,31 @@
-"""What a caller leaves behind: jobs that nobody waits for any more are cancelled on the server."""
+"""Submissions that are cancelled on the server when nobody waits for their results any more."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from reltrace_proto.v1 import trace_pb2
 
+from reltrace.transport.caller import Caller, Method, Request, Response
+from reltrace.transport.retry import TRANSIENT, Deadline
+from reltrace.transport.servers import Server
 from reltrace.types.errors import RpcStatus, TraceError
 
-if TYPE_CHECKING:
-    from reltrace.transport.connection import Connection
-
-# The calls that cancel go on for this long if the server is away.
-_PATIENCE = 60.0
-# Whoever leaves is kept for as long as this; what is not done by then goes on by itself.
-_WAIT = 1.0
+# Seconds for which cancelling is tried while no server answers.
+_CANCEL_TIMEOUT = 60.0
+# Seconds that a caller is kept; what is not done by then goes on in the background.
+_ABANDON_WAIT = 1.0
 _CLOSE_WAIT = 2.0
 
 
-class Open:
+class Submission:
     """A submission whose results somebody waits for.
 
     Attributes
     ----------
     request : SubmitJobsRequest
-        Repeated under its key, it tells the id of a submission whose answer was not seen.
+        Sent again under its key, it tells the id of a submission whose answer was not seen.
     id : str
         As the server answered; "" before.
     sent : bool
@@ -39,129 +38,119 @@ class Open:
         self.sent = False
 
 
-class Leftovers:
-    """The open submissions of a connection.
-
-    Parameters
-    ----------
-    connection : Connection
-        To the servers.
+class PendingSubmissions:
+    """The submissions of a client whose results have not all been read.
 
     Attributes
     ----------
     record : callable or None
-        Takes, whenever it changes, how many jobs each submission has that the server may hold for
-        this process: what is left on it if the process is killed.
+        Called, whenever it changes, with the number of jobs of each submission that the server may
+        hold for this process: what is left there if the process is killed.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
         self.record: Callable[[Mapping[str, int]], None] | None = None
-        self._held: dict[str, int] = {}
-        self._open: set[Open] = set()
-        # Those whose server answered when they were left: worth a wait.
+        self._on_server: dict[str, int] = {}
+        self._pending: set[Submission] = set()
+        # Of servers that answered when the submission was abandoned: closing waits for these.
         self._cancelling: set[asyncio.Task[None]] = set()
 
-    def open(self, request: trace_pb2.SubmitJobsRequest) -> Open:
+    def add(self, request: trace_pb2.SubmitJobsRequest) -> Submission:
         """Note a submission before it is sent."""
-        submission = Open(request)
-        self._open.add(submission)
+        submission = Submission(request)
+        self._pending.add(submission)
         return submission
 
-    def accepted(self, submission: Open, name: str) -> None:
-        """Note the id that the server gave to a submission."""
-        submission.id = name
-        self._hold({name: len(submission.request.jobs)})
+    def accepted(self, submission: Submission, submission_id: str) -> None:
+        submission.id = submission_id
+        self._add_on_server({submission_id: len(submission.request.jobs)})
 
-    def done(self, submission: Open) -> None:
+    def finished(self, submission: Submission) -> None:
         """Note that nothing of a submission is left on the server."""
-        self._open.discard(submission)
-        self._freed(submission.id)
+        self._pending.discard(submission)
+        self._remove_from_server(submission.id)
 
-    async def take_over(self, held: Mapping[str, int]) -> None:
-        """Cancel what a process that was killed left on the server.
+    async def cancel_recorded(self, recorded: Mapping[str, int]) -> None:
+        """Cancel what a process that was killed left on the server, as its `record` was told."""
+        self._add_on_server(recorded)
+        await asyncio.gather(*(self._cancel_and_free(*item) for item in recorded.items()))
 
-        Parameters
-        ----------
-        held : mapping of str to int
-            What its `record` was given last.
-        """
-        self._hold(held)
-        await asyncio.gather(*(self._free(name, jobs) for name, jobs in held.items()))
-
-    def _hold(self, held: Mapping[str, int]) -> None:
-        self._held |= held
-        if self.record is not None:
-            self.record(self._held)
-
-    def _freed(self, name: str) -> None:
-        if self._held.pop(name, None) is not None and self.record is not None:
-            self.record(self._held)
-
-    async def leave(self, submission: Open, *, away: bool) -> None:
+    async def abandon(self, submission: Submission, *, unreachable: bool) -> None:
         """Cancel a submission on the server, and wait a little until that is done.
 
-        Parameters
-        ----------
-        submission : Open
-            Left for good. Twice is as good as once.
-        away : bool
-            The server does not answer at present: cancelled in the background.
+        Where the server is unreachable at present, this is left to the background. A submission
+        may be abandoned twice.
         """
-        task = self._start(submission, away=away)
-        if task is not None and not away:
-            await asyncio.wait({task}, timeout=_WAIT)
+        task = self._start_cancelling(submission, unreachable=unreachable)
+        if task is not None and not unreachable:
+            await asyncio.wait({task}, timeout=_ABANDON_WAIT)
 
     async def close(self) -> None:
-        """Leave all that is open."""
-        for submission in tuple(self._open):
-            self._start(submission, away=False)
+        """Abandon every submission."""
+        for submission in tuple(self._pending):
+            self._start_cancelling(submission, unreachable=False)
         if self._cancelling:
             await asyncio.wait(self._cancelling, timeout=_CLOSE_WAIT)
 
-    def _start(self, submission: Open, *, away: bool) -> asyncio.Task[None] | None:
-        if submission not in self._open:
+    def _add_on_server(self, jobs: Mapping[str, int]) -> None:
+        self._on_server |= jobs
+        if self.record is not None:
+            self.record(self._on_server)
+
+    def _remove_from_server(self, submission_id: str) -> None:
+        if self._on_server.pop(submission_id, None) is not None and self.record is not None:
+            self.record(self._on_server)
+
+    def _start_cancelling(
+        self, submission: Submission, *, unreachable: bool
+    ) -> asyncio.Task[None] | None:
+        if submission not in self._pending:
             return None
-        self._open.discard(submission)
+        self._pending.discard(submission)
         if not submission.sent:
             return None
         task = asyncio.create_task(self._cancel(submission))
-        self._connection.keep(task)
-        if not away:
+        self._caller.keep(task)
+        if not unreachable:
             self._cancelling.add(task)
             task.add_done_callback(self._cancelling.discard)
         return task
 
-    async def _cancel(self, submission: Open) -> None:
+    async def _cancel(self, submission: Submission) -> None:
         try:
-            async with asyncio.timeout(_PATIENCE):
-                name = submission.id or await self._ask_for_id(submission)
+            async with asyncio.timeout(_CANCEL_TIMEOUT):
+                submission_id = submission.id or await self._submitted_id(submission)
         except (TraceError, TimeoutError):
             return
-        if name:
-            await self._free(name, len(submission.request.jobs))
+        if submission_id:
+            await self._cancel_and_free(submission_id, len(submission.request.jobs))
 
-    async def _free(self, name: str, jobs: int) -> None:
-        """Cancel the jobs of a submission and free its results."""
+    async def _cancel_and_free(self, submission_id: str, jobs: int) -> None:
+        cancel = trace_pb2.CancelJobsRequest(submission_id=submission_id)
+        # Once cancelled, all of its jobs have ended, each with one entry of results.
+        free = trace_pb2.AcknowledgeResultsRequest(submission_id=submission_id, through_entry=jobs)
         try:
-            async with asyncio.timeout(_PATIENCE):
-                await self._connection.call_last(
-                    lambda server: server.traces.CancelJobs,
-                    trace_pb2.CancelJobsRequest(submission_id=name),
-                )
-                # All of its jobs have ended, and nobody reads how.
-                await self._connection.call_last(
-                    lambda server: server.traces.AcknowledgeResults,
-                    trace_pb2.AcknowledgeResultsRequest(submission_id=name, through_entry=jobs),
-                )
+            async with asyncio.timeout(_CANCEL_TIMEOUT):
+                await self._call(lambda server: server.traces.CancelJobs, cancel)
+                await self._call(lambda server: server.traces.AcknowledgeResults, free)
         except (TraceError, TimeoutError):
             # The caller has left for a reason of its own, which this must not hide.
             return
-        self._freed(name)
+        self._remove_from_server(submission_id)
 
-    async def _ask_for_id(self, submission: Open) -> str:
-        """Hand the jobs in once more, which adds nothing where they have been accepted."""
-        answer = await self._connection.call_last(
-            lambda server: server.traces.SubmitJobs, submission.request
-        )
+    async def _submitted_id(self, submission: Submission) -> str:
+        """Submit once more, which adds nothing if the jobs were accepted; return the id."""
+        answer = await self._call(lambda server: server.traces.SubmitJobs, submission.request)
         return "" if isinstance(answer, RpcStatus) else answer.submission_id
+
+    async def _call(
+        self, method: Callable[[Server], Method[Request, Response]], request: Request
+    ) -> Response | RpcStatus:
+        return await self._caller.try_call(
+            method,
+            request,
+            Deadline(None),
+            is_answer=lambda status: status.code not in TRANSIENT,
+            while_closing=True,
+        )

@@ -1,4 +1,4 @@
-"""The servers of a client: each call goes to the next one that is not known to be away."""
+"""The servers of a client, each with its channel; a call goes to the next that is reachable."""
 
 from __future__ import annotations
 
@@ -14,19 +14,12 @@ _RECONNECT: ChannelOptions = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-_FIRST_AVOIDANCE, _LAST_AVOIDANCE = 0.5, 15.0
+# Seconds for which a server that failed is avoided, doubled with every further failure.
+_FIRST_AVOIDANCE, _MAX_AVOIDANCE = 0.5, 15.0
 
 
 class Server:
-    """One address, its channel and its stubs.
-
-    Attributes
-    ----------
-    traces, admin
-        The stubs.
-    avoided_until : float
-        Time of the clock until which others are asked first.
-    """
+    """One address, its channel and its stubs."""
 
     def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
         self.address = address
@@ -37,31 +30,17 @@ class Server:
         self._failures = 0
 
     def succeeded(self) -> None:
-        """Note an answer."""
         self.avoided_until = 0.0
         self._failures = 0
 
     def failed(self, now: float) -> None:
-        """Note that there was none: others are asked first for a while that grows."""
-        avoidance = min(_LAST_AVOIDANCE, _FIRST_AVOIDANCE * 2.0 ** min(self._failures, 10))
+        avoidance = min(_MAX_AVOIDANCE, _FIRST_AVOIDANCE * 2.0 ** min(self._failures, 10))
         self.avoided_until = now + avoidance
         self._failures += 1
 
 
 class Servers:
-    """The servers in turn, from a random one on: many clients spread over them.
-
-    Parameters
-    ----------
-    addresses : sequence of str
-        At least one.
-    credentials : Credentials
-        Makes their channels, at the first use.
-    random_source : random.Random
-        Chooses the first.
-    clock : callable
-        Seconds that rise; for tests.
-    """
+    """The servers in turn, from a random one on, so that many clients spread over them."""
 
     def __init__(
         self,
@@ -77,7 +56,7 @@ class Servers:
         self._servers: list[Server] = []
 
     def choose(self) -> Server:
-        """Return the server for the next call; call it on the event loop of the calls."""
+        """Return the server for the next call; opens the channels on the running event loop."""
         if not self._servers:
             self._servers = [
                 Server(address, self._credentials.open_channel(address, _RECONNECT))
@@ -85,21 +64,19 @@ class Servers:
             ]
         count = len(self._servers)
         now = self._clock()
-        turn = [self._servers[(self._next + step) % count] for step in range(count)]
-        # Where all are away, the one that has been left alone for longest.
+        in_turn = [self._servers[(self._next + step) % count] for step in range(count)]
+        # If all are avoided, the one whose avoidance ends first.
         chosen = next(
-            (server for server in turn if server.avoided_until <= now),
-            min(turn, key=lambda server: server.avoided_until),
+            (server for server in in_turn if server.avoided_until <= now),
+            min(in_turn, key=lambda server: server.avoided_until),
         )
         self._next = (self._servers.index(chosen) + 1) % count
         return chosen
 
     def failed(self, server: Server) -> None:
-        """Note that a server did not answer."""
         server.failed(self._clock())
 
     async def close(self) -> None:
-        """Close the channels."""
         servers, self._servers = self._servers, []
         for server in servers:
             await server.channel.close()

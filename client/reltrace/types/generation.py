@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,12 @@ class Generation:
     timings: Timings | None = None
     job_id: str | None = None
 
+    @classmethod
+    def combined(cls, texts: Sequence[object]) -> Generation:
+        """Return the first of one or two texts; the second is what was written unsteered."""
+        generations = [text for text in texts if isinstance(text, Generation)]
+        return replace(generations[0], unsteered=generations[1] if generations[1:] else None)
+
     def __str__(self) -> str:
         return self.text
 
@@ -98,7 +104,31 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
-class Writing:
+class TextPiece:
+    """What a model wrote since the last piece.
+
+    Attributes
+    ----------
+    text : str
+        Decoded: the pieces of a text together are its `Generation.text`. Empty while a character is
+        not complete.
+    tokens, token_ids : tuple of str, tuple of int
+        The new tokens.
+    steered : bool
+        Whether it is of the steered text, or of the other.
+    again : bool
+        The text begins again with this piece: a worker was lost, and another wrote something else.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    steered: bool
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateArguments:
     """The arguments of `generate`, by the names its documentation gives them."""
 
     prompt: str | None
@@ -115,15 +145,7 @@ class Writing:
     def jobs(self, *, stream: bool = False) -> list[Job]:
         """Check the arguments; return the job, and the same without steering if there is any.
 
-        Parameters
-        ----------
-        stream : bool
-            Whether somebody reads along.
-
-        Raises
-        ------
-        InvalidArgument
-            Naming the argument and what is allowed.
+        With `stream`, the worker sends drafts of the text while it is generated.
         """
         edits = edits_to_wire(self.steer, "steer")
         wire = types_pb2.Generation(
@@ -137,5 +159,5 @@ class Writing:
         for wanted in (edits, []) if edits else ([],):
             spec = types_pb2.JobSpec(model=model_name(self.model), generation=wire, edits=wanted)
             set_input(spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
-            jobs.append(Job(spec, (), False, None))
+            jobs.append(Job(spec))
         return jobs

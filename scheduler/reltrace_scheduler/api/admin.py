@@ -15,8 +15,7 @@ from reltrace_scheduler.api.validation import check_job_ids
 from reltrace_scheduler.auth.identity import TENANT_NAME, TENANT_RULE
 from reltrace_scheduler.errors import (
     InvalidRequestError,
-    UnknownJobError,
-    UnknownWorkerError,
+    NotFoundError,
     Violation,
 )
 from reltrace_scheduler.queue.connection import memory_used
@@ -88,7 +87,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             )
         unknown = await self._store.registry.drain(request.worker_ids)
         if unknown:
-            raise UnknownWorkerError(
+            raise NotFoundError(
                 *(
                     Violation(f"worker_ids[{index}]", f"no worker {worker_id!r} is connected")
                     for index, worker_id in enumerate(request.worker_ids)
@@ -125,7 +124,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             if job is None
         ]
         if unknown:
-            raise UnknownJobError(*unknown)
+            raise NotFoundError(*unknown)
         response = admin_pb2.RequeueQuarantinedJobsResponse()
         for job in found:
             assert job is not None

@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 
 from reltrace_scheduler.api.terminal_results import end, overdue, quarantined, stalled
 from reltrace_scheduler.keys import QueueName
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.maintenance import EXPIRE_AT_ONCE, Maintenance
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import Submission

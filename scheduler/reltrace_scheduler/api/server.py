@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
@@ -23,26 +23,23 @@ from reltrace_proto.v1 import (
 )
 
 from reltrace_scheduler.api.admin import AdminService
-from reltrace_scheduler.api.error_interceptor import ErrorInterceptor
-from reltrace_scheduler.api.metrics_interceptor import MetricsInterceptor
+from reltrace_scheduler.api.interceptor import CallInterceptor
 from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.reaper import Reaper
 from reltrace_scheduler.api.result_store import Sweeper
 from reltrace_scheduler.api.trace import TraceService
 from reltrace_scheduler.api.worker import WorkerService
 from reltrace_scheduler.auth.access import Access
-from reltrace_scheduler.auth.interceptor import AuthInterceptor
-from reltrace_scheduler.auth.rates import UNLIMITED, RateInterceptor
-from reltrace_scheduler.config import MAX_TRANSPORT_BYTES, Settings
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.observability.counters import Counts
-from reltrace_scheduler.observability.export import exporting
+from reltrace_scheduler.limits import MAX_TRANSPORT_BYTES
+from reltrace_scheduler.observability.metrics import Counts, exporting
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.tasks import end
-from reltrace_scheduler.web.server import showing
+from reltrace_scheduler.web.server import serving_page
 
 log = structlog.get_logger()
 
@@ -87,7 +84,7 @@ async def serving(
     await store.open()
     models, counts = ModelCache(store.registry, settings.lease), Counts()
     server = grpc.aio.server(
-        interceptors=[MetricsInterceptor(counts), *_interceptors(access)],
+        interceptors=[CallInterceptor(access, connection.redis, counts)],
         options=[
             # gRPC unpacks a compressed message to any length before it looks at the limit.
             ("grpc.compression_enabled_algorithms_bitset", 1),
@@ -123,7 +120,7 @@ async def serving(
     except RuntimeError as error:
         raise StartError(f"--listen {listen}: the address is in use or not ours") from error
     exporter = exporting(metrics, counts, Gauges(store)) if metrics else contextlib.nullcontext()
-    page = showing(web, store, access) if web else contextlib.nullcontext()
+    page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
     tasks = [
         asyncio.create_task(signals.run()),
@@ -141,15 +138,6 @@ async def serving(
         await status.enter_graceful_shutdown()
         await end(tasks)
         await server.stop(_STOP_GRACE)
-
-
-def _interceptors(access: Access) -> Iterator[grpc.aio.ServerInterceptor]:
-    """Give the interceptors, the outermost first."""
-    yield ErrorInterceptor()
-    if access.tokens is not None:
-        yield AuthInterceptor(access.tokens)
-    if access.rates != UNLIMITED:
-        yield RateInterceptor(access.rates)
 
 
 async def _report_health(connection: Connection, status: health.HealthServicer) -> None:

@@ -15,10 +15,10 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_scheduler.api import terminal_results
 from reltrace_scheduler.api.leasing import EmptyQueueCache, Leasing
 from reltrace_scheduler.api.models import ModelCache
-from reltrace_scheduler.config import MAX_NEW_TOKENS
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.keys import QueueName, submission_of
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.limits import MAX_NEW_TOKENS
+from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.job_queue import LOST, STORED
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import (

@@ -22,7 +22,7 @@ from reltrace.atlas.folder import Folder, State
 from reltrace.atlas.merged import Merged
 from reltrace.atlas.slice_jobs import Made
 from reltrace.transport.connection import Connection
-from reltrace.transport.submission import Accepted
+from reltrace.transport.submit import Accepted
 from reltrace_proto.v1 import types_pb2
 
 CHAT = [{"role": "user", "content": "a"}]
@@ -369,7 +369,7 @@ async def test_a_full_disk_is_an_error_that_names_the_file(
     freed: list[str], tmp_path: Path, file: str
 ) -> None:
     (tmp_path / "corpus").mkdir()
-    (tmp_path / f"{file}.part").symlink_to("/dev/full")
+    (tmp_path / f"{file}.safetensors.unfinished").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as caught:
         await built(tmp_path)
     assert caught.value.filename == str(tmp_path / f"{file}.safetensors")

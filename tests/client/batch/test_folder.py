@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import reltrace
 from batch.conftest import SETTINGS
 from make_trace import make_trace
 from reltrace.batch import folder
-from reltrace.batch.folder import Folder, OtherOrigin, read_manifest
-from reltrace.storage import atomic_files as disk
+from reltrace.batch.folder import BatchFolder, ProvenanceMismatch, read_manifest
+from reltrace.storage.atomic_files import replace_file
 
 MACHINES = 2
 SHARED = replace(SETTINGS, shards=MACHINES)
@@ -28,25 +30,27 @@ def met(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     together = threading.Barrier(MACHINES)
     found: list[Path] = []
 
-    def write(path: Path, pieces: Iterable[bytes]) -> None:
+    @contextmanager
+    def write(path: Path) -> Iterator[BinaryIO]:
         try:
             together.wait(WAIT)
             found.append(path)
         except threading.BrokenBarrierError:
             together.reset()
-        disk.write_whole(path, pieces)
+        with replace_file(path) as file:
+            yield file
 
-    monkeypatch.setattr(folder, "write_whole", write)
+    monkeypatch.setattr(folder, "replace_file", write)
     return found
 
 
-def at_once(root: Path, work: Callable[[Folder], None]) -> list[BaseException | None]:
+def at_once(root: Path, work: Callable[[BatchFolder], None]) -> list[BaseException | None]:
     """Do something on all machines; return what came of it."""
     start = threading.Barrier(MACHINES)
 
     def machine(number: int) -> None:
-        own = Folder.of(root, (number, MACHINES))
-        with own.held():
+        own = BatchFolder(root, (number, MACHINES))
+        with own.lock():
             start.wait(20)
             work(own)
 
@@ -56,14 +60,14 @@ def at_once(root: Path, work: Callable[[Folder], None]) -> list[BaseException | 
 
 
 def test_machines_that_enter_together(tmp_path: Path, met: list[Path]) -> None:
-    assert at_once(tmp_path, lambda own: own.enter(SHARED, "in.jsonl")) == [None, None]
+    assert at_once(tmp_path, lambda own: own.open(SHARED, "in.jsonl")) == [None, None]
     assert met == []
     assert read_manifest(tmp_path)["settings"]["shards"] == MACHINES
 
 
 def test_of_machines_with_other_settings_one_enters(tmp_path: Path, met: list[Path]) -> None:
-    def enter(own: Folder) -> None:
-        own.enter(replace(SHARED, target=own.own.name), "in.jsonl")
+    def enter(own: BatchFolder) -> None:
+        own.open(replace(SHARED, target=own.path.name), "in.jsonl")
 
     one, other = sorted(at_once(tmp_path, enter), key=lambda error: error is not None)
     assert one is None
@@ -76,15 +80,15 @@ def test_of_machines_with_other_settings_one_enters(tmp_path: Path, met: list[Pa
 def test_machines_whose_first_traces_come_together(
     tmp_path: Path, met: list[Path], revisions: tuple[str, str]
 ) -> None:
-    Folder.of(tmp_path, (1, MACHINES)).own.mkdir()
-    Folder.of(tmp_path, (1, MACHINES)).enter(SHARED, "in.jsonl")
+    BatchFolder(tmp_path, (1, MACHINES)).path.mkdir()
+    BatchFolder(tmp_path, (1, MACHINES)).open(SHARED, "in.jsonl")
 
-    def first_trace(own: Folder) -> None:
-        revision = revisions[own.own.name == "shard-2-of-2"]
-        own.check_origin(replace(make_trace().provenance, revision=revision))
+    def first_trace(own: BatchFolder) -> None:
+        revision = revisions[own.path.name == "shard-2-of-2"]
+        own.check_provenance(replace(make_trace().provenance, revision=revision))
 
     errors = [error for error in at_once(tmp_path, first_trace) if error is not None]
-    assert [type(error) for error in errors] == [OtherOrigin] * (len(set(revisions)) - 1)
+    assert [type(error) for error in errors] == [ProvenanceMismatch] * (len(set(revisions)) - 1)
     assert met == []
     assert read_manifest(tmp_path)["provenance"]["revision"] in revisions
 
@@ -92,23 +96,11 @@ def test_machines_whose_first_traces_come_together(
 def test_a_manifest_that_is_held_for_long_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "_PATIENCE", 0.05)
-    whole, part = Folder.of(tmp_path, (1, 1)), Folder.of(tmp_path, (1, 2))
+    monkeypatch.setattr(folder, "_MANIFEST_TIMEOUT", 0.05)
+    whole, part = BatchFolder(tmp_path, (1, 1)), BatchFolder(tmp_path, (1, 2))
     with (
-        whole.held(),
-        part.held(),
+        whole.lock(),
+        part.lock(),
         pytest.raises(reltrace.TraceError, match="another `reltrace batch` writes to"),
     ):
-        part.enter(SHARED, "in.jsonl")
-
-
-@pytest.mark.parametrize(
-    "write", [disk.append_durably, lambda path, line: disk.write_whole(path, [line])]
-)
-def test_a_full_disk_is_told_with_the_file(
-    tmp_path: Path, write: Callable[[Path, bytes], None]
-) -> None:
-    for name in ("journal.jsonl", "journal.jsonl.unfinished"):
-        (tmp_path / name).symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left on device: '.*/journal\.jsonl"):
-        write(tmp_path / "journal.jsonl", b"{}\n")
+        part.open(SHARED, "in.jsonl")

@@ -98,7 +98,7 @@ def test_a_fault_keeps_the_id(line: str) -> None:
 
 
 def test_a_line_that_is_too_long_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reltrace.batch.items._MOST_LINE_BYTES", 100)
+    monkeypatch.setattr("reltrace.batch.items._MAX_LINE_BYTES", 100)
     for name in ("jsonl", "text"):
         items = read(b'"ok"\n"' + b"x" * 1000 + b'"\n"ok"', name)
         assert [item.fault is None for item in items] == [True, False, True]

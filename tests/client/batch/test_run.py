@@ -247,9 +247,10 @@ def test_machines_share_a_folder(batch: Batch, server: FakeServer, tmp_path: Pat
         batch(LINES, shard=(1, 4))
 
 
-def test_standard_input_can_be_taken_up_again(batch: Batch, tmp_path: Path) -> None:
+def test_standard_input_is_copied_so_that_a_batch_can_go_on(batch: Batch, tmp_path: Path) -> None:
     data = "".join(line + "\n" for line in LINES).encode()
     batch(data, limit=15)
+    assert (tmp_path / "out" / "stdin").read_bytes() == data
     assert batch(data).new == 25
     check(tmp_path / "out", LINES)
     with pytest.raises(reltrace.InvalidArgument, match="differs from what"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,20 +118,10 @@ def test_another_store_is_another_batch(batch: Batch, store: Store) -> None:
         batch(LINES)
 
 
-def test_a_batch_begun_by_an_older_version_goes_on(batch: Batch, tmp_path: Path) -> None:
-    """Its manifest does not know of stores."""
-    batch(LINES, limit=3)
-    manifest = tmp_path / "out" / "manifest.json"
-    content = json.loads(manifest.read_bytes())
-    del content["settings"]["output_uri"]
-    manifest.write_text(json.dumps(content))
-    assert batch(LINES).new == 37
-
-
 def test_tensors_that_are_gone_cost_no_others(batch: Batch, store: Store, tmp_path: Path) -> None:
     batch(LINES[:3], output_uri=store.folder.as_uri())
     loaded = reltrace.load_batch(tmp_path / "out")
-    place = loaded[1].arrays.place
+    place = loaded[1].arrays.location
     Path(place.url.removeprefix("file://")).unlink()
     with pytest.raises(reltrace.StoreUnreadable, match=place.url):
         loaded[1].relevance  # noqa: B018

@@ -10,27 +10,23 @@ import pytest
 from reltrace import Failure, InvalidArgument
 from reltrace.calls import source
 from reltrace.calls import trace_many as many
-from reltrace.calls.pinning import Pins
-from reltrace.calls.trace_many import ManyRun
-from reltrace.transport.connection import Deadline
+from reltrace.calls.trace_many import TraceManyRun
+from reltrace.transport.retry import Deadline
 from reltrace.types.request import Arguments
-from reltrace_proto.v1 import types_pb2
 
 _STEPS = 20
 """Of the loop: more than any of these waits needs to begin, or to end."""
 
 
-def a_run(*, limit: int = 1, ordered: bool = False) -> ManyRun:
+def a_run(*, limit: int = 1, ordered: bool = False) -> TraceManyRun:
     """Return a run that nothing has been asked of, and that has no server."""
-    return ManyRun(
+    return TraceManyRun(
         None,  # type: ignore[arg-type]
-        source.open_source([]),
+        [],
         Arguments(),
         ordered=ordered,
         max_in_flight=limit,
-        priority=types_pb2.PRIORITY_INTERACTIVE,
         deadline=Deadline(600.0),
-        pins=Pins(None),  # type: ignore[arg-type]
     )
 
 
@@ -51,14 +47,15 @@ async def cancelled_as_it_comes(wait: Coroutine[Any, Any, Any], what: asyncio.Ev
 
 
 async def test_a_cancellation_that_comes_with_room_is_not_lost() -> None:
-    run = a_run(limit=0)
-    await cancelled_as_it_comes(run._has_room(600.0), run._room)
+    run = a_run(limit=1)
+    run._in_flight = 1
+    await cancelled_as_it_comes(run._wait_taken(600.0), run._result_taken)
 
 
 async def test_a_cancellation_that_comes_with_news_is_not_lost() -> None:
     run = a_run()
     run._feeder = asyncio.create_task(asyncio.Event().wait())  # type: ignore[arg-type]
-    await cancelled_as_it_comes(run.take(), run._news)
+    await cancelled_as_it_comes(run.take(), run._result_ready)
     await run.close()
 
 
@@ -67,8 +64,8 @@ async def test_a_cancellation_that_comes_with_an_item_is_not_lost(
 ) -> None:
     monkeypatch.setattr(source, "_LINGER", 600.0)
 
-    buffer = source._Buffer()
-    await cancelled_as_it_comes(buffer.take(1, wait=False), buffer.arrived)
+    waiting = source.Source()
+    await cancelled_as_it_comes(waiting.take(1, wait=False), waiting._arrived)
 
 
 async def test_a_stream_waits_while_results_in_order_are_not_taken(
@@ -78,13 +75,13 @@ async def test_a_stream_waits_while_results_in_order_are_not_taken(
     Given results that come in order, and a caller who takes none
     I expect their stream to be held up past the bound, and no longer than until there are none.
     """
-    monkeypatch.setattr(many, "_HELD_BYTES", 100)
+    monkeypatch.setattr(many, "_MAX_UNREAD_BYTES", 100)
     run = a_run(limit=100, ordered=True)
     run._feeder = asyncio.create_task(asyncio.Event().wait())  # type: ignore[arg-type]
     result = Failure("x", InvalidArgument("x"))
     for index in (0, 1):
         run._emit(index, result, 60)
-    this, other = (asyncio.create_task(run._wait({index})) for index in (2, 3))
+    this, other = (asyncio.create_task(run._throttle({index})) for index in (2, 3))
     await steps()
     assert not this.done()
     assert await run.take() == [result] * 2

@@ -6,13 +6,13 @@ import asyncio
 import threading
 
 import pytest
-from reltrace.calls.threads import settled, to_the_end
+from reltrace.calls.threads import gather_shielded, shielded_to_thread
 
 
 async def test_what_a_thread_returns_or_raises_is_returned_or_raised() -> None:
-    assert await to_the_end(divmod, 7, 4) == (1, 3)
+    assert await shielded_to_thread(divmod, 7, 4) == (1, 3)
     with pytest.raises(ZeroDivisionError):
-        await to_the_end(divmod, 7, 0)
+        await shielded_to_thread(divmod, 7, 0)
 
 
 async def test_who_is_cancelled_however_often_leaves_after_the_thread() -> None:
@@ -25,7 +25,7 @@ async def test_who_is_cancelled_however_often_leaves_after_the_thread() -> None:
 
     async def call() -> bool:
         try:
-            await to_the_end(work)
+            await shielded_to_thread(work)
         except asyncio.CancelledError:
             return ended.is_set()
         return False
@@ -46,5 +46,5 @@ async def test_what_is_waited_for_may_fail() -> None:
         raise ValueError("as told")
 
     task = asyncio.create_task(fail())
-    await settled([task, asyncio.create_task(asyncio.sleep(0))])
+    await gather_shielded([task, asyncio.create_task(asyncio.sleep(0))])
     assert isinstance(task.exception(), ValueError)

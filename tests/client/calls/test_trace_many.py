@@ -55,7 +55,7 @@ def test_results_come_in_order_through_a_small_buffer(
     server: FakeServer, client: reltrace.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every result is above the bound, and the next one may be in any of several streams."""
-    monkeypatch.setattr(many, "_HELD_BYTES", 1)
+    monkeypatch.setattr(many, "_MAX_UNREAD_BYTES", 1)
     server.reverse = True
     results = client.trace_many(prompts(600), ordered=True)
     assert [trace.id for trace in results] == list(range(600))
@@ -284,7 +284,7 @@ def test_large_results_do_not_pile_up(
 ) -> None:
     from reltrace.calls import trace_many as many
 
-    monkeypatch.setattr(many, "_HELD_BYTES", 200)
+    monkeypatch.setattr(many, "_MAX_UNREAD_BYTES", 200)
     monkeypatch.setattr(many, "_BATCH_JOBS", 4)
     server.reverse = True
     for ordered in (False, True):

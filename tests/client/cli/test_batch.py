@@ -35,7 +35,7 @@ def test_a_file(command: Run, source: Path, tmp_path: Path) -> None:
     assert (summary["traced"], summary["failed"], summary["new"]) == (3, 0, 0)
 
 
-def test_its_options_are_those_of_run(command: Run, source: Path, server: FakeServer) -> None:
+def test_its_options_are_those_of_trace(command: Run, source: Path, server: FakeServer) -> None:
     options = ("--site", "embed", "--rule", "attnlrp", "--target", "id:5", "--layer", "1")
     options += ("--dtype", "bfloat16", "--model", "fake", "--limit", "1")
     options += ("--output-uri", "s3://bucket/run/")
@@ -128,7 +128,7 @@ def test_a_signal_keeps_what_has_come(
         text=True,
     )
     try:
-        while not (out / "journal.jsonl").exists() or len(reltrace.load_batch(out)) < 2:
+        while not (out / "journal.sqlite").exists() or len(reltrace.load_batch(out)) < 2:
             assert child.poll() is None
         child.send_signal(number)
         _, errors = child.communicate(timeout=20)
@@ -136,7 +136,7 @@ def test_a_signal_keeps_what_has_come(
         child.kill()
         child.wait()
     assert (child.returncode, errors.count("\n")) == (code, 1)
-    assert "the same command goes on from there" in errors
+    assert "the same command continues from there" in errors
     assert [trace.id for trace in reltrace.load_batch(out)] == [0, 1]
     with stuck.changed:
         assert stuck.changed.wait_for(lambda: stuck.cancelled, 5)

@@ -23,37 +23,52 @@ from typer.testing import CliRunner
 PROMPT = "My cats love to play with my"
 
 
-def test_run_shows_the_tokens(command: Run) -> None:
-    code, out, err = command("run", PROMPT)
+def test_trace_shows_the_tokens(command: Run) -> None:
+    code, out, err = command("trace", PROMPT)
     assert (code, err) == (0, "")
     assert "Relevance of 'dogs' (logit 3.500): site resid, layer 0" in out
     assert "' love'" in out
 
 
-def test_run_passes_its_options_on(command: Run, server: FakeServer) -> None:
+def test_trace_passes_its_options_on(command: Run, server: FakeServer) -> None:
     options = ("--site", "embed", "--site", "resid", "--rule", "cp_lrp", "--model", "fake")
-    code, out, _ = command("run", PROMPT, *options, "--target", "cats", "--timeout", "9")
+    code, out, _ = command("trace", PROMPT, *options, "--target", "cats", "--timeout", "9")
     assert code == 0
     assert "site embed" in out
     (spec,) = server.requests[0].jobs
     assert (list(spec.sites), spec.rule, spec.model) == (["embed", "resid"], "cp_lrp", "fake")
     assert spec.targets[0].token.text == "cats"
-    command("run", PROMPT, "--target", "id:17")
+    command("trace", PROMPT, "--target", "id:17")
     assert server.requests[1].jobs[0].targets[0].token.id == 17
 
 
-def test_options_come_from_the_environment(
-    command: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+def test_only_a_connection_comes_from_the_environment(
+    command: Run, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RELTRACE_SITE", "embed resid")
-    monkeypatch.setenv("RELTRACE_RULE", "gradient")
+    """
+    Given variables that are named like options of a batch
+    I expect them to have no effect: one that is forgotten would leave prompts out.
+    """
+    for name, value in (("LIMIT", "1"), ("TARGET", "cats"), ("LAYER", "1"), ("RULE", "gradient")):
+        monkeypatch.setenv(f"RELTRACE_{name}", value)
+    source = tmp_path / "in.txt"
+    source.write_text("one\ntwo\n")
+    assert command("batch", str(source), str(tmp_path / "out"))[0] == 0
+    specs = [spec for request in server.requests for spec in request.jobs]
+    assert [spec.prompt for spec in specs] == ["one", "two"]
+    assert (specs[0].rule, list(specs[0].layers), specs[0].targets[0].token.text) == (
+        "attnlrp", [], "",
+    )  # fmt: skip
+
+
+def test_run_is_the_old_name_of_trace(command: Run, server: FakeServer) -> None:
     assert command("run", PROMPT)[0] == 0
-    (spec,) = server.requests[0].jobs
-    assert (list(spec.sites), spec.rule) == (["embed", "resid"], "gradient")
+    assert server.requests[0].jobs[0].prompt == PROMPT
+    assert " run " not in command("--help")[1]
 
 
-def test_run_prints_json_and_nothing_else(command: Run, tmp_path: Path) -> None:
-    code, out, _ = command("run", PROMPT, "--json", "-", "--plot", str(tmp_path / "a.png"))
+def test_trace_prints_json_and_nothing_else(command: Run, tmp_path: Path) -> None:
+    code, out, _ = command("trace", PROMPT, "--json", "-", "--plot", str(tmp_path / "a.png"))
     assert code == 0
     trace = json.loads(out)
     assert trace["tokens"] == ["<s>", *PROMPT.split()]
@@ -62,32 +77,32 @@ def test_run_prints_json_and_nothing_else(command: Run, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_run_takes_every_kind_of_target(command: Run, server: FakeServer) -> None:
+def test_trace_takes_every_kind_of_target(command: Run, server: FakeServer) -> None:
     options = ("--target", "cats", "--position", "2", "--contrast", "id:7", "--logprob")
-    assert command("run", PROMPT, *options)[0] == 0
-    assert command("run", PROMPT, "--continuation", " with dogs")[0] == 0
+    assert command("trace", PROMPT, *options)[0] == 0
+    assert command("trace", PROMPT, "--continuation", " with dogs")[0] == 0
     first, second = (request.jobs[0].targets[0] for request in server.requests)
     assert (first.token.text, first.position, first.contrast.id, first.logprob) == (
         "cats", 2, 7, True,
     )  # fmt: skip
     assert second.continuation.text == " with dogs"
-    code, _, err = command("run", PROMPT, "--target", "cats", "--continuation", "x")
+    code, _, err = command("trace", PROMPT, "--target", "cats", "--continuation", "x")
     assert (code, err) == (1, "reltrace: continuation: excludes token, position and contrast\n")
 
 
-def test_run_takes_token_ids(command: Run, server: FakeServer) -> None:
-    assert command("run", "--input-ids", "3, 5,7")[0] == 0
+def test_trace_takes_token_ids(command: Run, server: FakeServer) -> None:
+    assert command("trace", "--input-ids", "3, 5,7")[0] == 0
     assert list(server.requests[0].jobs[0].input_ids.ids) == [3, 5, 7]
-    code, _, err = command("run", "--input-ids", "3,x")
+    code, _, err = command("trace", "--input-ids", "3,x")
     assert (code, err[:38]) == (1, "reltrace: input-ids: must be token ids")
-    assert command("run", PROMPT, "--input-ids", "3")[0] == 2
+    assert command("trace", PROMPT, "--input-ids", "3")[0] == 2
 
 
-def test_run_reads_standard_input(
+def test_trace_reads_standard_input(
     command: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("My cats\n"))
-    assert command("run", "-")[0] == 0
+    assert command("trace", "-")[0] == 0
     assert server.requests[0].jobs[0].prompt == "My cats"
 
 
@@ -100,7 +115,7 @@ def test_a_conversation_comes_from_a_file(
 ) -> None:
     path = tmp_path / "chat.json"
     path.write_text(json.dumps({"messages": MESSAGES} if wrapped else MESSAGES))
-    code, out, err = command("run", "--chat", str(path))
+    code, out, err = command("trace", "--chat", str(path))
     assert code == 0
     assert err == "reltrace: the conversation was read by a fake template\n"
     assert "Likeliest next: 'dogs' 75.0%, 'cats' 12.5%" in out
@@ -111,7 +126,7 @@ def test_a_conversation_comes_from_a_file(
 def test_a_conversation_comes_from_standard_input(
     command: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("run", "tokenize"):
+    for name in ("trace", "tokenize"):
         text = json.dumps(MESSAGES).encode()
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
         assert command(name, "--chat", "-")[0] == 0
@@ -127,12 +142,12 @@ def test_a_conversation_that_is_none(command: Run, tmp_path: Path) -> None:
         ('[{"role": "user"}]', "messages[0].content: is missing"),
     ):
         path.write_text(content)
-        code, _, err = command("run", "--chat", str(path))
+        code, _, err = command("trace", "--chat", str(path))
         assert (code, err[: len(said) + 10]) == (1, f"reltrace: {said}")
-    code, _, err = command("run", "--chat", str(tmp_path / "none.json"))
+    code, _, err = command("trace", "--chat", str(tmp_path / "none.json"))
     assert (code, err.strip().endswith("can not be read: No such file or directory")) == (1, True)
     for arguments in (["a", "--chat", str(path)], ["a", "--input-ids", "3"], []):
-        assert command("run", *arguments)[0] == 2
+        assert command("trace", *arguments)[0] == 2
 
 
 def test_tokens_are_shown(command: Run, server: FakeServer) -> None:
@@ -146,16 +161,16 @@ def test_tokens_are_shown(command: Run, server: FakeServer) -> None:
     assert found["offsets"] == [[0, 3], [4, 6], [7, 11]]
 
 
-def test_run_saves_a_trace(command: Run, tmp_path: Path) -> None:
+def test_trace_saves_a_trace(command: Run, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    code, _, err = command("run", PROMPT, "--save", str(path), "--layer", "1", "--layer", "0")
+    code, _, err = command("trace", PROMPT, "--save", str(path), "--layer", "1", "--layer", "0")
     assert (code, err) == (0, f"wrote {path}\n")
     assert reltrace.Trace.load(path).tokens == ["<s>", *PROMPT.split()]
 
 
-def test_run_writes_files(command: Run, tmp_path: Path) -> None:
+def test_trace_writes_files(command: Run, tmp_path: Path) -> None:
     page, data = tmp_path / "a.html", tmp_path / "a.json"
-    code, out, err = command("run", PROMPT, "--plot", str(page), "--json", str(data))
+    code, out, err = command("trace", PROMPT, "--plot", str(page), "--json", str(data))
     assert code == 0
     assert "Relevance of" in out
     assert err == f"wrote {page}\n"
@@ -163,21 +178,21 @@ def test_run_writes_files(command: Run, tmp_path: Path) -> None:
     assert json.loads(data.read_text())["target"]["token"] == "dogs"
 
 
-def test_run_without_a_value_per_token(command: Run) -> None:
-    code, out, _ = command("run", PROMPT, "--reduce", "feature")
+def test_trace_without_a_value_per_token(command: Run) -> None:
+    code, out, _ = command("trace", PROMPT, "--reduce", "feature")
     assert code == 0
     assert "strongest entries of site resid" in out
     assert "feature" in out
 
 
-def test_run_labels_the_strongest_neurons(
+def test_trace_labels_the_strongest_neurons(
     command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reltrace, "load_atlas", lambda _: FakeLabels(made_by=("fake", "r1")))
     page, saved = tmp_path / "a.html", tmp_path / "a.safetensors"
     options = ("--atlas", "atlas", "--site", "resid", "--site", "neuron")
     code, out, _ = command(
-        "run", PROMPT, *options, "--reduce", "full", "--plot", str(page), "--save", str(saved)
+        "trace", PROMPT, *options, "--reduce", "full", "--plot", str(page), "--save", str(saved)
     )
     assert code == 0
     assert "' love'" in out
@@ -188,7 +203,7 @@ def test_run_labels_the_strongest_neurons(
         f"{strongest.relevance:+.4g}  neuron {strongest.layer}:{strongest.neuron}"
     )
     assert f'"neuron {strongest.layer}:{strongest.neuron}"' in page.read_text()
-    code, out, _ = command("run", PROMPT, *options, "--reduce", "feature")
+    code, out, _ = command("trace", PROMPT, *options, "--reduce", "feature")
     assert code == 0
     assert "entries of site resid" in out
     assert re.search(r"neuron \d:\d\n", out)
@@ -206,7 +221,7 @@ ATLAS_ERRORS = {
 def test_an_atlas_that_helps_nothing_is_told_before_anything_is_traced(
     command: Run, server: FakeServer, arguments: tuple[str, ...]
 ) -> None:
-    code, _, err = command("run", PROMPT, "--atlas", "nowhere", *arguments)
+    code, _, err = command("trace", PROMPT, "--atlas", "nowhere", *arguments)
     assert code == 1
     assert err.startswith(f"reltrace: {ATLAS_ERRORS[arguments]}")
     assert err.count("\n") == 1
@@ -216,11 +231,11 @@ def test_an_atlas_that_helps_nothing_is_told_before_anything_is_traced(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", ""], "reltrace: prompt: must not be empty\n"),
-        (["run", PROMPT, "--target", "id:x"], "reltrace: target: after id: comes a token id, "),
-        (["run", PROMPT, "--plot", "a.gif"], "reltrace: plot: must end in .png, .svg, .pdf or "),
-        (["run", PROMPT, "--server", "nowhere"], 'reltrace: address: must be "host:port"'),
-        (["run", PROMPT, "--plot", "/no/such/folder/a.html"], "reltrace: [Errno 2] No such file"),
+        (["trace", ""], "reltrace: prompt: must not be empty\n"),
+        (["trace", PROMPT, "--target", "id:x"], "reltrace: target: after id: comes a token id, "),
+        (["trace", PROMPT, "--plot", "a.gif"], "reltrace: plot: must end in .png, .svg, .pdf or "),
+        (["trace", PROMPT, "--server", "nowhere"], 'reltrace: address: must be "HOST:PORT"'),
+        (["trace", PROMPT, "--plot", "/no/such/folder/a.html"], "reltrace: [Errno 2] No such file"),
     ],
 )
 def test_errors_are_one_line(command: Run, arguments: list[str], message: str) -> None:
@@ -231,8 +246,8 @@ def test_errors_are_one_line(command: Run, arguments: list[str], message: str) -
 
 
 def test_usage_errors_exit_with_2(command: Run) -> None:
-    assert command("run")[0] == 2
-    assert command("run", PROMPT, "--timeout", "soon")[0] == 2
+    assert command("trace")[0] == 2
+    assert command("trace", PROMPT, "--timeout", "soon")[0] == 2
     assert command("fly")[0] == 2
 
 

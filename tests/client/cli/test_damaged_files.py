@@ -64,10 +64,10 @@ def announcing(shape: str) -> bytes:
     ("content", "why"),
     [
         (b"PK\x03\x04 and no more", "holds several arrays (.npz); a direction is one"),
-        (b"", "is no file of numpy.save's: "),
-        (saved(8)[:-3], "is no file of numpy.save's: "),
-        (announcing("(99999999999999,)"), "is no file of numpy.save's: "),
-        (announcing("(99999999999999999999999,)"), "is no file of numpy.save's: "),
+        (b"", "was not written by numpy.save: "),
+        (saved(8)[:-3], "was not written by numpy.save: "),
+        (announcing("(99999999999999,)"), "was not written by numpy.save: "),
+        (announcing("(99999999999999999999999,)"), "was not written by numpy.save: "),
         (saved((1 << 20) + 1), "has 1048577 numbers; allowed: 1048576"),
     ],
 )

@@ -12,12 +12,6 @@ import pytest
 import typer
 from reltrace.cli.app import app
 
-# The client itself looks for these, so that they hold without the command, too.
-BY_THE_CLIENT = {
-    "--token-file": "RELTRACE_TOKEN_FILE",
-    "--tls": "RELTRACE_TLS",
-    "--insecure": "RELTRACE_INSECURE",
-}
 WITHOUT = {"--help", "--version", "--install-completion", "--show-completion"}
 
 
@@ -43,21 +37,18 @@ def identify(value: object) -> str:
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS, ids=identify)
-def test_every_option_is_an_environment_variable(name: str, option: click.Option) -> None:
-    if variable := BY_THE_CLIENT.get(option.opts[0]):
-        assert option.envvar is None
-        assert variable in (option.help or "")
-        return
-    assert isinstance(option.envvar, str)
-    assert option.envvar.startswith("RELTRACE_")
+def test_no_option_is_a_variable_by_the_way(name: str, option: click.Option) -> None:
+    """Those of a connection are read by `reltrace.cli.connection`, the others are none."""
+    assert option.envvar is None
 
 
-def test_a_variable_means_one_thing() -> None:
-    meanings: dict[str, set[str]] = {}
-    for _, option in OPTIONS:
-        meanings.setdefault(str(option.envvar), set()).add(option.opts[0])
-    del meanings["None"]
-    assert {name: found for name, found in meanings.items() if len(found) > 1} == {}
+@pytest.mark.parametrize("name", [name for name, _ in commands()])
+def test_options_of_a_connection_are_those_of_every_command_that_connects(name: str) -> None:
+    options = {option.opts[0] for of, option in OPTIONS if of == name}
+    alone = {"reltrace atlas labels"}
+    offline = name.startswith("reltrace atlas ") and name != "reltrace atlas build"
+    assert ("--server" in options) is not (name in alone or offline)
+    assert ("--server" in options) == ({"--profile", "--tls-ca", "--insecure"} <= options)
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS, ids=identify)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from cli.conftest import Run
 from fake_server import FakeServer
-from reltrace.cli import watch
-from reltrace.cli.cluster import _Look
+from reltrace.cli import output
+from reltrace.cli.server import JobRate
 from rich.text import Text
 
 # Python's own handler: a test run that ignores SIGINT would hand that down.
@@ -109,23 +109,25 @@ def test_people_see_what_changes(
 def test_what_is_watched_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = iter([0, 40, 100])
     drawn: list[str] = []
-    monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(output.time, "sleep", lambda seconds: None)
 
-    def look() -> watch.View:
+    def look() -> tuple[int, Text]:
         count = next(looks, None)
         if count is None:
             raise KeyboardInterrupt
         drawn.append(f"{count} jobs")
-        return watch.View(Text(drawn[-1]), count)
+        return count, Text(drawn[-1])
 
-    watch.show(look, watch=True, every=1.0, as_json=False)
+    output.show(look, output.Watch(watch=True))
     assert drawn == ["0 jobs", "40 jobs", "100 jobs"]
 
 
 def test_the_rate_is_that_since_the_look_before() -> None:
-    assert _Look(12.0, 45).rate_since(_Look(10.0, 5)) == 20.0
+    rate = JobRate()
+    assert rate.update(10.0, 5) is None
+    assert rate.update(12.0, 45) == 20.0
     # A server that forgot its counts.
-    assert _Look(12.0, 0).rate_since(_Look(10.0, 5)) == 0.0
+    assert rate.update(14.0, 0) == 0.0
 
 
 def test_a_period_that_is_none(command: Run) -> None:

@@ -42,7 +42,7 @@ def test_an_interrupt_that_does_not_wake_the_waiting_thread_is_noticed() -> None
 
 def test_a_timeout_of_the_work_itself_is_raised() -> None:
     async def late() -> None:
-        async with asyncio.timeout(2 * loop_thread._LOOK_FOR_SIGNALS):
+        async with asyncio.timeout(2 * loop_thread._SIGNAL_CHECK_INTERVAL):
             await asyncio.Event().wait()
 
     with pytest.raises(TimeoutError):
@@ -51,7 +51,7 @@ def test_a_timeout_of_the_work_itself_is_raised() -> None:
 
 def test_work_that_takes_longer_than_a_look_gives_its_result() -> None:
     async def slow() -> int:
-        await asyncio.sleep(2.5 * loop_thread._LOOK_FOR_SIGNALS)
+        await asyncio.sleep(2.5 * loop_thread._SIGNAL_CHECK_INTERVAL)
         return 7
 
     assert loop_thread.shared().run(slow()) == 7

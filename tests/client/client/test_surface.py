@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import reltrace
+from reltrace.client import generate
 
 HEAVY = [
     "torch", "transformers", "pandas", "pyarrow", "matplotlib", "tqdm", "rich", "safetensors",
@@ -18,13 +19,7 @@ HEAVY = [
 
 
 def public(client: type) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in inspect.getmembers(client)
-        if not name.startswith("_")
-        # The clients' own use, as their docstrings say.
-        and name not in ("run_trace", "start_many", "leftovers", "recording")
-    }
+    return {name: value for name, value in inspect.getmembers(client) if not name.startswith("_")}
 
 
 def test_both_clients_have_the_same_names() -> None:
@@ -42,8 +37,7 @@ def test_a_method_takes_the_same_arguments_on_both_clients(name: str) -> None:
     for parameter in one.parameters.values():
         twin = other.parameters[parameter.name]
         assert (parameter.kind, parameter.default) == (twin.kind, twin.default)
-        # An async client takes async iterables, too.
-        assert parameter.name == "items" or parameter.annotation == twin.annotation
+        assert parameter.annotation == twin.annotation
 
 
 @pytest.mark.parametrize("name", ["trace", "trace_many", "evaluate"])
@@ -67,6 +61,17 @@ def test_every_public_name_says_what_it_is(name: str) -> None:
         assert value.__dataclass_params__.frozen, name  # type: ignore[attr-defined]
         for field in dataclasses.fields(value):
             assert field.name.startswith("_") or field.name in documentation, field.name
+
+
+def test_the_synchronous_client_is_generated_from_the_asynchronous_one() -> None:
+    assert generate.TARGET.read_text() == generate.generated()
+
+
+def test_importing_works_where_there_is_no_fcntl() -> None:
+    """As on Windows."""
+    absent = ["fcntl", "termios", "resource", "pwd", "grp"]
+    code = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\nimport reltrace"
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
 def test_importing_is_light() -> None:

@@ -262,14 +262,13 @@ def test_a_timeout_without_a_server_says_so() -> None:
 
 
 def test_an_acknowledgement_goes_on_when_nobody_waits_for_it(
-    server: FakeServer, client: reltrace.Client, monkeypatch: pytest.MonkeyPatch
+    server: FakeServer, client: reltrace.Client
 ) -> None:
     """
     Given a store that is away just when a result has come
     If it is away for longer than a caller is kept waiting for the acknowledgement
     I expect the trace at once, and the result to be acknowledged when the store is back.
     """
-    monkeypatch.setattr("reltrace.transport.submission._ACKNOWLEDGE_WAIT", 0.05)
     server.acknowledge_errors = 5
     assert client.trace(PROMPT).tokens == TOKENS
     assert not server.acknowledged

@@ -13,8 +13,10 @@ from fake_results import LAYERS, relevance_of
 from fake_server import FakeServer
 from reltrace.storage import stored_arrays as stored
 from reltrace.storage.stored_arrays import StoredArrays
-from reltrace.transport.connection import Deadline
-from reltrace.transport.submission import Accepted, Delivery, Entry, deliveries, submit
+from reltrace.transport.cursor import JobResult
+from reltrace.transport.results import stream_results
+from reltrace.transport.retry import Deadline
+from reltrace.transport.submit import Accepted, submit
 from reltrace.types.request import Arguments, wire_priority
 from reltrace_proto.v1 import types_pb2
 from stored_results import Store
@@ -100,9 +102,7 @@ async def test_what_is_read_is_counted_and_waits_for_room(store: Store, server: 
     Given results in a store, and a caller who says when there is room
     I expect each to be read after there was, and to be counted with all its bytes.
     """
-    entries = [
-        Entry(Arguments(f"p {number}", sites=["resid"]).job(), number) for number in range(4)
-    ]
+    jobs = [Arguments(f"p {number}", sites=["resid"]).job() for number in range(4)]
     events: list[str] = []
 
     async def room() -> None:
@@ -111,13 +111,15 @@ async def test_what_is_read_is_counted_and_waits_for_room(store: Store, server: 
     async with reltrace.AsyncClient(server.address) as client:
         deadline = Deadline(20)
         priority = wire_priority("interactive")
-        accepted = await submit(client._connection, entries, deadline, priority)
+        accepted = await submit(client._connection, jobs, deadline, priority)
         assert isinstance(accepted, Accepted)
-        found: list[Delivery] = []
-        async for delivery in deliveries(client._connection, accepted, entries, deadline, room):
+        found: list[JobResult] = []
+        async for result in stream_results(
+            client._connection, accepted, jobs, deadline, throttle=room
+        ):
             events.append(f"read {len(store.reads)}")
-            found.append(delivery)
-    assert [delivery.bytes for delivery in found] == [LAYERS * 3 * 4] * 4
+            found.append(result)
+    assert [result.bytes for result in found] == [LAYERS * 3 * 4] * 4
     for number in range(1, 5):
         assert events[events.index(f"read {number}") - 1] == "room"
 
@@ -147,7 +149,7 @@ def test_tensors_in_the_callers_store_are_read_when_looked_at(
     store.clear()
     # What was read stays; what was not says where it should have been.
     np.testing.assert_array_equal(traces[1].relevance, expected("<s> a b"))
-    with pytest.raises(reltrace.StoreUnreadable, match=traces[0].arrays.place.url):
+    with pytest.raises(reltrace.StoreUnreadable, match=traces[0].arrays.location.url):
         traces[0].relevance  # noqa: B018
 
 

@@ -1,24 +1,26 @@
 """Tensors that a worker wrote to a store, as a trace finds them."""
 
 import hashlib
+import json
 import pickle
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reltrace
-from reltrace.storage.stored_arrays import Place, StoredArrays, StoredTensor
+from reltrace.storage.stored_arrays import StoredArrays, StoredLocation, StoredTensor
 from reltrace.types.errors import ProtocolError
 
 VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
 TOKENS = np.arange(3, dtype=np.int32)
 
 
-def place(path: Path, *, before: int = 5) -> Place:
+def place(path: Path, *, before: int = 5) -> StoredLocation:
     """Write two tensors behind `before` bytes of others; return where they are."""
     data = VALUES.tobytes() + TOKENS.tobytes()
     path.write_bytes(bytes(before) + data + b"of others")
-    return Place(
+    return StoredLocation(
         url=path.as_uri(),
         offset=before,
         length=len(data),
@@ -50,7 +52,7 @@ def test_what_bfloat16_holds_is_exact(tmp_path: Path) -> None:
     bits = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
     file = tmp_path / "b"
     file.write_bytes(bits)
-    where = Place(
+    where = StoredLocation(
         file.as_uri(), 0, len(bits), hashlib.sha256(bits).hexdigest(),
         (StoredTensor("resid", "", "bfloat16", (3,), 0),),
     )  # fmt: skip
@@ -60,7 +62,7 @@ def test_what_bfloat16_holds_is_exact(tmp_path: Path) -> None:
 
 def test_a_place_survives_json_and_pickle(tmp_path: Path) -> None:
     where = place(tmp_path / "a")
-    assert Place.from_json(where.to_json()) == where
+    assert StoredLocation.from_json(json.loads(json.dumps(asdict(where)))) == where
     again = pickle.loads(pickle.dumps(StoredArrays(where)))
     np.testing.assert_array_equal(again["resid"][""], VALUES)
 
@@ -82,7 +84,8 @@ def test_what_is_not_there_any_more_is_an_error_that_names_it(tmp_path: Path, da
 
 
 def test_a_store_that_nothing_here_can_reach_says_what_is_missing() -> None:
-    where = Place("adl://account/file", 0, 4, "", (StoredTensor("resid", "", "float32", (1,), 0),))
+    tensor = StoredTensor("resid", "", "float32", (1,), 0)
+    where = StoredLocation("adl://account/file", 0, 4, "", (tensor,))
     with pytest.raises(reltrace.MissingDependency, match="adl://account/file"):
         StoredArrays(where)["resid"]
 
@@ -91,4 +94,4 @@ def test_a_manifest_that_points_past_its_bytes_is_refused(tmp_path: Path) -> Non
     where = place(tmp_path / "a")
     long = StoredTensor("resid", "", "float32", (100,), 0)
     with pytest.raises(ProtocolError, match="points past"):
-        StoredArrays(Place(where.url, where.offset, where.length, where.sha256, (long,)))["resid"]
+        StoredArrays(replace(where, tensors=(long,)))["resid"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from reltrace.types.request import Arguments
 from reltrace_proto.v1 import types_pb2
 
 Chunks = list[types_pb2.ResultChunk]
-JOB = Arguments("one two three", sites=["resid", "embed"]).job()
+JOB = replace(Arguments("one two three", sites=["resid", "embed"]).job(), id="a")
 
 
 def assemble(chunks: Chunks) -> list[reltrace.Trace]:
-    assembler = Assembler(JOB, "a")
+    assembler = Assembler(JOB)
     for chunk in chunks[:-1]:
         assert assembler.add(chunk) is None
     traces = assembler.add(chunks[-1])

@@ -14,7 +14,7 @@ AWAY = "no answer from the reltrace server at"
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reltrace.transport.connection._WORTH_A_WORD", 0.2)
+    monkeypatch.setattr("reltrace.transport.retry._LOG_AFTER", 0.2)
 
 
 def test_an_outage_is_told_once_and_so_is_its_end(

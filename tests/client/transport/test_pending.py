@@ -12,7 +12,7 @@ import grpc
 import pytest
 import reltrace
 from fake_server import FakeServer, queue_full, status_with
-from reltrace.transport import pending as leaving
+from reltrace.transport import pending
 
 PROMPTS = ["quick", "slow", "slow"]
 
@@ -126,8 +126,8 @@ def test_jobs_that_a_full_queue_refused_are_not_handed_in_again(
 
 
 def test_nobody_waits_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    for wait in ("_WAIT", "_CLOSE_WAIT"):
-        monkeypatch.setattr(leaving, wait, 30.0)
+    for wait in ("_ABANDON_WAIT", "_CLOSE_WAIT"):
+        monkeypatch.setattr(pending, wait, 30.0)
     started = time.monotonic()
     with (
         reltrace.Client("127.0.0.1:1") as client,

@@ -71,6 +71,7 @@ def test_a_server_that_dies_costs_nothing(pair: Pair, killed: int) -> None:
         for trace, prompt in zip(traces, prompts(600), strict=True):
             check(trace, prompt)
         # And what comes later does not ask the dead one first.
+        survivor.wait_acknowledged()
         asked = len(survivor.presented)
         client.models()
         assert len(survivor.presented) == asked + 1

@@ -235,9 +235,7 @@ def test_tls_options_that_can_not_be_used(
         reltrace.Client()
 
 
-def test_the_command_takes_the_options_before_its_name(
-    certificates: Certificates, tmp_path: Path
-) -> None:
+def test_the_command_takes_the_options(certificates: Certificates, tmp_path: Path) -> None:
     from reltrace.cli.app import app
 
     token = tmp_path / "token"

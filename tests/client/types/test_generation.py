@@ -7,15 +7,15 @@ import pytest
 import reltrace
 from reltrace import Steer
 from reltrace.cli.generate import steer_of
-from reltrace.types.generation import Writing
+from reltrace.types.generation import GenerateArguments
 
 
-def writing(**given: object) -> Writing:
+def writing(**given: object) -> GenerateArguments:
     defaults: dict[str, object] = {
         "prompt": "a", "input_ids": None, "messages": None, "add_special_tokens": True, "steer": (),
         "max_new_tokens": 5, "temperature": 0.0, "top_p": 0.0, "seed": 0, "model": None,
     }  # fmt: skip
-    return Writing(**{**defaults, **given})  # type: ignore[arg-type]
+    return GenerateArguments(**{**defaults, **given})  # type: ignore[arg-type]
 
 
 def test_without_steering_there_is_one_job() -> None:

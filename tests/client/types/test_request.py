@@ -156,7 +156,7 @@ def test_text_with_surrogates_is_refused_not_changed(prompt: str) -> None:
     "address", ["", "localhost", "host:", ":50051", "host:port", "host:0", "host:70000", 50051]
 )
 def test_bad_addresses(address: Any) -> None:
-    with pytest.raises(reltrace.InvalidArgument, match=r'^address: must be (str|"host:port")'):
+    with pytest.raises(reltrace.InvalidArgument, match=r'^address: must be (str|"HOST:PORT")'):
         reltrace.Client(address)
 
 

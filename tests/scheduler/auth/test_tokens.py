@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reltrace_scheduler.auth.identity import Role
-from reltrace_scheduler.auth.rates import Buckets
 from reltrace_scheduler.auth.tokens import Entry, TokenError, Tokens, append, make, parse
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
 from structlog.testing import capture_logs
@@ -172,43 +171,3 @@ def test_entries_show_no_more_than_the_file() -> None:
     token, entry = make("alice", Role.CLIENT)
     assert token not in repr(entry)
     assert isinstance(entry, Entry)
-
-
-class TestBuckets:
-    def test_a_burst_then_the_rate(self) -> None:
-        clock = Clock()
-        buckets = Buckets(10.0, clock)
-        assert [buckets.take("a", 1) for _ in range(20)] == [0.0] * 20
-        wait = buckets.take("a", 1)
-        assert wait == pytest.approx(0.1)
-        # Who was refused took nothing.
-        clock.now += wait
-        assert buckets.take("a", 1) == 0.0
-        assert buckets.take("b", 1) == 0.0
-
-    def test_a_large_message_passes_and_is_paid_for_afterwards(self) -> None:
-        clock = Clock()
-        buckets = Buckets(10.0, clock)
-        assert buckets.take("a", 1000) == 0.0
-        wait = buckets.take("a", 1)
-        assert wait == pytest.approx(98.1)
-        clock.now += wait
-        assert buckets.take("a", 1) == 0.0
-
-    @given(st.lists(st.tuples(st.floats(0, 3), st.integers(1, 50)), max_size=60))
-    def test_no_more_than_the_rate_in_the_long_run(self, calls: list[tuple[float, int]]) -> None:
-        clock = Clock()
-        buckets = Buckets(5.0, clock)
-        passed = [0]
-        for pause, units in calls:
-            clock.now += pause
-            if buckets.take("a", units) == 0.0:
-                passed.append(units)
-        most = 10.0 + 5.0 * (clock.now - 100.0) + max(passed)
-        assert sum(passed) <= most + 1e-6
-
-    def test_the_number_of_buckets_is_bounded(self) -> None:
-        buckets = Buckets(1.0, Clock())
-        for number in range(5000):
-            buckets.take(str(number), 1)
-        assert len(buckets) == 4096

@@ -14,9 +14,12 @@ import redis.asyncio
 from prometheus_client.parser import text_string_to_metric_families
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2, worker_pb2
 from reltrace_scheduler.api.server import serving
+from reltrace_scheduler.auth.access import Access
+from reltrace_scheduler.auth.identity import Role
+from reltrace_scheduler.auth.tokens import Tokens, append, make
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.connection import Connection
 from scheduler.fake_worker import FakeWorker
 
@@ -65,7 +68,7 @@ async def exported(
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Exported]:
-    monkeypatch.setattr("reltrace_scheduler.observability.export._PERIOD", 0.05)
+    monkeypatch.setattr("reltrace_scheduler.observability.metrics._PERIOD", 0.05)
     client = redis.asyncio.Redis.from_url(redis_url)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -175,6 +178,33 @@ async def test_redis_away(exported: Exported, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("reltrace_scheduler.queue.gauges.Gauges.read", away)
     await exported.wait("reltrace_redis_up", 0)
     assert await exported.value("reltrace_redis_memory_bytes") is None
+
+
+async def test_methods_that_do_not_exist_make_no_labels(
+    redis_url: str, settings: Settings, tmp_path: Path
+) -> None:
+    """
+    Given a scheduler that asks for a token
+    If a caller without one names methods of its own
+    I expect all of them under one label: label sets are kept for ever.
+    """
+    _, entry = make("alice", Role.CLIENT)
+    append(tmp_path / "tokens.toml", entry)
+    access = Access(Tokens(tmp_path / "tokens.toml"))
+    client, counts = redis.asyncio.Redis.from_url(redis_url), Counts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reltrace_scheduler.api.server.Counts", lambda: counts)
+        async with (
+            serving(Connection(client, "test"), settings, access) as address,
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            for number in range(5):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await channel.unary_unary(f"/reltrace.x/{number}")(b"", timeout=10)
+    await client.aclose()
+    (metric,) = counts.streams.collect()
+    methods = {sample.labels["method"] for sample in metric.samples}
+    assert methods == {"unknown"}
 
 
 @pytest.mark.parametrize("listen", ["nowhere", "127.0.0.1:x", ":1"])

@@ -17,21 +17,21 @@ from reltrace_worker.engine.site_atlas import places_of, values_of
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import EngineError, InvalidJob
 from reltrace_worker.types.jobs import (
-    CorpusSpec,
-    JobSpec,
-    PreparedCorpus,
-    PreparedJob,
-    TargetSpec,
+    AtlasJob,
+    AtlasRequest,
+    TargetRequest,
     Term,
+    TraceJob,
+    TraceRequest,
 )
 from reltrace_worker.types.results import JobResult
 
 
-def corpus(prompts: list[PreparedJob], first: int = 0, k: int = 3) -> PreparedCorpus:
-    return PreparedCorpus(tuple(prompts), tuple(range(first, first + len(prompts))), (), k)
+def corpus(prompts: list[TraceJob], first: int = 0, k: int = 3) -> AtlasJob:
+    return AtlasJob(tuple(prompts), tuple(range(first, first + len(prompts))), (), k)
 
 
-def made(engine: Engine, of: PreparedCorpus) -> Slice:
+def made(engine: Engine, of: AtlasJob) -> Slice:
     atlas = engine.begin_atlas(of)
     while not atlas.over:
         engine.add_to(atlas)
@@ -46,10 +46,10 @@ def test_a_slice_is_what_its_full_traces_say(checkpoints: Checkpoints, checkpoin
     """
     loaded = checkpoints.loaded("grouped")
     engine = Engine(loaded, checkpointing)  # type: ignore[arg-type]
-    prompts = prepare(loaded, *(JobSpec(prompt) for prompt in PROMPTS))
+    prompts = prepare(loaded, *(TraceRequest(prompt) for prompt in PROMPTS))
     atlas = made(engine, corpus(prompts))
     for site in ("neuron", "head"):
-        full = [JobSpec(p, sites=(site,), reduction="full") for p in PROMPTS]
+        full = [TraceRequest(p, sites=(site,), reduction="full") for p in PROMPTS]
         traces = [result.tensors[0].values for result in run(engine, prepare(loaded, *full))]
         places = torch.cat(
             [(number << 16) + torch.arange(trace.shape[1]) for number, trace in enumerate(traces)]
@@ -69,7 +69,7 @@ def test_a_slice_is_what_its_full_traces_say(checkpoints: Checkpoints, checkpoin
 
 def test_activations_are_those_that_hooks_see(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
-    prompts = prepare(loaded, *(JobSpec(prompt) for prompt in PROMPTS))
+    prompts = prepare(loaded, *(TraceRequest(prompt) for prompt in PROMPTS))
     atlas = made(Engine(loaded, "off"), corpus(prompts, k=1))
     seen: dict[str, list[torch.Tensor]] = {"neuron": [], "head": []}
     layer = loaded.model.model.layers[2]
@@ -104,7 +104,7 @@ def test_passes_do_not_depend_on_memory_or_workers(checkpoints: Checkpoints) -> 
     loaded = checkpoints.loaded("grouped")
     torch.manual_seed(5)
     long = [
-        JobSpec(tuple(torch.randint(10, 200, (int(n),)).tolist()))
+        TraceRequest(tuple(torch.randint(10, 200, (int(n),)).tolist()))
         for n in torch.randint(40, 120, (60,))
     ]
     prompts = prepare(loaded, *long)
@@ -122,7 +122,7 @@ def test_passes_do_not_depend_on_memory_or_workers(checkpoints: Checkpoints) -> 
         assert torch.equal(sum(part.atlas[site].histogram for part in parts), atlas.histogram)
 
 
-def engine_passes(prompts: list[PreparedJob]) -> list[list[int]]:
+def engine_passes(prompts: list[TraceJob]) -> list[list[int]]:
     """Cut prompts as the page says: in their order, up to so many tokens."""
     passes: list[list[int]] = [[]]
     for index, job in enumerate(prompts):
@@ -133,7 +133,9 @@ def engine_passes(prompts: list[PreparedJob]) -> list[list[int]]:
     return passes
 
 
-NEXT = CorpusSpec(tuple(p for p in PROMPTS if isinstance(p, str)), positions=1 << 16)
+NEXT = AtlasRequest(
+    tuple(p for p in PROMPTS if isinstance(p, str)), positions=1 << 16, rule="gradient", k=3
+)
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "deep"])
@@ -143,8 +145,7 @@ def test_all_next_tokens_are_explained_in_one_pass(checkpoints: Checkpoints, rec
     I expect what autograd gives of the sum of these logits, at all places but the first.
     """
     loaded = checkpoints.loaded(recipe)
-    spec = JobSpec("", rule="gradient", corpus=NEXT, k=3)
-    of = preparer(loaded).prepare_corpus(spec)
+    of = preparer(loaded).prepare(NEXT)
     assert all(len(job.targets) == 1 and job.only_terms for job in of.prompts)
     atlas = made(Engine(loaded, "off"), of)
     for site in ("neuron", "head"):
@@ -176,11 +177,10 @@ def test_positions_are_drawn_by_the_prompt_and_the_seed(checkpoints: Checkpoints
     I expect so many of each prompt, the same ones in whichever slice it is, others by another seed;
     and of a prompt that has fewer, all.
     """
-    prepare_corpus = preparer(checkpoints.loaded("grouped")).prepare_corpus
+    jobs = preparer(checkpoints.loaded("grouped"))
 
     def drawn(*prompts: str, seed: int = 0) -> list[tuple[Term, ...]]:
-        spec = CorpusSpec(prompts, positions=4, seed=seed)
-        of = prepare_corpus(JobSpec("", corpus=spec, k=1))
+        of = jobs.prepare(AtlasRequest(prompts, k=1, positions=4, seed=seed))
         return [job.targets[0].terms for job in of.prompts]
 
     long, other, short = PROMPTS[0], "We sing all day. The cats play all day.", "cats"
@@ -188,14 +188,14 @@ def test_positions_are_drawn_by_the_prompt_and_the_seed(checkpoints: Checkpoints
     (first, second, few) = drawn(long, other, short)
     assert drawn(other, long) == [second, first]
     assert drawn(long, seed=1) != [first]
-    (job,) = prepare(checkpoints.loaded("grouped"), JobSpec(long))
+    (job,) = prepare(checkpoints.loaded("grouped"), TraceRequest(long))
     for terms in (first, second):
         positions = [term.position for term in terms]
         assert len(set(positions)) == 4
         assert positions == sorted(positions)
         assert positions[0] > 0
     assert all(term.token_id == job.token_ids[term.position + 1] for term in first)
-    (job,) = prepare(checkpoints.loaded("grouped"), JobSpec(short))
+    (job,) = prepare(checkpoints.loaded("grouped"), TraceRequest(short))
     assert [term.position for term in few] == list(range(1, len(job.token_ids) - 1))[:4]
 
 
@@ -210,8 +210,8 @@ def test_special_and_first_tokens_are_counted_on_request(checkpoints: Checkpoint
     text = loaded.tokenizer.convert_ids_to_tokens(mark)
     prompts = (f"I have 5 cats{text} and 3 dogs", "The quick brown fox")
     for keep in (False, True):
-        spec = CorpusSpec(prompts, positions=99, keep_special=keep)
-        of = preparer(loaded).prepare_corpus(JobSpec("", corpus=spec, k=64))
+        request = AtlasRequest(prompts, k=64, positions=99, keep_special=keep)
+        of = preparer(loaded).prepare(request)
         ids = of.prompts[0].token_ids
         at = ids.index(mark, 1)
         counted = [i for i in range(len(ids)) if keep or i not in (0, at)]
@@ -230,20 +230,20 @@ def test_special_and_first_tokens_are_counted_on_request(checkpoints: Checkpoint
 def test_a_prompt_without_a_next_token_is_left_out(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
     bare = loaded.tokenizer.convert_ids_to_tokens(40)
-    spec = JobSpec("", corpus=CorpusSpec((bare, "The quick"), positions=1), k=1)
-    of = preparer(loaded).prepare_corpus(spec)
+    request = AtlasRequest((bare, "The quick"), k=1, positions=1)
+    of = preparer(loaded).prepare(request)
     assert of.numbers == (1,)
     ((number, why),) = of.skipped
     assert number == 0
     assert "none of them follows one that is counted" in why
     with pytest.raises(InvalidJob, match=r"targets: are the prompts' own next tokens"):
-        preparer(loaded).prepare_corpus(replace(spec, targets=(TargetSpec(token=3),)))
+        preparer(loaded).prepare(replace(request, targets=(TargetRequest(token=3),)))
 
 
 def test_a_slice_says_which_tokens_it_has(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
-    prompts = prepare(loaded, JobSpec(PROMPTS[0]), JobSpec(PROMPTS[3]))
-    of = PreparedCorpus(tuple(prompts), (0, 2), ((1, "is empty"),), 2)
+    prompts = prepare(loaded, TraceRequest(PROMPTS[0]), TraceRequest(PROMPTS[3]))
+    of = AtlasJob(tuple(prompts), (0, 2), ((1, "is empty"),), 2)
     engine = Engine(loaded, "off")
     parts = {(t.site, t.part): t.values for t in made(engine, of).tensors()}
     lengths = [len(job.token_ids) for job in prompts]
@@ -263,7 +263,7 @@ def test_a_slice_says_which_tokens_it_has(checkpoints: Checkpoints) -> None:
 
 def test_what_nobody_waits_for_goes_on_no_more(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
-    atlas = Engine(loaded, "off").begin_atlas(corpus(prepare(loaded, JobSpec(PROMPTS[0]))))
+    atlas = Engine(loaded, "off").begin_atlas(corpus(prepare(loaded, TraceRequest(PROMPTS[0]))))
     atlas.drop()
     assert atlas.over
 
@@ -277,7 +277,7 @@ def test_numbers_that_are_not_finite_are_an_error(checkpoints: Checkpoints) -> N
         weight[0, 0] = float("nan")
     try:
         with pytest.raises(EngineError, match="is not finite, or too large for an atlas"):
-            made(engine, corpus(prepare(loaded, JobSpec(PROMPTS[0]))))
+            made(engine, corpus(prepare(loaded, TraceRequest(PROMPTS[0]))))
     finally:
         with torch.no_grad():
             weight[0, 0] = before
@@ -289,7 +289,7 @@ def test_an_atlas_says_whether_its_passes_were_checkpointed(checkpoints: Checkpo
     I expect the result to say so, or an error that names the pass and not one of its prompts.
     """
     loaded = checkpoints.loaded("deep")
-    prompts = prepare(loaded, *(JobSpec(prompt, sites=("neuron",)) for prompt in PROMPTS))
+    prompts = prepare(loaded, *(TraceRequest(prompt, sites=("neuron",)) for prompt in PROMPTS))
     model = Planner(loaded, None)
     keeping, checkpointed = (model.need(prompts, mode) for mode in (False, True))
     assert checkpointed < keeping - 1
@@ -309,7 +309,7 @@ def test_tables_that_do_not_fit_are_refused_before_the_first_pass(
     checkpoints: Checkpoints,
 ) -> None:
     loaded = checkpoints.loaded("deep")
-    (prompt,) = prepare(loaded, JobSpec("a", sites=("neuron",)))
+    (prompt,) = prepare(loaded, TraceRequest("a", sites=("neuron",)))
     empty = Slice(loaded, corpus([prompt], k=64)).atlas.values()
     size = sum(getattr(one, part.name).nbytes for one in empty for part in fields(one))
     assert Slice.size(loaded.shape, 64) == size
@@ -323,7 +323,7 @@ def test_nothing_comes_of_an_atlas_before_its_end_or_when_it_is_dropped(
 ) -> None:
     loaded = checkpoints.loaded("grouped")
     engine = Engine(loaded, "off")
-    prompts = prepare(loaded, *(JobSpec(prompt, sites=("neuron",)) for prompt in PROMPTS))
+    prompts = prepare(loaded, *(TraceRequest(prompt, sites=("neuron",)) for prompt in PROMPTS))
     atlas = engine.begin_atlas(corpus(prompts))
     assert engine.atlas(atlas) == []
     atlas.drop()

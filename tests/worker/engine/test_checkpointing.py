@@ -7,9 +7,13 @@ import torch
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import REDUCTIONS, SITES, Engine, passes
 from reltrace_worker.lrp import RULES
-from reltrace_worker.types.jobs import JobSpec, TargetSpec
+from reltrace_worker.types.jobs import TargetRequest, TraceRequest
 
-TARGETS = (TargetSpec(), TargetSpec(token=5, contrast=9), TargetSpec(position=0, logprob=True))
+TARGETS = (
+    TargetRequest(),
+    TargetRequest(token=5, contrast=9),
+    TargetRequest(position=0, logprob=True),
+)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -26,10 +30,10 @@ def test_on_equals_off_bit_for_bit_for_every_site(
     sites = tuple(SITES)
     k = 9 if reduction == "topk" else 0
     specs = [
-        JobSpec(PROMPTS[0], sites, reduction, TARGETS, rule, k=k),
-        JobSpec(PROMPTS[1], sites[2:4], reduction, TARGETS[:1], rule, k=k),
-        JobSpec(PROMPTS[2], sites[::-1], reduction, TARGETS[1:], rule, (3, 1), k),
-        JobSpec(PROMPTS[4], sites, "token", TARGETS, rule),
+        TraceRequest(PROMPTS[0], sites, reduction, TARGETS, rule, k=k),
+        TraceRequest(PROMPTS[1], sites[2:4], reduction, TARGETS[:1], rule, k=k),
+        TraceRequest(PROMPTS[2], sites[::-1], reduction, TARGETS[1:], rule, (3, 1), k),
+        TraceRequest(PROMPTS[4], sites, "token", TARGETS, rule),
     ]
     jobs = prepare(loaded, *specs)
     kept = run(Engine(loaded, "off"), jobs)
@@ -65,8 +69,8 @@ def test_segments_of_any_length_give_the_same_bits(
     sites = tuple(SITES) if not layers else ("resid", "neuron", "resid_mid")
     jobs = prepare(
         loaded,
-        JobSpec(PROMPTS[0], sites, "token", TARGETS, layers=layers),
-        JobSpec(PROMPTS[1], ("resid",), "full", layers=layers[:1]),
+        TraceRequest(PROMPTS[0], sites, "token", TARGETS, layers=layers),
+        TraceRequest(PROMPTS[1], ("resid",), "full", layers=layers[:1]),
     )
     kept = run(Engine(loaded, "off"), jobs)
     monkeypatch.setattr(passes, "segment_length", lambda *_: length)
@@ -82,7 +86,7 @@ def test_checkpointing_keeps_one_layers_graph_at_a_time(checkpoints: Checkpoints
     I expect the largest amount alive at a time to be at most that of a few layers' share.
     """
     loaded = checkpoints.loaded("deep")
-    (job,) = prepare(loaded, JobSpec(PROMPTS[5]))
+    (job,) = prepare(loaded, TraceRequest(PROMPTS[5]))
 
     class Alive:
         now = 0

@@ -14,7 +14,7 @@ from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.types.errors import InvalidJob
-from reltrace_worker.types.jobs import EditSpec, JobSpec, TargetSpec
+from reltrace_worker.types.jobs import Edit, TargetRequest, TraceRequest
 from reltrace_worker.types.results import JobResult
 
 CHECKPOINTING: list[Any] = ["on", "off"]
@@ -63,9 +63,9 @@ def setting(rows: Any, columns: Any, scale: float, value: float) -> Any:
     return change
 
 
-def job(loaded: LoadedModel, *edits: EditSpec, **options: Any) -> Any:
+def job(loaded: LoadedModel, *edits: Edit, **options: Any) -> Any:
     """A job whose target is token 7 at the last position."""
-    spec = JobSpec(PROMPTS[0], targets=(TargetSpec(token=7),), edits=edits, **options)
+    spec = TraceRequest(PROMPTS[0], targets=(TargetRequest(token=7),), edits=edits, **options)
     (prepared,) = prepare(loaded, spec)
     return prepared
 
@@ -81,32 +81,30 @@ ALL = slice(None)
     ("edit", "hook"),
     [
         (
-            EditSpec("neuron", 1, features=(3, 5), scale=0.0),
+            Edit("neuron", 1, features=(3, 5), scale=0.0),
             (1, "mlp.down_proj<", setting(ALL, [3, 5], 0, 0)),
         ),
         (
-            EditSpec("neuron", 0, features=(2,), positions=(1, -1), scale=0.0, value=4.0),
+            Edit("neuron", 0, features=(2,), positions=(1, -1), scale=0.0, value=4.0),
             (0, "mlp.down_proj<", setting([1, -1], 2, 0, 4.0)),
         ),
         (
-            EditSpec("resid", 2, features=(0, 7), scale=-2.0),
+            Edit("resid", 2, features=(0, 7), scale=-2.0),
             (2, "", setting(ALL, [0, 7], -2, 0)),
         ),
         (
-            EditSpec("resid", 1, positions=(0,), scale=0.0, value=0.5),
+            Edit("resid", 1, positions=(0,), scale=0.0, value=0.5),
             (1, "", setting(0, ALL, 0, 0.5)),
         ),
         (
-            EditSpec("mlp_out", 1, positions=(2,), scale=0.0),
+            Edit("mlp_out", 1, positions=(2,), scale=0.0),
             (1, "mlp", setting(2, ALL, 0, 0)),
         ),
     ],
 )
-def test_an_edit_is_what_a_hook_would_do(
-    checkpoints: Checkpoints, edit: EditSpec, hook: Any
-) -> None:
+def test_an_edit_is_what_a_hook_would_do(checkpoints: Checkpoints, edit: Edit, hook: Any) -> None:
     loaded = checkpoints.loaded("grouped")
-    prepared = job(loaded, edit, forward_only=True, sites=())
+    prepared = job(loaded, edit, sites=())
     (result,) = run(Engine(loaded, "off"), [prepared])
     expected = plain_logits(loaded, prepared.token_ids, hook)[7]
     untouched = plain_logits(loaded, prepared.token_ids)[7]
@@ -116,7 +114,7 @@ def test_an_edit_is_what_a_hook_would_do(
 
 def test_a_head_is_its_columns(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
-    prepared = job(loaded, EditSpec("head", 1, (2,), scale=0.0), forward_only=True, sites=())
+    prepared = job(loaded, Edit("head", 1, (2,), scale=0.0), sites=())
     (result,) = run(Engine(loaded, "off"), [prepared])
     size = loaded.model.model.layers[1].self_attn.o_proj.in_features // loaded.shape.heads
     columns = slice(2 * size, 3 * size)
@@ -129,8 +127,8 @@ def test_a_direction_is_added(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
     torch.manual_seed(3)
     direction = torch.randn(loaded.shape.hidden_size)
-    edit = EditSpec("resid", 1, direction=tuple(direction.tolist()))
-    prepared = job(loaded, edit, forward_only=True, sites=())
+    edit = Edit("resid", 1, direction=tuple(direction.tolist()))
+    prepared = job(loaded, edit, sites=())
     (result,) = run(Engine(loaded, "off"), [prepared])
     expected = plain_logits(
         loaded, prepared.token_ids, (1, "", lambda x: x + direction.to(x.device))
@@ -140,9 +138,7 @@ def test_a_direction_is_added(checkpoints: Checkpoints) -> None:
 
 def test_the_embedding_of_a_token_is_switched_off(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("tied")
-    prepared = job(
-        loaded, EditSpec("embed", positions=(2,), scale=0.0), forward_only=True, sites=()
-    )
+    prepared = job(loaded, Edit("embed", positions=(2,), scale=0.0), sites=())
     (result,) = run(Engine(loaded, "off"), [prepared])
     with torch.no_grad():
         embeddings = loaded.model.get_input_embeddings()(
@@ -159,9 +155,9 @@ def test_the_mean_embedding_is_that_of_the_vocabulary(
 ) -> None:
     """Gemma's has the factor that its embeddings are multiplied by."""
     loaded = checkpoints.loaded(recipe)
-    beside = job(loaded, EditSpec("embed", positions=(0,), scale=2.0), forward_only=True, sites=())
-    mean = EditSpec("embed", positions=(1, 3), scale=0.0, mean=True)
-    prepared = job(loaded, mean, forward_only=True, sites=())
+    beside = job(loaded, Edit("embed", positions=(0,), scale=2.0), sites=())
+    mean = Edit("embed", positions=(1, 3), scale=0.0, mean=True)
+    prepared = job(loaded, mean, sites=())
     _, result = run(Engine(loaded, "off"), [beside, prepared])
     with torch.no_grad():
         embed = loaded.model.get_input_embeddings()
@@ -178,12 +174,12 @@ def test_the_mean_embedding_is_that_of_the_vocabulary(
 def test_edits_are_made_in_their_order(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
     set_then_double = (
-        EditSpec("neuron", 1, (4,), scale=0.0, value=3.0),
-        EditSpec("neuron", 1, (4,), scale=2.0),
+        Edit("neuron", 1, (4,), scale=0.0, value=3.0),
+        Edit("neuron", 1, (4,), scale=2.0),
     )
     outcomes = []
     for edits in (set_then_double, set_then_double[::-1]):
-        (result,) = run(Engine(loaded, "off"), [job(loaded, *edits, forward_only=True, sites=())])
+        (result,) = run(Engine(loaded, "off"), [job(loaded, *edits, sites=())])
         outcomes.append(logit(result))
     ids = job(loaded).token_ids
     for found, value in zip(outcomes, (6.0, 3.0), strict=True):
@@ -204,12 +200,12 @@ def test_jobs_of_a_pack_do_not_feel_each_others_edits(
     sites = ("embed", "resid", "neuron", "head")
     jobs = [
         job(loaded, sites=sites),
-        job(loaded, EditSpec("neuron", 0, (1, 2), (0,), 0.0, 1.0), sites=sites),
-        job(loaded, EditSpec("embed", positions=(1,), scale=0.0), sites=sites),
+        job(loaded, Edit("neuron", 0, (1, 2), (0,), 0.0, 1.0), sites=sites),
+        job(loaded, Edit("embed", positions=(1,), scale=0.0), sites=sites),
         job(
             loaded,
-            EditSpec("resid", 3, (5,), scale=0.5),
-            EditSpec("neuron", 0, scale=0.9),
+            Edit("resid", 3, (5,), scale=0.5),
+            Edit("neuron", 0, scale=0.9),
             sites=sites,
         ),
     ]
@@ -232,8 +228,8 @@ def test_the_stream_between_attention_and_mlp_is_changed_for_all_who_read_it(
     """
     loaded = checkpoints.loaded(recipe)
     layer = loaded.shape.layers - 2
-    edit = EditSpec("resid_mid", layer, features=(1, 4), scale=-2.0, value=0.5)
-    prepared = job(loaded, edit, forward_only=True, sites=())
+    edit = Edit("resid_mid", layer, features=(1, 4), scale=-2.0, value=0.5)
+    prepared = job(loaded, edit, sites=())
     (result,) = run(Engine(loaded, "off"), [prepared])
     entered: list[torch.Tensor] = []
 
@@ -263,7 +259,7 @@ def test_an_edit_that_changes_nothing_leaves_all_relevance_as_it_is(
     options = {"sites": tuple(SITES), "reduction": "full", "rule": rule}
     plain = job(loaded, **options)
     edited = [
-        job(loaded, EditSpec(site, layer, features, scale=1.0), **options)
+        job(loaded, Edit(site, layer, features, scale=1.0), **options)
         for features in ((), (3,), (3, 0, 3))
     ]
     wanted, *found = run(Engine(loaded, checkpointing), [plain, *edited])
@@ -279,7 +275,7 @@ def test_relevance_is_that_of_the_edited_model_however_it_is_computed(
 ) -> None:
     loaded = checkpoints.loaded("grouped")
     layer = 0 if site == "embed" else 3
-    edit = EditSpec(site, layer, features=(1,), scale=0.0, value=2.0)
+    edit = Edit(site, layer, features=(1,), scale=0.0, value=2.0)
     results = [
         run(Engine(loaded, mode), [job(loaded, edit, sites=tuple(SITES), reduction="full")])[0]
         for mode in CHECKPOINTING
@@ -292,14 +288,14 @@ def test_what_was_set_to_zero_has_no_relevance_and_hides_what_is_below(
     checkpoints: Checkpoints,
 ) -> None:
     loaded = checkpoints.loaded("grouped")
-    edit = EditSpec("resid", 1, scale=0.0, value=1.0)
+    edit = Edit("resid", 1, scale=0.0, value=1.0)
     (result,) = run(
         Engine(loaded, "off"),
         [
             job(
                 loaded,
                 edit,
-                EditSpec("neuron", 2, (3,), scale=0.0),
+                Edit("neuron", 2, (3,), scale=0.0),
                 sites=("resid", "neuron"),
                 reduction="full",
                 rule="gradient",
@@ -320,7 +316,7 @@ def test_a_job_without_backward_gives_the_logits_of_a_trace(checkpoints: Checkpo
     engine = Engine(loaded, "off")
     for rule in ("attnlrp", "cp_lrp", "gradient"):
         (traced,) = run(engine, [job(loaded, rule=rule)])
-        (only,) = run(engine, [job(loaded, rule=rule, forward_only=True, sites=())])
+        (only,) = run(engine, [job(loaded, rule=rule, sites=())])
         assert logit(only) == logit(traced)
         assert only.tensors == ()
         plain = plain_logits(loaded, job(loaded).token_ids)[7]
@@ -330,25 +326,20 @@ def test_a_job_without_backward_gives_the_logits_of_a_trace(checkpoints: Checkpo
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (EditSpec("nowhere"), r"edits\[0\]\.site: site 'nowhere' is unknown; allowed: embed"),
-        (EditSpec("neuron", 99), r"edits\[0\]\.layer: layer 99 does not exist; allowed: 0 to 3"),
-        (EditSpec("embed", 1), r"edits\[0\]\.layer: layer 1 does not exist; allowed: 0 to 0"),
-        (EditSpec("head", 0, (99,)), r"edits\[0\]\.features\[0\]: head has no feature 99"),
-        (EditSpec("resid", 0, (), (99,)), r"edits\[0\]\.positions\[0\]: position 99 is outside"),
-        (EditSpec("resid", 0, direction=(1.0,)), r"edits\[0\]\.direction: has 1 values; resid"),
-        (EditSpec("head", 0, direction=(1.0,)), r"edits\[0\]\.direction: is not for heads"),
-        (EditSpec("resid", 0, mean=True), r"edits\[0\]\.mean: is for the site embed, not resid"),
-        (EditSpec("embed", 0, (1,), mean=True), r"edits\[0\]\.features: is not for the mean"),
-        (EditSpec("resid", 0, scale=float("nan")), r"edits\[0\]: has a number beyond what is all"),
+        (Edit("nowhere"), r"edits\[0\]\.site: site 'nowhere' is unknown; allowed: embed"),
+        (Edit("neuron", 99), r"edits\[0\]\.layer: layer 99 does not exist; allowed: 0 to 3"),
+        (Edit("embed", 1), r"edits\[0\]\.layer: layer 1 does not exist; allowed: 0 to 0"),
+        (Edit("head", 0, (99,)), r"edits\[0\]\.features\[0\]: head has no feature 99"),
+        (Edit("resid", 0, (), (99,)), r"edits\[0\]\.positions\[0\]: position 99 is outside"),
+        (Edit("resid", 0, direction=(1.0,)), r"edits\[0\]\.direction: has 1 values; resid"),
+        (Edit("head", 0, direction=(1.0,)), r"edits\[0\]\.direction: is not for heads"),
+        (Edit("resid", 0, mean=True), r"edits\[0\]\.mean: is for the site embed, not resid"),
+        (Edit("embed", 0, (1,), mean=True), r"edits\[0\]\.features: is not for the mean"),
+        (Edit("resid", 0, scale=float("nan")), r"edits\[0\]: has a number beyond what is all"),
     ],
 )
 def test_an_edit_that_can_not_be_names_its_field(
-    checkpoints: Checkpoints, edit: EditSpec, said: str
+    checkpoints: Checkpoints, edit: Edit, said: str
 ) -> None:
     with pytest.raises(InvalidJob, match=said):
         job(checkpoints.loaded("grouped"), edit)
-
-
-def test_a_job_without_backward_has_no_sites(checkpoints: Checkpoints) -> None:
-    with pytest.raises(InvalidJob, match="sites: needs a backward pass"):
-        job(checkpoints.loaded("grouped"), forward_only=True)

@@ -7,24 +7,31 @@ import torch
 from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.generate import Text, Writing, draw
+from reltrace_worker.engine.generate import Writing, draw
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.types.errors import EngineError, InvalidJob
-from reltrace_worker.types.jobs import EditSpec, GenerationSpec, JobSpec, PreparedJob, TargetSpec
-from reltrace_worker.types.results import JobResult, Written
+from reltrace_worker.types.jobs import (
+    Edit,
+    GenerateJob,
+    GenerateRequest,
+    Sampling,
+    TargetRequest,
+    TraceRequest,
+)
+from reltrace_worker.types.results import GeneratedText, JobResult
 
 RECIPES = ["grouped", "tied", "llama3_rope", "deep", *FAMILY_RECIPES]
 
 
-def jobs(loaded: LoadedModel, *edits: EditSpec, **how: float) -> list[PreparedJob]:
-    spec = GenerationSpec(**{"max_new_tokens": 12, **how})  # type: ignore[arg-type]
-    return prepare(loaded, *(JobSpec(p, sites=(), edits=edits, generation=spec) for p in PROMPTS))
+def jobs(loaded: LoadedModel, *edits: Edit, **how: float) -> list[GenerateJob]:
+    spec = Sampling(**{"max_new_tokens": 12, **how})  # type: ignore[arg-type]
+    return prepare(loaded, *(GenerateRequest(p, spec, edits) for p in PROMPTS))
 
 
-def written(loaded: LoadedModel, batch: list[PreparedJob]) -> list[Written]:
-    found = [result.written for result in run(Engine(loaded, "off"), batch)]
-    assert all(isinstance(one, Written) for one in found)
+def written(loaded: LoadedModel, batch: list[GenerateJob]) -> list[GeneratedText]:
+    found = [result.generated for result in run(Engine(loaded, "off"), batch)]
+    assert all(isinstance(one, GeneratedText) for one in found)
     return [one for one in found if one is not None]
 
 
@@ -77,14 +84,14 @@ def test_the_rules_change_nothing_in_a_forward_pass(
     I expect the same token to be likeliest, with the same probability but for rounding.
     """
     loaded = checkpoints.loaded(recipe)
-    edits = (EditSpec("neuron", 1, (3, 5), scale=0.0, value=6.0),) if steered else ()
+    edits = (Edit("neuron", 1, (3, 5), scale=0.0, value=6.0),) if steered else ()
     batch = jobs(loaded, *edits)
     prompts = [list(job.token_ids) for job in batch]
     texts = list(zip(prompts, written(loaded, batch), strict=True))
     specs = [
-        JobSpec(
+        TraceRequest(
             (*ids, *text.token_ids[:place]),
-            targets=(TargetSpec(logprob=True),),
+            targets=(TargetRequest(logprob=True),),
             rule=rule,
             edits=edits,
         )
@@ -136,15 +143,13 @@ def test_a_text_ends_with_the_token_that_ends_texts(checkpoints: Checkpoints) ->
 @pytest.mark.parametrize(
     "edit",
     [
-        EditSpec("neuron", 1, (3, 5), scale=0.0, value=6.0),
-        EditSpec("resid", 2, positions=(-1,), scale=-1.0),
-        EditSpec("embed", positions=(0,), scale=0.0),
-        EditSpec("head", 0, (1,), scale=3.0),
+        Edit("neuron", 1, (3, 5), scale=0.0, value=6.0),
+        Edit("resid", 2, positions=(-1,), scale=-1.0),
+        Edit("embed", positions=(0,), scale=0.0),
+        Edit("head", 0, (1,), scale=3.0),
     ],
 )
-def test_edits_hold_for_every_token_that_is_written(
-    checkpoints: Checkpoints, edit: EditSpec
-) -> None:
+def test_edits_hold_for_every_token_that_is_written(checkpoints: Checkpoints, edit: Edit) -> None:
     """Each token is what a pass over all tokens before it predicts, with the edit made there."""
     loaded = checkpoints.loaded("grouped")
     batch = jobs(loaded, edit)
@@ -157,17 +162,15 @@ def test_edits_hold_for_every_token_that_is_written(
             ids = job.token_ids + ours.token_ids[:count]
             # Counted from the end of the prompt, as the job does.
             positions = tuple(p % len(job.token_ids) for p in edit.positions)
-            there = EditSpec(
-                edit.site, edit.layer, edit.features, positions, edit.scale, edit.value
-            )
-            spec = JobSpec(ids, (), targets=(TargetSpec(),), edits=(there,), forward_only=True)
+            there = Edit(edit.site, edit.layer, edit.features, positions, edit.scale, edit.value)
+            spec = TraceRequest(ids, (), targets=(TargetRequest(),), edits=(there,))
             (result,) = run(engine, prepare(loaded, spec))
             assert result.targets[0].token_id == ours.token_ids[count]
 
 
 def test_jobs_of_a_batch_do_not_feel_each_others_edits(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
-    plain, edited = jobs(loaded), jobs(loaded, EditSpec("neuron", 1, (3,), scale=0.0, value=9.0))
+    plain, edited = jobs(loaded), jobs(loaded, Edit("neuron", 1, (3,), scale=0.0, value=9.0))
     mixed = [a if n % 2 else b for n, (a, b) in enumerate(zip(plain, edited, strict=True))]
     for one, ours in zip(mixed, written(loaded, mixed), strict=True):
         assert written(loaded, [one])[0].token_ids == ours.token_ids
@@ -180,7 +183,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
     def drawn() -> list[int]:
         # Each text in its own way: all tokens, those that have 0.6 together, the likeliest.
-        specs = [GenerationSpec(1, 1.0), GenerationSpec(1, 1.0, 0.6), GenerationSpec(1)]
+        specs = [Sampling(1, 1.0), Sampling(1, 1.0, 0.6), Sampling(1)]
         return draw(logits, specs, [*sources, sources[0]]).tolist()
 
     anyone, likely, likeliest = zip(*(drawn() for _ in range(4000)), strict=True)
@@ -193,11 +196,11 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 def test_traces_and_texts_share_a_batch(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
-    (trace,) = prepare(loaded, JobSpec(PROMPTS[0]))
+    (trace,) = prepare(loaded, TraceRequest(PROMPTS[0]))
     first, second = run(Engine(loaded, "auto"), [jobs(loaded)[0], trace])
-    assert first.written is not None
+    assert first.generated is not None
     assert first.tensors == first.targets == ()
-    assert second.written is None
+    assert second.generated is None
     assert second.tensors
 
 
@@ -220,9 +223,9 @@ def test_what_can_not_be_is_named(
 
 def test_a_text_is_the_same_in_whatever_steps_it_is_written(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
-    engine, batch = Engine(loaded, "off"), jobs(loaded, EditSpec("neuron", 1, (3,), scale=2.0))
+    engine, batch = Engine(loaded, "off"), jobs(loaded, Edit("neuron", 1, (3,), scale=2.0))
     whole = written(loaded, batch)
-    (trace,) = prepare(loaded, JobSpec(PROMPTS[1]))
+    (trace,) = prepare(loaded, TraceRequest(PROMPTS[1]))
     texts = engine.begin(batch)
     found = {}
     for tokens in (1, 2, 3, 50):
@@ -231,7 +234,7 @@ def test_a_text_is_the_same_in_whatever_steps_it_is_written(checkpoints: Checkpo
         # Traces run in between, and find the model as it was.
         run(engine, [trace])
     assert texts.over
-    assert [found[n].written.token_ids for n in sorted(found)] == [one.token_ids for one in whole]
+    assert [found[n].generated.token_ids for n in sorted(found)] == [one.token_ids for one in whole]
 
 
 @pytest.mark.parametrize("recipe", ["grouped", "mistral", "gemma3"])
@@ -244,7 +247,7 @@ def test_who_has_ended_takes_no_more_room(
     I expect the model to run over the others alone, and these to be what they are alone.
     """
     loaded = checkpoints.loaded(recipe)
-    edit = EditSpec("neuron", 1, (3,), scale=2.0)
+    edit = Edit("neuron", 1, (3,), scale=2.0)
     lengths = [30, 2, 3, 12, 2]
     batch = [
         jobs(loaded, edit, max_new_tokens=length, temperature=1.0, seed=n)[n]
@@ -271,7 +274,7 @@ def test_a_model_that_overflows_on_one_text_writes_the_others(checkpoints: Check
     I expect its own error for that job alone, and the others' texts as they are without it.
     """
     loaded = checkpoints.loaded("grouped")
-    far = (EditSpec("resid", 2, scale=1e9),) * 5
+    far = (Edit("resid", 2, scale=1e9),) * 5
     broken = jobs(loaded, *far)[0]
     drawn = jobs(loaded, temperature=1.0, seed=4)[1]
     others = [jobs(loaded)[2], drawn]
@@ -281,10 +284,5 @@ def test_a_model_that_overflows_on_one_text_writes_the_others(checkpoints: Check
         assert "the logits of token 0 of the text are not finite" in str(error)
     for outcome, alone in zip(found[1:3], written(loaded, others), strict=True):
         assert isinstance(outcome, JobResult)
-        assert outcome.written is not None
-        assert outcome.written.token_ids == alone.token_ids
-
-
-def test_a_text_has_a_generation(checkpoints: Checkpoints) -> None:
-    with pytest.raises(AssertionError):
-        Text(prepare(checkpoints.loaded("grouped"), JobSpec("a"))[0])
+        assert outcome.generated is not None
+        assert outcome.generated.token_ids == alone.token_ids

@@ -13,7 +13,7 @@ from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine.capture import Capture
 from reltrace_worker.engine.pack import Pack
 from reltrace_worker.types.errors import InvalidJob
-from reltrace_worker.types.jobs import JobSpec, TargetSpec
+from reltrace_worker.types.jobs import TargetRequest, TraceRequest
 from reltrace_worker.types.results import JobResult
 
 PER_LAYER = [name for name, site in SITES.items() if site.per_layer]
@@ -49,9 +49,9 @@ def test_a_subset_of_layers_is_that_part_of_all(
 ) -> None:
     loaded = checkpoints.loaded("grouped")
     engine = Engine(loaded, checkpointing)
-    targets = (TargetSpec(), TargetSpec(position=2))
+    targets = (TargetRequest(), TargetRequest(position=2))
     whole, part = (
-        JobSpec(PROMPTS[0], tuple(sites), reduction, targets, layers=chosen)
+        TraceRequest(PROMPTS[0], tuple(sites), reduction, targets, layers=chosen)
         for chosen in ((), layers)
     )
     # In packs of their own: together, the whole trace would keep the backward from stopping.
@@ -76,8 +76,8 @@ def test_topk_finds_the_largest_of_the_full_trace(
     loaded = checkpoints.loaded("grouped")
     engine = Engine(loaded, checkpointing)
     prompts = [tuple(range(5 + i, 5 + i + n)) for i, n in enumerate(lengths)]
-    topk = prepare(loaded, *(JobSpec(p, (site,), "topk", k=k) for p in prompts))
-    full = prepare(loaded, *(JobSpec(p, (site,), "full") for p in prompts))
+    topk = prepare(loaded, *(TraceRequest(p, (site,), "topk", k=k) for p in prompts))
+    full = prepare(loaded, *(TraceRequest(p, (site,), "full") for p in prompts))
     for ours, wanted in zip(run(engine, topk), run(engine, full), strict=True):
         (whole,) = (tensor.values for tensor in wanted.tensors)
         whole = whole if SITES[site].per_layer else whole[None]
@@ -105,10 +105,10 @@ def test_topk_finds_the_largest_of_the_full_trace(
 def test_jobs_of_one_pack_choose_their_own_layers_and_k(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
     specs = [
-        JobSpec(PROMPTS[0], ("resid", "neuron"), "topk", layers=(3,), k=3),
-        JobSpec(PROMPTS[1], ("resid",), "topk", k=50),
-        JobSpec(PROMPTS[3], ("head", "embed"), layers=(1, 0)),
-        JobSpec(PROMPTS[3], ("resid",), "full"),
+        TraceRequest(PROMPTS[0], ("resid", "neuron"), "topk", layers=(3,), k=3),
+        TraceRequest(PROMPTS[1], ("resid",), "topk", k=50),
+        TraceRequest(PROMPTS[3], ("head", "embed"), layers=(1, 0)),
+        TraceRequest(PROMPTS[3], ("resid",), "full"),
     ]
     jobs = prepare(loaded, *specs)
     for job, packed in zip(jobs, run(Engine(loaded, "off"), jobs), strict=True):
@@ -149,7 +149,7 @@ def test_the_backward_stops_at_the_lowest_layer(
     to be missing.
     """
     loaded = checkpoints.loaded("grouped")
-    jobs = prepare(loaded, JobSpec(PROMPTS[0], sites, layers=layers))
+    jobs = prepare(loaded, TraceRequest(PROMPTS[0], sites, layers=layers))
     assert Capture(loaded, Pack.of(jobs)).bottom == bottom
     seen: set[int] = set()
     decoder_layers = loaded.family.decoder_layers(loaded.model)
@@ -183,4 +183,4 @@ def test_layers_and_k_that_can_not_be_are_refused(
     checkpoints: Checkpoints, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidJob, match=f"^{message}"):
-        prepare(checkpoints.loaded("grouped"), JobSpec("I", **fields))
+        prepare(checkpoints.loaded("grouped"), TraceRequest("I", **fields))

@@ -28,7 +28,7 @@ from reltrace_worker.engine.plan import Planner
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel, load_model
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import EditSpec, JobSpec, PreparedJob, TargetSpec
+from reltrace_worker.types.jobs import Edit, TargetRequest, TraceJob, TraceRequest
 from reltrace_worker.types.results import JobResult
 
 GIB = 1 << 30
@@ -37,17 +37,17 @@ GIB = 1 << 30
 FULL: dict[str, Any] = {"sites": ("neuron",), "reduction": "full"}
 
 
-def some(checkpoints: Checkpoints, count: int = 4, **fields: Any) -> list[PreparedJob]:
+def some(checkpoints: Checkpoints, count: int = 4, **fields: Any) -> list[TraceJob]:
     loaded = checkpoints.loaded("grouped")
-    return prepare(loaded, *(JobSpec(PROMPTS[i], **fields) for i in range(count)))
+    return prepare(loaded, *(TraceRequest(PROMPTS[i], **fields) for i in range(count)))
 
 
-def need(loaded: LoadedModel, jobs: list[PreparedJob], checkpointing: bool) -> int:
+def need(loaded: LoadedModel, jobs: list[TraceJob], checkpointing: bool) -> int:
     """Return the bytes that are planned for a pass."""
     return Planner(loaded, None).need(jobs, checkpointing)
 
 
-def peak(loaded: LoadedModel, jobs: list[PreparedJob], checkpointing: bool) -> int:
+def peak(loaded: LoadedModel, jobs: list[TraceJob], checkpointing: bool) -> int:
     """Return the bytes that a pass allocates."""
     engine = Engine(loaded, "on" if checkpointing else "off")
     return peak_bytes(loaded, lambda: run(engine, jobs))
@@ -111,7 +111,7 @@ def test_one_job_that_does_not_fit_is_checkpointed(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, setting: Any
 ) -> None:
     loaded = checkpoints.loaded("grouped")
-    jobs = prepare(loaded, JobSpec(PROMPTS[5]), JobSpec(PROMPTS[1]))
+    jobs = prepare(loaded, TraceRequest(PROMPTS[5]), TraceRequest(PROMPTS[1]))
     engine = Engine(loaded, setting)
     limited = Limited(monkeypatch, ERRORS[0])
     limited.keeping = len(jobs[1].token_ids)
@@ -124,7 +124,9 @@ def test_only_a_job_that_can_not_fit_fails_and_says_by_how_much(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = checkpoints.loaded("grouped")
-    jobs = prepare(loaded, JobSpec(PROMPTS[1]), JobSpec(PROMPTS[5]), JobSpec(PROMPTS[3]))
+    jobs = prepare(
+        loaded, TraceRequest(PROMPTS[1]), TraceRequest(PROMPTS[5]), TraceRequest(PROMPTS[3])
+    )
     limited = Limited(monkeypatch, ERRORS[1])
     limited.keeping = limited.checkpointed = 63
     engine = Engine(loaded)
@@ -202,8 +204,8 @@ def test_the_need_is_not_below_what_a_pass_allocates(
 ) -> None:
     loaded = checkpoints.loaded("deep")
     k = 7 if reduction == "topk" else 0
-    shared = (tuple(sites), reduction, (TargetSpec(),) * targets)
-    jobs = prepare(loaded, *(JobSpec(tuple(range(5, 5 + n)), *shared, k=k) for n in lengths))
+    shared = (tuple(sites), reduction, (TargetRequest(),) * targets)
+    jobs = prepare(loaded, *(TraceRequest(tuple(range(5, 5 + n)), *shared, k=k) for n in lengths))
     planned, allocated = need(loaded, jobs, checkpointing), peak(loaded, jobs, checkpointing)
     # Small tensors aside, that take more than their bytes.
     assert allocated <= 1.05 * planned + 100_000
@@ -221,25 +223,31 @@ LONG = tuple(range(10, 130))
         (
             "plain",
             [
-                JobSpec((5, 6), targets=tuple(TargetSpec(token=n) for n in range(64)), **FULL),
-                JobSpec(LONG, **FULL),
+                TraceRequest(
+                    (5, 6), targets=tuple(TargetRequest(token=n) for n in range(64)), **FULL
+                ),
+                TraceRequest(LONG, **FULL),
             ],
         ),
         # Many targets at one position, each with the logarithm of its probability.
         (
             "plain",
-            [JobSpec((5, 6), targets=tuple(TargetSpec(n, logprob=True) for n in range(256)))],
+            [
+                TraceRequest(
+                    (5, 6), targets=tuple(TargetRequest(n, logprob=True) for n in range(256))
+                )
+            ],
         ),
         # Many edits of many features.
         (
             "plain",
-            [JobSpec(LONG, edits=(EditSpec("neuron", 1, tuple(range(70)), scale=0.999),) * 64)],
+            [TraceRequest(LONG, edits=(Edit("neuron", 1, tuple(range(70)), scale=0.999),) * 64)],
         ),
-        *(("plain", [JobSpec(LONG, rule=rule)]) for rule in RULES),
+        *(("plain", [TraceRequest(LONG, rule=rule)]) for rule in RULES),
     ],
 )
 def test_what_one_job_asks_for_is_in_the_plan(
-    checkpoints: Checkpoints, recipe: str, specs: list[JobSpec], checkpointing: bool
+    checkpoints: Checkpoints, recipe: str, specs: list[TraceRequest], checkpointing: bool
 ) -> None:
     loaded = checkpoints.loaded(recipe)
     jobs = prepare(loaded, *specs)
@@ -253,9 +261,9 @@ def test_no_rule_of_no_family_needs_more_than_planned(
 ) -> None:
     """The plan knows shapes alone: what the functions of each rule keep is held against it."""
     loaded = checkpoints.loaded(recipe, dtype)
-    logprob = (TargetSpec(logprob=True),)
+    logprob = (TargetRequest(logprob=True),)
     for rule in RULES:
-        jobs = prepare(loaded, *[JobSpec(LONG, rule=rule, targets=logprob)] * 3)
+        jobs = prepare(loaded, *[TraceRequest(LONG, rule=rule, targets=logprob)] * 3)
         for checkpointing in (False, True):
             planned = need(loaded, jobs, checkpointing)
             assert peak(loaded, jobs, checkpointing) <= 1.02 * planned, (rule, checkpointing)
@@ -269,7 +277,7 @@ def test_an_activation_that_is_not_known_is_in_the_plan(tmp_path: Path, activati
     (folder / "config.json").write_text(json.dumps({**config, "hidden_act": activation}))
     loaded = load_model(str(folder), device=DEVICE)
     for rule in RULES:
-        jobs = prepare(loaded, *[JobSpec(LONG, rule=rule)] * 3)
+        jobs = prepare(loaded, *[TraceRequest(LONG, rule=rule)] * 3)
         for checkpointing in (False, True):
             planned = need(loaded, jobs, checkpointing)
             assert peak(loaded, jobs, checkpointing) <= 1.02 * planned, (rule, checkpointing)
@@ -291,7 +299,7 @@ def test_prompts_past_a_long_window_are_in_the_plan(
     )
     loaded = load_model(str(save_checkpoint(tmp_path, recipe)), device=DEVICE)
     for length in (250, 257, 700):
-        jobs = prepare(loaded, JobSpec(tuple(10 + n % 300 for n in range(length))))
+        jobs = prepare(loaded, TraceRequest(tuple(10 + n % 300 for n in range(length))))
         planned, allocated = need(loaded, jobs, checkpointing), peak(loaded, jobs, checkpointing)
         assert allocated <= 1.05 * planned
         assert planned < 2 * allocated
@@ -311,7 +319,7 @@ def test_a_job_that_is_not_finite_in_a_pack_is_run_alone(
     packs: list[int] = []
     run_pack = engine._run_pack
 
-    def leaking(rule: str, batch: list[PreparedJob], checkpointing: bool) -> Any:
+    def leaking(rule: str, batch: list[TraceJob], checkpointing: bool) -> Any:
         packs.append(len(batch))
         found = run_pack(rule, batch, checkpointing)
         assert found is not None

@@ -12,7 +12,7 @@ from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel
-from reltrace_worker.types.jobs import JobSpec
+from reltrace_worker.types.jobs import TraceRequest
 
 
 @pytest.mark.parametrize("name", ["grouped", "tied", "llama3_rope"])
@@ -23,7 +23,7 @@ def test_cp_lrp_conserves_relevance(checkpoints: Checkpoints, name: str) -> None
     I expect the embeddings and every residual stream to sum to the logit.
     """
     loaded = checkpoints.loaded(name)
-    specs = [JobSpec(p, ("embed", "resid", "resid_mid"), rule="cp_lrp") for p in PROMPTS]
+    specs = [TraceRequest(p, ("embed", "resid", "resid_mid"), rule="cp_lrp") for p in PROMPTS]
     for result in run(Engine(loaded), prepare(loaded, *specs)):
         logit = result.targets[0].logit
         for tensor in result.tensors:
@@ -36,7 +36,7 @@ def test_the_last_residual_stream_sums_to_the_logit_under_lrp(
     checkpoints: Checkpoints, rule: str
 ) -> None:
     loaded = checkpoints.loaded("grouped")
-    (result,) = run(Engine(loaded), prepare(loaded, JobSpec(PROMPTS[0], rule=rule)))
+    (result,) = run(Engine(loaded), prepare(loaded, TraceRequest(PROMPTS[0], rule=rule)))
     total, logit = float(result.tensors[0].values[-1].sum()), result.targets[0].logit
     if rule == "gradient":
         # The derivative of a norm along its input is zero: nothing is conserved.
@@ -50,7 +50,7 @@ def test_bfloat16_is_the_same_trace_with_noise(
     checkpoints: Checkpoints, checkpointing: Any
 ) -> None:
     exact, rough = (checkpoints.loaded("plain", dtype) for dtype in ("float32", "bfloat16"))
-    spec = JobSpec(PROMPTS[0], tuple(SITES))
+    spec = TraceRequest(PROMPTS[0], tuple(SITES))
     (wanted,) = run(Engine(exact), prepare(exact, spec))
     (result,) = run(Engine(rough, checkpointing), prepare(rough, spec))
     assert result.targets[0].token_id == wanted.targets[0].token_id
@@ -97,7 +97,7 @@ def test_a_run_leaves_the_model_untouched(
     weights = {name: p.clone() for name, p in loaded.model.named_parameters()}
     run(
         Engine(loaded, checkpointing),
-        prepare(loaded, *(JobSpec(p, tuple(SITES), rule=rule) for p in PROMPTS[:3])),
+        prepare(loaded, *(TraceRequest(p, tuple(SITES), rule=rule) for p in PROMPTS[:3])),
     )
     assert state(loaded) == before
     assert torch.equal(plain_gradient(loaded), gradient)
@@ -113,7 +113,7 @@ def test_a_run_leaves_no_graph_behind(checkpoints: Checkpoints, checkpointing: A
     I expect every tensor that its graph saved to be gone, without a garbage collection.
     """
     loaded = checkpoints.loaded("grouped")
-    jobs = prepare(loaded, JobSpec(PROMPTS[0], tuple(SITES)))
+    jobs = prepare(loaded, TraceRequest(PROMPTS[0], tuple(SITES)))
     saved: list[weakref.ref[Any]] = []
 
     class Held:
@@ -138,7 +138,7 @@ def test_a_run_leaves_no_graph_behind(checkpoints: Checkpoints, checkpointing: A
 def test_dropout_of_a_config_is_off(checkpoints: Checkpoints) -> None:
     """A trace is deterministic, also of a model that was trained with attention dropout."""
     loaded = checkpoints.loaded("grouped")
-    jobs = prepare(loaded, JobSpec(PROMPTS[0], ("resid", "head")))
+    jobs = prepare(loaded, TraceRequest(PROMPTS[0], ("resid", "head")))
     (wanted,) = run(Engine(loaded), jobs)
     attentions = [m for m in loaded.model.modules() if isinstance(m, loaded.family.attention)]
     try:

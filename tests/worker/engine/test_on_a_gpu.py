@@ -18,7 +18,7 @@ from reltrace_worker.engine.memory import MemoryModel
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel, load_model
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.types.jobs import AtlasJob, TraceJob, TraceRequest
 from reltrace_worker.types.results import JobResult
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -49,7 +49,7 @@ def room() -> Iterator[Any]:
     torch.cuda.empty_cache()
 
 
-def mixed(loaded: LoadedModel, count: int, longest: int = 256) -> list[PreparedJob]:
+def mixed(loaded: LoadedModel, count: int, longest: int = 256) -> list[TraceJob]:
     return [job(ids) for ids in prompts(count, 8, longest, loaded.shape.vocab_size, seed=3)]
 
 
@@ -63,7 +63,7 @@ def test_float32_gives_the_numbers_of_a_cpu(checkpoints: Checkpoints, name: str,
     """
     folder = str(checkpoints.folder(name))
     here, there = (load_model(folder, dtype="float32", device=d) for d in ("cpu", "cuda"))
-    specs = [JobSpec(p, tuple(SITES), "full", rule=rule) for p in PROMPTS]
+    specs = [TraceRequest(p, tuple(SITES), "full", rule=rule) for p in PROMPTS]
     results = (run(Engine(m, "off"), prepare(m, *specs)) for m in (here, there))
     for wanted, found in zip(*results, strict=True):
         assert [t.token_id for t in found.targets] == [t.token_id for t in wanted.targets]
@@ -82,7 +82,7 @@ def test_bfloat16_runs_in_the_kernel_of_variable_length(
     rough = load_model(str(checkpoints.folder(name)), dtype="bfloat16", device="cuda")
     engine = Engine(rough, checkpointing)
     assert engine.attention == "varlen"
-    specs = [JobSpec(p, ("embed", "resid", "neuron"), "full") for p in PROMPTS[:6]]
+    specs = [TraceRequest(p, ("embed", "resid", "neuron"), "full") for p in PROMPTS[:6]]
     wanted = run(Engine(exact, "off"), prepare(exact, *specs))
     for found, reference in zip(run(engine, prepare(rough, *specs)), wanted, strict=True):
         if found.targets[0].token_id != reference.targets[0].token_id:
@@ -120,7 +120,7 @@ def test_the_same_pack_gives_the_same_bits(wide: LoadedModel, other: Any) -> Non
 def test_an_atlas_is_the_same_wherever_it_is_made(wide: LoadedModel) -> None:
     lengths = prompts(12, 8, 900, wide.shape.vocab_size, seed=5)
     asked = [replace(job(ids), sites=()) for ids in lengths]
-    corpus = PreparedCorpus(tuple(asked), tuple(range(len(asked))), (), 4)
+    corpus = AtlasJob(tuple(asked), tuple(range(len(asked))), (), 4)
     found = []
     for how in ("off", "on"):
         engine = Engine(wide, how)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.lrp import RULES
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import JobSpec, TargetSpec
+from reltrace_worker.types.jobs import TargetRequest, TraceRequest
 from reltrace_worker.types.results import JobResult
 
 
@@ -35,11 +35,11 @@ def test_packed_equals_alone(checkpoints: Checkpoints, rule: str) -> None:
     loaded = checkpoints.loaded("llama3_rope")
     engine = Engine(loaded, "off")
     specs = [
-        JobSpec(prompt, tuple(SITES)[i % 3 :], "full", rule=rule)
+        TraceRequest(prompt, tuple(SITES)[i % 3 :], "full", rule=rule)
         for i, prompt in enumerate(PROMPTS)
     ]
     if rule != "gradient":
-        specs += [JobSpec(prompt, ("resid", "embed"), rule=rule) for prompt in PROMPTS]
+        specs += [TraceRequest(prompt, ("resid", "embed"), rule=rule) for prompt in PROMPTS]
     jobs = prepare(loaded, *specs)
     for job, packed in zip(jobs, run(engine, jobs), strict=True):
         assert_same(packed, run(engine, [job])[0])
@@ -68,7 +68,8 @@ def test_any_pack_equals_its_jobs_alone(
     loaded = checkpoints.loaded("grouped")
     engine = Engine(loaded, "on" if checkpointing == "on" else "off")
     specs = [
-        JobSpec(prompt, ("embed", "resid", "head"), "full", rule=rule) for prompt, rule in prompts
+        TraceRequest(prompt, ("embed", "resid", "head"), "full", rule=rule)
+        for prompt, rule in prompts
     ]
     jobs = prepare(loaded, *specs)
     for job, packed in zip(jobs, run(engine, jobs), strict=True):
@@ -90,7 +91,7 @@ def test_numbers_that_are_not_finite_fail_their_own_job_alone(
     """
     loaded = checkpoints.loaded("grouped")
     engine = Engine(loaded, "on" if checkpointing == "on" else "off")
-    specs = [JobSpec(p, ("resid", "neuron")) for p in ((5, 6, 7), (5, 200, 7), (8, 9, 10, 11))]
+    specs = [TraceRequest(p, ("resid", "neuron")) for p in ((5, 6, 7), (5, 200, 7), (8, 9, 10, 11))]
     jobs = prepare(loaded, *specs)
     table: torch.Tensor = loaded.model.get_input_embeddings().weight
     whole = table[200].clone()
@@ -117,7 +118,7 @@ def test_relevance_that_is_not_finite_names_site_and_layer(
     I expect an error that names the site and the last layer at fault.
     """
     loaded = checkpoints.loaded("grouped")
-    jobs = prepare(loaded, JobSpec((5, 6, 7), ("head", "neuron")))
+    jobs = prepare(loaded, TraceRequest((5, 6, 7), ("head", "neuron")))
 
     def add_a_root_of_zero(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
         return output + (output - output.detach()).abs().sqrt()
@@ -135,7 +136,7 @@ def test_a_pass_that_fails_is_an_engine_error_and_leaves_a_working_model(
     checkpoints: Checkpoints,
 ) -> None:
     loaded = checkpoints.loaded("grouped")
-    jobs = prepare(loaded, JobSpec((5, 6, 7), targets=(TargetSpec(),)))
+    jobs = prepare(loaded, TraceRequest((5, 6, 7), targets=(TargetRequest(),)))
     engine = Engine(loaded)
     before = run(engine, jobs)[0].tensors[0].values
 

@@ -14,7 +14,7 @@ from reference import lxt_example
 from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
-from reltrace_worker.types.jobs import JobSpec
+from reltrace_worker.types.jobs import TraceRequest
 
 SITES = ("embed", "resid")
 # What is summed over: features, or tokens.
@@ -66,12 +66,14 @@ def test_a_pack_equals_the_example_run_prompt_by_prompt(
     theirs = examples[rule, name]
     loaded = checkpoints.loaded(name)
     engine = Engine(loaded, checkpointing)
-    tokens = run(engine, prepare(loaded, *(JobSpec(p, sites=SITES, rule=rule) for p in PROMPTS)))
+    tokens = run(
+        engine, prepare(loaded, *(TraceRequest(p, sites=SITES, rule=rule) for p in PROMPTS))
+    )
     features = run(
         engine,
         prepare(
             loaded,
-            *(JobSpec(p, ("head", "neuron"), reduction="feature", rule=rule) for p in PROMPTS),
+            *(TraceRequest(p, ("head", "neuron"), reduction="feature", rule=rule) for p in PROMPTS),
         ),
     )
     for index, (token, feature) in enumerate(zip(tokens, features, strict=True)):

@@ -17,7 +17,7 @@ from reference import lxt_example
 from reference.loaded import prepare, run
 from reference.real_models import PACKAGES, RealModels
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.types.jobs import JobSpec
+from reltrace_worker.types.jobs import TraceRequest
 
 # Reading a GGUF file takes transformers half a minute for a vocabulary of 262,144.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -45,7 +45,7 @@ def reference(
 ) -> dict[str, Arrays]:
     """By rule: what lxt gives, and plain autograd, on the weights that transformers reads."""
     work = tmp_path_factory.mktemp(name)
-    jobs = prepare(real_models.loaded(name), *map(JobSpec, PROMPTS))
+    jobs = prepare(real_models.loaded(name), *map(TraceRequest, PROMPTS))
     (work / "in.json").write_text(json.dumps([job.token_ids for job in jobs]))
     command = [sys.executable, lxt_example.__file__, "--input", work / "in.json"]
     for rule in RULES:
@@ -66,7 +66,7 @@ def test_real_weights_give_what_lxt_gives(
     """
     loaded, theirs = real_models.loaded(name), reference[rule]
     specs = [
-        JobSpec(prompt, tuple(SITES), reduction, rule=rule)
+        TraceRequest(prompt, tuple(SITES), reduction, rule=rule)
         for prompt in PROMPTS
         for reduction in ("full", "token", "feature")
     ]

@@ -11,7 +11,7 @@ from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine.sites import Side, Site, Tap
 from reltrace_worker.session.convert import model_info
-from reltrace_worker.types.jobs import JobSpec
+from reltrace_worker.types.jobs import TraceRequest
 
 REDUCED = {
     "token": lambda full: full.sum(-1),
@@ -31,7 +31,7 @@ def test_the_gradient_rule_is_plain_autograd(
     I expect gradient times input of the untouched model, prompt by prompt.
     """
     loaded = checkpoints.loaded("grouped")
-    specs = [JobSpec(p, tuple(SITES), reduction, rule="gradient") for p in PROMPTS[:4]]
+    specs = [TraceRequest(p, tuple(SITES), reduction, rule="gradient") for p in PROMPTS[:4]]
     jobs = prepare(loaded, *specs)
     for job, result in zip(jobs, run(Engine(loaded, checkpointing), jobs), strict=True):
         expected = gradient_times_input(loaded.model, job.token_ids).values
@@ -49,7 +49,7 @@ def test_the_gradient_rule_is_plain_autograd(
 def test_the_reductions_are_sums_of_the_full_trace(checkpoints: Checkpoints, rule: str) -> None:
     loaded = checkpoints.loaded("grouped")
     prompt, sites = PROMPTS[0], tuple(SITES)
-    specs = [JobSpec(prompt, sites, reduction, rule=rule) for reduction in REDUCED]
+    specs = [TraceRequest(prompt, sites, reduction, rule=rule) for reduction in REDUCED]
     results = dict(zip(REDUCED, run(Engine(loaded), prepare(loaded, *specs)), strict=True))
     for index, full in enumerate(results["full"].tensors):
         for reduction in REDUCED:
@@ -68,7 +68,7 @@ def test_a_residual_stream_is_the_sum_of_its_parts(checkpoints: Checkpoints) -> 
     """
     loaded = checkpoints.loaded("grouped")
     sites = ("resid", "resid_mid", "mlp_out")
-    (job,) = prepare(loaded, JobSpec(PROMPTS[0], sites, rule="cp_lrp"))
+    (job,) = prepare(loaded, TraceRequest(PROMPTS[0], sites, rule="cp_lrp"))
     (result,) = run(Engine(loaded), [job])
     resid, resid_mid, mlp_out = (tensor.values for tensor in result.tensors)
     assert float(resid[-1].sum()) == pytest.approx(result.targets[0].logit, rel=1e-4)
@@ -95,7 +95,7 @@ def test_a_further_site_is_one_entry(
     model: Any = loaded.model
     assert "query" in model_info(loaded).sites
 
-    jobs = prepare(loaded, JobSpec(PROMPTS[0], ("query",), "full", rule="gradient"))
+    jobs = prepare(loaded, TraceRequest(PROMPTS[0], ("query",), "full", rule="gradient"))
     (result,) = run(Engine(loaded, checkpointing), jobs)
 
     kept: list[torch.Tensor] = []

@@ -15,16 +15,20 @@ from reltrace_worker.engine.memory import MemoryModel
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.types.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.types.jobs import GenerationSpec, JobSpec, PreparedJob
+from reltrace_worker.types.jobs import (
+    GenerateJob,
+    GenerateRequest,
+    Sampling,
+)
 from reltrace_worker.types.results import JobResult
 
 Outcomes = dict[int, JobResult | EngineError]
 
 
-def jobs(loaded: LoadedModel, tokens: int = 20, **how: Any) -> list[PreparedJob]:
+def jobs(loaded: LoadedModel, tokens: int = 20, **how: Any) -> list[GenerateJob]:
     """One job per prompt, drawn with a seed: what a text begins anew with is seen."""
-    spec = GenerationSpec(tokens, temperature=1.0, seed=5, **how)
-    return prepare(loaded, *(JobSpec(prompt, sites=(), generation=spec) for prompt in PROMPTS))
+    spec = Sampling(tokens, temperature=1.0, seed=5, **how)
+    return prepare(loaded, *(GenerateRequest(prompt, spec) for prompt in PROMPTS))
 
 
 def finished(texts: Texts, step: int = 4) -> Outcomes:
@@ -37,11 +41,11 @@ def finished(texts: Texts, step: int = 4) -> Outcomes:
 
 def ids(outcome: JobResult | EngineError) -> tuple[int, ...]:
     assert isinstance(outcome, JobResult), outcome
-    assert outcome.written is not None
-    return outcome.written.token_ids
+    assert outcome.generated is not None
+    return outcome.generated.token_ids
 
 
-def alone(loaded: LoadedModel, batch: Sequence[PreparedJob]) -> list[tuple[int, ...]]:
+def alone(loaded: LoadedModel, batch: Sequence[GenerateJob]) -> list[tuple[int, ...]]:
     return [ids(finished(Texts(loaded, [job], lambda _: None))[0]) for job in batch]
 
 
@@ -76,7 +80,7 @@ def test_texts_that_do_not_fit_are_written_in_halves(loaded: LoadedModel) -> Non
     batch = jobs(loaded)
     asked: list[int] = []
 
-    def plan(some: Sequence[PreparedJob]) -> EngineError | None:
+    def plan(some: Sequence[GenerateJob]) -> EngineError | None:
         asked.append(len(some))
         return EngineError("too many") if len(some) > 2 else None
 
@@ -183,10 +187,10 @@ def test_the_plan_holds_what_texts_need(
     checkpoints: Checkpoints, lengths: tuple[int, ...], tokens: int, temperature: float
 ) -> None:
     loaded = checkpoints.loaded("deep")
-    how = GenerationSpec(tokens, temperature=temperature)
+    how = Sampling(tokens, temperature=temperature)
     batch = prepare(
         loaded,
-        *(JobSpec(tuple(range(20, 20 + n)), sites=(), generation=how) for n in lengths),
+        *(GenerateRequest(tuple(range(20, 20 + n)), how) for n in lengths),
     )
     need = MemoryModel(loaded).need_to_write(batch)
 

@@ -12,7 +12,12 @@ from reference.loaded import Checkpoints
 from reltrace_worker.engine import Engine
 from reltrace_worker.lrp import linear
 from reltrace_worker.models import load_model
-from reltrace_worker.types.jobs import PreparedJob, PreparedTarget, Term
+from reltrace_worker.types.jobs import (
+    Target,
+    Term,
+    TokenizedPrompt,
+    TraceJob,
+)
 from reltrace_worker.types.results import JobResult
 from torch import nn
 
@@ -122,7 +127,7 @@ def test_a_trace_through_onednn_is_the_trace(
     loaded = load_model(str(checkpoints.folder("grouped")), device="cpu")
     sites = ("embed", "resid", "resid_mid", "attn_out", "mlp_out", "head", "neuron")
     jobs = [
-        PreparedJob(ids, ("",) * len(ids), sites, "full", "attnlrp", (PreparedTarget((term,)),))
+        TraceJob(TokenizedPrompt(ids, ("",) * len(ids)), (Target((term,)),), sites, "full")
         for ids in ((3, 1, 4, 1, 5), (9, 2, 6), tuple(range(40)))
         for term in (Term(len(ids) - 1, 7),)
     ]

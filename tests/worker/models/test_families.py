@@ -14,10 +14,14 @@ from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.lrp import RULES, verify_rule
 from reltrace_worker.models import FAMILIES, LoadedModel
 from reltrace_worker.models.families import family_of
-from reltrace_worker.types.jobs import JobSpec, TargetSpec
+from reltrace_worker.types.jobs import TargetRequest, TraceRequest
 from reltrace_worker.types.results import JobResult, SiteTensor
 
-TARGETS = (TargetSpec(), TargetSpec(token=5, contrast=9), TargetSpec(position=0, logprob=True))
+TARGETS = (
+    TargetRequest(),
+    TargetRequest(token=5, contrast=9),
+    TargetRequest(position=0, logprob=True),
+)
 
 families = pytest.mark.parametrize("name", FAMILY_RECIPES)
 rules = pytest.mark.parametrize("rule", RULES)
@@ -93,7 +97,7 @@ def test_outputs_are_what_is_added_to_the_residual_stream(
 def test_packed_equals_alone(checkpoints: Checkpoints, name: str, rule: str) -> None:
     loaded = checkpoints.loaded(name)
     engine = Engine(loaded, "off")
-    jobs = prepare(loaded, *(JobSpec(p, tuple(SITES), "full", rule=rule) for p in PROMPTS))
+    jobs = prepare(loaded, *(TraceRequest(p, tuple(SITES), "full", rule=rule) for p in PROMPTS))
     for job, packed in zip(jobs, run(engine, jobs), strict=True):
         (alone,) = run(engine, [job])
         assert [t.token_id for t in packed.targets] == [t.token_id for t in alone.targets]
@@ -105,7 +109,7 @@ def test_packed_equals_alone(checkpoints: Checkpoints, name: str, rule: str) -> 
 @families
 def test_checkpointing_changes_no_bit(checkpoints: Checkpoints, name: str, rule: str) -> None:
     loaded = checkpoints.loaded(name)
-    specs = [JobSpec(PROMPTS[i], tuple(SITES), "full", TARGETS, rule) for i in (0, 1, 4, 5)]
+    specs = [TraceRequest(PROMPTS[i], tuple(SITES), "full", TARGETS, rule) for i in (0, 1, 4, 5)]
     jobs = prepare(loaded, *specs)
     kept, recomputed = (run(Engine(loaded, mode), jobs) for mode in ("off", "on"))
     for off, on in zip(kept, recomputed, strict=True):
@@ -130,7 +134,7 @@ def test_the_gradient_rule_is_plain_autograd_and_leaves_the_model_untouched(
     attributes = {path: sorted(vars(module)) for path, module in loaded.model.named_modules()}
     kernel = loaded.model.config._attn_implementation
     for rule in RULES:
-        run(Engine(loaded), prepare(loaded, JobSpec(PROMPTS[0], tuple(SITES), rule=rule)))
+        run(Engine(loaded), prepare(loaded, TraceRequest(PROMPTS[0], tuple(SITES), rule=rule)))
     for job, result, wanted in zip(
         _gradient_jobs(loaded), _run_gradient(loaded), before, strict=True
     ):
@@ -143,7 +147,7 @@ def test_the_gradient_rule_is_plain_autograd_and_leaves_the_model_untouched(
 
 
 def _gradient_jobs(loaded: LoadedModel) -> list[Any]:
-    specs = (JobSpec(PROMPTS[i], tuple(SITES), "full", rule="gradient") for i in (0, 5))
+    specs = (TraceRequest(PROMPTS[i], tuple(SITES), "full", rule="gradient") for i in (0, 5))
     return prepare(loaded, *specs)
 
 
@@ -153,7 +157,7 @@ def _run_gradient(loaded: LoadedModel) -> list[JobResult]:
 
 def conservation(loaded: LoadedModel) -> tuple[list[float], list[float]]:
     """Return the logit of each prompt's largest token, and per prompt the worst sum over it."""
-    specs = [JobSpec(p, ("embed", "resid", "resid_mid"), rule="cp_lrp") for p in PROMPTS]
+    specs = [TraceRequest(p, ("embed", "resid", "resid_mid"), rule="cp_lrp") for p in PROMPTS]
     logits, worst = [], []
     for result in run(Engine(loaded), prepare(loaded, *specs)):
         logit = result.targets[0].logit
@@ -176,7 +180,9 @@ def test_biases_of_values_absorb_relevance(checkpoints: Checkpoints) -> None:
     I expect the last residual stream to sum to the logit, and what lies below to miss a part.
     """
     loaded = checkpoints.loaded("qwen2")
-    (result,) = run(Engine(loaded), prepare(loaded, JobSpec(PROMPTS[0], ("resid",), rule="cp_lrp")))
+    (result,) = run(
+        Engine(loaded), prepare(loaded, TraceRequest(PROMPTS[0], ("resid",), rule="cp_lrp"))
+    )
     sums = result.tensors[0].values.sum(-1) / result.targets[0].logit
     assert float(sums[-1]) == pytest.approx(1.0, rel=1e-4)
     _, worst = conservation(loaded)
@@ -213,7 +219,7 @@ def test_the_probe_reaches_every_module(checkpoints: Checkpoints, name: str, rul
 def test_a_rule_changes_no_value(checkpoints: Checkpoints, name: str, dtype: str) -> None:
     """The norms of a rule round where the family's own norms round."""
     loaded = checkpoints.loaded(name, dtype)
-    spec = JobSpec(PROMPTS[0], ("embed",))
+    spec = TraceRequest(PROMPTS[0], ("embed",))
     (result,) = run(Engine(loaded), prepare(loaded, spec))
     (job,) = prepare(loaded, spec)
     logits = (

@@ -18,8 +18,9 @@ from reference.gguf_files import write_gguf
 from reference.loaded import Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.models import load_model
+from reltrace_worker.session.convert import model_info
 from reltrace_worker.types.errors import InvalidJob, ModelError
-from reltrace_worker.types.jobs import JobSpec
+from reltrace_worker.types.jobs import TraceRequest
 from safetensors.torch import load_file, save_file
 
 
@@ -47,14 +48,14 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 def test_a_loaded_model_describes_itself(checkpoints: Checkpoints) -> None:
     loaded = load_model(str(checkpoints.folder("tied")), device="cpu")
-    about = loaded.describe()
+    about = model_info(loaded)
     assert (about.name, about.architecture) == ("tied", "LlamaForCausalLM")
     assert (about.layers, about.hidden_size, about.heads) == (3, 48, 4)
     assert (about.intermediate_size, about.vocab_size, about.context_length) == (80, 320, 128)
     # The head shares the embeddings and counts once.
     layer = 4 * 48 * 48 + 3 * 48 * 80 + 2 * 48
     assert about.parameters == 320 * 48 + 3 * layer + 48
-    assert (about.dtype, about.device) == ("float32", "cpu")
+    assert (loaded.dtype, loaded.devices) == (torch.float32, (torch.device("cpu"),))
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
@@ -83,7 +84,7 @@ def test_a_checkpoint_stored_as_float16_loads_in_a_supported_dtype(
     loaded = load_model(str(folder), dtype=dtype)
     assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
     assert loaded.dtype == getattr(torch, dtype)
-    run(Engine(loaded), prepare(loaded, JobSpec("A cat")))
+    run(Engine(loaded), prepare(loaded, TraceRequest("A cat")))
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
@@ -346,7 +347,7 @@ def test_a_checkpoint_in_fp8_is_dequantized(folder: Path, dtype: str) -> None:
     for name, values in wanted.items():
         assert torch.equal(weights[name], values.to(getattr(torch, dtype))), name
     assert getattr(loaded.model.config, "quantization_config", None) is None
-    run(Engine(loaded), prepare(loaded, JobSpec("A cat")))
+    run(Engine(loaded), prepare(loaded, TraceRequest("A cat")))
 
 
 @pytest.mark.parametrize(
@@ -379,12 +380,12 @@ def test_the_context_follows_scaled_rotary_embeddings(
     """
     set_config(folder, rope_parameters={"rope_theta": 1e4, **rope})
     loaded = load_model(str(folder))
-    assert loaded.describe().context_length == longest
+    assert loaded.context_length == longest
     longest_prompt = tuple(10 + i % 300 for i in range(longest))
-    (result,) = run(Engine(loaded), prepare(loaded, JobSpec(longest_prompt)))
+    (result,) = run(Engine(loaded), prepare(loaded, TraceRequest(longest_prompt)))
     assert result.tensors[0].values.isfinite().all()
     with pytest.raises(InvalidJob, match=f"{longest + 1} tokens; .* holds {longest}"):
-        prepare(loaded, JobSpec((*longest_prompt, 9)))
+        prepare(loaded, TraceRequest((*longest_prompt, 9)))
     assert load_model(str(folder), context=100).context_length == 100
     for asked in (0, longest + 1):
         with pytest.raises(ModelError, match=f"{asked} is not possible; .*: 1 to {longest} tokens"):
@@ -404,14 +405,14 @@ def test_dynamic_rotations_depend_on_no_other_prompt(folder: Path) -> None:
     short, long = tuple(range(20, 60)), tuple(10 + i % 300 for i in range(250))
     loaded = load_model(str(folder))
     alone, beside = (
-        run(Engine(loaded), prepare(loaded, *(JobSpec(ids) for ids in prompts)))[0]
+        run(Engine(loaded), prepare(loaded, *(TraceRequest(ids) for ids in prompts)))[0]
         for prompts in ([short], [short, long])
     )
     torch.testing.assert_close(
         beside.tensors[0].values, alone.tensors[0].values, rtol=1e-3, atol=1e-5
     )
     unscaled = load_model(str(folder), context=64)
-    ours, wanted = (run(Engine(m), prepare(m, JobSpec(short)))[0] for m in (unscaled, plain))
+    ours, wanted = (run(Engine(m), prepare(m, TraceRequest(short)))[0] for m in (unscaled, plain))
     torch.testing.assert_close(ours.tensors[0].values, wanted.tensors[0].values)
     assert not torch.allclose(alone.tensors[0].values, wanted.tensors[0].values, rtol=1e-2)
 

@@ -17,7 +17,7 @@ from reltrace_worker.lrp import RULES, verify_rule
 from reltrace_worker.models import LoadedModel, load_model, placement
 from reltrace_worker.models.placement import Placement, choose_placement, device_name
 from reltrace_worker.types.errors import ModelError
-from reltrace_worker.types.jobs import JobSpec, TargetSpec
+from reltrace_worker.types.jobs import TargetRequest, TraceRequest
 from reltrace_worker.types.results import JobResult
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,10 +126,10 @@ def test_a_split_model_names_its_devices(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 SPECS = (
-    JobSpec(PROMPTS[0], tuple(SITES), "full", (TargetSpec(), TargetSpec(token=5))),
-    JobSpec(PROMPTS[5], ("resid", "neuron"), "token"),
-    JobSpec(PROMPTS[0], ("head", "embed"), "feature", rule="cp_lrp"),
-    JobSpec(PROMPTS[1], tuple(SITES), "full", rule="gradient"),
+    TraceRequest(PROMPTS[0], tuple(SITES), "full", (TargetRequest(), TargetRequest(token=5))),
+    TraceRequest(PROMPTS[5], ("resid", "neuron"), "token"),
+    TraceRequest(PROMPTS[0], ("head", "embed"), "feature", rule="cp_lrp"),
+    TraceRequest(PROMPTS[1], tuple(SITES), "full", rule="gradient"),
 )
 
 
@@ -264,4 +264,4 @@ def test_a_mapping_over_the_cpu_loads(checkpoints: Checkpoints) -> None:
     loaded = load_model(str(folder), device_map={"": "cpu"})
     assert loaded.devices == (torch.device("cpu"),)
     assert loaded.dtype == torch.float32
-    assert loaded.describe().parameters == checkpoints.loaded("tied").describe().parameters
+    assert loaded.model.num_parameters() == checkpoints.loaded("tied").model.num_parameters()

@@ -19,7 +19,7 @@ from reltrace_worker.observability.metrics import (
     exporting,
 )
 from reltrace_worker.session.runner import Runner
-from reltrace_worker.types.jobs import JobSpec
+from reltrace_worker.types.jobs import TraceRequest
 
 README = Path(__file__).parents[3] / "worker" / "README.md"
 
@@ -79,10 +79,10 @@ async def test_passes_are_counted(checkpoints: Checkpoints) -> None:
 def test_time_is_told_by_phase(checkpoints: Checkpoints, checkpointing: str) -> None:
     loaded = checkpoints.loaded("plain")
     engine = Engine(loaded, checkpointing)  # type: ignore[arg-type]
-    engine.run(prepare(loaded, JobSpec("I have 5 cats")))
+    engine.run(prepare(loaded, TraceRequest("I have 5 cats")))
     before = dict(engine.seconds)
     assert all(seconds > 0 for seconds in before.values())
-    engine.run(prepare(loaded, JobSpec("I have 5 cats")))
+    engine.run(prepare(loaded, TraceRequest("I have 5 cats")))
     assert all(engine.seconds[phase] > before[phase] for phase in before)
 
 

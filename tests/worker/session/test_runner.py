@@ -15,7 +15,7 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
 from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.session.runner import Runner
-from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.jobs import TraceJob
 
 
 class Watched:
@@ -28,7 +28,7 @@ class Watched:
         self._run = engine.run
         monkeypatch.setattr(engine, "run", self.run)
 
-    def run(self, batch: Sequence[PreparedJob]) -> object:
+    def run(self, batch: Sequence[TraceJob]) -> object:
         self.passes.append([(job.rule, len(job.token_ids)) for job in batch])
         self.begun.release()
         assert self.gate.acquire(timeout=20)

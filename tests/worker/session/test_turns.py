@@ -18,7 +18,16 @@ from reltrace_worker.session.encoding import Ready
 from reltrace_worker.session.leases import FailedAttempt, LeaseKey
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.turns import Turns
-from reltrace_worker.types.jobs import JobSpec, PreparedCorpus, PreparedJob, PreparedTarget, Term
+from reltrace_worker.types.jobs import (
+    AtlasJob,
+    AtlasRequest,
+    Job,
+    Request,
+    Target,
+    Term,
+    TokenizedPrompt,
+    TraceJob,
+)
 
 
 @pytest.fixture
@@ -47,7 +56,7 @@ async def test_texts_and_traces_take_turns(
     begun: list[int] = []
     begin, loop, writes = engine.begin, asyncio.get_running_loop(), asyncio.Event()
 
-    def counted(jobs: Sequence[PreparedJob]) -> object:
+    def counted(jobs: Sequence[TraceJob]) -> object:
         begun.append(len(jobs))
         loop.call_soon_threadsafe(writes.set)
         return begin(jobs)
@@ -112,8 +121,8 @@ async def test_a_text_is_handed_out_when_it_has_ended_and_padding_counts(
     runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
     begin, begun = engine.begin, []
 
-    def counted(jobs: Sequence[PreparedJob]) -> Texts:
-        begun.append([job.extent for job in jobs])
+    def counted(jobs: Sequence[TraceJob]) -> Texts:
+        begun.append([job.total_tokens for job in jobs])
         return begin(jobs)
 
     monkeypatch.setattr(engine, "begin", counted)
@@ -131,8 +140,8 @@ async def test_a_text_is_handed_out_when_it_has_ended_and_padding_counts(
 
 
 def ready(number: int, tokens: int, targets: int = 1, rule: str = "attnlrp") -> Ready:
-    target = PreparedTarget((Term(tokens - 1, 0),))
-    job = PreparedJob((5,) * tokens, ("",) * tokens, ("resid",), "token", rule, (target,) * targets)
+    target = Target((Term(tokens - 1, 0),))
+    job = TraceJob(TokenizedPrompt((5,) * tokens, ("",) * tokens), (target,) * targets, rule=rule)
     return Ready(LeaseKey(f"j-{number}", 1), worker_pb2.Lease(), job, float(number))
 
 
@@ -141,7 +150,7 @@ def sizes(turns: Turns, seconds: Callable[[int], float]) -> list[int]:
     found = []
     while batch := turns.next_batch():
         found.append(len(batch))
-        turns.passed(batch, seconds(sum(job.job.extent for job in batch)))
+        turns.passed(batch, seconds(sum(job.job.total_tokens for job in batch)))
     return found
 
 
@@ -176,7 +185,7 @@ def test_a_pass_of_many_targets_is_smaller() -> None:
     turns = Turns(4096)
     turns.add([ready(number, 20) for number in range(40)])
     turns.passed(turns.next_batch(), 0.48)
-    assert sum(job.job.extent for job in turns.next_batch()) == 560
+    assert sum(job.job.total_tokens for job in turns.next_batch()) == 560
     turns.take_back()
     turns.add([ready(number, 20, targets=9) for number in range(40)])
     batch = turns.next_batch()
@@ -204,14 +213,16 @@ class Slow:
     def __init__(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.go_on = threading.Event(), threading.Event()
         self.prepared = 0
-        self._prepare = runner._prepare_job.prepare_corpus
-        monkeypatch.setattr(runner._prepare_job, "prepare_corpus", self.prepare)
+        self._prepare = runner._preparer.prepare
+        monkeypatch.setattr(runner._preparer, "prepare", self.prepare)
 
-    def prepare(self, spec: JobSpec) -> PreparedCorpus:
+    def prepare(self, request: Request) -> Job | TokenizedPrompt:
+        if not isinstance(request, AtlasRequest):
+            return self._prepare(request)
         self.prepared += 1
         self.begun.set()
         assert self.go_on.wait(20)
-        return self._prepare(spec)
+        return self._prepare(request)
 
 
 def corpus(number: int) -> worker_pb2.Lease:
@@ -259,7 +270,7 @@ async def test_what_is_being_tokenized_can_be_taken_back(
 async def test_an_atlas_that_can_not_begin_fails_alone(
     engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def begin(_: PreparedCorpus) -> object:
+    def begin(_: AtlasJob) -> object:
         raise torch.OutOfMemoryError("no room for its tables")
 
     monkeypatch.setattr(engine, "begin_atlas", begin)
@@ -315,7 +326,7 @@ async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(
     spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=prompts), top_k=4)
     begun, loop, goes = engine.begin_atlas, asyncio.get_running_loop(), asyncio.Event()
 
-    def noted(corpus: PreparedCorpus) -> object:
+    def noted(corpus: AtlasJob) -> object:
         loop.call_soon_threadsafe(goes.set)
         return begun(corpus)
 
@@ -348,7 +359,7 @@ async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(
 async def test_a_prompt_with_more_tokens_than_places_have_room_for_is_left_out(
     engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reltrace_worker.models.corpus.MOST_CORPUS_TOKENS", 12)
+    monkeypatch.setattr("reltrace_worker.engine.corpus.MAX_PROMPT_TOKENS", 12)
     runner = Runner(checkpoints.loaded("plain"), engine, 4096)
     prompts = ["I have 5 cats", "I have 5 cats and 3 dogs " * 3]
     spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=prompts), top_k=2)

@@ -15,7 +15,7 @@ from reltrace_worker.engine.sites import SITES
 from reltrace_worker.engine.watch import Watch
 from reltrace_worker.models.loading import LoadedModel, ModelShape
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import PreparedCorpus, PreparedJob
+from reltrace_worker.types.jobs import AtlasJob, TraceJob
 from reltrace_worker.types.results import ResolvedTarget, SiteTensor
 
 ATLAS_SITES = ("neuron", "head")
@@ -45,7 +45,7 @@ class AtlasCapture(Watch):
         self,
         loaded: LoadedModel,
         pack: Pack,
-        corpus: PreparedCorpus,
+        corpus: AtlasJob,
         numbers: Sequence[int],
         atlas: dict[str, SiteAtlas],
     ) -> None:
@@ -56,7 +56,7 @@ class AtlasCapture(Watch):
         rows, places = [], []
         starts = pack.packing.starts
         for number, start, job in zip(numbers, starts, pack.jobs, strict=True):
-            counted = torch.tensor(corpus.counted(job.token_ids), dtype=torch.int64)
+            counted = torch.tensor(corpus.counted_positions(job.token_ids), dtype=torch.int64)
             rows.append(start + counted)
             places.append((number << 16) + counted)
         self._rows = torch.cat(rows).to(loaded.device)
@@ -116,7 +116,7 @@ class Slice:
         sites = (SITES[site].features(shape) for site in ATLAS_SITES)
         return sum(SiteAtlas.size(shape.layers, features, k) for features in sites)
 
-    def __init__(self, loaded: LoadedModel, corpus: PreparedCorpus) -> None:
+    def __init__(self, loaded: LoadedModel, corpus: AtlasJob) -> None:
         self.corpus = corpus
         shape = loaded.shape
         self.atlas = {
@@ -177,7 +177,7 @@ class Slice:
         return tuple(found)
 
 
-def _passes(prompts: Sequence[PreparedJob]) -> deque[list[int]]:
+def _passes(prompts: Sequence[TraceJob]) -> deque[list[int]]:
     """Cut a corpus into passes, in its order."""
     passes: deque[list[int]] = deque()
     tokens = 0

@@ -12,7 +12,7 @@ from reltrace_worker.engine.sites import SITES, Site
 from reltrace_worker.engine.watch import Watch
 from reltrace_worker.models.loading import LoadedModel, ModelShape
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import SiteTensor
 
 
@@ -33,7 +33,7 @@ class _Wish:
     """Else a job of many targets would multiply the room that its neighbours take."""
 
     @staticmethod
-    def of(job: PreparedJob, site: str, layers: int) -> _Wish:
+    def of(job: TraceJob, site: str, layers: int) -> _Wish:
         """Return what `job` asks of `site` in a model of so many layers."""
         wanted = job.layers or tuple(range(layers))
         wanted = wanted if SITES[site].per_layer else (0,)

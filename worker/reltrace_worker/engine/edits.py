@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reltrace_worker.engine.sites import SITES, Side, Site, Tap
 from reltrace_worker.models.loading import LoadedModel
-from reltrace_worker.types.jobs import EditSpec
+from reltrace_worker.types.jobs import Edit
 
 MANY_CELLS = 1024
 """Of one edit. Edits of fewer are made together, in one step for all jobs."""
@@ -45,7 +45,7 @@ class Rows:
         where tokens are generated.
     """
 
-    edits: tuple[EditSpec, ...]
+    edits: tuple[Edit, ...]
     start: int
     positions: range
 
@@ -87,14 +87,14 @@ class Edits:
 
     def __init__(self, loaded: LoadedModel, jobs: Sequence[Rows]) -> None:
         self._loaded = loaded
-        self._by_place: dict[tuple[str, int], list[list[tuple[EditSpec, Rows]]]] = {}
+        self._by_place: dict[tuple[str, int], list[list[tuple[Edit, Rows]]]] = {}
         self.move(jobs)
 
     def move(self, jobs: Sequence[Rows]) -> None:
         """Go on with other rows of the same jobs: the next tokens that they write."""
         self._by_place.clear()
         for job in jobs:
-            places: dict[tuple[str, int], list[tuple[EditSpec, Rows]]] = {}
+            places: dict[tuple[str, int], list[tuple[Edit, Rows]]] = {}
             for edit in job.edits:
                 places.setdefault((edit.site, edit.layer), []).append((edit, job))
             for place, edits in places.items():
@@ -157,10 +157,10 @@ class Edits:
 
 
 def _steps(
-    edits: Sequence[tuple[EditSpec, Rows]], site: Site, loaded: LoadedModel, width: int
+    edits: Sequence[tuple[Edit, Rows]], site: Site, loaded: LoadedModel, width: int
 ) -> Iterator[_Step]:
-    cells: list[tuple[torch.Tensor, torch.Tensor, EditSpec]] = []
-    whole: list[tuple[torch.Tensor, EditSpec]] = []
+    cells: list[tuple[torch.Tensor, torch.Tensor, Edit]] = []
+    whole: list[tuple[torch.Tensor, Edit]] = []
     for edit, job in edits:
         rows = _rows(edit, job)
         if not len(rows):
@@ -204,7 +204,7 @@ def _steps(
         )
 
 
-def _added(edit: EditSpec, loaded: LoadedModel, width: int) -> torch.Tensor:
+def _added(edit: Edit, loaded: LoadedModel, width: int) -> torch.Tensor:
     if edit.mean:
         return mean_embedding(loaded)
     if edit.direction:
@@ -229,7 +229,7 @@ def mean_embedding(loaded: LoadedModel) -> torch.Tensor:
     return mean
 
 
-def _rows(edit: EditSpec, job: Rows) -> torch.Tensor:
+def _rows(edit: Edit, job: Rows) -> torch.Tensor:
     here = job.positions
     wanted = here if not edit.positions else sorted(set(edit.positions) & set(here))
     return torch.tensor([job.start + p - here.start for p in wanted], dtype=torch.int64)

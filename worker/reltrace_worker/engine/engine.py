@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -20,13 +20,12 @@ from reltrace_worker.engine.plan import Planner
 from reltrace_worker.engine.resolve import hints, resolve
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.lrp import RULES, Rule, apply_rule
-from reltrace_worker.lrp.compiled import check_compiler, compiled_rule
-from reltrace_worker.lrp.kernels import kernel_for
+from reltrace_worker.lrp.attention import kernel_for
 from reltrace_worker.lrp.linear import linear_layers, through_onednn
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.types.jobs import PreparedCorpus, PreparedJob
+from reltrace_worker.types.jobs import AtlasJob, GenerateJob, TraceJob
 from reltrace_worker.types.results import JobResult
 
 Checkpointing = Literal["auto", "on", "off"]
@@ -69,15 +68,13 @@ class Engine:
         off where the pass fits into memory, else on. The numbers are the same.
     memory_bytes
         Bytes that a pass may use; None: what is free on CUDA, half of what is free on a CPU.
-    compile
-        Compile the rules' element-wise functions with ``torch.compile`` in the first passes.
+    rules
+        The rules, by the names by which jobs ask for them.
 
     Raises
     ------
     ValueError
         `checkpointing` is none of these.
-    ModelError
-        torch can not compile on this machine.
     """
 
     def __init__(
@@ -86,20 +83,17 @@ class Engine:
         checkpointing: Checkpointing = "auto",
         memory_bytes: int | None = None,
         *,
-        compile: bool = False,  # noqa: A002 - as torch and the command call it
+        rules: Mapping[str, Rule] = RULES,
     ) -> None:
         if checkpointing not in _CHECKPOINTING:
             raise ValueError(f"checkpointing is 'auto', 'on' or 'off', not {checkpointing!r}")
         self._loaded = loaded
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._checkpointing = checkpointing
-        self._planner = Planner(loaded, memory_bytes)
+        self.rules = rules
+        self._planner = Planner(loaded, memory_bytes, rules)
         self._trimmer = Trimmer()
         self._lock = _lock_of(loaded.model)
-        self._rules: Callable[[str], Rule] = RULES.__getitem__
-        if compile:
-            check_compiler(loaded.device, loaded.dtype)
-            self._rules = compiled_rule
         self._linears = linear_layers(loaded.model)
         self.seconds = dict.fromkeys(PHASES, 0.0)
         """What all passes took, by phase; checkpointing's second forward is backward here."""
@@ -126,7 +120,7 @@ class Engine:
         """Give the host's memory back that passes have freed; call it when nothing waits."""
         self._trimmer.trim()
 
-    def run(self, batch: Sequence[PreparedJob]) -> list[Outcome]:
+    def run(self, batch: Sequence[TraceJob | GenerateJob]) -> list[Outcome]:
         """Run every job; those of one kind (what it does, by which rule) share a pass.
 
         Where memory does not suffice for all of them they are traced in smaller packs, and at
@@ -153,22 +147,23 @@ class Engine:
         """
         by_kind: dict[tuple[str, str], list[int]] = {}
         for index, job in enumerate(batch):
-            by_kind.setdefault(job.kind, []).append(index)
+            by_kind.setdefault(job.batch_key, []).append(index)
         results: dict[int, Outcome] = {}
         try:
             with self._lock:
                 for (_, rule), indices in by_kind.items():
-                    outcomes = self._run_jobs(rule, [batch[index] for index in indices])
+                    jobs = [batch[index] for index in indices]
+                    traces = [job for job in jobs if isinstance(job, TraceJob)]
+                    texts = [job for job in jobs if isinstance(job, GenerateJob)]
+                    outcomes = self._run_jobs(rule, traces) if traces else self._write(texts)
                     results.update(zip(indices, outcomes, strict=True))
         except torch.AcceleratorError as error:
             # After such an error every further call of this process fails.
             raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
         return [results[index] for index in range(len(batch))]
 
-    def _run_jobs(self, rule: str, jobs: list[PreparedJob]) -> list[Outcome]:
+    def _run_jobs(self, rule: str, jobs: list[TraceJob]) -> list[Outcome]:
         """Trace jobs of one rule: together if they fit, else in halves, at last checkpointed."""
-        if jobs[0].generation is not None:
-            return self._write(jobs)
         alone = len(jobs) == 1
         modes = {"on": [True], "auto": [False, True], "off": [False, True] if alone else [False]}
         for checkpointing in modes[self._checkpointing]:
@@ -190,7 +185,7 @@ class Engine:
         return [found[index] for index in range(len(jobs))]
 
     def _with_second_tries(
-        self, rule: str, jobs: list[PreparedJob], outcomes: list[Outcome]
+        self, rule: str, jobs: list[TraceJob], outcomes: list[Outcome]
     ) -> list[Outcome]:
         """Run what is not finite once more, alone: it may be a neighbour's fault.
 
@@ -203,7 +198,7 @@ class Engine:
         ]
 
     def _run_pack(
-        self, rule: str, jobs: list[PreparedJob], checkpointing: bool
+        self, rule: str, jobs: list[TraceJob], checkpointing: bool
     ) -> list[Outcome] | None:
         """Run one pass; None where memory ran out."""
         try:
@@ -223,15 +218,15 @@ class Engine:
         release(self._loaded.device)
         return None
 
-    def _pass(self, rule: str, jobs: list[PreparedJob], checkpointing: bool) -> list[Outcome]:
+    def _pass(self, rule: str, jobs: list[TraceJob], checkpointing: bool) -> list[Outcome]:
         pack = Pack.of(jobs)
         trace: Callable[[LoadedModel, Pack, Capture], list[Scalar]]
         trace = trace_checkpointed if checkpointing else trace_keeping
-        if jobs[0].forward_only:
+        if not jobs[0].sites:
             trace = _predict
         capture = Capture(self._loaded, pack)
         capture.clock.begins("forward")
-        with apply_rule(self._loaded.model, self._rules(rule)), through_onednn(self._linears):
+        with apply_rule(self._loaded.model, self.rules[rule]), through_onednn(self._linears):
             scalars = trace(self._loaded, pack, capture)
         capture.clock.begins("transfer")
         capture.finish()
@@ -255,7 +250,7 @@ class Engine:
                 outcomes[index] = error
         return [outcomes[index] for index in range(len(jobs))]
 
-    def _write(self, jobs: list[PreparedJob]) -> list[Outcome]:
+    def _write(self, jobs: list[GenerateJob]) -> list[Outcome]:
         texts = self.begin(jobs)
         found: dict[int, Outcome] = {}
         while not texts.over:
@@ -263,7 +258,7 @@ class Engine:
             found |= texts.ended()
         return [found[index] for index in range(len(jobs))]
 
-    def begin(self, jobs: Sequence[PreparedJob]) -> Texts:
+    def begin(self, jobs: Sequence[GenerateJob]) -> Texts:
         """Begin texts that are written together; nothing is written yet.
 
         Parameters
@@ -292,7 +287,7 @@ class Engine:
         for phase, seconds in clock.seconds().items():
             self.seconds[phase] += seconds
 
-    def begin_atlas(self, corpus: PreparedCorpus) -> Slice:
+    def begin_atlas(self, corpus: AtlasJob) -> Slice:
         """Begin the atlas of a corpus; nothing is in it yet.
 
         Raises
@@ -330,7 +325,7 @@ class Engine:
             trace = trace_checkpointed if checkpointing else trace_keeping
             capture.clock.begins("forward")
             try:
-                rule = self._rules(jobs[0].rule)
+                rule = self.rules[jobs[0].rule]
                 with apply_rule(self._loaded.model, rule), through_onednn(self._linears):
                     scalars = trace(self._loaded, pack, capture)
             except torch.AcceleratorError as error:

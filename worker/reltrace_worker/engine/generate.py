@@ -14,8 +14,8 @@ from reltrace_worker.engine.edits import Edits, Rows
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import GenerationSpec, PreparedJob
-from reltrace_worker.types.results import Written
+from reltrace_worker.types.jobs import GenerateJob, Sampling
+from reltrace_worker.types.results import GeneratedText
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Text:
         With a `generation`.
     """
 
-    job: PreparedJob
+    job: GenerateJob
     source: torch.Generator = field(init=False)
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -40,10 +40,9 @@ class Text:
         self.source = torch.Generator().manual_seed(self.spec.seed)
 
     @property
-    def spec(self) -> GenerationSpec:
+    def spec(self) -> Sampling:
         """How it is written."""
-        assert self.job.generation is not None
-        return self.job.generation
+        return self.job.sampling
 
     @property
     def tokens(self) -> list[int]:
@@ -69,9 +68,9 @@ class Text:
         self.logprobs.append(logprob)
         self.stopped = token in ends
 
-    def written(self, vocabulary: Vocabulary) -> Written:
+    def written(self, vocabulary: Vocabulary) -> GeneratedText:
         """Return what is written."""
-        return Written(
+        return GeneratedText(
             token_ids=tuple(self.ids),
             tokens=vocabulary.texts(self.ids),
             text=vocabulary.decoded(self.ids),
@@ -81,7 +80,7 @@ class Text:
 
 
 def draw(
-    logits: torch.Tensor, specs: Sequence[GenerationSpec], sources: Sequence[torch.Generator]
+    logits: torch.Tensor, specs: Sequence[Sampling], sources: Sequence[torch.Generator]
 ) -> torch.Tensor:
     """Choose the next token of each text.
 

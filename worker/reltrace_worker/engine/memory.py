@@ -11,8 +11,8 @@ results) is added by its size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from reltrace_worker.engine.edits import MANY_CELLS
 from reltrace_worker.engine.passes import graph_width, segment_length
 from reltrace_worker.engine.reductions import REDUCTIONS, Extent
 from reltrace_worker.engine.sites import SITES
-from reltrace_worker.lrp import RULES
-from reltrace_worker.lrp.fused import activation_name
-from reltrace_worker.lrp.kernels import kernel_for
+from reltrace_worker.lrp import RULES, Rule
+from reltrace_worker.lrp.attention import kernel_for
+from reltrace_worker.lrp.ops import activation_name
 from reltrace_worker.models.loading import LoadedModel
-from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.jobs import GenerateJob, TraceJob
 
 _UNKNOWN_ACTIVATION = 3
 """Factors of the gated product's width that an activation made of plain operations keeps beside
@@ -46,9 +46,12 @@ class MemoryModel:
     ----------
     loaded
         The model.
+    rules
+        Of the engine.
     """
 
     loaded: LoadedModel
+    rules: Mapping[str, Rule] = field(default_factory=lambda: RULES)
 
     @property
     def _query_width(self) -> int:
@@ -71,32 +74,31 @@ class MemoryModel:
         # Of CUDA's kernels, the one for float32 takes no grouped heads: they are repeated.
         grouped = self.loaded.device.type == "cpu" or itemsize < torch.float32.itemsize
         layer = 2 * self._query_width + 2 * (self._key_width if grouped else self._query_width)
-        found = RULES[rule]
-        layer += (3 if found.gated_mlp is None else 2) * shape.intermediate_size
-        kind = self.loaded.family.gated_mlp
-        mlp: Any = next(m for m in self.loaded.model.modules() if isinstance(m, kind))
-        if activation_name(mlp.act_fn) is None:
+        found, family = self.rules[rule], self.loaded.family
+        layer += found.mlp_tensors * shape.intermediate_size
+        mlp = next(m for m in self.loaded.model.modules() if isinstance(m, family.gated_mlp))
+        if activation_name(getattr(mlp, family.activation)) is None:
             layer += _UNKNOWN_ACTIVATION * shape.intermediate_size
         # The residual stream; of attention and of norms some numbers per head and row.
         layer += shape.hidden_size + 2 * shape.heads
         norms = 0
-        if found.norm_of(self.loaded.family) is None:
+        if family.norm not in found.patches:
             # A plain norm saves its input in float32.
             widest = max(shape.hidden_size, self._query_width)
-            norms = self.loaded.family.norms_per_layer * widest * torch.float32.itemsize
+            norms = family.norms_per_layer * widest * torch.float32.itemsize
         graphs, inputs = shape.layers, 0
         if checkpointing:
             graphs = segment_length(shape.layers, shape.hidden_size, graph_width(shape))
             inputs = -(-shape.layers // graphs) * shape.hidden_size
         return (inputs + self._backward_width + graphs * layer) * itemsize + graphs * norms
 
-    def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
+    def need(self, jobs: Sequence[TraceJob], checkpointing: bool) -> int:
         """Return the bytes that a pass over `jobs` needs on the model's devices."""
         shape, itemsize = self.loaded.shape, self.loaded.dtype.itemsize
         tokens = sum(len(job.token_ids) for job in jobs)
         kernel = kernel_for(self.loaded.device, self.loaded.dtype, head_size(self.loaded))
         total = kernel.padding * self._query_width * torch.float32.itemsize * len(jobs)
-        if jobs[0].forward_only:
+        if not jobs[0].sites:
             total += tokens * self._backward_width * itemsize
         else:
             total += tokens * self.per_token(jobs[0].rule, checkpointing)
@@ -124,7 +126,7 @@ class MemoryModel:
                 total += 32 * (rows + columns + min(rows * columns, MANY_CELLS))
         return total
 
-    def results(self, jobs: Sequence[PreparedJob]) -> int:
+    def results(self, jobs: Sequence[TraceJob]) -> int:
         """Return the bytes of host memory of the jobs' results: as recorded, and handed out."""
         total = 0
         for job in jobs:
@@ -140,20 +142,18 @@ class MemoryModel:
                 total += 2 * 4 * values
         return total
 
-    def need_to_write(self, jobs: Sequence[PreparedJob]) -> int:
+    def need_to_write(self, jobs: Sequence[GenerateJob]) -> int:
         """Return the bytes that it takes to write the texts of `jobs` together, padded."""
         shape, itemsize = self.loaded.shape, self.loaded.dtype.itemsize
         rows, longest = len(jobs), max(len(job.token_ids) for job in jobs)
-        extent = max(job.extent for job in jobs)
+        extent = max(job.total_tokens for job in jobs)
         total = rows * longest * self._backward_width * itemsize
         # Keys and values; a layer's are copied when they grow.
         total += rows * extent * 2 * (shape.layers + 1) * self._key_width * itemsize
         if any(len(job.token_ids) < longest for job in jobs):
             # Who sees whom, as truth values and as what is added to the scores.
             total += rows * longest**2 * (1 + itemsize)
-        sampled = sum(
-            job.generation is not None and job.generation.temperature != 0 for job in jobs
-        )
+        sampled = sum(job.sampling.temperature != 0 for job in jobs)
         # Logits as they come and as float32, twice; of those drawn from, five tables of 8 bytes.
         return total + shape.vocab_size * (rows * (itemsize + 2 * 4) + sampled * 5 * 8)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from reltrace_worker.lrp.attention import Packing, positions, sorted_by_length
-from reltrace_worker.types.jobs import PreparedJob, PreparedTarget
+from reltrace_worker.lrp.attention import Packing, positions
+from reltrace_worker.types.jobs import Target, TraceJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,14 @@ class Pack:
         Layout of the N rows.
     """
 
-    jobs: tuple[PreparedJob, ...]
+    jobs: tuple[TraceJob, ...]
     order: tuple[int, ...]
     packing: Packing
 
     @staticmethod
-    def of(jobs: Sequence[PreparedJob]) -> Pack:
+    def of(jobs: Sequence[TraceJob]) -> Pack:
         """Pack jobs, those of equal length next to each other."""
-        order = sorted_by_length([len(job.token_ids) for job in jobs])
+        order = sorted(range(len(jobs)), key=lambda index: len(jobs[index].token_ids))
         packed = tuple(jobs[index] for index in order)
         return Pack(packed, tuple(order), Packing(tuple(len(job.token_ids) for job in packed)))
 
@@ -108,7 +108,7 @@ class Readout:
     """
 
     def __init__(self, pack: Pack) -> None:
-        self._targets: list[tuple[int, int, PreparedTarget]] = [
+        self._targets: list[tuple[int, int, Target]] = [
             (j, t, target)
             for j, job in enumerate(pack.jobs)
             for t, target in enumerate(job.targets)

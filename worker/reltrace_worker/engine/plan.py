@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.budget import GIB, free_bytes, free_host_bytes
 from reltrace_worker.engine.memory import MemoryModel
+from reltrace_worker.lrp import RULES, Rule
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.jobs import GenerateJob, TraceJob
 
 _FRESH = 0.5
 """Seconds for which a reading of host memory counts: three files, a good part of a short pass."""
@@ -27,11 +28,15 @@ class Planner:
     limit
         Bytes that a pass may use; None: what is free on CUDA, half of what is free now on a CPU,
         where others live too.
+    rules
+        Of the engine.
     """
 
-    def __init__(self, loaded: LoadedModel, limit: int | None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, limit: int | None, rules: Mapping[str, Rule] = RULES
+    ) -> None:
         self._loaded = loaded
-        self._memory = MemoryModel(loaded)
+        self._memory = MemoryModel(loaded, rules)
         self._on_cpu = loaded.device.type != "cuda"
         self._limit = free_host_bytes() // 2 if limit is None and self._on_cpu else limit
         self._read_at, self._host = -math.inf, 0
@@ -52,13 +57,13 @@ class Planner:
         """Return how many tokens fit into a pass that asks for no more than ``resid``."""
         return self.available // self._memory.per_token(rule, checkpointing)
 
-    def need(self, jobs: Sequence[PreparedJob], checkpointing: bool) -> int:
+    def need(self, jobs: Sequence[TraceJob], checkpointing: bool) -> int:
         """Return the bytes that a pass needs: on a CPU with its results, which lie there too."""
         results = self._memory.results(jobs) if self._on_cpu else 0
         return self._memory.need(jobs, checkpointing) + results
 
     def fits(
-        self, jobs: Sequence[PreparedJob], checkpointing: bool, *, try_anyway: bool = False
+        self, jobs: Sequence[TraceJob], checkpointing: bool, *, try_anyway: bool = False
     ) -> bool:
         """Whether a pass over jobs may be tried; `try_anyway`: whatever it needs of a GPU.
 
@@ -71,7 +76,7 @@ class Planner:
             return True
         return self.need(jobs, checkpointing) <= self.available
 
-    def too_large(self, jobs: Sequence[PreparedJob]) -> EngineError:
+    def too_large(self, jobs: Sequence[TraceJob]) -> EngineError:
         """Return what is said of a pass that fits in no way."""
         tokens = sum(len(job.token_ids) for job in jobs)
         what = "one prompt" if len(jobs) == 1 else f"a pass of {len(jobs)} prompts"
@@ -81,12 +86,12 @@ class Planner:
             return _beyond(f"{what}: its results lie in the host's", results, host)
         return _beyond(what, self.need(jobs, checkpointing=True), self.available)
 
-    def fault_of_texts(self, jobs: Sequence[PreparedJob]) -> EngineError | None:
+    def fault_of_texts(self, jobs: Sequence[GenerateJob]) -> EngineError | None:
         """Return why jobs can not be written together; None: that may be tried."""
         need = self._memory.need_to_write(jobs)
         if need <= self.available or (len(jobs) == 1 and not self._on_cpu):
             return None
-        most = max(job.extent for job in jobs)
+        most = max(job.total_tokens for job in jobs)
         what = f"writing up to {most} tokens, prompts included, does not fit into memory"
         return _beyond(what, need, self.available)
 

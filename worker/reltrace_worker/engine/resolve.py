@@ -8,14 +8,14 @@ from collections.abc import Collection, Iterable
 from reltrace_worker.engine.pack import Candidates, Scalar
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import PreparedJob, PreparedTarget
+from reltrace_worker.types.jobs import Target, TraceJob
 from reltrace_worker.types.results import Candidate, ResolvedTarget
 
 _MUCH_LIKELIER = math.log(10)
 """Between two logits at one position: ten times the probability."""
 
 
-def resolve(vocabulary: Vocabulary, job: PreparedJob, scalar: Scalar) -> ResolvedTarget:
+def resolve(vocabulary: Vocabulary, job: TraceJob, scalar: Scalar) -> ResolvedTarget:
     """Return a target as the pass resolved it.
 
     Raises
@@ -38,19 +38,16 @@ def resolve(vocabulary: Vocabulary, job: PreparedJob, scalar: Scalar) -> Resolve
     text = vocabulary.text
     ids = target.continuation_ids
     return ResolvedTarget(
+        target,
         token_id=scalar.token_ids[0],
         token=text(scalar.token_ids[0]) if len(ids) < 2 else vocabulary.joined(ids),
         logit=value,
-        position=target.terms[0].position,
-        contrast_id=target.contrast_id,
         contrast="" if target.contrast_id is None else text(target.contrast_id),
-        logprob=target.logprob,
-        continuation_ids=ids,
         candidates=_candidates(vocabulary, scalar.candidates),
     )
 
 
-def hints(vocabulary: Vocabulary, job: PreparedJob, scalars: Iterable[Scalar]) -> tuple[str, ...]:
+def hints(vocabulary: Vocabulary, job: TraceJob, scalars: Iterable[Scalar]) -> tuple[str, ...]:
     """Return what a reader should know of the targets, each once."""
     scalars = list(scalars)
     # What is explained of the job, and where. A reader who asks for both tokens compares them.
@@ -65,7 +62,7 @@ def hints(vocabulary: Vocabulary, job: PreparedJob, scalars: Iterable[Scalar]) -
 
 def _twin(
     vocabulary: Vocabulary,
-    target: PreparedTarget,
+    target: Target,
     scalar: Scalar,
     asked: Collection[tuple[int, int]],
 ) -> str:

@@ -13,12 +13,12 @@ from reltrace_worker.engine.generate import Text, Writing
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import EngineError, PassFailedError
-from reltrace_worker.types.jobs import PreparedJob
+from reltrace_worker.types.jobs import GenerateJob
 from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
 
-Plan = Callable[[Sequence[PreparedJob]], EngineError | None]
+Plan = Callable[[Sequence[GenerateJob]], EngineError | None]
 """Why jobs can not be written together; None: they can."""
 
 
@@ -38,7 +38,7 @@ class Texts:
         Tells whether they fit.
     """
 
-    def __init__(self, loaded: LoadedModel, jobs: Sequence[PreparedJob], plan: Plan) -> None:
+    def __init__(self, loaded: LoadedModel, jobs: Sequence[GenerateJob], plan: Plan) -> None:
         self._loaded = loaded
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._plan = plan
@@ -125,7 +125,7 @@ class Texts:
             if job in self._left and text.over:
                 self._left.discard(job)
                 self._outcomes[job] = text.fault or JobResult(
-                    (), (), checkpointing=False, written=text.written(self._vocabulary)
+                    generated=text.written(self._vocabulary)
                 )
         while self._parts and not self._left.intersection(self._parts[0]):
             self._parts.popleft()

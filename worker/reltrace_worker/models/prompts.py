@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reltrace_worker.models.chat import render
@@ -10,7 +11,15 @@ from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.text import Encoded, Prompt, TextEncoder
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import Faults, InvalidJob
-from reltrace_worker.types.jobs import Chat, JobSpec, PreparedJob, Span, TokenRef, Turn
+from reltrace_worker.types.jobs import (
+    Chat,
+    PromptInput,
+    Span,
+    TargetRequest,
+    TokenizedPrompt,
+    TokenRef,
+    Turn,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +28,8 @@ class Reading:
 
     Parameters
     ----------
-    job
-        The tokens of the pass, the prompt and all but the last token of a continuation, with no
-        target yet.
+    prompt
+        The tokens of the pass: the prompt and all but the last token of a continuation.
     length
         Tokens of the prompt.
     continuation
@@ -32,7 +40,7 @@ class Reading:
         What the tokenizer puts in front of a text is in front of it.
     """
 
-    job: PreparedJob
+    prompt: TokenizedPrompt
     length: int
     continuation: tuple[int, ...]
     source: str | Encoded
@@ -55,54 +63,55 @@ class PromptReader:
         self._vocab_size = loaded.shape.vocab_size
         self._context_length = loaded.context_length
 
-    def read(self, spec: JobSpec, faults: Faults) -> Reading:
+    def read(
+        self,
+        given: PromptInput,
+        add_special_tokens: bool,
+        targets: Sequence[TargetRequest],
+        faults: Faults,
+    ) -> Reading:
         """Return the tokens of a job; `faults` says where they can not be used."""
         source: str | Encoded
         contents: tuple[Span, ...] = ()
         special = False
-        if isinstance(spec.input, Chat):
+        if isinstance(given, Chat):
             field, source = "messages", ""
             try:
-                rendered = render(self._tokenizer, spec.input)
+                rendered = render(self._tokenizer, given)
                 source, contents = rendered.text, rendered.contents
             except InvalidJob as error:
                 faults.found += error.violations
-        elif isinstance(spec.input, str):
-            field, source, special = "prompt", spec.input, spec.add_special_tokens
+        elif isinstance(given, str):
+            field, source, special = "prompt", given, add_special_tokens
         else:
-            field, source = "input_ids", Encoded("", spec.input, ())
-            if self._checks_ids(spec.input, field, faults):
-                source = self._encoder.decode(spec.input)
-        if not spec.input:
+            field, source = "input_ids", Encoded("", given, ())
+            if self._checks_ids(given, field, faults):
+                source = self._encoder.decode(given)
+        if not given:
             faults.add(field, "is empty; a trace needs at least one token")
         elif isinstance(source, str) and not self._checks_text(source, field, faults):
             source = ""
-        prompt, place = self._with_continuation(spec, source, special, faults)
+        prompt, place = self._with_continuation(targets, source, special, faults)
         self._check_extent(field, prompt, place, faults)
         ids = prompt.encoded.token_ids
         read = prompt.encoded.up_to(len(ids) - bool(prompt.continuation))
         turns: tuple[Turn, ...] = ()
-        if isinstance(spec.input, Chat) and contents:
+        if isinstance(given, Chat) and contents:
             turns = tuple(
                 Turn(message.role, read.tokens_of(*content))
-                for message, content in zip(spec.input.messages, contents, strict=True)
+                for message, content in zip(given.messages, contents, strict=True)
             )
-        job = PreparedJob(
+        tokenized = TokenizedPrompt(
             token_ids=read.token_ids,
             # Of ids that are out of range there is none.
             tokens=() if faults.found else self._vocabulary.texts(read.token_ids),
-            # No relevance yet, so that no rule is applied.
-            sites=(),
-            reduction="",
-            rule="",
-            targets=(),
             text=read.text,
             offsets=read.offsets,
             turns=turns,
             special_positions=self._encoder.special_positions(read.token_ids),
-            hints=prompt.hints + self._hints(spec, prompt),
+            hints=prompt.hints + self._hints(given, prompt),
         )
-        return Reading(job, prompt.length, prompt.continuation, source, special)
+        return Reading(tokenized, prompt.length, prompt.continuation, source, special)
 
     def token(
         self,
@@ -139,11 +148,15 @@ class PromptReader:
         return None
 
     def _with_continuation(
-        self, spec: JobSpec, source: str | Encoded, special: bool, faults: Faults
+        self,
+        targets: Sequence[TargetRequest],
+        source: str | Encoded,
+        special: bool,
+        faults: Faults,
     ) -> tuple[Prompt, str]:
         """Return the prompt and the continuation that targets share, and the latter's field."""
         first, field = None, ""
-        for index, target in enumerate(spec.targets):
+        for index, target in enumerate(targets):
             asked = target.continuation
             if asked is None:
                 continue
@@ -208,8 +221,8 @@ class PromptReader:
         if self._checks_known(ids[:length], field, faults):
             self._checks_known(ids[length:], place, faults)
 
-    def _hints(self, spec: JobSpec, prompt: Prompt) -> tuple[str, ...]:
-        ends_in_space = isinstance(spec.input, str) and spec.input.endswith(" ")
+    def _hints(self, given: PromptInput, prompt: Prompt) -> tuple[str, ...]:
+        ends_in_space = isinstance(given, str) and given.endswith(" ")
         if not ends_in_space or prompt.continuation or not prompt.length:
             return ()
         if self._vocabulary.text(prompt.encoded.token_ids[-1]).strip():

@@ -13,18 +13,22 @@ from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.types.errors import InvalidJob, Violation
 from reltrace_worker.types.jobs import (
+    AtlasJob,
+    AtlasRequest,
     Chat,
-    CorpusSpec,
-    EditSpec,
-    GenerationSpec,
-    JobSpec,
+    Edit,
+    GenerateRequest,
     Message,
-    PreparedCorpus,
-    PreparedJob,
-    TargetSpec,
+    PromptInput,
+    Request,
+    Sampling,
+    TargetRequest,
+    TokenizedPrompt,
+    TokenizeRequest,
     TokenRef,
+    TraceRequest,
 )
-from reltrace_worker.types.results import ResolvedTarget, SiteTensor, Written
+from reltrace_worker.types.results import GeneratedText, ResolvedTarget, SiteTensor
 
 _TORCH_DTYPES = {
     types_pb2.SCALAR_TYPE_FLOAT32: torch.float32,
@@ -58,18 +62,18 @@ def scalar_type(dtype: torch.dtype) -> types_pb2.ScalarType.ValueType:
 
 def model_info(loaded: LoadedModel) -> types_pb2.ModelInfo:
     """Write what a worker announces of its model, and of what it can do with it."""
-    model = loaded.describe()
     return types_pb2.ModelInfo(
-        name=model.name,
-        revision=model.revision,
-        architecture=model.architecture,
-        layers=model.layers,
-        hidden_size=model.hidden_size,
-        heads=model.heads,
-        intermediate_size=model.intermediate_size,
-        vocab_size=model.vocab_size,
-        context_length=model.context_length,
-        parameters=model.parameters,
+        name=loaded.name,
+        revision=loaded.revision,
+        architecture=type(loaded.model).__name__,
+        layers=loaded.shape.layers,
+        hidden_size=loaded.shape.hidden_size,
+        heads=loaded.shape.heads,
+        intermediate_size=loaded.shape.intermediate_size,
+        vocab_size=loaded.shape.vocab_size,
+        context_length=loaded.context_length,
+        # Tied weights count once, and those that are packed into 4 bits one by one.
+        parameters=loaded.model.num_parameters(),
         dtype=scalar_type(loaded.dtype),
         sites=SITES,
         rules=RULES,
@@ -78,37 +82,54 @@ def model_info(loaded: LoadedModel) -> types_pb2.ModelInfo:
     )
 
 
-def job_spec(spec: types_pb2.JobSpec) -> JobSpec:
-    """Read a job; names that are empty on the wire take their defaults.
+def read_request(spec: types_pb2.JobSpec) -> Request:
+    """Read a request; names that are empty on the wire take their defaults.
 
     Raises
     ------
     InvalidJob
         The job has no input. (The scheduler refuses such jobs already.)
     """
-    kind = spec.WhichOneof("input")
-    if kind is None:
+    if spec.WhichOneof("input") is None:
         raise InvalidJob([Violation("prompt", "is missing: give a prompt, messages or input_ids")])
-    default = JobSpec("")
-    without_sites = spec.forward_only or spec.HasField("generation")
-    return JobSpec(
-        input=_input(spec),
-        corpus=_corpus_spec(spec.corpus) if kind == "corpus" else None,
-        sites=() if without_sites else tuple(spec.sites) or default.sites,
-        reduction=spec.reduction or default.reduction,
-        targets=tuple(_target_spec(target) for target in spec.targets) or default.targets,
-        rule=spec.rule or default.rule,
-        layers=tuple(spec.layers),
-        k=spec.top_k,
-        edits=tuple(_edit_spec(edit) for edit in spec.edits),
-        forward_only=spec.forward_only,
-        generation=_generation_spec(spec.generation) if spec.HasField("generation") else None,
-        add_special_tokens=spec.add_special_tokens or not spec.HasField("add_special_tokens"),
-        tokenize_only=spec.tokenize_only,
+    default = TraceRequest("")
+    edits = tuple(_edit(edit) for edit in spec.edits)
+    special = spec.add_special_tokens or not spec.HasField("add_special_tokens")
+    targets = tuple(_target(target) for target in spec.targets) or default.targets
+    if spec.HasField("corpus"):
+        corpus = spec.corpus
+        chats = {number: _chat(chat) for number, chat in corpus.chats.items()}
+        return AtlasRequest(
+            tuple(chats.get(number, prompt) for number, prompt in enumerate(corpus.prompts)),
+            spec.top_k,
+            spec.rule or default.rule,
+            targets,
+            edits,
+            special,
+            corpus.positions,
+            corpus.seed,
+            corpus.keep_special,
+        )
+    if spec.tokenize_only:
+        return TokenizeRequest(_input(spec), special)
+    if spec.HasField("generation"):
+        how = spec.generation
+        sampling = Sampling(how.max_new_tokens, how.temperature, how.top_p, how.seed)
+        return GenerateRequest(_input(spec), sampling, edits, special)
+    return TraceRequest(
+        _input(spec),
+        () if spec.forward_only else tuple(spec.sites) or default.sites,
+        spec.reduction or default.reduction,
+        targets,
+        spec.rule or default.rule,
+        tuple(spec.layers),
+        spec.top_k,
+        edits,
+        special,
     )
 
 
-def _input(spec: types_pb2.JobSpec) -> str | tuple[int, ...] | Chat:
+def _input(spec: types_pb2.JobSpec) -> PromptInput:
     match spec.WhichOneof("input"):
         case "prompt":
             return spec.prompt
@@ -121,17 +142,7 @@ def _chat(chat: types_pb2.Chat) -> Chat:
     return Chat(tuple(Message(message.role, message.content) for message in chat.messages))
 
 
-def _corpus_spec(wire: types_pb2.Corpus) -> CorpusSpec:
-    chats = {number: _chat(chat) for number, chat in wire.chats.items()}
-    prompts = tuple(chats.get(number, prompt) for number, prompt in enumerate(wire.prompts))
-    return CorpusSpec(prompts, wire.positions, wire.seed, wire.keep_special)
-
-
-def _generation_spec(wire: types_pb2.Generation) -> GenerationSpec:
-    return GenerationSpec(wire.max_new_tokens, wire.temperature, wire.top_p, wire.seed)
-
-
-def generated(written: Written) -> types_pb2.Generated:
+def generated(written: GeneratedText) -> types_pb2.Generated:
     """Write what a model wrote."""
     return types_pb2.Generated(
         token_ids=written.token_ids,
@@ -142,9 +153,9 @@ def generated(written: Written) -> types_pb2.Generated:
     )
 
 
-def _edit_spec(edit: types_pb2.Edit) -> EditSpec:
+def _edit(edit: types_pb2.Edit) -> Edit:
     change = edit.WhichOneof("change")
-    return EditSpec(
+    return Edit(
         site=edit.site,
         layer=edit.layer,
         features=tuple(edit.features),
@@ -158,7 +169,7 @@ def _edit_spec(edit: types_pb2.Edit) -> EditSpec:
     )
 
 
-def _target_spec(target: types_pb2.Target) -> TargetSpec:
+def _target(target: types_pb2.Target) -> TargetRequest:
     continuation: str | tuple[int, ...] | None = None
     if target.HasField("continuation"):
         continuation = (
@@ -166,7 +177,7 @@ def _target_spec(target: types_pb2.Target) -> TargetSpec:
             if target.continuation.WhichOneof("tokens") == "text"
             else tuple(target.continuation.ids.ids)
         )
-    return TargetSpec(
+    return TargetRequest(
         token=_token_ref(target.token) if target.HasField("token") else None,
         position=target.position if target.HasField("position") else -1,
         contrast=_token_ref(target.contrast) if target.HasField("contrast") else None,
@@ -186,39 +197,41 @@ def result_dtype(spec: types_pb2.JobSpec) -> torch.dtype:
 
 
 def header(
-    job: PreparedJob,
+    prompt: TokenizedPrompt,
     provenance: types_pb2.Provenance,
-    layers: int,
+    layers: Sequence[int],
     targets: tuple[ResolvedTarget, ...] = (),
     hints: tuple[str, ...] = (),
 ) -> types_pb2.TraceHeader:
-    """Write everything of a result but its tensors, for a model of so many layers."""
+    """Write everything of a result but its tensors, with the layers that it has."""
     return types_pb2.TraceHeader(
-        token_ids=job.token_ids,
-        tokens=job.tokens,
+        token_ids=prompt.token_ids,
+        tokens=prompt.tokens,
         targets=[_resolved(target) for target in targets],
         provenance=provenance,
-        layers=job.layers or range(layers),
-        text=job.text,
-        offsets=chain.from_iterable(job.offsets),
+        layers=layers,
+        text=prompt.text,
+        offsets=chain.from_iterable(prompt.offsets),
         turns=[
             types_pb2.Turn(role=turn.role, first=turn.tokens[0], stop=turn.tokens[1])
-            for turn in job.turns
+            for turn in prompt.turns
         ],
-        hints=(*job.hints, *hints),
-        special_positions=job.special_positions,
+        hints=(*prompt.hints, *hints),
+        special_positions=prompt.special_positions,
     )
 
 
 def corpus_header(
-    corpus: PreparedCorpus,
+    corpus: AtlasJob,
     targets: Sequence[ResolvedTarget],
     provenance: types_pb2.Provenance,
     layers: int,
 ) -> types_pb2.TraceHeader:
     """Write everything of an atlas but its tensors, for a model of so many layers."""
     explained = {target.token_id: target.token for target in targets}
-    vocabulary = dict(sorted((explained | corpus.vocabulary).items()))
+    for job in corpus.prompts:
+        explained.update(zip(job.token_ids, job.prompt.tokens, strict=True))
+    vocabulary = dict(sorted(explained.items()))
     return types_pb2.TraceHeader(
         token_ids=vocabulary.keys(),
         tokens=vocabulary.values(),
@@ -237,11 +250,11 @@ def _resolved(target: ResolvedTarget) -> types_pb2.ResolvedTarget:
         token_id=target.token_id,
         token=target.token,
         logit=target.logit,
-        position=target.position,
-        contrast_id=target.contrast_id,
+        position=target.target.terms[0].position,
+        contrast_id=target.target.contrast_id,
         contrast=target.contrast,
-        logprob=target.logprob,
-        continuation_ids=target.continuation_ids,
+        logprob=target.target.logprob,
+        continuation_ids=target.target.continuation_ids,
         candidates=[
             types_pb2.Candidate(
                 token_id=candidate.token_id,

@@ -10,21 +10,21 @@ import structlog
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
-from reltrace_worker.engine import REDUCTIONS, SITES, Engine
+from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import Slice
+from reltrace_worker.engine.preparing import JobPreparer
 from reltrace_worker.engine.texts import Texts
-from reltrace_worker.lrp import RULES
-from reltrace_worker.models import JobPreparer, LoadedModel
+from reltrace_worker.models import LoadedModel
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.observability.metrics import PassStats
-from reltrace_worker.session.convert import job_spec
+from reltrace_worker.session.convert import read_request
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.encoding import Done, Encoder, Ready, broken, invalid
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.stored import LargeResults
 from reltrace_worker.session.turns import HalfDone, Outcome, Turns
 from reltrace_worker.types.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
-from reltrace_worker.types.jobs import JobSpec, PreparedCorpus, PreparedJob
+from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
@@ -69,7 +69,7 @@ class Runner:
     ) -> None:
         self._model = model
         self._engine = engine
-        self._prepare_job = JobPreparer(model, sites=SITES, reductions=REDUCTIONS, rules=RULES)
+        self._preparer = JobPreparer(model)
         self._max_tokens = max_tokens
         self._turns = Turns(max_tokens)
         self._text_thread = ThreadPoolExecutor(1, "text")
@@ -81,7 +81,7 @@ class Runner:
         self._passes: deque[asyncio.Future[Done | None]] = deque()
         self._arrived = asyncio.Event()
         self._crowded = 0
-        self._encoder = Encoder(model, engine.attention)
+        self._encoder = Encoder(model, engine.attention, engine.rules)
         self._spans = spans or Spans()
         self._drafts = drafts or Drafts()
         self._vocabulary = Vocabulary(model.tokenizer)
@@ -191,7 +191,7 @@ class Runner:
             if key not in self._wanted:
                 continue
             try:
-                job = self._prepared(job_spec(lease.spec))
+                job = self._preparer.prepare(read_request(lease.spec))
             except InvalidJob as error:
                 ended.append(invalid(lease, error))
             except Exception as error:
@@ -199,15 +199,11 @@ class Runner:
                 log.exception("job.prepare_failed", job=lease.job_id, tenant=lease.tenant)
                 ended.append(broken(lease, error))
             else:
-                if lease.spec.tokenize_only and isinstance(job, PreparedJob):
+                if isinstance(job, TokenizedPrompt):
                     ended.append(self._encoder.tokenized(lease, job))
                     continue
                 ready.append(Ready(key, lease, job, now + _HANDICAPS.get(lease.priority, 0.0)))
         return ready, ended
-
-    def _prepared(self, spec: JobSpec) -> PreparedJob | PreparedCorpus:
-        prepare = self._prepare_job
-        return prepare.prepare(spec) if spec.corpus is None else prepare.prepare_corpus(spec)
 
     def _run(self) -> Done | None:
         half_done = self._turns.next_half_done()
@@ -217,7 +213,7 @@ class Runner:
         if not batch:
             return None
         crowded = len(batch) if self._turns.left_behind else 0
-        if batch[0].job.takes_many_passes:
+        if not isinstance(batch[0].job, TraceJob):
             return self._begin(batch, crowded)
         started = time.perf_counter()
         results: Sequence[Outcome] = ()
@@ -238,14 +234,14 @@ class Runner:
             self._turns.passed()
             log.warning("work.failed", jobs=len(batch), error=str(error))
             return self._done(batch, [_failure(error)] * len(batch), 0.0, crowded)
-        half_done = HalfDone(dict(enumerate(batch)), work, batch[0].job.kind, crowded)
+        half_done = HalfDone(dict(enumerate(batch)), work, batch[0].job.batch_key, crowded)
         self._turns.begun(half_done)
         return self._go_on(half_done)
 
-    def _begun(self, jobs: Sequence[PreparedJob | PreparedCorpus]) -> Texts | Slice:
-        if isinstance(jobs[0], PreparedCorpus):
+    def _begun(self, jobs: Sequence[Job]) -> Texts | Slice:
+        if isinstance(jobs[0], AtlasJob):
             return self._engine.begin_atlas(jobs[0])
-        return self._engine.begin([job for job in jobs if isinstance(job, PreparedJob)])
+        return self._engine.begin([job for job in jobs if isinstance(job, GenerateJob)])
 
     def _go_on(self, half_done: HalfDone) -> Done | None:
         """Go on for a while with what takes many passes; return what has ended, if anything."""
@@ -335,7 +331,7 @@ class Runner:
                     tenant=job.lease.tenant,
                     model=self._model.name,
                     rule=job.job.rule,
-                    tokens=job.job.extent,
+                    tokens=job.job.total_tokens,
                     jobs_in_pass=len(batch),
                     tokens_in_pass=tokens,
                 )
@@ -344,7 +340,7 @@ class Runner:
 
     def _run_engine(self, jobs: Sequence[Ready]) -> Sequence[Outcome]:
         try:
-            return self._engine.run([j.job for j in jobs if isinstance(j.job, PreparedJob)])
+            return self._engine.run([j.job for j in jobs if isinstance(j.job, TraceJob)])
         except DeviceLostError:
             raise
         except Exception as error:
@@ -363,7 +359,7 @@ def _failure(error: Exception) -> EngineError:
 
 def _tokens(job: Ready, result: Outcome) -> int:
     """Return how many tokens went through the model for a job."""
-    if isinstance(job.job, PreparedCorpus):
-        return job.job.extent
-    written = result.written if isinstance(result, JobResult) else None
+    if isinstance(job.job, AtlasJob):
+        return job.job.total_tokens
+    written = result.generated if isinstance(result, JobResult) else None
     return len(job.job.token_ids) + (len(written.token_ids) if written else 0)

@@ -13,7 +13,7 @@ from reltrace_worker.engine.texts import Texts
 from reltrace_worker.session.encoding import Ready
 from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import PreparedCorpus, PreparedJob
+from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TraceJob
 from reltrace_worker.types.results import JobResult
 
 Outcome = JobResult | EngineError
@@ -114,18 +114,18 @@ class Turns:
             # Of what takes many passes one of each kind at a time: it holds memory meanwhile.
             begun = {half_done.kind for half_done in self._half_done}
             jobs = (job.job for job in self._ready)
-            first = next((job for job in jobs if job.kind not in begun), None)
+            first = next((job for job in jobs if job.batch_key not in begun), None)
             if first is None:
                 return []
             batch: list[Ready] = []
             left: deque[Ready] = deque()
             work = math.inf
-            if not first.takes_many_passes:
-                speed = self._speeds.get(first.kind, 0.0)
+            if isinstance(first, TraceJob):
+                speed = self._speeds.get(first.batch_key, 0.0)
                 work = max(_LEAST_WORK, speed * PASS_SECONDS)
             room = _Room(self._max_tokens, work)
             for job in self._ready:
-                if job.job.kind == first.kind and room.takes(job.job):
+                if job.job.batch_key == first.batch_key and room.takes(job.job):
                     batch.append(job)
                 else:
                     left.append(job)
@@ -141,8 +141,8 @@ class Turns:
             if not batch:
                 return
             jobs = [job.job for job in batch]
-            work = sum(job.extent for job in jobs) * max(_passes(job) for job in jobs)
-            speed, kind = work / max(seconds, 1e-6), jobs[0].kind
+            work = sum(job.total_tokens for job in jobs) * max(_passes(job) for job in jobs)
+            speed, kind = work / max(seconds, 1e-6), jobs[0].batch_key
             # A short pass is slower per token, which says nothing of a full one.
             if speed > self._speeds.get(kind, 0.0) or seconds > PASS_SECONDS:
                 self._speeds[kind] = speed
@@ -189,9 +189,9 @@ class Turns:
         self.running = frozenset(job.key for job in [*batch, *half_done])
 
 
-def _passes(job: PreparedJob | PreparedCorpus) -> int:
+def _passes(job: Job) -> int:
     """Return how many times a job's tokens go through the model: forward, and once per target."""
-    return 1 if not isinstance(job, PreparedJob) or job.forward_only else 1 + len(job.targets)
+    return job.passes
 
 
 class _Room:
@@ -214,15 +214,15 @@ class _Room:
         """Tokens that there was room for, in such a pass as it has become."""
         return int(min(self._tokens, self._work / max(1, self._passes)))
 
-    def takes(self, job: PreparedJob | PreparedCorpus) -> bool:
+    def takes(self, job: Job) -> bool:
         """Tell whether a job fits into the pass, and count it if it does."""
-        longest, passes = max(self._longest, job.extent), max(self._passes, _passes(job))
+        longest, passes = max(self._longest, job.total_tokens), max(self._passes, _passes(job))
         # Texts are padded to the longest of them; an atlas is made alone.
-        padded = isinstance(job, PreparedJob) and job.generation is not None
-        needed = (self._jobs + 1) * longest if padded else self._sum + job.extent
+        padded = isinstance(job, GenerateJob)
+        needed = (self._jobs + 1) * longest if padded else self._sum + job.total_tokens
         fits = needed <= self._tokens and needed * passes <= self._work
-        if self._jobs and (not fits or isinstance(job, PreparedCorpus)):
+        if self._jobs and (not fits or isinstance(job, AtlasJob)):
             return False
-        self._jobs, self._sum = self._jobs + 1, self._sum + job.extent
+        self._jobs, self._sum = self._jobs + 1, self._sum + job.total_tokens
         self._longest, self._passes = longest, passes
         return True

@@ -1,4 +1,4 @@
-"""Everything the worker raises on purpose, in one flat list."""
+"""Every error that the worker raises on purpose, and the violations that a job's error carries."""
 
 from __future__ import annotations
 
@@ -27,13 +27,7 @@ class Violation:
 
 
 class InvalidJob(WorkerError):  # noqa: N818 - it is the job that is at fault, not the program
-    """A job that this model can not run; carries every fault that was found.
-
-    Parameters
-    ----------
-    violations
-        At least one fault.
-    """
+    """A job that this model can not run; carries every violation that was found, at least one."""
 
     def __init__(self, violations: Iterable[Violation]) -> None:
         self.violations: tuple[Violation, ...] = tuple(violations)
@@ -43,17 +37,15 @@ class InvalidJob(WorkerError):  # noqa: N818 - it is the job that is at fault, n
 
 
 class Faults:
-    """The faults of one job, collected so that a client sees all of them at once."""
+    """Collects the violations of one job, so that a client sees all of them at once."""
 
     def __init__(self) -> None:
         self.found: list[Violation] = []
 
     def add(self, field: str, description: str) -> None:
-        """Note a fault."""
         self.found.append(Violation(field, description))
 
     def raise_any(self) -> None:
-        """Raise InvalidJob if a fault was noted."""
         if self.found:
             raise InvalidJob(self.found)
 
@@ -63,12 +55,12 @@ class ModelError(WorkerError):
 
 
 class EngineError(WorkerError):
-    """A job can not be computed: its numbers are not finite, or it does not fit."""
+    """A job can not be computed: its numbers are not finite, or it does not fit into memory."""
 
 
 class PassFailedError(EngineError):
-    """A pass broke off for a reason that may pass: another attempt is worth while."""
+    """A pass failed for a reason that may pass: another attempt is worthwhile."""
 
 
 class DeviceLostError(WorkerError):
-    """The device does not work any more for this process; only a new one may help."""
+    """The device no longer works for this process; only a new process may help."""

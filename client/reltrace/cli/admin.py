@@ -1,0 +1,148 @@
+"""`reltrace quarantined` and `reltrace tenants`: commands for operators."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from reltrace.cli.connection import Connection, connection_group
+from reltrace.cli.option_groups import command
+from reltrace.cli.output import AsJson, print_json, table, write
+from reltrace.types.admin_info import QuarantinedJob
+from reltrace.types.errors import NotFound
+
+quarantined = connection_group("Jobs that lost too many workers.")
+tenants = connection_group("The tenants: their jobs and their limits.")
+
+_INPUT_CHARACTERS = 60
+_MAX_JOBS = 10_000
+
+
+@command(quarantined, "list")
+def list_quarantined(
+    connection: Connection,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List them, the latest first."""
+    with connection.client() as client:
+        jobs = client.admin.quarantined_jobs(limit)
+    if as_json:
+        print_json(jobs)
+        return
+    if not jobs:
+        typer.echo("no quarantined jobs")
+        return
+    rows = [
+        (job.id, job.tenant, job.model, len(job.lost_leases), _input(job, _INPUT_CHARACTERS))
+        for job in jobs
+    ]
+    Console().print(table(("job", "tenant", "model", "lost", "input"), rows))
+
+
+@command(quarantined)
+def show(
+    connection: Connection,
+    job: Annotated[str, typer.Argument(metavar="JOB", help="Its id.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show one with its input, and the workers that it lost."""
+    with connection.client() as client:
+        found = next(
+            (one for one in client.admin.quarantined_jobs(_MAX_JOBS) if one.id == job), None
+        )
+    if found is None:
+        raise NotFound(f"no quarantined job {job!r}; `reltrace quarantined list` lists them")
+    if as_json:
+        print_json(found)
+        return
+    write(f"job {found.id} of tenant {found.tenant}, model {found.model}")
+    write(f"input: {_input(found)}")
+    for lost in found.lost_leases:
+        when = "" if lost.lost_at is None else f" at {lost.lost_at:%Y-%m-%d %H:%M:%S} UTC"
+        write(f"attempt {lost.attempt} was lost by worker {lost.worker}{when}")
+
+
+@command(quarantined)
+def requeue(
+    connection: Connection,
+    jobs: Annotated[
+        list[str] | None, typer.Argument(metavar="JOB...", help="Their ids.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Queue them once more, each as a new job of its tenant."""
+    if bool(jobs) == everything:
+        raise typer.BadParameter("name jobs, or say --all", param_hint="JOB...")
+    with connection.client() as client:
+        ids = jobs or [job.id for job in client.admin.quarantined_jobs(_MAX_JOBS)]
+        requeued = client.admin.requeue(*ids) if ids else []
+    if as_json:
+        print_json(requeued)
+        return
+    for job in requeued:
+        typer.echo(f"{job.quarantined_id} is queued as {job.id}")
+    if not requeued:
+        typer.echo("no quarantined jobs")
+
+
+def _input(job: QuarantinedJob, most: int | None = None) -> str:
+    text = f"ids {list(job.input_ids)}" if job.prompt is None else repr(job.prompt)
+    return text if most is None or len(text) <= most else f"{text[: most - 1]}…"
+
+
+@command(tenants, "list")
+def list_tenants(connection: Connection, as_json: AsJson = False) -> None:
+    """List them, with what they hold and may hold."""
+    with connection.client() as client:
+        found = client.admin.tenants()
+    if as_json:
+        print_json(found)
+        return
+    if not found:
+        typer.echo("no tenants")
+        return
+    rows = [
+        (
+            tenant.name,
+            _limit(tenant.weight, "g"),
+            f"{tenant.jobs:,}",
+            _limit(tenant.max_jobs, ","),
+            f"{tenant.bytes:,}",
+            _limit(tenant.max_bytes, ","),
+        )
+        for tenant in found
+    ]
+    Console().print(table(("tenant", "weight", "jobs", "of", "bytes", "of"), rows))
+
+
+def _limit(value: float | None, style: str) -> str:
+    return "default" if value is None else format(value, style)
+
+
+@command(tenants, "set")
+def set_tenant(
+    connection: Connection,
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Its name.")],
+    weight: Annotated[
+        float | None, typer.Option(help="Its share against other tenants that have queued jobs.")
+    ] = None,
+    max_jobs: Annotated[int | None, typer.Option(min=0, help="Bound on its jobs.")] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(min=0, help="Bound on the bytes of its jobs and of its unread results."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set its share and bounds; what is left out stays as it is."""
+    with connection.client() as client:
+        found = client.admin.set_tenant(
+            tenant, weight=weight, max_jobs=max_jobs, max_bytes=max_bytes
+        )
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(f"tenant {found.name} is set")

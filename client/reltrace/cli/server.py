@@ -1,0 +1,189 @@
+"""Commands that ask a server about itself: models, status, workers, cancel."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from reltrace.cli.connection import Connection
+from reltrace.cli.option_groups import command, with_option_groups
+from reltrace.cli.output import AsJson, Watch, print_json, safe, show, table, write
+from reltrace.types.server_info import Status, Worker
+
+
+def models(connection: Connection, as_json: AsJson = False) -> None:
+    """List the models that the server can trace."""
+    with connection.client() as client:
+        served = client.models()
+    if as_json:
+        print_json(served)
+        return
+    if not served:
+        typer.echo("no models: no worker has connected yet")
+        return
+    rows = [
+        (
+            model.name,
+            model.layers,
+            model.hidden_size,
+            f"{model.parameters:,}",
+            model.dtype,
+            model.context_length,
+            model.workers,
+        )
+        for model in served
+    ]
+    numbers = ("layers", "hidden", "parameters", "context", "workers")
+    columns = ("model", "layers", "hidden", "parameters", "format", "context", "workers")
+    Console().print(table(columns, rows, right=numbers))
+    for model in served:
+        write(
+            f"{model.name}@{model.revision}: sites {', '.join(model.sites)}; "
+            f"rules {', '.join(model.rules)}; reductions {', '.join(model.reductions)}"
+        )
+
+
+def status(connection: Connection, watch: Watch, as_json: AsJson = False) -> None:
+    """Show the queues and the store of the server, and how many workers it has."""
+    rate = JobRate()
+    with connection.client() as client:
+
+        def look() -> tuple[Any, RenderableType]:
+            state = client.status()
+            per_second = rate.update(time.monotonic(), sum(state.ended.values()))
+            return state, Group(*_status(state, client.address, per_second))
+
+        show(look, watch, as_json=as_json)
+
+
+class JobRate:
+    """How many jobs end per second, between two views."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, int] | None = None
+
+    def update(self, now: float, ended: int) -> float | None:
+        """Take how many jobs have ended; return the rate since the last call, if there was one."""
+        last, self._last = self._last, (now, ended)
+        if last is None:
+            return None
+        # A server that was restarted may count from zero again.
+        return max(0, ended - last[1]) / max(now - last[0], 1e-9)
+
+
+def _status(state: Status, address: str, rate: float | None) -> Iterator[RenderableType]:
+    ended = ", ".join(f"{count:,} {name.lower()}" for name, count in sorted(state.ended.items()))
+    speed = "" if rate is None else f" ({rate:,.1f}/s)"
+    yield Text(
+        f"reltrace {safe(state.version)} at {address}; Redis {safe(state.redis_version)}, "
+        f"{state.redis_memory_bytes / 1e6:.1f} MB; ended: {ended or 'none'}{speed}"
+    )
+    if state.queues:
+        serving = Counter(
+            name for worker in state.workers for name in (worker.model, *worker.further_models)
+        )
+        rows = [
+            (
+                queue.model,
+                f"{queue.queued:,}",
+                f"{queue.leased:,}",
+                serving[queue.model.partition("@")[0]],
+            )
+            for queue in state.queues
+        ]
+        columns = ("model", "queued", "leased", "workers")
+        yield table(columns, rows, right=columns[1:])
+    yield Text(_counted(len(state.workers), "worker"))
+
+
+workers = typer.Typer()
+
+
+@workers.callback(invoke_without_command=True)
+@with_option_groups
+def list_workers(
+    context: typer.Context, connection: Connection, watch: Watch, as_json: AsJson = False
+) -> None:
+    """List the workers that are connected; `drain` has some of them leave."""
+    if context.invoked_subcommand is not None:
+        return
+    with connection.client() as client:
+
+        def look() -> tuple[Any, RenderableType]:
+            connected = client.admin.workers()
+            return connected, _workers(connected) if connected else Text("no workers")
+
+        show(look, watch, as_json=as_json)
+
+
+def _workers(connected: Sequence[Worker]) -> Table:
+    now = datetime.now(UTC)
+    rows = [
+        (
+            f"{worker.id} (drains)" if worker.draining else worker.id,
+            "\n".join((worker.model, *worker.further_models)),
+            worker.device,
+            worker.version,
+            worker.leased,
+            _ago(worker.connected_at, now),
+            _ago(worker.seen_at, now),
+        )
+        for worker in connected
+    ]
+    columns = ("worker", "models", "device", "version", "leased", "connected", "seen")
+    return table(columns, rows, right=("leased",))
+
+
+@command(workers)
+def drain(
+    connection: Connection,
+    ids: Annotated[list[str], typer.Argument(metavar="WORKER...", help="Their ids.")],
+) -> None:
+    """Have workers leave: they hand back jobs that have not begun, finish the others, and exit."""
+    with connection.client() as client:
+        client.admin.drain(*ids)
+    typer.echo(f"{_counted(len(ids), 'worker')} told to leave")
+
+
+def cancel(
+    connection: Connection,
+    ids: Annotated[
+        list[str],
+        typer.Argument(metavar="JOB...", help="Ids of jobs, or of submissions for all their jobs."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Cancel jobs: queued ones never run, running ones are dropped before their next pass.
+
+    Exit code 1 if there was nothing to cancel: they had ended, or there are no such jobs.
+    """
+    with connection.client() as client:
+        cancelled = client.cancel(*ids)
+    if as_json:
+        print_json({"cancelled": cancelled})
+    else:
+        typer.echo(f"cancelled {_counted(cancelled, 'job')}")
+    if not cancelled:
+        raise typer.Exit(1)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _ago(when: datetime | None, now: datetime) -> str:
+    if when is None:
+        return ""
+    seconds = max(0, round((now - when).total_seconds()))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit} ago"
+    return f"{seconds} s ago"

@@ -1,0 +1,247 @@
+"""Calls that ask a server for its state. `generate.py` makes their synchronous forms."""
+
+from __future__ import annotations
+
+from reltrace_proto.v1 import admin_pb2, trace_pb2
+
+from reltrace.transport.connection import Connection
+from reltrace.transport.retry import Deadline
+from reltrace.types import server_info
+from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
+from reltrace.types.checks import check_strings, whole_number
+from reltrace.types.errors import invalid
+from reltrace.types.job_ids import check_job_ids, portions, split_ids
+
+# Seconds.
+TIMEOUT = 60.0
+
+
+class AsyncAdmin:
+    """The operator's calls.
+
+    A server that asks for tokens answers them for the role "operator" only; anybody else gets
+    `PermissionDenied`. All of them raise `Unavailable` if no server can be reached.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def quarantined_jobs(self, limit: int = 100) -> list[QuarantinedJob]:
+        """Return jobs that were quarantined, the latest first.
+
+        Parameters
+        ----------
+        limit : int, default 100
+            At most so many.
+        """
+        answer = await self._connection.call(
+            lambda server: server.admin.ListQuarantinedJobs,
+            admin_pb2.ListQuarantinedJobsRequest(limit=whole_number(limit, "limit", 1, 2**32 - 1)),
+            Deadline(TIMEOUT),
+        )
+        return [quarantined_job(job) for job in answer.jobs]
+
+    async def requeue(self, *job_ids: str) -> list[Requeued]:
+        """Queue quarantined jobs once more, as jobs of their tenant.
+
+        Parameters
+        ----------
+        *job_ids : str
+            As in `QuarantinedJob.id`.
+
+        Raises
+        ------
+        NotFound
+            If one of them is no quarantined job; then none is queued.
+        """
+        check_strings(job_ids, "job_ids")
+        answer = await self._connection.call(
+            lambda server: server.admin.RequeueQuarantinedJobs,
+            admin_pb2.RequeueQuarantinedJobsRequest(job_ids=job_ids),
+            Deadline(TIMEOUT),
+        )
+        return [Requeued(job.quarantined_job_id, job.job_id) for job in answer.jobs]
+
+    async def workers(self) -> list[server_info.Worker]:
+        """Return the workers that are connected."""
+        answer = await self._connection.call(
+            lambda server: server.admin.ListWorkers,
+            admin_pb2.ListWorkersRequest(),
+            Deadline(TIMEOUT),
+        )
+        return [server_info.worker(wire) for wire in answer.workers]
+
+    async def drain(self, *worker_ids: str) -> None:
+        """Have workers leave: they hand back what they have not begun, end what they have, and end.
+
+        Returns at once. A supervisor may start such a worker again, as a new one.
+
+        Parameters
+        ----------
+        *worker_ids : str
+            As in `Worker.id`.
+
+        Raises
+        ------
+        NotFound
+            If one of them is not connected; then none is told.
+        """
+        check_strings(worker_ids, "worker_ids")
+        await self._connection.call(
+            lambda server: server.admin.DrainWorkers,
+            admin_pb2.DrainWorkersRequest(worker_ids=worker_ids),
+            Deadline(TIMEOUT),
+        )
+
+    async def tenants(self) -> list[Tenant]:
+        """Return every tenant that has been seen or set."""
+        answer = await self._connection.call(
+            lambda server: server.admin.ListTenants,
+            admin_pb2.ListTenantsRequest(),
+            Deadline(TIMEOUT),
+        )
+        return [tenant(wire) for wire in answer.tenants]
+
+    async def set_tenant(
+        self,
+        name: str,
+        *,
+        weight: float | None = None,
+        max_jobs: int | None = None,
+        max_bytes: int | None = None,
+    ) -> Tenant:
+        """Set a tenant's share and bounds; what is left out stays as it is.
+
+        Parameters
+        ----------
+        name : str
+            The tenant.
+        weight : float, optional
+            Its share of the workers against other tenants that wait, 0.01 to 100.
+        max_jobs : int, optional
+            Bound on its jobs that have not ended.
+        max_bytes : int, optional
+            Bound on the bytes of these, and of results that nobody has read.
+
+        Returns
+        -------
+        Tenant
+            As it is now.
+
+        Raises
+        ------
+        InvalidArgument
+            If a value is not allowed.
+        """
+        try:
+            request = admin_pb2.SetTenantRequest(
+                tenant=name, weight=weight, max_jobs=max_jobs, max_bytes=max_bytes
+            )
+        except (TypeError, ValueError) as error:
+            raise invalid(
+                "tenant", f"its name, share or bounds are no such values: {error}"
+            ) from None
+        answer = await self._connection.call(
+            lambda server: server.admin.SetTenant, request, Deadline(TIMEOUT)
+        )
+        return tenant(answer.tenant)
+
+
+class AsyncQueries:
+    """The calls of `AsyncClient` about models, jobs and the server."""
+
+    _connection: Connection
+
+    @property
+    def admin(self) -> AsyncAdmin:
+        """The operator's calls: quarantined jobs, workers, tenants."""
+        return AsyncAdmin(self._connection)
+
+    async def models(self) -> list[server_info.Model]:
+        """Return the models that can be traced, with the workers that serve them.
+
+        Raises
+        ------
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        """
+        answer = await self._connection.call(
+            lambda server: server.traces.ListModels,
+            trace_pb2.ListModelsRequest(),
+            Deadline(TIMEOUT),
+        )
+        return server_info.models(answer)
+
+    async def status(self) -> server_info.Status:
+        """Return the state of the server: queues, workers, ended jobs, store.
+
+        Raises
+        ------
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        """
+        answer = await self._connection.call(
+            lambda server: server.admin.GetStatus, admin_pb2.GetStatusRequest(), Deadline(TIMEOUT)
+        )
+        return server_info.status(answer)
+
+    async def jobs(self, *job_ids: str) -> list[server_info.JobStatus]:
+        """Return the state of jobs, in the order of their ids.
+
+        Parameters
+        ----------
+        *job_ids : str
+            Ids, such as `Trace.job_id` and `TraceError.job_id`.
+
+        Raises
+        ------
+        InvalidArgument
+            If one of them is no job id.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        """
+        check_job_ids(job_ids)
+        found: list[server_info.JobStatus] = []
+        for some in portions(job_ids):
+            answer = await self._connection.call(
+                lambda server: server.traces.GetJobs,
+                trace_pb2.GetJobsRequest(job_ids=some),
+                Deadline(TIMEOUT),
+            )
+            found += server_info.jobs(answer)
+        return found
+
+    async def cancel(self, *ids: str) -> int:
+        """Cancel jobs: one that waits never runs, one that runs is dropped before its next pass.
+
+        Whoever reads their results gets `Cancelled`. Jobs that have ended stay as they are.
+
+        Parameters
+        ----------
+        *ids : str
+            Ids of jobs ("1f2e-0"), or of submissions ("1f2e") for all of their jobs.
+
+        Returns
+        -------
+        int
+            How many jobs this call ended.
+
+        Raises
+        ------
+        InvalidArgument
+            If one of them is no such id.
+        NotFound
+            If the server does not know a submission.
+        Unavailable
+            If the server can not be reached for `retry_timeout` seconds.
+        """
+        submissions, jobs = split_ids(ids)
+        requests = [trace_pb2.CancelJobsRequest(submission_id=one) for one in submissions]
+        requests += [trace_pb2.CancelJobsRequest(job_ids=some) for some in portions(jobs)]
+        cancelled = 0
+        for request in requests:
+            answer = await self._connection.call(
+                lambda server: server.traces.CancelJobs, request, Deadline(TIMEOUT)
+            )
+            cancelled += answer.cancelled
+        return cancelled

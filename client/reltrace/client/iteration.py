@@ -1,0 +1,34 @@
+"""Iterators over runs that give their results in batches."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol, TypeVar
+
+from reltrace.calls.progress import Progress
+
+T = TypeVar("T")
+
+
+class Run(Protocol[T]):
+    """A run of jobs on the event loop."""
+
+    async def take(self) -> list[T]:
+        """Return further results; none: all have been taken."""
+        ...
+
+    async def close(self) -> None:
+        """Stop; what has not ended is cancelled."""
+        ...
+
+
+async def iterate(run: Run[T], progress: Progress) -> AsyncGenerator[T, None]:
+    """Yield the results of a run, one by one."""
+    try:
+        with progress:
+            while results := await run.take():
+                for result in results:
+                    progress.count(result)
+                    yield result
+    finally:
+        await run.close()

@@ -1,0 +1,217 @@
+"""Reads the results of a submission to the end, whatever the network does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import grpc
+import grpc.aio
+from reltrace_proto.v1 import trace_pb2
+
+from reltrace.storage.stored_arrays import StoredArrays, read_together
+from reltrace.transport.assemble import Outcome
+from reltrace.transport.connection import Connection
+from reltrace.transport.cursor import Draft, JobResult, ResultCursor
+from reltrace.transport.retry import Deadline
+from reltrace.transport.submit import Accepted
+from reltrace.types.atlas_shard import AtlasPart
+from reltrace.types.errors import (
+    DeadlineExceeded,
+    MissingDependency,
+    ProtocolError,
+    RpcStatus,
+    StoreUnreadable,
+    TraceError,
+)
+from reltrace.types.request import Job
+
+# Results are freed on the server in steps of this size, and at the end.
+_ACKNOWLEDGE_BYTES = 4 * 1024 * 1024
+
+
+async def stream_results(
+    connection: Connection,
+    accepted: Accepted,
+    jobs: Sequence[Job],
+    deadline: Deadline,
+    *,
+    throttle: Callable[[], Awaitable[None]] | None = None,
+    on_draft: Callable[[Draft], None] | None = None,
+    acknowledged: bool = True,
+) -> AsyncGenerator[JobResult, None]:
+    """Yield the results of a submission as its jobs end, each once, and acknowledge them.
+
+    A connection that is lost is made again, to another server if there are several, and reading
+    goes on after the last chunk seen. If reading ends early, by an error or by the caller, the
+    jobs that have not ended are cancelled on the server.
+
+    Parameters
+    ----------
+    throttle : callable, optional
+        Awaited before each message is read: how the reader slows the server down.
+    on_draft : callable, optional
+        Called with what jobs that generate text have generated so far.
+    acknowledged : bool
+        False: leave the results on the server; the caller has `acknowledge` free them.
+
+    Raises
+    ------
+    TraceError
+        If the results can not be read.
+    """
+    cursor = ResultCursor(accepted.positions, jobs)
+    acknowledger = _Acknowledger(connection, accepted.id) if acknowledged else None
+    retries = connection.retries(deadline)
+    expired = False
+    try:
+        while True:
+            server, metadata = connection.choose_server(), connection.metadata
+            call = server.traces.StreamResults(
+                trace_pb2.StreamResultsRequest(
+                    submission_id=accepted.id,
+                    after_entry=cursor.last_entry,
+                    after_chunk=cursor.chunks_seen,
+                    drafts_of=cursor.unfinished if on_draft else (),
+                ),
+                timeout=deadline.remaining(),
+                metadata=metadata,
+            )
+            try:
+                async for response in call:
+                    # A job that closing cancelled must not look like a result.
+                    connection.check_open()
+                    retries.succeeded()
+                    server.succeeded()
+                    if on_draft is not None:
+                        for draft in filter(None, map(cursor.draft, response.drafts)):
+                            on_draft(draft)
+                    for event in response.events:
+                        if (result := cursor.take(event)) is None:
+                            continue
+                        if deadline.timeout is not None and isinstance(
+                            result.outcome, DeadlineExceeded
+                        ):
+                            # The server was the first to see that the caller's time is over.
+                            raise deadline.error()
+                        if stored := _temporarily_stored(result, jobs[result.index]):
+                            # One message may name far more bytes than a message can hold.
+                            if throttle is not None:
+                                await throttle()
+                            result = await _fetched(result, stored, deadline)
+                        if acknowledger is not None:
+                            acknowledger.note(cursor.last_entry, result.bytes)
+                        yield result
+                    if throttle is not None and cursor.unfinished:
+                        await throttle()
+            except grpc.aio.AioRpcError as error:
+                status = RpcStatus.of(error)
+                expired = status.code is grpc.StatusCode.NOT_FOUND
+                connection.failed(server, status)
+                if not connection.outdated(status, metadata):
+                    await retries.after(status)
+                continue
+            except asyncio.CancelledError:
+                connection.check_open()
+                raise
+            finally:
+                call.cancel()
+            if missing := len(cursor.unfinished):
+                raise ProtocolError(
+                    f"the server ended the results with {missing} of {len(jobs)} missing"
+                )
+            return
+    finally:
+        if cursor.unfinished and not expired:
+            await connection.pending.abandon(accepted.submission, unreachable=deadline.unreachable)
+        else:
+            connection.pending.finished(accepted.submission)
+            if acknowledger is not None and not expired:
+                acknowledger.finish()
+
+
+async def acknowledge(connection: Connection, accepted: Accepted) -> None:
+    """Free all results of a submission on the server. If it does not answer, they expire."""
+    await _acknowledge(connection, accepted.id, len(accepted.positions))
+
+
+def _temporarily_stored(result: JobResult, job: Job) -> list[StoredArrays]:
+    """Return the tensors that a store keeps only until their result is acknowledged."""
+    outcome = result.outcome
+    if isinstance(outcome, AtlasPart):
+        return [outcome.arrays] if isinstance(outcome.arrays, StoredArrays) else []
+    if not isinstance(outcome, list) or job.spec.output_uri:
+        return []
+    return [trace.arrays for trace in outcome if isinstance(trace.arrays, StoredArrays)]
+
+
+async def _fetched(
+    result: JobResult, stored: Sequence[StoredArrays], deadline: Deadline
+) -> JobResult:
+    """Return a result with its tensors read, as if they had been sent."""
+    outcome = result.outcome
+    assert isinstance(outcome, list | AtlasPart)
+    # A part of an atlas is only read from: it is not copied, so that it is not held twice.
+    copy = not isinstance(outcome, AtlasPart)
+    try:
+        async with asyncio.timeout(deadline.remaining()):
+            arrays = await asyncio.to_thread(read_together, stored, copy)
+    except (StoreUnreadable, MissingDependency) as error:
+        error.job_id = None if isinstance(outcome, AtlasPart) else outcome[0].job_id
+        return replace(result, outcome=error)
+    except TimeoutError:
+        raise deadline.error() from None
+    size = sum(
+        array.nbytes for sites in arrays for parts in sites.values() for array in parts.values()
+    )
+    found: Outcome
+    if isinstance(outcome, AtlasPart):
+        found = replace(outcome, arrays=arrays[0])
+    else:
+        found = [replace(trace, arrays=own) for trace, own in zip(outcome, arrays, strict=True)]
+    return replace(result, outcome=found, bytes=size)
+
+
+class _Acknowledger:
+    """Frees results on the server that have been yielded here, one call at a time."""
+
+    def __init__(self, connection: Connection, submission_id: str) -> None:
+        self._connection = connection
+        self._id = submission_id
+        self._through = 0
+        self._unfreed = 0
+        self._calling: asyncio.Task[None] | None = None
+
+    def note(self, entry: int, size: int) -> None:
+        self._through = entry
+        self._unfreed += size
+        if self._unfreed >= _ACKNOWLEDGE_BYTES and (self._calling is None or self._calling.done()):
+            self._unfreed = 0
+            self._calling = asyncio.create_task(self._call())
+
+    def finish(self) -> None:
+        """Acknowledge everything in the background: nobody waits for it."""
+        if self._through:
+            self._connection.finish_in_background(self._finish(self._calling))
+
+    async def _finish(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await before
+        await self._call()
+
+    async def _call(self) -> None:
+        await _acknowledge(self._connection, self._id, self._through)
+
+
+async def _acknowledge(connection: Connection, submission_id: str, through: int) -> None:
+    request = trace_pb2.AcknowledgeResultsRequest(
+        submission_id=submission_id, through_entry=through
+    )
+    try:
+        await connection.call(
+            lambda server: server.traces.AcknowledgeResults, request, Deadline(None)
+        )
+    except TraceError:
+        # The results are here; what is not acknowledged expires on the server by itself.
+        return

@@ -1,0 +1,156 @@
+"""When a failed call is repeated, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import time
+
+import grpc
+
+from reltrace.transport.settings import ADDRESS_VARIABLE
+from reltrace.types.errors import DeadlineExceeded, RpcStatus, TraceError, from_status, invalid
+
+log = logging.getLogger("reltrace")
+
+_MAX_RETRY_DELAY = 60.0
+# Seconds without an answer after which the log is told.
+_LOG_AFTER = 3.0
+
+# How a call ends whose server goes away. The server may have done what it was asked for.
+TRANSIENT = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Deadline:
+    """The end of a caller's time, `timeout` seconds from now; None: no end.
+
+    Attributes
+    ----------
+    cause : TraceError or None
+        Why the server does not answer at present; part of the error when the time is over.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        if timeout is not None and not (is_number(timeout) and timeout > 0):
+            raise invalid("timeout", f"must be a number of seconds above 0, not {timeout!r}")
+        self.timeout = timeout
+        self.cause: TraceError | None = None
+        # gRPC takes an infinite timeout for one that is over.
+        endless = timeout is None or timeout == math.inf
+        self._end = None if endless else time.monotonic() + (timeout or 0)
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether the server does not answer at present."""
+        return self.cause is not None
+
+    def remaining(self) -> float | None:
+        """Return the seconds left, at least 0; None: no end."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def error(self) -> DeadlineExceeded:
+        cause = "" if self.cause is None else f": {self.cause}"
+        return DeadlineExceeded(f"not finished within the timeout of {self.timeout:g} s{cause}")
+
+    def check(self) -> None:
+        if self.remaining() == 0.0:
+            raise self.error()
+
+
+class OutageLog:
+    """Logs once that no server answers, however many calls wait, and once that one does again."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._logged = False
+
+    def failing(self, cause: TraceError, left: float) -> None:
+        if not self._logged:
+            self._logged = True
+            log.warning("%s; trying again for %.0f s", cause, left)
+
+    def answered(self) -> None:
+        if self._logged:
+            self._logged = False
+            log.warning("the reltrace server at %s answers again", self._address)
+
+
+class Retries:
+    """Decides after each failed call of one piece of work whether to call again, and waits.
+
+    UNAVAILABLE, a call that the server drops, and one without an answer are repeated, with rising
+    and jittered delays, for `patience` seconds since the last success; RESOURCE_EXHAUSTED when
+    the server says when.
+    """
+
+    def __init__(
+        self,
+        patience: float,
+        address: str,
+        deadline: Deadline,
+        random_source: random.Random,
+        outage: OutageLog,
+    ) -> None:
+        self._patience = patience
+        self._address = address
+        self._deadline = deadline
+        self._random = random_source
+        self._outage = outage
+        self._failing_since: float | None = None
+        self._failures = 0
+
+    def succeeded(self) -> None:
+        self._failing_since = None
+        self._outage.answered()
+        self._failures = 0
+        self._deadline.cause = None
+
+    async def after(self, status: RpcStatus) -> None:
+        """Wait before the next call.
+
+        Raises
+        ------
+        TraceError
+            The error of `status`, if it is not to be repeated, or not any more.
+        """
+        self._deadline.check()
+        if status.code is grpc.StatusCode.RESOURCE_EXHAUSTED and status.retry_after is not None:
+            self.succeeded()
+            delay = min(max(status.retry_after, 0.01), _MAX_RETRY_DELAY)
+        elif status.code in TRANSIENT:
+            delay = self._next_delay(status)
+        else:
+            raise from_status(status, self._address)
+        remaining = self._deadline.remaining()
+        await asyncio.sleep(delay if remaining is None else min(delay, remaining))
+        self._deadline.check()
+
+    def _next_delay(self, status: RpcStatus) -> float:
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        unavailable = RpcStatus(grpc.StatusCode.UNAVAILABLE, status.message)
+        cause = self._deadline.cause = from_status(unavailable, self._address)
+        left = self._failing_since + self._patience - now
+        if left <= 0:
+            # A server that speaks TLS closes a plaintext connection without another word.
+            tls = " Does it ask for TLS?" if "Socket closed" in status.message else ""
+            raise type(cause)(
+                f"{cause} (tried for {self._patience:g} s; is it running?{tls} `reltrace up` "
+                f"starts one, and {ADDRESS_VARIABLE} names another)"
+            )
+        if now - self._failing_since >= _LOG_AFTER:
+            self._outage.failing(cause, left)
+        ceiling = min(2.0, 0.05 * 2 ** min(self._failures, 10))
+        self._failures += 1
+        return min(self._random.uniform(ceiling / 2, ceiling), left)

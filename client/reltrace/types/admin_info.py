@@ -1,0 +1,100 @@
+"""What operators see of a server: quarantined jobs and tenants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reltrace_proto.v1 import admin_pb2
+
+from reltrace.types.errors import LostLease, lost_leases
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantinedJob:
+    """A job that was quarantined: it lost its worker too often.
+
+    Attributes
+    ----------
+    id, tenant : str
+        The job, and whose it is.
+    model : str
+        That it asked for.
+    prompt : str or None
+        Its text; None if it came as token ids.
+    input_ids : tuple of int
+        Its token ids; empty if it came as text.
+    lost_leases : tuple of LostLease
+        The workers that it lost.
+    """
+
+    id: str
+    tenant: str
+    model: str
+    prompt: str | None
+    input_ids: tuple[int, ...]
+    lost_leases: tuple[LostLease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """A quarantined job that is queued once more.
+
+    Attributes
+    ----------
+    quarantined_id : str
+        What it was called.
+    id : str
+        What it is called now.
+    """
+
+    quarantined_id: str
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Whoever jobs belong to.
+
+    Attributes
+    ----------
+    name : str
+        The tenant.
+    weight : float or None
+        Its share of the workers, against other tenants that wait; None: 1.
+    max_jobs, max_bytes : int or None
+        Bounds on its jobs, and on the bytes of these and of results that nobody has read; None:
+        the server's default.
+    jobs, bytes : int
+        What it holds at present.
+    """
+
+    name: str
+    weight: float | None
+    max_jobs: int | None
+    max_bytes: int | None
+    jobs: int
+    bytes: int
+
+
+def quarantined_job(wire: admin_pb2.QuarantinedJob) -> QuarantinedJob:
+    """Translate a quarantined job."""
+    return QuarantinedJob(
+        id=wire.job_id,
+        tenant=wire.tenant,
+        model=wire.spec.model,
+        prompt=wire.spec.prompt if wire.spec.HasField("prompt") else None,
+        input_ids=tuple(wire.spec.input_ids.ids),
+        lost_leases=lost_leases(wire.lost_leases),
+    )
+
+
+def tenant(wire: admin_pb2.Tenant) -> Tenant:
+    """Translate a tenant."""
+    return Tenant(
+        name=wire.tenant,
+        weight=wire.weight if wire.HasField("weight") else None,
+        max_jobs=wire.max_jobs if wire.HasField("max_jobs") else None,
+        max_bytes=wire.max_bytes if wire.HasField("max_bytes") else None,
+        jobs=wire.jobs,
+        bytes=wire.bytes,
+    )

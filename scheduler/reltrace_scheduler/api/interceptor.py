@@ -1,0 +1,220 @@
+"""Every call passes here: it is authorized, limited, parsed and measured; errors get a status."""
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError, Message
+from redis.asyncio import Redis
+from redis.exceptions import BusyLoadingError, ReadOnlyError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from reltrace_proto.v1 import admin_pb2, trace_pb2, worker_pb2
+
+from reltrace_scheduler.api.status import status_of
+from reltrace_scheduler.auth.access import Access
+from reltrace_scheduler.auth.authorization import authorize
+from reltrace_scheduler.auth.identity import act_as, current
+from reltrace_scheduler.auth.rates import UNLIMITED, RateLimiter
+from reltrace_scheduler.auth.tokens import Tokens
+from reltrace_scheduler.errors import (
+    InvalidRequestError,
+    SchedulerError,
+    UnavailableError,
+    Violation,
+)
+from reltrace_scheduler.limits import MAX_REQUEST_BYTES
+from reltrace_scheduler.observability.metrics import Counts
+
+log = structlog.get_logger()
+
+Behaviour = Callable[[Any, Any], Any]
+
+_HANDLERS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+_METHODS: dict[str, str] = {
+    f"/{service.full_name}/{method.name}": method.name
+    for file in (admin_pb2, trace_pb2, worker_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+_SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
+
+_REDIS_AWAY = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of our services; leaves health and reflection as they are."""
+
+    def __init__(self, access: Access, redis: Redis, counts: Counts) -> None:
+        self._tokens = access.tokens
+        self._limiter = None if access.rates == UNLIMITED else RateLimiter(redis, access.rates)
+        self._counts = counts
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Authorize a call before anything of it is read, and wrap its handler."""
+        method = handler_call_details.method
+        if not method.startswith("/reltrace."):
+            return await continuation(handler_call_details)
+        token = ""
+        try:
+            if self._tokens is not None:
+                metadata = handler_call_details.invocation_metadata
+                token, identity = authorize(self._tokens, method, metadata)
+                # gRPC finds the handler in the task that runs it.
+                act_as(identity)
+            if self._limiter is not None:
+                await self._limiter.take(current().name, "requests", 1)
+        except Exception as error:
+            return self._refusal(error, method)
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        name, make = _HANDLERS[handler.request_streaming, handler.response_streaming]
+        behaviour = getattr(handler, name)
+        if handler.response_streaming:
+            if self._tokens is not None:
+                behaviour = _while_valid(behaviour, self._tokens, token)
+            call = self._stream(behaviour, method, handler.request_streaming)
+        else:
+            call = self._unary(behaviour, method)
+        limited = "WorkerService" not in method
+        return make(
+            call,
+            request_deserializer=_parser(handler.request_deserializer, limited=limited),
+            response_serializer=handler.response_serializer,
+        )
+
+    def _refusal(self, error: Exception, method: str) -> Any:
+        """Return a handler that answers with an error before it reads the request."""
+
+        async def refuse(request: Any, context: Any) -> AsyncIterator[bytes]:
+            raise error
+            yield b""  # Never reached; it makes this a handler of streams.
+
+        # On the wire a stream is any method's shape, and only a stream is not read by gRPC itself.
+        return grpc.stream_stream_rpc_method_handler(self._stream(refuse, method, streaming=True))
+
+    def _unary(self, behaviour: Behaviour, method: str) -> Behaviour:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            began = time.perf_counter()
+            try:
+                request = _checked(request)
+                if self._limiter is not None and method == _SUBMIT:
+                    await self._limiter.take(current().name, "jobs", len(request.jobs))
+                return await behaviour(request, context)
+            except Exception as error:
+                await _abort(context, error, method)
+            finally:
+                seconds = time.perf_counter() - began
+                self._counts.calls.labels(_label(method), _code(context)).observe(seconds)
+
+        return call
+
+    def _stream(self, behaviour: Behaviour, method: str, streaming: bool) -> Behaviour:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                requests = _checked_each(request) if streaming else _checked(request)
+                async for response in behaviour(requests, context):
+                    yield response
+            except Exception as error:
+                await _abort(context, error, method)
+            finally:
+                self._counts.streams.labels(_label(method), _code(context)).inc()
+
+        return call
+
+
+def _while_valid(behaviour: Behaviour, tokens: Tokens, token: str) -> Behaviour:
+    """Cut a stream at the first message after its token was withdrawn."""
+
+    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        generation = tokens.generation
+        async with aclosing(behaviour(request, context)) as responses:
+            async for response in responses:
+                tokens.look()
+                if tokens.generation != generation:
+                    generation = tokens.generation
+                    tokens.find(token)
+                yield response
+
+    return call
+
+
+def _parser(
+    parse: Callable[[bytes], Message], *, limited: bool
+) -> Callable[[bytes], Message | InvalidRequestError]:
+    """Return a parser that gives an error of ours: gRPC's own is a bare INTERNAL."""
+    # Stubs give the bound `FromString` of the message class.
+    message: Any = parse.__self__  # type: ignore[attr-defined]
+
+    def parse_or_explain(data: bytes) -> Message | InvalidRequestError:
+        if limited and len(data) > MAX_REQUEST_BYTES:
+            fault = (
+                f"is {len(data)} bytes long; at most {MAX_REQUEST_BYTES} are allowed: "
+                "send fewer jobs in one message"
+            )
+            return InvalidRequestError(Violation("request", fault))
+        try:
+            return parse(data)
+        except DecodeError:
+            fault = f"is not a valid {message.DESCRIPTOR.full_name} message with texts in UTF-8"
+            return InvalidRequestError(Violation("request", fault))
+
+    return parse_or_explain
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, InvalidRequestError):
+        raise request
+    return request
+
+
+async def _checked_each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)
+
+
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str
+) -> NoReturn:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, _REDIS_AWAY):
+        log.warning("redis.away", method=method, error=str(error))
+        error = UnavailableError("the job store can not be reached at present; try again")
+    elif not isinstance(error, SchedulerError):
+        # A fault of ours: the caller learns that, the log learns what.
+        log.exception("rpc.failed", method=method, exc_info=error)
+        error = SchedulerError("internal error in the scheduler; its log says more")
+    status = status_of(error)
+    await context.abort(
+        error.code,
+        status.message,
+        trailing_metadata=(("grpc-status-details-bin", status.SerializeToString()),),
+    )
+
+
+def _label(method: str) -> str:
+    # A caller without a token may name any method: each label set is kept for ever.
+    return _METHODS.get(method, "unknown")
+
+
+def _code(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Return the status of a call that is over; nothing was set where it went well."""
+    if context.cancelled():
+        return grpc.StatusCode.CANCELLED.name
+    code = context.code()
+    if isinstance(code, grpc.StatusCode):
+        return code.name
+    return next((known.name for known in grpc.StatusCode if known.value[0] == code), "OK")

@@ -1,0 +1,214 @@
+"""Checks requests against the model and tokenizes them: every fault is found before a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import overload
+
+from reltrace_worker.engine.corpus import prepare_atlas
+from reltrace_worker.engine.edit_checks import check_edits
+from reltrace_worker.engine.reductions import REDUCTIONS
+from reltrace_worker.engine.sites import SITES
+from reltrace_worker.lrp import RULES
+from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.prompts import PromptReader, Reading
+from reltrace_worker.models.vocabulary import Vocabulary
+from reltrace_worker.types.errors import Faults
+from reltrace_worker.types.jobs import (
+    AtlasJob,
+    AtlasRequest,
+    GenerateJob,
+    GenerateRequest,
+    Job,
+    Request,
+    Sampling,
+    Target,
+    TargetRequest,
+    Term,
+    TokenizedPrompt,
+    TokenizeRequest,
+    TraceJob,
+    TraceRequest,
+)
+
+MAX_TOP_K = 4096
+"""Most values per layer that the reduction ``topk`` gives."""
+
+MAX_NEW_TOKENS = 1024
+
+MAX_TEMPERATURE = 100.0
+"""From about there on, every token is as likely as any other."""
+
+
+class JobPreparer:
+    """Turns requests for one model into jobs."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._prompts = PromptReader(loaded)
+        self._special = Vocabulary(loaded.tokenizer).special_ids
+        self._context_length = loaded.context_length
+        self._shape = loaded.shape
+
+    @overload
+    def prepare(self, request: TraceRequest) -> TraceJob: ...
+    @overload
+    def prepare(self, request: GenerateRequest) -> GenerateJob: ...
+    @overload
+    def prepare(self, request: AtlasRequest) -> AtlasJob: ...
+    @overload
+    def prepare(self, request: TokenizeRequest) -> TokenizedPrompt: ...
+    @overload
+    def prepare(self, request: Request) -> Job | TokenizedPrompt: ...
+    def prepare(self, request: Request) -> Job | TokenizedPrompt:
+        """Check and tokenize a request.
+
+        Raises
+        ------
+        InvalidJob
+            Carries every fault, each with the path of the field and what is allowed.
+        """
+        match request:
+            case TraceRequest():
+                return self._trace(request)
+            case GenerateRequest():
+                return self._generation(request)
+            case AtlasRequest():
+                return prepare_atlas(request, self._trace, self._special)
+        faults = Faults()
+        reading = self._prompts.read(request.input, request.add_special_tokens, (), faults)
+        faults.raise_any()
+        return reading.prompt
+
+    def _trace(self, request: TraceRequest) -> TraceJob:
+        faults = Faults()
+        self._check_names(request, faults)
+        self._check_layers(request, faults)
+        if not request.targets:
+            faults.add("targets", "is empty; leave it out for the largest logit")
+        reading = self._prompts.read(
+            request.input, request.add_special_tokens, request.targets, faults
+        )
+        targets: list[Target] = []
+        for index, target in enumerate(request.targets):
+            targets += self._targets(target, f"targets[{index}]", reading, faults)
+        edits = check_edits(request.edits, self._shape, reading.length, faults)
+        faults.raise_any()
+        return TraceJob(
+            reading.prompt,
+            tuple(targets),
+            request.sites,
+            request.reduction,
+            request.rule,
+            request.layers,
+            request.k,
+            edits,
+        )
+
+    def _generation(self, request: GenerateRequest) -> GenerateJob:
+        faults = Faults()
+        reading = self._prompts.read(request.input, request.add_special_tokens, (), faults)
+        self._check_sampling(request.sampling, len(reading.prompt.token_ids), faults)
+        edits = check_edits(request.edits, self._shape, len(reading.prompt.token_ids), faults)
+        faults.raise_any()
+        return GenerateJob(reading.prompt, request.sampling, edits)
+
+    def _check_sampling(self, sampling: Sampling, prompt_length: int, faults: Faults) -> None:
+        most = sampling.max_new_tokens
+        if not 1 <= most <= MAX_NEW_TOKENS:
+            faults.add("generation.max_new_tokens", f"is {most}; allowed: 1 to {MAX_NEW_TOKENS}")
+        elif prompt_length and prompt_length + most > self._context_length >= prompt_length:
+            faults.add(
+                "generation.max_new_tokens",
+                f"is {most} after a prompt of {prompt_length} tokens; the model's context holds "
+                f"{self._context_length} together",
+            )
+        if not 0 <= sampling.temperature <= MAX_TEMPERATURE:
+            faults.add(
+                "generation.temperature",
+                f"is {sampling.temperature}; allowed: 0 to {MAX_TEMPERATURE:.0f}",
+            )
+        if not 0 <= sampling.top_p <= 1:
+            faults.add("generation.top_p", f"is {sampling.top_p}; allowed: 0 to 1")
+
+    def _check_names(self, request: TraceRequest, faults: Faults) -> None:
+        for index, site in enumerate(request.sites):
+            if site not in SITES:
+                faults.add(f"sites[{index}]", unknown("site", site, SITES))
+            elif site in request.sites[:index]:
+                faults.add(f"sites[{index}]", f"site {site!r} is named twice")
+        if request.reduction not in REDUCTIONS:
+            faults.add("reduction", unknown("reduction", request.reduction, REDUCTIONS))
+        if request.rule not in RULES:
+            faults.add("rule", unknown("rule", request.rule, RULES))
+
+    def _check_layers(self, request: TraceRequest, faults: Faults) -> None:
+        for index, layer in enumerate(request.layers):
+            if not 0 <= layer < self._shape.layers:
+                faults.add(
+                    f"layers[{index}]",
+                    f"layer {layer} does not exist; allowed: 0 to {self._shape.layers - 1}",
+                )
+            elif layer in request.layers[:index]:
+                faults.add(f"layers[{index}]", f"layer {layer} is named twice")
+        if request.reduction == "topk" and not 1 <= request.k <= MAX_TOP_K:
+            faults.add(
+                "top_k", f"is {request.k}; with the reduction 'topk', allowed: 1 to {MAX_TOP_K}"
+            )
+        elif request.reduction != "topk" and request.k:
+            faults.add("top_k", f"is for the reduction 'topk', not {request.reduction!r}")
+
+    def _targets(
+        self, target: TargetRequest, field: str, reading: Reading, faults: Faults
+    ) -> list[Target]:
+        """Return one target, or one for each token of a continuation."""
+        if target.continuation is not None:
+            return _continuation_targets(target, field, reading, faults)
+        if target.each:
+            faults.add(f"{field}.each", "is for a continuation, and there is none")
+        position, prompt_length = target.position, reading.length
+        if prompt_length and not -prompt_length <= position < prompt_length:
+            faults.add(
+                f"{field}.position",
+                f"position {position} is outside the prompt of {prompt_length} tokens; allowed: "
+                f"{-prompt_length} to {prompt_length - 1}",
+            )
+        absolute = position % prompt_length if prompt_length else 0
+        token_id = self._prompts.token(
+            target.token,
+            f"{field}.token",
+            reading,
+            faults,
+            # The message may advise a continuation, which excludes both; a job has only one.
+            continues=target.contrast is None and position == -1 and not reading.continuation,
+        )
+        contrast_id = self._prompts.token(
+            target.contrast, f"{field}.contrast", reading, faults, continues=False
+        )
+        if contrast_id is None:
+            return [Target((Term(absolute, token_id),), logprob=target.logprob)]
+        if contrast_id == token_id:
+            faults.add(f"{field}.contrast", "is the token itself: the difference is always zero")
+        terms = (Term(absolute, token_id), Term(absolute, contrast_id, -1.0))
+        return [Target(terms, contrast_id, target.logprob)]
+
+
+def _continuation_targets(
+    target: TargetRequest, field: str, reading: Reading, faults: Faults
+) -> list[Target]:
+    default = TargetRequest()
+    for name in ("token", "position", "contrast"):
+        if getattr(target, name) != getattr(default, name):
+            faults.add(f"{field}.{name}", "excludes a continuation; give one of the two")
+    # The logits of a response token are read one position before it.
+    terms = [Term(reading.length - 1 + i, token) for i, token in enumerate(reading.continuation)]
+    if not target.each:
+        return [Target(tuple(terms), None, target.logprob, reading.continuation)]
+    return [
+        Target((term,), None, target.logprob, (token,))
+        for term, token in zip(terms, reading.continuation, strict=True)
+    ]
+
+
+def unknown(kind: str, name: str, known: Collection[str]) -> str:
+    """Return the message about a name that is not in a table."""
+    return f"{kind} {name!r} is unknown; allowed: {', '.join(known)}"
