@@ -191,9 +191,9 @@ class Feature:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from reltrace.viz.feature_fragment import feature_fragment
+        from reltrace.viz.notebook import feature_html
 
-        return feature_fragment(self)
+        return feature_html(self)
 
     def steer(self, times: float = 1.0) -> Steer:
         """Return what makes generation speak of what this neuron stands for.

@@ -82,9 +82,9 @@ class Generation:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from reltrace.viz.text_fragment import text_fragment
+        from reltrace.viz.notebook import generation_html
 
-        return text_fragment(self)
+        return generation_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain lists and numbers, ready for `json.dumps`."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from reltrace.types.arrays import SITES_WITHOUT_LAYERS
 from reltrace.types.token_text import quoted, readable_alone
 from reltrace.types.trace import Trace
-from reltrace.viz.display import layer_numbers
+from reltrace.viz.colours import layer_numbers
 from reltrace.viz.words import Segment, Words, segments
 
 # Of more tokens than the first, so many rows are drawn.

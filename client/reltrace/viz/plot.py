@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from reltrace.types.errors import MissingDependency
 from reltrace.types.trace import Trace
 from reltrace.viz.heatmap import Heatmap, heatmap
 
@@ -25,7 +24,7 @@ _OTHER_SCRIPTS = (
 )  # fmt: skip
 
 
-def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
+def write_heatmap(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
     """Write the heatmap of a site as PNG, SVG or PDF.
 
     Layers from left to right, tokens from top to bottom, blue over white to red with white at
@@ -33,19 +32,13 @@ def write(trace: Trace, path: Path, *, site: str, normalize: bool) -> None:
 
     Raises
     ------
-    MissingDependency
-        If matplotlib is not installed.
     InvalidArgument
         If the trace has no value per token.
     """
-    try:
-        # Not pyplot: it keeps every figure, and picks a window system.
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependency(
-            "plots need matplotlib: pip install 'reltrace[plot]' (an .html plot needs nothing)"
-        ) from None
+    # Not pyplot: it keeps every figure, and picks a window system.
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     table = heatmap(trace, site, normalize=normalize)
     rows, columns = table.shown.shape
     height = min(max(rows * _ROW + 1.4, _HEIGHTS[0]), _HEIGHTS[1])

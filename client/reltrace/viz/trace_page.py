@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,46 +13,32 @@ from reltrace.types.errors import invalid
 from reltrace.types.neurons import Labels, has_labels, labels_of
 from reltrace.types.token_text import printable
 from reltrace.types.trace import Trace
-from reltrace.viz.display import (
-    NEGATIVE,
-    POSITIVE,
-    STREAM_SITES,
-    ZERO,
-    layer_numbers,
-)
+from reltrace.viz.colours import COLOURS, STREAM_SITES, layer_numbers
 from reltrace.viz.heatmap import describe_target
-from reltrace.viz.single_file import filled
 from reltrace.viz.strongest import Strongest, strongest_of
+from reltrace.viz.templates import page
 from reltrace.viz.words import Words, next_tokens, segments
 
-# Of the strongest features of all sites together: about 1.3 MB of the page.
-_MOST_ENTRIES = 60_000
+# The strongest features of all sites together: about 1.3 MB of the page.
+_MAX_ENTRIES = 60_000
 _FEATURES = {"head": "head", "neuron": "neuron"}
 
 
-def write(
-    trace: Trace, path: Path, *, site: str, normalize: bool, atlas: Labels | None = None
-) -> None:
-    """Write the page.
+def trace_page(trace: Trace, *, site: str, normalize: bool, atlas: Labels | None = None) -> str:
+    """Return the page of a trace.
 
     Raises
     ------
     InvalidArgument
         If the trace has no value per token, or the atlas is of another model.
     """
-    text = page(trace, site=site, normalize=normalize, atlas=atlas)
-    path.write_text(text, encoding="utf-8")
-
-
-def page(trace: Trace, *, site: str, normalize: bool, atlas: Labels | None = None) -> str:
-    """Return the page's text."""
     if trace.provenance.reduction == "feature":
         raise invalid(
             "reduce", '"feature" leaves no value per token; use "token", "topk" or "full"'
         )
     labels = None if atlas is None else labels_of(trace, atlas)
     words = Words.of(trace)
-    budget = _MOST_ENTRIES // len(trace.sites)
+    budget = _MAX_ENTRIES // len(trace.sites)
     data = {
         "tokens": words.names,
         "words": words.texts,
@@ -64,11 +49,10 @@ def page(trace: Trace, *, site: str, normalize: bool, atlas: Labels | None = Non
         "sites": [_site(trace, name, budget, labels) for name in trace.sites],
         "first": trace.sites.index(site),
         "normalized": normalize,
-        "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
+        "colours": COLOURS,
     }
-    return filled(
-        "trace", title=f"Relevance of {describe_target(trace)}", about=_about(trace), data=data
-    )
+    title = f"Relevance of {describe_target(trace)}"
+    return page("trace", title=title, about=_about(trace), data=data)
 
 
 def _about(trace: Trace) -> str:
@@ -76,12 +60,13 @@ def _about(trace: Trace) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in sorted(provenance.versions.items()))
     return (
         f"Model {provenance.model}, rule {provenance.rule}, {provenance.dtype} on "
-        f"{provenance.device}" + (f"; {versions}" if versions else "")
+        f"{provenance.device}{versions and '; '}{versions}. "
+        "R = x · dL/dx, the backward pass starting at 1."
     )
 
 
 def _site(trace: Trace, site: str, budget: int, labels: Labels | None) -> dict[str, Any]:
-    """Return what the page knows of a site: values by token and layer, and strongest features."""
+    """Return the data of a site: values by token and layer, and the strongest features."""
     found = strongest_of(trace, site, budget)
     layered = site not in SITES_WITHOUT_LAYERS
     if found is not None and found.sums is not None:
@@ -98,7 +83,7 @@ def _site(trace: Trace, site: str, budget: int, labels: Labels | None) -> dict[s
         "layered": layered,
         "columns": list(map(str, numbers)) if layered else [site],
         "values": _base64(table),
-        # What colours the text while no layer is chosen: a column, or -1 for their sum.
+        # The column that colours the text while no layer is chosen; -1: the sum of all.
         "textColumn": text_column,
         "feature": _FEATURES.get(site, "unit"),
         "entries": "" if found is None else _base64_entries(found),
@@ -112,8 +97,7 @@ def _site(trace: Trace, site: str, budget: int, labels: Labels | None) -> dict[s
 def _labels(
     labels: Labels, site: str, numbers: tuple[int, ...], found: Strongest
 ) -> dict[int, dict[int, str]]:
-    """Return the labels of what is on the page, by layer and feature: each once, and no empty."""
-    # Many entries are of one neuron, at other tokens.
+    """Return the labels of the features on the page, by layer and feature, without empty ones."""
     pairs = np.unique(np.stack([found.rows, found.features], axis=1), axis=0)
     texts: dict[int, dict[int, str]] = {}
     for row, feature in pairs.tolist():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from reltrace.types.token_text import (
@@ -17,6 +17,7 @@ from reltrace.types.token_text import (
     visible,
 )
 from reltrace.types.tokens import Tokens, Turn
+from reltrace.types.top_entries import Entry
 from reltrace.types.trace import Trace
 
 # What stands in a decoded text for bytes that are no character.
@@ -110,3 +111,21 @@ def next_tokens(trace: Trace, count: int = 5) -> str:
         f"{quoted(readable_alone(one.token))} {one.probability:.1%}"
         for one in trace.target.candidates[:count]
     )
+
+
+def entry_table(
+    entries: Sequence[Entry], names: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of single values; `names` are those of the tokens."""
+    fields = [
+        name
+        for name in ("layer", "position", "token", "feature")
+        if entries and getattr(entries[0], name) is not None
+    ]
+    rows = []
+    for entry in entries:
+        row = {name: str(getattr(entry, name)) for name in fields}
+        if entry.position is not None:
+            row["token"] = names[entry.position]
+        rows.append([*row.values(), f"{entry.value:+.4g}"])
+    return [*fields, "R"], rows

@@ -16,6 +16,7 @@ from reltrace.types.trace import Trace
 NEGATIVE = (33, 102, 172)
 ZERO = (255, 255, 255)
 POSITIVE = (178, 24, 43)
+COLOURS = {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE}
 
 # Sites whose first layer is nearest to the input; the others add to the stream layer by layer.
 STREAM_SITES = frozenset({"resid", "resid_mid"})
