@@ -21,7 +21,6 @@ from reltrace.calls.text_run import TextRun
 from reltrace.calls.trace_many import TraceManyRun
 from reltrace.client import loop_thread
 from reltrace.client.async_client import Items, Targets
-from reltrace.client.async_queries import TIMEOUT
 from reltrace.client.loop_thread import LoopThread
 from reltrace.evaluation.evaluation import Evaluation
 from reltrace.evaluation.run import Evaluator
@@ -76,7 +75,6 @@ class Admin:
                 admin_pb2.ListQuarantinedJobsRequest(
                     limit=whole_number(limit, "limit", 1, 2**32 - 1)
                 ),
-                Deadline(TIMEOUT),
             )
         )
         return [quarantined_job(job) for job in answer.jobs]
@@ -99,7 +97,6 @@ class Admin:
             self._connection.call(
                 lambda server: server.admin.RequeueQuarantinedJobs,
                 admin_pb2.RequeueQuarantinedJobsRequest(job_ids=job_ids),
-                Deadline(TIMEOUT),
             )
         )
         return [Requeued(job.quarantined_job_id, job.job_id) for job in answer.jobs]
@@ -108,9 +105,7 @@ class Admin:
         """Return the workers that are connected."""
         answer = self._loop.run(
             self._connection.call(
-                lambda server: server.admin.ListWorkers,
-                admin_pb2.ListWorkersRequest(),
-                Deadline(TIMEOUT),
+                lambda server: server.admin.ListWorkers, admin_pb2.ListWorkersRequest()
             )
         )
         return [server_info.worker(wire) for wire in answer.workers]
@@ -135,7 +130,6 @@ class Admin:
             self._connection.call(
                 lambda server: server.admin.DrainWorkers,
                 admin_pb2.DrainWorkersRequest(worker_ids=worker_ids),
-                Deadline(TIMEOUT),
             )
         )
 
@@ -143,9 +137,7 @@ class Admin:
         """Return every tenant that has been seen or set."""
         answer = self._loop.run(
             self._connection.call(
-                lambda server: server.admin.ListTenants,
-                admin_pb2.ListTenantsRequest(),
-                Deadline(TIMEOUT),
+                lambda server: server.admin.ListTenants, admin_pb2.ListTenantsRequest()
             )
         )
         return [tenant(wire) for wire in answer.tenants]
@@ -190,7 +182,7 @@ class Admin:
                 "tenant", f"its name, share or bounds are no such values: {error}"
             ) from None
         answer = self._loop.run(
-            self._connection.call(lambda server: server.admin.SetTenant, request, Deadline(TIMEOUT))
+            self._connection.call(lambda server: server.admin.SetTenant, request)
         )
         return tenant(answer.tenant)
 
@@ -216,9 +208,7 @@ class Queries:
         """
         answer = self._loop.run(
             self._connection.call(
-                lambda server: server.traces.ListModels,
-                trace_pb2.ListModelsRequest(),
-                Deadline(TIMEOUT),
+                lambda server: server.traces.ListModels, trace_pb2.ListModelsRequest()
             )
         )
         return server_info.models(answer)
@@ -233,9 +223,7 @@ class Queries:
         """
         answer = self._loop.run(
             self._connection.call(
-                lambda server: server.admin.GetStatus,
-                admin_pb2.GetStatusRequest(),
-                Deadline(TIMEOUT),
+                lambda server: server.admin.GetStatus, admin_pb2.GetStatusRequest()
             )
         )
         return server_info.status(answer)
@@ -260,9 +248,7 @@ class Queries:
         for some in portions(job_ids):
             answer = self._loop.run(
                 self._connection.call(
-                    lambda server: server.traces.GetJobs,
-                    trace_pb2.GetJobsRequest(job_ids=some),
-                    Deadline(TIMEOUT),
+                    lambda server: server.traces.GetJobs, trace_pb2.GetJobsRequest(job_ids=some)
                 )
             )
             found += server_info.jobs(answer)
@@ -298,9 +284,7 @@ class Queries:
         cancelled = 0
         for request in requests:
             answer = self._loop.run(
-                self._connection.call(
-                    lambda server: server.traces.CancelJobs, request, Deadline(TIMEOUT)
-                )
+                self._connection.call(lambda server: server.traces.CancelJobs, request)
             )
             cancelled += answer.cancelled
         return cancelled
@@ -619,16 +603,8 @@ class Generate:
 
         Raises
         ------
-        InvalidArgument
-            If an argument is wrong; the message names it and what is allowed.
-        ModelNotFound
-            If no worker serves the model.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        DeadlineExceeded
-            If `timeout` is over.
-        JobFailed
-            If the worker failed.
+        TraceError
+            As `trace` does.
         """
         arguments = GenerateArguments(
             prompt,
@@ -1026,16 +1002,8 @@ class Client(Generate, Queries, Studies):
 
         Raises
         ------
-        InvalidArgument
-            If an argument is wrong, or the model has no chat template; the message names it.
-        ModelNotFound
-            If no worker serves the model.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        DeadlineExceeded
-            If `timeout` is over.
-        JobFailed
-            If the worker failed.
+        TraceError
+            As `trace` does; `InvalidArgument` also if the model has no chat template.
         """
         job = tokenize_job(prompt, messages, add_special_tokens, model)
         (tokens,) = self._loop.run(run_jobs(self._connection, [job], "interactive", timeout))
