@@ -19,7 +19,7 @@ from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.keys import submission_of
 from reltrace_scheduler.limits import MAX_NEW_TOKENS
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.queue import LOST, STORED
 from reltrace_scheduler.queue.recent import RecentJob
 from reltrace_scheduler.queue.store import Store

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -20,8 +20,7 @@ from reltrace_worker.engine.plan import Planner
 from reltrace_worker.engine.resolve import hints, resolve
 from reltrace_worker.engine.texts import Texts
 from reltrace_worker.lrp import RULES, Rule, apply_rule
-from reltrace_worker.lrp.compiled import check_compiler, compiled_rule
-from reltrace_worker.lrp.kernels import kernel_for
+from reltrace_worker.lrp.attention import kernel_for
 from reltrace_worker.lrp.linear import linear_layers, through_onednn
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.vocabulary import Vocabulary
@@ -69,15 +68,13 @@ class Engine:
         off where the pass fits into memory, else on. The numbers are the same.
     memory_bytes
         Bytes that a pass may use; None: what is free on CUDA, half of what is free on a CPU.
-    compile
-        Compile the rules' element-wise functions with ``torch.compile`` in the first passes.
+    rules
+        The rules, by the names by which jobs ask for them.
 
     Raises
     ------
     ValueError
         `checkpointing` is none of these.
-    ModelError
-        torch can not compile on this machine.
     """
 
     def __init__(
@@ -86,20 +83,17 @@ class Engine:
         checkpointing: Checkpointing = "auto",
         memory_bytes: int | None = None,
         *,
-        compile: bool = False,  # noqa: A002 - as torch and the command call it
+        rules: Mapping[str, Rule] = RULES,
     ) -> None:
         if checkpointing not in _CHECKPOINTING:
             raise ValueError(f"checkpointing is 'auto', 'on' or 'off', not {checkpointing!r}")
         self._loaded = loaded
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._checkpointing = checkpointing
-        self._planner = Planner(loaded, memory_bytes)
+        self.rules = rules
+        self._planner = Planner(loaded, memory_bytes, rules)
         self._trimmer = Trimmer()
         self._lock = _lock_of(loaded.model)
-        self._rules: Callable[[str], Rule] = RULES.__getitem__
-        if compile:
-            check_compiler(loaded.device, loaded.dtype)
-            self._rules = compiled_rule
         self._linears = linear_layers(loaded.model)
         self.seconds = dict.fromkeys(PHASES, 0.0)
         """What all passes took, by phase; checkpointing's second forward is backward here."""
@@ -232,7 +226,7 @@ class Engine:
             trace = _predict
         capture = Capture(self._loaded, pack)
         capture.clock.begins("forward")
-        with apply_rule(self._loaded.model, self._rules(rule)), through_onednn(self._linears):
+        with apply_rule(self._loaded.model, self.rules[rule]), through_onednn(self._linears):
             scalars = trace(self._loaded, pack, capture)
         capture.clock.begins("transfer")
         capture.finish()
@@ -331,7 +325,7 @@ class Engine:
             trace = trace_checkpointed if checkpointing else trace_keeping
             capture.clock.begins("forward")
             try:
-                rule = self._rules(jobs[0].rule)
+                rule = self.rules[jobs[0].rule]
                 with apply_rule(self._loaded.model, rule), through_onednn(self._linears):
                     scalars = trace(self._loaded, pack, capture)
             except torch.AcceleratorError as error:

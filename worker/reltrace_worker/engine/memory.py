@@ -11,8 +11,8 @@ results) is added by its size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from reltrace_worker.engine.edits import MANY_CELLS
 from reltrace_worker.engine.passes import graph_width, segment_length
 from reltrace_worker.engine.reductions import REDUCTIONS, Extent
 from reltrace_worker.engine.sites import SITES
-from reltrace_worker.lrp import RULES
-from reltrace_worker.lrp.fused import activation_name
-from reltrace_worker.lrp.kernels import kernel_for
+from reltrace_worker.lrp import RULES, Rule
+from reltrace_worker.lrp.attention import kernel_for
+from reltrace_worker.lrp.ops import activation_name
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.types.jobs import GenerateJob, TraceJob
 
@@ -46,9 +46,12 @@ class MemoryModel:
     ----------
     loaded
         The model.
+    rules
+        Of the engine.
     """
 
     loaded: LoadedModel
+    rules: Mapping[str, Rule] = field(default_factory=lambda: RULES)
 
     @property
     def _query_width(self) -> int:
@@ -71,19 +74,18 @@ class MemoryModel:
         # Of CUDA's kernels, the one for float32 takes no grouped heads: they are repeated.
         grouped = self.loaded.device.type == "cpu" or itemsize < torch.float32.itemsize
         layer = 2 * self._query_width + 2 * (self._key_width if grouped else self._query_width)
-        found = RULES[rule]
-        layer += (3 if found.gated_mlp is None else 2) * shape.intermediate_size
-        kind = self.loaded.family.gated_mlp
-        mlp: Any = next(m for m in self.loaded.model.modules() if isinstance(m, kind))
-        if activation_name(mlp.act_fn) is None:
+        found, family = self.rules[rule], self.loaded.family
+        layer += found.mlp_tensors * shape.intermediate_size
+        mlp = next(m for m in self.loaded.model.modules() if isinstance(m, family.gated_mlp))
+        if activation_name(getattr(mlp, family.activation)) is None:
             layer += _UNKNOWN_ACTIVATION * shape.intermediate_size
         # The residual stream; of attention and of norms some numbers per head and row.
         layer += shape.hidden_size + 2 * shape.heads
         norms = 0
-        if found.norm_of(self.loaded.family) is None:
+        if family.norm not in found.patches:
             # A plain norm saves its input in float32.
             widest = max(shape.hidden_size, self._query_width)
-            norms = self.loaded.family.norms_per_layer * widest * torch.float32.itemsize
+            norms = family.norms_per_layer * widest * torch.float32.itemsize
         graphs, inputs = shape.layers, 0
         if checkpointing:
             graphs = segment_length(shape.layers, shape.hidden_size, graph_width(shape))

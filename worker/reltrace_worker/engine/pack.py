@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reltrace_worker.lrp.attention import Packing, positions, sorted_by_length
+from reltrace_worker.lrp.attention import Packing, positions
 from reltrace_worker.types.jobs import Target, TraceJob
 
 
@@ -32,7 +32,7 @@ class Pack:
     @staticmethod
     def of(jobs: Sequence[TraceJob]) -> Pack:
         """Pack jobs, those of equal length next to each other."""
-        order = sorted_by_length([len(job.token_ids) for job in jobs])
+        order = sorted(range(len(jobs)), key=lambda index: len(jobs[index].token_ids))
         packed = tuple(jobs[index] for index in order)
         return Pack(packed, tuple(order), Packing(tuple(len(job.token_ids) for job in packed)))
 

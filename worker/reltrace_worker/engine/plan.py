@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from reltrace_worker.engine.atlas import Slice
 from reltrace_worker.engine.budget import GIB, free_bytes, free_host_bytes
 from reltrace_worker.engine.memory import MemoryModel
+from reltrace_worker.lrp import RULES, Rule
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.types.errors import EngineError
 from reltrace_worker.types.jobs import GenerateJob, TraceJob
@@ -27,11 +28,15 @@ class Planner:
     limit
         Bytes that a pass may use; None: what is free on CUDA, half of what is free now on a CPU,
         where others live too.
+    rules
+        Of the engine.
     """
 
-    def __init__(self, loaded: LoadedModel, limit: int | None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, limit: int | None, rules: Mapping[str, Rule] = RULES
+    ) -> None:
         self._loaded = loaded
-        self._memory = MemoryModel(loaded)
+        self._memory = MemoryModel(loaded, rules)
         self._on_cpu = loaded.device.type != "cuda"
         self._limit = free_host_bytes() // 2 if limit is None and self._on_cpu else limit
         self._read_at, self._host = -math.inf, 0

@@ -17,14 +17,12 @@ from reltrace_worker.models.families import (
     FAMILIES,
     TEXT_PARTS,
     Family,
-    check_config,
-    context_length,
     family_named,
-    fix_frequencies,
 )
 from reltrace_worker.models.folder import check_folder, quantization
 from reltrace_worker.models.gguf import GgufFile
 from reltrace_worker.models.placement import DeviceMap, Placement, choose_placement
+from reltrace_worker.models.rope import check_config, context_length, fix_frequencies
 from reltrace_worker.models.source import find_source, first_line
 from reltrace_worker.types.errors import ModelError
 
