@@ -87,6 +87,7 @@ class PromptReader:
                 Turn(message.role, read.tokens_of(*content))
                 for message, content in zip(given.messages, contents, strict=True)
             )
+        special_ids = self._vocabulary.special_ids
         tokenized = TokenizedPrompt(
             token_ids=read.token_ids,
             # Ids that are out of range have no names.
@@ -94,7 +95,9 @@ class PromptReader:
             text=read.text,
             offsets=read.offsets,
             turns=turns,
-            special_positions=self._encoder.special_positions(read.token_ids),
+            special_positions=tuple(
+                i for i, token in enumerate(read.token_ids) if token in special_ids
+            ),
             hints=prompt.hints + self._hints(given, prompt),
         )
         return Reading(tokenized, prompt.length, prompt.continuation, source, special)

@@ -86,12 +86,9 @@ class TextEncoder:
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids = tuple(encoding.ids)
         offsets = _whole_characters(encoding.offsets)
-        if (
-            offsets
-            and text[slice(*offsets[0])].strip()
-            and not self.vocabulary.text(ids[0]).strip()
-        ):
-            # The space that SentencePiece puts before a text is in no character of it.
+        first = text[slice(*offsets[0])] if offsets else ""
+        # SentencePiece reads "▁" as a space; the one that it puts before a text is no character.
+        if first.replace("▁", " ").strip() and not self.vocabulary.text(ids[0]).strip():
             offsets[0] = (offsets[0][0],) * 2
         before = Encoded("", (), ())
         for token in self._missing_prefix(ids) if special else ():
@@ -155,10 +152,6 @@ class TextEncoder:
         encoded = _concatenated(prompt, self.decode(ids, prompt.token_ids))
         return Prompt(encoded, length, hints)
 
-    def special_positions(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Return where special tokens are."""
-        return tuple(i for i, token in enumerate(ids) if token in self.vocabulary.special_ids)
-
     def _missing_prefix(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Return what belongs in front of a text and is not there."""
         prefix = self._prefix
@@ -178,9 +171,7 @@ class TextEncoder:
 def _concatenated(left: Encoded, right: Encoded) -> Encoded:
     shift = len(left.text)
     offsets = tuple((first + shift, stop + shift) for first, stop in right.offsets)
-    return Encoded(
-        left.text + right.text, left.token_ids + right.token_ids, left.offsets + offsets
-    )
+    return Encoded(left.text + right.text, left.token_ids + right.token_ids, left.offsets + offsets)
 
 
 def _keep_spaces_in_offsets(processor: Any) -> None:
