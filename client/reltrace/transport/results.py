@@ -15,13 +15,13 @@ from reltrace.transport.assemble import Outcome
 from reltrace.transport.connection import Connection
 from reltrace.transport.cursor import JobResult, ResultCursor
 from reltrace.transport.retry import Deadline
+from reltrace.transport.status import RpcStatus
 from reltrace.transport.submit import Accepted
 from reltrace.types.atlas_shard import AtlasPart
 from reltrace.types.errors import (
     DeadlineExceeded,
     MissingDependency,
     ProtocolError,
-    RpcStatus,
     StoreUnreadable,
     TraceError,
 )
