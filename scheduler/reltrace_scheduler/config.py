@@ -8,6 +8,8 @@ from typing import Annotated
 from reltrace_proto.options import option
 from reltrace_proto.telemetry import LogFormat
 
+from reltrace_scheduler.errors import StartError
+
 
 class Fsync(StrEnum):
     """When the embedded Redis writes its file to the disk (Redis' `appendfsync`)."""
@@ -190,3 +192,17 @@ class Settings:
     def heartbeat(self) -> float:
         """Seconds between a worker's heartbeats: two may be missed."""
         return self.lease / 3
+
+
+def host_and_port(option: str, address: str) -> tuple[str, int]:
+    """Return the host and the port of an address that an option names.
+
+    Raises
+    ------
+    StartError
+        It is not HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise StartError(f"{option} {address}: must be HOST:PORT, such as 127.0.0.1:8080")
+    return host.strip("[]"), int(port)

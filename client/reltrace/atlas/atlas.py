@@ -57,9 +57,9 @@ class Atlas:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from reltrace.viz.atlas_fragment import atlas_fragment
+        from reltrace.viz.notebook import atlas_html
 
-        return atlas_fragment(self)
+        return atlas_html(self)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -276,9 +276,9 @@ class Atlas:
             raise invalid("path", f"must end in .html, not {path.name!r}")
         whole_number(most, "most", 1)
         whole_number(contexts, "contexts", 1)
-        from reltrace.viz import atlas_page
+        from reltrace.viz.atlas_page import atlas_page
 
-        atlas_page.write(self, path, most=most, contexts=contexts)
+        path.write_text(atlas_page(self, most=most, contexts=contexts), encoding="utf-8")
         return path
 
     def export_labels(

@@ -189,9 +189,9 @@ class Feature:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from reltrace.viz.feature_fragment import feature_fragment
+        from reltrace.viz.notebook import feature_html
 
-        return feature_fragment(self)
+        return feature_html(self)
 
     def steer(self, times: float = 1.0) -> Steer:
         """Return the steering that makes generated text speak of what this neuron stands for.

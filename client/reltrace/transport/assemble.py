@@ -13,9 +13,10 @@ from reltrace_proto.v1 import types_pb2
 
 from reltrace.storage.stored_arrays import StoredArrays
 from reltrace.transport import decode
+from reltrace.transport.status import from_job_end
 from reltrace.types.arrays import NUMPY_TYPES, SITES_WITHOUT_LAYERS, Array, scalar_name, widened
 from reltrace.types.atlas_shard import AtlasShard
-from reltrace.types.errors import ProtocolError, TraceError, from_job_end
+from reltrace.types.errors import ProtocolError, TraceError
 from reltrace.types.generation import Generation
 from reltrace.types.request import Job
 from reltrace.types.tokens import Tokens

@@ -244,9 +244,9 @@ class Trace:
         MissingDependency
             If matplotlib is needed and missing.
         """
-        from reltrace.viz import file
+        from reltrace.viz import files
 
-        return file.write(self, path, site=self._site(site), normalize=normalize, atlas=atlas)
+        return files.write(self, path, site=self._site(site), normalize=normalize, atlas=atlas)
 
     def top(self, k: int = 10, site: str | None = None) -> list[Entry]:
         """Return the entries with the largest |R|, whatever the reduction left.
@@ -364,9 +364,9 @@ class Trace:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from reltrace.viz.notebook_html import trace_fragment
+        from reltrace.viz.notebook import trace_html
 
-        return trace_fragment(self)
+        return trace_html(self)
 
     def __repr__(self) -> str:
         shapes = ", ".join(

@@ -1,6 +1,3 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const $ = id => document.getElementById(id);
 const CHUNK = 300;
 const LISTS = [
   ["relevance+", "for the prediction"], ["relevance-", "against it"],
@@ -35,32 +32,10 @@ for (const [name, site] of Object.entries(data.sites)) {
 
 const state = {site: data.sites.neuron, layer: "", sort: "mass", query: "", chosen: null, list: 0, shown: [], drawn: 0};
 
-// -- numbers and colours
+// -- numbers
 
 const number = value => value === null ? "\u2013" : Number(value.toPrecision(4)).toString().replace("-", "\u2212");
 const percent = share => `${Number((100 * share).toPrecision(2))} %`;
-function colour(share) {
-  const end = share > 0 ? data.colours.positive : data.colours.negative;
-  return data.colours.zero.map((zero, i) => Math.round(zero + (end[i] - zero) * Math.min(1, Math.abs(share))));
-}
-const css = ([r, g, b]) => `rgb(${r},${g},${b})`;
-const ink = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b > 140 ? "#000" : "#fff";
-function element(parent, kind, text = "", className = "") {
-  const one = document.createElement(kind);
-  if (text !== "") one.textContent = text;
-  if (className) one.className = className;
-  parent.append(one);
-  return one;
-}
-
-// A label, each of its words on its own: written from the right to the left, they stay in order.
-function called(parent, label) {
-  label.split(" \u00b7 ").forEach((word, index) => {
-    const [mark] = /^(?:[\u2192\u2026] )?/.exec(word);
-    parent.append(index ? " \u00b7 " : "", mark);
-    element(parent, "bdi", word.slice(mark.length));
-  });
-}
 
 // -- what is listed
 
@@ -136,7 +111,7 @@ function row(one) {
   mass.append(number(one.mass));
   if (state.query) element(line, "td", `${one.count} of ${one.of}`, "number");
   const label = element(line, "td", "", "label");
-  called(label, one.label || "\u2013");
+  showLabel(label, one.label || "\u2013");
   label.title = one.label;
   return line;
 }
@@ -163,7 +138,7 @@ function showDetail() {
   const name = one.site === "neuron" ? "Neuron" : "Head";
   element(detail, "h2", `${name} ${one.index} of layer ${one.layer}`);
   const label = element(detail, "p", "", "label");
-  called(label, one.label || "No token stands out in its contexts.");
+  showLabel(label, one.label || "No token stands out in its contexts.");
   if (one.by && one.label) element(label, "small", `  (${one.by === "log-odds" ? "what stands out" : `by ${one.by}`})`);
   const facts = element(detail, "div", "", "facts");
   element(facts, "span", `relevance mass ${number(one.mass)}, ${percent(one.mass / site.mass)} of all ${one.site}s (rank ${one.rank + 1})`);
@@ -216,10 +191,8 @@ function context(cell, snippet, at, share) {
     line.append(word.slice(0, space));
     const part = element(line, found ? "mark" : "span", word.slice(space) || "\u2423");
     if (index !== at) return;
-    const shade = colour(Math.sign(share) * (0.25 + 0.75 * Math.abs(share)));
     part.className = "strong";
-    part.style.background = css(shade);
-    part.style.color = ink(shade);
+    shade(part, colour(Math.sign(share) * (0.25 + 0.75 * Math.abs(share))));
   });
   if (snippet.after) line.append(" \u2026");
   const target = element(cell, "span", "  \u2192 ", "target"), token = explained(snippet, at);

@@ -11,7 +11,7 @@ import pytest
 import reltrace
 from make_atlas import make_atlas
 from make_trace import make_trace
-from reltrace.viz.display import token_values
+from reltrace.viz.colours import token_values
 
 
 class Checked(HTMLParser):
