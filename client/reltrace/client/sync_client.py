@@ -13,8 +13,8 @@ from typing import Any, Self, Unpack, overload
 from reltrace_proto.v1 import admin_pb2, trace_pb2
 
 from reltrace.atlas.atlas import Atlas
-from reltrace.atlas.build import Plan as AtlasPlan
 from reltrace.atlas.build import build
+from reltrace.atlas.settings import AtlasSettings
 from reltrace.calls.jobs import run_jobs
 from reltrace.calls.progress import Progress
 from reltrace.calls.text_run import TextRun
@@ -376,7 +376,7 @@ class Studies:
         JobFailed
             If a slice can not be made: the model's numbers are not finite, say.
         """
-        plan = AtlasPlan(
+        settings = AtlasSettings(
             model,
             rule,
             target,
@@ -389,7 +389,7 @@ class Studies:
             add_special_tokens,
         )
         with Progress(prompts, shown=progress, unit="prompt") as bar:
-            self._loop.run(build(self._connection, prompts, Path(out), plan, bar.add))
+            self._loop.run(build(self._connection, prompts, Path(out), settings, bar.add))
         return self._loop.run(asyncio.to_thread(Atlas, out))
 
     def evaluate(
