@@ -32,7 +32,7 @@ from reltrace.evaluation.evaluation import table as table_of
 from reltrace.evaluation.settings import Keep, Measure
 from reltrace.types.errors import invalid
 from reltrace.types.target import Target
-from reltrace.viz.curves import check_path
+from reltrace.viz.files import check_path
 
 
 def evaluate(
@@ -95,7 +95,7 @@ def evaluate(
     """
     # Before anything is run: that may take long.
     if plot is not None:
-        check_path(plot)
+        check_path(plot, pages=False)
     path = file_of(source)
     input_format = reading.format_of(path, "target", "answer")
     prompts = list(islice(_prompts(path, input_format), limit))

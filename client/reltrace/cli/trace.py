@@ -18,7 +18,7 @@ from reltrace.types.neurons import has_labels
 from reltrace.types.target import Target
 from reltrace.types.trace import Trace
 from reltrace.viz import terminal
-from reltrace.viz.file import check_path
+from reltrace.viz.files import check_path
 
 
 def trace(

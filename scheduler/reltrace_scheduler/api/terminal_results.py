@@ -1,4 +1,4 @@
-"""The results of jobs that end without a worker's doing."""
+"""The results of jobs that no worker ends."""
 
 import time
 from collections.abc import Sequence
@@ -7,91 +7,92 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2
 
-from reltrace_scheduler.keys import model_of, tenant_of
+from reltrace_scheduler.keys import QueueName
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.recent import RecentJob
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.records import Condemned, Ending, Lease, LostLease
+from reltrace_scheduler.records import Condemned, Lease, LostLease, TerminalResult
+
+_SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
 
 
-def cancelled(job_id: str) -> Ending:
-    """End a job that its client does not want any more."""
-    return _ending(job_id, None, "CANCELLED", _error(code_pb2.CANCELLED, "was cancelled"))
+def cancelled(job_id: str, reason: str = "was cancelled") -> TerminalResult:
+    error = types_pb2.JobError(code=code_pb2.CANCELLED, message=reason)
+    return _result(job_id, None, "CANCELLED", error)
 
 
-def overdue(job_id: str) -> Ending:
-    """End a job that did not end within its timeout."""
-    error = _error(code_pb2.DEADLINE_EXCEEDED, "did not end within its timeout")
-    return _ending(job_id, None, "FAILED", error)
+def stalled(job_id: str) -> TerminalResult:
+    return cancelled(job_id, "was cancelled: nobody read the results of its submission")
 
 
-def abandoned(job_id: str) -> Ending:
-    """End a job of a submission whose results nobody reads."""
-    error = _error(code_pb2.CANCELLED, "was cancelled: nobody read the results of its submission")
-    return _ending(job_id, None, "CANCELLED", error)
+def overdue(job_id: str) -> TerminalResult:
+    message = "did not end within its timeout"
+    error = types_pb2.JobError(code=code_pb2.DEADLINE_EXCEEDED, message=message)
+    return _result(job_id, None, "FAILED", error)
 
 
-def quarantined(job: Condemned) -> Ending:
-    """End a job that lost too many leases."""
+def quarantined(job: Condemned) -> TerminalResult:
     history = "; ".join(f"attempt {lost.attempt} on {lost.worker}" for lost in job.lost)
     message = f"lost its worker {len(job.lost)} times and is quarantined: {history}"
-    error = _error(code_pb2.ABORTED, message)
-    return _ending(job.job_id, job.attempt, "QUARANTINED", error, job.lost)
+    error = types_pb2.JobError(code=code_pb2.ABORTED, message=message)
+    return _result(job.job_id, job.attempt, "QUARANTINED", error, job.lost)
 
 
-def exhausted(lease: Lease, error: types_pb2.JobError) -> Ending:
+def failed(lease: Lease, error: types_pb2.JobError) -> TerminalResult:
     """End a job whose attempts keep failing, with the error of the last one."""
-    return _ending(lease.job_id, lease.attempt, "FAILED", error)
+    return _result(lease.job_id, lease.attempt, "FAILED", error)
 
 
-async def end(store: Store, counts: Counts, endings: Sequence[Ending]) -> int:
-    """End jobs from outside, count and note those that this ended; return how many."""
-    queues = await store.end(endings)
-    ended = [(ending, queue) for ending, queue in zip(endings, queues, strict=True) if queue]
-    for ending, queue in ended:
-        counts.ended.labels(model_of(queue), tenant_of(queue), ending.state.lower()).inc()
+async def end(store: Store, counts: Counts, results: Sequence[TerminalResult]) -> int:
+    """End jobs; count and note those that this ended; return how many."""
+    queues = await store.queue.end(results)
+    ended = [(result, queue) for result, queue in zip(results, queues, strict=True) if queue]
+    for result, queue in ended:
+        counts.ended.labels(queue.route, queue.tenant, result.state.lower()).inc()
     if store.recent.enabled:
-        await store.recent.note([_recent(ending, queue) for ending, queue in ended])
+        chunks = [(types_pb2.ResultChunk.FromString(r.data), queue) for r, queue in ended]
+        await store.recent.note([recent_job(chunk, queue) for chunk, queue in chunks])
     return len(ended)
 
 
-def _recent(ending: Ending, queue: str) -> RecentJob:
-    chunk = types_pb2.ResultChunk.FromString(ending.data)
-    lost = chunk.end.lost_leases
-    return RecentJob(
-        job=ending.job_id,
-        tenant=tenant_of(queue),
-        model=model_of(queue),
-        worker=lost[-1].worker_id if lost else "",
-        state=ending.state,
+def recent_job(
+    chunk: types_pb2.ResultChunk, queue: QueueName, worker: str = ""
+) -> tuple[RecentJob, bytes]:
+    """Return what people are shown of a job with its last chunk, if that is its whole result."""
+    end = chunk.end
+    job = RecentJob(
+        job=chunk.job_id,
+        tenant=queue.tenant,
+        model=queue.route,
+        worker=end.lost_leases[-1].worker_id if end.lost_leases else worker,
+        state=types_pb2.JobState.Name(end.state).removeprefix("JOB_STATE_"),
         at=time.time(),
-        error=chunk.end.error.message,
+        text="".join(chunk.header.tokens[:_SHOWN_TOKENS])[:_SHOWN_TEXT],
+        error=end.error.message,
     )
+    whole = end.state == types_pb2.JOB_STATE_SUCCEEDED and chunk.number == 1 and chunk.tensors
+    return job, chunk.SerializeToString() if whole else b""
 
 
-def wire_losses(lost: Sequence[LostLease]) -> list[types_pb2.LostLease]:
-    """Return lost leases as they travel."""
-    losses = []
+def lost_leases(lost: Sequence[LostLease]) -> list[types_pb2.LostLease]:
+    """Return lost leases as protobuf messages."""
+    messages = []
     for lease in lost:
         at = Timestamp()
         at.FromMilliseconds(int(lease.lost_at * 1000))
-        losses.append(
+        messages.append(
             types_pb2.LostLease(attempt=lease.attempt, worker_id=lease.worker, lost_at=at)
         )
-    return losses
+    return messages
 
 
-def _error(code: int, message: str) -> types_pb2.JobError:
-    return types_pb2.JobError(code=code, message=message)
-
-
-def _ending(
+def _result(
     job_id: str,
     attempt: int | None,
     state: str,
     error: types_pb2.JobError,
     lost: Sequence[LostLease] = (),
-) -> Ending:
+) -> TerminalResult:
     chunk = types_pb2.ResultChunk(
         job_id=job_id,
         number=1,
@@ -99,7 +100,7 @@ def _ending(
             state=types_pb2.JobState.Value(f"JOB_STATE_{state}"),
             attempt=attempt or 0,
             error=error,
-            lost_leases=wire_losses(lost),
+            lost_leases=lost_leases(lost),
         ),
     )
-    return Ending(job_id, attempt, state, chunk.SerializeToString())
+    return TerminalResult(job_id, attempt, state, chunk.SerializeToString())

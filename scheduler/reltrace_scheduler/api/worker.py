@@ -7,15 +7,15 @@ from typing import Any
 
 import grpc
 from reltrace_proto.telemetry import Spans
-from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
+from reltrace_proto.v1 import worker_pb2, worker_pb2_grpc
 
-from reltrace_scheduler.api.idle_queues import LOOK_AGAIN, Idleness
+from reltrace_scheduler.api.leasing import POLL, EmptyQueueCache
 from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.worker_session import Session, duration
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.keys import REAPER
 from reltrace_scheduler.observability.metrics import Counts
-from reltrace_scheduler.queue.signals import Signals, wait
+from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.tasks import end
 
@@ -40,7 +40,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._store = store
         self._models = models
         self._signals = signals
-        self._idleness = Idleness(signals)
+        self._empty = EmptyQueueCache(signals)
         self._counts = counts
 
     async def Work(  # noqa: N802
@@ -48,9 +48,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.WorkResponse]:
         requests = aiter(request_iterator)
         hello = await _first(requests)
-        session = Session(
-            hello, self._store, self._models, self._idleness, self._counts, self._spans
-        )
+        session = Session(hello, self._store, self._models, self._empty, self._counts, self._spans)
         settings, leasing = self._store.settings, session.leasing
         await session.open()
         # Bounded: a worker that does not read stops being read.
@@ -69,7 +67,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         with (
             self._signals.listen(*(source.channel for source in leasing.sources)) as wake,
             self._signals.listen(
-                *(shard.keys.revoked(session.worker_id) for shard in self._store.shards)
+                *(shard.key("revoked", session.worker_id) for shard in self._store.shards.all)
             ) as revoked,
         ):
 
@@ -80,9 +78,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                         break
                     for response in await session.handle(request):
                         await outgoing.put(response)
-                    # Room, or an empty hand, may be what a lease waited for. The room that results
-                    # make is told by the worker; but where some was left, a bound on what it holds
-                    # (its share, or that of batch) kept jobs from it, and now it holds less.
+                    # There may be room now. The worker itself says what room results make; but
+                    # where there was room before, a bound on what it holds (its share, or that
+                    # of batch) kept jobs from it, and now it holds less.
                     if not request.HasField("results") or leasing.has_room:
                         wake.event.set()
                 await outgoing.put(None)
@@ -92,13 +90,13 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                     leasing.wake(wake.take())
                     for leases in (messages := await session.lease()):
                         await outgoing.put(leases)
-                    if not messages and not await wait(wake, LOOK_AGAIN):
-                        leasing.look_again()
+                    if not messages and not await wake.wait(POLL):
+                        leasing.wake_all()
 
             async def revoke() -> None:
                 while True:
-                    # A signal that is missed is made up for by the worker's next heartbeat.
-                    if await wait(revoked, settings.heartbeat):
+                    # After a missed signal, the next heartbeat tells the worker.
+                    if await revoked.wait(settings.heartbeat):
                         for response in await session.check():
                             await outgoing.put(response)
 
@@ -137,11 +135,17 @@ async def _first(requests: AsyncIterator[worker_pb2.WorkRequest]) -> worker_pb2.
         ) from None
     if first.WhichOneof("message") != "hello":
         raise InvalidRequestError(Violation("hello", "must be the first message"))
-    hello = first.hello
-    if not re.fullmatch(r"[\w.:-]{1,128}", hello.worker_id) or hello.worker_id == REAPER:
-        raise InvalidRequestError(
-            Violation("hello.worker_id", "must be 1 to 128 letters, digits, or any of ._:-")
-        )
+    _check_hello(first.hello)
+    return first.hello
+
+
+def _check_hello(hello: worker_pb2.Hello) -> None:
+    _check_text(
+        hello.worker_id if hello.worker_id != REAPER else "",
+        r"[\w.:-]{1,128}",
+        "hello.worker_id",
+        "must be 1 to 128 letters, digits, or any of ._:-",
+    )
     if len(hello.further_models) >= _MOST_MODELS:
         raise InvalidRequestError(
             Violation("hello.further_models", f"one worker serves at most {_MOST_MODELS} models")
@@ -149,22 +153,24 @@ async def _first(requests: AsyncIterator[worker_pb2.WorkRequest]) -> worker_pb2.
     fields = ["hello.model", *(f"hello.further_models[{n}]" for n in range(_MOST_MODELS))]
     names: set[str] = set()
     for model, field in zip((hello.model, *hello.further_models), fields, strict=False):
-        _check_model(model, field, names)
+        # A route is NAME or NAME@REVISION; the registry keeps the routes of a worker as lines.
+        _check_text(
+            model.name,
+            r"[^@\n]{1,256}",
+            f"{field}.name",
+            "must have 1 to 256 characters, none of them @ or a new line",
+        )
+        _check_text(
+            model.revision,
+            r"[^\n]{0,256}",
+            f"{field}.revision",
+            "must have at most 256 characters and no new line",
+        )
+        if model.name in names:
+            raise InvalidRequestError(Violation(f"{field}.name", f"{model.name!r} is named twice"))
         names.add(model.name)
-    return hello
 
 
-def _check_model(model: types_pb2.ModelInfo, field: str, taken: set[str]) -> None:
-    # A route is NAME or NAME@REVISION; routes are lines where a worker is entered.
-    if not re.fullmatch(r"[^@\n]{1,256}", model.name):
-        raise InvalidRequestError(
-            Violation(
-                f"{field}.name", "must have 1 to 256 characters, none of them @ or a new line"
-            )
-        )
-    if not re.fullmatch(r"[^\n]{0,256}", model.revision):
-        raise InvalidRequestError(
-            Violation(f"{field}.revision", "must have at most 256 characters and no new line")
-        )
-    if model.name in taken:
-        raise InvalidRequestError(Violation(f"{field}.name", f"{model.name!r} is named twice"))
+def _check_text(text: str, pattern: str, field: str, problem: str) -> None:
+    if not re.fullmatch(pattern, text):
+        raise InvalidRequestError(Violation(field, problem))

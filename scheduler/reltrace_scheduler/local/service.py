@@ -1,14 +1,12 @@
 """`reltrace up`: a scheduler and workers on this machine, kept running."""
 
 import asyncio
-import fcntl
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +19,7 @@ from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
 
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local.children import Child
+from reltrace_scheduler.local.lock import lock_folder
 
 HOST = "127.0.0.1"
 
@@ -97,27 +96,18 @@ class UpOptions:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What has been started, and serves jobs.
-
-    Attributes
-    ----------
-    address : str
-        Of the scheduler.
-    models : tuple of str
-        Names of what is served.
-    workers : int
-        How many there are, of all models together.
-    store : str
-        Where the jobs are kept, without secrets.
-    logs : str
-        Folder of the logs.
-    """
+    """What has been started, and serves jobs."""
 
     address: str
+    """Of the scheduler."""
     models: tuple[str, ...]
+    """Their names."""
     workers: int
+    """Of all models together."""
     store: str
+    """Where the jobs are kept, without secrets."""
     logs: str
+    """Folder of the logs."""
 
     def __str__(self) -> str:
         kind = "model" if len(self.models) == 1 else "models"
@@ -141,12 +131,10 @@ async def up(
 
     Parameters
     ----------
-    options : UpOptions
-        What to start.
     announce : callable
-        Takes what serves jobs, once it does.
+        Is called once jobs are served.
     report : callable
-        Takes messages on the way; raises nothing.
+        Takes messages for people; raises nothing.
 
     Raises
     ------
@@ -160,7 +148,10 @@ async def up(
         )
     _check_names(options.models)
     port = _free_port(options.port)
-    with _locked(options.folder):
+    folder = options.folder
+    busy = f"another `reltrace up` uses {folder}; stop it, or choose another folder by --data"
+    # Two stores on one append-only file would destroy it.
+    with await lock_folder(folder, "up.lock", busy):
         children = _children(options, port, report)
         try:
             await _supervise(options, port, children, announce, report)
@@ -341,22 +332,3 @@ def _free_port(port: int) -> int:
             ) from None
         chosen: int = probe.getsockname()[1]
         return chosen
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder: two stores on one append-only file would destroy it."""
-    try:
-        # Prompts are in it.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (folder / "up.lock").open("a")
-    except OSError as error:
-        raise StartError(f"--data {folder}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StartError(
-                f"another `reltrace up` uses {folder}; stop it, or choose another folder by --data"
-            ) from None
-        yield
