@@ -1,4 +1,4 @@
-"""An atlas as a page: everything in one file, which loads nothing from anywhere."""
+"""The page of an atlas."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from reltrace.atlas.atlas import Atlas
 
 _SEARCHED = LISTS[:2]
+# Tokens that stand out, of one neuron or head.
 _WORDS = 8
-"""Tokens that stand out, of one neuron or head."""
 
 
 def atlas_page(atlas: Atlas, *, most: int, contexts: int) -> str:
@@ -81,7 +81,7 @@ def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) ->
         ],
         [
             [visible_token(one.token).strip(), one.role, one.count, one.of]
-            for one in feature.stands_out[:_WORDS]
+            for one in feature.salient_tokens[:_WORDS]
         ],
         [
             [texts.place(context) for context in feature.contexts.first(name, contexts)]
@@ -106,13 +106,7 @@ def _number(value: float) -> float | None:
 
 
 class _Snippets:
-    """The texts around places, each once, and their words, each once.
-
-    Parameters
-    ----------
-    next_tokens : bool
-        What is explained is the next word of the text.
-    """
+    """The texts around places, each once, and their words, each once."""
 
     def __init__(self, *, next_tokens: bool) -> None:
         self._next_tokens = next_tokens

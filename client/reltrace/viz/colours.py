@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,6 @@ def colour(value: float) -> tuple[int, int, int]:
 
 
 def css(shade: tuple[int, int, int]) -> str:
-    """Return a colour as styles write it."""
     return f"#{shade[0]:02x}{shade[1]:02x}{shade[2]:02x}"
 
 
@@ -44,38 +43,21 @@ def ink(background: tuple[int, int, int]) -> tuple[int, int, int]:
     return (0, 0, 0) if light else (255, 255, 255)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenValues:
-    """One value per token, and what it is.
-
-    Attributes
-    ----------
-    values : ndarray of float32, shape [tokens]
-        Raw relevance.
-    title : str
-        What the values are, for a legend.
-    site : str
-        Where they were read.
-    """
+class TokenValues(NamedTuple):
+    """The raw relevance of each token."""
 
     values: NDArray[np.float32]
     title: str
+    """What the values are, for a legend."""
     site: str
 
 
 def token_values(trace: Trace, site: str | None = None) -> TokenValues:
-    """Return the values that colour the text of the tokens.
+    """Return the values that colour the text of the tokens; by default of "embed", else "resid".
 
-    What a reader wants to see on the text is the relevance of the input. That is the site
-    "embed"; of the residual stream, the lowest layer, which is nearest to it (later layers have
-    moved it to the last token); of the sites that add to the stream, the sum over layers.
-
-    Parameters
-    ----------
-    trace : Trace
-        With a value per token.
-    site : str, optional
-        Default: "embed" if the trace has it, else as in `Trace.relevance`.
+    A reader wants to see the relevance of the input: "embed"; in the residual stream the lowest
+    layer, which is nearest to it (later layers have moved it to the last token); of the sites that
+    add to the stream, the sum over layers.
 
     Raises
     ------
@@ -97,7 +79,7 @@ def token_values(trace: Trace, site: str | None = None) -> TokenValues:
 
 
 def layer_numbers(trace: Trace, count: int) -> tuple[int, ...]:
-    """Return the numbers of the `count` layers of a site: counted from 0 if nobody said."""
+    """Return the numbers of the `count` layers of a site; older traces do not name them."""
     return trace.layers or tuple(range(count))
 
 

@@ -68,7 +68,7 @@ def write(
         text = trace_page(trace, site=site, normalize=normalize, atlas=atlas)
         path.write_text(text, encoding="utf-8")
     else:
-        from reltrace.viz.plot import write_heatmap
+        from reltrace.viz.heatmap import write_heatmap
 
         write_heatmap(trace, path, site=site, normalize=normalize)
     return path

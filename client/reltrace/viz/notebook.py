@@ -16,9 +16,8 @@ from reltrace.types.token_text import readable_all, visible_token
 from reltrace.types.top_entries import Entry
 from reltrace.types.trace import Trace
 from reltrace.viz.colours import colour, css, ink, layer_numbers, scaled, token_values
-from reltrace.viz.heatmap import describe_target
 from reltrace.viz.templates import template
-from reltrace.viz.words import Words, entry_table, next_tokens, segments
+from reltrace.viz.words import Words, describe_target, entry_table, next_tokens, segments
 
 # A notebook keeps what it shows: of a long prompt, this many tokens at either end.
 _END_TOKENS = 300

@@ -22,8 +22,7 @@ from reltrace.viz.colours import (
     scaled,
     token_values,
 )
-from reltrace.viz.heatmap import describe_target
-from reltrace.viz.words import Words, entry_table, next_tokens, segments
+from reltrace.viz.words import Words, describe_target, entry_table, next_tokens, segments
 
 _LEGEND_CELLS = 25
 

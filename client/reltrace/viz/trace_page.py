@@ -1,4 +1,4 @@
-"""One trace as a page: everything in one file, which loads nothing from anywhere."""
+"""The page of a trace."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from reltrace.types.neurons import Labels, has_labels, labels_of
 from reltrace.types.token_text import printable
 from reltrace.types.trace import Trace
 from reltrace.viz.colours import COLOURS, STREAM_SITES, layer_numbers
-from reltrace.viz.heatmap import describe_target
 from reltrace.viz.strongest import Strongest, strongest_of
 from reltrace.viz.templates import page
-from reltrace.viz.words import Words, next_tokens, segments
+from reltrace.viz.words import Words, describe_target, next_tokens, segments
 
 # The strongest features of all sites together: about 1.3 MB of the page.
 _MAX_ENTRIES = 60_000
@@ -70,7 +69,7 @@ def _site(trace: Trace, site: str, budget: int, labels: Labels | None) -> dict[s
     found = strongest_of(trace, site, budget)
     layered = site not in SITES_WITHOUT_LAYERS
     if found is not None and found.sums is not None:
-        values, what = found.sums, f", sum of the {found.kept:,} values that were kept"
+        values, what = found.sums, f", sum of the {len(found.values):,} values that were kept"
     else:
         values, what = trace.by_token(site), ""
     values = values.astype(np.float32)
@@ -107,9 +106,9 @@ def _labels(
 
 
 def _note(found: Strongest | None) -> str:
-    if found is None or found.kept == found.all:
+    if found is None or len(found.values) == found.total:
         return ""
-    return f"Of {found.all:,} values the page holds the {found.kept:,} strongest."
+    return f"Of {found.total:,} values the page holds the {len(found.values):,} strongest."
 
 
 def _base64(values: Array) -> str:
@@ -118,7 +117,6 @@ def _base64(values: Array) -> str:
 
 def _base64_entries(found: Strongest) -> str:
     """Return (row of the layer, token, feature, value) of each, four bytes a number."""
-    words = np.empty((found.kept, 4), "<i4")
-    words[:, 0], words[:, 1], words[:, 2] = found.rows, found.tokens, found.features
-    words[:, 3] = found.values.astype("<f4").view("<i4")
+    bits = found.values.astype("<f4").view("<i4")
+    words = np.stack([found.rows, found.tokens, found.features, bits], axis=1).astype("<i4")
     return base64.b64encode(words.tobytes()).decode()

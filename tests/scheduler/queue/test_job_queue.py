@@ -6,9 +6,9 @@ import redis.asyncio
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import IdempotencyError, QueueFullError, SupersededError
 from reltrace_scheduler.keys import GROUP, Keys
-from reltrace_scheduler.queue.queue import LOST, STORED
+from reltrace_scheduler.queue.job_queue import LOST, STORED
 from reltrace_scheduler.queue.results import Results
-from reltrace_scheduler.queue.scripts import Scripts
+from reltrace_scheduler.queue.shards import Shard
 from reltrace_scheduler.records import Lease, NewChunk, NewJob, Priority
 from scheduler.driver import EPOCH, MODEL, Driver, end, jobs, lease_of
 
@@ -169,7 +169,7 @@ async def test_nothing_is_counted_as_delivered_by_a_renewal(
     for _ in range(5):
         await driver.queue.renew("w", [lease_of(job)])
     (pending,) = await store.xpending_range(
-        keys.queue(f"interactive:t:{MODEL}"), GROUP, "-", "+", 10
+        keys("queue", f"interactive:t:{MODEL}"), GROUP, "-", "+", 10
     )
     assert pending["times_delivered"] == 1
 
@@ -218,7 +218,7 @@ async def test_keys_that_outlive_an_acknowledged_submission(
         "idempotency:t:key",  # until its own time is over
         "load",
         "ended",
-        "clock",
+        "virtual_time",
         "tenants",
         "tenant:t",
         "worker:w",  # until it is forgotten
@@ -232,8 +232,8 @@ async def test_a_former_session_leases_nothing(driver: Driver) -> None:
     await driver.submit(jobs(1))
     await driver.enter("w")
     with pytest.raises(SupersededError, match="connected anew"):
-        await driver.queue.lease(MODEL, "w", "another", 1, 1)
-    assert len((await driver.queue.lease(MODEL, "w", EPOCH, 1, 1)).jobs) == 1
+        await driver.queue.lease(driver.shard, MODEL, "w", "another", 1, 1)
+    assert len((await driver.queue.lease(driver.shard, MODEL, "w", EPOCH, 1, 1)).jobs) == 1
 
 
 async def test_what_a_worker_does_not_know_of_is_queued_again(driver: Driver) -> None:
@@ -246,13 +246,13 @@ async def test_what_a_worker_does_not_know_of_is_queued_again(driver: Driver) ->
     again = await driver.lease("v", 3)
     assert {job.attempt for job in again} == {2}
     # Nobody lost them: they are not suspects.
-    assert {job.queue_class for job in again} == {"interactive"}
+    assert {job.queue.queue_class for job in again} == {"interactive"}
 
 
 @pytest.fixture
-def patient(store: redis.asyncio.Redis, keys: Keys) -> Driver:
+def patient(store: redis.asyncio.Redis) -> Driver:
     settings = Settings(retry_delay=1.0, max_failures=3)
-    return Driver.over(store, keys, settings)
+    return Driver.over(store, settings)
 
 
 async def test_a_failed_attempt_waits_longer_each_time(
@@ -266,10 +266,10 @@ async def test_a_failed_attempt_waits_longer_each_time(
         assert await patient.queue.retry("w", [lease_of(job)]) == []
         assert await patient.lease("w", 1) == []
         seconds, microseconds = await store.time()
-        ((_, due),) = await store.zrange(keys.delayed, 0, -1, withscores=True)
+        ((_, due),) = await store.zrange(keys("delayed"), 0, -1, withscores=True)
         waits.append(due / 1000 - seconds - microseconds / 1e6)
-        await store.zadd(keys.delayed, {job.job_id: 0})
-        assert await patient.upkeep.promote() == 1
+        await store.zadd(keys("delayed"), {job.job_id: 0})
+        assert await patient.maintenance.promote() == 1
     assert waits == pytest.approx([1.0, 2.0, 4.0], abs=0.5)
 
     (job,) = await patient.lease("w", 1)
@@ -281,34 +281,26 @@ async def test_a_wait_that_is_not_over_goes_on(patient: Driver) -> None:
     await patient.submit(jobs(1))
     (job,) = await patient.lease("w", 1)
     await patient.queue.retry("w", [lease_of(job)])
-    assert await patient.upkeep.promote() == 0
+    assert await patient.maintenance.promote() == 0
 
 
-class Stalled:
-    """A Redis whose answers come too late: the driver sends each script once more."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
-        scripts = driver.queue._scripts
-        call = type(scripts).__call__
-
-        async def twice(own: Scripts, *given: object) -> object:
-            await call(own, *given)
-            return await call(own, *given)
-
-        monkeypatch.setattr(Scripts, "__call__", twice)
+async def twice(shard: Shard, *arguments: object, run=Shard.run) -> object:
+    """A Redis whose answers come too late: redis-py sends each script once more."""
+    await run(shard, *arguments)
+    return await run(shard, *arguments)
 
 
 async def test_a_submission_that_redis_is_sent_twice_is_accepted_once(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, store: redis.asyncio.Redis, keys: Keys
 ) -> None:
     with monkeypatch.context() as patch:
-        Stalled(patch, driver)
+        patch.setattr(Shard, "run", twice)
         submission = await driver.submit(jobs(3))
     leased = await driver.lease("w", 10)
     assert [job.job_id for job in leased] == submission.job_ids
     await driver.commit("w", [end(job) for job in leased])
     assert await driver.lease("w", 10) == []
-    assert {int(n) for n in await store.hmget(keys.load, "jobs", "bytes")} == {0}
+    assert {int(n) for n in await store.hmget(keys("load"), "jobs", "bytes")} == {0}
 
 
 async def test_a_lease_that_redis_is_sent_twice_leases_nothing_more_and_breaks_off(
@@ -321,14 +313,14 @@ async def test_a_lease_that_redis_is_sent_twice_leases_nothing_more_and_breaks_o
     """
     await driver.submit(jobs(6))
     with monkeypatch.context() as patch:
-        Stalled(patch, driver)
+        patch.setattr(Shard, "run", twice)
         with pytest.raises(redis.exceptions.TimeoutError, match="too late"):
             await driver.lease("w", 2)
     assert await driver.depth() == (4, 2)
     assert await driver.queue.reconcile("w", []) == 2
     assert await driver.depth() == (6, 0)
     again = await driver.lease("w", 10)
-    assert {(job.attempt, job.queue_class) for job in again} == {
+    assert {(job.attempt, job.queue.queue_class) for job in again} == {
         (1, "interactive"),
         (2, "interactive"),
     }
@@ -343,8 +335,8 @@ async def test_what_a_lease_read_and_did_not_lease_is_queued_again(
     I expect their jobs to be leased after all, as often as any other.
     """
     submission = await driver.submit(jobs(3))
-    (queue,) = await driver.queue.names()
-    await store.xreadgroup(GROUP, "w", {keys.queue(queue): ">"})
+    (queue,) = await driver.shard.queues()
+    await store.xreadgroup(GROUP, "w", {keys("queue", queue.decode()): ">"})
     await driver.reap_until(requeued=3)
     leased = await driver.lease("w", 10)
     assert [(job.job_id, job.attempt) for job in leased] == [
@@ -356,9 +348,9 @@ async def test_an_entry_of_a_job_that_is_gone_stops_nobody(
     driver: Driver, store: redis.asyncio.Redis, keys: Keys
 ) -> None:
     first = await driver.submit(jobs(1))
-    (queue,) = await driver.queue.names()
-    await store.xadd(keys.queue(queue), {"j": "gone-0"})
-    await store.xadd(keys.queue(queue), {"j": first.job_ids[0]})
+    (queue,) = await driver.shard.queues()
+    await store.xadd(keys("queue", queue.decode()), {"j": "gone-0"})
+    await store.xadd(keys("queue", queue.decode()), {"j": first.job_ids[0]})
     second = await driver.submit(jobs(1))
     leased = await driver.lease("w", 10)
     assert [job.job_id for job in leased] == [*first.job_ids, *second.job_ids]
@@ -368,13 +360,13 @@ async def test_an_entry_of_a_job_that_is_gone_stops_nobody(
 async def test_large_specifications_are_handed_over_a_few_at_a_time(
     store: redis.asyncio.Redis, keys: Keys, settings: Settings
 ) -> None:
-    driver = Driver.over(store, keys, replace(settings, max_bytes=1 << 30))
+    driver = Driver.over(store, replace(settings, max_bytes=1 << 30))
     await driver.submit([NewJob(MODEL, b"tiny")])
     await driver.submit([NewJob(MODEL, bytes(6 << 20))] * 4)
     sizes = [[len(job.spec) for job in await driver.lease(f"w{n}", 16)] for n in range(4)]
     assert sizes == [[4, 6 << 20, 6 << 20], [6 << 20, 6 << 20], [], []]
-    (queue,) = await driver.queue.names()
-    assert await store.hexists(keys.clock, f"large:{queue}")
+    (queue,) = await driver.shard.queues()
+    assert await store.hexists(keys("virtual_time"), f"large:{queue.decode()}")
 
 
 async def test_a_backlog_of_one_model_takes_no_share_of_another(
@@ -384,6 +376,6 @@ async def test_a_backlog_of_one_model_takes_no_share_of_another(
     await driver.submit(jobs(30))
     assert len(await driver.lease("w", 20, workers=2)) == 15
     await driver.submit([NewJob("other", b"spec")] * 4)
-    leased = await driver.queue.lease("other", "w", EPOCH, 20, 20, 2)
+    leased = await driver.queue.lease(driver.shard, "other", "w", EPOCH, 20, 20, 2)
     assert len(leased.jobs) == 2
-    assert len((await driver.queue.lease("other", "w", EPOCH, 20, 20, 2)).jobs) == 0
+    assert len((await driver.queue.lease(driver.shard, "other", "w", EPOCH, 20, 20, 2)).jobs) == 0
