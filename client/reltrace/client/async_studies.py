@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from reltrace.atlas.atlas import Atlas
-from reltrace.atlas.build import Plan as AtlasPlan
 from reltrace.atlas.build import build
+from reltrace.atlas.settings import AtlasSettings
 from reltrace.calls.progress import Progress
 from reltrace.evaluation.evaluation import Evaluation
 from reltrace.evaluation.run import Evaluator
@@ -106,12 +106,12 @@ class AsyncStudies:
         JobFailed
             If a slice can not be made: the model's numbers are not finite, say.
         """
-        plan = AtlasPlan(
+        settings = AtlasSettings(
             model, rule, target, k, slice, priority, positions, seed, keep_special,
             add_special_tokens,
         )  # fmt: skip
         with Progress(prompts, shown=progress, unit="prompt") as bar:
-            await build(self._connection, prompts, Path(out), plan, bar.add)
+            await build(self._connection, prompts, Path(out), settings, bar.add)
         return await asyncio.to_thread(Atlas, out)
 
     async def evaluate(

@@ -14,7 +14,8 @@ from reltrace_proto.net import Credentials, Metadata
 from reltrace.transport.retry import TRANSIENT, Deadline, OutageLog, Retries, is_number
 from reltrace.transport.servers import Server, Servers
 from reltrace.transport.settings import as_invalid_argument, server_addresses
-from reltrace.types.errors import RpcStatus, TraceError, invalid
+from reltrace.transport.status import RpcStatus
+from reltrace.types.errors import TraceError, invalid
 
 # Seconds after which a call that is neither answered nor refused is made again.
 _CALL_TIMEOUT = 30.0

@@ -15,13 +15,13 @@ from reltrace.transport.assemble import Outcome
 from reltrace.transport.connection import Connection
 from reltrace.transport.cursor import JobResult, ResultCursor
 from reltrace.transport.retry import Deadline
+from reltrace.transport.status import RpcStatus
 from reltrace.transport.submit import Accepted
-from reltrace.types.atlas_shard import AtlasPart
+from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import (
     DeadlineExceeded,
     MissingDependency,
     ProtocolError,
-    RpcStatus,
     StoreUnreadable,
     TraceError,
 )
@@ -141,7 +141,7 @@ async def acknowledge(connection: Connection, accepted: Accepted) -> None:
 def _temporarily_stored(result: JobResult, job: Job) -> list[StoredArrays]:
     """Return the tensors that a store keeps only until their result is acknowledged."""
     outcome = result.outcome
-    if isinstance(outcome, AtlasPart):
+    if isinstance(outcome, AtlasShard):
         return [outcome.arrays] if isinstance(outcome.arrays, StoredArrays) else []
     if not isinstance(outcome, list) or job.spec.output_uri:
         return []
@@ -153,14 +153,14 @@ async def _fetched(
 ) -> JobResult:
     """Return a result with its tensors read, as if they had been sent."""
     outcome = result.outcome
-    assert isinstance(outcome, list | AtlasPart)
+    assert isinstance(outcome, list | AtlasShard)
     # A part of an atlas is only read from: it is not copied, so that it is not held twice.
-    copy = not isinstance(outcome, AtlasPart)
+    copy = not isinstance(outcome, AtlasShard)
     try:
         async with asyncio.timeout(deadline.remaining()):
             arrays = await asyncio.to_thread(read_together, stored, copy)
     except (StoreUnreadable, MissingDependency) as error:
-        error.job_id = None if isinstance(outcome, AtlasPart) else outcome[0].job_id
+        error.job_id = None if isinstance(outcome, AtlasShard) else outcome[0].job_id
         return replace(result, outcome=error)
     except TimeoutError:
         raise deadline.error() from None
@@ -168,7 +168,7 @@ async def _fetched(
         array.nbytes for sites in arrays for parts in sites.values() for array in parts.values()
     )
     found: Outcome
-    if isinstance(outcome, AtlasPart):
+    if isinstance(outcome, AtlasShard):
         found = replace(outcome, arrays=arrays[0])
     else:
         found = [replace(trace, arrays=own) for trace, own in zip(outcome, arrays, strict=True)]

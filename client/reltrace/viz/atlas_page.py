@@ -81,7 +81,7 @@ def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) ->
         ],
         [
             [visible_token(one.token).strip(), one.role, one.count, one.of]
-            for one in feature.stands_out[:_WORDS]
+            for one in feature.salient_tokens[:_WORDS]
         ],
         [
             [texts.place(context) for context in feature.contexts.first(name, contexts)]

@@ -1,4 +1,4 @@
-"""Slices on their way to workers and back, under keys by which a later run finds them again."""
+"""Slices as jobs, under keys by which a later build finds their results."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from reltrace.atlas.prefetch import Room
+from reltrace.atlas.prefetch_limit import PrefetchLimit
 from reltrace.calls.pinning import Pins
 from reltrace.transport.connection import Connection
 from reltrace.transport.results import acknowledge, stream_results
 from reltrace.transport.retry import Deadline
 from reltrace.transport.submit import Accepted, Rejected, submit
-from reltrace.types.atlas_shard import AtlasPart
+from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import InvalidArgument, NotFound, TraceError
 from reltrace.types.request import Job, Priority, wire_priority
 
@@ -25,42 +25,32 @@ _KEY_FIELD = "idempotency_key"
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """What came of a slice. It stays on the server until `free`.
+class BuiltShard:
+    """The result of a slice, and its submission, which stays on the server until `free_shards`."""
 
-    Attributes
-    ----------
-    part : AtlasPart
-        The slice's atlas.
-    bytes : int
-        Its size.
-    accepted : Accepted
-        Its submission.
-    """
-
-    part: AtlasPart
-    bytes: int
-    accepted: Accepted
+    shard: AtlasShard
+    size: int
+    submission: Accepted
 
 
-class Sender:
-    """Hands slices in, and reads what comes of them.
+class SliceJobs:
+    """Submits slices, and reads their results.
 
-    A run that is killed leaves slices on the server: queued, being made, or made. The next run
-    hands them in under the same keys and reads what the first would have read.
+    A killed build leaves slices on the server: queued, running, or done. The next build submits
+    them under the same keys, and so reads the results of the first.
 
     Parameters
     ----------
     connection : Connection
-        The server.
+        To the server.
     identity : str
-        Of the folder while it is built: no other shares its jobs.
+        Of the folder while it is built: its jobs are not shared with other folders.
     about : mapping
         The settings.
-    priority : {"interactive", "batch"}
+    priority : str
         Of all jobs.
     pins : Pins
-        Which revision of the model they ask for.
+        The revision of the model that they ask for.
     """
 
     def __init__(
@@ -75,27 +65,25 @@ class Sender:
         self._about = json.dumps([identity, about, priority], sort_keys=True)
         self._priority = wire_priority(priority)
         self._pins = pins
-        self._room = Room()
+        self._limit = PrefetchLimit()
 
     @asynccontextmanager
-    async def made(self, number: int, digest: str, job: Job) -> AsyncIterator[Made]:
-        """Give what comes of a slice; of an earlier run's job, where that is of use.
+    async def build(self, number: int, digest: str, job: Job) -> AsyncIterator[BuiltShard]:
+        """Return the result of a slice, of an earlier build's job if that has one.
 
-        It has a place in the room that there is for parts until the end of the context.
+        It counts against the `PrefetchLimit` until the end of the context.
 
         Parameters
         ----------
-        number : int
+        number, digest
             Of the slice.
-        digest : str
-            Of its prompts.
         job : Job
-            To be handed in.
+            Submitted if there is no result.
 
         Raises
         ------
         TraceError
-            If a job that is this run's own gives nothing.
+            If this build's own job fails.
         """
         jobs, deadline = [job], Deadline(None)
         job.spec.model = await self._pins.route(job.spec.model, deadline)
@@ -105,20 +93,20 @@ class Sender:
                 answer = await submit(self._connection, jobs, deadline, self._priority, key)
             except InvalidArgument as error:
                 if any(violation.field == _KEY_FIELD for violation in error.violations):
-                    # Handed in as another job: for a model that was the default one then, say.
+                    # The key is of another job: for what was the default model then, say.
                     continue
                 raise
             if isinstance(answer, Rejected):
                 raise answer.errors[0]
-            async with self._room.place() as take:
-                found = await self._read(answer, jobs, deadline, take)
-                if isinstance(found, Made):
-                    await self._room.measured(found.bytes)
+            async with self._limit.slot() as take_slot:
+                found = await self._read(answer, jobs, deadline, take_slot)
+                if isinstance(found, BuiltShard):
+                    await self._limit.measured(found.size)
                     yield found
                     return
             if not answer.deduplicated:
                 raise found
-            # What an earlier run left was cancelled, has failed, was freed, or has expired.
+            # The earlier build's job was cancelled, failed, was freed, or has expired.
         raise AssertionError
 
     async def _read(
@@ -126,22 +114,22 @@ class Sender:
         accepted: Accepted,
         jobs: list[Job],
         deadline: Deadline,
-        room: Callable[[], Awaitable[None]],
-    ) -> Made | TraceError:
-        """Return what came of a slice, or why there is nothing.
+        take_slot: Callable[[], Awaitable[None]],
+    ) -> BuiltShard | TraceError:
+        """Return the result of a slice, or why there is none.
 
-        It is read past its first message, or out of the store that it is in, once there is room.
+        A slot is taken before more than its first message is read.
         """
         results = stream_results(
-            self._connection, accepted, jobs, deadline, throttle=room, acknowledged=False
+            self._connection, accepted, jobs, deadline, throttle=take_slot, acknowledged=False
         )
         try:
             async with aclosing(results):
                 result = await anext(results)
         except NotFound as error:
             return error
-        if isinstance(result.outcome, AtlasPart):
-            return Made(result.outcome, result.bytes, accepted)
+        if isinstance(result.outcome, AtlasShard):
+            return BuiltShard(result.outcome, result.bytes, accepted)
         assert isinstance(result.outcome, TraceError)
         await acknowledge(self._connection, accepted)
         return result.outcome
@@ -151,6 +139,6 @@ class Sender:
         return f"atlas-{hashlib.sha256(what.encode()).hexdigest()}"
 
 
-async def free(connection: Connection, made: Iterable[Accepted]) -> None:
-    """Free what came of slices on the server: it is kept here."""
-    await asyncio.gather(*(acknowledge(connection, accepted) for accepted in made))
+async def free_shards(connection: Connection, submissions: Iterable[Accepted]) -> None:
+    """Free results on the server."""
+    await asyncio.gather(*(acknowledge(connection, accepted) for accepted in submissions))

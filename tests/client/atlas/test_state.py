@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reltrace.atlas.token_counts import WordCounts, log_odds
+from reltrace.atlas.labels import log_odds
+from reltrace.atlas.state import TokenCounts
 
 PROMPTS = st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=8)
 
 
-def counted(prompts: list[list[int]], targets: list[int]) -> WordCounts:
-    words = WordCounts()
+def counted(prompts: list[list[int]], targets: list[int]) -> TokenCounts:
+    words = TokenCounts()
     add(words, prompts, targets)
     return words
 
 
-def add(words: WordCounts, prompts: list[list[int]], targets: list[int]) -> None:
+def add(words: TokenCounts, prompts: list[list[int]], targets: list[int]) -> None:
     ids = np.array([token for prompt in prompts for token in prompt], np.int32)
     explained = np.array([target for target in targets if target >= 0], np.int32)
     # Token 3 is not counted.
@@ -33,7 +34,7 @@ def test_every_token_is_counted_whatever_the_slices(prompts: list[list[int]], cu
     explained of.
     """
     targets = [(sum(prompt) % 12 if prompt else -1) for prompt in prompts]
-    words = WordCounts()
+    words = TokenCounts()
     add(words, prompts[:cut], targets[:cut])
     add(words, prompts[cut:], targets[cut:])
     for token in range(12):
@@ -44,7 +45,7 @@ def test_every_token_is_counted_whatever_the_slices(prompts: list[list[int]], cu
         )
         found = [
             int(counts[token]) if token < len(counts) else 0
-            for counts in (words.places, words.prompts, words.targets)
+            for counts in (words.positions, words.prompts, words.targets)
         ]
         assert tuple(found) == expected
 

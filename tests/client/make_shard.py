@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import reltrace
 from reltrace.atlas.merged import OCTAVES
-from reltrace.types.atlas_shard import AtlasPart
+from reltrace.types.atlas_shard import AtlasShard
 
 BINS = 2 * len(OCTAVES) + 1
 PROVENANCE = reltrace.Provenance("tiny", "r1", "attnlrp", "atlas", "float32", "sdpa", True, "cpu")
 
 
-def make_part(
+def make_shard(
     number: int,
     *,
     prompts: int = 2,
@@ -19,7 +19,7 @@ def make_part(
     k: int = 2,
     layers: int = 3,
     neurons: int = 5,
-) -> AtlasPart:
+) -> AtlasShard:
     """Return the part of a slice, always the same of one number.
 
     Each prompt has `tokens` tokens; of the neurons all places of all lists are taken.
@@ -43,7 +43,7 @@ def make_part(
         "lengths": np.full(prompts, tokens, np.int32),
         "targets": random.integers(0, 7, prompts).astype(np.int32),
     }
-    return AtlasPart(
+    return AtlasShard(
         {"neuron": site(neurons), "head": site(2), "corpus": corpus},
         {token: f" word{token}" for token in range(7)},
         frozenset(),

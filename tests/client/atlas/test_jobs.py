@@ -9,14 +9,14 @@ import pytest
 import reltrace
 from fake_results import failed_chunk
 from fake_server import FakeServer, code_pb2, status_with
-from reltrace.atlas.build import Plan
-from reltrace.atlas.prefetch import Room
-from reltrace.atlas.slice_jobs import Made, Sender
+from reltrace.atlas.jobs import BuiltShard, SliceJobs
+from reltrace.atlas.prefetch_limit import PrefetchLimit
+from reltrace.atlas.settings import AtlasSettings
 from reltrace.calls.pinning import Pins
 from reltrace_proto.v1 import types_pb2
 
-PLAN = Plan(None, "attnlrp", "max", 2, 9, "batch")
-JOB = PLAN.job(["My cats love to play"])
+SETTINGS = AtlasSettings(None, "attnlrp", "max", 2, 9, "batch")
+JOB = SETTINGS.job(["My cats love to play"])
 
 
 def atlas_chunk(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
@@ -27,12 +27,16 @@ def atlas_chunk(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultCh
     return [chunk]
 
 
-async def make(server: FakeServer, identity: str = "one") -> Made:
+async def make(server: FakeServer, identity: str = "one") -> BuiltShard:
     async with reltrace.AsyncClient(server.address) as client:
-        sender = Sender(
-            client._connection, identity, PLAN.about(), PLAN.priority, Pins(client._connection)
+        jobs = SliceJobs(
+            client._connection,
+            identity,
+            SETTINGS.about(),
+            SETTINGS.priority,
+            Pins(client._connection),
         )
-        async with sender.made(0, "digest", JOB) as found:
+        async with jobs.build(0, "digest", JOB) as found:
             return found
 
 
@@ -44,10 +48,10 @@ def server(server: FakeServer) -> FakeServer:
 
 async def test_a_result_stays_until_it_is_freed(server: FakeServer) -> None:
     made = await make(server)
-    assert made.part.vocabulary == {5: "cats"}
+    assert made.shard.vocabulary == {5: "cats"}
     assert (server.acknowledged, server.cancelled) == ({}, [])
-    assert (await make(server)).accepted.id == made.accepted.id
-    assert (await make(server, "two")).accepted.id != made.accepted.id
+    assert (await make(server)).submission.id == made.submission.id
+    assert (await make(server, "two")).submission.id != made.submission.id
 
 
 async def test_a_job_that_was_cancelled_is_handed_in_anew(server: FakeServer) -> None:
@@ -57,9 +61,9 @@ async def test_a_job_that_was_cancelled_is_handed_in_anew(server: FakeServer) ->
     """
     await make(server)
     server.ended["s0-0"] = types_pb2.JOB_STATE_CANCELLED
-    assert (await make(server)).accepted.id == "s1"
+    assert (await make(server)).submission.id == "s1"
     assert server.acknowledged == {"s0": 1}
-    assert (await make(server)).accepted.id == "s1"
+    assert (await make(server)).submission.id == "s1"
 
 
 async def test_a_job_that_failed_is_handed_in_anew_by_the_next_run_only(
@@ -77,14 +81,14 @@ async def test_a_job_that_failed_is_handed_in_anew_by_the_next_run_only(
         await make(server)
     assert list(server.submissions) == ["s0", "s1"]
     server.run = atlas_chunk
-    assert (await make(server)).accepted.id == "s0"
+    assert (await make(server)).submission.id == "s0"
 
 
 async def test_results_that_expired_are_made_anew(server: FakeServer) -> None:
     await make(server)
     gone = status_with(grpc.StatusCode.NOT_FOUND, "the submission is not known here")
     server.stream_errors.append(gone)
-    assert (await make(server)).accepted.id == "s1"
+    assert (await make(server)).submission.id == "s1"
     # Of a run's own job it is an error, not a reason to go on for ever.
     server.stream_errors.append(gone)
     with pytest.raises(reltrace.NotFound):
@@ -113,18 +117,18 @@ async def test_of_parts_that_are_made_two_are_read_until_one_is_merged(
     I expect two to be read; the third is read once one of them is merged.
     """
     server.run = in_two_chunks
-    measured = Room.measured
+    measured = PrefetchLimit.measured
     # Their size is that of a large model's.
-    monkeypatch.setattr(Room, "measured", lambda room, part: measured(room, 613 << 20))
+    monkeypatch.setattr(PrefetchLimit, "measured", lambda limit, size: measured(limit, 613 << 20))
     read, merge = asyncio.Queue[int](), [asyncio.Event() for _ in range(3)]
 
     async with reltrace.AsyncClient(server.address) as client:
-        sender = Sender(
-            client._connection, "one", PLAN.about(), PLAN.priority, Pins(client._connection)
+        jobs = SliceJobs(
+            client._connection, "one", SETTINGS.about(), SETTINGS.priority, Pins(client._connection)
         )
 
         async def merged(number: int) -> None:
-            async with sender.made(number, "digest", JOB):
+            async with jobs.build(number, "digest", JOB):
                 read.put_nowait(number)
                 await merge[number].wait()
 

@@ -6,13 +6,13 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
-from reltrace.atlas.prefetch import Room
+from reltrace.atlas.prefetch_limit import PrefetchLimit
 
 
-async def places_of(room: Room, wanted: int) -> int:
+async def slots_of(limit: PrefetchLimit, wanted: int) -> int:
     """Return how many of so many are let in."""
     async with AsyncExitStack() as stack:
-        takes = [await stack.enter_async_context(room.place()) for _ in range(wanted)]
+        takes = [await stack.enter_async_context(limit.slot()) for _ in range(wanted)]
         waiting = [asyncio.create_task(take()) for take in takes]
         # Who is let in is so within a few turns of the loop.
         for _ in range(10 * wanted):
@@ -25,21 +25,21 @@ async def places_of(room: Room, wanted: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("part", "places"), [(None, 2), (613 << 20, 2), (100 << 20, 2), (64 << 20, 4), (0, 8)]
+    ("part", "slots"), [(None, 2), (613 << 20, 2), (100 << 20, 2), (64 << 20, 4), (0, 8)]
 )
-async def test_parts_are_held_that_fit_but_always_two(part: int | None, places: int) -> None:
-    room = Room()
+async def test_parts_are_held_that_fit_but_always_two(part: int | None, slots: int) -> None:
+    limit = PrefetchLimit()
     if part is not None:
-        await room.measured(part)
-    assert await places_of(room, 10) == places
+        await limit.measured(part)
+    assert await slots_of(limit, 10) == slots
     # All have left: as many may come again.
-    assert await places_of(room, 10) == places
+    assert await slots_of(limit, 10) == slots
 
 
 async def test_who_waits_is_let_in_by_who_leaves() -> None:
-    room = Room()
-    async with room.place() as third:
-        async with room.place() as first, room.place() as second:
+    limit = PrefetchLimit()
+    async with limit.slot() as third:
+        async with limit.slot() as first, limit.slot() as second:
             await first()
             # Of one that has its place no other is taken.
             await first()
