@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Annotated, NoReturn
 
 import typer
+from reltrace_proto.options import option
 
 import reltrace
 from reltrace.cli import admin, atlas, server
@@ -92,7 +93,7 @@ def _version(asked: bool) -> None:
 def _options_before(
     connection: Connection,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, option("Print the version.", "--version", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
