@@ -102,40 +102,13 @@ SHARDS = "reltrace:shards"
 CLUSTER = "reltrace:cluster"
 
 SharedKey = Literal[
-    "queues",
-    "virtual_time",
-    "delayed",
-    "deadlines",
-    "expiring",
-    "throttled_tenants",
-    "load",
-    "tenants",
-    "quarantined",
-    "watchdog",
-    "ended",
-    "workers",
-    "models",
-    "recent_ok",
-    "recent_failed",
-]
+    "queues", "virtual_time", "delayed", "deadlines", "expiring", "throttled_tenants", "load",
+    "tenants", "quarantined", "watchdog", "ended", "workers", "models", "recent_ok", "recent_failed",
+]  # fmt: skip
 EntityKey = Literal[
-    "queue",
-    "vt_active",
-    "vt_idle",
-    "job",
-    "held",
-    "submission",
-    "backpressured",
-    "results",
-    "chunks",
-    "draft",
-    "idempotency",
-    "tenant",
-    "quarantined",
-    "worker",
-    "serving",
-    "sample_result",
-]
+    "queue", "vt_active", "vt_idle", "job", "held", "submission", "backpressured", "results",
+    "chunks", "draft", "idempotency", "tenant", "quarantined", "worker", "serving", "sample_result",
+]  # fmt: skip
 Channel = Literal["wake", "done", "revoked"]
 
 CHANNELS = tuple(f"reltrace:{{*}}:{kind}:*" for kind in get_args(Channel))
