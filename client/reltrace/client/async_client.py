@@ -343,16 +343,8 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
 
         Raises
         ------
-        InvalidArgument
-            If an argument is wrong, or the model has no chat template; the message names it.
-        ModelNotFound
-            If no worker serves the model.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        DeadlineExceeded
-            If `timeout` is over.
-        JobFailed
-            If the worker failed.
+        TraceError
+            As `trace` does; `InvalidArgument` also if the model has no chat template.
         """
         job = tokenize_job(prompt, messages, add_special_tokens, model)
         (tokens,) = await run_jobs(self._connection, [job], "interactive", timeout)

@@ -104,16 +104,8 @@ class AsyncGenerate:
 
         Raises
         ------
-        InvalidArgument
-            If an argument is wrong; the message names it and what is allowed.
-        ModelNotFound
-            If no worker serves the model.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        DeadlineExceeded
-            If `timeout` is over.
-        JobFailed
-            If the worker failed.
+        TraceError
+            As `trace` does.
         """
         arguments = GenerateArguments(
             prompt, input_ids, messages, add_special_tokens, steer,

@@ -52,8 +52,8 @@ class ResolvedTarget:
     continuation_ids : tuple of int
         The response tokens whose logits were summed.
     candidates : tuple of Candidate
-        The 10 likeliest tokens at `position`, the likeliest first; empty where the pass did not
-        look.
+        The 10 likeliest tokens at `position`, the likeliest first; empty if the pass did not
+        compute them.
     """
 
     token: str

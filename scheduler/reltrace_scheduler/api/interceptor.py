@@ -27,7 +27,7 @@ from reltrace_scheduler.errors import (
     Violation,
 )
 from reltrace_scheduler.limits import MAX_REQUEST_BYTES
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.metrics import Counts
 
 log = structlog.get_logger()
 
