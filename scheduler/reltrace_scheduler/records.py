@@ -102,21 +102,13 @@ class StoredChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class NewDraft:
-    """A further part of a text that is being generated, as a worker sends it."""
-
-    lease: Lease
-    data: bytes
-    """A serialized ``Draft``."""
-
-
-@dataclass(frozen=True, slots=True)
 class StoredDraft:
-    """The same as a client reads it."""
+    """A further part of a text that is being generated, as a client reads it."""
 
     position: str
     """Where to read on."""
     data: bytes
+    """A serialized ``Draft``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from reltrace_scheduler.keys import QueueName
 from reltrace_scheduler.queue.shards import Shard
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.records import Lease, LeasedJob, Priority
+from reltrace_scheduler.records import Lease, LeasedJob, Priority, WorkerRecord
 
 POLL = 1.0
 """Seconds between looks at a queue while no signal comes."""
@@ -26,7 +26,6 @@ _LEAST_BATCH = 48
 _MAX_CREDIT = 4096
 
 UNKNOWN = QueueName("", "", "")
-"""The queue of a lease from before the worker's present connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,32 +73,25 @@ class EmptyQueueCache:
 class Leasing:
     """Leases jobs to one worker, from all queues that it can serve in turn.
 
-    Parameters
+    Attributes
     ----------
-    routes : sequence of str
-        What the worker serves.
+    held : dict of Lease to QueueName
+        What the worker is known to hold; `UNKNOWN` for leases from before its connection.
     """
 
     def __init__(
-        self,
-        store: Store,
-        models: ModelCache,
-        empty: EmptyQueueCache,
-        worker_id: str,
-        epoch: str,
-        routes: Sequence[str],
+        self, store: Store, models: ModelCache, empty: EmptyQueueCache, worker: WorkerRecord
     ) -> None:
         self._shards = store.shards
         self._queue = store.queue
         self._models = models
         self._empty = empty
-        self._worker_id = worker_id
-        self._epoch = epoch
-        self.sources = tuple(Source(shard, r) for shard in store.shards.all for r in routes)
+        self._worker = worker
+        self.held: dict[Lease, QueueName] = {}
+        self.sources = tuple(Source(s, route) for s in store.shards.all for route in worker.routes)
         self._maybe_nonempty = set(self.sources)
         self._next = 0
         self._credit = 0
-        self._held: dict[Lease, QueueName] = {}
         # Classes of jobs that may be held beside others. The class of a lease from before a lost
         # connection is known in its shard only.
         self._shareable = {*Priority} | ({""} if len(store.shards.all) == 1 else set())
@@ -111,11 +103,6 @@ class Leasing:
         """Whether there is room for more jobs than it got, also of batch."""
         return self._credit > 0 and self._batch_room() > 0
 
-    @property
-    def leases(self) -> list[Lease]:
-        """All that the worker is known to hold."""
-        return list(self._held)
-
     def add_credit(self, jobs: int) -> None:
         """Note that the worker has room for so many further jobs."""
         self._credit = min(self._credit + jobs, _MAX_CREDIT)
@@ -124,16 +111,9 @@ class Leasing:
         """Lease nothing until there is credit again."""
         self._credit = 0
 
-    def restore(self, leases: Iterable[Lease]) -> None:
-        """Begin with the leases that a worker names after it connected."""
-        self._held = dict.fromkeys(leases, UNKNOWN)
-
     def drop(self, leases: Iterable[Lease]) -> list[QueueName]:
         """Forget leases that are over; return their queues."""
-        return [self._held.pop(lease, UNKNOWN) for lease in leases]
-
-    def queue_of(self, lease: Lease) -> QueueName:
-        return self._held.get(lease, UNKNOWN)
+        return [self.held.pop(lease, UNKNOWN) for lease in leases]
 
     def wake(self, channels: set[str]) -> None:
         """Ask the sources of these channels again."""
@@ -143,9 +123,8 @@ class Leasing:
         """Ask all sources again: a signal may have been missed."""
         self._maybe_nonempty = set(self.sources)
 
-    async def lease(self) -> list[LeasedJob]:
-        """Lease queued jobs, as many as the worker has room for; empty: nothing to do."""
-        jobs: list[LeasedJob] = []
+    async def lease(self) -> Sequence[LeasedJob]:
+        """Lease queued jobs of one source, as many as there is room for; empty: nothing to do."""
         for source in self._sources_in_turn():
             if not self._credit:
                 break
@@ -157,8 +136,8 @@ class Leasing:
                 leased = await self._queue.lease(
                     source.shard,
                     source.route,
-                    self._worker_id,
-                    self._epoch,
+                    self._worker.worker_id,
+                    self._worker.epoch,
                     min(self._credit, _AT_ONCE),
                     self._batch_room(),
                     (await self._models.get()).workers.get(source.route, 1),
@@ -167,19 +146,20 @@ class Leasing:
                 if leased.empty:
                     self._empty.note_empty(source, signals)
                     self._maybe_nonempty.discard(source)
-            self._credit -= len(leased.jobs)
-            self._held |= {Lease(job.job_id, job.attempt): job.queue for job in leased.jobs}
-            jobs += leased.jobs
             self._isolated_source = source if leased.isolated else None
-            if leased.isolated or self._holds_isolated():
+            if leased.isolated:
                 break
-        return jobs
+            if leased.jobs:
+                self._credit -= len(leased.jobs)
+                self.held |= {Lease(job.job_id, job.attempt): job.queue for job in leased.jobs}
+                return leased.jobs
+        return ()
 
     def _sources_in_turn(self) -> list[Source]:
         """Return the sources to ask now, beginning with another one each time."""
         if self._isolated_source is not None:
             # The jobs that it holds must end first, so none is added.
-            return [] if self._held else [self._isolated_source]
+            return [] if self.held else [self._isolated_source]
         if self._holds_isolated():
             return []
         self._next = (self._next + 1) % len(self.sources)
@@ -189,15 +169,15 @@ class Leasing:
     def _held_outside(self, shard: Shard) -> int:
         if len(self._shards.all) == 1:
             return 0
-        return sum(self._shards.of(lease.job_id) is not shard for lease in self._held)
+        return sum(self._shards.of(lease.job_id) is not shard for lease in self.held)
 
     def _holds_isolated(self) -> bool:
-        return any(queue.queue_class not in self._shareable for queue in self._held.values())
+        return any(queue.queue_class not in self._shareable for queue in self.held.values())
 
     def _batch_room(self) -> int:
         """Return how many batch jobs the worker may be leased; 0 where a few are not worth it."""
-        window = self._credit + len(self._held)
+        window = self._credit + len(self.held)
         # An interactive job must not wait for a window full of batch jobs.
         most = window - window // _INTERACTIVE_SHARE
-        room = most - sum(queue.queue_class == Priority.BATCH for queue in self._held.values())
+        room = most - sum(queue.queue_class == Priority.BATCH for queue in self.held.values())
         return room if room >= min(_LEAST_BATCH, max(1, most // 4)) else 0

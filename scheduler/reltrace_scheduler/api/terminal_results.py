@@ -1,9 +1,9 @@
 """The results of jobs that no worker ends."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2
 
@@ -17,8 +17,7 @@ _SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
 
 
 def cancelled(job_id: str, reason: str = "was cancelled") -> TerminalResult:
-    error = types_pb2.JobError(code=code_pb2.CANCELLED, message=reason)
-    return _result(job_id, None, "CANCELLED", error)
+    return _result(job_id, None, "CANCELLED", _error(code_pb2.CANCELLED, reason))
 
 
 def stalled(job_id: str) -> TerminalResult:
@@ -26,46 +25,58 @@ def stalled(job_id: str) -> TerminalResult:
 
 
 def overdue(job_id: str) -> TerminalResult:
-    message = "did not end within its timeout"
-    error = types_pb2.JobError(code=code_pb2.DEADLINE_EXCEEDED, message=message)
+    error = _error(code_pb2.DEADLINE_EXCEEDED, "did not end within its timeout")
     return _result(job_id, None, "FAILED", error)
 
 
 def quarantined(job: Condemned) -> TerminalResult:
     history = "; ".join(f"attempt {lost.attempt} on {lost.worker}" for lost in job.lost)
     message = f"lost its worker {len(job.lost)} times and is quarantined: {history}"
-    error = types_pb2.JobError(code=code_pb2.ABORTED, message=message)
+    error = _error(code_pb2.ABORTED, message)
     return _result(job.job_id, job.attempt, "QUARANTINED", error, job.lost)
 
 
 def failed(lease: Lease, error: types_pb2.JobError) -> TerminalResult:
-    """End a job whose attempts keep failing, with the error of the last one."""
     return _result(lease.job_id, lease.attempt, "FAILED", error)
 
 
 async def end(store: Store, counts: Counts, results: Sequence[TerminalResult]) -> int:
-    """End jobs; count and note those that this ended; return how many."""
+    """End jobs, and note those that this ended; return how many."""
     queues = await store.queue.end(results)
-    ended = [(result, queue) for result, queue in zip(results, queues, strict=True) if queue]
-    for result, queue in ended:
-        counts.ended.labels(queue.route, queue.tenant, result.state.lower()).inc()
-    if store.recent.enabled:
-        chunks = [(types_pb2.ResultChunk.FromString(r.data), queue) for r, queue in ended]
-        await store.recent.note([recent_job(chunk, queue) for chunk, queue in chunks])
+    ended = [
+        (types_pb2.ResultChunk.FromString(result.data), queue)
+        for result, queue in zip(results, queues, strict=True)
+        if queue
+    ]
+    await note_ended(store, counts, ended)
     return len(ended)
 
 
-def recent_job(
-    chunk: types_pb2.ResultChunk, queue: QueueName, worker: str = ""
+async def note_ended(
+    store: Store,
+    counts: Counts,
+    ended: Sequence[tuple[types_pb2.ResultChunk, QueueName]],
+    worker: str = "",
+) -> None:
+    """Count jobs that ended, by their last chunks, and note some for people to look at."""
+    labels = Counter((q.route, q.tenant, state_name(c.end.state).lower()) for c, q in ended)
+    for label, count in labels.items():
+        counts.ended.labels(*label).inc(count)
+    if store.recent.enabled:
+        await store.recent.note([_recent_job(chunk, queue, worker) for chunk, queue in ended])
+
+
+def _recent_job(
+    chunk: types_pb2.ResultChunk, queue: QueueName, worker: str
 ) -> tuple[RecentJob, bytes]:
-    """Return what people are shown of a job with its last chunk, if that is its whole result."""
+    """Return what is shown of a job, with its last chunk if that is its whole result."""
     end = chunk.end
     job = RecentJob(
         job=chunk.job_id,
         tenant=queue.tenant,
         model=queue.route,
         worker=end.lost_leases[-1].worker_id if end.lost_leases else worker,
-        state=types_pb2.JobState.Name(end.state).removeprefix("JOB_STATE_"),
+        state=state_name(end.state),
         at=time.time(),
         text="".join(chunk.header.tokens[:_SHOWN_TOKENS])[:_SHOWN_TEXT],
         error=end.error.message,
@@ -74,16 +85,20 @@ def recent_job(
     return job, chunk.SerializeToString() if whole else b""
 
 
+def state_name(state: types_pb2.JobState.ValueType) -> str:
+    """Return a state as the queue names it."""
+    return types_pb2.JobState.Name(state).removeprefix("JOB_STATE_")
+
+
 def lost_leases(lost: Sequence[LostLease]) -> list[types_pb2.LostLease]:
-    """Return lost leases as protobuf messages."""
-    messages = []
-    for lease in lost:
-        at = Timestamp()
-        at.FromMilliseconds(int(lease.lost_at * 1000))
-        messages.append(
-            types_pb2.LostLease(attempt=lease.attempt, worker_id=lease.worker, lost_at=at)
-        )
+    messages = [types_pb2.LostLease(attempt=x.attempt, worker_id=x.worker) for x in lost]
+    for message, lease in zip(messages, lost, strict=True):
+        message.lost_at.FromMilliseconds(int(lease.lost_at * 1000))
     return messages
+
+
+def _error(code: code_pb2.Code.ValueType, message: str) -> types_pb2.JobError:
+    return types_pb2.JobError(code=code, message=message)
 
 
 def _result(

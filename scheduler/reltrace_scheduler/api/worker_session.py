@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import timedelta
 
 import structlog
@@ -13,36 +13,24 @@ from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_scheduler.api import terminal_results
-from reltrace_scheduler.api.leasing import EmptyQueueCache, Leasing
+from reltrace_scheduler.api.leasing import UNKNOWN, EmptyQueueCache, Leasing
 from reltrace_scheduler.api.models import ModelCache
-from reltrace_scheduler.errors import InvalidRequestError, Violation
+from reltrace_scheduler.errors import invalid
 from reltrace_scheduler.keys import QueueName, submission_of
 from reltrace_scheduler.limits import MAX_NEW_TOKENS
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.job_queue import LOST, STORED
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.records import (
-    Lease,
-    LeasedJob,
-    ModelRecord,
-    NewChunk,
-    NewDraft,
-    Priority,
-    WorkerRecord,
-)
+from reltrace_scheduler.records import Lease, ModelRecord, NewChunk, Priority, WorkerRecord
 
 log = structlog.get_logger()
 
-_LEASES_BYTES = 16 << 20
 _DRAFT_BYTES = 1 << 18
 """More than a whole text needs with any vocabulary."""
 _MISSED = 2
 """Heartbeats that may be late before a worker is leased nothing: less than a lease."""
 
-_END_STATES = {
-    types_pb2.JOB_STATE_SUCCEEDED: "SUCCEEDED",
-    types_pb2.JOB_STATE_FAILED: "FAILED",
-}
+_END_STATES = (types_pb2.JOB_STATE_SUCCEEDED, types_pb2.JOB_STATE_FAILED)
 
 
 class Session:
@@ -75,9 +63,7 @@ class Session:
             seen_at=now,
             epoch=secrets.token_hex(8),
         )
-        self.leasing = Leasing(
-            store, models, empty, self.worker_id, self._record.epoch, self._record.routes
-        )
+        self.leasing = Leasing(store, models, empty, self._record)
         self._reconciled = False
         self._heard = time.monotonic()
         self._told_to_drain = False
@@ -85,10 +71,19 @@ class Session:
         self._lock = asyncio.Lock()
         self._log = log.bind(worker=self.worker_id)
 
-    async def open(self) -> None:
-        """Enter the worker and its models."""
+    async def open(self) -> worker_pb2.WorkResponse:
+        """Enter the worker and its models; return the welcome."""
         await self._store.registry.add(self._record)
         self._log.info("worker.connected", models=[model.name for model in self._record.models])
+        settings = self._store.settings
+        welcome = worker_pb2.Welcome(
+            lease=_duration(settings.lease),
+            heartbeat=_duration(settings.heartbeat),
+            results_url=self._store.results_url,
+            results_above_bytes=settings.results_above,
+            drafts=True,
+        )
+        return worker_pb2.WorkResponse(welcome=welcome)
 
     async def leave(self) -> None:
         """Forget the worker, and queue again what was leased while it left."""
@@ -98,31 +93,41 @@ class Session:
         await self._store.registry.forget(self.worker_id, epoch=self._record.epoch)
         self._log.info("worker.left")
 
-    async def lease(self) -> list[worker_pb2.WorkResponse]:
-        """Lease queued jobs, as many as the worker has room for; empty: nothing to do."""
+    async def lease(self) -> worker_pb2.WorkResponse | None:
+        """Lease queued jobs, as many as the worker has room for; None: nothing to do."""
         async with self._lock:
             # The first heartbeat names the leases from before; they must be known first.
             ready = self._reconciled and not self._is_silent()
-            jobs = await self.leasing.lease() if ready else []
-        for route, count in Counter(job.queue.route for job in jobs).items():
-            self._counts.leased.labels(route).inc(count)
-        messages = list(_lease_messages(jobs))
-        for lease in (lease for message in messages for lease in message.leases.leases):
+            jobs = await self.leasing.lease() if ready else ()
+        if not jobs:
+            return None
+        self._counts.leased.labels(jobs[0].queue.route).inc(len(jobs))
+        leases = worker_pb2.Leases()
+        for job in jobs:
+            batch = job.queue.queue_class == Priority.BATCH
+            lease = leases.leases.add(
+                job_id=job.job_id,
+                attempt=job.attempt,
+                queued_for=_duration(job.queued_for),
+                priority=types_pb2.PRIORITY_BATCH if batch else types_pb2.PRIORITY_INTERACTIVE,
+                tenant=job.queue.tenant,
+            )
+            lease.spec.MergeFromString(job.spec)
             if lease.spec.traceparent:
                 self._spans.record(
                     "reltrace.queued",
                     lease.spec.traceparent,
-                    lease.queued_for.ToTimedelta().total_seconds(),
-                    job=lease.job_id,
-                    attempt=lease.attempt,
-                    tenant=lease.tenant,
+                    job.queued_for,
+                    job=job.job_id,
+                    attempt=job.attempt,
+                    tenant=job.queue.tenant,
                     worker=self.worker_id,
                 )
-        return messages
+        return worker_pb2.WorkResponse(leases=leases)
 
     async def check(self) -> list[worker_pb2.WorkResponse]:
         """Return which leases are not the worker's any more, and whether it is to drain."""
-        lost = await self._queue.lost(self.worker_id, self.leasing.leases)
+        lost = await self._queue.lost(self.worker_id, list(self.leasing.held))
         return [*self._revoke(lost), *await self._drain()]
 
     async def handle(self, request: worker_pb2.WorkRequest) -> list[worker_pb2.WorkResponse]:
@@ -141,9 +146,7 @@ class Session:
                 drafts = [_new_draft(n, draft) for n, draft in enumerate(request.drafts.drafts)]
                 await self._store.results.write_drafts(self.worker_id, drafts)
             case other:
-                raise InvalidRequestError(
-                    Violation(other or "message", "is not allowed here: hello is sent once, first")
-                )
+                raise invalid(other or "message", "is not allowed here: hello is sent once, first")
         return []
 
     def _is_silent(self) -> bool:
@@ -171,7 +174,7 @@ class Session:
             lost = await self._queue.reconcile(self.worker_id, leases)
             if lost:
                 self._log.warning("leases.undelivered", jobs=lost)
-            self.leasing.restore(leases)
+            self.leasing.held = dict.fromkeys(leases, UNKNOWN)
             self._reconciled = True
         return [*self._revoke(await self._queue.renew(self.worker_id, leases)), *drain]
 
@@ -209,105 +212,64 @@ class Session:
         outcome = await self._queue.commit(self.worker_id, chunks)
         for index, code in enumerate(outcome):
             if code not in (LOST, STORED):
-                raise InvalidRequestError(
-                    Violation(
-                        f"results.chunks[{index}].chunk.number",
-                        f"{chunks[index].number} is out of order",
-                    )
-                )
-        ended = self._count(chunks, outcome)
-        if self._store.recent.enabled:
-            await self._store.recent.note(
-                [
-                    terminal_results.recent_job(results.chunks[index].chunk, queue, self.worker_id)
-                    for index, queue in ended.items()
-                ]
-            )
-        lost = {c.lease for c, code in zip(chunks, outcome, strict=True) if code == LOST}
+                field = f"results.chunks[{index}].chunk.number"
+                raise invalid(field, f"{chunks[index].number} is out of order")
+        lost: set[Lease] = set()
+        sizes: Counter[str] = Counter()
+        ended: list[tuple[types_pb2.ResultChunk, QueueName]] = []
+        for new, leased, code in zip(chunks, results.chunks, outcome, strict=True):
+            queue = self.leasing.held.get(new.lease, UNKNOWN)
+            if new.end:
+                self.leasing.drop([new.lease])
+            if code == LOST:
+                lost.add(new.lease)
+                continue
+            sizes[queue.route] += len(new.data)
+            if new.end:
+                ended.append((leased.chunk, queue))
+        for route, size in sizes.items():
+            self._counts.result_bytes.labels(route).inc(size)
+        await terminal_results.note_ended(self._store, self._counts, ended, self.worker_id)
         return [
             *self._revoke(sorted(lost, key=lambda lease: lease.job_id)),
             worker_pb2.WorkResponse(committed=worker_pb2.Committed(id=results.id)),
         ]
 
-    def _count(self, chunks: list[NewChunk], outcome: list[int]) -> dict[int, QueueName]:
-        """Count what was stored, drop the leases that ended, and return their queues by chunk."""
-        over: dict[int, QueueName] = {}
-        sizes: Counter[str] = Counter()
-        ended: Counter[tuple[str, str, str]] = Counter()
-        for index, (chunk, code) in enumerate(zip(chunks, outcome, strict=True)):
-            queue = self.leasing.queue_of(chunk.lease)
-            if chunk.end:
-                self.leasing.drop([chunk.lease])
-            if code == STORED:
-                sizes[queue.route] += len(chunk.data)
-                if chunk.end:
-                    ended[queue.route, queue.tenant, chunk.end.lower()] += 1
-                    over[index] = queue
-        for route, size in sizes.items():
-            self._counts.result_bytes.labels(route).inc(size)
-        for labels, count in ended.items():
-            self._counts.ended.labels(*labels).inc(count)
-        return over
-
 
 def _new_chunk(index: int, leased: worker_pb2.LeasedChunk) -> NewChunk:
     chunk, path = leased.chunk, f"results.chunks[{index}].chunk"
-    _check(bool(submission_of(chunk.job_id)), f"{path}.job_id", f"{chunk.job_id!r} is no job id")
-    _check(chunk.number >= 1, f"{path}.number", "counts from 1")
+    if not submission_of(chunk.job_id):
+        raise invalid(f"{path}.job_id", f"{chunk.job_id!r} is no job id")
+    if chunk.number < 1:
+        raise invalid(f"{path}.number", "counts from 1")
     end = ""
     if chunk.HasField("end"):
-        end = _END_STATES.get(chunk.end.state, "")
-        _check(bool(end), f"{path}.end.state", "must be SUCCEEDED or FAILED")
+        if chunk.end.state not in _END_STATES:
+            raise invalid(f"{path}.end.state", "must be SUCCEEDED or FAILED")
+        end = terminal_results.state_name(chunk.end.state)
     lease = Lease(chunk.job_id, leased.attempt)
     return NewChunk(lease, chunk.number, end, chunk.SerializeToString())
 
 
-def _new_draft(index: int, draft: types_pb2.Draft) -> NewDraft:
-    path, ids, size = f"drafts.drafts[{index}]", len(draft.token_ids), draft.ByteSize()
-    _check(bool(submission_of(draft.job_id)), f"{path}.job_id", f"{draft.job_id!r} is no job id")
-    _check(
-        1 <= ids <= MAX_NEW_TOKENS - draft.first,
-        f"{path}.token_ids",
-        f"has {ids} from {draft.first} on; a draft has at least one, and a text at most "
-        f"{MAX_NEW_TOKENS}",
-    )
-    _check(
-        len(draft.tokens) == ids, f"{path}.tokens", f"has {len(draft.tokens)} tokens for {ids} ids"
-    )
-    _check(size <= _DRAFT_BYTES, path, f"is {size} bytes long; at most {_DRAFT_BYTES} are allowed")
-    return NewDraft(Lease(draft.job_id, draft.attempt), draft.SerializeToString())
-
-
-def _check(valid: bool, field: str, problem: str) -> None:
-    if not valid:
-        raise InvalidRequestError(Violation(field, problem))
+def _new_draft(index: int, draft: types_pb2.Draft) -> tuple[Lease, bytes]:
+    path, ids = f"drafts.drafts[{index}]", len(draft.token_ids)
+    if not submission_of(draft.job_id):
+        raise invalid(f"{path}.job_id", f"{draft.job_id!r} is no job id")
+    if not 1 <= ids <= MAX_NEW_TOKENS - draft.first:
+        problem = f"must be 1 at least, and with those before {MAX_NEW_TOKENS} at most"
+        raise invalid(f"{path}.token_ids", problem)
+    if len(draft.tokens) != ids:
+        raise invalid(f"{path}.tokens", f"must be as many as the {ids} token_ids")
+    if draft.ByteSize() > _DRAFT_BYTES:
+        raise invalid(path, f"must be at most {_DRAFT_BYTES} bytes long")
+    return Lease(draft.job_id, draft.attempt), draft.SerializeToString()
 
 
 def _leases(refs: Iterable[worker_pb2.LeaseRef]) -> list[Lease]:
     return [Lease(ref.job_id, ref.attempt) for ref in refs]
 
 
-def _lease_messages(jobs: list[LeasedJob]) -> Iterator[worker_pb2.WorkResponse]:
-    message, size = worker_pb2.Leases(), 0
-    for job in jobs:
-        if size and size + len(job.spec) > _LEASES_BYTES:
-            yield worker_pb2.WorkResponse(leases=message)
-            message, size = worker_pb2.Leases(), 0
-        batch = job.queue.queue_class == Priority.BATCH
-        lease = message.leases.add(
-            job_id=job.job_id,
-            attempt=job.attempt,
-            queued_for=duration(job.queued_for),
-            priority=types_pb2.PRIORITY_BATCH if batch else types_pb2.PRIORITY_INTERACTIVE,
-            tenant=job.queue.tenant,
-        )
-        lease.spec.MergeFromString(job.spec)
-        size += len(job.spec)
-    if size:
-        yield worker_pb2.WorkResponse(leases=message)
-
-
-def duration(seconds: float) -> Duration:
+def _duration(seconds: float) -> Duration:
     wire = Duration()
     wire.FromTimedelta(timedelta(seconds=seconds))
     return wire

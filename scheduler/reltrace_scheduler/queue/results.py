@@ -6,7 +6,7 @@ from typing import Any
 
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.queue.shards import Shards, milliseconds
-from reltrace_scheduler.records import NewDraft, Progress, StoredChunk, StoredDraft
+from reltrace_scheduler.records import Lease, Progress, StoredChunk, StoredDraft
 
 _IDEMPOTENCY_TTL = 600.0
 """Seconds that a key is kept after its results: longer than a client repeats one call."""
@@ -98,12 +98,12 @@ class Results:
             if int(freed) < _PAGE:
                 return total
 
-    async def write_drafts(self, worker: str, drafts: Sequence[NewDraft]) -> int:
-        """Keep drafts of jobs that are leased to the worker; return how many.
+    async def write_drafts(self, worker: str, drafts: Sequence[tuple[Lease, bytes]]) -> int:
+        """Keep serialized ``Draft`` of jobs that are leased to the worker; return how many.
 
         They are hints beside the results: nothing waits for them, and nothing is lost with them.
         """
-        rows = [(draft.lease.job_id, draft.lease.attempt, draft.data) for draft in drafts]
+        rows = [(lease.job_id, lease.attempt, data) for lease, data in drafts]
         ttl = milliseconds(_DRAFT_TTL)
         return sum(
             await self._shards.run("draft", rows, worker, ttl, _DRAFT_BYTES, _DRAFT_OVERHEAD)

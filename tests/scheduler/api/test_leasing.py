@@ -44,7 +44,7 @@ class Workers:
             connected_at=0.0, seen_at=0.0, epoch=f"epoch of {name}",
         )  # fmt: skip
         await self.store.registry.add(record)
-        leasing = Leasing(self.store, self._models, self._empty, name, f"epoch of {name}", ROUTES)
+        leasing = Leasing(self.store, self._models, self._empty, record)
         leasing.add_credit(1000)
         return leasing
 
@@ -100,7 +100,7 @@ async def test_jobs_come_from_every_route_and_every_shard(workers: Workers) -> N
     leased = await everything(worker)
     assert sorted(job.job_id for job in leased) == sorted(submitted)
     assert {workers.store.shards.of(job.job_id).key.shard for job in leased} == set(range(SHARDS))
-    held = {worker.queue_of(Lease(job.job_id, job.attempt)).route for job in leased}
+    held = {worker.held[Lease(job.job_id, job.attempt)].route for job in leased}
     assert held == set(ROUTES)
 
 
@@ -156,12 +156,12 @@ async def test_suspects_are_held_alone_whatever_else_waits(workers: Workers) -> 
     for _ in range(100):
         worker.wake_all()
         jobs = await worker.lease()
-        held = {worker.queue_of(lease).queue_class for lease in worker.leases}
+        held = {queue.queue_class for queue in worker.held.values()}
         assert held in (set(), {"isolate_group"}, {Priority.INTERACTIVE}), held
         if not jobs:
-            seen += [lease.job_id for lease in worker.leases]
-            await _end(workers, worker.leases)
-            worker.drop(worker.leases)
+            seen += [lease.job_id for lease in worker.held]
+            await _end(workers, list(worker.held))
+            worker.drop(list(worker.held))
         if len(seen) == len(lost) + len(others):
             break
     assert sorted(seen) == sorted(lost + others)
