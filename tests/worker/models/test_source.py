@@ -69,7 +69,7 @@ def test_the_revision_of_a_hub_model_is_a_commit(hub: Path) -> None:
 def test_what_is_not_in_the_cache_is_named(hub: Path) -> None:
     with pytest.raises(ModelError, match=r"no folder 'nobody/x', and as a hub id it can not be"):
         load_model("nobody/x")
-    with pytest.raises(ModelError, match=r"as a hub id at 'v3' it can not be loaded: .*HF_HUB_OFFLINE"):
+    with pytest.raises(ModelError, match=r"as a hub id at 'v3' it can not be loaded: .*OFFLINE"):
         load_model("acme/tiny", revision="v3")
     # A download that was interrupted.
     (hub / "snapshots" / FIRST / "model.safetensors").unlink()
