@@ -8,6 +8,8 @@ from typing import Annotated
 from reltrace_proto.options import option
 from reltrace_proto.telemetry import LogFormat
 
+from reltrace_scheduler.errors import StartError
+
 
 class Fsync(StrEnum):
     """When the embedded Redis writes its file to the disk (Redis' `appendfsync`)."""
@@ -192,21 +194,15 @@ class Settings:
         return self.lease / 3
 
 
-MAX_JOBS_PER_REQUEST = 1000
-MAX_REQUEST_BYTES = 16 << 20
-MAX_PROMPT_BYTES = 1 << 20
-MAX_TARGETS_PER_JOB = 1024
-MAX_MESSAGES = 1024
-MAX_ROLE = 64
-MAX_EDITS_PER_JOB = 256
-MAX_NEW_TOKENS = 1024
-MAX_CORPUS_PROMPTS = 1 << 16
-MAX_ATLAS_PLACES = 64
-MAX_TEMPERATURE = 100
-MAX_EDITED_FEATURES = 65536
-# A norm squares what flows through it, which has to stay within float32.
-LARGEST_EDIT = 1e9
+def host_and_port(option: str, address: str) -> tuple[str, int]:
+    """Return the host and the port of an address that an option names.
 
-# Above our own limit, so that an over-long message gets an error that names it; what is
-# longer still is refused by gRPC itself with RESOURCE_EXHAUSTED.
-MAX_TRANSPORT_BYTES = 64 << 20
+    Raises
+    ------
+    StartError
+        It is not HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise StartError(f"{option} {address}: must be HOST:PORT, such as 127.0.0.1:8080")
+    return host.strip("[]"), int(port)

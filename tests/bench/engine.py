@@ -35,6 +35,7 @@ from reltrace_worker.engine import Checkpointing, Engine
 from reltrace_worker.engine.pack import Pack, Readout
 from reltrace_worker.lrp import RULES, apply_rule
 from reltrace_worker.lrp.linear import linear_layers, through_onednn
+from reltrace_worker.lrp.ops import compile_functions
 from reltrace_worker.models.loading import LoadedModel, ModelShape
 from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import JobResult
@@ -312,7 +313,9 @@ def main() -> None:
         loaded = build(shape, dtype, given.device)
         report["attention"] = Engine(loaded).attention
         if "example" in parts:
-            engine = Engine(loaded, compile=given.compile)
+            if given.compile:
+                compile_functions(loaded.device, loaded.dtype)
+            engine = Engine(loaded)
             report["example"] = against_example(
                 loaded, inputs, given.rounds, engine, given.example_every
             )

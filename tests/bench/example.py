@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from reltrace_worker.lrp import lxt_functions as lxt
+from reltrace_worker.lrp.lxt_rules import import_lxt
 from transformers.models.llama import modeling_llama
+
+lxt = import_lxt("patches")
 
 
 def _keep(module: Any, _: Any, output: Any) -> None:

@@ -91,5 +91,5 @@ def test_a_number_can_be_traced_back(
     assert origin.model == model
     assert origin.revision.startswith("sha256:")
     assert (origin.rule, origin.dtype, origin.attention) == ("attnlrp", "float32", "sdpa")
-    assert set(origin.versions) == {"lxt", "torch", "transformers", "reltrace-worker"}
-    assert origin.versions["lxt"] == "2.1"
+    assert set(origin.versions) == {"torch", "transformers", "reltrace-worker"}
+    assert origin.rule_functions == "fused"

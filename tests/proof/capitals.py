@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import reltrace
-from reltrace.evaluation.table import table, verdict
+from reltrace.evaluation.evaluation import table, verdict
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},

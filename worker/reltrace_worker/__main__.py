@@ -48,6 +48,13 @@ class Checkpointing(StrEnum):
     OFF = "off"
 
 
+class RuleFunctions(StrEnum):
+    """Whose functions the rules run."""
+
+    FUSED = "fused"
+    LXT = "lxt"
+
+
 @app.command()
 def worker(
     scheduler: Annotated[
@@ -118,6 +125,14 @@ def worker(
             "auto: where a pass would not fit otherwise.",
         ),
     ] = Checkpointing.AUTO,
+    rules: Annotated[
+        RuleFunctions,
+        typer.Option(
+            envvar="RELTRACE_RULES",
+            help="Whose functions AttnLRP and CP-LRP run: fused ones of reltrace, or LXT's own "
+            "(slower; needs the package lxt). Both give the same numbers.",
+        ),
+    ] = RuleFunctions.FUSED,
     compile_rules: Annotated[
         bool,
         typer.Option(
@@ -274,6 +289,7 @@ def worker(
                     device_map=device_map,
                     load_in_4bit=load_in_4bit,
                     checkpointing=checkpointing.value,
+                    rules=rules.value,
                     compile=compile_rules,
                     max_tokens=None if max_tokens == "auto" else int(max_tokens),
                     memory_gib=memory_gib,

@@ -18,10 +18,10 @@ from reltrace.atlas.labels import Standouts, label_of
 from reltrace.atlas.merged import Merged
 from reltrace.atlas.reader import Reader
 from reltrace.atlas.search import FeatureMatch, Search, ranked
+from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import LISTS, MEASURES, SITES, SUMS
 from reltrace.types.checks import whole_number
 from reltrace.types.errors import invalid
-from reltrace.types.trace import Array
 
 _LABELS_KEPT = 1 << 16
 

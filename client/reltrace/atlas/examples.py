@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from reltrace.atlas.merged import quantile
+from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import MEASURES
 from reltrace.types.checks import number
 from reltrace.types.edit import Steer, finite
 from reltrace.types.errors import invalid
 from reltrace.types.token_text import readable_all
-from reltrace.types.trace import Array
 
 BEFORE, AFTER = 24, 8
 """Tokens of a context before and after the one where the feature is strong."""

@@ -17,9 +17,9 @@ from reltrace.atlas.slices import firsts
 from reltrace.atlas.token_counts import WordCounts
 from reltrace.storage.atomic_files import lock_folder, replace_file
 from reltrace.storage.tensor_files import write_tensors
+from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import SITES, AtlasPart
 from reltrace.types.errors import InvalidArgument, TraceError, invalid
-from reltrace.types.trace import Array
 
 _FORMAT = 3
 _ATLAS, _CORPUS = "atlas.safetensors", "corpus"

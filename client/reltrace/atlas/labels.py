@@ -11,8 +11,8 @@ from reltrace.atlas.examples import BEFORE, StandsOut
 from reltrace.atlas.folder import State
 from reltrace.atlas.reader import Reader
 from reltrace.atlas.token_counts import log_odds
+from reltrace.types.arrays import Array
 from reltrace.types.token_text import visible_token
-from reltrace.types.trace import Array
 
 _WORDS = 3
 """Of a label."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import SUMS
-from reltrace.types.trace import Array
 
 _LOW = (1 << 32) - 1
 _TOKEN_BITS = 16

@@ -8,9 +8,9 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from reltrace.atlas.folder import Corpus, Folder, State
+from reltrace.types.arrays import Array
 from reltrace.types.errors import invalid
 from reltrace.types.token_text import readable
-from reltrace.types.trace import Array
 
 _SLICES_OPEN = 1024
 _PROMPTS_KEPT = 1024

@@ -12,9 +12,9 @@ import numpy as np
 from reltrace.atlas.examples import BEFORE, Context
 from reltrace.atlas.folder import State
 from reltrace.atlas.reader import Reader
+from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import LISTS
 from reltrace.types.token_text import is_partial_character, join_partial_characters, printable
-from reltrace.types.trace import Array
 
 _TOKEN_BITS = 16
 

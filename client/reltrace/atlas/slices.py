@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from reltrace_proto.v1 import types_pb2
 
+from reltrace.types.arrays import Array
 from reltrace.types.checks import check_encodable
 from reltrace.types.errors import invalid
 from reltrace.types.prompt import chat_to_wire
-from reltrace.types.trace import Array
 
 _FIRST = 16
 """Prompts of the first slices: on a small model on two cores, some seconds."""

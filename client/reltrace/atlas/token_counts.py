@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from reltrace.types.trace import Array
+from reltrace.types.arrays import Array
 
 _PRIOR = 10.0
 """Tokens that the corpus is taken to have added to either side: what was seen once, says little."""

@@ -241,7 +241,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except ValueError as error:
         raise invalid("out", f"{path} is damaged: {error}") from error
     if manifest.get("format") != _FORMAT:
-        raise invalid("out", f"{path} is of format {manifest.get('format')!r}, not {_FORMAT!r}")
+        raise invalid(
+            "out",
+            f"{path} is of format {manifest.get('format')!r}, and this version reads {_FORMAT!r}: "
+            "use a new folder",
+        )
     return manifest
 
 

@@ -17,8 +17,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from reltrace.types.arrays import Array
 from reltrace.types.errors import InvalidArgument, TraceError, invalid
-from reltrace.types.trace import Array
 
 NAME = "journal.sqlite"
 

@@ -13,8 +13,9 @@ import numpy as np
 from reltrace.storage.atomic_files import replace_file
 from reltrace.storage.tensor_files import write_tensors
 from reltrace.storage.trace_files import describe, location_of, restore, tensors_of
+from reltrace.types.arrays import Array
 from reltrace.types.errors import MissingDependency, invalid
-from reltrace.types.trace import Array, Trace
+from reltrace.types.trace import Trace
 
 PartFormat: TypeAlias = Literal["safetensors", "parquet"]
 _FORMAT = "reltrace-batch-part-1"

@@ -17,8 +17,8 @@ from reltrace.types.errors import ModelNotFound, RpcStatus, invalid
 
 log = logging.getLogger("reltrace")
 
-_LOOK_AGAIN = 5.0
-"""Seconds between looks at what is served, for a revision that has gone."""
+# Seconds between checks of what is served.
+_CHECK_INTERVAL = 5.0
 
 
 def route_of(model: info.Model) -> str:
@@ -27,22 +27,14 @@ def route_of(model: info.Model) -> str:
 
 
 def named(models: Sequence[info.Model], name: str) -> list[info.Model]:
-    """Return the models that a name may mean, of which a server takes a single one.
-
-    Parameters
-    ----------
-    models : sequence of Model
-        What the server lists.
-    name : str
-        NAME, NAME@REVISION, or "" for the only one.
-    """
+    """Return the models that NAME, NAME@REVISION, or "" for the only one, may mean."""
     if not name:
         return [model for model in models if model.workers] or list(models)
     return [model for model in models if name in (model.name, route_of(model))]
 
 
 def only(models: Sequence[info.Model], name: str) -> info.Model | None:
-    """Return the model that a name means; None: that is for the server to say.
+    """Return the model that a name means; None: the server will say what is wrong with it.
 
     Raises
     ------
@@ -62,29 +54,17 @@ def only(models: Sequence[info.Model], name: str) -> info.Model | None:
 
 
 class Pins:
-    """The revisions that a run asks for. Upgrades while it runs change nothing in it.
-
-    Parameters
-    ----------
-    connection : Connection
-        To the servers.
-    """
+    """The revisions that a run asks for. Upgrades while it runs change nothing in it."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._routes: dict[str, str] = {}
 
     async def route(self, name: str, deadline: Deadline) -> str:
-        """Return what jobs for a model ask for: NAME@REVISION, from the first call on the same.
+        """Return NAME@REVISION for a name as on the wire; from the first call on the same.
 
-        A name that the server does not list is returned as it is: the server says what is wrong.
-
-        Parameters
-        ----------
-        name : str
-            As on the wire: "" for the only model.
-        deadline : Deadline
-            For a server without any worker so far.
+        A name that the server does not list is returned as it is. While the server has had no
+        worker so far, its first one is waited for.
 
         Raises
         ------
@@ -94,7 +74,7 @@ class Pins:
             If the server can not be reached.
         """
         if name not in self._routes:
-            model = only(await self._known(deadline), name)
+            model = only(await self._wait_for_models(deadline), name)
             if model is None:
                 return name
             route = route_of(model)
@@ -104,50 +84,49 @@ class Pins:
             self._routes[name] = route
         return self._routes[name]
 
-    async def _known(self, deadline: Deadline) -> list[info.Model]:
-        """Return the models that the server knows; waits for its first worker."""
+    async def _wait_for_models(self, deadline: Deadline) -> list[info.Model]:
         retries = self._connection.retries(deadline)
-        while not (models := await self._listed(deadline)):
+        while not (models := await self._models(deadline)):
             message = "no worker has connected yet, so no model is served"
             await retries.after(RpcStatus(grpc.StatusCode.UNAVAILABLE, message))
         retries.succeeded()
         return models
 
-    async def _listed(self, deadline: Deadline) -> list[info.Model]:
+    async def _models(self, deadline: Deadline) -> list[info.Model]:
         answer = await self._connection.call(
             lambda server: server.traces.ListModels, trace_pb2.ListModelsRequest(), deadline
         )
         return info.models(answer)
 
     async def watch(self) -> None:
-        """Look at times whether the revisions are served still; never returns.
+        """Check at intervals that the revisions are still served; never returns.
 
         While no revision of a model is served, its jobs wait for a worker: it may be starting.
 
         Raises
         ------
         ModelNotFound
-            If one is gone, while another one of the model is served, for the client's
+            If one has gone, while another one of the model is served, for the client's
             `retry_timeout`.
         """
-        gone: dict[str, float] = {}
+        gone_since: dict[str, float] = {}
         while True:
-            await asyncio.sleep(_LOOK_AGAIN)
+            await asyncio.sleep(_CHECK_INTERVAL)
             if not self._routes:
                 continue
-            models = [m for m in await self._listed(Deadline(None)) if m.workers]
+            models = [m for m in await self._models(Deadline(None)) if m.workers]
             now, patience = time.monotonic(), self._connection.retry_timeout
             for route in set(self._routes.values()):
-                others = [m for m in models if m.name == route.partition("@")[0]]
-                if not others or any(route_of(model) == route for model in others):
-                    gone.pop(route, None)
+                revisions = [m for m in models if m.name == route.partition("@")[0]]
+                if not revisions or any(route_of(model) == route for model in revisions):
+                    gone_since.pop(route, None)
                     continue
                 message = (
                     f"model: this run asks for {route}, which no worker serves any more; "
-                    f"served: {', '.join(map(route_of, others))}"
+                    f"served: {', '.join(map(route_of, revisions))}"
                 )
-                if route not in gone:
-                    gone[route] = now
+                if route not in gone_since:
+                    gone_since[route] = now
                     log.warning("%s; waiting %.0f s for it", message, patience)
-                elif now - gone[route] >= patience:
+                elif now - gone_since[route] >= patience:
                     raise ModelNotFound(message)

@@ -11,30 +11,27 @@ from typing import Any, Self
 
 from reltrace.types.failure import Failure
 
+# Seconds. A pass of the model gives many results at once: those that come within `_BURST` count as
+# one moment, and a rate is told once two moments are `_MIN_SPAN` apart.
 _WINDOW = 60.0
 _BURST = 0.5
-_EVIDENCE = 2.0
-"""Seconds. A pass of the model gives many results at once: what comes within `_BURST` counts as one
-moment, and a rate is told once two moments lie `_EVIDENCE` apart."""
+_MIN_SPAN = 2.0
 
 
 class Rate:
-    """How many results come per second, of late.
+    """Results per second over the last minute, or between the last two moments.
 
-    Parameters
-    ----------
-    clock : callable
-        Seconds that rise.
+    The first moment is not counted: what was before it was spent on other jobs, or on the start
+    of a worker.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._count = 0
-        # Moments at which results came, with how many there were after each.
+        # Moments at which results came, each with the count after it.
         self._moments: deque[tuple[float, int]] = deque()
 
     def add(self, count: int) -> None:
-        """Note results that come now."""
         now = self._clock()
         self._count += count
         if self._moments and now - self._moments[-1][0] < _BURST:
@@ -45,15 +42,11 @@ class Rate:
             self._moments.popleft()
 
     def per_second(self) -> float | None:
-        """Return the rate of the last minute, or between the last two moments; None: not known.
-
-        What came first is not counted: the time before it has been that of other jobs, or of a
-        worker that starts.
-        """
+        """Return the rate; None: not known yet."""
         if not self._moments:
             return None
         (first, before), (last, after) = self._moments[0], self._moments[-1]
-        return (after - before) / (last - first) if last - first >= _EVIDENCE else None
+        return (after - before) / (last - first) if last - first >= _MIN_SPAN else None
 
 
 class Progress:
@@ -62,15 +55,15 @@ class Progress:
     Parameters
     ----------
     items : object
-        What is worked through; its length, where it has one, is the bar's end.
+        What is worked through; its length, if it has one, is the bar's end.
     shown : bool
         Whether there is a bar at all.
     unit : str
         What is counted.
     total : int or None
-        The bar's end, instead of the length of `items`.
+        The bar's end, if `items` has no length.
     interval : float
-        Seconds between two pictures of the bar, at least.
+        Seconds between two updates of the bar, at least.
     """
 
     def __init__(
@@ -94,8 +87,11 @@ class Progress:
         self.begin(0)
         return self
 
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def begin(self, done: int) -> None:
-        """Show the bar, with what is done already."""
+        """Show the bar, with the number of results that are there already."""
         if self._shown:
             self._bar = _bar_class()(
                 total=self._total,
@@ -105,64 +101,57 @@ class Progress:
                 miniters=1,
             )
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Draw the bar for the last time."""
         if self._bar is not None:
             self._bar.close()
 
-    def add(self, count: int) -> None:
-        """Note some that are done."""
-        if self._bar is not None:
-            with self._lock:
-                self._bar.recent.add(count)
-                self._bar.update(count)
+    def add(self, count: int, failed: int = 0) -> None:
+        """Count results, of which some failed."""
+        if self._bar is None:
+            return
+        with self._lock:
+            self._failures += failed
+            if failed:
+                self._bar.set_postfix(failed=self._failures, refresh=False)
+            self._bar.recent.add(count)
+            self._bar.update(count)
 
     def count(self, result: object) -> None:
-        """Note one result."""
+        """Count one result."""
         self.result(failed=isinstance(result, Failure))
 
     def result(self, failed: bool) -> None:
-        """Note one result, and whether it failed."""
-        if failed and self._bar is not None:
-            with self._lock:
-                self._failures += 1
-                self._bar.set_postfix(failed=self._failures, refresh=False)
-        self.add(1)
+        self.add(1, failed=int(failed))
 
 
 def _bar_class() -> Any:
-    """Return the bar for where we are: a widget in a notebook that has widgets, else text."""
+    """Return a class of bars: widgets in a notebook that has them, else text."""
     from tqdm import TqdmWarning
 
     with warnings.catch_warnings():
-        # A notebook without ipywidgets gets the bar as text, which is all there is to say.
+        # The warning that a notebook has no ipywidgets, so that the bar is text.
         warnings.simplefilter("ignore", TqdmWarning)
         from tqdm.auto import tqdm
 
     class Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
-        """Tells the recent rate and what it makes of the rest; "?" while it is not known.
+        """Shows the recent rate and the time left by it; "?" while it is not known.
 
-        tqdm's own rate begins at the bar's first picture: where jobs wait, it is far too low.
+        tqdm's own rate begins when the bar is shown: if jobs wait at first, it is far too low.
         """
 
         def __init__(self, **options: Any) -> None:
             self.recent = Rate()
-            self.over = False
+            self.closing = False
             super().__init__(**options)
 
         @property
         def format_dict(self) -> dict[str, Any]:
-            """What the bar is drawn from."""
-            # The last picture has the rate of the whole run, which tqdm finds where there is none.
-            rate = None if self.over else self.recent.per_second() or 0
+            # At the end None, for which tqdm shows the rate of the whole run.
+            rate = None if self.closing else self.recent.per_second() or 0
             return {**super().format_dict, "rate": rate}
 
         def close(self) -> None:
-            """Draw the bar for the last time."""
-            self.over = True
+            self.closing = True
             super().close()
 
     return Bar

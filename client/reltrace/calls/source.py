@@ -5,40 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from types import UnionType
-from typing import Any, Protocol
+from typing import Any
 
 from reltrace.types.errors import invalid
 
-# How long a partial submission waits for a source that is about to give more.
+# Seconds that a partial submission waits for a source that is about to give more.
 _LINGER = 0.002
 
 
-class Source(Protocol):
-    """Items, pulled no further ahead than asked for."""
-
-    async def take(self, limit: int, wait: bool) -> list[Any] | None:
-        """Return up to `limit` items; None: there are no more.
-
-        With `wait` false, an empty list means that the source would block.
-        An exception that the source raises comes out here, after its items.
-        """
-        ...
-
-    async def close(self) -> None:
-        """Stop pulling."""
-        ...
-
-
 def open_source(items: object, argument: str = "items") -> Source:
-    """Return the source for what was passed as `items`, or as another argument.
-
-    Raises
-    ------
-    InvalidArgument
-        If it is no iterable of items.
-    """
+    """Return the source for an argument; raise InvalidArgument if it is no iterable of items."""
     check_iterable(items, argument, Iterable | AsyncIterable)
     if isinstance(items, list | tuple):
         return _Ready(items)
@@ -57,168 +35,172 @@ def check_iterable(items: object, argument: str, kinds: UnionType | type = Itera
         raise invalid(argument, f"must be an iterable of {argument}, not {kind}")
 
 
-class _Ready:
-    """A list or tuple: never blocks."""
-
-    def __init__(self, items: list[Any] | tuple[Any, ...]) -> None:
-        self._items = items
-        self._next = 0
-
-    async def take(self, limit: int, wait: bool) -> list[Any] | None:
-        taken = list(self._items[self._next : self._next + limit])
-        self._next += len(taken)
-        return taken or None
-
-    async def close(self) -> None:
-        pass
-
-
-class _Buffer:
-    """Items between whoever pulls the source and whoever takes them; at most `allowed`."""
+class Source:
+    """Items that something else pulls, no further ahead than asked for."""
 
     def __init__(self) -> None:
-        self.items: deque[Any] = deque()
-        self.ended = False
-        self.error: Exception | None = None
-        self.arrived = asyncio.Event()
+        self._items: deque[Any] = deque()
+        self._arrived = asyncio.Event()
+        self._error: Exception | None = None
+        self._ended = False
+        self._closed = False
+        # How many more may be pulled, and whether one is being pulled.
+        self._allowed = 0
+        self._pulling = False
 
     async def take(self, limit: int, wait: bool) -> list[Any] | None:
-        # Cleared before the look at `items`: what arrives after the look sets it again.
-        self.arrived.clear()
-        if not self.items and not self.ended:
+        """Return up to `limit` items; None: there are no more.
+
+        With `wait` false, an empty list means that the source would block.
+        An exception that the source raises comes out here, after its items.
+        """
+        self._allow(limit)
+        # Cleared before the look at the items: what arrives after the look sets it again.
+        self._arrived.clear()
+        if not self._items and not self._ended:
             try:
                 # Not wait_for: that of Python 3.11 loses a cancellation that comes with an item.
                 async with asyncio.timeout(None if wait else _LINGER):
-                    await self.arrived.wait()
+                    await self._arrived.wait()
             except TimeoutError:
                 return []
-        taken = [self.items.popleft() for _ in range(min(limit, len(self.items)))]
-        if taken or not self.ended:
+        taken = [self._items.popleft() for _ in range(min(limit, len(self._items)))]
+        if taken or not self._ended:
             return taken
-        if self.error is not None:
-            error, self.error = self.error, None
+        if self._error is not None:
+            error, self._error = self._error, None
             raise error
         return None
 
+    async def close(self) -> None:
+        """Stop pulling."""
+        self._closed = True
 
-def _broken_off(cause: BaseException) -> RuntimeError:
-    """Return what a caller is told where a source ended by what is no error of its own."""
-    error = RuntimeError(f"the items ended with {cause!r}")
-    error.__cause__ = cause
-    return error
+    def _allow(self, limit: int) -> None:
+        """Let items be pulled until `limit` are here."""
+        self._allowed = max(0, limit - len(self._items) - self._pulling)
+
+    def _broke_off(self, cause: BaseException) -> None:
+        """Note what ended the source: SystemExit and the like must not pass as its regular end."""
+        if not isinstance(cause, Exception):
+            error = RuntimeError(f"the items ended with {cause!r}")
+            error.__cause__ = cause
+            cause = error
+        self._error = cause
 
 
-class _Async:
+class _Ready(Source):
+    """A list or tuple: never blocks."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        super().__init__()
+        self._all = items
+        self._next = 0
+
+    async def take(self, limit: int, wait: bool) -> list[Any] | None:
+        taken = list(self._all[self._next : self._next + limit])
+        self._next += len(taken)
+        return taken or None
+
+
+class _Async(Source):
     """An async iterable, pulled by a task."""
 
     def __init__(self, items: AsyncIterable[Any]) -> None:
-        self._iterator: AsyncIterator[Any] = aiter(items)
-        self._buffer = _Buffer()
-        self._allowed = 0
-        self._pulling = 0
-        self._closed = False
+        super().__init__()
+        self._iterator = aiter(items)
         self._more = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def take(self, limit: int, wait: bool) -> list[Any] | None:
-        self._allowed = max(0, limit - len(self._buffer.items) - self._pulling)
+    def _allow(self, limit: int) -> None:
+        super()._allow(limit)
         self._more.set()
         if self._task is None:
             self._task = asyncio.create_task(self._pull())
-        return await self._buffer.take(limit, wait)
 
     async def _pull(self) -> None:
-        buffer = self._buffer
         try:
             while True:
                 while self._allowed <= 0:
                     self._more.clear()
                     await self._more.wait()
                 self._allowed -= 1
-                self._pulling = 1
-                try:
-                    item = await anext(self._iterator)
-                except StopAsyncIteration:
-                    return
-                buffer.items.append(item)
-                self._pulling = 0
-                buffer.arrived.set()
+                self._pulling = True
+                self._items.append(await anext(self._iterator))
+                self._pulling = False
+                self._arrived.set()
+        except StopAsyncIteration:
+            pass
         except asyncio.CancelledError as error:
             if self._closed:
                 raise
-            # What the source waited for was cancelled: that must not pass as the end of the items.
-            buffer.error = _broken_off(error)
+            # What the source waited for was cancelled.
+            self._broke_off(error)
         except Exception as error:
-            buffer.error = error
+            self._broke_off(error)
         finally:
-            buffer.ended = True
-            buffer.arrived.set()
+            self._ended = True
+            self._arrived.set()
 
     async def close(self) -> None:
-        self._closed = True
+        await super().close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
 
-class _Blocking:
+class _Blocking(Source):
     """Any other iterable, pulled in a thread of its own: `next` may block as long as it likes."""
 
     def __init__(self, items: Iterable[Any]) -> None:
-        self._iterator: Iterator[Any] = iter(items)
-        self._buffer = _Buffer()
-        self._allowed = 0
-        self._pulling = 0
-        self._closed = False
+        super().__init__()
+        self._iterator = iter(items)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    async def take(self, limit: int, wait: bool) -> list[Any] | None:
+    def _allow(self, limit: int) -> None:
         if self._thread is None:
-            loop = asyncio.get_running_loop()
             # A daemon: nothing can end a `next` that blocks for ever, such as on a terminal.
             self._thread = threading.Thread(
-                target=self._pull, args=(loop,), name="reltrace-source", daemon=True
+                target=self._pull,
+                args=(asyncio.get_running_loop(),),
+                name="reltrace-source",
+                daemon=True,
             )
             self._thread.start()
         with self._changed:
-            self._allowed = max(0, limit - len(self._buffer.items) - self._pulling)
+            super()._allow(limit)
             self._changed.notify()
-        return await self._buffer.take(limit, wait)
 
     def _pull(self, loop: asyncio.AbstractEventLoop) -> None:
-        buffer = self._buffer
         try:
             while self._may_pull():
                 try:
                     item = next(self._iterator)
                 except StopIteration:
                     return
-                # Together: between the two, `take` would count the item twice or not at all.
+                # Together: between the two, `_allow` would count the item twice or not at all.
                 with self._changed:
-                    buffer.items.append(item)
-                    self._pulling = 0
-                if not buffer.arrived.is_set():
+                    self._items.append(item)
+                    self._pulling = False
+                if not self._arrived.is_set():
                     self._wake(loop)
-        except Exception as error:
-            buffer.error = error
         except BaseException as error:
-            # SystemExit and the like must not pass as the end of the items.
-            buffer.error = _broken_off(error)
+            self._broke_off(error)
         finally:
-            buffer.ended = True
+            self._ended = True
             self._wake(loop)
 
     def _may_pull(self) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._allowed > 0 or self._closed)
             self._allowed -= 1
-            self._pulling = 1
+            self._pulling = True
             return not self._closed
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._closed and not loop.is_closed():
-            loop.call_soon_threadsafe(self._buffer.arrived.set)
+            loop.call_soon_threadsafe(self._arrived.set)
 
     async def close(self) -> None:
         with self._changed:

@@ -27,9 +27,9 @@ from reltrace.cli.options import (
     target_of,
 )
 from reltrace.cli.output import AsJson, Quiet, print_json, table, warn
-from reltrace.evaluation.plan import Keep, Measure
-from reltrace.evaluation.table import caption, verdict
-from reltrace.evaluation.table import table as table_of
+from reltrace.evaluation.evaluation import caption, verdict
+from reltrace.evaluation.evaluation import table as table_of
+from reltrace.evaluation.settings import Keep, Measure
 from reltrace.types.errors import invalid
 from reltrace.types.target import Target
 from reltrace.viz.curves import check_path

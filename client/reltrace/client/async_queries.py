@@ -8,7 +8,7 @@ from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
 from reltrace.types import server_info
 from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
-from reltrace.types.checks import check_texts, whole_number
+from reltrace.types.checks import check_strings, whole_number
 from reltrace.types.errors import invalid
 from reltrace.types.job_ids import check_job_ids, portions, split_ids
 
@@ -54,7 +54,7 @@ class AsyncAdmin:
         NotFound
             If one of them is no quarantined job; then none is queued.
         """
-        check_texts(job_ids, "job_ids")
+        check_strings(job_ids, "job_ids")
         answer = await self._connection.call(
             lambda server: server.admin.RequeueQuarantinedJobs,
             admin_pb2.RequeueQuarantinedJobsRequest(job_ids=job_ids),
@@ -86,7 +86,7 @@ class AsyncAdmin:
         NotFound
             If one of them is not connected; then none is told.
         """
-        check_texts(worker_ids, "worker_ids")
+        check_strings(worker_ids, "worker_ids")
         await self._connection.call(
             lambda server: server.admin.DrainWorkers,
             admin_pb2.DrainWorkersRequest(worker_ids=worker_ids),

@@ -13,11 +13,11 @@ from reltrace.atlas.build import Plan as AtlasPlan
 from reltrace.atlas.build import build
 from reltrace.calls.progress import Progress
 from reltrace.evaluation.evaluation import Evaluation
-from reltrace.evaluation.plan import Keep, Measure, Plan
-from reltrace.evaluation.run import Run as EvaluationRun
+from reltrace.evaluation.run import Evaluator
+from reltrace.evaluation.settings import Keep, Measure, Settings
 from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
-from reltrace.types.request import Priority
+from reltrace.types.request import Arguments, Priority
 from reltrace.types.target import TargetLike
 
 
@@ -212,7 +212,7 @@ class AsyncStudies:
         -----
         A prompt costs a trace per rule, and at most ``2 * points`` forward passes per rule.
         """
-        plan = Plan.of(
+        settings = Settings.of(
             rules=rules,
             site=site,
             measure=measure,
@@ -222,13 +222,13 @@ class AsyncStudies:
             seed=seed,
         )
         bar = Progress(prompts, shown=progress, unit="prompt")
-        run = EvaluationRun(
+        evaluator = Evaluator(
             self._connection,
-            plan,
-            {"model": model, "target": target},
+            settings,
+            Arguments(model=model, target=target),
             priority,
             Deadline(timeout),
             bar.count,
         )
         with bar:
-            return await run.over(prompts)
+            return await evaluator.run(prompts)

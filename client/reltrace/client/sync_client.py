@@ -24,14 +24,14 @@ from reltrace.client.async_client import Items, Targets
 from reltrace.client.async_queries import TIMEOUT
 from reltrace.client.loop_thread import LoopThread
 from reltrace.evaluation.evaluation import Evaluation
-from reltrace.evaluation.plan import Keep, Measure, Plan
-from reltrace.evaluation.run import Run as EvaluationRun
+from reltrace.evaluation.run import Evaluator
+from reltrace.evaluation.settings import Keep, Measure, Settings
 from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
 from reltrace.transport.settings import Tls, Token, credentials
 from reltrace.types import server_info
 from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
-from reltrace.types.checks import check_texts, whole_number
+from reltrace.types.checks import check_strings, whole_number
 from reltrace.types.edit import EditLike
 from reltrace.types.errors import invalid
 from reltrace.types.failure import Failure
@@ -94,7 +94,7 @@ class Admin:
         NotFound
             If one of them is no quarantined job; then none is queued.
         """
-        check_texts(job_ids, "job_ids")
+        check_strings(job_ids, "job_ids")
         answer = self._loop.run(
             self._connection.call(
                 lambda server: server.admin.RequeueQuarantinedJobs,
@@ -130,7 +130,7 @@ class Admin:
         NotFound
             If one of them is not connected; then none is told.
         """
-        check_texts(worker_ids, "worker_ids")
+        check_strings(worker_ids, "worker_ids")
         self._loop.run(
             self._connection.call(
                 lambda server: server.admin.DrainWorkers,
@@ -506,7 +506,7 @@ class Studies:
         -----
         A prompt costs a trace per rule, and at most ``2 * points`` forward passes per rule.
         """
-        plan = Plan.of(
+        settings = Settings.of(
             rules=rules,
             site=site,
             measure=measure,
@@ -516,16 +516,16 @@ class Studies:
             seed=seed,
         )
         bar = Progress(prompts, shown=progress, unit="prompt")
-        run = EvaluationRun(
+        evaluator = Evaluator(
             self._connection,
-            plan,
-            {"model": model, "target": target},
+            settings,
+            Arguments(model=model, target=target),
             priority,
             Deadline(timeout),
             bar.count,
         )
         with bar:
-            return self._loop.run(run.over(prompts))
+            return self._loop.run(evaluator.run(prompts))
 
 
 class TextStream(Iterator[TextPiece]):

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from reltrace.evaluation.plan import MEASURES
 from reltrace.evaluation.scores import Floats, Mean
+from reltrace.evaluation.settings import MEASURES
 from reltrace.types.errors import invalid
 
 
@@ -199,3 +199,31 @@ class Evaluation:
 
 def _plain(mean: Mean) -> dict[str, Any]:
     return {name: None if np.isnan(number) else number for name, number in asdict(mean).items()}
+
+
+def table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Return titles, and a row for each rule, whose first cell is its name."""
+    titles = ["rule", "area between curves"]
+    located = any(score.hit for score in found.rules.values())
+    if located:
+        titles += ["answer is strongest", "positive relevance on it"]
+    rows = []
+    for rule, score in found.rules.items():
+        means = [score.area, score.hit, score.mass] if located else [score.area]
+        rows.append([rule, *map(str, means)])
+    return titles, rows
+
+
+def caption(found: Evaluation) -> str:
+    """Return how the numbers are to be read."""
+    if found.prompts == 1:
+        return "one prompt: no interval"
+    return "mean ± half of the 95 % interval"
+
+
+def verdict(found: Evaluation) -> str:
+    """Return which rule is best, or that none is."""
+    best = found.best()
+    if len(best) == 1:
+        return f"best: {best[0]}, whose area is larger prompt by prompt (95 % interval)"
+    return f"no rule is best: {', '.join(best)} can not be told apart on these prompts"

@@ -1,4 +1,4 @@
-"""What is evaluated: prompts, and the answers that the corpus knows."""
+"""The prompts of an evaluation, and the answers that are known of them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Prompt:
     Attributes
     ----------
     number : int
-        Its place among the prompts, from 0.
+        From 0.
     id : str or int
-        The one that was given, else its number.
+        The given one, else `number`.
     item : mapping
-        Arguments of `trace`: what is put before the model, and perhaps a target.
+        Arguments of `trace`: the input, and perhaps a target.
     answer : str, tuple of int or None
         What the prediction is known to rest on: a text, or positions of tokens, each once.
     """
@@ -40,13 +40,7 @@ class Prompt:
 
     @classmethod
     def of(cls, number: int, given: object) -> Prompt:
-        """Check what the caller gives.
-
-        Raises
-        ------
-        InvalidArgument
-            Names what is wrong.
-        """
+        """Check a prompt as the caller gave it; raise InvalidArgument if it is wrong."""
         if isinstance(given, str):
             return cls(number, number, {"prompt": given}, None)
         field = f"prompts[{number}]"
@@ -65,16 +59,11 @@ class Prompt:
             item["target"] = as_continuation(given["target"])
         return cls(number, name, item, answer)
 
-    def where(self, trace: Trace, count: int) -> list[int]:
-        """Return the positions of the answer's tokens, among the first so many.
+    def answer_positions(self, trace: Trace, count: int) -> list[int]:
+        """Return the positions of the answer's tokens among the first `count` tokens.
 
-        Of a text they are those that have its characters, where it is made of whole tokens but for
-        white space.
-
-        Raises
-        ------
-        InvalidArgument
-            The prompt has no such tokens.
+        A text must be made of whole tokens, but for white space. Raises InvalidArgument if the
+        prompt has no such tokens.
         """
         if not self.answer:
             raise invalid("answer", "is empty; give a text or positions, or leave it out")
@@ -98,30 +87,8 @@ class Prompt:
         raise invalid("answer", f"{self.answer!r} is not made of whole tokens of the prompt")
 
 
-class Ids:
-    """The ids of the prompts of one evaluation, by which it names them: each is one prompt's."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str | int, int] = {}
-
-    def add(self, prompt: Prompt) -> None:
-        """Note the next prompt.
-
-        Raises
-        ------
-        InvalidArgument
-            An earlier one is called the same.
-        """
-        earlier = self._numbers.setdefault(prompt.id, prompt.number)
-        if earlier != prompt.number:
-            raise invalid(
-                f"prompts[{prompt.number}].id",
-                f"{prompt.id!r} is that of prompts[{earlier}]; by default it is the place",
-            )
-
-
 def check_target(target: object, field: str) -> None:
-    """Raise InvalidArgument if a target is none whose value can be read again."""
+    """Raise InvalidArgument if a target can not be measured as one value."""
     if is_several(target):
         raise invalid(field, "must be one, not several")
     if isinstance(target, str):
@@ -129,23 +96,20 @@ def check_target(target: object, field: str) -> None:
 
 
 def as_continuation(target: Any) -> Any:
-    """Return a target whose token is named by a text as one of the text that follows the prompt.
-
-    It is then explained and measured as a whole, of however many tokens it is.
-    """
-    named = Target(target) if isinstance(target, str) else target
+    """Return a target that is a text as a continuation: it may be of several tokens."""
+    found = Target(target) if isinstance(target, str) else target
     if (
-        isinstance(named, Target)
-        and isinstance(named.token, str)
-        and named.token != "max"
-        and (named.position, named.contrast) == (-1, None)
+        isinstance(found, Target)
+        and isinstance(found.token, str)
+        and found.token != "max"
+        and (found.position, found.contrast) == (-1, None)
     ):
-        return Target(continuation=named.token, logprob=named.logprob)
+        return Target(continuation=found.token, logprob=found.logprob)
     return target
 
 
 def _positions(given: object, field: str) -> tuple[int, ...]:
-    """Return positions in rising order, each once, however often it was given."""
+    """Return positions in rising order, each once."""
     listed = given.tolist() if isinstance(given, np.ndarray) else given
     if isinstance(listed, bytes) or not isinstance(listed, Sequence):
         raise invalid(

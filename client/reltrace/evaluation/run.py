@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -14,8 +14,8 @@ from reltrace.calls.source import Source, open_source
 from reltrace.calls.trace_many import TraceManyRun
 from reltrace.evaluation.curves import Curves
 from reltrace.evaluation.evaluation import Evaluation
-from reltrace.evaluation.plan import RANDOM, Plan
-from reltrace.evaluation.prompts import Ids, Prompt, as_continuation, check_target
+from reltrace.evaluation.prompts import Prompt, as_continuation, check_target
+from reltrace.evaluation.settings import RANDOM, Settings
 from reltrace.evaluation.tally import Tally
 from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
@@ -25,32 +25,32 @@ from reltrace.types.request import Arguments, Priority, wire_priority
 from reltrace.types.target import Target
 from reltrace.types.trace import Trace
 
-_AT_ONCE = 64
-"""Prompts whose traces and curves are held at a time."""
+_CONCURRENT_PROMPTS = 64
+"""Prompts whose traces and curves are in memory at a time."""
 
 _SHARED = {"model": "model", "rule": "rules", "sites": "site", "reduce": "site"}
-"""Fields of jobs that no prompt decides, and the arguments of `evaluate` that do."""
+"""Fields of jobs that all prompts share, and the arguments of `evaluate` that set them."""
 
 _SHARED_TARGET = ("target", "target.token", "target.contrast")
 
 
-class Run:
+class Evaluator:
     """One evaluation.
 
     Parameters
     ----------
-    connection
+    connection : Connection
         To the server.
-    plan
-        What and how.
-    defaults
+    settings : Settings
+        What is evaluated, and how.
+    arguments : Arguments
         Model and target of prompts that do not say otherwise.
-    priority
+    priority : str
         Of all jobs.
-    deadline
-        Of the whole.
-    done
-        Called once for each prompt that has come to its end, with its Failure or None.
+    deadline : Deadline
+        Of the whole evaluation.
+    done : callable
+        Called once for each prompt that has been evaluated or has failed, with its Failure or None.
 
     Raises
     ------
@@ -61,81 +61,89 @@ class Run:
     def __init__(
         self,
         connection: Connection,
-        plan: Plan,
-        defaults: Mapping[str, Any],
+        settings: Settings,
+        arguments: Arguments,
         priority: Priority,
         deadline: Deadline,
         done: Callable[[Failure | None], None],
     ) -> None:
         self._connection = connection
         self._pins = Pins(connection)
-        self._plan = plan
-        given = Arguments(**{key: value for key, value in defaults.items() if value is not None})
-        check_target(given.target, "target")
-        self._defaults = replace(given, target=as_continuation(given.target))
-        self._defaults.check_shared()
+        self._settings = settings
+        check_target(arguments.target, "target")
+        self._arguments = replace(arguments, target=as_continuation(arguments.target))
+        self._arguments.check_shared()
         wire_priority(priority)
         self._priority = priority
         self._deadline = deadline
         self._done = done
-        self._traced = [rule for rule in plan.rules if rule != RANDOM]
+        self._rules = [rule for rule in settings.rules if rule != RANDOM]
+        self._ids: dict[str | int, int] = {}
         self._failures: dict[int, Failure] = {}
-        self._tally = Tally(plan)
 
-    async def over(self, prompts: object) -> Evaluation:
+    async def run(self, prompts: object) -> Evaluation:
         """Evaluate prompts, some dozens at a time.
 
         Raises
         ------
         InvalidArgument
-            There are none; one is no prompt: of a list, before anything is run.
+            There are none, or one is wrong; of a list all are checked before anything is run.
         TraceError
             Something is wrong with all of them, such as the model.
         """
         source = open_source(prompts, "prompts")
         if isinstance(prompts, list | tuple):
-            every = Ids()
-            for number, given in enumerate(prompts):
-                every.add(Prompt.of(number, given))
-        count, ids = 0, Ids()
+            self._checked(prompts, 0)
+        count, tally = 0, Tally(self._settings)
         try:
             replacement = await self._replacement()
             while given := await self._next(source):
-                some = [Prompt.of(number, one) for number, one in enumerate(given, count)]
-                for prompt in some:
-                    ids.add(prompt)
+                some = self._checked(given, count)
                 count += len(some)
-                for curves in await self._evaluated(some, replacement[1]):
-                    self._tally.add(curves)
+                for curves in await self._measured(some, replacement[1]):
+                    tally.add(curves)
         finally:
             await source.close()
         if not count:
             raise invalid("prompts", "is empty")
         failed = {one.id: one.reason for _, one in sorted(self._failures.items())}
-        return self._tally.evaluation(replacement, failed)
+        return tally.evaluation(replacement, failed)
+
+    def _checked(self, given: Sequence[Any], first: int) -> list[Prompt]:
+        """Check prompts, of which the first has this number; their ids must be unique."""
+        prompts = [Prompt.of(number, one) for number, one in enumerate(given, first)]
+        for prompt in prompts:
+            earlier = self._ids.setdefault(prompt.id, prompt.number)
+            if earlier != prompt.number:
+                raise invalid(
+                    f"prompts[{prompt.number}].id",
+                    f"{prompt.id!r} is that of prompts[{earlier}]; by default the id is the "
+                    "prompt's number",
+                )
+        return prompts
 
     async def _next(self, source: Source) -> list[Any]:
-        """Return the next prompts; none: that was all."""
+        """Return the next prompts; none at the end."""
         some: list[Any] = []
         try:
             async with asyncio.timeout(self._deadline.remaining()) as limit:
-                while len(some) < _AT_ONCE:
-                    more = await source.take(_AT_ONCE - len(some), wait=True)
+                while len(some) < _CONCURRENT_PROMPTS:
+                    more = await source.take(_CONCURRENT_PROMPTS - len(some), wait=True)
                     if more is None:
                         break
                     some += more
         except TimeoutError:
-            # Ours, or the source's own.
+            # The source may raise one, too.
             if limit.expired():
                 raise self._deadline.error() from None
             raise
         return some
 
-    async def _many(self, items: list[dict[str, Any]]) -> AsyncGenerator[Any, None]:
+    async def _trace_many(self, items: list[dict[str, Any]]) -> AsyncGenerator[Any, None]:
         run = TraceManyRun(
             self._connection,
             items,
-            self._defaults,
+            self._arguments,
             priority=self._priority,
             deadline=self._deadline,
             pins=self._pins,
@@ -152,104 +160,100 @@ class Run:
             self._failures[prompt.number] = failure = Failure(prompt.id, error)
             self._done(failure)
 
-    async def _evaluated(self, prompts: Sequence[Prompt], token_id: int | None) -> list[Curves]:
+    async def _measured(self, prompts: Sequence[Prompt], token_id: int | None) -> list[Curves]:
+        """Return the measured curves of those prompts that did not fail."""
         by_number = await self._trace(prompts)
         items: list[dict[str, Any]] = []
         slots: list[tuple[int, tuple[int, ...]]] = []
         for number, curves in by_number.items():
-            for off in curves.asked():
+            for off in curves.required():
                 items.append({"id": len(slots), **curves.item(off, token_id)})
                 slots.append((number, off))
         left = Counter(number for number, _ in slots)
-        async with aclosing(self._many(items)) as results:
+        async with aclosing(self._trace_many(items)) as results:
             async for result in results:
                 number, off = slots[result.id]
                 left[number] -= 1
                 if isinstance(result, Failure):
                     self._fail(by_number[number].prompt, result.reason)
                 else:
-                    by_number[number].note(off, result.target.logit)
+                    by_number[number].record(off, result.target.logit)
                 if not left[number] and number not in self._failures:
                     self._done(None)
         return [curves for number, curves in by_number.items() if number not in self._failures]
 
     async def _trace(self, prompts: Sequence[Prompt]) -> dict[int, Curves]:
-        """Return the orders of those that could be traced, by number."""
-        reduce = "token" if self._plan.site == "embed" else "feature"
+        """Trace prompts by all rules; return their curves, not measured yet, by number."""
+        reduce = "token" if self._settings.site == "embed" else "feature"
         items = [
             {
                 **prompt.item,
-                "id": place * len(self._traced) + which,
+                "id": place * len(self._rules) + which,
                 "rule": rule,
-                "sites": (self._plan.site,),
+                "sites": (self._settings.site,),
                 "reduce": reduce,
             }
             for place, prompt in enumerate(prompts)
-            for which, rule in enumerate(self._traced)
+            for which, rule in enumerate(self._rules)
         ]
         traces: list[dict[str, Trace]] = [{} for _ in prompts]
-        async with aclosing(self._many(items)) as results:
+        async with aclosing(self._trace_many(items)) as results:
             async for result in results:
-                place, which = divmod(result.id, len(self._traced))
+                place, which = divmod(result.id, len(self._rules))
                 if isinstance(result, Failure):
                     _raise_if_shared(result.reason, prompts[place])
                     self._fail(prompts[place], result.reason)
                 else:
-                    traces[place][self._traced[which]] = result
+                    traces[place][self._rules[which]] = result
         found = {}
-        for prompt, of_prompt in zip(prompts, traces, strict=True):
-            if len(of_prompt) < len(self._traced):
+        for prompt, by_rule in zip(prompts, traces, strict=True):
+            if prompt.number in self._failures:
                 continue
-            by_rule = {rule: of_prompt[rule] for rule in self._traced}
+            ordered = {rule: by_rule[rule] for rule in self._rules}
             try:
-                found[prompt.number] = Curves.of(prompt, by_rule, self._plan)
+                found[prompt.number] = Curves.of(prompt, ordered, self._settings)
             except TraceError as error:
                 self._fail(prompt, error)
         return found
 
     async def _replacement(self) -> tuple[str, int | None]:
-        """Return what takes the place of tokens, and its id if it is a token.
+        """Return what replaces tokens, and its id if it is a token.
 
-        Raises
-        ------
-        TraceError
-            The model has no such token.
+        Raises TraceError if the model has no such token.
         """
-        token = self._plan.token
+        token = self._settings.token
         if token is None:
-            return str(self._plan.replace), None
-        # A worker looks it up as a target; what it computes beside is a pass over one token. With
-        # a position there is no continuation, which the error of a longer text would propose.
+            return str(self._settings.replace), None
+        # A worker resolves it as the target of a prompt of one token. The position keeps the error
+        # for a longer text from proposing a continuation.
         asked = {"input_ids": [0], "target": Target(token, position=0), "sites": ()}
-        (found,) = [result async for result in self._many([asked])]
+        (found,) = [result async for result in self._trace_many([asked])]
         if isinstance(found, Failure):
-            faults = [
+            _raise_with(found.reason, [
                 Violation("replace", fault.description)
                 if fault.field.startswith("target")
                 else fault
                 for fault in found.reason.violations
-            ]
-            _raise_with(found.reason, faults)
+            ])  # fmt: skip
             raise found.reason
         return found.target.token, found.target.token_id
 
 
 def _raise_if_shared(error: TraceError, prompt: Prompt) -> None:
-    """Raise an error that is no prompt's own: every other one would have it, too."""
+    """Raise the faults of an error that all prompts would have."""
     shared = []
     for violation in error.violations:
         name = violation.field.partition("[")[0]
         if name in _SHARED:
             shared.append(Violation(_SHARED[name], violation.description))
-        # Which tokens there are, the model decides; which positions, and how a text goes on, the
-        # prompt.
+        # A token depends on the model alone; a position or a continuation on the prompt.
         elif name in _SHARED_TARGET and "target" not in prompt.item:
             shared.append(violation)
     _raise_with(error, shared)
 
 
 def _raise_with(error: TraceError, violations: Sequence[Violation]) -> None:
-    """Raise an error with other violations, if there are any."""
+    """Raise an error with other violations; does nothing without any."""
     if violations:
         message = "; ".join(map(str, violations))
         raise type(error)(message, violations=violations, job_id=error.job_id)

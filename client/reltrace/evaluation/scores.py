@@ -1,4 +1,4 @@
-"""The arithmetic: orders, how many to switch off, areas, confidence intervals."""
+"""The arithmetic: orders, steps, areas, confidence intervals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float] | Floats) -> Mean:
-        """Return the mean of some values."""
+        """Return the mean of values."""
         found = np.asarray(values, np.float64)
         count = len(found)
         if not count:
@@ -53,38 +53,35 @@ def strongest_first(scores: Floats) -> NDArray[np.int64]:
 
 
 def shares(points: int) -> Floats:
-    """Return the shares that are switched off: `points` equal steps from none to all."""
+    """Return `points` equal steps from 0 to 1."""
     return np.linspace(0.0, 1.0, points + 1)
 
 
 def on_axis(site: str, at: Floats) -> Floats:
-    """Return where points are on the axis of a curve, from 0 to 1, as it is drawn and integrated.
+    """Return points on the axis on which curves are drawn and integrated, from 0 to 1.
 
-    Shares of tokens are where they are. Of neurons, a few of thousands make most of the difference:
-    n of them are at log(1 + n), the last point at 1.
+    Shares of tokens are the axis. A few of thousands of neurons make most of the difference: n of
+    them are at log(1 + n), scaled so that the last point is at 1.
     """
     return np.log1p(at) / np.log1p(at[-1]) if site == "neuron" else at
 
 
 def tokens_at(share: float, tokens: int) -> int:
-    """Return how many of so many tokens a share is, to the nearest."""
+    """Return a share of `tokens` as a whole number, halves rounded up."""
     return int(np.floor(share * tokens + 0.5))
 
 
 def area(most: Floats, least: Floats, at: Floats) -> float:
-    """Return the area between the curves, least relevant first minus most relevant first.
+    """Return the area between two curves by trapezoids: least minus most relevant first.
 
-    In units of the target, on an axis from 0 to 1: the larger, the better the order tells what the
-    target rests on; 0 for an order that says nothing. (Blücher, Vielhaben & Strodthoff, "Decoupling
-    pixel flipping and occlusion strategy for consistent XAI benchmarks", 2024; used for AttnLRP by
+    The larger, the better the order tells what the target rests on; 0 for a random order. In units
+    of the target, for the axis of `on_axis`. (Blücher, Vielhaben & Strodthoff, "Decoupling pixel
+    flipping and occlusion strategy for consistent XAI benchmarks", 2024; used for AttnLRP by
     Achtibat et al., 2024, section 4.1.)
 
     Parameters
     ----------
-    most, least
-        float64 [P]: the target after each step, most and least relevant first.
-    at
-        float64 [P]: where on the axis, rising from 0 to 1: see `on_axis`. Between points the curves
-        are straight there.
+    most, least, at
+        float64 [P]: the target after each step, and the points on the axis.
     """
     return float(np.trapezoid(least - most, at))

@@ -1,4 +1,4 @@
-"""Adds up the curves of prompts: scores by rule, and warnings where these can not be trusted."""
+"""Adds up the curves of prompts: scores by rule, and warnings if these can not be trusted."""
 
 from __future__ import annotations
 
@@ -8,26 +8,20 @@ import numpy as np
 
 from reltrace.evaluation.curves import Curves
 from reltrace.evaluation.evaluation import Evaluation, RuleScore
-from reltrace.evaluation.plan import MEASURES, RANDOM, Plan
 from reltrace.evaluation.scores import Floats, Mean, area, on_axis
+from reltrace.evaluation.settings import MEASURES, RANDOM, Settings
 
 
 class Tally:
-    """What has been measured so far.
+    """Sums over the prompts that have been measured."""
 
-    Parameters
-    ----------
-    plan
-        Of the evaluation.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._areas: dict[str, list[float]] = {rule: [] for rule in plan.rules}
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._areas: dict[str, list[float]] = {rule: [] for rule in settings.rules}
         self._sums: dict[tuple[str, bool], Floats] = {}
-        self._located: dict[str, list[tuple[float, float]]] = {rule: [] for rule in plan.rules}
-        # Per prompt: how far the target is above its start, on the average and at the end of
-        # curves whose order says nothing; how far without the answer.
+        self._located: dict[str, list[tuple[float, float]]] = {rule: [] for rule in settings.rules}
+        # Per prompt, the change of the target: along curves of the random order (or of all rules,
+        # if there is none) on average and at their end, and without the answer.
         self._rise: list[float] = []
         self._rise_at_end: list[float] = []
         self._without_answer: list[float] = []
@@ -37,24 +31,21 @@ class Tally:
         self._at: Floats = np.zeros(0)
 
     def add(self, curves: Curves) -> None:
-        """Take the curves of a prompt, all of them measured."""
+        """Add a prompt, all of whose curves are measured."""
+        rules = self._settings.rules
         self._count += 1
         self._at, self._model = curves.at, curves.trace.provenance.model
-        axis = on_axis(self._plan.site, curves.at)
-        found = {
-            (rule, most): curves.curve(rule, most)
-            for rule in self._plan.rules
-            for most in (True, False)
-        }
+        axis = on_axis(self._settings.site, curves.at)
+        found = {(rule, most): curves.curve(rule, most) for rule in rules for most in (True, False)}
         for key, values in found.items():
             self._sums[key] = self._sums.get(key, np.zeros(len(values))) + values
-        for rule in self._plan.rules:
+        for rule in rules:
             self._areas[rule].append(area(found[rule, True], found[rule, False], axis))
         for rule, located in curves.located.items():
             self._located[rule].append(located)
         start = curves.values[()]
-        aimless = [RANDOM] if RANDOM in self._plan.rules else self._plan.rules
-        mean = np.mean([found[rule, most] for rule in aimless for most in (True, False)], axis=0)
+        undirected = [RANDOM] if RANDOM in rules else rules
+        mean = np.mean([found[rule, most] for rule in undirected for most in (True, False)], axis=0)
         self._rise.append(float(np.trapezoid(mean - start, axis)))
         self._rise_at_end.append(float(mean[-1] - start))
         if off := curves.without_answer:
@@ -65,23 +56,17 @@ class Tally:
     def evaluation(
         self, replace: tuple[str, int | None], failures: Mapping[str | int, Exception]
     ) -> Evaluation:
-        """Return what was found.
-
-        Parameters
-        ----------
-        replace
-            What took the place of tokens, and its id if it is a token.
-        """
+        """Return the result; `replace` is what replaced tokens, and its id if it is a token."""
         return Evaluation(
             model=self._model,
-            site=self._plan.site,
-            measure=self._plan.measure,
+            site=self._settings.site,
+            measure=self._settings.measure,
             replace=replace[0],
             replace_id=replace[1],
-            keep=self._plan.keep,
+            keep=self._settings.keep,
             prompts=self._count,
             at=self._at,
-            rules={rule: self._score(rule) for rule in self._plan.rules},
+            rules={rule: self._score(rule) for rule in self._settings.rules},
             warnings=tuple(self._warnings()),
             failures=failures,
         )
@@ -105,13 +90,13 @@ class Tally:
         if not self._count:
             return []
         found = []
-        off = "tokens" if self._plan.site == "embed" else "neurons"
-        measure = MEASURES[self._plan.measure]
+        off = "tokens" if self._settings.site == "embed" else "neurons"
+        measure = MEASURES[self._settings.measure]
         rises = {
             "on the average of the curves": Mean.of(self._rise),
             "at their end": Mean.of(self._rise_at_end),
         }
-        # Of one prompt there is no interval.
+        # The margin is nan for a single prompt.
         if risen := [
             f"{rise} {where}"
             for where, rise in rises.items()

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from reltrace.types.arrays import NUMPY_TYPES, Array, widened
 from reltrace.types.errors import MissingDependency, ProtocolError, StoreUnreadable
-from reltrace.types.scalar_types import NUMPY_TYPES, Array, widened
 
 _ATTEMPTS = 3
 _BACKOFF = 0.2

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from reltrace.types.trace import Array
+from reltrace.types.arrays import Array
 
 _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32",

@@ -16,10 +16,11 @@ import numpy as np
 from reltrace.storage.atomic_files import replace_file
 from reltrace.storage.stored_arrays import StoredArrays, StoredLocation
 from reltrace.storage.tensor_files import write_tensors
+from reltrace.types.arrays import Array
 from reltrace.types.errors import invalid
 from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget
 from reltrace.types.tokens import Turn
-from reltrace.types.trace import Array, Trace
+from reltrace.types.trace import Trace
 
 _FORMAT = "reltrace-trace-1"
 

@@ -13,13 +13,13 @@ from reltrace_proto.v1 import types_pb2
 
 from reltrace.storage.stored_arrays import StoredArrays
 from reltrace.transport import decode
+from reltrace.types.arrays import NUMPY_TYPES, SITES_WITHOUT_LAYERS, Array, scalar_name, widened
 from reltrace.types.atlas_shard import AtlasPart
 from reltrace.types.errors import ProtocolError, TraceError, from_job_end
 from reltrace.types.generation import Generation
 from reltrace.types.request import Job
-from reltrace.types.scalar_types import NUMPY_TYPES, Array, scalar_name, widened
 from reltrace.types.tokens import Tokens
-from reltrace.types.trace import SITES_WITHOUT_LAYERS, Trace
+from reltrace.types.trace import Trace
 
 Outcome: TypeAlias = list[Trace] | Generation | Tokens | AtlasPart | TraceError
 """What a job gives: one trace per target, or what else was asked for, or why there is nothing."""

@@ -8,9 +8,9 @@ from functools import lru_cache
 from reltrace_proto.v1 import types_pb2
 
 from reltrace.storage.stored_arrays import StoredLocation, StoredTensor
+from reltrace.types.arrays import scalar_name
 from reltrace.types.errors import ProtocolError
 from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget, Timings
-from reltrace.types.scalar_types import scalar_name
 from reltrace.types.tokens import Tokens, Turn, offsets_of
 
 
@@ -79,6 +79,7 @@ def _provenance(data: bytes) -> Provenance:
         checkpointing=wire.checkpointing,
         device=wire.device,
         versions=dict(wire.versions),
+        rule_functions=wire.rule_functions,
     )
 
 

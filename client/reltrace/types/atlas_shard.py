@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from reltrace.types.arrays import Array
 from reltrace.types.provenance import Provenance
-from reltrace.types.scalar_types import Array
 
 SITES = ("neuron", "head")
 LISTS = ("relevance+", "relevance-", "activation+", "activation-")

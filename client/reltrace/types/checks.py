@@ -1,4 +1,4 @@
-"""Checks of what a caller gives: each names the argument, what is allowed and what was given."""
+"""Checks of arguments: each error names the argument, what is allowed and what was given."""
 
 from __future__ import annotations
 
@@ -11,22 +11,7 @@ from reltrace.types.errors import invalid
 
 
 def whole_number(value: object, argument: str, least: int = 0, most: int | None = None) -> int:
-    """Return a whole number, of Python's or of NumPy's, as an int.
-
-    Parameters
-    ----------
-    value : object
-        As given.
-    argument : str
-        Its name.
-    least, most : int
-        What is allowed, both included; None: no bound.
-
-    Raises
-    ------
-    InvalidArgument
-        It is something else, or out of bounds.
-    """
+    """Return a whole number of Python's or NumPy's, `least` to `most` included, as an int."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -39,37 +24,36 @@ def whole_number(value: object, argument: str, least: int = 0, most: int | None 
 
 
 def number(value: object, argument: str, least: float, most: float) -> float:
-    """Return a finite number, of Python's or of NumPy's, as a float.
-
-    Parameters
-    ----------
-    value : object
-        As given.
-    argument : str
-        Its name.
-    least, most : float
-        What is allowed, both included.
-
-    Raises
-    ------
-    InvalidArgument
-        It is something else, or out of bounds.
-    """
+    """Return a finite number of Python's or NumPy's, `least` to `most` included, as a float."""
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not real or not least <= value <= most:  # type: ignore[operator]
         raise invalid(argument, f"must be a number from {least:g} to {most:g}, not {value!r}")
     return float(value)  # type: ignore[arg-type]
 
 
+def one_of(value: object, argument: str, allowed: Mapping[str, Any]) -> Any:
+    """Return what a mapping has for a name."""
+    if not isinstance(value, str) or value not in allowed:
+        raise invalid(argument, f"must be one of {', '.join(allowed)}, not {value!r}")
+    return allowed[value]
+
+
+def flag(value: object, argument: str) -> bool:
+    """Return a bool."""
+    if not isinstance(value, bool):
+        raise invalid(argument, f"must be True or False, not {value!r}")
+    return value
+
+
 def check_text(text: str, argument: str) -> None:
-    """Raise InvalidArgument if `text` is empty or can not be encoded as UTF-8."""
+    """Raise InvalidArgument if a text is empty or can not be encoded as UTF-8."""
     if not text:
         raise invalid(argument, "must not be empty")
     check_encodable(text, argument)
 
 
 def check_encodable(text: str, argument: str) -> None:
-    """Raise InvalidArgument if `text` can not be encoded as UTF-8."""
+    """Raise InvalidArgument if a text can not be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -80,33 +64,30 @@ def check_encodable(text: str, argument: str) -> None:
         ) from None
 
 
-def check_texts(values: Sequence[object], argument: str) -> None:
+def check_strings(values: Sequence[object], argument: str) -> None:
     """Raise InvalidArgument if one of the values is not a str."""
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise invalid(f"{argument}[{index}]", f"must be str, not {type(value).__name__}")
 
 
-def is_id(name: object) -> TypeGuard[str | int]:
-    """Tell whether an item may be called this."""
-    return isinstance(name, str | int) and not isinstance(name, bool)
+def is_id(value: object) -> TypeGuard[str | int]:
+    """Tell whether this may be the id of an item."""
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def check_id(name: object, argument: str) -> str | int:
-    """Return the name of an item; raise InvalidArgument if it is neither a text nor a number.
-
-    A text that can not be encoded as UTF-8 is none: no file could hold it.
-    """
-    if not is_id(name):
-        raise invalid(argument, f"must be text or a whole number, not {name!r}")
-    if isinstance(name, str):
-        check_encodable(name, argument)
-    return name
+def check_id(value: object, argument: str) -> str | int:
+    """Return the id of an item: a number, or a text that can be encoded, as files hold it."""
+    if not is_id(value):
+        raise invalid(argument, f"must be text or a whole number, not {value!r}")
+    if isinstance(value, str):
+        check_encodable(value, argument)
+    return value
 
 
 def check_same_settings(before: Mapping[str, Any], asked: Mapping[str, Any], holder: str) -> None:
     """Raise InvalidArgument if `out` holds what was made with other settings; name these."""
-    # What an older version did not note, as there was no choice of it.
+    # Older versions did not save it: there was no choice.
     before = {"add_special_tokens": True, **before}
     changed = [
         f"{name} was {before.get(name)!r} and is {value!r}"

@@ -62,7 +62,7 @@ class Edit:
         self.to_wire()
 
     def to_wire(self) -> types_pb2.Edit:
-        """Return the edit as it travels."""
+        """Translate the edit."""
         if not isinstance(self.site, str) or not self.site:
             raise invalid("site", f"must be the name of a site, not {self.site!r}")
         wire = types_pb2.Edit(
@@ -77,18 +77,18 @@ class Edit:
                 "value",
                 f"give one of value, scale, direction and mean, not {' and '.join(given) or 0}",
             )
-        match given[0]:
-            case "direction":
-                wire.direction = _vector(self.direction)
-            case "mean":
-                if self.mean is not True or self.site != "embed":
-                    raise invalid("mean", 'must be True, and the site "embed"')
-                wire.mean = True
-            case change:
-                setattr(wire, change, finite(getattr(self, change), change))
-                return wire
+        (change,) = given
+        if change in ("value", "scale"):
+            setattr(wire, change, finite(getattr(self, change), change))
+            return wire
+        if change == "direction":
+            wire.direction = _vector(self.direction)
+        else:
+            if self.mean is not True or self.site != "embed":
+                raise invalid("mean", 'must be True, and the site "embed"')
+            wire.mean = True
         if wire.features:
-            raise invalid("features", f"is not for a {given[0]}, which has a value for every one")
+            raise invalid("features", f"is not for a {change}, which has a value for every one")
         return wire
 
 
@@ -148,13 +148,7 @@ EditLike: TypeAlias = Edit | Steer
 
 
 def edits_to_wire(edits: object, argument: str = "edits") -> list[types_pb2.Edit]:
-    """Return the edits of a job.
-
-    Raises
-    ------
-    InvalidArgument
-        Something else is among them.
-    """
+    """Translate the edits of a job."""
     if isinstance(edits, Edit | Steer):
         edits = (edits,)
     if isinstance(edits, str) or not isinstance(edits, Sequence):

@@ -173,9 +173,8 @@ class RpcStatus:
         """Decode an error of grpc.aio with its `google.rpc.Status` details."""
         violations: list[Violation] = []
         retry_after: float | None = None
+        bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
         for detail in _details(error):
-            bad = error_details_pb2.BadRequest()
-            retry = error_details_pb2.RetryInfo()
             if detail.Unpack(bad):
                 violations += (Violation(v.field, v.description) for v in bad.field_violations)
             elif detail.Unpack(retry):
@@ -233,16 +232,9 @@ def from_status(status: RpcStatus, address: str) -> TraceError:
 def from_rejection(
     code: grpc.StatusCode, violations: Iterable[Violation], rename: Callable[[str], str]
 ) -> TraceError:
-    """Return the error for one job that the scheduler rejected.
+    """Return the error for one job of a request that was rejected with a code.
 
-    Parameters
-    ----------
-    code : grpc.StatusCode
-        The code of the rejected request.
-    violations : iterable of Violation
-        Of this job, fields as on the wire but inside the job.
-    rename : callable
-        From a field of the wire to the caller's name of it.
+    `violations` name fields as on the wire, inside the job; `rename` gives the caller's names.
     """
     named = tuple(Violation(rename(v.field), v.description) for v in violations)
     unknown_model = code is grpc.StatusCode.NOT_FOUND and any(v.field == "model" for v in named)
@@ -255,27 +247,25 @@ def from_job_end(end: types_pb2.JobEnd, rename: Callable[[str], str], job_id: st
     error = end.error
     named = tuple(Violation(rename(v.field), v.description) for v in error.violations)
     message = "; ".join(map(str, named)) or error.message or "the job failed without a reason"
-    about_model = any(violation.field == "model" for violation in named)
-    found = _kind_of(end, about_model)(message, violations=named, job_id=job_id)
+    kind = _BY_STATE.get(end.state) or _BY_CODE.get(error.code, JobFailed)
+    if kind is NotFound and any(violation.field == "model" for violation in named):
+        kind = ModelNotFound
+    found = kind(message, violations=named, job_id=job_id)
     if isinstance(found, Quarantined):
         found.lost_leases = lost_leases(end.lost_leases)
     return found
 
 
-def _kind_of(end: types_pb2.JobEnd, about_model: bool) -> type[TraceError]:
-    if end.state == types_pb2.JOB_STATE_CANCELLED:
-        return Cancelled
-    if end.state == types_pb2.JOB_STATE_QUARANTINED:
-        return Quarantined
-    match end.error.code:
-        case code_pb2.INVALID_ARGUMENT | code_pb2.OUT_OF_RANGE:
-            return InvalidArgument
-        case code_pb2.NOT_FOUND:
-            return ModelNotFound if about_model else NotFound
-        case code_pb2.DEADLINE_EXCEEDED:
-            return DeadlineExceeded
-        case _:
-            return JobFailed
+_BY_STATE: dict[int, type[TraceError]] = {
+    types_pb2.JOB_STATE_CANCELLED: Cancelled,
+    types_pb2.JOB_STATE_QUARANTINED: Quarantined,
+}
+_BY_CODE: dict[int, type[TraceError]] = {
+    code_pb2.INVALID_ARGUMENT: InvalidArgument,
+    code_pb2.OUT_OF_RANGE: InvalidArgument,
+    code_pb2.NOT_FOUND: NotFound,
+    code_pb2.DEADLINE_EXCEEDED: DeadlineExceeded,
+}
 
 
 def lost_leases(wire: Iterable[types_pb2.LostLease]) -> tuple[LostLease, ...]:

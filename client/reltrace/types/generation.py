@@ -145,15 +145,7 @@ class GenerateArguments:
     def jobs(self, *, stream: bool = False) -> list[Job]:
         """Check the arguments; return the job, and the same without steering if there is any.
 
-        Parameters
-        ----------
-        stream : bool
-            Whether somebody reads along.
-
-        Raises
-        ------
-        InvalidArgument
-            Naming the argument and what is allowed.
+        With `stream`, the worker sends drafts of the text while it is generated.
         """
         edits = edits_to_wire(self.steer, "steer")
         wire = types_pb2.Generation(
@@ -167,5 +159,5 @@ class GenerateArguments:
         for wanted in (edits, []) if edits else ([],):
             spec = types_pb2.JobSpec(model=model_name(self.model), generation=wire, edits=wanted)
             set_input(spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
-            jobs.append(Job(spec, (), False, None))
+            jobs.append(Job(spec))
         return jobs

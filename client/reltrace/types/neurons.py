@@ -1,17 +1,21 @@
-"""The strongest neurons and heads of a trace, with what an atlas calls them."""
+"""The strongest neurons and heads of a trace, with their labels in an atlas."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from reltrace.types.atlas_shard import SITES
 from reltrace.types.errors import invalid
-from reltrace.types.top_entries import Entry, places, strongest
-from reltrace.types.trace import Trace
+from reltrace.types.top_entries import Entry, columns, strongest
+
+if TYPE_CHECKING:
+    from reltrace.types.trace import Trace
+
+_REDUCE = 'reduce="topk", "feature" or "full"'
 
 
 @runtime_checkable
@@ -24,7 +28,7 @@ class Labels(Protocol):
         ...
 
     def label(self, layer: int, index: int, site: str = "neuron") -> str:
-        """Return what a neuron or head is called; "" where it has no label."""
+        """Return the label of a neuron or head; "" if it has none."""
         ...
 
 
@@ -35,7 +39,7 @@ class StrongNeuron:
     Attributes
     ----------
     layer, neuron : int
-        Which: number of the decoder layer, index in its MLP.
+        Number of the decoder layer, index in its MLP.
     position : int or None
         Index of the token; None where the reduction summed over the tokens ("feature").
     token : str or None
@@ -43,7 +47,7 @@ class StrongNeuron:
     relevance : float
         Its relevance there, raw.
     label : str
-        What the atlas calls it; "" without an atlas, or where it has no label.
+        Its label in the atlas; "" without an atlas, or where it has no label.
     """
 
     layer: int
@@ -61,15 +65,9 @@ class StrongHead:
     Attributes
     ----------
     layer, head : int
-        Which: number of the decoder layer, index among its heads.
-    position : int or None
-        Index of the token; None where the reduction summed over the tokens ("feature").
-    token : str or None
-        That token.
-    relevance : float
-        Its relevance there, raw.
-    label : str
-        What the atlas calls it; "" without an atlas, or where it has no label.
+        Number of the decoder layer, index among its heads.
+    position, token, relevance, label
+        As in `StrongNeuron`.
     """
 
     layer: int
@@ -80,19 +78,16 @@ class StrongHead:
     label: str
 
 
-def strong_neurons(trace: Trace, k: int, atlas: Labels | None) -> list[StrongNeuron]:
-    """Return the strongest neurons. See `Trace.neurons`."""
-    return [
-        StrongNeuron(*_which(entry), entry.position, entry.token, entry.value, label)
-        for entry, label in labelled(trace, "neuron", k, atlas)
-    ]
+Strong = TypeVar("Strong", StrongNeuron, StrongHead)
 
 
-def strong_heads(trace: Trace, k: int, atlas: Labels | None) -> list[StrongHead]:
-    """Return the strongest heads. See `Trace.heads`."""
+def strong(
+    kind: type[Strong], trace: Trace, site: str, k: int, atlas: Labels | None
+) -> list[Strong]:
+    """Return the strongest neurons or heads. See `Trace.neurons`."""
     return [
-        StrongHead(*_which(entry), entry.position, entry.token, entry.value, label)
-        for entry, label in labelled(trace, "head", k, atlas)
+        kind(*_layer_and_index(entry), entry.position, entry.token, entry.value, label)
+        for entry, label in labelled(trace, site, k, atlas)
     ]
 
 
@@ -102,43 +97,30 @@ def labelled(trace: Trace, site: str, k: int, atlas: Labels | None) -> list[tupl
     Raises
     ------
     InvalidArgument
-        The trace has none, `k` is no number of them, or the atlas is not of its model.
+        If the trace has none, `k` is no number of them, or the atlas is not of its model.
     """
     if site not in trace.arrays:
-        there = f"there are {', '.join(trace.sites)}" if trace.sites else "no site was requested"
-        raise invalid("sites", f'{site!r} is not in the trace ({there}); ask for sites=["{site}"] '
-                      f"and {_REDUCE}")  # fmt: skip
-    if not keeps_features(trace, site):
+        sites = f"there are {', '.join(trace.sites)}" if trace.sites else "no site was requested"
+        raise invalid(
+            "sites",
+            f'{site!r} is not in the trace ({sites}); ask for sites=["{site}"] and {_REDUCE}',
+        )
+    if columns(trace, site, np.empty(0, int)).features is None:
         raise invalid(
             "reduce", f"{trace.provenance.reduction!r} summed over the {site}s; ask for {_REDUCE}"
         )
     labels = None if atlas is None else labels_of(trace, atlas)
     return [
-        (entry, "" if labels is None else labels.label(*_which(entry), site))
+        (entry, "" if labels is None else labels.label(*_layer_and_index(entry), site))
         for entry in strongest(trace, k, site)
     ]
 
 
-_REDUCE = 'reduce="topk", "feature" or "full"'
-
-
-def keeps_features(trace: Trace, site: str) -> bool:
-    """Tell whether the reduction left single neurons, or whatever the site has."""
-    return places(trace, site, np.empty(0, int)).features is not None
-
-
 def labels_of(trace: Trace, atlas: object) -> Labels:
-    """Return the atlas if its labels are those of the model that was traced.
-
-    Raises
-    ------
-    InvalidArgument
-        It is none, or of another model or revision: its labels would be wrong.
-    """
+    """Return the atlas; raise InvalidArgument if it is not of the model that was traced."""
     if not isinstance(atlas, Labels):
         raise invalid(
-            "atlas",
-            f"must be what reltrace.load_atlas returns, not {type(atlas).__name__}",
+            "atlas", f"must be what reltrace.load_atlas returns, not {type(atlas).__name__}"
         )
     traced = [trace.provenance.model, trace.provenance.revision]
     made_by = list(atlas.about.get("made_by") or ())
@@ -149,12 +131,11 @@ def labels_of(trace: Trace, atlas: object) -> Labels:
 
 
 def has_labels(site: str) -> bool:
-    """Tell whether the features of a site are what an atlas labels."""
+    """Tell whether an atlas labels the features of a site."""
     return site in SITES
 
 
-def _which(entry: Entry) -> tuple[int, int]:
-    # Sites with labels have layers, and `keeps_features` was asked.
+def _layer_and_index(entry: Entry) -> tuple[int, int]:
     assert entry.layer is not None
     assert entry.feature is not None
     return entry.layer, entry.feature

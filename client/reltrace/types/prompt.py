@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from reltrace_proto.v1 import types_pb2
 
-from reltrace.types.checks import check_encodable, check_text
+from reltrace.types.checks import check_encodable, check_text, flag
 from reltrace.types.errors import invalid
 from reltrace.types.target import token_ids
 
@@ -15,11 +15,8 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """Of a conversation, the oldest first: each with "role" and "content", a text or a list of parts
 `{"type": "text", "text": "..."}`, whose texts are put together as they are."""
 
-# The server takes messages of 16 MiB; the rest of the request needs a little room.
+# The server takes requests of 16 MiB, of which the job is not all.
 MAX_JOB_BYTES = 16 * 1024 * 1024 - 4096
-
-_MESSAGE = ("role", "content")
-_PART = ("type", "text")
 
 
 def set_input(
@@ -29,21 +26,14 @@ def set_input(
     messages: object = None,
     add_special_tokens: object = True,
 ) -> None:
-    """Set the last fields of a job, and check the job's size.
-
-    Raises
-    ------
-    InvalidArgument
-        Not exactly one of the three is given, or it is of another form.
-    """
+    """Set the input of a job, of which exactly one form is given, and check the job's size."""
     inputs = {"prompt": prompt, "messages": messages, "input_ids": input_ids}
     given = [name for name, value in inputs.items() if value is not None]
     if not given:
         raise invalid("prompt", "is missing; give prompt, messages or input_ids")
     if len(given) > 1:
         raise invalid(given[0], f"excludes {given[1]}; give one of prompt, messages and input_ids")
-    if not isinstance(add_special_tokens, bool):
-        raise invalid("add_special_tokens", f"must be True or False, not {add_special_tokens!r}")
+    flag(add_special_tokens, "add_special_tokens")
     if input_ids is not None:
         spec.input_ids.ids.extend(token_ids(input_ids, "input_ids"))
     elif messages is not None:
@@ -53,7 +43,7 @@ def set_input(
     else:
         check_text(prompt, "prompt")
         spec.prompt = prompt
-        # Not said where it is the default: a server that does not know the field serves it too.
+        # The default is not sent: servers of older versions do not know the field.
         if not add_special_tokens:
             spec.add_special_tokens = False
     size = spec.ByteSize()
@@ -62,13 +52,7 @@ def set_input(
 
 
 def chat_to_wire(messages: object, argument: str = "messages") -> types_pb2.Chat:
-    """Translate the messages of a conversation.
-
-    Raises
-    ------
-    InvalidArgument
-        Naming the message and what of it is wrong.
-    """
+    """Translate the messages of a conversation; errors name the message and its field."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise invalid(
             argument,
@@ -80,11 +64,8 @@ def chat_to_wire(messages: object, argument: str = "messages") -> types_pb2.Chat
     chat = types_pb2.Chat()
     for index, message in enumerate(messages):
         name = f"{argument}[{index}]"
-        if not isinstance(message, Mapping):
-            raise invalid(
-                name, f"must be a mapping with role and content, not {type(message).__name__}"
-            )
-        _check_keys(message, _MESSAGE, name, "message")
+        _check_mapping(message, ("role", "content"), name)
+        _check_keys(message, ("role", "content"), name, "message")
         role, content = _text(message, "role", name), _content(message, name)
         if not role:
             raise invalid(f"{name}.role", "must not be empty")
@@ -92,16 +73,8 @@ def chat_to_wire(messages: object, argument: str = "messages") -> types_pb2.Chat
     return chat
 
 
-def _check_keys(given: Mapping[str, Any], allowed: Sequence[str], name: str, what: str) -> None:
-    for key in given:
-        if key not in allowed:
-            raise invalid(
-                f"{name}.{key}", f"is no field of a {what}; allowed: {' and '.join(allowed)}"
-            )
-
-
 def _content(message: Mapping[str, Any], name: str) -> str:
-    """Return the content of a message: a text, or those of a list of parts."""
+    """Return the content of a message: a text, or the texts of its parts put together."""
     parts = message.get("content")
     if isinstance(parts, str | bytes) or not isinstance(parts, Sequence):
         return _text(message, "content", name)
@@ -110,13 +83,27 @@ def _content(message: Mapping[str, Any], name: str) -> str:
     texts = []
     for index, part in enumerate(parts):
         field = f"{name}.content[{index}]"
-        if not isinstance(part, Mapping):
-            raise invalid(field, f"must be a mapping with type and text, not {type(part).__name__}")
+        _check_mapping(part, ("type", "text"), field)
         if (kind := _text(part, "type", field)) != "text":
             raise invalid(f"{field}.type", f"must be 'text', not {kind!r}")
-        _check_keys(part, _PART, field, "part")
+        _check_keys(part, ("type", "text"), field, "part")
         texts.append(_text(part, "text", field))
     return "".join(texts)
+
+
+def _check_mapping(value: object, keys: Sequence[str], name: str) -> None:
+    if not isinstance(value, Mapping):
+        raise invalid(
+            name, f"must be a mapping with {' and '.join(keys)}, not {type(value).__name__}"
+        )
+
+
+def _check_keys(given: Mapping[str, Any], allowed: Sequence[str], name: str, what: str) -> None:
+    for key in given:
+        if key not in allowed:
+            raise invalid(
+                f"{name}.{key}", f"is no field of a {what}; allowed: {' and '.join(allowed)}"
+            )
 
 
 def _text(message: Mapping[str, Any], key: str, name: str) -> str:

@@ -88,7 +88,10 @@ class Provenance:
     device : str
         Where the model ran.
     versions : mapping of str to str
-        Versions of lxt, torch, transformers and the worker.
+        Versions of torch, transformers and the worker; and of lxt, where its functions ran.
+    rule_functions : str
+        Whose functions the rule ran: "fused" (the worker's own) or "lxt". Empty where no function
+        of the model was replaced (rule "gradient").
     """
 
     model: str
@@ -100,6 +103,7 @@ class Provenance:
     checkpointing: bool
     device: str
     versions: Mapping[str, str] = field(default_factory=dict)
+    rule_functions: str = ""
 
 
 @dataclass(frozen=True, slots=True)

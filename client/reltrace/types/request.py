@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 from reltrace_proto.v1 import types_pb2
 
 from reltrace.types import target
-from reltrace.types.checks import check_text, whole_number
+from reltrace.types.checks import check_text, one_of, whole_number
 from reltrace.types.edit import EditLike, edits_to_wire
 from reltrace.types.errors import invalid
 from reltrace.types.prompt import Messages, set_input
@@ -26,9 +26,13 @@ _PRIORITIES: dict[str, types_pb2.Priority.ValueType] = {
     "interactive": types_pb2.PRIORITY_INTERACTIVE,
     "batch": types_pb2.PRIORITY_BATCH,
 }
-_INDEXED = re.compile(r"^(\w+)(?:\[(\d+)\])?")
 _CHAT = re.compile(r"^chats\[(\d+)\]")
-_CALLER_NAMES = {"reduction": "reduce"}
+_CALLER_FIELDS = {
+    "input": "prompt",
+    "chat": "messages",
+    "chats": "messages",
+    "reduction": "reduce",
+}
 _MAX_TOP_K = 4096
 _MAX_LAYER = 2**32 - 1
 
@@ -48,15 +52,15 @@ class Job:
     target : object
         The `target` argument as it was passed, to name its parts in errors.
     first : int
-        Of a slice of a corpus: the number of its first prompt, to name prompts in errors.
+        The number of the first prompt of a slice of a corpus, to name prompts in errors.
     id : str or int or None
         The id that its traces carry.
     """
 
     spec: types_pb2.JobSpec
-    sites: tuple[str, ...]
-    several: bool
-    target: object
+    sites: tuple[str, ...] = ()
+    several: bool = False
+    target: object = None
     first: int = 0
     id: str | int | None = None
 
@@ -70,20 +74,13 @@ class Job:
                 return "steer" + wire_field.removeprefix("edits")
         if self.spec.HasField("corpus"):
             wire_field = wire_field.removeprefix("corpus.")
-            if wire_field == "chats":
-                return "messages"
             if chat := _CHAT.match(wire_field):
                 return f"prompts[{self.first + int(chat[1])}]{wire_field[chat.end() :]}"
-        if wire_field == "input":
-            return "prompt"
+        if wire_field in _CALLER_FIELDS:
+            return _CALLER_FIELDS[wire_field]
         if wire_field.startswith("input_ids.ids"):
             return "input_ids" + wire_field.removeprefix("input_ids.ids")
-        if wire_field == "chat" or wire_field.startswith("chat."):
-            return wire_field.removeprefix("chat").removeprefix(".") or "messages"
-        match = _INDEXED.match(wire_field)
-        if match and match.group(1) in _CALLER_NAMES:
-            return _CALLER_NAMES[match.group(1)]
-        return wire_field
+        return wire_field.removeprefix("chat.")
 
 
 class SharedOptions(TypedDict, total=False):
@@ -159,22 +156,14 @@ class Arguments:
         replace(self, prompt="shared").job()
 
     def job(self) -> Job:
-        """Check the arguments and build the job.
-
-        Raises
-        ------
-        InvalidArgument
-            Naming the argument and what is allowed.
-        """
+        """Check the arguments and build the job."""
         spec = types_pb2.JobSpec(
             model=model_name(self.model),
             reduction=_name(self.reduce, "reduce"),
             rule=_name(self.rule, "rule"),
             targets=target.to_wire(self.target),
         )
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
-            raise invalid("dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        spec.dtype = DTYPES[self.dtype]
+        spec.dtype = one_of(self.dtype, "dtype", DTYPES)
         sites = _sites(self.sites)
         spec.sites.extend(sites)
         if self.layers is not None:
@@ -195,53 +184,34 @@ def tokenize_job(
     """Check the arguments of `tokenize` and build its job."""
     spec = types_pb2.JobSpec(model=model_name(model), tokenize_only=True)
     set_input(spec, prompt, None, messages, add_special_tokens)
-    return Job(spec, (), False, None)
+    return Job(spec)
 
 
 def wire_priority(priority: object) -> types_pb2.Priority.ValueType:
-    """Translate a `priority` argument.
-
-    Raises
-    ------
-    InvalidArgument
-        If there is no such priority.
-    """
-    if not isinstance(priority, str) or priority not in _PRIORITIES:
-        raise invalid("priority", f"must be one of {', '.join(_PRIORITIES)}, not {priority!r}")
-    return _PRIORITIES[priority]
+    """Translate a `priority` argument."""
+    wire: types_pb2.Priority.ValueType = one_of(priority, "priority", _PRIORITIES)
+    return wire
 
 
-_OWN_TO_AN_ITEM = frozenset({"id", "prompt", "input_ids", "messages", "model"})
+_ITEM_KEYS = frozenset({"id", "prompt", "input_ids", "messages", "model"})
 
 
 class JobMaker:
-    """Builds the jobs of many items. What they share is checked and built once.
-
-    Parameters
-    ----------
-    defaults : Arguments
-        What an item does not say; no prompt and no input_ids.
-    """
+    """Builds the jobs of many items. The arguments that they share are checked and built once."""
 
     def __init__(self, defaults: Arguments) -> None:
         self._defaults = defaults
-        # The last model's job, without its input.
+        # The job of the latest model, without an input.
         self._model: object = None
         self._shared: Job | None = None
 
     def job(self, item: object, name: str | int | None = None) -> Job:
-        """Check an item and build its job, whose traces get this id.
-
-        Raises
-        ------
-        InvalidArgument
-            Naming the argument and what is allowed.
-        """
+        """Check an item and build its job, whose traces get this id."""
         defaults = self._defaults
         inputs: tuple[object, object, object]
         if isinstance(item, str):
             inputs, model = (item, None, None), defaults.model
-        elif isinstance(item, Mapping) and item.keys() <= _OWN_TO_AN_ITEM:
+        elif isinstance(item, Mapping) and item.keys() <= _ITEM_KEYS:
             inputs = (item.get("prompt"), item.get("input_ids"), item.get("messages"))
             model = item.get("model", defaults.model)
         else:
@@ -290,7 +260,7 @@ def _sites(sites: object) -> tuple[str, ...]:
 
 
 def _layers(layers: object) -> tuple[int, ...]:
-    """Check the layers; whether the model has them, its worker knows."""
+    """Check the layers; the worker checks that the model has them."""
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise invalid("layers", f"must be a sequence of layer numbers, not {layers!r}")
     if not layers:

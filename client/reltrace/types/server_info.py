@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from typing import TypeVar
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from reltrace_proto.v1 import admin_pb2, trace_pb2, types_pb2
 
-from reltrace.types.scalar_types import scalar_name
+from reltrace.types.arrays import scalar_name
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +158,9 @@ class Status:
 
 def model(wire: types_pb2.ModelInfo, workers: int) -> Model:
     """Translate a model."""
-    return Model(
-        name=wire.name,
-        revision=wire.revision,
-        architecture=wire.architecture,
-        layers=wire.layers,
-        hidden_size=wire.hidden_size,
-        heads=wire.heads,
-        intermediate_size=wire.intermediate_size,
-        vocab_size=wire.vocab_size,
-        context_length=wire.context_length,
-        parameters=wire.parameters,
+    return _translated(
+        Model,
+        wire,
         dtype=scalar_name(wire.dtype),
         sites=tuple(wire.sites),
         rules=tuple(wire.rules),
@@ -181,43 +177,45 @@ def models(wire: trace_pb2.ListModelsResponse) -> list[Model]:
 def jobs(wire: trace_pb2.GetJobsResponse) -> list[JobStatus]:
     """Translate the states of jobs."""
     return [
-        JobStatus(
-            id=job.job_id,
-            state=types_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()
-            if job.state
-            else None,
-            attempt=job.attempt,
-            worker=job.worker_id,
-        )
+        JobStatus(job.job_id, _state_name(job.state), job.attempt, job.worker_id)
         for job in wire.jobs
     ]
 
 
 def status(wire: admin_pb2.GetStatusResponse) -> Status:
     """Translate a server's state."""
-    return Status(
-        version=wire.version,
+    return _translated(
+        Status,
+        wire,
         queues=tuple(Queue(q.model, q.queued, q.leased) for q in wire.queues),
         workers=tuple(map(worker, wire.workers)),
         ended=dict(wire.ended),
-        redis_version=wire.redis_version,
-        redis_memory_bytes=wire.redis_memory_bytes,
     )
 
 
 def worker(wire: admin_pb2.WorkerStatus) -> Worker:
     """Translate a worker."""
-    return Worker(
+    return _translated(
+        Worker,
+        wire,
         id=wire.worker_id,
         model=wire.model.name,
-        device=wire.device,
-        version=wire.version,
-        leased=wire.leased,
         connected_at=_time(wire.connected_at),
         seen_at=_time(wire.seen_at),
         further_models=tuple(model.name for model in wire.further_models),
-        draining=wire.draining,
     )
+
+
+def _translated(kind: type[T], wire: Message, **translated: object) -> T:
+    """Return a dataclass whose other fields are those of a message, by the same names."""
+    names = {field.name for field in fields(kind)} - translated.keys()  # type: ignore[arg-type]
+    return kind(**translated, **{name: getattr(wire, name) for name in names})
+
+
+def _state_name(state: types_pb2.JobState.ValueType) -> str | None:
+    if not state:
+        return None
+    return types_pb2.JobState.Name(state).removeprefix("JOB_STATE_").lower()
 
 
 def _time(wire: Timestamp) -> datetime | None:

@@ -1,18 +1,20 @@
-"""Single values of a trace, with where they stand."""
+"""Single values of a trace, with their layer, token and feature."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from reltrace.types.arrays import SITES_WITHOUT_LAYERS, Array
 from reltrace.types.checks import whole_number
 from reltrace.types.errors import MissingDependency, invalid
-from reltrace.types.trace import SITES_WITHOUT_LAYERS, Array, Trace
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from reltrace.types.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +46,8 @@ class Entry:
     feature: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where some values of a site stand; None: an axis that the reduction summed over.
-
-    Attributes
-    ----------
-    values : ndarray of float, shape [N]
-        Relevance.
-    layers, positions, features : ndarray of int, shape [N], or None
-        Numbers of the layers, indices of the tokens, indices of the features.
-    """
+class Columns(NamedTuple):
+    """Values of a site, with numbers of layers, positions and features; None: summed over."""
 
     values: Array
     layers: Array | None
@@ -63,65 +56,54 @@ class Places:
 
 
 def values_of(trace: Trace, site: str) -> Array:
-    """Return the values of a site, one after another, whatever the reduction left."""
+    """Return all values of a site, flat, for every reduction."""
     parts = trace.parts(site)
     return parts["values" if "values" in parts else ""].ravel()
 
 
-def places(trace: Trace, site: str, rows: Array) -> Places:
-    """Return where some of the values of `values_of` stand.
-
-    Raises
-    ------
-    InvalidArgument
-        If the tensors of the site are of no reduction that is known here.
-    """
+def columns(trace: Trace, site: str, rows: Array) -> Columns:
+    """Return some of the values of `values_of`."""
     parts = trace.parts(site)
-    several = set(parts) == {"values", "token", "feature"}
-    values = parts["values"] if several else parts[""]
+    is_topk = set(parts) == {"values", "token", "feature"}
+    values = parts["values"] if is_topk else parts[""]
     index = list(np.unravel_index(rows, values.shape))
-    numbers = None
+    layers = None
     if site not in SITES_WITHOUT_LAYERS:
-        # Older files do not say which layers they are.
-        numbers = np.array(trace.layers or range(values.shape[0]))[index.pop(0)]
+        # Older files do not name their layers.
+        layers = np.array(trace.layers or range(values.shape[0]))[index.pop(0)]
     positions: Array | None
     features: Array | None
-    if several:
+    if is_topk:
         positions, features = parts["token"].ravel()[rows], parts["feature"].ravel()[rows]
     elif len(index) == 2:
         positions, features = index
     elif len(index) == 1:
-        summed = trace.provenance.reduction == "feature"
-        positions, features = (None, index[0]) if summed else (index[0], None)
+        summed_over_tokens = trace.provenance.reduction == "feature"
+        positions, features = (None, index[0]) if summed_over_tokens else (index[0], None)
     else:
         raise invalid("site", f"{site!r} has a form that no known reduction leaves")
-    return Places(values.ravel()[rows], numbers, positions, features)
+    return Columns(values.ravel()[rows], layers, positions, features)
 
 
 def strongest(trace: Trace, k: int, site: str) -> list[Entry]:
-    """Return the largest entries of a site. See `Trace.top`."""
+    """Return the entries with the largest absolute values. See `Trace.top`."""
     k = whole_number(k, "k", 1)
     size = np.abs(values_of(trace, site), dtype=np.float32)
-    # What is not finite is no larger than anything.
+    # What is not finite comes last.
     size[~np.isfinite(size)] = -1
     k = min(k, len(size))
-    first = np.argpartition(-size, k - 1)[:k] if k else np.empty(0, int)
+    rows = np.argpartition(-size, k - 1)[:k] if k else np.empty(0, int)
     # Of equal ones the first in the tensor comes first.
-    first = first[np.lexsort((first, -size[first]))]
-    found = places(trace, site, first)
-    return [_entry(trace, site, found, row) for row in range(k)]
-
-
-def _entry(trace: Trace, site: str, found: Places, row: int) -> Entry:
-    position = None if found.positions is None else int(found.positions[row])
-    return Entry(
-        value=float(found.values[row]),
-        site=site,
-        layer=None if found.layers is None else int(found.layers[row]),
-        position=position,
-        token=None if position is None else trace.tokens[position],
-        feature=None if found.features is None else int(found.features[row]),
-    )
+    rows = rows[np.lexsort((rows, -size[rows]))]
+    found = columns(trace, site, rows)
+    entries = []
+    for row in range(k):
+        layer, position, feature = (
+            None if column is None else int(column[row]) for column in found[1:]
+        )
+        token = None if position is None else trace.tokens[position]
+        entries.append(Entry(float(found.values[row]), site, layer, position, token, feature))
+    return entries
 
 
 def frame(trace: Trace, site: str) -> pd.DataFrame:
@@ -130,13 +112,13 @@ def frame(trace: Trace, site: str) -> pd.DataFrame:
         import pandas as pd
     except ImportError as error:
         raise MissingDependency("to_pandas needs pandas: pip install 'reltrace[pandas]'") from error
-    found = places(trace, site, np.arange(values_of(trace, site).size))
-    columns: dict[str, Any] = {}
+    found = columns(trace, site, np.arange(values_of(trace, site).size))
+    data: dict[str, Any] = {}
     if found.layers is not None:
-        columns["layer"] = found.layers
+        data["layer"] = found.layers
     if found.positions is not None:
-        columns["position"] = found.positions
-        columns["token"] = np.array(trace.tokens, dtype=object)[found.positions]
+        data["position"] = found.positions
+        data["token"] = np.array(trace.tokens, dtype=object)[found.positions]
     if found.features is not None:
-        columns["feature"] = found.features
-    return pd.DataFrame({**columns, "relevance": found.values})
+        data["feature"] = found.features
+    return pd.DataFrame({**data, "relevance": found.values})

@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reltrace.types import neurons, top_entries
+from reltrace.types.arrays import SITES_WITHOUT_LAYERS, Array
 from reltrace.types.errors import InvalidArgument, invalid
+from reltrace.types.neurons import Labels, StrongHead, StrongNeuron
 from reltrace.types.provenance import Provenance, ResolvedTarget, Timings
-from reltrace.types.scalar_types import Array as Array
 from reltrace.types.tokens import FirstTokenShare, Turn, no_offsets
+from reltrace.types.top_entries import Entry
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from reltrace.types.neurons import Labels, StrongHead, StrongNeuron
-    from reltrace.types.top_entries import Entry
-
-# Sites without a layer axis: their relevance exists once, not once per layer.
-SITES_WITHOUT_LAYERS = frozenset({"embed"})
 _PER_TOKEN = ("token", "full")
 
 
@@ -271,9 +269,7 @@ class Trace:
         InvalidArgument
             If `k` is not a whole number from 1 on, or the site was not requested.
         """
-        from reltrace.types import top_entries as entries
-
-        return entries.strongest(self, k, self._site(site))
+        return top_entries.strongest(self, k, self._site(site))
 
     def neurons(self, k: int = 10, atlas: Labels | None = None) -> list[StrongNeuron]:
         """Return the strongest neurons, whatever the reduction left of the site "neuron".
@@ -296,15 +292,11 @@ class Trace:
             If `k` is not a whole number from 1 on, the trace has no neurons, or the atlas is of
             another model or revision.
         """
-        from reltrace.types import neurons
-
-        return neurons.strong_neurons(self, k, atlas)
+        return neurons.strong(StrongNeuron, self, "neuron", k, atlas)
 
     def heads(self, k: int = 10, atlas: Labels | None = None) -> list[StrongHead]:
         """Return the strongest attention heads, as `neurons` does the neurons: site "head"."""
-        from reltrace.types import neurons
-
-        return neurons.strong_heads(self, k, atlas)
+        return neurons.strong(StrongHead, self, "head", k, atlas)
 
     def to_pandas(self, site: str | None = None) -> pd.DataFrame:
         """Return the relevance at a site as a data frame with one row per value.
@@ -325,9 +317,7 @@ class Trace:
         MissingDependency
             If pandas is missing.
         """
-        from reltrace.types import top_entries as entries
-
-        return entries.frame(self, self._site(site))
+        return top_entries.frame(self, self._site(site))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the trace as plain lists and numbers, ready for `json.dumps`.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reltrace.evaluation.plan import MEASURES
 from reltrace.evaluation.scores import on_axis
+from reltrace.evaluation.settings import MEASURES
 from reltrace.types.errors import MissingDependency, invalid
 
 if TYPE_CHECKING:

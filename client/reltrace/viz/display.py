@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from reltrace.types.arrays import SITES_WITHOUT_LAYERS, Array
 from reltrace.types.errors import invalid
-from reltrace.types.trace import SITES_WITHOUT_LAYERS, Array, Trace
+from reltrace.types.trace import Trace
 
 # The ends of ColorBrewer's RdBu, which people with any kind of colour blindness tell apart,
 # and its middle.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import html
 
-from reltrace.evaluation.evaluation import Evaluation
-from reltrace.evaluation.table import caption, table, verdict
+from reltrace.evaluation.evaluation import Evaluation, caption, table, verdict
 from reltrace.viz.notebook_html import BOX, GREY
 
 _CELL = "padding:1px 16px 1px 0;border:0;background:none;color:#1a1a1a"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from reltrace.types.arrays import SITES_WITHOUT_LAYERS
 from reltrace.types.token_text import quoted, readable_alone
-from reltrace.types.trace import SITES_WITHOUT_LAYERS, Trace
+from reltrace.types.trace import Trace
 from reltrace.viz.display import layer_numbers
 from reltrace.viz.words import Segment, Words, segments
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from reltrace.types.arrays import SITES_WITHOUT_LAYERS
 from reltrace.types.top_entries import Entry
-from reltrace.types.trace import SITES_WITHOUT_LAYERS, Trace
+from reltrace.types.trace import Trace
 from reltrace.viz.display import (
     colour,
     css,

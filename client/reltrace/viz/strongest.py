@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reltrace.types.trace import SITES_WITHOUT_LAYERS, Array, Trace
+from reltrace.types.arrays import SITES_WITHOUT_LAYERS, Array
+from reltrace.types.trace import Trace
 
 # Of each layer and of each token, whatever the cells leave.
 _OF_A_LINE = 15

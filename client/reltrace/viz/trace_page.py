@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from reltrace.types.arrays import SITES_WITHOUT_LAYERS, Array
 from reltrace.types.errors import invalid
 from reltrace.types.neurons import Labels, has_labels, labels_of
 from reltrace.types.token_text import printable
-from reltrace.types.trace import SITES_WITHOUT_LAYERS, Array, Trace
+from reltrace.types.trace import Trace
 from reltrace.viz.display import (
     NEGATIVE,
     POSITIVE,

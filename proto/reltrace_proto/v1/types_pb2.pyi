@@ -893,6 +893,7 @@ class Provenance(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     REDUCTION_FIELD_NUMBER: _builtins.int
+    RULE_FUNCTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     revision: _builtins.str
     rule: _builtins.str
@@ -902,9 +903,15 @@ class Provenance(_message.Message):
     checkpointing: _builtins.bool
     device: _builtins.str
     reduction: _builtins.str
+    rule_functions: _builtins.str
+    """Whose functions the rule ran: "fused" (the worker's own) or "lxt". Empty where no function of
+    the model was replaced (rule "gradient"), and from older workers.
+    """
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Distribution name to version: lxt, torch, transformers, reltrace-worker."""
+        """Distribution name to version: torch, transformers, reltrace-worker; and lxt, where its functions
+        ran.
+        """
 
     def __init__(
         self,
@@ -918,10 +925,11 @@ class Provenance(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         device: _builtins.str = ...,
         reduction: _builtins.str = ...,
+        rule_functions: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "checkpointing", b"checkpointing", "device", b"device", "dtype", b"dtype", "model", b"model", "reduction", b"reduction", "revision", b"revision", "rule", b"rule", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "checkpointing", b"checkpointing", "device", b"device", "dtype", b"dtype", "model", b"model", "reduction", b"reduction", "revision", b"revision", "rule", b"rule", "rule_functions", b"rule_functions", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

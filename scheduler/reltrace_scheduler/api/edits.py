@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from reltrace_proto.v1 import types_pb2
 
-from reltrace_scheduler.config import LARGEST_EDIT, MAX_EDITED_FEATURES, MAX_EDITS_PER_JOB
 from reltrace_scheduler.errors import Violation
+from reltrace_scheduler.limits import MAX_EDIT, MAX_EDITED_FEATURES, MAX_EDITS_PER_JOB
 
 _WITHOUT_LAYERS = "embed"
-_ALLOWED = f"allowed: {-LARGEST_EDIT:g} to {LARGEST_EDIT:g}"
+_ALLOWED = f"allowed: {-MAX_EDIT:g} to {MAX_EDIT:g}"
 
 
 def edit_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
@@ -47,7 +47,7 @@ def _faults(edit: types_pb2.Edit, model: types_pb2.ModelInfo) -> Iterator[Violat
     match edit.WhichOneof("change"):
         case "value" | "scale" as change:
             number = getattr(edit, change)
-            if not abs(number) <= LARGEST_EDIT:
+            if not abs(number) <= MAX_EDIT:
                 yield Violation(change, f"is {number:g}; {_ALLOWED}")
         case "direction":
             yield from _direction_faults(edit, width)
@@ -71,7 +71,7 @@ def _direction_faults(edit: types_pb2.Edit, width: int) -> Iterator[Violation]:
         )
     else:
         numbers = (number for (number,) in struct.iter_unpack("<f", edit.direction))
-        beyond = next((n for n in numbers if not abs(n) <= LARGEST_EDIT), None)
+        beyond = next((n for n in numbers if not abs(n) <= MAX_EDIT), None)
         if beyond is not None:
             yield Violation("direction", f"has a number that is {beyond:g}; {_ALLOWED}")
     if edit.features:

@@ -20,14 +20,14 @@ from reltrace_scheduler.auth.authorization import authorize
 from reltrace_scheduler.auth.identity import act_as, current
 from reltrace_scheduler.auth.rates import UNLIMITED, RateLimiter
 from reltrace_scheduler.auth.tokens import Tokens
-from reltrace_scheduler.config import MAX_REQUEST_BYTES
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     SchedulerError,
     UnavailableError,
     Violation,
 )
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.limits import MAX_REQUEST_BYTES
+from reltrace_scheduler.observability.metrics import Counts
 
 log = structlog.get_logger()
 

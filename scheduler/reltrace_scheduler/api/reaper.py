@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 
 from reltrace_scheduler.api.terminal_results import abandoned, end, overdue, quarantined
 from reltrace_scheduler.keys import model_of, tenant_of
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.maintenance import EXPIRE_AT_ONCE
 from reltrace_scheduler.queue.store import Shard, Store
 from reltrace_scheduler.records import Abandoned

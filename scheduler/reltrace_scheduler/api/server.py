@@ -30,16 +30,16 @@ from reltrace_scheduler.api.result_store import Sweeper
 from reltrace_scheduler.api.trace import TraceService
 from reltrace_scheduler.api.worker import WorkerService
 from reltrace_scheduler.auth.access import Access
-from reltrace_scheduler.config import MAX_TRANSPORT_BYTES, Settings
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.observability.counters import Counts
-from reltrace_scheduler.observability.export import exporting
+from reltrace_scheduler.limits import MAX_TRANSPORT_BYTES
+from reltrace_scheduler.observability.metrics import Counts, exporting
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.tasks import end
-from reltrace_scheduler.web.server import showing
+from reltrace_scheduler.web.server import serving_page
 
 log = structlog.get_logger()
 
@@ -120,7 +120,7 @@ async def serving(
     except RuntimeError as error:
         raise StartError(f"--listen {listen}: the address is in use or not ours") from error
     exporter = exporting(metrics, counts, Gauges(store)) if metrics else contextlib.nullcontext()
-    page = showing(web, store, access) if web else contextlib.nullcontext()
+    page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
     tasks = [
         asyncio.create_task(signals.run()),

@@ -8,7 +8,7 @@ from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2
 
 from reltrace_scheduler.keys import model_of, tenant_of
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.recent import RecentJob
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import Condemned, Ending, Lease, LostLease

@@ -19,7 +19,7 @@ from reltrace_scheduler.errors import (
     Violation,
 )
 from reltrace_scheduler.keys import job_ids, submission_of
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.drafts import PAGE, START
 from reltrace_scheduler.queue.queue import digest
 from reltrace_scheduler.queue.results import Progress

@@ -14,7 +14,7 @@ from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.worker_session import Session, duration
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.keys import REAPER
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.signals import Signals, wait
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.tasks import end

@@ -16,10 +16,10 @@ from reltrace_scheduler.api import terminal_results as endings
 from reltrace_scheduler.api.idle_queues import Idleness
 from reltrace_scheduler.api.leasing import Held, Leasing
 from reltrace_scheduler.api.models import ModelCache
-from reltrace_scheduler.config import MAX_NEW_TOKENS
 from reltrace_scheduler.errors import InvalidRequestError, Violation
 from reltrace_scheduler.keys import submission_of
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.limits import MAX_NEW_TOKENS
+from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.queue import LOST, STORED
 from reltrace_scheduler.queue.recent import RecentJob
 from reltrace_scheduler.queue.store import Store

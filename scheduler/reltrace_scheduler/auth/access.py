@@ -12,49 +12,29 @@ from reltrace_scheduler.errors import StartError
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who gets in.
-
-    Parameters
-    ----------
-    tokens : Tokens or None
-        None: everybody may do everything.
-    tls : ServerTls or None
-        None: plaintext.
-    rates : Rates
-        How fast a caller may call.
-    insecure : bool
-        Serve without TLS or tokens on other addresses than this machine's own.
-    """
+    """Who may call."""
 
     tokens: Tokens | None = None
+    """None: everybody may do everything."""
     tls: ServerTls | None = None
+    """None: plaintext."""
     rates: Rates = UNLIMITED
     insecure: bool = False
+    """Serve without TLS or tokens on other addresses than this machine's own."""
 
     def check(self, listen: str, option: str = "--listen") -> None:
-        """Check that an address may be served like this.
-
-        Parameters
-        ----------
-        option : str
-            That named it.
+        """Check that an address, which an option named, may be served like this.
 
         Raises
         ------
         StartError
             Others than this machine could reach it, without TLS or without tokens.
         """
-        lacking = [
-            option
-            for option, given in (
-                ("--tls-cert and --tls-key", self.tls),
-                ("--tokens", self.tokens),
-            )
-            if given is None
-        ]
-        if lacking and not self.insecure and not is_loopback(listen):
+        needed = {"--tls-cert and --tls-key": self.tls, "--tokens": self.tokens}
+        missing = [name for name, value in needed.items() if value is None]
+        if missing and not self.insecure and not is_loopback(listen):
             raise StartError(
                 f"{option} {listen}: other machines can reach this address; add "
-                f"{' and '.join(lacking)}, listen on 127.0.0.1, or say --insecure if the "
-                "network keeps strangers out"
+                f"{' and '.join(missing)}, listen on 127.0.0.1, or say --insecure if nobody else "
+                "can reach this network"
             )

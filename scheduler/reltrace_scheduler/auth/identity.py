@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 DEFAULT_TENANT = "default"
-"""Whom everything belongs to where nobody needs a token."""
+"""The tenant of every caller where nobody needs a token."""
 
 TENANT_NAME = r"[A-Za-z0-9_.-]{1,64}"
 """A regular expression. A colon would run into the names of keys."""
@@ -22,30 +22,22 @@ class Role(StrEnum):
     WORKER = "worker"
     """Lease jobs of every tenant and store their results."""
     OPERATOR = "operator"
-    """See and steer the whole."""
+    """See all tenants, and act on workers, tenants and quarantined jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A caller.
-
-    Parameters
-    ----------
-    name : str
-        Tells its token from others in the log.
-    tenant : str
-        Whose jobs it may submit, read and cancel.
-    roles : frozenset of Role
-        What it may call.
-    """
+    """A caller."""
 
     name: str
+    """Of its token, in the log."""
     tenant: str
+    """Whose jobs it may submit, read and cancel."""
     roles: frozenset[Role]
 
 
 LOCAL = Identity("local", DEFAULT_TENANT, frozenset(Role))
-"""Everybody, where no tokens are set."""
+"""Every caller, where nobody needs a token."""
 
 _current: ContextVar[Identity] = ContextVar("identity", default=LOCAL)
 

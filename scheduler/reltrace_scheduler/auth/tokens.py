@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import hmac
 import os
 import re
 import secrets
@@ -37,7 +36,7 @@ _LOOK_EVERY = 1.0
 _MAX_FILE_BYTES = 4 << 20
 _MAX_ENTRIES = 10_000
 
-_FIELDS = {"name", "role", "tenant", "sha256"}
+_FIELDS = ("name", "role", "sha256", "tenant")
 
 _MAY = {
     Role.CLIENT: frozenset({Role.CLIENT}),
@@ -53,33 +52,16 @@ class TokenError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One token, as the file knows it.
-
-    Parameters
-    ----------
-    name : str
-        Unique in its file.
-    role : Role
-        What its holder may do.
-    tenant : str
-        Whose jobs its holder sees.
-    sha256 : str
-        Of the token's text, in hexadecimal.
-    """
+    """One token, as the file knows it; raises TokenError where a field is not allowed."""
 
     name: str
+    """Unique in its file."""
     role: Role
     tenant: str
     sha256: str
+    """Of the token's text, in hexadecimal."""
 
     def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises
-        ------
-        TokenError
-            A field has a value that is not allowed.
-        """
         for field, value in (("name", self.name), ("tenant", self.tenant)):
             if not re.fullmatch(TENANT_NAME, value):
                 raise TokenError(f"{field} {value!r}: {TENANT_RULE}")
@@ -90,11 +72,9 @@ class Entry:
 
     @property
     def identity(self) -> Identity:
-        """Who a caller with this token is."""
         return Identity(self.name, self.tenant, _MAY[self.role])
 
     def to_toml(self) -> str:
-        """Return the entry as it stands in a file."""
         # All values are of characters that TOML takes as they are.
         tenant = "" if self.role is Role.WORKER else f'tenant = "{self.tenant}"\n'
         return (
@@ -104,14 +84,7 @@ class Entry:
 
 
 def make(name: str, role: Role, tenant: str = DEFAULT_TENANT) -> tuple[str, Entry]:
-    """Make a token of 256 random bits.
-
-    Returns
-    -------
-    token : str
-        What its holder presents. It is nowhere else.
-    entry : Entry
-        What the scheduler keeps.
+    """Make a token of 256 random bits, which is kept nowhere, and the entry that is kept.
 
     Raises
     ------
@@ -155,17 +128,15 @@ def parse(text: str) -> tuple[Entry, ...]:
 
 
 def _entry(table: dict[str, Any]) -> Entry:
-    if unknown := sorted(table.keys() - _FIELDS):
-        raise TokenError(f"{unknown[0]!r} is none of {', '.join(sorted(_FIELDS))}")
-    for field in sorted(_FIELDS):
-        if not isinstance(table.get(field, "" if field == "tenant" else None), str):
+    if unknown := sorted(table.keys() - set(_FIELDS)):
+        raise TokenError(f"{unknown[0]!r} is none of {', '.join(_FIELDS)}")
+    values = {"tenant": DEFAULT_TENANT} | table
+    for field in _FIELDS:
+        if not isinstance(values.get(field), str):
             raise TokenError(f"{field}: must be a string")
-    try:
-        role = Role(table["role"])
-    except ValueError:
-        allowed = ", ".join(Role)
-        raise TokenError(f"role {table['role']!r}: must be one of {allowed}") from None
-    return Entry(table["name"], role, table.get("tenant", DEFAULT_TENANT), table["sha256"])
+    if values["role"] not in list(Role):
+        raise TokenError(f"role {values['role']!r}: must be one of {', '.join(Role)}")
+    return Entry(values["name"], Role(values["role"]), values["tenant"], values["sha256"])
 
 
 def append(path: Path, entry: Entry) -> None:
@@ -194,13 +165,6 @@ class Tokens:
 
     A new content that is broken is logged, and the old tokens stay.
 
-    Parameters
-    ----------
-    path : Path
-        The file.
-    clock : callable
-        Seconds that rise; for tests.
-
     Raises
     ------
     StartError
@@ -212,7 +176,7 @@ class Tokens:
         self._clock = clock
         self._looked_at = clock()
         self.generation = 0
-        """Rises when other tokens hold than before."""
+        """Rises when the file has been read again."""
         try:
             self._file = FileValue(self._read, [path], self._log_failure)
         except OSError as error:
@@ -234,17 +198,13 @@ class Tokens:
             Nobody has it.
         """
         self.look()
-        digest = hashlib.sha256(token.encode()).hexdigest()
-        found = None
-        # To the end, whatever matches: the time tells nothing about where.
-        for entry in self._file.value:
-            if hmac.compare_digest(entry.sha256, digest):
-                found = entry
+        # How long the lookup takes tells something of a hash, from which no token follows.
+        found = self._file.value.get(hashlib.sha256(token.encode()).hexdigest())
         if found is None:
             raise UnauthenticatedError(
                 "the token is not known here, or was withdrawn: ask the operator for a new one"
             )
-        return found.identity
+        return found
 
     def look(self) -> None:
         """Read the file again if it has changed; at most once a second."""
@@ -260,12 +220,12 @@ class Tokens:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         log.error("tokens.unreadable", file=str(self._path), error=reason, kept="old tokens")
 
-    def _read(self) -> tuple[Entry, ...]:
+    def _read(self) -> dict[str, Identity]:
         with self._path.open("rb") as file:
             content = file.read(_MAX_FILE_BYTES + 1)
         if len(content) > _MAX_FILE_BYTES:
             raise TokenError(f"is longer than {_MAX_FILE_BYTES} bytes")
         try:
-            return parse(content.decode())
+            return {entry.sha256: entry.identity for entry in parse(content.decode())}
         except UnicodeDecodeError:
             raise TokenError("is not UTF-8") from None

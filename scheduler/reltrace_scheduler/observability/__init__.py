@@ -1,1 +1,0 @@
-"""What Prometheus reads of a scheduler; README.md lists the names."""

@@ -2,7 +2,9 @@
 
 import base64
 import contextlib
+import math
 import ssl
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
@@ -17,6 +19,7 @@ from reltrace_proto.v1 import types_pb2
 from reltrace_scheduler import __version__
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import Role
+from reltrace_scheduler.config import host_and_port
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
 from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.store import Store
@@ -25,8 +28,8 @@ log = structlog.get_logger()
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_FRESH = 0.5
-"""Seconds: however many look, the store is asked twice a second."""
+_STATE_SECONDS = 0.5
+"""However many pages are open, Redis is read twice a second."""
 
 _HEADERS = {
     # Nothing from elsewhere, and nobody frames it.
@@ -36,46 +39,42 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_FILES = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 
 
 @contextlib.asynccontextmanager
-async def showing(listen: str, store: Store, access: Access) -> AsyncIterator[str]:
-    """Serve the page until the block ends; gives its URL.
+async def serving_page(listen: str, store: Store, access: Access) -> AsyncIterator[str]:
+    """Serve the page at HOST:PORT until the block ends; gives its URL.
 
-    Parameters
-    ----------
-    listen : str
-        ``HOST:PORT``; port 0: any free one.
-    access : Access
-        With tokens, the browser asks for one of an operator's as the password, under any name;
-        with TLS the page has it too.
+    With tokens, the browser asks for one of an operator's as the password, under any name; with
+    TLS the page has it too.
 
     Raises
     ------
     StartError
-        The address can not be bound, or may not be served like this.
+        The address can not be bound, or may not be served without TLS and tokens.
     """
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal():
-        raise StartError(f"--web {listen}: must be HOST:PORT, such as 127.0.0.1:8080")
+    host, port = host_and_port("--web", listen)
     access.check(listen, option="--web")
     app = web.Application(middlewares=[_guarded(access)])
     page = _Page(store)
-    for name in _FILES:
-        app.router.add_get(f"/{name}", page.file)
+    for path in _FILES:
+        app.router.add_get(path, page.file)
     app.router.add_get("/state.json", page.state)
     app.router.add_get("/jobs/{job}.json", page.job)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host.strip("[]"), int(port), ssl_context=_tls(access))
         try:
-            await site.start()
+            await web.TCPSite(runner, host, port, ssl_context=_tls(access)).start()
         except OSError as error:
             raise StartError(f"--web {listen}: {error.strerror or error}") from error
-        bound = runner.addresses[0][1]
-        yield f"{'http' if access.tls is None else 'https'}://{host}:{bound}"
+        scheme, bound = "http" if access.tls is None else "https", runner.addresses[0][1]
+        yield f"{scheme}://{listen.rpartition(':')[0]}:{bound}"
     finally:
         await runner.cleanup()
 
@@ -94,8 +93,9 @@ def _tls(access: Access) -> ssl.SSLContext | None:
 def _guarded(access: Access) -> Any:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not _may_look(access, request.headers.get("Authorization", "")):
-            response: web.StreamResponse = web.Response(
+        response: web.StreamResponse
+        if not _is_operator(access, request.headers.get("Authorization", "")):
+            response = web.Response(
                 status=401,
                 text="an operator's token is needed, as the password; any name will do\n",
                 headers={"WWW-Authenticate": 'Basic realm="reltrace", charset="UTF-8"'},
@@ -106,7 +106,7 @@ def _guarded(access: Access) -> Any:
             except web.HTTPException as error:
                 response = web.Response(status=error.status, text=f"{error.reason}\n")
             except (RedisError, OSError) as error:
-                log.warning("page.fails", error=str(error))
+                log.warning("page.failed", error=str(error))
                 response = web.Response(status=503, text="the store does not answer\n")
         response.headers.update(_HEADERS)
         return response
@@ -114,15 +114,13 @@ def _guarded(access: Access) -> Any:
     return guard
 
 
-def _may_look(access: Access, authorization: str) -> bool:
+def _is_operator(access: Access, authorization: str) -> bool:
     if access.tokens is None:
         return True
     kind, _, encoded = authorization.partition(" ")
-    if kind.lower() != "basic":
-        return False
     try:
         token = base64.b64decode(encoded, validate=True).decode().partition(":")[2]
-        return Role.OPERATOR in access.tokens.find(token).roles
+        return kind.lower() == "basic" and Role.OPERATOR in access.tokens.find(token).roles
     except (ValueError, UnauthenticatedError):
         return False
 
@@ -137,12 +135,12 @@ class _Page:
         self._read_at = float("-inf")
 
     async def file(self, request: web.Request) -> web.Response:
-        name = request.path.lstrip("/")
-        content = files(__package__) / "page" / (name or "page.html")
-        return web.Response(text=content.read_text(), content_type=_FILES[name])
+        name, content_type = _FILES[request.path]
+        text = (files(__package__) / "page" / name).read_text()
+        return web.Response(text=text, content_type=content_type)
 
     async def state(self, request: web.Request) -> web.Response:
-        if time.monotonic() - self._read_at > _FRESH:
+        if time.monotonic() - self._read_at > _STATE_SECONDS:
             # Before: others that ask meanwhile get what was there.
             self._read_at = time.monotonic()
             self._state = await self._read()
@@ -156,7 +154,6 @@ class _Page:
             "version": __version__,
             "at": now,
             "queues": [asdict(queue) for queue in cluster.queues],
-            "models": cluster.workers,
             "ended": cluster.ended,
             "memory": cluster.memory,
             "workers": [
@@ -172,8 +169,8 @@ class _Page:
                 }
                 for worker in workers
             ],
-            "recent": await self._store.recent.rows(),
-            "mishaps": await self._store.recent.mishaps(),
+            "succeeded": await self._store.recent.rows(),
+            "failed": await self._store.recent.mishaps(),
         }
 
     async def job(self, request: web.Request) -> web.Response:
@@ -181,32 +178,35 @@ class _Page:
         if data is None:
             raise web.HTTPNotFound(reason="its trace is not kept any more")
         chunk = types_pb2.ResultChunk.FromString(data)
+        header = chunk.header
         return web.json_response(
             {
-                "tokens": list(chunk.header.tokens),
-                "target": chunk.header.targets[0].token,
-                "logit": chunk.header.targets[0].logit,
-                "rule": chunk.header.provenance.rule,
-                "model": chunk.header.provenance.model,
-                "layers": list(chunk.header.layers),
+                "tokens": list(header.tokens),
+                "target": header.targets[0].token,
+                "logit": header.targets[0].logit,
+                "rule": header.provenance.rule,
+                "model": header.provenance.model,
+                "layers": list(header.layers),
                 "sites": [
-                    {
-                        "site": piece.site,
-                        "shape": list(piece.shape),
-                        "values": base64.b64encode(piece.data).decode(),
-                    }
+                    {"site": piece.site, "layered": len(piece.shape) == 2, "values": _rows(piece)}
                     for piece in chunk.tensors
-                    # Of the first target, and a value per token: what a picture shows.
-                    if piece.trace == 0 and _per_token(piece, chunk.header)
+                    # Of the first target, and a value per token: what the map shows.
+                    if piece.trace == 0 and _is_per_token(piece, len(header.tokens))
                 ],
             }
         )
 
 
-def _per_token(piece: types_pb2.TensorPiece, header: types_pb2.TraceHeader) -> bool:
+def _rows(piece: types_pb2.TensorPiece) -> list[list[float | None]]:
+    """Return the values of each layer, token by token; JSON has none for NaN and infinity."""
+    rows = struct.iter_unpack(f"<{piece.shape[-1]}f", piece.data)
+    return [[value if math.isfinite(value) else None for value in row] for row in rows]
+
+
+def _is_per_token(piece: types_pb2.TensorPiece, tokens: int) -> bool:
     return (
         piece.dtype == types_pb2.SCALAR_TYPE_FLOAT32
         and not piece.part
         and 1 <= len(piece.shape) <= 2
-        and piece.shape[-1] == len(header.tokens)
+        and piece.shape[-1] == tokens > 0
     )

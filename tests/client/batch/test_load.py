@@ -10,8 +10,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
-import pyarrow
-import pyarrow.parquet
 import pytest
 import reltrace
 from reltrace.batch.run import Summary
@@ -97,34 +95,6 @@ def test_conversations_and_what_was_read_of_them(
     assert "messages[0].content: is missing" in failed.message
     with pytest.raises(reltrace.InvalidArgument, match="add_special_tokens was False"):
         batch([json.dumps("a b")], format=part_format, input_format="jsonl")
-
-
-def test_what_an_older_version_wrote(batch: Batch, tmp_path: Path) -> None:
-    """
-    Given a batch of a version that knew no text, offsets, turns and candidates
-    If it is read and gone on with
-    I expect its traces without them.
-    """
-    batch(LINES[:2], format="parquet")
-    folder = tmp_path / "out"
-    (part,) = folder.glob("*.parquet")
-    table = pyarrow.parquet.read_table(part)
-    abouts = [json.loads(about) for about in table.column("about").to_pylist()]
-    for about in abouts:
-        for name in ("turns", "hints", "special_positions"):
-            del about[name]
-        del about["target"]["candidates"]
-    column = pyarrow.array(map(json.dumps, abouts))
-    old = table.set_column(table.column_names.index("about"), "about", column)
-    pyarrow.parquet.write_table(old.drop_columns(["text", "offsets"]), part)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["settings"]["add_special_tokens"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert batch(LINES[:2], format="parquet").new == 0
-    for trace in reltrace.load_batch(folder):
-        assert (trace.text, trace.offsets.shape, trace.turns) == ("", (0, 2), ())
-        assert (trace.hints, trace.target.candidates) == ((), ())
-        assert trace.tokens[0] == "<s>"
 
 
 def test_into_datasets(batch: Batch, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,16 +116,6 @@ def test_another_store_is_another_batch(batch: Batch, store: Store) -> None:
     batch(LINES, output_uri=uri, limit=3)
     with pytest.raises(reltrace.InvalidArgument, match=f"output_uri was '{uri}' and is None"):
         batch(LINES)
-
-
-def test_a_batch_begun_by_an_older_version_goes_on(batch: Batch, tmp_path: Path) -> None:
-    """Its manifest does not know of stores."""
-    batch(LINES, limit=3)
-    manifest = tmp_path / "out" / "manifest.json"
-    content = json.loads(manifest.read_bytes())
-    del content["settings"]["output_uri"]
-    manifest.write_text(json.dumps(content))
-    assert batch(LINES).new == 37
 
 
 def test_tensors_that_are_gone_cost_no_others(batch: Batch, store: Store, tmp_path: Path) -> None:

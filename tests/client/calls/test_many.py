@@ -64,8 +64,8 @@ async def test_a_cancellation_that_comes_with_an_item_is_not_lost(
 ) -> None:
     monkeypatch.setattr(source, "_LINGER", 600.0)
 
-    buffer = source._Buffer()
-    await cancelled_as_it_comes(buffer.take(1, wait=False), buffer.arrived)
+    waiting = source.Source()
+    await cancelled_as_it_comes(waiting.take(1, wait=False), waiting._arrived)
 
 
 async def test_a_stream_waits_while_results_in_order_are_not_taken(

@@ -80,7 +80,7 @@ def test_a_revision_that_goes_away_ends_the_run(
     Given a run whose revision is not served any more, and another one is
     I expect an error once that has lasted for the client's patience, and a word before.
     """
-    monkeypatch.setattr(pinning, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(pinning, "_CHECK_INTERVAL", 0.05)
     release = threading.Event()
     server.hold = lambda spec: bool(release.wait(30))  # type: ignore[assignment,return-value]
     server.before_answer = lambda: setattr(server, "served", [("fake", "r2", 1)])
@@ -100,7 +100,7 @@ def test_a_revision_that_goes_away_ends_the_run(
 def test_an_atlas_whose_revision_goes_away_ends(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pinning, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(pinning, "_CHECK_INTERVAL", 0.05)
     release = threading.Event()
     server.hold = lambda spec: bool(release.wait(30))  # type: ignore[assignment,return-value]
     server.before_answer = lambda: setattr(server, "served", [("fake", "r2", 1)])
@@ -122,7 +122,7 @@ def test_a_worker_that_starts_again_is_waited_for(
     Given a run whose model nobody serves for longer than the client's patience
     I expect it to go on once a worker is there again: no other revision has come.
     """
-    monkeypatch.setattr(pinning, "_LOOK_AGAIN", 0.02)
+    monkeypatch.setattr(pinning, "_CHECK_INTERVAL", 0.02)
     looks = threading.Semaphore(0)
 
     def look(method: str) -> None:

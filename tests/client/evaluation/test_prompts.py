@@ -7,7 +7,7 @@ import pytest
 import reltrace
 from make_trace import make_trace, with_text
 from reltrace import Target
-from reltrace.evaluation.prompts import Ids, Prompt
+from reltrace.evaluation.prompts import Prompt
 
 TOKENS = ["<s>", " My", " cats", " love", " under", "stand", "ing", " cats"]
 
@@ -27,7 +27,7 @@ TOKENS = ["<s>", " My", " cats", " love", " under", "stand", "ing", " cats"]
 )
 def test_the_tokens_of_an_answer(answer: object, where: list[int]) -> None:
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
-    assert prompt.where(with_text(make_trace(tokens=TOKENS)), len(TOKENS)) == where
+    assert prompt.answer_positions(with_text(make_trace(tokens=TOKENS)), len(TOKENS)) == where
 
 
 # "a 😀\ncats cat", where the face is three tokens, as byte-level vocabularies cut it.
@@ -51,7 +51,7 @@ OFFSETS = [(0, 1), (1, 2), (2, 3), (2, 3), (3, 4), (4, 5), (5, 8), (8, 12)]
 def test_a_text_is_found_by_its_characters(answer: str, where: list[int]) -> None:
     trace = replace(make_trace(tokens=PIECES), text=TEXT, offsets=np.array(OFFSETS))
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
-    assert prompt.where(trace, len(PIECES)) == where
+    assert prompt.answer_positions(trace, len(PIECES)) == where
 
 
 def test_an_answer_is_of_the_prompt_and_not_of_what_follows() -> None:
@@ -59,7 +59,7 @@ def test_an_answer_is_of_the_prompt_and_not_of_what_follows() -> None:
     for answer in ("dogs", [8]):
         prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
         with pytest.raises(reltrace.InvalidArgument, match="answer: "):
-            prompt.where(trace, len(TOKENS))
+            prompt.answer_positions(trace, len(TOKENS))
 
 
 def test_a_text_as_target_is_what_follows_the_prompt() -> None:
@@ -85,14 +85,14 @@ def test_a_text_as_target_is_what_follows_the_prompt() -> None:
 def test_an_answer_that_is_not_there_is_refused(answer: object) -> None:
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
     with pytest.raises(reltrace.InvalidArgument, match="answer: "):
-        prompt.where(with_text(make_trace(tokens=TOKENS)), len(TOKENS))
+        prompt.answer_positions(with_text(make_trace(tokens=TOKENS)), len(TOKENS))
 
 
 @pytest.mark.parametrize("answer", ["", [], ()])
 def test_an_answer_that_is_empty_is_refused(answer: object) -> None:
     prompt = Prompt.of(0, {"prompt": "x", "answer": answer})
     with pytest.raises(reltrace.InvalidArgument, match="answer: is empty"):
-        prompt.where(with_text(make_trace(tokens=TOKENS)), len(TOKENS))
+        prompt.answer_positions(with_text(make_trace(tokens=TOKENS)), len(TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -129,15 +129,3 @@ def test_an_answer_that_is_empty_is_refused(answer: object) -> None:
 def test_what_is_no_prompt_is_named(given: object, said: str) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=said):
         Prompt.of(5, given)
-
-
-def test_an_id_is_one_prompts() -> None:
-    ids = Ids()
-    for number, given in enumerate([{"id": "a"}, {"id": "1"}, {}, {"id": 1}]):
-        ids.add(Prompt.of(number, given))
-    with pytest.raises(reltrace.InvalidArgument, match=r"prompts\[4\]\.id: 'a' is that of .*\[0\]"):
-        ids.add(Prompt.of(4, {"id": "a"}))
-    # As its place, where it is a number.
-    ids.add(Prompt.of(5, {"id": 6}))
-    with pytest.raises(reltrace.InvalidArgument, match=r"prompts\[6\]\.id: 6 is that of .*\[5\]"):
-        ids.add(Prompt.of(6, "text"))

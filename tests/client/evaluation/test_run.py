@@ -11,7 +11,7 @@ import reltrace
 from fake_server import FakeServer
 from reltrace_proto.v1 import types_pb2
 
-PLACE = "; by default it is the place"
+PLACE = "; by default the id is the prompt's number"
 PROMPTS = ["We have a dog", {"id": "b", "prompt": "My cats love"}, "one more"]
 
 
@@ -253,3 +253,8 @@ def test_a_timeout_is_that_of_prompts_that_do_not_come(client: reltrace.Client) 
     with pytest.raises(reltrace.DeadlineExceeded, match=r"within the timeout of 0\.2 s"):
         client.evaluate(prompts(), timeout=0.2)
     release.set()
+
+
+def test_a_text_is_another_id_than_the_number(client: reltrace.Client) -> None:
+    prompts = [{"id": "1", "prompt": "We have a dog"}, "My cats love", {"id": 2, "prompt": "more"}]
+    assert client.evaluate(prompts, rules=["gradient"]).prompts == 3

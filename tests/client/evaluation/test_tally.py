@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reltrace
-from make_plan import plan
+from make_settings import make_settings
 from make_trace import make_trace, with_text
 from reltrace.evaluation.curves import Curves
 from reltrace.evaluation.prompts import Prompt
@@ -31,7 +31,7 @@ def found(
 
     Of prompts, one after another, `spread` more is lost with the tokens.
     """
-    how = plan(rules=RULES, points=5, **settings)
+    how = make_settings(rules=RULES, points=5, **settings)
     tally = Tally(how)
     for number in range(prompts):
         trace = with_text(make_trace({"embed": (6,)}, tokens=TOKENS))
@@ -39,8 +39,8 @@ def found(
         relevance = [value(set()) - value({position}) for position in range(6)]
         trace = replace(trace, arrays={"embed": {"": np.array(relevance, np.float32)}})
         curves = Curves.of(Prompt.of(number, given), {"gradient": trace}, how)
-        for off in curves.asked():
-            curves.note(off, value(set(off)) + number / 100 - number * spread * len(off))
+        for off in curves.required():
+            curves.record(off, value(set(off)) + number / 100 - number * spread * len(off))
         tally.add(curves)
     return tally.evaluation(("zero", None), {})
 

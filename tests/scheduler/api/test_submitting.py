@@ -6,7 +6,7 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from reltrace_proto.v1 import trace_pb2, types_pb2, worker_pb2
-from reltrace_scheduler.config import MAX_REQUEST_BYTES
+from reltrace_scheduler.limits import MAX_REQUEST_BYTES
 from scheduler.fake_worker import MODEL, FakeWorker
 from scheduler.trace_calls import JobSpec, details, fields, submission
 
@@ -96,7 +96,7 @@ BAD = {
     "too many ids": (
         JobSpec(input_ids=types_pb2.TokenIds(ids=[1] * 9)),
         ["jobs[0].input_ids"],
-        "at most 8",
+        "is 9 tokens; allowed: 1 to 8",
     ),
     "site": (JobSpec(prompt="a", sites=["x"]), ["jobs[0].sites[0]"], "embed, resid"),
     "site twice": (JobSpec(prompt="a", sites=["resid"] * 2), ["jobs[0].sites[1]"], "twice"),
@@ -145,7 +145,7 @@ BAD = {
     "tokens to write": (
         JobSpec(prompt="a", generation=types_pb2.Generation(max_new_tokens=9)),
         ["jobs[0].generation.max_new_tokens"],
-        "9 is not in 1..8",
+        "is 9; allowed: 1 to 8",
     ),
     "how they are drawn": (
         JobSpec(
@@ -153,7 +153,7 @@ BAD = {
             generation=types_pb2.Generation(max_new_tokens=1, temperature=-1, top_p=2),
         ),
         ["jobs[0].generation.temperature", "jobs[0].generation.top_p"],
-        "must be 0 to 100",
+        "is -1.0; allowed: 0 to 100",
     ),
     "a text and a trace": (
         JobSpec(prompt="a", sites=["resid"], generation=types_pb2.Generation(max_new_tokens=1)),
@@ -189,7 +189,7 @@ BAD = {
     "many messages": (
         JobSpec(chat=types_pb2.Chat(messages=[types_pb2.Message(role="user")] * 1025)),
         ["jobs[0].messages"],
-        "are 1025; allowed: 1 to 1024",
+        "is 1025 messages; allowed: 1 to 1024",
     ),
     "a message of nobody": (
         JobSpec(

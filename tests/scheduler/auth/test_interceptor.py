@@ -23,7 +23,7 @@ from reltrace_proto.v1 import (
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.rates import Rates
 from reltrace_scheduler.auth.tokens import Tokens, parse
-from reltrace_scheduler.config import MAX_REQUEST_BYTES
+from reltrace_scheduler.limits import MAX_REQUEST_BYTES
 from scheduler.auth.conftest import Serve
 from scheduler.fake_worker import FakeWorker
 

@@ -19,7 +19,7 @@ from reltrace_scheduler.auth.identity import Role
 from reltrace_scheduler.auth.tokens import Tokens, append, make
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.observability.counters import Counts
+from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.connection import Connection
 from scheduler.fake_worker import FakeWorker
 
@@ -68,7 +68,7 @@ async def exported(
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Exported]:
-    monkeypatch.setattr("reltrace_scheduler.observability.export._PERIOD", 0.05)
+    monkeypatch.setattr("reltrace_scheduler.observability.metrics._PERIOD", 0.05)
     client = redis.asyncio.Redis.from_url(redis_url)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

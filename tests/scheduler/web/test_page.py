@@ -23,7 +23,7 @@ from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.web.server import showing
+from reltrace_scheduler.web.server import serving_page
 from scheduler.fake_worker import FakeWorker
 
 TOKENS = ["<s>", " I", " have", " 5", " cats"]
@@ -39,7 +39,7 @@ async def shown(
     async with AsyncExitStack() as stack:
         address = await stack.enter_async_context(serving(Connection(client, "test"), settings))
         page = await stack.enter_async_context(
-            showing("127.0.0.1:0", Store(client, settings), Access())
+            serving_page("127.0.0.1:0", Store(client, settings), Access())
         )
         yield address, page
     await client.aclose()
@@ -98,17 +98,16 @@ async def test_what_it_says(shown: tuple[str, str]) -> None:
         (worker,) = state["workers"]
         assert (worker["id"], worker["leased"]) == ("w1", 1)
         assert state["ended"] == {"SUCCEEDED": 1, "FAILED": 1}
-        (row,) = state["recent"]
+        (row,) = state["succeeded"]
         assert (row["job"], row["text"], row["picture"]) == (good, "".join(TOKENS), True)
-        (row,) = state["mishaps"]
+        (row,) = state["failed"]
         assert (row["job"], row["error"], row["picture"]) == (bad, "<b>too long</b>", False)
         async with http.get(f"/jobs/{good}.json") as answer:
             trace = await answer.json()
         assert (trace["target"], trace["tokens"]) == (" dogs", TOKENS)
         (site,) = trace["sites"]
-        assert (site["site"], site["shape"], len(base64.b64decode(site["values"]))) == (
-            "resid", [2, 5], 40,
-        )  # fmt: skip
+        assert (site["site"], site["layered"]) == ("resid", True)
+        assert site["values"] == [[1, -0.5, 0, 0, 0.125]] * 2
         async with http.get(f"/jobs/{running}.json") as answer:
             assert answer.status == 404
         async with http.post("/state.json") as answer:
@@ -129,7 +128,7 @@ async def test_only_operators_see_it(
         tokens[role], entry = make(role.value, role)
         append(file, entry)
     access = Access(tokens=Tokens(file))
-    async with showing("127.0.0.1:0", Store(store, settings), access) as page:
+    async with serving_page("127.0.0.1:0", Store(store, settings), access) as page:
         for password, status in [
             (None, 401), ("", 401), ("wrong", 401), (tokens[Role.CLIENT], 401),
             (tokens[Role.OPERATOR], 200),
@@ -150,7 +149,7 @@ async def test_it_is_not_shown_to_strangers(store: redis.asyncio.Redis, settings
         ("127.0.0.1:x", "must be HOST:PORT"),
     ]:
         with pytest.raises(StartError, match=said):
-            async with showing(listen, Store(store, settings), Access()):
+            async with serving_page(listen, Store(store, settings), Access()):
                 pass
 
 
@@ -182,11 +181,11 @@ async def test_it_is_drawn(shown: tuple[str, str], browser: Browser, tmp_path: P
     await page.goto(url)
     await page.wait_for_selector("text=No worker is connected: jobs wait for one.")
     good, _, _ = await run_jobs(address)
-    await page.wait_for_selector("#recent button")
-    assert await page.inner_text("#mishaps td.text") == "<b>too long</b>"
-    assert "w1" in await page.inner_text("#workers tbody")
-    assert await page.inner_text("#queues tbody .n") == "0"
-    await page.click("#recent button")
+    await page.wait_for_selector("#succeeded button")
+    assert await page.inner_text("#failed td.text") == "<b>too long</b>"
+    assert "w1" in await page.inner_text("#workers")
+    assert await page.inner_text("#queues td.n") == "0"
+    await page.click("#succeeded button")
     await page.wait_for_selector("#words span")
     assert good in await page.inner_text("#trace-title")
     assert await page.inner_text("#words") == "".join(TOKENS)

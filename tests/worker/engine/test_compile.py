@@ -7,14 +7,20 @@ import shutil
 from typing import Any
 
 import pytest
+import torch
 from reference.loaded import DEVICE, Checkpoints
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.sites import SITES
-from reltrace_worker.lrp import RULES, compiled, verify_rule
-from reltrace_worker.lrp.fused import Kernels
+from reltrace_worker.lrp import RULES, ops
 from reltrace_worker.types.errors import ModelError
 from reltrace_worker.types.jobs import Target, Term, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import JobResult
+
+
+@pytest.fixture(autouse=True)
+def compiled_for_this_test_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_compiled", False)
+
 
 CXX = os.environ.get("CXX", "g++")
 needs_compiler = pytest.mark.skipif(
@@ -49,8 +55,10 @@ def test_every_site_is_what_it_is_without(
     I expect the relevance of the uncompiled ones, to 1e-5 of the largest of each layer.
     """
     loaded = checkpoints.loaded(kind)
-    plain = Engine(loaded, checkpointing).run(jobs(rule))
-    ours = Engine(loaded, checkpointing, compile=True).run(jobs(rule))
+    engine = Engine(loaded, checkpointing)
+    plain = engine.run(jobs(rule))
+    ops.compile_functions(loaded.device, loaded.dtype)
+    ours = engine.run(jobs(rule))
     for result, wanted in zip(ours, plain, strict=True):
         assert isinstance(result, JobResult)
         assert isinstance(wanted, JobResult)
@@ -64,47 +72,39 @@ def test_every_site_is_what_it_is_without(
 
 
 @needs_compiler
-@pytest.mark.parametrize("rule", sorted(RULES))
-def test_the_compiled_functions_are_the_ones_called(checkpoints: Checkpoints, rule: str) -> None:
-    model = checkpoints.loaded("grouped").model
-    before = {name: sorted(vars(m)) for name, m in model.named_modules()}
-    verify_rule(model, compiled.compiled_rule(rule))
-    assert {name: sorted(vars(m)) for name, m in model.named_modules()} == before
+def test_functions_are_compiled_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs: list[str] = []
+
+    def compile_(function: Any, dynamic: bool) -> Any:
+        programs.append(function.__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+
+    @ops._elementwise
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    assert double(torch.ones(())) == 2
+    assert programs == []
+    ops.compile_functions(torch.device(DEVICE), torch.float32)
+    for _ in range(2):
+        assert double(torch.ones(())) == 2
+    assert programs.count("double") == 1
 
 
-def test_only_what_is_element_wise_is_compiled() -> None:
-    """
-    Given the rules
-    If they are compiled
-    I expect other norms, and another gated MLP under AttnLRP; and the same attention.
-    """
-    for name, rule in RULES.items():
-        ours = compiled.compiled_rule(name)
-        assert ours.name == name
-        assert ours.wrap_attention is rule.wrap_attention
-        compiled_parts = {
-            part
-            for part in ("norm", "plus_one_norm", "gated_mlp")
-            if getattr(ours, part) is not getattr(rule, part)
-        }
-        norms = {"norm", "plus_one_norm"}
-        assert compiled_parts == {"attnlrp": norms | {"gated_mlp"}, "cp_lrp": norms}.get(
-            name, set()
-        )
-
-
-def test_without_a_compiler_the_error_says_so(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     Given a machine on which torch can not compile
-    If an engine is to compile
-    I expect an error that says what is missing.
+    If functions are to be compiled
+    I expect an error that says what is missing, and functions that run uncompiled.
     """
 
     def refuse(*_: Any) -> None:
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
 
-    monkeypatch.setattr(compiled, "_compiled", lambda _: Kernels(refuse, refuse))
-    with pytest.raises(ModelError, match=rf"compile on {DEVICE}.*, .*: Inv.* compiler found$"):
-        Engine(checkpoints.loaded("grouped"), compile=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_norm_forward", refuse)
+        with pytest.raises(ModelError, match=rf"compile on {DEVICE}.*, .*: Inv.* compiler found$"):
+            ops.compile_functions(torch.device(DEVICE), torch.float32)
+    assert not ops._compiled

@@ -1,13 +1,28 @@
-"""Attention over a pack against attention with an explicit mask."""
+"""Attention over a pack against attention with an explicit mask; which kernel is chosen."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from reltrace_worker.lrp.attention import Packing, packed_attention, positions, sorted_by_length
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reltrace_worker.lrp import attention
+from reltrace_worker.lrp.attention import (
+    SDPA,
+    VARLEN,
+    Kernel,
+    Packing,
+    kernel_for,
+    positions,
+    sdpa_attention,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+KERNELS = (SDPA, VARLEN)
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1, 1, 4, 4, 4, 7), (6, 2, 6), (1,), (3, 17, 17)])
@@ -24,7 +39,7 @@ def test_it_equals_attention_under_a_block_causal_mask(
     states = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
     start = torch.randn((1, n, heads, size), generator=generator)
 
-    output, weights = packed_attention(
+    output, weights = sdpa_attention(
         torch.nn.Identity(), *states, None, packing=packing, sliding_window=window, scaling=0.3
     )
     assert weights is None
@@ -48,19 +63,15 @@ def test_a_mask_or_dropout_is_refused() -> None:
     state = torch.zeros(1, 1, 2, 4)
     packing = Packing((2,))
     with pytest.raises(ValueError, match="neither a mask nor dropout"):
-        packed_attention(
-            torch.nn.Identity(), state, state, state, torch.zeros(2, 2), packing=packing
-        )
+        sdpa_attention(torch.nn.Identity(), state, state, state, torch.zeros(2, 2), packing=packing)
     with pytest.raises(ValueError, match="neither a mask nor dropout"):
-        packed_attention(
-            torch.nn.Identity(), state, state, state, None, packing=packing, dropout=0.1
-        )
+        sdpa_attention(torch.nn.Identity(), state, state, state, None, packing=packing, dropout=0.1)
 
 
 def test_capped_scores_are_refused() -> None:
     state = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="does not cap"):
-        packed_attention(
+        sdpa_attention(
             torch.nn.Identity(), state, state, state, None, packing=Packing((2,)), softcap=50.0
         )
 
@@ -87,7 +98,7 @@ def test_a_window_needs_no_mask_over_a_long_prompt() -> None:
             return out
 
     with Sizes():
-        output, _ = packed_attention(
+        output, _ = sdpa_attention(
             torch.nn.Identity(), *states, None, packing=Packing((length,)), sliding_window=window
         )
         output.sum().backward()
@@ -107,4 +118,135 @@ def test_the_layout_of_a_pack() -> None:
     assert packing.tokens == 8
     assert packing.runs == [(1, 1), (2, 2), (1, 3)]
     assert positions(packing, torch.device("cpu")).tolist() == [[0, 0, 1, 0, 1, 0, 1, 2]]
-    assert sorted_by_length([3, 1, 2, 1]) == [1, 3, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_size", "capability", "name"),
+    [
+        (CPU, torch.float32, 64, (0, 0), "sdpa"),
+        (CPU, torch.bfloat16, 64, (0, 0), "sdpa"),
+        (CUDA, torch.bfloat16, 64, (9, 0), "varlen"),
+        (CUDA, torch.bfloat16, 256, (8, 0), "varlen"),
+        (CUDA, torch.float32, 64, (9, 0), "sdpa"),
+        (CUDA, torch.bfloat16, 320, (9, 0), "sdpa"),
+        (CUDA, torch.bfloat16, 100, (9, 0), "sdpa"),
+        (CUDA, torch.bfloat16, 64, (7, 5), "sdpa"),
+    ],
+)
+def test_the_choice(
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    capability: tuple[int, int],
+    name: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert kernel_for(device, dtype, head_size).name == name
+
+
+def reference_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch's documented semantics of ``varlen_attn``, prompt by prompt."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    bounds = cu_seq_q.tolist()
+    assert bounds == cu_seq_k.tolist()
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    assert max_q == max_k == max(lengths)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    left, right = window_size
+    outputs = []
+    for start, stop in pairwise(bounds):
+        q, k, v = (t[start:stop].transpose(0, 1) for t in (query, key, value))
+        group = q.shape[0] // k.shape[0]
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        place = torch.arange(stop - start)
+        ahead = place[None] - place[:, None]
+        seen = (ahead <= right) & (ahead >= (-left if left >= 0 else -(stop - start)))
+        scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+        outputs.append((scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def reference_without_groups(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rows: Any, scale: Any,
+    window_size: Any,
+) -> torch.Tensor:  # fmt: skip
+    """The same of torch 2.11, which knows no grouped heads."""
+    return reference_varlen(query, key, value, *rows, scale=scale, window_size=window_size)
+
+
+@settings(max_examples=25, deadline=None, database=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5).map(tuple),
+    heads=st.sampled_from([(4, 4), (6, 2), (4, 1)]),
+    scaling=st.sampled_from([None, 0.7]),
+)
+def test_all_kernels_compute_the_same(
+    lengths: tuple[int, ...], heads: tuple[int, int], scaling: float | None
+) -> None:
+    torch.manual_seed(0)
+    packing, size = Packing(lengths), 8
+    n = packing.tokens
+    states = [torch.randn(1, h, n, size, requires_grad=True) for h in (heads[0], *heads[1:] * 2)]
+    outer = torch.randn(1, n, heads[0], size)
+
+    def outcome(function: Any) -> tuple[torch.Tensor, ...]:
+        output, weights = function(None, *states, None, packing=packing, scaling=scaling)
+        assert weights is None
+        assert output.shape == outer.shape
+        return output, *torch.autograd.grad(output, states, outer)
+
+    wanted = outcome(sdpa_attention)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "varlen_attn", reference_varlen)
+        patch.setattr(attention, "_VARLEN_HAS_GROUPS", True)
+        found = {kernel.name: outcome(kernel.function) for kernel in KERNELS}
+        patch.setattr(attention, "varlen_attn", reference_without_groups)
+        patch.setattr(attention, "_VARLEN_HAS_GROUPS", False)
+        found["varlen of torch 2.11"] = outcome(VARLEN.function)
+    for name, tensors in found.items():
+        for ours, theirs in zip(tensors, wanted, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5), name
+
+
+@pytest.mark.parametrize("window", [1, 3, 50])
+def test_a_window_is_the_same_in_sdpa_and_varlen(
+    monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    torch.manual_seed(1)
+    monkeypatch.setattr(attention, "varlen_attn", reference_varlen)
+    states = [torch.randn(1, 2, 16, 8) for _ in range(3)]
+    options: dict[str, Any] = {"packing": Packing((2, 7, 7)), "sliding_window": window}
+    plain, _ = sdpa_attention(torch.nn.Identity(), *states, None, **options)
+    varlen, _ = attention.varlen_attention(torch.nn.Identity(), *states, None, **options)
+    assert torch.allclose(plain, varlen, atol=1e-5)
+    if window == 1:
+        # A token that sees itself alone takes its own value.
+        assert torch.allclose(varlen, states[2].transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"dropout": 0.1}, "neither a mask nor dropout"), ({"softcap": 30.0}, "cap the scores")],
+)
+def test_what_a_kernel_can_not_do_is_refused(
+    kernel: Kernel, options: dict[str, Any], message: str
+) -> None:
+    state = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        kernel.function(
+            torch.nn.Identity(), state, state, state, None, packing=Packing((2,)), **options
+        )

@@ -111,7 +111,7 @@ def test_the_probe_finds_a_module_whose_patch_is_bypassed(
     module.__class__ = Bypass
     try:
         for name in rules:
-            with pytest.raises(ModelError, match=f"{path} was called 0 times instead of once"):
+            with pytest.raises(ModelError, match=rf"{path} .* was called 0 times instead of"):
                 verify_rule(model, RULES[name])
     finally:
         module.__class__ = original
@@ -132,7 +132,7 @@ def test_the_probe_finds_attention_of_another_kind(checkpoints: Checkpoints, nam
     original = layer.self_attn
     layer.self_attn = Own()
     try:
-        with pytest.raises(ModelError, match="3 attention modules of class LlamaAttention"):
+        with pytest.raises(ModelError, match="3 modules of class LlamaAttention"):
             verify_rule(model, RULES[name])
     finally:
         layer.self_attn = original

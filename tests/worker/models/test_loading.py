@@ -18,6 +18,7 @@ from reference.gguf_files import write_gguf
 from reference.loaded import Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.models import load_model
+from reltrace_worker.session.convert import model_info
 from reltrace_worker.types.errors import InvalidJob, ModelError
 from reltrace_worker.types.jobs import TraceRequest
 from safetensors.torch import load_file, save_file
@@ -47,14 +48,14 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 def test_a_loaded_model_describes_itself(checkpoints: Checkpoints) -> None:
     loaded = load_model(str(checkpoints.folder("tied")), device="cpu")
-    about = loaded.describe()
+    about = model_info(loaded)
     assert (about.name, about.architecture) == ("tied", "LlamaForCausalLM")
     assert (about.layers, about.hidden_size, about.heads) == (3, 48, 4)
     assert (about.intermediate_size, about.vocab_size, about.context_length) == (80, 320, 128)
     # The head shares the embeddings and counts once.
     layer = 4 * 48 * 48 + 3 * 48 * 80 + 2 * 48
     assert about.parameters == 320 * 48 + 3 * layer + 48
-    assert (about.dtype, about.device) == ("float32", "cpu")
+    assert (loaded.dtype, loaded.devices) == (torch.float32, (torch.device("cpu"),))
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
@@ -379,7 +380,7 @@ def test_the_context_follows_scaled_rotary_embeddings(
     """
     set_config(folder, rope_parameters={"rope_theta": 1e4, **rope})
     loaded = load_model(str(folder))
-    assert loaded.describe().context_length == longest
+    assert loaded.context_length == longest
     longest_prompt = tuple(10 + i % 300 for i in range(longest))
     (result,) = run(Engine(loaded), prepare(loaded, TraceRequest(longest_prompt)))
     assert result.tensors[0].values.isfinite().all()

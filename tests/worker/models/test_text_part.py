@@ -49,10 +49,9 @@ def test_the_text_part_gives_the_numbers_of_the_text_model(
     checkpoints: Checkpoints, folder: Path
 ) -> None:
     text, part = checkpoints.loaded("gemma3"), load_model(str(folder), dtype="float32")
-    about = part.describe()
-    assert (about.name, about.architecture) == ("multimodal", "Gemma3ForCausalLM")
-    assert about.parameters == text.describe().parameters
-    assert about.revision.startswith("sha256:")
+    assert (part.name, type(part.model).__name__) == ("multimodal", "Gemma3ForCausalLM")
+    assert part.model.num_parameters() == text.model.num_parameters()
+    assert part.revision.startswith("sha256:")
     spec = TraceRequest(PROMPTS[5], tuple(SITES))
     (ours,), (wanted,) = (run(Engine(m), prepare(m, spec)) for m in (part, text))
     for left, right in zip(ours.tensors, wanted.tensors, strict=True):

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reference.checkpoints import PLAIN
@@ -124,6 +125,31 @@ async def test_a_job_may_leave_out_the_name_of_an_only_model(checkpoints: Checkp
     (chunks,) = await served.runner.next_results()
     (leased,) = chunks
     assert leased.chunk.header.provenance.model == "plain"
+
+
+@pytest.mark.parametrize(
+    ("functions", "rule", "expected"),
+    [("fused", "attnlrp", "fused"), ("lxt", "attnlrp", "lxt"), ("lxt", "gradient", "")],
+)
+async def test_a_result_says_whose_functions_ran(
+    checkpoints: Checkpoints, functions: Any, rule: str, expected: str
+) -> None:
+    source = sources([str(checkpoints.folder("plain"))], [], None)
+    served = serve(source, replace(OPTIONS, rules=functions))
+    asked = lease("j-0", "")
+    asked.spec.rule = rule
+    await served.runner.add([asked])
+    (chunks,) = await served.runner.next_results()
+    (leased,) = chunks
+    provenance = leased.chunk.header.provenance
+    assert provenance.rule_functions == expected
+    assert ("lxt" in provenance.versions) == (expected == "lxt")
+
+
+def test_lxts_functions_are_not_compiled(checkpoints: Checkpoints) -> None:
+    source = sources([str(checkpoints.folder("plain"))], [], None)
+    with pytest.raises(ModelError, match=r"--compile .* excludes --rules lxt"):
+        serve(source, replace(OPTIONS, rules="lxt", compile=True))
 
 
 def test_two_models_of_one_name_are_refused(checkpoints: Checkpoints) -> None:

@@ -1,6 +1,6 @@
-"""How LXT is applied to a model: rules as small objects, on instances, reversibly."""
+"""Rules: how relevance is propagated, applied to a model's instances, reversibly."""
 
 from reltrace_worker.lrp.patching import apply_rule, verify_rule
-from reltrace_worker.lrp.rule import RULES, Rule
+from reltrace_worker.lrp.rules import RULES, Rule
 
 __all__ = ["RULES", "Rule", "apply_rule", "verify_rule"]

@@ -1,20 +1,31 @@
 """Attention over a pack: several prompts in one sequence, none of which sees another.
 
-The kernel is registered with transformers' attention registry under one name per rule; the rules
-wrap it with lxt's functions. The layout of the pack reaches it as the model keyword ``packing``.
+======== ============================ ========================================================
+kernel   used on                      how
+======== ============================ ========================================================
+varlen   CUDA, bfloat16 or float16    one flash kernel: ``torch.nn.attention.varlen``
+sdpa     CPU; CUDA in float32         one SDPA call per run of prompts of equal length
+======== ============================ ========================================================
+
+The memory of both is linear in the pack. Neither uses a mask over the pack, so that values that
+are not finite do not reach other prompts either. transformers calls them by a registered name,
+and the layout of the pack arrives as the model keyword ``packing``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import Any
 
 import torch
+from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from reltrace_worker.lrp.reproducible import sdpa
+from reltrace_worker.lrp.deterministic import sdpa, with_deterministic_backward
 from reltrace_worker.lrp.window import window_attention
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -22,18 +33,16 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The layout of a pack: prompts behind one another in one sequence of N tokens.
+    """The layout of a pack: prompts one after another in one sequence of N tokens.
 
     Parameters
     ----------
     lengths
-        Tokens of each prompt, in order. Neighbours of equal length share one kernel call, so a
-        pack that is sorted by length needs fewest calls.
+        Tokens of each prompt, in order. A run of prompts of equal length shares one SDPA call,
+        so a pack that is sorted by length needs the fewest calls.
     """
 
     lengths: tuple[int, ...]
-    cache: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What kernels derive from the layout, computed in the first layer and kept for the others."""
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -51,32 +60,29 @@ class Packing:
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """Neighbours of equal length as (prompts, tokens of each)."""
+        """Runs of prompts of equal length as (prompts, tokens of each)."""
         return [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
 
-def repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:
-    """Repeat each key-value head for the heads that it serves."""
-    return states.repeat_interleave(times, dim=1)
+def positions(packing: Packing, device: torch.device) -> torch.Tensor:
+    """Return the position ids of a pack: int64 [1, N], restarting at 0 with each prompt."""
+    return torch.cat([torch.arange(length) for length in packing.lengths])[None].to(device)
 
 
-def check_arguments(
+def _check_supported(
     attention_mask: torch.Tensor | None, dropout: float, softcap: float | None
 ) -> None:
-    """Refuse what no kernel over a pack takes.
-
-    Raises
-    ------
-    ValueError
-        There is a mask, dropout, or a cap of the scores.
-    """
     if attention_mask is not None or dropout != 0.0:
         raise ValueError("packed attention takes neither a mask nor dropout")
     if softcap is not None:
         raise ValueError("packed attention does not cap the scores")
 
 
-def packed_attention(
+def _repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:
+    return states.repeat_interleave(times, dim=1)
+
+
+def sdpa_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -90,55 +96,39 @@ def packed_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each prompt of a pack, without a mask over the pack.
+    """Causal attention inside each prompt of a pack, one SDPA call per run of equal lengths.
 
     Parameters
     ----------
-    module
-        The attention module that calls.
     query
         [1, heads, N, head size].
     key, value
-        [1, key-value heads, N, head size]; each key-value head serves
-        ``heads / key-value heads`` heads.
-    attention_mask
-        None: `packing` says what may see what.
-    packing
-        Layout of the N tokens.
+        [1, key-value heads, N, head size]; `heads` is a multiple of `key-value heads`.
+    attention_mask, dropout, softcap
+        Refused by a ValueError, unless they change nothing.
     scaling
         Factor of the scores; None: one over the root of the head size.
-    dropout
-        0; anything else is refused, a trace is deterministic.
     sliding_window
-        Tokens that a token of this layer sees, itself included; None: all that precede it.
-    softcap
-        None; anything else is refused, no supported family passes it.
+        Tokens that a token sees, itself included; None: all before it.
 
     Returns
     -------
     tuple
         [1, N, heads, head size], and None for the attention weights.
     """
-    check_arguments(attention_mask, dropout, softcap)
-    heads, key_heads = query.shape[1], key.shape[1]
-    grouped = heads != key_heads
+    _check_supported(attention_mask, dropout, softcap)
+    group = query.shape[1] // key.shape[1]
+    grouped = group > 1
     if grouped and query.device.type == "cuda":
-        # Of CUDA's fused kernels, the one for float32 takes no grouped heads.
-        key = repeat_heads(key, heads // key_heads)
-        value = repeat_heads(value, heads // key_heads)
+        # CUDA's fused kernel for float32 has no grouped heads.
+        key, value = _repeat_heads(key, group), _repeat_heads(value, group)
         grouped = False
     runs = packing.runs
     sizes = [prompts * length for prompts, length in runs]
-    # split, not slices: its backward is one concatenation, theirs a padded sum per slice.
-    parts = zip(
-        runs,
-        torch.split(query[0], sizes, dim=1),
-        torch.split(key[0], sizes, dim=1),
-        torch.split(value[0], sizes, dim=1),
-        strict=True,
-    )
+    # The backward pass of split is one concatenation; that of slices, a padded sum per slice.
+    parts = (torch.split(states[0], sizes, dim=1) for states in (query, key, value))
     outputs = []
-    for (prompts, length), *states in parts:
+    for (prompts, length), *states in zip(runs, *parts, strict=True):
         q, k, v = (part.view(part.shape[0], prompts, length, -1).transpose(0, 1) for part in states)
         if sliding_window is not None and length > sliding_window:
             output = window_attention(q, k, v, sliding_window, scaling=scaling, grouped=grouped)
@@ -148,21 +138,105 @@ def packed_attention(
     return torch.cat(outputs).unsqueeze(0), None
 
 
+varlen_attn: Callable[..., Any] = varlen.varlen_attn
+# torch 2.11 has no grouped heads here.
+_VARLEN_HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+@lru_cache(maxsize=8)
+def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return int32 [prompts + 1]: the first row of each prompt, and N."""
+    return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    packing: Packing,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute :func:`sdpa_attention` in one flash kernel of variable length."""
+    _check_supported(attention_mask, dropout, softcap)
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if _VARLEN_HAS_GROUPS:
+            options["enable_gqa"] = True
+        else:
+            group = query.shape[1] // key.shape[1]
+            key, value = _repeat_heads(key, group), _repeat_heads(value, group)
+    boundaries = _cumulative_lengths(packing.lengths, query.device)
+    longest = max(packing.lengths)
+    output = varlen_attn(
+        *(states[0].transpose(0, 1) for states in (query, key, value)),
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        scale=scaling,
+        # Visible tokens to the left and to the right; (-1, 0) is plain causal attention.
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        **options,
+    )
+    return with_deterministic_backward(output).unsqueeze(0), None
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A way to compute attention over a pack.
+
+    Parameters
+    ----------
+    name
+        In a result's provenance.
+    padding
+        Rows of float32, as wide as all heads, that its backward pass allocates per prompt.
+    """
+
+    name: str
+    function: AttentionFunction
+    padding: int = 0
+
+
+SDPA = Kernel("sdpa", sdpa_attention)
+# dQ is summed up in blocks of 128 rows (mha_varlen_bwd in torch's flash_api.cpp).
+VARLEN = Kernel("varlen", varlen_attention, padding=128)
+
+
+def kernel_for(device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
+    """Return the kernel for tensors of this device, dtype and head size."""
+    # What flash attention takes (torch 2.13, aten/src/ATen/native/transformers/cuda/flash_attn).
+    takes_varlen = (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_size <= 256
+        and head_size % 8 == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    return VARLEN if takes_varlen else SDPA
+
+
+def packed_attention(
+    module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute attention over a pack with the kernel for the query's device, dtype and size."""
+    kernel = kernel_for(query.device, query.dtype, query.shape[-1])
+    return kernel.function(module, query, *args, **kwargs)
+
+
 def _no_mask(*_: Any, **__: Any) -> None:
-    """Stand for transformers' mask of N x N: the kernel takes the layout instead."""
+    """Stand for transformers' mask of N x N, which these kernels do not need."""
 
 
 def register_attention(name: str, function: AttentionFunction) -> None:
-    """Make `function` known to transformers as attention implementation `name`, without a mask."""
+    """Register an attention implementation, without a mask, with transformers."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, _no_mask)
-
-
-def positions(packing: Packing, device: torch.device) -> torch.Tensor:
-    """Return the position ids of a pack: int64 [1, N], restarting at 0 with each prompt."""
-    return torch.cat([torch.arange(length) for length in packing.lengths])[None].to(device)
-
-
-def sorted_by_length(lengths: Sequence[int]) -> list[int]:
-    """Return the order of prompts in which neighbours of equal length stand together."""
-    return sorted(range(len(lengths)), key=lambda index: lengths[index])

@@ -1,9 +1,8 @@
-"""Linear layers on a CPU through oneDNN, in exact float32.
+"""Linear layers on a CPU through oneDNN, in float32.
 
-torch computes float32 products through MKL. oneDNN, which torch ships as well and takes for
-bfloat16, needs a quarter to a third less time for the same products on the processor measured in
-``tests/bench/README.md``. It reads torch's weights as they are, forward and transposed: weights
-that are reordered once are up to a tenth faster still, but take their memory twice more.
+torch computes float32 products through MKL. oneDNN, which torch ships as well and uses for
+bfloat16, took a quarter to a third less time for the same products on the processor of
+``tests/bench/README.md``. It reads torch's weights as they are, forward and transposed.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from reltrace_worker.lrp.patching import instance_forwards
+from reltrace_worker.lrp.patching import patched
 
-# Below both, what oneDNN does before it multiplies costs more than it saves.
+# Below both, oneDNN's overhead per call is larger than what it saves.
 _LEAST_WEIGHTS = 1 << 18
 _LEAST_WORK = 1 << 24
 
@@ -30,18 +29,13 @@ def is_available() -> bool:
     return built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def pays(rows: int, weights: int) -> bool:
-    """Whether a product of so many rows with a matrix of so many weights is large enough."""
-    return weights >= _LEAST_WEIGHTS or rows * weights >= _LEAST_WORK
-
-
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 
 
 class _Linear(torch.autograd.Function):
-    """x @ weight.T + bias; no gradient but that of x."""
+    """x @ weight.T + bias, with a gradient for x only."""
 
     @staticmethod
     def forward(
@@ -56,29 +50,16 @@ class _Linear(torch.autograd.Function):
         return _product(outer[0], weight.t(), None), None, None
 
 
-def linear_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """Run an ``nn.Linear``: its value and the gradient of its input, to float32 rounding.
-
-    Parameters
-    ----------
-    module
-        The layer; float32 on a CPU, no gradient for its parameters.
-    x
-        [..., in features].
-
-    Returns
-    -------
-    torch.Tensor
-        [..., out features].
-    """
+def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     weight, bias = module.weight, module.bias
-    if not pays(x.numel() // x.shape[-1], weight.numel()):
+    work = x.numel() // x.shape[-1] * weight.numel()
+    if weight.numel() < _LEAST_WEIGHTS and work < _LEAST_WORK:
         return linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def linear_layers(model: nn.Module) -> tuple[nn.Linear, ...]:
-    """Return the layers of a model that oneDNN can take; none where this torch does not have it."""
+    """Return the layers that oneDNN can compute: frozen, float32, on a CPU."""
     if not is_available():
         return ()
     return tuple(
@@ -93,13 +74,5 @@ def linear_layers(model: nn.Module) -> tuple[nn.Linear, ...]:
 
 
 def through_onednn(layers: Iterable[nn.Linear]) -> AbstractContextManager[None]:
-    """Let oneDNN compute the products of some layers until the block ends.
-
-    Parameters
-    ----------
-    layers
-        Of ``linear_layers``.
-    """
-    return instance_forwards(
-        (layer, "forward", MethodType(linear_forward, layer)) for layer in layers
-    )
+    """Compute the products of `linear_layers` by oneDNN until the block ends."""
+    return patched((layer, "forward", MethodType(_forward, layer)) for layer in layers)

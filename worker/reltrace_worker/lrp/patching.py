@@ -1,4 +1,7 @@
-"""Rules on instances, reversibly: one process serves every rule and the untouched model."""
+"""Applies rules to the instances of a model, reversibly, and proves that they are called.
+
+LXT patches classes, for the whole process; here one process serves every rule and the plain model.
+"""
 
 from __future__ import annotations
 
@@ -16,69 +19,69 @@ from transformers import PreTrainedModel
 from reltrace_worker.lrp.attention import (
     AttentionFunction,
     Packing,
+    packed_attention,
     positions,
     register_attention,
 )
-from reltrace_worker.lrp.kernels import attention
-from reltrace_worker.lrp.reproducible import setting_restored
-from reltrace_worker.lrp.rule import Rule
+from reltrace_worker.lrp.deterministic import setting_restored
+from reltrace_worker.lrp.rules import Rule
 from reltrace_worker.models.families import family_of
 from reltrace_worker.types.errors import ModelError
 
 _MISSING = object()
 
 Patch = tuple[nn.Module, str, Callable[..., Any]]
-"""A module, one of its attributes, and the function that it is to be."""
+"""A module, one of its methods, and the function that replaces it."""
 
 
 @contextmanager
-def instance_forwards(patches: Iterable[Patch]) -> Iterator[None]:
-    """Give modules other functions, as instance attributes, until the block ends.
+def patched(patches: Iterable[Patch]) -> Iterator[None]:
+    """Replace methods of instances until the block ends, also by an exception.
 
-    What stood there before comes back: the class's method, or an instance attribute that
-    somebody else had set.
+    Then a function that the instance itself had is restored; another is deleted, so that the
+    class's method is visible again.
     """
     before: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for module, attribute, function in patches:
+        for module, name, function in patches:
             attributes = vars(module)
-            before.append((attributes, attribute, attributes.get(attribute, _MISSING)))
-            attributes[attribute] = function
+            before.append((attributes, name, attributes.get(name, _MISSING)))
+            attributes[name] = function
         yield
     finally:
-        for attributes, attribute, function in reversed(before):
+        for attributes, name, function in reversed(before):
             if function is _MISSING:
-                del attributes[attribute]
+                del attributes[name]
             else:
-                attributes[attribute] = function
+                attributes[name] = function
 
 
 def instance_forward(
     module: nn.Module, forward: Callable[..., Any]
 ) -> AbstractContextManager[None]:
-    """Give one module another ``forward``, as :func:`instance_forwards` does."""
-    return instance_forwards([(module, "forward", forward)])
+    """Replace the ``forward`` of one module until the block ends."""
+    return patched([(module, "forward", forward)])
 
 
-def _patch(module: nn.Module, function: Callable[..., Any]) -> Patch:
-    # In a model that is split over devices, accelerate's own forward moves the inputs and calls
-    # what it has put aside under this name.
-    split = "_hf_hook" in vars(module)
-    return module, "_old_forward" if split else "forward", MethodType(function, module)
+def _method(module: nn.Module, name: str, function: Callable[..., Any]) -> Patch:
+    if name == "forward" and "_hf_hook" in vars(module):
+        # The model is split over devices: accelerate has replaced `forward` by a function that
+        # moves the inputs and calls the original, which it keeps under this name.
+        name = "_old_forward"
+    return module, name, MethodType(function, module)
 
 
 def single_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> AbstractContextManager[None]:
-    """Let a model compute one logit of each row, instead of the whole vocabulary's.
+    """Let a model compute one logit per row, instead of the whole vocabulary's, in float32.
 
     What a model does to its logits afterwards (a soft cap, a factor) is done to each by itself.
-    The product is computed in float32.
 
     Parameters
     ----------
     model
         Its output embeddings are a linear layer.
     token_ids
-        The P tokens whose logits are wanted. Logits are [1, P, 1] then.
+        The token of each of the P rows. Logits are [1, P, 1] then.
     """
 
     def forward(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
@@ -87,7 +90,7 @@ def single_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> AbstractC
         return logits if head.bias is None else logits + head.bias[wanted, None]
 
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return instance_forwards([_patch(head, forward)])
+    return patched([_method(head, "forward", forward)])
 
 
 @contextmanager
@@ -106,42 +109,28 @@ def _attention_implementation(configs: Iterable[Any], name: str) -> Iterator[Non
 def apply_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
     """Let the backward passes of `model` follow `rule` until the block ends.
 
-    Only attributes of this model's instances and its config change, and all of them come back,
-    also after an exception: afterwards the model computes plain values and plain gradients.
-    Inside the block every forward needs the keyword ``packing``. Not for several threads on one
-    model at a time.
-
-    Parameters
-    ----------
-    model
-        A model of a supported family.
-    rule
-        One of ``RULES``.
-
-    Raises
-    ------
-    ModelError
-        The model is of no supported family.
+    Only attributes of this model's instances and its configs change, and all of them are restored.
+    Inside the block every forward pass needs the keyword ``packing``. One model can be used by one
+    thread at a time.
     """
-    family = family_of(model)
-    register_attention(rule.attention_name, rule.wrap_attention(attention))
-    norm = rule.norm_of(family)
+    attention = f"reltrace_{rule.functions}_{rule.name}"
+    register_attention(attention, rule.wrap_attention(packed_attention))
     patches: list[Patch] = []
-    # The configs of the attention modules choose the kernel, the decoder's chooses the mask;
+    # The configs of the attention modules select the kernel, the decoder's selects the mask;
     # in most models they are one object.
     configs: dict[int, Any] = {}
     for module in model.modules():
-        if norm is not None and isinstance(module, family.norm):
-            patches.append(_patch(module, norm))
-        elif rule.gated_mlp is not None and isinstance(module, family.gated_mlp):
-            patches.append(_patch(module, rule.gated_mlp))
-        # Not getattr: where a module has none, nn.Module searches long.
+        for kind in type(module).__mro__:
+            if kind in rule.patches:
+                patches.append(_method(module, *rule.patches[kind]))
+                break
+        # Not getattr: for an attribute that a module does not have, nn.Module searches long.
         config = vars(module).get("config")
         if config is not None:
             configs[id(config)] = config
     with (
-        instance_forwards(patches),
-        _attention_implementation(configs.values(), rule.attention_name),
+        patched(patches),
+        _attention_implementation(configs.values(), attention),
         setting_restored(),
     ):
         yield
@@ -152,13 +141,6 @@ def verify_rule(model: PreTrainedModel, rule: Rule) -> None:
 
     A kernel from a hub, a subclass or a wrapper around a module can bypass a patch; the numbers
     would still look plausible.
-
-    Parameters
-    ----------
-    model
-        A model of a supported family.
-    rule
-        One of ``RULES``.
 
     Raises
     ------
@@ -181,9 +163,7 @@ def verify_rule(model: PreTrainedModel, rule: Rule) -> None:
     probe = replace(
         rule,
         name=f"{rule.name}_probe",
-        norm=None if rule.norm is None else counted(rule.norm),
-        plus_one_norm=None if rule.plus_one_norm is None else counted(rule.plus_one_norm),
-        gated_mlp=None if rule.gated_mlp is None else counted(rule.gated_mlp),
+        patches={kind: (name, counted(f)) for kind, (name, f) in rule.patches.items()},
         wrap_attention=wrap_attention,
     )
     packing = Packing((1, 2))
@@ -196,27 +176,23 @@ def verify_rule(model: PreTrainedModel, rule: Rule) -> None:
             logits_to_keep=1,
             packing=packing,
         )
-
     layers = len(family.decoder_layers(model))
-    norms = family.norms_per_layer * layers + 1
-    # (role, class, patched by this rule, instances at least expected)
-    roles = (
-        ("norm", family.norm, rule.norm_of(family) is not None, norms),
-        ("gated MLP", family.gated_mlp, rule.gated_mlp is not None, layers),
-        ("attention", family.attention, True, layers),
-    )
+    expected = {
+        family.norm: family.norms_per_layer * layers + 1,
+        family.gated_mlp: layers,
+        family.attention: layers,
+    }
     faults = []
-    for role, kind, patched, expected in roles:
-        if not patched:
+    for kind, least in expected.items():
+        if kind is not family.attention and kind not in rule.patches:
             continue
         instances = {name: m for name, m in model.named_modules() if isinstance(m, kind)}
-        if len(instances) < expected:
+        if len(instances) < least:
             faults.append(
-                f"{len(instances)} {role} modules of class {kind.__name__} instead of "
-                f"at least {expected}"
+                f"{len(instances)} modules of class {kind.__name__} instead of at least {least}"
             )
         faults += [
-            f"{role} {name} was called {calls[id(module)]} times instead of once"
+            f"{name} ({kind.__name__}) was called {calls[id(module)]} times instead of once"
             for name, module in instances.items()
             if calls[id(module)] != 1
         ]

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    FineGrainedFP8Config,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, FineGrainedFP8Config, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from reltrace_worker.models.families import (
     FAMILIES,
     TEXT_PARTS,
     Family,
-    check_config,
-    context_length,
     family_named,
-    fix_frequencies,
 )
+from reltrace_worker.models.folder import check_folder, quantization
 from reltrace_worker.models.gguf import GgufFile
-from reltrace_worker.models.placement import (
-    DeviceMap,
-    Placement,
-    choose_placement,
-    device_name,
-)
-from reltrace_worker.models.source import (
-    check_folder,
-    find_source,
-    first_line,
-    quantization,
-)
+from reltrace_worker.models.placement import DeviceMap, Placement, choose_placement
+from reltrace_worker.models.rope import check_config, context_length, fix_frequencies
+from reltrace_worker.models.source import find_source, first_line
 from reltrace_worker.types.errors import ModelError
 
 # Older checkpoints carry the rotary frequencies, which are computed from the config.
@@ -51,49 +32,13 @@ _IGNORED_KEY = "rotary_emb.inv_freq"
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a model; `layers`, `heads` and the like count, the others are widths."""
+    """Sizes of a model; `layers` and `heads` count, the others are widths."""
 
     layers: int
     hidden_size: int
     heads: int
     intermediate_size: int
     vocab_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDescription:
-    """A model as it is announced.
-
-    Parameters
-    ----------
-    name, revision
-        As in :class:`LoadedModel`.
-    architecture
-        Class of the model, for example ``"LlamaForCausalLM"``.
-    layers, hidden_size, heads, intermediate_size, vocab_size
-        Sizes.
-    context_length
-        Longest prompt in tokens.
-    parameters
-        Number of weights; tied ones count once.
-    dtype
-        ``"float32"`` or ``"bfloat16"``.
-    device
-        ``"cpu"``, or the name of the GPU; of a split model, how many GPUs there are of each name.
-    """
-
-    name: str
-    revision: str
-    architecture: str
-    layers: int
-    hidden_size: int
-    heads: int
-    intermediate_size: int
-    vocab_size: int
-    context_length: int
-    parameters: int
-    dtype: str
-    device: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,17 +49,11 @@ class LoadedModel:
     ----------
     model
         In eval mode; no parameter requires a gradient.
-    tokenizer
-        Its tokenizer.
     name
-        Hub id, or name of the folder or file, unless another was given.
+        Under which it is served: hub id, or name of the folder or file, unless another was given.
     revision
-        Commit of the hub, or a digest of the folder's files or of the GGUF file; ends in
-        ``"+4bit"`` where the weights were quantized.
-    family
-        Its row of the architecture table.
-    shape
-        Its sizes.
+        See :class:`reltrace_worker.models.source.Source`; ends in ``"+4bit"`` where the weights
+        were quantized while they were loaded.
     dtype
         Of weights and activations.
     device
@@ -138,174 +77,21 @@ class LoadedModel:
         """Every device that holds a part of the model, in the order of the parts."""
         return tuple(dict.fromkeys(p.device for p in self.model.parameters()))
 
-    def describe(self) -> ModelDescription:
-        """Return what the worker announces of this model."""
-        return ModelDescription(
-            name=self.name,
-            revision=self.revision,
-            architecture=type(self.model).__name__,
-            layers=self.shape.layers,
-            hidden_size=self.shape.hidden_size,
-            heads=self.shape.heads,
-            intermediate_size=self.shape.intermediate_size,
-            vocab_size=self.shape.vocab_size,
-            context_length=self.context_length,
-            # Counts weights that are packed into 4 bits one by one.
-            parameters=self.model.num_parameters(),
-            dtype=str(self.dtype).removeprefix("torch."),
-            device=device_name(self.devices),
-        )
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    try:
-        config, _ = PretrainedConfig.get_config_dict(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the config of {path!r} can not be read: {first_line(error)}") from error
-    return dict(config)
-
-
-def _build_config(path: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    # A value of another type surfaces as it comes up: as what the check of types raises, or as the
-    # error of what is computed with it. The first line alone does not say of which field.
-    except Exception as error:
-        raise ModelError(
-            f"config.json of {path!r} is not valid: {' '.join(str(error).split())}"
-        ) from error
-
-
-def _model_type(config: dict[str, Any]) -> str:
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise ModelError(f"config.json names no model_type; supported: {', '.join(FAMILIES)}")
-    family_named(model_type)
-    return model_type
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _dimensions(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
-
 
 @dataclass(frozen=True, slots=True)
 class _Checkpoint:
-    """What is loaded, and how ``from_pretrained`` takes its weights.
+    """What is loaded: the arguments of ``from_pretrained``, and what else there is to know.
 
-    Parameters
-    ----------
-    shards
-        The files of a folder's weights.
-    gguf
-        The file, if it is one.
-    model_type
-        In its config.
-    tokenizer
-        Its tokenizer.
-    options
-        The arguments of ``from_pretrained``.
-    ignored
-        How the names of weights begin that are left out.
+    `shards` are the weight files of a folder; weights whose name begins with one of `ignored` are
+    not loaded.
     """
 
-    shards: Sequence[Path]
-    gguf: GgufFile | None
     model_type: str
     tokenizer: Any
     options: dict[str, Any]
+    shards: Sequence[Path] = ()
     ignored: tuple[str, ...] = ()
-
-
-def _open_gguf(path: Path, placement: Placement) -> _Checkpoint:
-    file = GgufFile(path)
-    config = file.config()
-    model_type = _model_type(config)
-    # transformers takes these as it takes a safetensors file: one by one, to their device.
-    options = {
-        "pretrained_model_name_or_path": None,
-        "config": AutoConfig.for_model(**config),
-        "state_dict": file.weights(placement.dtype),
-    }
-    return _Checkpoint((), file, model_type, file.tokenizer(), placement.options | options)
-
-
-def _open_folder(folder: Path, placement: Placement) -> _Checkpoint:
-    shards, path = check_folder(folder), str(folder)
-    config = _read_config(path)
-    model_type = _model_type(config)
-    built = _build_config(path)
-    options = placement.options | {"pretrained_model_name_or_path": path, "use_safetensors": True}
-    ignored: tuple[str, ...] = ()
-    if quantization(config) is not None:
-        if placement.load_in_4bit:
-            raise ModelError("the checkpoint is quantized already, which excludes load_in_4bit")
-        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-    if model_type in TEXT_PARTS:
-        prefix, ignored = TEXT_PARTS[model_type].prefix, TEXT_PARTS[model_type].others
-        built = built.text_config
-        options["key_mapping"] = {f"^{prefix}": ""}
-    options["config"] = built
-    return _Checkpoint(shards, None, model_type, _load_tokenizer(path), options, ignored)
-
-
-def _load_weights(checkpoint: _Checkpoint, path: str) -> PreTrainedModel:
-    family = family_named(checkpoint.model_type)
-    try:
-        model, info = family.causal_lm.from_pretrained(
-            **checkpoint.options,
-            trust_remote_code=False,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            # Reported below, by name and with both shapes, as an error.
-            ignore_mismatched_sizes=True,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{path!r} can not be loaded: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(
-        f"{key} ({_dimensions(stored)} instead of {_dimensions(expected)})"
-        for key, stored, expected in info["mismatched_keys"]
-    )
-    unexpected = sorted(
-        key
-        for key in info["unexpected_keys"]
-        if _IGNORED_KEY not in key and not key.startswith(checkpoint.ignored)
-    )
-    for fault, keys in (
-        ("lacks weights that its architecture has", missing),
-        ("has weights of another shape than its config says", mismatched),
-        ("has weights that its architecture has no place for", unexpected),
-    ):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ModelError(f"the checkpoint {path!r} {fault}: {', '.join(keys[:3])}{more}")
-    assert isinstance(model, PreTrainedModel)
-    # Of a checkpoint in fp8, what is not quantized keeps the type that it is stored in.
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(checkpoint.options["dtype"])
-    return model
-
-
-def _load_tokenizer(path: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    # A damaged tokenizer.json surfaces as a bare Exception of the tokenizers library.
-    except Exception as error:
-        raise ModelError(
-            f"the tokenizer of {path!r} can not be loaded: {first_line(error)}"
-        ) from error
+    gguf: GgufFile | None = None
 
 
 def load_model(
@@ -347,11 +133,6 @@ def load_model(
     context
         Longest prompt in tokens; default: what the model's config allows.
 
-    Returns
-    -------
-    LoadedModel
-        In eval mode, no parameter requiring a gradient.
-
     Raises
     ------
     ModelError
@@ -361,28 +142,26 @@ def load_model(
     found = find_source(source, revision)
     if load_in_4bit and found.is_gguf:
         raise ModelError("a GGUF file is quantized already, which excludes load_in_4bit")
-    opened = (_open_gguf if found.is_gguf else _open_folder)(found.path, placement)
-    check_config(opened.options["config"])
-    with ThreadPoolExecutor(1, "digest") as beside, _no_progress_bars():
-        # hashlib and torch let go of the interpreter, and both read the pages of one file cache.
-        digest = beside.submit(found.revision, opened.shards)
-        model = _load_weights(opened, str(found.path if found.commit is None else source))
-        weights = digest.result()
-    config: Any = model.config
+    checkpoint = (_open_gguf if found.is_gguf else _open_folder)(found.path, placement)
+    check_config(checkpoint.options["config"])
+    with ThreadPoolExecutor(1, "digest") as executor:
+        # hashlib and torch release the interpreter lock, and both read the same cached pages.
+        digest = executor.submit(found.revision, checkpoint.shards)
+        model = _load_weights(checkpoint, str(found.path if found.commit is None else source))
+        content = digest.result()
     placement.check(model)
+    config: Any = model.config
     length = context_length(config, context)
     fix_frequencies(model, length)
-    if opened.gguf is not None:
-        opened.gguf.scale_rotations(model)
-    module: nn.Module = model
+    if checkpoint.gguf is not None:
+        checkpoint.gguf.scale_rotations(model)
     embeddings: Any = model.get_input_embeddings()
-    module.requires_grad_(False).train(False)
     return LoadedModel(
-        model=model,
-        tokenizer=opened.tokenizer,
+        model=model.requires_grad_(False).eval(),  # type: ignore[no-untyped-call]
+        tokenizer=checkpoint.tokenizer,
         name=name or found.name,
-        revision=f"{weights}+4bit" if load_in_4bit else weights,
-        family=family_named(opened.model_type),
+        revision=f"{content}+4bit" if load_in_4bit else content,
+        family=family_named(checkpoint.model_type),
         shape=ModelShape(
             layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
@@ -394,3 +173,108 @@ def load_model(
         device=embeddings.weight.device,
         context_length=length,
     )
+
+
+def _open_gguf(path: Path, placement: Placement) -> _Checkpoint:
+    file = GgufFile(path)
+    config = file.config()
+    # transformers takes these weights as those of safetensors: one by one, to their device.
+    options = placement.options | {
+        "pretrained_model_name_or_path": None,
+        "config": AutoConfig.for_model(**config),
+        "state_dict": file.weights(placement.dtype),
+    }
+    return _Checkpoint(_model_type(config), file.tokenizer(), options, gguf=file)
+
+
+def _open_folder(folder: Path, placement: Placement) -> _Checkpoint:
+    config, shards = check_folder(folder)
+    model_type = _model_type(config)
+    options = placement.options | {
+        "pretrained_model_name_or_path": str(folder),
+        "use_safetensors": True,
+        "config": _build_config(str(folder)),
+    }
+    if quantization(config) is not None:
+        if placement.load_in_4bit:
+            raise ModelError("the checkpoint is quantized already, which excludes load_in_4bit")
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    ignored: tuple[str, ...] = ()
+    if part := TEXT_PARTS.get(model_type):
+        ignored = part.others
+        options["config"] = options["config"].text_config
+        options["key_mapping"] = {f"^{part.prefix}": ""}
+    return _Checkpoint(model_type, _load_tokenizer(str(folder)), options, shards, ignored)
+
+
+def _model_type(config: dict[str, Any]) -> str:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"config.json names no model_type; supported: {', '.join(FAMILIES)}")
+    family_named(model_type)
+    return model_type
+
+
+def _build_config(path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    # A value of another type raises whatever checks it or computes with it. The first line of the
+    # message alone does not name the field.
+    except Exception as error:
+        raise ModelError(
+            f"config.json of {path!r} is not valid: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _load_tokenizer(path: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    # A damaged tokenizer.json raises a bare Exception of the tokenizers library.
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer of {path!r} can not be loaded: {first_line(error)}"
+        ) from error
+
+
+def _load_weights(checkpoint: _Checkpoint, path: str) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model, info = family_named(checkpoint.model_type).causal_lm.from_pretrained(
+            **checkpoint.options,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            # Reported below, by name and with both shapes.
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{path!r} can not be loaded: {first_line(error)}") from error
+    mismatched = [
+        f"{key} ({_dimensions(stored)} instead of {_dimensions(expected)})"
+        for key, stored, expected in info["mismatched_keys"]
+    ]
+    unexpected = [
+        key
+        for key in info["unexpected_keys"]
+        if _IGNORED_KEY not in key and not key.startswith(checkpoint.ignored)
+    ]
+    for fault, keys in (
+        ("lacks weights that its architecture has", info["missing_keys"]),
+        ("has weights of another shape than its config says", mismatched),
+        ("has weights that its architecture has no place for", unexpected),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(
+                f"the checkpoint {path!r} {fault}: {', '.join(sorted(keys)[:3])}{more}"
+            )
+    assert isinstance(model, PreTrainedModel)
+    # What is not quantized in an fp8 checkpoint keeps the dtype that it is stored in.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(checkpoint.options["dtype"])
+    return model
+
+
+def _dimensions(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

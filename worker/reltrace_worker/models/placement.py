@@ -1,4 +1,4 @@
-"""Where a model's weights go, and in which number format."""
+"""The devices and the dtype of a model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,9 @@ DeviceMap = str | Mapping[str, int | str]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model is loaded to.
+    """Where a model is loaded to: all of it to `device`, or split by accelerate (`device_map`).
 
-    Parameters
-    ----------
-    device
-        Of the whole model; of a model that is split, ``cuda`` stands for all its GPUs.
-    dtype
-        Of the weights, or, where these are quantized, of what is computed with them.
-    device_map
-        How accelerate splits the model; None: it is on `device` alone.
-    load_in_4bit
-        bitsandbytes quantizes the weights of the linear layers.
+    `dtype` is that of the weights, or, where these are quantized, of what is computed with them.
     """
 
     device: torch.device
@@ -57,20 +48,15 @@ class Placement:
         return options
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check where accelerate has put the parts of a loaded model.
-
-        Raises
-        ------
-        ModelError
-            A part was offloaded from where it is computed; names the first.
-        """
-        places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
-        on_gpus = not set(places.values()) <= {"cpu", "disk"}
-        for name, place in places.items():
-            if place == "disk" or (place == "cpu" and on_gpus):
+        """Refuse a loaded model of which accelerate has offloaded a part."""
+        device_map = getattr(model, "hf_device_map", {})
+        devices = {name: str(device) for name, device in device_map.items()}
+        on_gpus = not set(devices.values()) <= {"cpu", "disk"}
+        for name, device in devices.items():
+            if device == "disk" or (device == "cpu" and on_gpus):
                 raise ModelError(
                     f"the model does not fit {'the GPUs' if on_gpus else 'the memory'}: "
-                    f"{name or 'all of it'} would be offloaded to the {place}, and every pass "
+                    f"{name or 'all of it'} would be offloaded to the {device}, and every pass "
                     "would wait for it"
                 )
 
@@ -78,18 +64,7 @@ class Placement:
 def choose_placement(
     device: str, dtype: str, device_map: DeviceMap | None = None, load_in_4bit: bool = False
 ) -> Placement:
-    """Check what was asked for, before anything is loaded.
-
-    Parameters
-    ----------
-    device, dtype, device_map, load_in_4bit
-        As in :func:`reltrace_worker.models.loading.load_model`.
-
-    Raises
-    ------
-    ModelError
-        Names what is not supported, or what is missing on this machine.
-    """
+    """Check the arguments of :func:`reltrace_worker.models.loading.load_model` that place it."""
     if device_map is not None:
         if device != "auto":
             raise ModelError(f"device {device!r} and a device_map exclude each other; give one")
@@ -116,7 +91,7 @@ def choose_placement(
 
 
 def device_name(devices: tuple[torch.device, ...]) -> str:
-    """Name what a model is on: ``"cpu"``, the name of its GPU, or ``"2 x "`` its name."""
+    """Return ``"cpu"``, the name of the GPU, or ``"2 x "`` and the name of two."""
     names = Counter(
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         for device in devices
@@ -158,16 +133,13 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def device_memory(devices: Sequence[torch.device]) -> dict[str, int]:
     """Return the bytes that torch uses of GPUs, by kind; none on a CPU."""
-    found: dict[str, int] = {}
+    bytes_used: Counter[str] = Counter()
     for device in devices:
-        if device.type != "cuda":
-            continue
-        kinds = {
-            "allocated": torch.cuda.memory_allocated(device),
-            "reserved": torch.cuda.memory_reserved(device),
-            "peak": torch.cuda.max_memory_allocated(device),
-            "total": torch.cuda.get_device_properties(device).total_memory,
-        }
-        for kind, count in kinds.items():
-            found[kind] = found.get(kind, 0) + count
-    return found
+        if device.type == "cuda":
+            bytes_used.update(
+                allocated=torch.cuda.memory_allocated(device),
+                reserved=torch.cuda.memory_reserved(device),
+                peak=torch.cuda.max_memory_allocated(device),
+                total=torch.cuda.get_device_properties(device).total_memory,
+            )
+    return bytes_used

@@ -62,18 +62,18 @@ def scalar_type(dtype: torch.dtype) -> types_pb2.ScalarType.ValueType:
 
 def model_info(loaded: LoadedModel) -> types_pb2.ModelInfo:
     """Write what a worker announces of its model, and of what it can do with it."""
-    model = loaded.describe()
     return types_pb2.ModelInfo(
-        name=model.name,
-        revision=model.revision,
-        architecture=model.architecture,
-        layers=model.layers,
-        hidden_size=model.hidden_size,
-        heads=model.heads,
-        intermediate_size=model.intermediate_size,
-        vocab_size=model.vocab_size,
-        context_length=model.context_length,
-        parameters=model.parameters,
+        name=loaded.name,
+        revision=loaded.revision,
+        architecture=type(loaded.model).__name__,
+        layers=loaded.shape.layers,
+        hidden_size=loaded.shape.hidden_size,
+        heads=loaded.shape.heads,
+        intermediate_size=loaded.shape.intermediate_size,
+        vocab_size=loaded.shape.vocab_size,
+        context_length=loaded.context_length,
+        # Tied weights count once, and those that are packed into 4 bits one by one.
+        parameters=loaded.model.num_parameters(),
         dtype=scalar_type(loaded.dtype),
         sites=SITES,
         rules=RULES,

@@ -1,7 +1,7 @@
 """Makes chunks of what passes gave, or puts tensors into a store and says where."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -11,6 +11,7 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
+from reltrace_worker.lrp import Rule
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.session.chunks import chunks, stored_chunk
 from reltrace_worker.session.convert import (
@@ -32,7 +33,7 @@ from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
 
-VERSIONS = {name: version(name) for name in ("lxt", "torch", "transformers", "reltrace-worker")}
+VERSIONS = {name: version(name) for name in ("torch", "transformers", "reltrace-worker")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ class Encoder:
         Whose results.
     attention : str
         Its kernel of attention, for their provenance.
+    rules : mapping of str to Rule
+        Its rules, for their provenance.
 
     Attributes
     ----------
@@ -86,10 +89,12 @@ class Encoder:
         Where results go that are too large to be sent.
     """
 
-    def __init__(self, model: LoadedModel, attention: str) -> None:
+    def __init__(self, model: LoadedModel, attention: str, rules: Mapping[str, Rule]) -> None:
         self.large = LargeResults()
         self._model = model
         self._attention = attention
+        self._functions = {name: rule.functions for name, rule in rules.items()}
+        self._lxt = {"lxt": version("lxt")} if "lxt" in self._functions.values() else {}
         self._plain_attention = str(model.model.config._attn_implementation)
         # Names files in stores of others' choosing.
         self._name, self._files = secrets.token_hex(8), count(1)
@@ -139,9 +144,12 @@ class Encoder:
             return invalid(lease, error)
         engine_time = Duration()
         engine_time.FromTimedelta(timedelta(seconds=seconds))
-        # Texts are written by the model as transformers runs it.
-        kernel = self._attention if result.generated is None else self._plain_attention
-        provenance = self._provenance(job.job, kernel, checkpointing=result.checkpointing)
+        if result.generated is None:
+            kernel, functions = self._attention, self._functions.get(job.job.rule, "")
+        else:
+            # Texts are written by the model as transformers runs it.
+            kernel, functions = self._plain_attention, ""
+        provenance = self._provenance(job.job, kernel, functions, result.checkpointing)
         layers = self._model.shape.layers
         return _Tensors(
             lease,
@@ -157,13 +165,17 @@ class Encoder:
 
     def tokenized(self, lease: worker_pb2.Lease, job: TokenizedPrompt) -> Chunks:
         """Return the result of a job that needs no pass: how its input is read."""
-        provenance = self._provenance(job, "", checkpointing=False)
+        provenance = self._provenance(job, "", "", checkpointing=False)
         timings = types_pb2.Timings(queued=lease.queued_for)
         found = header(job, provenance, range(self._model.shape.layers))
         return iter(list(chunks(lease, found, (), timings)))
 
     def _provenance(
-        self, job: Job | TokenizedPrompt, attention: str, *, checkpointing: bool
+        self,
+        job: Job | TokenizedPrompt,
+        attention: str,
+        functions: str,
+        checkpointing: bool,
     ) -> types_pb2.Provenance:
         return types_pb2.Provenance(
             model=self._model.name,
@@ -173,7 +185,8 @@ class Encoder:
             dtype=scalar_type(self._model.dtype),
             attention=attention,
             checkpointing=checkpointing,
-            versions=VERSIONS,
+            versions=VERSIONS | (self._lxt if functions == "lxt" else {}),
+            rule_functions=functions,
             device=str(self._model.device),
         )
 

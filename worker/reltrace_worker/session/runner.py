@@ -81,7 +81,7 @@ class Runner:
         self._passes: deque[asyncio.Future[Done | None]] = deque()
         self._arrived = asyncio.Event()
         self._crowded = 0
-        self._encoder = Encoder(model, engine.attention)
+        self._encoder = Encoder(model, engine.attention, engine.rules)
         self._spans = spans or Spans()
         self._drafts = drafts or Drafts()
         self._vocabulary = Vocabulary(model.tokenizer)

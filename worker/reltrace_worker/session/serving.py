@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import structlog
 import torch
@@ -17,9 +18,11 @@ from reltrace_worker.demo import DEMO_MODEL
 from reltrace_worker.demo import path as demo_path
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.engine import Checkpointing
-from reltrace_worker.lrp import RULES, verify_rule
+from reltrace_worker.lrp import RULES, Rule, verify_rule
+from reltrace_worker.lrp.lxt_rules import lxt_rules
+from reltrace_worker.lrp.ops import compile_functions
 from reltrace_worker.models import LoadedModel, load_model
-from reltrace_worker.models.placement import device_memory
+from reltrace_worker.models.placement import device_memory, device_name
 from reltrace_worker.observability.metrics import PassStats
 from reltrace_worker.session.convert import model_info
 from reltrace_worker.session.drafts import Drafts
@@ -60,6 +63,10 @@ class PassOptions:
 
     Attributes
     ----------
+    rules : str
+        Whose functions the rules run: ours ("fused"), or LXT's.
+    compile : bool
+        Compile the element-wise functions of the rules.
     context_length : int or None
         Longest prompt in tokens; None: what each model allows.
     max_tokens : int or None
@@ -74,6 +81,7 @@ class PassOptions:
     device_map: str | None = None
     load_in_4bit: bool = False
     checkpointing: Checkpointing = "auto"
+    rules: Literal["fused", "lxt"] = "fused"
     compile: bool = False
     max_tokens: int | None = None
     memory_gib: float | None = None
@@ -184,7 +192,10 @@ def serve(
     ModelError
         A model can not be loaded, or two have one name.
     """
+    if options.compile and options.rules == "lxt":
+        raise ModelError("--compile compiles the fused functions; it excludes --rules lxt")
     loaded: list[LoadedModel] = []
+    rules: list[Mapping[str, Rule]] = []
     for model in models:
         one = load_model(
             model.source,
@@ -197,13 +208,19 @@ def serve(
             context=options.context_length,
         )
         _check_name(one.name, [other.name for other in loaded])
-        _verify_rules(one)
+        rules.append(RULES if options.rules == "fused" else lxt_rules(one.family))
+        if options.compile:
+            compile_functions(one.device, one.dtype)
+        _verify_rules(one, rules[-1])
         log.info("model.loaded", model=one.name, revision=one.revision, device=str(one.device))
         loaded.append(one)
     # One thread for all: passes over different models take turns, as those over one do.
     device_thread = ThreadPoolExecutor(1, "engine")
     drafts = Drafts()
-    runners = [_runner(one, options, device_thread, spans, drafts) for one in loaded]
+    runners = [
+        _runner(one, table, options, device_thread, spans, drafts)
+        for one, table in zip(loaded, rules, strict=True)
+    ]
     infos = tuple(model_info(one) for one in loaded)
     devices = list(dict.fromkeys(device for one in loaded for device in one.devices))
     return Served(
@@ -216,19 +233,19 @@ def serve(
             }
         ),
         infos=infos,
-        device=loaded[0].describe().device,
+        device=device_name(loaded[0].devices),
         stats={one.name: runner.stats for one, runner in zip(loaded, runners, strict=True)},
         memory=lambda: device_memory(devices),
         drafts=drafts,
     )
 
 
-def _verify_rules(one: LoadedModel) -> None:
+def _verify_rules(one: LoadedModel, rules: Mapping[str, Rule]) -> None:
     threads = torch.get_num_threads()
     # Probes of three tokens: threads that wait for each other take seconds where others compute.
     torch.set_num_threads(1)
     try:
-        for rule in RULES.values():
+        for rule in rules.values():
             verify_rule(one.model, rule)
     finally:
         torch.set_num_threads(threads)
@@ -245,13 +262,14 @@ def _check_name(name: str, others: Sequence[str]) -> None:
 
 def _runner(
     one: LoadedModel,
+    rules: Mapping[str, Rule],
     options: PassOptions,
     thread: ThreadPoolExecutor,
     spans: Spans | None,
     drafts: Drafts,
 ) -> Runner:
     limit = None if options.memory_gib is None else int(options.memory_gib * 2**30)
-    engine = Engine(one, options.checkpointing, limit, compile=options.compile)
+    engine = Engine(one, options.checkpointing, limit, rules=rules)
     budget = options.max_tokens or engine.token_budget()
     log.info(
         "memory.planned",

@@ -1,21 +1,21 @@
 "use strict";
 // Draws /state.json again and again; nothing here changes anything on the server.
 
-const PERIOD = 1000; // milliseconds between looks
-const KEPT = 300; // looks that the curves show
-const history = { ended: [], waiting: [], leased: [] };
+const PERIOD = 1000; // milliseconds between requests
+const KEPT = 300; // points of a curve
+const curves = { ended: [], waiting: [], leased: [] };
 let before = null;
 
 const element = (id) => document.getElementById(id);
+const sum = (values) => values.reduce((total, value) => total + value, 0);
+const count = (value) => Math.round(value).toLocaleString("en");
 
-function make(name, text = "", kind = "") {
+function make(name, content = "", kind = "") {
   const made = document.createElement(name);
-  made.textContent = text;
+  made.append(content);
   if (kind) made.className = kind;
   return made;
 }
-
-const count = (value) => Math.round(value).toLocaleString("en");
 
 function age(seconds) {
   for (const [size, unit] of [[86400, "d"], [3600, "h"], [60, "min"]]) {
@@ -24,11 +24,16 @@ function age(seconds) {
   return `${Math.max(0, Math.round(seconds))} s`;
 }
 
+// -- numbers with a curve -----------------------------------------------------------
+
+function keep(values, value) {
+  values.push(value);
+  if (values.length > KEPT) values.shift();
+}
+
 function curve(values) {
   const most = Math.max(...values, 1e-9);
-  const points = values.map(
-    (value, index) => `${((100 * index) / (KEPT - 1)).toFixed(2)},${(38 - (36 * value) / most).toFixed(2)}`,
-  );
+  const points = values.map((value, index) => `${(100 * index) / (KEPT - 1)},${38 - (36 * value) / most}`);
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("viewBox", "0 0 100 40");
   svg.setAttribute("preserveAspectRatio", "none");
@@ -39,100 +44,93 @@ function curve(values) {
   return svg;
 }
 
-function card(title, value, values) {
-  const made = make("div", "", "card");
-  made.append(make("b", value), make("span", title));
-  if (values && values.length > 1) made.append(curve(values));
+function card(title, value, values = []) {
+  const made = make("div", make("b", value), "card");
+  made.append(make("span", title));
+  if (values.length > 1) made.append(curve(values));
   return made;
 }
 
-function keep(values, value) {
-  values.push(value);
-  if (values.length > KEPT) values.shift();
-}
-
-const sum = (values) => values.reduce((total, value) => total + value, 0);
-
-function glance(state) {
+function drawNumbers(state) {
   const ended = sum(Object.values(state.ended));
-  if (before) {
-    const rate = Math.max(0, ended - before.ended) / Math.max(state.at - before.at, 0.001);
-    // Two pages, or a slow one, may get the same look twice.
-    if (state.at > before.at) keep(history.ended, rate);
+  // Two pages, or a slow one, may get the same state twice.
+  if (before && state.at > before.at) {
+    keep(curves.ended, Math.max(0, ended - before.ended) / (state.at - before.at));
   }
   if (!before || state.at > before.at) before = { ended, at: state.at };
   const waiting = sum(state.queues.map((queue) => queue.queued));
   const leased = sum(state.queues.map((queue) => queue.leased));
-  keep(history.waiting, waiting);
-  keep(history.leased, leased);
-  const rate = history.ended.length ? history.ended[history.ended.length - 1] : 0;
+  keep(curves.waiting, waiting);
+  keep(curves.leased, leased);
+  const rate = curves.ended.at(-1) ?? 0;
   const oldest = Math.max(0, ...state.queues.map((queue) => queue.oldest));
-  const bad = ["FAILED", "QUARANTINED"].map((name) => state.ended[name] || 0);
-  element("glance").replaceChildren(
-    card("jobs ended per second", rate >= 10 ? count(rate) : rate.toFixed(1), history.ended),
-    card(`jobs wait, the oldest for ${age(oldest)}`, count(waiting), history.waiting),
-    card("jobs at workers", count(leased), history.leased),
+  const bad = ["FAILED", "QUARANTINED"].map((name) => count(state.ended[name] || 0));
+  element("numbers").replaceChildren(
+    card("jobs ended per second", rate >= 10 ? count(rate) : rate.toFixed(1), curves.ended),
+    card(`jobs wait, the oldest for ${age(oldest)}`, count(waiting), curves.waiting),
+    card("jobs at workers", count(leased), curves.leased),
     card("workers", count(state.workers.length)),
     card("jobs ended in all", count(ended)),
-    card("failed, and set aside", bad.map(count).join(", ")),
+    card("failed, and quarantined", bad.join(", ")),
     card("of Redis", `${(state.memory / 1e6).toFixed(1)} MB`),
   );
 }
 
-function rows(id, found, cells, empty) {
-  const body = element(id).tBodies[0];
-  const width = element(id).tHead.rows[0].cells.length;
-  const made = found.map((row) => {
-    const line = document.createElement("tr");
-    line.append(...cells(row));
+// -- tables -------------------------------------------------------------------------
+
+const ENDED = [
+  ["ended", "", (job) => `${age(before.at - job.at)} ago`],
+  ["state", "", (job) => make("span", job.state.toLowerCase(), job.state === "SUCCEEDED" ? "" : "bad")],
+  ["prompt or error", "text", jobText],
+  ["model", "", (job) => job.model],
+  ["tenant", "", (job) => job.tenant],
+  ["worker", "id", (job) => job.worker],
+  ["job", "id", (job) => job.job],
+];
+// Of each table: title, class and content of its columns.
+const TABLES = {
+  queues: [
+    ["model", "", (queue) => queue.model],
+    ["tenant", "", (queue) => queue.tenant],
+    ["priority", "", (queue) => queue.priority],
+    ["waiting", "n", (queue) => count(queue.queued)],
+    ["at workers", "n", (queue) => count(queue.leased)],
+    ["oldest", "n", (queue) => (queue.queued ? age(queue.oldest) : "")],
+  ],
+  workers: [
+    ["worker", "id", (worker) => (worker.draining ? `${worker.id} (drains)` : worker.id)],
+    ["models", "", (worker) => worker.models.map((model) => model.slice(0, 60)).join(", ")],
+    ["device", "", (worker) => worker.device],
+    ["version", "", (worker) => worker.version],
+    ["leases", "n", (worker) => count(worker.leased)],
+    ["connected", "n", (worker) => age(worker.connected)],
+    ["seen", "n", (worker) => `${age(worker.seen)} ago`],
+  ],
+  failed: ENDED,
+  succeeded: ENDED,
+};
+
+function jobText(job) {
+  const made = make(job.picture ? "button" : "span", (job.picture && job.text) || job.error || job.text || job.job);
+  made.title = job.error || job.text;
+  if (job.picture) made.addEventListener("click", () => show(job.job));
+  return made;
+}
+
+function drawTable(id, rows, empty) {
+  const columns = TABLES[id];
+  const head = make("tr");
+  head.append(...columns.map(([title, kind]) => make("th", title, kind)));
+  const lines = rows.map((row) => {
+    const line = make("tr");
+    line.append(...columns.map(([, kind, content]) => make("td", content(row), kind)));
     return line;
   });
-  if (!made.length) {
-    const cell = make("td", empty, "empty");
-    cell.colSpan = width;
-    made.push(document.createElement("tr"));
-    made[0].append(cell);
+  if (!lines.length) {
+    lines.push(make("tr", make("td", empty, "empty")));
+    lines[0].firstChild.colSpan = columns.length;
   }
-  body.replaceChildren(...made);
-}
-
-function draw(state) {
-  element("summary").textContent = `scheduler ${state.version}, ${new Date(1000 * state.at).toLocaleTimeString()}`;
-  element("summary").className = "";
-  glance(state);
-  rows("queues", state.queues.filter((queue) => queue.queued + queue.leased), (queue) => [
-    make("td", queue.model), make("td", queue.tenant), make("td", queue.priority),
-    make("td", count(queue.queued), "n"), make("td", count(queue.leased), "n"),
-    make("td", queue.queued ? age(queue.oldest) : "", "n"),
-  ], "Nothing waits, nothing runs.");
-  rows("workers", state.workers, (worker) => [
-    make("td", worker.draining ? `${worker.id} (drains)` : worker.id, "id"),
-    make("td", worker.models.map((model) => model.slice(0, 60)).join(", ")),
-    make("td", worker.device), make("td", worker.version),
-    make("td", count(worker.leased), "n"), make("td", age(worker.connected), "n"),
-    make("td", age(worker.seen), "n"),
-  ], "No worker is connected: jobs wait for one.");
-  rows("mishaps", state.mishaps, ended(state), "None.");
-  rows("recent", state.recent, ended(state), "No job has ended yet.");
-}
-
-function ended(state) {
-  return (job) => {
-    const text = make("td", "", "text");
-    if (job.picture) {
-      const button = make("button", job.text || job.job);
-      button.addEventListener("click", () => show(job.job));
-      text.append(button);
-    } else {
-      text.textContent = job.error || job.text;
-    }
-    text.title = job.error || job.text;
-    const good = job.state === "SUCCEEDED";
-    return [
-      make("td", `${age(state.at - job.at)} ago`), make("td", job.state.toLowerCase(), good ? "" : "bad"),
-      text, make("td", job.model), make("td", job.tenant), make("td", job.worker, "id"), make("td", job.job, "id"),
-    ];
-  };
+  element(id).replaceChildren(head, ...lines);
 }
 
 // -- a trace ------------------------------------------------------------------------
@@ -141,32 +139,30 @@ let trace = null;
 
 // White at 0, red for the prediction, blue against it.
 function colour(value) {
-  const [r, g, b] = value > 0 ? [178, 24, 43] : [33, 102, 172];
   const size = Math.min(1, Math.abs(value));
-  const mix = (part) => Math.round(255 + (part - 255) * size);
-  return `rgb(${mix(r)},${mix(g)},${mix(b)})`;
+  const parts = value > 0 ? [178, 24, 43] : [33, 102, 172];
+  return `rgb(${parts.map((part) => Math.round(255 + (part - 255) * size)).join()})`;
 }
 
-function decode(site) {
-  const bytes = Uint8Array.from(atob(site.values), (letter) => letter.charCodeAt(0));
-  return new Float32Array(bytes.buffer);
+function normalized(row) {
+  const most = Math.max(...row.map(Math.abs));
+  return row.map((value) => (most ? value / most : 0));
 }
 
 async function show(job) {
   const answer = await fetch(`jobs/${encodeURIComponent(job)}.json`);
   element("trace").hidden = false;
   element("trace-title").textContent = `Trace of ${job}`;
+  element("map").hidden = !answer.ok;
   if (!answer.ok) {
     element("trace-about").textContent = (await answer.text()).trim();
     element("words").replaceChildren();
-    element("map").hidden = true;
     return;
   }
   trace = await answer.json();
   element("trace-about").textContent =
     `Predicts ${JSON.stringify(trace.target)} (logit ${trace.logit.toFixed(3)}); rule ${trace.rule}, model ${trace.model}. Each layer is divided by its largest |R|.`;
   element("site").replaceChildren(...trace.sites.map((site) => new Option(site.site)));
-  element("map").hidden = false;
   paint();
   element("trace").scrollIntoView({ block: "nearest" });
 }
@@ -179,60 +175,55 @@ function paint() {
     element("words").replaceChildren();
     return;
   }
-  const tokens = site.shape[site.shape.length - 1];
-  const layers = site.shape.length === 2 ? site.shape[0] : 1;
-  const values = decode(site);
-  const scaled = new Float32Array(values.length);
-  for (let layer = 0; layer < layers; layer++) {
-    let most = 0;
-    for (let token = 0; token < tokens; token++) most = Math.max(most, Math.abs(values[layer * tokens + token]));
-    for (let token = 0; token < tokens; token++) {
-      scaled[layer * tokens + token] = most ? values[layer * tokens + token] / most : 0;
-    }
-  }
-  const cell = { width: Math.max(6, Math.min(32, Math.floor(1100 / tokens))), height: layers > 20 ? 10 : 20 };
+  const rows = site.values.map(normalized);
+  const width = Math.max(6, Math.min(32, Math.floor(1100 / trace.tokens.length)));
+  const height = rows.length > 20 ? 10 : 20;
   const canvas = element("canvas");
-  canvas.width = tokens * cell.width;
-  canvas.height = layers * cell.height;
+  canvas.width = trace.tokens.length * width;
+  canvas.height = rows.length * height;
   const context = canvas.getContext("2d");
-  for (let layer = 0; layer < layers; layer++) {
-    for (let token = 0; token < tokens; token++) {
-      context.fillStyle = colour(scaled[layer * tokens + token]);
-      // The last layer is on top.
-      context.fillRect(token * cell.width, (layers - 1 - layer) * cell.height, cell.width, cell.height);
-    }
-  }
+  // The last layer is on top.
+  rows.forEach((row, layer) => row.forEach((value, token) => {
+    context.fillStyle = colour(value);
+    context.fillRect(token * width, (rows.length - 1 - layer) * height, width, height);
+  }));
   element("words").replaceChildren(...trace.tokens.map((text, token) => {
-    const span = make("span", text);
-    span.style.background = colour(scaled[token]);
-    if (Math.abs(scaled[token]) > 0.6) span.className = "dark";
+    const span = make("span", text, Math.abs(rows[0][token]) > 0.6 ? "dark" : "");
+    span.style.background = colour(rows[0][token]);
     return span;
   }));
+  const name = (layer) => (site.layered ? `layer ${trace.layers[layer] ?? layer}, ` : "");
   canvas.onmousemove = (event) => {
-    const token = Math.min(tokens - 1, Math.floor(event.offsetX / cell.width));
-    const layer = layers - 1 - Math.min(layers - 1, Math.floor(event.offsetY / cell.height));
-    const name = site.shape.length === 2 ? `layer ${trace.layers[layer] ?? layer}, ` : "";
+    const token = Math.min(trace.tokens.length - 1, Math.floor(event.offsetX / width));
+    const layer = Math.max(0, rows.length - 1 - Math.floor(event.offsetY / height));
     element("readout").textContent =
-      `${name}token ${token} ${JSON.stringify(trace.tokens[token])}: R = ${values[layer * tokens + token].toPrecision(4)}`;
+      `${name(layer)}token ${token} ${JSON.stringify(trace.tokens[token])}: R = ${site.values[layer][token]?.toPrecision(4) ?? "not finite"}`;
   };
   element("readout").textContent =
-    site.shape.length === 2 ? `The words are coloured by layer ${trace.layers[0] ?? 0}; point at the map for values.` : "\u00a0";
+    site.layered ? `The words are coloured by layer ${trace.layers[0] ?? 0}; point at the map for values.` : "\u00a0";
 }
 
 element("site").addEventListener("change", paint);
 
 // -- the loop -----------------------------------------------------------------------
 
-async function look() {
+async function refresh() {
   try {
     const answer = await fetch("state.json", { signal: AbortSignal.timeout(5000) });
     if (!answer.ok) throw new Error((await answer.text()).trim() || answer.statusText);
-    draw(await answer.json());
+    const state = await answer.json();
+    element("summary").textContent = `scheduler ${state.version}, ${new Date(1000 * state.at).toLocaleTimeString()}`;
+    element("summary").className = "";
+    drawNumbers(state);
+    drawTable("queues", state.queues.filter((queue) => queue.queued + queue.leased), "Nothing waits, nothing runs.");
+    drawTable("workers", state.workers, "No worker is connected: jobs wait for one.");
+    drawTable("failed", state.failed, "None.");
+    drawTable("succeeded", state.succeeded, "No job has ended yet.");
   } catch (error) {
     element("summary").textContent = `No answer: ${error.message}. What is shown is old.`;
     element("summary").className = "away";
   }
-  setTimeout(look, PERIOD);
+  setTimeout(refresh, PERIOD);
 }
 
-look();
+refresh();

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reltrace
-from make_plan import plan
+from make_settings import make_settings
 from make_trace import make_trace
 from reltrace.evaluation.scores import on_axis
 
@@ -40,41 +40,41 @@ from reltrace.evaluation.scores import on_axis
 )
 def test_a_plan_that_can_not_be(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=said):
-        plan(**wrong)
+        make_settings(**wrong)
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
-    found = plan(points=np.int64(5), seed=np.uint32(3), replace=np.int32(7))
+    found = make_settings(points=np.int64(5), seed=np.uint32(3), replace=np.int32(7))
     assert (found.points, found.seed, found.replace, found.token) == (5, 3, 7, 7)
 
 
 def test_what_takes_the_place_of_tokens() -> None:
-    assert plan().token is None
-    assert plan(replace="mean").token is None
-    assert plan(replace=" ").token == " "
-    assert plan(replace=0).token == 0
+    assert make_settings().token is None
+    assert make_settings(replace="mean").token is None
+    assert make_settings(replace=" ").token == " "
+    assert make_settings(replace=0).token == 0
 
 
 def test_the_first_token_and_special_ones_are_kept() -> None:
     trace = replace(make_trace(), special_positions=(0, 3))
-    assert plan().kept(trace) == {0, 3}
+    assert make_settings().kept(trace) == {0, 3}
     # It stands for the text's beginning, special or not.
-    assert plan().kept(make_trace()) == {0}
-    assert plan(keep="none").kept(trace) == set()
+    assert make_settings().kept(make_trace()) == {0}
+    assert make_settings(keep="none").kept(trace) == set()
 
 
 @pytest.mark.parametrize(
     ("neurons", "last"), [(1, 1), (2, 1), (64, 32), (8192, 4096), (458_752, 4096)]
 )
 def test_neurons_are_switched_off_up_to_half_of_them(neurons: int, last: int) -> None:
-    at = plan(site="neuron").at(neurons)
+    at = make_settings(site="neuron").at(neurons)
     assert (at[0], at[-1]) == (0, last)
     assert (np.diff(at) >= 1).all()
 
 
 def test_points_are_equal_steps_on_the_axis() -> None:
     for site in ("embed", "neuron"):
-        at = plan(site=site).at(100_000)
+        at = make_settings(site=site).at(100_000)
         axis = on_axis(site, at)
         assert len(axis) == 11
         # Numbers of neurons are whole; one neuron is 1/12 of the axis.

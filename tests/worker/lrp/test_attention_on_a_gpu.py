@@ -6,8 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from reltrace_worker.lrp.attention import Packing
-from reltrace_worker.lrp.kernels import KERNELS
+from reltrace_worker.lrp.attention import SDPA, VARLEN, Kernel, Packing, kernel_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -37,15 +36,15 @@ def exact(
 @pytest.mark.parametrize("window", [None, 1, 20, 200])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 8, 64), (8, 2, 128), (6, 1, 16)])
 @pytest.mark.parametrize(
-    ("name", "dtype", "error"),
+    ("kernel", "dtype", "error"),
     [
-        ("varlen", torch.bfloat16, 2e-2),
-        ("sdpa", torch.bfloat16, 2e-2),
-        ("sdpa", torch.float32, 1e-5),
+        (VARLEN, torch.bfloat16, 2e-2),
+        (SDPA, torch.bfloat16, 2e-2),
+        (SDPA, torch.float32, 1e-5),
     ],
 )
 def test_values_and_gradients(
-    name: str, dtype: torch.dtype, error: float, heads: int, key_heads: int, size: int,
+    kernel: Kernel, dtype: torch.dtype, error: float, heads: int, key_heads: int, size: int,
     window: int | None,
 ) -> None:  # fmt: skip
     generator = torch.Generator("cuda").manual_seed(0)
@@ -55,8 +54,7 @@ def test_values_and_gradients(
         for h in (heads, key_heads, key_heads)
     ]
     outer = torch.randn(1, n, heads, size, generator=generator, device="cuda", dtype=dtype)
-    kernel = KERNELS[name]
-    assert kernel.takes(outer.device, dtype, size)
+    assert kernel is SDPA or kernel_for(outer.device, dtype, size) is VARLEN
     for states in rough:
         states.requires_grad_()
     ours, weights = kernel.function(

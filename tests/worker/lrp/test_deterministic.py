@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference.loaded import Checkpoints
 from reltrace_worker.lrp import RULES, apply_rule
-from reltrace_worker.lrp.reproducible import in_fixed_order, run_deterministically
+from reltrace_worker.lrp.deterministic import run_deterministically, with_deterministic_backward
 
 
 class Seen(torch.autograd.Function):
@@ -71,6 +71,6 @@ def test_a_node_that_fails_leaves_nothing_set(checkpoints: Checkpoints) -> None:
 
 def test_on_a_cpu_nothing_is_done() -> None:
     output = torch.ones(1, requires_grad=True) * 2
-    assert in_fixed_order(output) is output
+    assert with_deterministic_backward(output) is output
     output.backward()
     assert not torch.are_deterministic_algorithms_enabled()

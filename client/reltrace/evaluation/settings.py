@@ -1,4 +1,4 @@
-"""What is asked of an evaluation: rules, a measure, what is replaced, and points of curves."""
+"""The settings of an evaluation: rules, measure, replacement, and points of the curves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEASURES = {
     "probability": "probability",
     "logit": "logit",
 }
-"""What is measured, and what it is called where people read it."""
+"""What can be measured, and its name in texts."""
 
 _KEEP = ("special", "none")
 _MOST_NEURONS = 4096
@@ -32,26 +32,8 @@ _MOST_ID = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is evaluated, and how.
-
-    Attributes
-    ----------
-    rules : tuple of str
-        Of traces; "random" is an order without a trace.
-    site : str
-        "embed": tokens are replaced; "neuron": neurons are set to 0.
-    measure : str
-        One of `MEASURES`.
-    replace : str or int
-        What takes a token's place: "zero", "mean", or another token by its text or id.
-    keep : str
-        Tokens that stay as they are: the first one and "special" ones, or "none".
-    points : int
-        Steps of a curve.
-    seed : int
-        Of random orders.
-    """
+class Settings:
+    """The checked arguments of `Client.evaluate`, which documents them."""
 
     rules: tuple[str, ...]
     site: str
@@ -72,14 +54,8 @@ class Plan:
         keep: object,
         points: object,
         seed: object,
-    ) -> Plan:
-        """Check the arguments of `evaluate`.
-
-        Raises
-        ------
-        InvalidArgument
-            Names the one that is wrong.
-        """
+    ) -> Settings:
+        """Check the arguments; raise InvalidArgument for one that is wrong."""
         if (
             isinstance(rules, str)
             or not isinstance(rules, Sequence)
@@ -89,7 +65,7 @@ class Plan:
         ):
             raise invalid("rules", f"must be names of rules, each once, not {rules!r}")
         if set(rules) == {RANDOM}:
-            raise invalid("rules", "needs one beside random, whose traces name the target")
+            raise invalid("rules", "needs one beside random, whose traces resolve the target")
         site = _one_of(site, "site", SITES)
         return cls(
             tuple(rules),
@@ -97,21 +73,21 @@ class Plan:
             _one_of(measure, "measure", tuple(MEASURES)),
             _replacement(replace, site),
             _one_of(keep, "keep", _KEEP),
-            # With a single step both orders switch off nothing, or everything.
+            # Of a single step both ends are the same in every order.
             whole_number(points, "points", 2, 100),
             whole_number(seed, "seed", most=2**63 - 1),
         )
 
     @property
     def token(self) -> str | int | None:
-        """The token that takes the place of others; None: zeros or the mean do."""
+        """The token that replaces others; None: an embedding does."""
         return None if self.replace in ("zero", "mean") else self.replace
 
     def at(self, neurons: int) -> Floats:
-        """Return what is switched off at each point: shares of tokens, or numbers of neurons.
+        """Return how much is switched off at each point: shares of tokens, or numbers of neurons.
 
-        Points are equal steps on the axis that is drawn: see `scores.on_axis`. Neurons end at half
-        of them, for past it both orders switch off the same ones, and the curves meet again.
+        In equal steps on the axis of `scores.on_axis`. Neurons end at half of them: past it both
+        orders switch off the same ones, and the curves meet again.
         """
         if self.site == "embed":
             return shares(self.points)

@@ -1,21 +1,34 @@
-"""The fused rules against lxt's own functions, in value and gradient."""
+"""The functions of the rules against lxt's own, in value and gradient."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reltrace_worker.lrp import fused
-from reltrace_worker.lrp import lxt_functions as lxt
+from reltrace_worker.lrp import RULES, ops
+from reltrace_worker.lrp.lxt_rules import import_lxt
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+lxt = import_lxt("patches")
+
+# Of each rule lxt's gated MLP.
+MLPS = {"attnlrp": lxt.gated_mlp_forward, "cp_lrp": lxt.cp_gated_mlp_forward}
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 quick = settings(max_examples=20, deadline=None, database=None, derandomize=True)
+
+
+def forward(rule: str, kind: type[nn.Module]) -> Any:
+    """The function that replaces the forward of a class."""
+    name, function = RULES[rule].patches[kind]
+    assert name == "forward"
+    return function
 
 
 def value_and_gradient(
@@ -47,7 +60,7 @@ def mlp(activation: str, hidden: int, inner: int, dtype: torch.dtype) -> Any:
     rows=st.integers(1, 9),
     inner=st.integers(1, 40),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
-    rule=st.sampled_from(["gated_mlp_forward", "cp_gated_mlp_forward"]),
+    rule=st.sampled_from(sorted(MLPS)),
     seed=st.integers(0, 99),
 )
 def test_the_gated_mlp_is_lxts(
@@ -56,8 +69,8 @@ def test_the_gated_mlp_is_lxts(
     torch.manual_seed(seed)
     module = mlp(activation, 12, inner, torch.float32)
     hidden, outer = torch.randn(2, rows, 12), torch.randn(2, rows, 12)
-    ours = value_and_gradient(getattr(fused, rule), module, 3 * hidden, outer)
-    wanted = value_and_gradient(getattr(lxt, rule), module, 3 * hidden, outer)
+    ours = value_and_gradient(forward(rule, LlamaMLP), module, 3 * hidden, outer)
+    wanted = value_and_gradient(MLPS[rule], module, 3 * hidden, outer)
     for left, right in zip(ours, wanted, strict=True):
         assert_close(left, right, 3e-6)
 
@@ -69,7 +82,7 @@ def test_the_norm_is_lxts(rows: int, width: int, scale: float) -> None:
     weight = nn.Parameter(torch.rand(width) + 0.5, requires_grad=False)
     module = SimpleNamespace(weight=weight, variance_epsilon=1e-6)
     hidden, outer = scale * torch.randn(1, rows, width), torch.randn(1, rows, width)
-    ours = value_and_gradient(fused.rms_norm_forward, module, hidden, outer)
+    ours = value_and_gradient(forward("attnlrp", LlamaRMSNorm), module, hidden, outer)
     wanted = value_and_gradient(lxt.rms_norm_forward, module, hidden, outer)
     for left, right in zip(ours, wanted, strict=True):
         assert_close(left, right, 1e-6)
@@ -84,8 +97,8 @@ def test_the_attention_wrapper_is_lxts() -> None:
         return torch.softmax(scale * query @ key.transpose(-1, -2), -1) @ value
 
     outputs = [
-        wrap(attention)(None, *states, dropout=0.5, scale=0.3)
-        for wrap in (fused.wrap_attention_forward, lxt.wrap_attention_forward)
+        wrap(attention)(None, *states, dropout=0.0, scale=0.3)
+        for wrap in (RULES["attnlrp"].wrap_attention, lxt.wrap_attention_forward)
     ]
     assert torch.equal(*outputs)
     ours, wanted = (torch.autograd.grad(o, states, torch.ones_like(o)) for o in outputs)
@@ -94,16 +107,16 @@ def test_the_attention_wrapper_is_lxts() -> None:
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("rule", ["gated_mlp_forward", "cp_gated_mlp_forward"])
+@pytest.mark.parametrize("rule", MLPS)
 def test_bfloat16_is_no_further_from_exact_than_lxts(rule: str) -> None:
     torch.manual_seed(1)
     module = mlp("silu", 64, 128, torch.bfloat16)
     hidden, outer = torch.randn(2, 64, 64).bfloat16().chunk(2)
     reference = mlp("silu", 64, 128, torch.float64)
     reference.load_state_dict(module.state_dict())
-    exact = value_and_gradient(getattr(lxt, rule), reference, hidden.double(), outer.double())
-    ours = value_and_gradient(getattr(fused, rule), module, hidden, outer)
-    theirs = value_and_gradient(getattr(lxt, rule), module, hidden, outer)
+    exact = value_and_gradient(MLPS[rule], reference, hidden.double(), outer.double())
+    ours = value_and_gradient(forward(rule, LlamaMLP), module, hidden, outer)
+    theirs = value_and_gradient(MLPS[rule], module, hidden, outer)
     for mine, other, wanted in zip(ours, theirs, exact, strict=True):
         error, limit = (float((t.double() - wanted).norm()) for t in (mine, other))
         assert mine.dtype == torch.bfloat16
@@ -118,11 +131,11 @@ def test_the_ratio_is_exact_where_lxt_divides_by_nothing(activation: str) -> Non
     I expect the limit of f(x) / x, which is 1/2.
     """
     function, name = ACT2FN[activation], ACTIVATIONS[activation]
-    assert fused.activation_name(function) == name
+    assert ops.activation_name(function) == name
     gate = torch.tensor([0.0, -1e-10, 1e-10, -30.0, 30.0], requires_grad=True)
     up = torch.full((5,), 4.0, requires_grad=True)
     ours, into_up = torch.autograd.grad(
-        fused.gated_product(gate, up, name), (gate, up), torch.ones(5)
+        ops.attnlrp_gated_product(function, gate, up), (gate, up), torch.ones(5)
     )
     # Uniform rule: half of ratio * up.
     assert ours[:3].tolist() == pytest.approx([1.0, 1.0, 1.0])
@@ -143,12 +156,12 @@ def test_the_ratio_is_exact_where_lxt_divides_by_nothing(activation: str) -> Non
     assert theirs[4].item() == pytest.approx(ours[4].item())
 
 
-def test_an_activation_without_a_known_ratio_takes_lxts_function() -> None:
+def test_an_activation_without_a_known_ratio_has_lxts_bits() -> None:
     torch.manual_seed(2)
     module = mlp("relu", 6, 9, torch.float32)
-    assert fused.activation_name(module.act_fn) is None
+    assert ops.activation_name(module.act_fn) is None
     hidden, outer = torch.randn(1, 4, 6), torch.randn(1, 4, 6)
-    ours = value_and_gradient(fused.gated_mlp_forward, module, hidden, outer)
+    ours = value_and_gradient(forward("attnlrp", LlamaMLP), module, hidden, outer)
     wanted = value_and_gradient(lxt.gated_mlp_forward, module, hidden, outer)
     assert torch.equal(ours[0], wanted[0])
     assert torch.equal(ours[1], wanted[1])
@@ -174,7 +187,32 @@ def test_what_is_kept_for_the_backward() -> None:
     torch.manual_seed(3)
     module, hidden = mlp("silu", 16, 32, torch.float32), torch.randn(1, 10, 16)
     product = 10 * 32 * 4
-    assert kept_bytes(fused.gated_mlp_forward, module, hidden) == 2 * product
+    assert kept_bytes(forward("attnlrp", LlamaMLP), module, hidden) == 2 * product
     assert kept_bytes(lxt.gated_mlp_forward, module, hidden) > 2 * product
     norm = SimpleNamespace(weight=nn.Parameter(torch.ones(16), False), variance_epsilon=1e-6)
-    assert kept_bytes(fused.rms_norm_forward, norm, hidden) == 10 * 4
+    assert kept_bytes(forward("attnlrp", LlamaRMSNorm), norm, hidden) == 10 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_gemmas_norm_is_lxts(dtype: torch.dtype, scale: float) -> None:
+    """
+    Given a norm whose `_norm` lxt has patched, as its map for Gemma 3 does
+    If the same input passes through our forward
+    I expect the same values, gradients, and the values of the norm as it was.
+    """
+    generator = torch.Generator().manual_seed(0)
+    norm = Gemma3RMSNorm(16).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(16, generator=generator))
+    x = (torch.randn(3, 5, 16, generator=generator) * scale).to(dtype).requires_grad_()
+    start = torch.randn(3, 5, 16, generator=generator).to(dtype)
+    plain = norm(x)
+    norm._norm = MethodType(import_lxt("models.gemma3").gemma3_norm, norm)
+    theirs = norm(x)
+    ours = forward("attnlrp", Gemma3RMSNorm)(norm, x)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours, plain)
+    (gradient,) = torch.autograd.grad(ours, x, start)
+    assert torch.equal(gradient, torch.autograd.grad(theirs, x, start)[0])
+    assert not torch.allclose(gradient, torch.autograd.grad(plain, x, start)[0])

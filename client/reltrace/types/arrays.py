@@ -1,4 +1,4 @@
-"""The number formats of tensors, by the names that the wire gives them."""
+"""The arrays of traces: their sites, and their number formats by the names on the wire."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from reltrace_proto.v1 import types_pb2
 
 Array: TypeAlias = NDArray[Any]
+
+# Sites without a layer axis: their relevance exists once, not once per layer.
+SITES_WITHOUT_LAYERS = frozenset({"embed"})
 
 # numpy has no bfloat16: its bits, until `widened` makes float32 of them.
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {

@@ -1,0 +1,26 @@
+"""What one request may hold."""
+
+MAX_REQUEST_BYTES = 16 << 20
+# Above our own limit, so that an over-long message gets an error that names it; what is
+# longer still is refused by gRPC itself with RESOURCE_EXHAUSTED.
+MAX_TRANSPORT_BYTES = 64 << 20
+
+MAX_KEY = 128
+MAX_JOBS_PER_REQUEST = 1000
+MAX_DRAFTED_JOBS = 16
+MAX_PROMPT_BYTES = 1 << 20
+MAX_MESSAGES = 1024
+MAX_ROLE = 64
+MAX_TARGETS_PER_JOB = 1024
+MAX_NEW_TOKENS = 1024
+MAX_TEMPERATURE = 100
+MAX_CORPUS_PROMPTS = 1 << 16
+MAX_ATLAS_PLACES = 64
+MAX_EDITS_PER_JOB = 256
+MAX_EDITED_FEATURES = 65536
+# A norm squares what flows through it, which has to stay within float32.
+MAX_EDIT = 1e9
+# Redis counts milliseconds; nobody waits longer than a month.
+MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 31 * 24 * 3600
+
+MAX_WORKER_MODELS = 32

@@ -1,0 +1,142 @@
+"""What Prometheus reads of a scheduler; README.md lists the names."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from redis.exceptions import RedisError
+
+from reltrace_scheduler.config import host_and_port
+from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.queue.gauges import ClusterState, Gauges
+from reltrace_scheduler.tasks import end
+
+log = structlog.get_logger()
+
+_PERIOD = 5.0
+"""Seconds between reads of the cluster's state: what Prometheus gets is as old as this at most."""
+
+# Seconds of calls: from a read of Redis to a submission of many megabytes.
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_QUEUE = ("model", "tenant", "priority")
+
+
+class Counts:
+    """What one scheduler counts (sum it over schedulers), and the registry of all metrics.
+
+    Labels are few by design: models, tenants and states, never jobs or workers.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"reltrace_{name}", text, labels, registry=self.registry)
+
+        self.submitted = counter("jobs_submitted", "Jobs that were accepted.", "tenant", "priority")
+        self.ended = counter(
+            "jobs_ended", "Jobs whose end this scheduler stored.", "model", "tenant", "state"
+        )
+        self.leased = counter("leases", "Jobs that were leased to workers.", "model")
+        self.lost = counter("leases_lost", "Leases whose worker stopped its heartbeats.", "model")
+        self.retried = counter(
+            "attempts_failed", "Attempts that failed for a reason that may pass.", "model"
+        )
+        self.result_bytes = counter("result_bytes", "Bytes of results that workers sent.", "model")
+        self.streams = counter(
+            "grpc_streams_ended", "Streams that ended, by status.", "method", "code"
+        )
+        self.calls = Histogram(
+            "reltrace_grpc_seconds",
+            "Time of unary calls.",
+            ("method", "code"),
+            buckets=_BUCKETS,
+            registry=self.registry,
+        )
+
+
+class ClusterCollector(Collector):
+    """What every scheduler says alike of the cluster: take the maximum over schedulers."""
+
+    def __init__(self) -> None:
+        # None: Redis does not answer.
+        self.state: ClusterState | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        state = self.state
+        up = 0 if state is None else 1
+        yield GaugeMetricFamily("reltrace_redis_up", "Whether Redis answers.", up)
+        if state is None:
+            return
+        queues = [((queue.model, queue.tenant, queue.priority), queue) for queue in state.queues]
+        for name, text, field in (
+            ("queue_jobs", "Jobs that wait.", "queued"),
+            ("leased_jobs", "Jobs at workers.", "leased"),
+            ("queue_oldest_seconds", "Age of the job that waits longest.", "oldest"),
+        ):
+            values = [(labels, getattr(queue, field)) for labels, queue in queues]
+            yield _family(GaugeMetricFamily, name, text, _QUEUE, values)
+        workers = [((model,), count) for model, count in state.workers.items()]
+        yield _family(GaugeMetricFamily, "workers", "Connected workers.", ("model",), workers)
+        ended = [((name.lower(),), count) for name, count in state.ended.items()]
+        yield _family(
+            CounterMetricFamily, "cluster_jobs_ended", "Jobs that ended, in all.", ("state",), ended
+        )
+        yield GaugeMetricFamily(
+            "reltrace_redis_memory_bytes", "Memory that Redis uses.", state.memory
+        )
+
+
+def _family(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    text: str,
+    labels: tuple[str, ...],
+    values: Iterable[tuple[Sequence[str], float]],
+) -> Metric:
+    family = kind(f"reltrace_{name}", text, labels=labels)
+    for label_values, value in values:
+        family.add_metric(label_values, value)
+    return family
+
+
+@contextlib.asynccontextmanager
+async def exporting(listen: str, counts: Counts, gauges: Gauges) -> AsyncIterator[None]:
+    """Serve the metrics over HTTP until the block ends.
+
+    Raises
+    ------
+    StartError
+        `listen` is not HOST:PORT, or can not be bound.
+    """
+    host, port = host_and_port("--metrics", listen)
+    collector = ClusterCollector()
+    counts.registry.register(collector)
+    try:
+        server, thread = start_http_server(port, host, counts.registry)
+    except OSError as error:
+        raise StartError(f"--metrics {listen}: {error.strerror or error}") from error
+    reading = asyncio.create_task(_read_state(collector, gauges))
+    try:
+        yield
+    finally:
+        await end([reading])
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+        thread.join()
+
+
+async def _read_state(collector: ClusterCollector, gauges: Gauges) -> None:
+    while True:
+        try:
+            async with asyncio.timeout(_PERIOD):
+                collector.state = await gauges.read()
+        except (RedisError, OSError, TimeoutError) as error:
+            if collector.state is not None:
+                log.warning("metrics.stale", error=str(error))
+            collector.state = None
+        await asyncio.sleep(_PERIOD)

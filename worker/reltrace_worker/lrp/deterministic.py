@@ -1,0 +1,65 @@
+"""Deterministic backward passes of attention on a GPU.
+
+CUDA's attention kernels add up gradients in the order in which their blocks end, unless torch is
+told to use deterministic algorithms; a fixed order took no more time where it was measured
+(``tests/bench/README.md``). The setting is global and makes other operations fail, so it is on
+only while the backward node of an attention kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def with_deterministic_backward(output: torch.Tensor) -> torch.Tensor:
+    """Let the operation that returned `output` run its backward pass deterministically on CUDA."""
+    if output.grad_fn is not None and output.device.type == "cuda":
+        run_deterministically(output.grad_fn)
+    return output
+
+
+def sdpa(*arguments: Any, **options: Any) -> torch.Tensor:
+    """Run ``scaled_dot_product_attention``, with a deterministic backward pass on CUDA."""
+    return with_deterministic_backward(scaled_dot_product_attention(*arguments, **options))
+
+
+def run_deterministically(node: Any) -> None:
+    """Use deterministic algorithms while a node of the autograd graph runs."""
+    before: list[tuple[bool, bool]] = []
+
+    def begin(_: Any) -> None:
+        before.append(_setting())
+        torch.use_deterministic_algorithms(True)
+
+    def end(*_: Any) -> None:
+        _restore(before.pop())
+
+    node.register_prehook(begin)
+    node.register_hook(end)
+
+
+@contextmanager
+def setting_restored() -> Iterator[None]:
+    """Restore torch's setting when the block ends; a node that fails does not call its hook."""
+    before = _setting()
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def _setting() -> tuple[bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
+def _restore(setting: tuple[bool, bool]) -> None:
+    enabled, warn_only = setting
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

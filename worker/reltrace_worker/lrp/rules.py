@@ -1,0 +1,138 @@
+"""The rules: tables of module classes and of the functions that replace their ``forward``.
+
+AttnLRP: Achtibat et al., "AttnLRP: Attention-Aware Layer-Wise Relevance Propagation for
+Transformers", ICML 2024. CP-LRP: Ali et al., "XAI for Transformers: Better Explanations through
+Conservative Propagation", ICML 2022. The tables have the form of LXT's own (``attnLRP`` and
+``cp_LRP`` in ``lxt/efficient/models/*.py``).
+
+To add a rule, add a row to ``RULES``. To add modules of a further model family, add their classes
+to the tables; where they compute in a way that none of the functions does, with a new function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+
+from reltrace_worker.lrp.attention import AttentionFunction
+from reltrace_worker.lrp.ops import (
+    attnlrp_gated_product,
+    cp_gated_product,
+    rms_norm,
+    scale_gradients,
+)
+
+Forward = Callable[[Any, torch.Tensor], torch.Tensor]
+"""From a module and its input to its output."""
+
+Patches = Mapping[type[nn.Module], tuple[str, Forward]]
+"""By class of module: the method that is replaced, and the function that replaces it."""
+
+GatedProduct = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From the activation, the gate and the up projection to act(gate) * up."""
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x, module.weight, module.variance_epsilon)
+
+
+def _gemma_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x, 1.0 + module.weight.float(), module.eps)
+
+
+_NORMS: Patches = {
+    **dict.fromkeys((LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm), ("forward", _norm)),
+    Gemma3RMSNorm: ("forward", _gemma_norm),
+}
+
+
+def _gated_mlps(product: GatedProduct) -> Patches:
+    def gated_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+        weighted = product(module.act_fn, module.gate_proj(x), module.up_proj(x))
+        return module.down_proj(weighted)  # type: ignore[no-any-return]
+
+    classes = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, Gemma3MLP)
+    return dict.fromkeys(classes, ("forward", gated_mlp))
+
+
+States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query, key and value."""
+
+
+def _attnlrp_states(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> States:
+    # The uniform rule halves what flows into either factor of both matrix products.
+    query, key, value = scale_gradients((0.25, 0.25, 0.5), query, key, value)
+    return query, key, value
+
+
+def _softmax_held(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> States:
+    return query.detach(), key.detach(), value
+
+
+def _with_states(change: Callable[..., States]) -> Callable[[AttentionFunction], AttentionFunction]:
+    """Wrap an attention kernel so that it gets changed queries, keys and values."""
+
+    def wrap(kernel: AttentionFunction) -> AttentionFunction:
+        def attention(module: Any, query: Any, key: Any, value: Any, *rest: Any, **kw: Any) -> Any:
+            return kernel(module, *change(query, key, value), *rest, **kw)
+
+        return attention
+
+    return wrap
+
+
+def _unchanged(kernel: AttentionFunction) -> AttentionFunction:
+    return kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One way to propagate relevance.
+
+    Parameters
+    ----------
+    name
+        As jobs name it.
+    patches
+        What replaces methods of norms and gated MLPs.
+    wrap_attention
+        Wraps the attention kernel.
+    mlp_tensors
+        Tensors as wide as the MLP's neurons that a gated product keeps for its backward pass.
+    functions
+        Whose functions these are, for a result's provenance: "fused" for those of this package,
+        "lxt" for LXT's, "" where nothing is replaced.
+    """
+
+    name: str
+    patches: Patches = field(default_factory=dict)
+    wrap_attention: Callable[[AttentionFunction], AttentionFunction] = _unchanged
+    mlp_tensors: int = 2
+    functions: str = "fused"
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            "attnlrp",
+            {**_NORMS, **_gated_mlps(attnlrp_gated_product)},
+            _with_states(_attnlrp_states),
+        ),
+        Rule(
+            "cp_lrp",
+            {**_NORMS, **_gated_mlps(cp_gated_product)},
+            _with_states(_softmax_held),
+        ),
+        Rule("gradient", mlp_tensors=3, functions=""),
+    )
+}
