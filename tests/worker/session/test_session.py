@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.generate import Writing
+from reltrace_worker.engine.generation import Generation
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.session import RefusedError, Session
@@ -438,13 +438,13 @@ async def test_a_text_begins_again_on_the_next_connection(
     Given a text in the middle, of which drafts may be lost with the connection
     I expect all of it so far to be the first draft of the next connection, and then what follows.
     """
-    go_on, write = threading.Event(), engine.go_on
+    go_on, advance = threading.Event(), engine.advance
 
-    def four_tokens(writing: Writing, tokens: int, wrote: Callable[[], None] | None = None) -> None:
-        write(writing, 4, wrote)
+    def four_tokens(task: Generation, on_token: Callable[[], None] | None) -> None:
+        advance(task, on_token, steps=4)
         go_on.wait(20)
 
-    monkeypatch.setattr(engine, "go_on", four_tokens)
+    monkeypatch.setattr(engine, "advance", four_tokens)
     async with drafting(scheduler, checkpoints, engine):
         first = await scheduler.next()
         await first.lease(text(40, stream=True))

@@ -12,14 +12,13 @@ from reference.leases import lease, results
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.atlas import Slice
-from reltrace_worker.engine.texts import Texts
+from reltrace_worker.engine.atlas import Atlas
+from reltrace_worker.engine.generation import Generation
 from reltrace_worker.session.encoding import Ready
 from reltrace_worker.session.leases import FailedAttempt, LeaseKey
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.turns import Turns
 from reltrace_worker.types.jobs import (
-    AtlasJob,
     AtlasRequest,
     Job,
     Request,
@@ -35,6 +34,14 @@ def engine(checkpoints: Checkpoints) -> Engine:
     return Engine(checkpoints.loaded("plain"))
 
 
+def steps_of(engine: Engine, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let generations go on by so many tokens at a time."""
+    advance = engine.advance
+    monkeypatch.setattr(
+        engine, "advance", lambda task, on_token=None: advance(task, on_token, steps=steps)
+    )
+
+
 async def test_texts_and_traces_take_turns(
     engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,7 +50,7 @@ async def test_texts_and_traces_take_turns(
     I expect traces not to wait for their end, no second batch of texts beside the first, nothing of
     one that is dropped, and what is half written to count as running.
     """
-    monkeypatch.setattr("reltrace_worker.session.runner._STEPS", 1)
+    steps_of(engine, 1, monkeypatch)
     runner = Runner(checkpoints.loaded("plain"), engine, 4096)
     long = types_pb2.Generation(max_new_tokens=24)
     texts = [
@@ -89,16 +96,16 @@ async def test_a_text_is_dropped_in_the_middle_of_its_turn(
     I expect the engine to write no further token of it, and all of the other.
     """
     runner = Runner(checkpoints.loaded("plain"), engine, 4096)
-    writes, dropped, write = threading.Event(), threading.Event(), engine.go_on
+    writes, dropped, advance = threading.Event(), threading.Event(), engine.advance
     written: list[int] = []
 
-    def one_token(texts: Texts, tokens: int, wrote: Callable[[], None] | None = None) -> None:
-        write(texts, 1, wrote)
+    def one_token(texts: Generation, on_token: Callable[[], None] | None = None) -> None:
+        advance(texts, on_token, steps=1)
         writes.set()
         assert dropped.wait(20)
         written[:] = [len(texts.token_ids(job)) for job in range(2)]
 
-    monkeypatch.setattr(engine, "go_on", one_token)
+    monkeypatch.setattr(engine, "advance", one_token)
     asked = types_pb2.Generation(max_new_tokens=24)
     await runner.add([lease(0, 5, generation=asked), lease(1, 5, generation=asked)])
     waiting = asyncio.create_task(results(runner))
@@ -117,11 +124,11 @@ async def test_a_text_is_handed_out_when_it_has_ended_and_padding_counts(
     I expect the short one's result before the long one's, and the third in a batch of its own: it
     would fit by its tokens, but not padded.
     """
-    monkeypatch.setattr("reltrace_worker.session.runner._STEPS", 4)
+    steps_of(engine, 4, monkeypatch)
     runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
     begin, begun = engine.begin, []
 
-    def counted(jobs: Sequence[TraceJob]) -> Texts:
+    def counted(jobs: Sequence[GenerateJob]) -> object:
         begun.append([job.total_tokens for job in jobs])
         return begin(jobs)
 
@@ -270,10 +277,10 @@ async def test_what_is_being_tokenized_can_be_taken_back(
 async def test_an_atlas_that_can_not_begin_fails_alone(
     engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def begin(_: AtlasJob) -> object:
+    def begin(_: Sequence[Job]) -> object:
         raise torch.OutOfMemoryError("no room for its tables")
 
-    monkeypatch.setattr(engine, "begin_atlas", begin)
+    monkeypatch.setattr(engine, "begin", begin)
     runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
     await runner.add([corpus(0), lease(0, 5)])
     async with asyncio.timeout(30):
@@ -288,17 +295,17 @@ async def test_nothing_comes_of_an_atlas_that_is_cancelled(
 ) -> None:
     monkeypatch.setattr("reltrace_worker.engine.atlas.PASS_TOKENS", 8)
     runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
-    add, dropped = engine.add_to, threading.Event()
+    advance, dropped = engine.advance, threading.Event()
     passes: list[int] = []
     begun = threading.Event()
 
-    def one_pass(slice_: Slice) -> None:
-        passes.append(len(slice_.corpus.prompts))
+    def one_pass(atlas: Atlas, _: object) -> None:
+        passes.append(len(atlas.job.prompts))
         begun.set()
         assert dropped.wait(20)
-        add(slice_)
+        advance(atlas)
 
-    monkeypatch.setattr(engine, "add_to", one_pass)
+    monkeypatch.setattr(engine, "advance", one_pass)
     spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=["I have 5 cats"] * 9), top_k=2)
     await runner.add([worker_pb2.Lease(job_id="c-0", attempt=1, spec=spec)])
     waiting = asyncio.create_task(results(runner))
@@ -324,13 +331,13 @@ async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(
     runner = Runner(checkpoints.loaded("plain"), engine, 4096)
     prompts = ["The quick brown fox", "", "I have 5 cats", "The quick brown cat"] * 3
     spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=prompts), top_k=4)
-    begun, loop, goes = engine.begin_atlas, asyncio.get_running_loop(), asyncio.Event()
+    begin, loop, goes = engine.begin, asyncio.get_running_loop(), asyncio.Event()
 
-    def noted(corpus: AtlasJob) -> object:
+    def noted(jobs: Sequence[Job]) -> object:
         loop.call_soon_threadsafe(goes.set)
-        return begun(corpus)
+        return begin(jobs)
 
-    monkeypatch.setattr(engine, "begin_atlas", noted)
+    monkeypatch.setattr(engine, "begin", noted)
     await runner.add([worker_pb2.Lease(job_id="atlas-0", attempt=1, spec=spec)])
     waiting = asyncio.create_task(runner.next_results())
     async with asyncio.timeout(20):

@@ -32,7 +32,7 @@ from reltrace_worker.lrp.linear import linear_layers, through_onednn
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.types.jobs import AtlasJob, GenerateJob, TraceJob
+from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TraceJob
 from reltrace_worker.types.results import JobResult, Outcome
 
 Checkpointing = Literal["auto", "on", "off"]
@@ -141,7 +141,7 @@ class Engine:
         with self._exclusive():
             return self._run(list(jobs))
 
-    def begin(self, jobs: Sequence[GenerateJob] | Sequence[AtlasJob]) -> Generation | Atlas:
+    def begin(self, jobs: Sequence[Job]) -> Generation | Atlas:
         """Begin a job that takes many passes: a generation of several jobs, or one atlas.
 
         Raises

@@ -68,7 +68,9 @@ class Readout:
             for j, job in enumerate(batch.jobs)
             for t, target in enumerate(job.targets)
         ]
-        terms = [(starts[j] + t.position, t) for j, _, target in self._targets for t in target.terms]
+        terms = [
+            (starts[j] + t.position, t) for j, _, target in self._targets for t in target.terms
+        ]
         self.only: list[int] | None = None
         # Of each target: the row whose candidates are returned.
         self._candidate_rows: list[int | None] = [None] * len(self._targets)

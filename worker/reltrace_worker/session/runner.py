@@ -11,9 +11,8 @@ from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.atlas import Slice
+from reltrace_worker.engine.generation import Generation
 from reltrace_worker.engine.preparing import JobPreparer
-from reltrace_worker.engine.texts import Texts
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.observability.metrics import PassStats
@@ -24,16 +23,13 @@ from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.stored import LargeResults
 from reltrace_worker.session.turns import HalfDone, Outcome, Turns
 from reltrace_worker.types.errors import DeviceLostError, EngineError, InvalidJob, PassFailedError
-from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TokenizedPrompt, TraceJob
+from reltrace_worker.types.jobs import AtlasJob, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
 
 _HANDICAPS = {types_pb2.PRIORITY_BATCH: 5.0}
 """Seconds by which a job that came earlier lets an interactive one go first: not for ever."""
-
-_STEPS = 16
-"""Tokens by which texts go on before another pass has its turn."""
 
 _PASSES_AHEAD = 2
 """The pass under way and the one that follows it."""
@@ -227,7 +223,7 @@ class Runner:
     def _begin(self, batch: list[Ready], crowded: int) -> Done | None:
         """Begin what takes many passes, and go on with it for a while."""
         try:
-            work = self._begun([job.job for job in batch])
+            work = self._engine.begin([job.job for job in batch])
         except DeviceLostError:
             raise
         except Exception as error:
@@ -238,11 +234,6 @@ class Runner:
         self._turns.begun(half_done)
         return self._go_on(half_done)
 
-    def _begun(self, jobs: Sequence[Job]) -> Texts | Slice:
-        if isinstance(jobs[0], AtlasJob):
-            return self._engine.begin_atlas(jobs[0])
-        return self._engine.begin([job for job in jobs if isinstance(job, GenerateJob)])
-
     def _go_on(self, half_done: HalfDone) -> Done | None:
         """Go on for a while with what takes many passes; return what has ended, if anything."""
         started = time.perf_counter()
@@ -250,12 +241,11 @@ class Runner:
         ended: dict[int, Outcome]
         failed = False
         try:
-            if isinstance(work, Slice):
-                self._engine.add_to(work)
-                ended = dict(enumerate(self._engine.atlas(work)))
-            else:
-                self._engine.go_on(work, _STEPS, self._drafting(half_done, work))
-                ended = work.ended()
+            on_token = None
+            if isinstance(work, Generation):
+                on_token = self._drafting(half_done, work)
+            self._engine.advance(work, on_token)
+            ended = work.take_outcomes()
         except DeviceLostError:
             raise
         except Exception as error:
@@ -263,7 +253,7 @@ class Runner:
             log.warning("work.failed", jobs=len(half_done.batch), error=str(error))
             ended = dict.fromkeys(half_done.batch, _failure(error))
         half_done.seconds += time.perf_counter() - started
-        over = failed or work.over
+        over = failed or work.finished
         jobs = self._turns.ended(half_done, ended, over=over)
         if not jobs:
             return None
@@ -273,7 +263,7 @@ class Runner:
             batch, results, half_done.seconds, half_done.crowded, spent=spent, over=over
         )
 
-    def _drafting(self, half_done: HalfDone, work: Texts) -> Callable[[], None] | None:
+    def _drafting(self, half_done: HalfDone, work: Generation) -> Callable[[], None] | None:
         """Return what notes the texts that somebody reads along with; None: there is none."""
 
         def followed() -> list[tuple[int, Ready]]:

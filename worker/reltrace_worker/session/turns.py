@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from reltrace_worker.engine.atlas import Slice
-from reltrace_worker.engine.texts import Texts
+from reltrace_worker.engine.atlas import Atlas
+from reltrace_worker.engine.generation import Generation
 from reltrace_worker.session.encoding import Ready
 from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.types.errors import EngineError
@@ -34,7 +34,7 @@ class HalfDone:
 
     batch: dict[int, Ready]
     """By their number in the work: those that have not ended."""
-    work: Texts | Slice
+    work: Generation | Atlas
     kind: tuple[str, str]
     crowded: int
     """How many jobs there were, if they left others behind."""
@@ -94,7 +94,7 @@ class Turns:
             for half_done in self._half_done:
                 for number, job in list(half_done.batch.items()):
                     if job.key in keys:
-                        half_done.work.drop(number)
+                        half_done.work.cancel(number)
                         del half_done.batch[number]
 
     def take_back(self) -> list[LeaseKey]:
