@@ -10,7 +10,7 @@ from reference.gradient import gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine.sites import HookPoint, Site
-from reltrace_worker.session.convert import model_info
+from reltrace_worker.session.headers import model_info
 from reltrace_worker.types.jobs import TraceRequest
 
 REDUCED = {

@@ -14,12 +14,12 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import Atlas
 from reltrace_worker.engine.generation import Generation
-from reltrace_worker.session.encoding import Ready
 from reltrace_worker.session.leases import FailedAttempt, LeaseKey
+from reltrace_worker.session.queue import QueuedJob, RequestQueue
 from reltrace_worker.session.runner import Runner
-from reltrace_worker.session.turns import Turns
 from reltrace_worker.types.jobs import (
     AtlasRequest,
+    GenerateJob,
     Job,
     Request,
     Target,
@@ -47,8 +47,8 @@ async def test_texts_and_traces_take_turns(
 ) -> None:
     """
     Given texts of many steps, and traces that come while they are written
-    I expect traces not to wait for their end, no second batch of texts beside the first, nothing of
-    one that is dropped, and what is half written to count as running.
+    I expect traces not to wait for their end, no second batch of texts beside the first, and nothing
+    of one that is dropped.
     """
     steps_of(engine, 1, monkeypatch)
     runner = Runner(checkpoints.loaded("plain"), engine, 4096)
@@ -76,7 +76,6 @@ async def test_texts_and_traces_take_turns(
     await runner.add([lease(0, 5), lease(1, 7), texts[2]])
     first = await waiting
     assert set(first) <= {"j-0", "j-1"}
-    assert LeaseKey("t-0", 1) in runner.running
     runner.drop({LeaseKey("t-1", 1)})
     ended = list(first)
     async with asyncio.timeout(30):
@@ -84,7 +83,7 @@ async def test_texts_and_traces_take_turns(
             ended += await results(runner)
     assert sorted(ended) == ["j-0", "j-1", "t-0", "t-2"]
     assert begun == [2, 1]
-    assert runner.running == frozenset()
+    assert not runner._queue
 
 
 async def test_a_text_is_dropped_in_the_middle_of_its_turn(
@@ -141,23 +140,23 @@ async def test_a_text_is_handed_out_when_it_has_ended_and_padding_counts(
     )
     assert [await results(runner) for _ in range(3)] == [["j-1"], ["j-0"], ["j-2"]]
     assert begun == [[40, 7], [8]]
-    assert runner.running == frozenset()
+    assert not runner._queue
     # A pass is what ran, not what was handed out.
     assert (runner.stats.passes, runner.stats.jobs) == (2, 3)
 
 
-def ready(number: int, tokens: int, targets: int = 1, rule: str = "attnlrp") -> Ready:
+def queued(number: int, tokens: int, targets: int = 1, rule: str = "attnlrp") -> QueuedJob:
     target = Target((Term(tokens - 1, 0),))
     job = TraceJob(TokenizedPrompt((5,) * tokens, ("",) * tokens), (target,) * targets, rule=rule)
-    return Ready(LeaseKey(f"j-{number}", 1), worker_pb2.Lease(), job, float(number))
+    return QueuedJob(LeaseKey(f"j-{number}", 1), worker_pb2.Lease(), job, float(number))
 
 
-def sizes(turns: Turns, seconds: Callable[[int], float]) -> list[int]:
+def sizes(queue: RequestQueue, seconds: Callable[[int], float]) -> list[int]:
     """Run all jobs that wait, passes taking so long by their tokens; return their numbers."""
     found = []
-    while batch := turns.next_batch():
+    while batch := queue.next_batch():
         found.append(len(batch))
-        turns.passed(batch, seconds(sum(job.job.total_tokens for job in batch)))
+        queue.measured(batch, seconds(sum(job.job.total_tokens for job in batch)))
     return found
 
 
@@ -166,36 +165,36 @@ def test_passes_take_about_two_seconds_as_is_learned_from_those_before() -> None
     Given a model that traces 400 tokens a second, plus a tenth of a second for every pass
     I expect a small first pass, then passes of nearly two seconds, and each rule for itself.
     """
-    turns = Turns(4096)
-    turns.add([ready(number, 20) for number in range(200)])
-    first, *others, _ = sizes(turns, lambda tokens: 0.1 + tokens / 400)
+    queue = RequestQueue(4096)
+    queue.add([queued(number, 20) for number in range(200)])
+    first, *others, _ = sizes(queue, lambda tokens: 0.1 + tokens / 400)
     assert first == 12
     assert all(1.6 <= 0.1 + 20 * jobs / 400 <= 2.1 for jobs in others[2:]), others
-    turns.add([ready(number, 20, rule="cp_lrp") for number in range(100)])
-    assert len(turns.next_batch()) == 12
+    queue.add([queued(number, 20, rule="cp_lrp") for number in range(100)])
+    assert len(queue.next_batch()) == 12
 
 
 def test_passes_grow_to_the_tokens_that_fit_and_shrink_where_they_take_long() -> None:
-    turns = Turns(1000)
-    turns.add([ready(number, 20) for number in range(200)])
-    assert sizes(turns, lambda _: 0.01) == [12, 50, 50, 50, 38]
-    assert turns.room == 1000
-    turns.add([ready(number, 20) for number in range(400)])
+    queue = RequestQueue(1000)
+    queue.add([queued(number, 20) for number in range(200)])
+    assert sizes(queue, lambda _: 0.01) == [12, 50, 50, 50, 38]
+    assert queue.capacity == 1000
+    queue.add([queued(number, 20) for number in range(400)])
     # Something else computes on this machine now.
-    assert sizes(turns, lambda tokens: tokens / 200) == [50, *[20] * 17, 10]
-    turns.add([ready(number, 20) for number in range(100)])
+    assert sizes(queue, lambda tokens: tokens / 200) == [50, *[20] * 17, 10]
+    queue.add([queued(number, 20) for number in range(100)])
     # However slow it is, a pass is more than reading the weights.
-    assert sizes(turns, lambda tokens: tokens / 10) == [20, *[12] * 6, 8]
+    assert sizes(queue, lambda tokens: tokens / 10) == [20, *[12] * 6, 8]
 
 
 def test_a_pass_of_many_targets_is_smaller() -> None:
-    turns = Turns(4096)
-    turns.add([ready(number, 20) for number in range(40)])
-    turns.passed(turns.next_batch(), 0.48)
-    assert sum(job.job.total_tokens for job in turns.next_batch()) == 560
-    turns.take_back()
-    turns.add([ready(number, 20, targets=9) for number in range(40)])
-    batch = turns.next_batch()
+    queue = RequestQueue(4096)
+    queue.add([queued(number, 20) for number in range(40)])
+    queue.measured(queue.next_batch(), 0.48)
+    assert sum(job.job.total_tokens for job in queue.next_batch()) == 560
+    queue.take_back()
+    queue.add([queued(number, 20, targets=9) for number in range(40)])
+    batch = queue.next_batch()
     assert 10 * 20 * len(batch) <= 2000 < 10 * 20 * (len(batch) + 1)
 
 
@@ -257,7 +256,7 @@ async def test_nobody_waits_for_the_tokenizing_of_a_corpus_and_it_can_be_cancell
     assert set(await results(runner)) == {"c-2"}
     # What was cancelled before its turn was not even tokenized.
     assert slow.prepared == 2
-    assert runner.running == frozenset()
+    assert not runner._queue
 
 
 async def test_what_is_being_tokenized_can_be_taken_back(
@@ -316,7 +315,7 @@ async def test_nothing_comes_of_an_atlas_that_is_cancelled(
     assert await waiting == ["j-0"]
     assert len(passes) == 1
     assert runner.stats.failed == 0
-    assert runner.running == frozenset()
+    assert not runner._queue
 
 
 async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(
