@@ -22,7 +22,7 @@ _os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 from reltrace_proto.net import TlsOptions
 
 from reltrace.atlas.atlas import Atlas
-from reltrace.atlas.examples import Context, Feature, StandsOut
+from reltrace.atlas.examples import Context, Feature, SalientToken
 from reltrace.atlas.search import FeatureMatch
 from reltrace.client.async_client import AsyncClient
 from reltrace.client.async_generate import AsyncTextStream
@@ -148,7 +148,7 @@ __all__ = [
     "ResolvedTarget",
     "ResourceExhausted",
     "RuleScore",
-    "StandsOut",
+    "SalientToken",
     "Status",
     "Steer",
     "StoreUnreadable",

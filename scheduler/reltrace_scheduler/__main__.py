@@ -22,11 +22,10 @@ from reltrace_scheduler.auth.tls import ServerTls
 from reltrace_scheduler.auth.tokens import TokenError, Tokens, append, make
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.keys import partition
 from reltrace_scheduler.local.redis import EmbeddedRedis
 from reltrace_scheduler.queue.address import RedisAddress, redis_address
 from reltrace_scheduler.queue.connection import connect
-from reltrace_scheduler.queue.registry import Registry
+from reltrace_scheduler.queue.store import Store
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -134,7 +133,7 @@ async def _run(
         try:
             if embedded is not None:
                 # No other scheduler uses this store: nobody is connected yet.
-                await Registry(connection.redis, partition(settings.shards)).forget_all()
+                await Store(connection.redis, settings).registry.forget_all()
             async with serving(connection, settings, access, spans) as bound:
                 print(f"reltrace-scheduler is listening on {bound}", flush=True)
                 await _until_over(embedded)

@@ -58,6 +58,11 @@ class InvalidRequestError(RequestError):
     code = grpc.StatusCode.INVALID_ARGUMENT
 
 
+def invalid(field: str, description: str) -> InvalidRequestError:
+    """Return the error of a request with one fault."""
+    return InvalidRequestError(Violation(field, description))
+
+
 class IdempotencyError(InvalidRequestError):
     """The idempotency key was used for other jobs."""
 

@@ -1,4 +1,4 @@
-"""Every Redis key, in one place.
+"""Names of everything in Redis: the keys of the two tables below, for Python and the Lua scripts.
 
 The keys of a shard share a hash tag (``reltrace:{0}:`` where there is one shard): they live
 in one slot of a Redis Cluster, so that a Lua script may touch several of them. A shard is a
@@ -6,66 +6,72 @@ queue with everything that belongs to it; ids of submissions and jobs tell their
 slots of the shards are spread evenly over all slots, so that nodes with equal parts of the
 slots have equal parts of the shards (`partition`).
 
-===============================  =======  ==============================================
-key                              type     holds
-===============================  =======  ==============================================
-``queues``                       set      ``<class>:<tenant>:<model>`` of every queue
-``queue:<c>:<tenant>:<model>``   stream   an entry per queued or leased job: ``j`` = job
-                                          id. Its group's pending entries are the leases
-``turns:<class>:<model>``        zset     tenants that wait, by virtual time
-``turned:<class>:<model>``       zset     the same of those whose queue became empty ahead of
-                                          the clock
-``clock``                        hash     virtual time of ``<class>:<model>``, how many jobs
-                                          of ``<model>`` both classes got, and
-                                          ``large:<queue>`` of one with large specifications
-``job:<job>``                    hash     state, attempt, lost, failures, worker, queue,
-                                          entry, spec, bytes, stored, drafted, queued_at,
-                                          due, history
-``held:<worker>``                set      jobs that a worker has leased
-``delayed``                      zset     jobs that wait for another attempt, by time
-``deadlines``                    zset     jobs that have a timeout, by the time it ends
-``submission:<sub>``             hash     tenant, jobs, ended, stored (bytes of results),
-                                          key (name of its idempotency key)
-``parked:<sub>``                 list     jobs that wait until results are read
-``results:<sub>``                stream   an entry ``<n>-0`` per ended job, n = 1, 2, ...:
-                                          ``j`` = job id and ``c`` = the only chunk, or
-                                          ``l`` = the key of a list with all chunks and
-                                          ``b`` = their bytes
-``chunks:<job>:<attempt>``       list     chunks of a result that is more than one
-``draft:<job>``                  stream   what the present attempt has written of a text, for
-                                          those who read along: ``<attempt>-<bytes so far>``,
-                                          ``d`` = a ``Draft``. Goes with the lease
-``expiring``                     zset     submissions that ended, or whose jobs are parked, by
-                                          when they expire
-``full``                         zset     tenants whose unread results take all their room, by
-                                          when they were first passed over for it
-``idempotency:<tenant>:<key>``   string   the submission that the key named first
-``load``                         hash     jobs, bytes (of specs), results (bytes)
-``tenants``                      set      every tenant that had jobs or was set
-``tenant:<tenant>``              hash     its load, as above; weight, max_jobs, max_bytes
-``quarantined``                  zset     jobs that were quarantined, by when
-``quarantined:<job>``            hash     tenant, spec, history
-``watch``                        hash     when leases were last looked after, and until
-                                          when none is taken to be lost
-``ended``                        hash     how many jobs ended, by state
-``worker:<id>``                  hash     epoch of its session, mode of its leases, its last
-                                          call that leased; in
-                                          shard 0 also what it said of itself: routes
-                                          (lines), models (number), of each name:<n>,
-                                          revision:<n>, info:<n> (``ModelInfo``);
-                                          device, version, connected_at; draining
-===============================  =======  ==============================================
+Keys of which a shard has one (`SharedKey`). Every script gets all of them in KEYS.
 
-In shard 0 only:
+========================  ======  ===============================================================
+key                       type    holds
+========================  ======  ===============================================================
+``queues``                set     ``<class>:<tenant>:<model>`` of every queue
+``virtual_time``          hash    of each ``<class>:<model>``; ``both:<model>``: jobs leased while
+                                  both priorities had some; ``large:<queue>``: its specifications
+                                  are large
+``delayed``               zset    jobs that wait for another attempt, by time
+``deadlines``             zset    jobs that have a timeout, by the time it ends
+``expiring``              zset    submissions that ended, or that have backpressured jobs, by when
+                                  they expire
+``throttled_tenants``     zset    tenants that are leased nothing because their unread results
+                                  reach their bound, by when that was first found
+``load``                  hash    jobs, bytes (of specifications), results (bytes)
+``tenants``               set     every tenant that had jobs or limits
+``quarantined``           zset    jobs that were quarantined, by when
+``watchdog``              hash    seen: last look for lost leases; grace: until when none is lost
+``ended``                 hash    how many jobs ended, by state
+``workers``               zset    worker ids by the time they were last seen (shard 0 only)
+``models``                hash    ``ModelInfo`` by route, of every one ever served (shard 0 only)
+``recent_ok``             list    jobs that succeeded last, as JSON (shard 0 only)
+``recent_failed``         list    jobs that ended otherwise, as JSON (shard 0 only)
+========================  ======  ===============================================================
 
-===============================  =======  ==============================================
-``recent``, ``mishaps``          list     jobs that ended last, well and not, as JSON, for
-                                          people
-``picture:<job>``                string   the ``ResultChunk`` of some of them
-``models``                       hash     ``ModelInfo`` by route, of every one ever served
-``workers``                      zset     worker ids by the time they were last seen
-``serving:<route>``              zset     the same of those that serve it
-===============================  =======  ==============================================
+Keys of one thing each (`EntityKey`). A script gets those in KEYS that its caller knows. The others
+can not be declared, because only the script learns which they are: the jobs that it finds in a
+queue, their submissions, tenants, workers and queues, the queues of a model. It makes them from
+the same prefixes (`scripts.preamble`), and they are in the same slot.
+
+==============================  ======  =========================================================
+key                             type    holds
+==============================  ======  =========================================================
+``queue:<class>:<t>:<model>``   stream  an entry per queued or leased job: ``j`` = job id. Its
+                                        group's pending entries are the leases
+``vt_active:<class>:<model>``   zset    tenants with queued jobs, by virtual time
+``vt_idle:<class>:<model>``     zset    the same of those whose queue became empty ahead of the
+                                        virtual time of all
+``job:<job>``                   hash    state, attempt, lost, failures, worker, queue, entry, spec,
+                                        bytes, stored, drafted, queued_at, due, history
+``held:<worker>``               set     jobs that are leased to a worker
+``submission:<sub>``            hash    tenant, jobs, ended, stored (bytes of results), key (its
+                                        idempotency key)
+``backpressured:<sub>``         list    jobs that wait until results are read
+``results:<sub>``               stream  an entry ``<n>-0`` per ended job, n = 1, 2, ...: ``j`` =
+                                        job id and ``c`` = the only chunk, or ``l`` = key of a
+                                        list with all chunks and ``b`` = their bytes
+``chunks:<job>:<attempt>``      list    chunks of a result that is more than one
+``draft:<job>``                 stream  drafts of the present attempt:
+                                        ``<attempt>-<bytes so far>``, ``d`` = a ``Draft``
+``idempotency:<tenant>:<key>``  string  submission, number of jobs and digest of the key's first
+                                        use
+``tenant:<tenant>``             hash    its load, as above; weight, max_jobs, max_bytes
+``quarantined:<job>``           hash    tenant, spec, history
+``worker:<id>``                 hash    epoch of its session, mode of its leases, its last call
+                                        that leased; in shard 0 also routes (lines), models
+                                        (number), of each name:<n>, revision:<n>, info:<n>
+                                        (``ModelInfo``); device, version, connected_at; draining
+``serving:<route>``             zset    workers of a route by when they were seen (shard 0 only)
+``sample_result:<job>``         string  ``ResultChunk`` of some recent jobs (shard 0 only)
+==============================  ======  =========================================================
+
+Channels (hints only: whoever misses one polls): ``wake:<model>`` when jobs were queued,
+``done:<sub>`` when jobs of a submission ended or have a draft, ``revoked:<worker>`` when jobs of a
+worker were ended by somebody else, or it was told to drain.
 
 Without a shard: ``reltrace:shards``, a string, says how many shards there are, and
 ``reltrace:cluster`` names this queue among others; ``reltrace:rate:<what>:<identity>`` is a
@@ -74,17 +80,15 @@ token bucket (`rate_key`).
 Times are milliseconds by Redis' own clock; those of workers are seconds. ``<model>`` is a
 route: the name of a model, or ``NAME@REVISION`` for jobs that ask for a revision.
 
-The classes of queues: ``interactive`` and ``batch`` are the priorities; ``suspect`` and
-``alone`` hold jobs that were leased to a worker when it fell silent (see `lease.lua`).
-
-Channels (hints only: whoever misses one polls): ``wake:<model>`` when jobs were
-queued, ``done:<sub>`` when jobs of a submission ended or have a draft, ``revoked:<worker>``
-when jobs that a worker holds were ended by somebody else, or it was told to drain.
+The classes of queues: ``interactive`` and ``batch`` are the priorities; ``isolate_group`` and
+``isolate_single`` hold jobs whose worker fell silent (see `lease.lua`).
 """
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
+from typing import Literal, get_args
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
@@ -97,13 +101,50 @@ REAPER = "reaper"
 SHARDS = "reltrace:shards"
 CLUSTER = "reltrace:cluster"
 
-CHANNELS = tuple(f"reltrace:{{*}}:{kind}:*" for kind in ("wake", "done", "revoked"))
+SharedKey = Literal[
+    "queues",
+    "virtual_time",
+    "delayed",
+    "deadlines",
+    "expiring",
+    "throttled_tenants",
+    "load",
+    "tenants",
+    "quarantined",
+    "watchdog",
+    "ended",
+    "workers",
+    "models",
+    "recent_ok",
+    "recent_failed",
+]
+EntityKey = Literal[
+    "queue",
+    "vt_active",
+    "vt_idle",
+    "job",
+    "held",
+    "submission",
+    "backpressured",
+    "results",
+    "chunks",
+    "draft",
+    "idempotency",
+    "tenant",
+    "quarantined",
+    "worker",
+    "serving",
+    "sample_result",
+]
+Channel = Literal["wake", "done", "revoked"]
+
+CHANNELS = tuple(f"reltrace:{{*}}:{kind}:*" for kind in get_args(Channel))
 """Patterns of every kind of channel, of all shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Names of the keys of one shard."""
+    """Makes the names of the keys and channels of one shard."""
 
     shard: int = 0
     tag: str = "0"
@@ -112,113 +153,8 @@ class Keys:
     def prefix(self) -> str:
         return f"reltrace:{{{self.tag}}}:"
 
-    @property
-    def queues(self) -> str:
-        return f"{self.prefix}queues"
-
-    @property
-    def clock(self) -> str:
-        return f"{self.prefix}clock"
-
-    @property
-    def load(self) -> str:
-        return f"{self.prefix}load"
-
-    @property
-    def ended(self) -> str:
-        return f"{self.prefix}ended"
-
-    @property
-    def models(self) -> str:
-        return f"{self.prefix}models"
-
-    @property
-    def workers(self) -> str:
-        return f"{self.prefix}workers"
-
-    @property
-    def recent(self) -> str:
-        return f"{self.prefix}recent"
-
-    @property
-    def mishaps(self) -> str:
-        return f"{self.prefix}mishaps"
-
-    def picture(self, job_id: str) -> str:
-        return f"{self.prefix}picture:{job_id}"
-
-    @property
-    def tenants(self) -> str:
-        return f"{self.prefix}tenants"
-
-    @property
-    def delayed(self) -> str:
-        return f"{self.prefix}delayed"
-
-    @property
-    def deadlines(self) -> str:
-        return f"{self.prefix}deadlines"
-
-    @property
-    def expiring(self) -> str:
-        return f"{self.prefix}expiring"
-
-    @property
-    def full(self) -> str:
-        return f"{self.prefix}full"
-
-    @property
-    def watch(self) -> str:
-        return f"{self.prefix}watch"
-
-    @property
-    def quarantined(self) -> str:
-        return f"{self.prefix}quarantined"
-
-    def queue(self, name: str) -> str:
-        return f"{self.prefix}queue:{name}"
-
-    def job(self, job_id: str) -> str:
-        return f"{self.prefix}job:{job_id}"
-
-    def draft(self, job_id: str) -> str:
-        return f"{self.prefix}draft:{job_id}"
-
-    def quarantined_job(self, job_id: str) -> str:
-        return f"{self.prefix}quarantined:{job_id}"
-
-    def held(self, worker_id: str) -> str:
-        return f"{self.prefix}held:{worker_id}"
-
-    def parked(self, submission_id: str) -> str:
-        return f"{self.prefix}parked:{submission_id}"
-
-    def submission(self, submission_id: str) -> str:
-        return f"{self.prefix}submission:{submission_id}"
-
-    def results(self, submission_id: str) -> str:
-        return f"{self.prefix}results:{submission_id}"
-
-    def idempotency(self, tenant: str, key: str) -> str:
-        return f"{self.prefix}idempotency:{tenant}:{key}"
-
-    def tenant(self, tenant: str) -> str:
-        return f"{self.prefix}tenant:{tenant}"
-
-    def worker(self, worker_id: str) -> str:
-        return f"{self.prefix}worker:{worker_id}"
-
-    def serving(self, route: str) -> str:
-        return f"{self.prefix}serving:{route}"
-
-    def wake(self, route: str) -> str:
-        return f"{self.prefix}wake:{route}"
-
-    def done(self, submission_id: str) -> str:
-        return f"{self.prefix}done:{submission_id}"
-
-    def revoked(self, worker_id: str) -> str:
-        return f"{self.prefix}revoked:{worker_id}"
+    def __call__(self, kind: SharedKey | EntityKey | Channel, *entity: str) -> str:
+        return self.prefix + ":".join((kind, *entity))
 
 
 def partition(shards: int) -> list[Keys]:
@@ -233,6 +169,24 @@ def partition(shards: int) -> list[Keys]:
         tag = str(number)
         tags.setdefault(key_slot(tag.encode()) * shards // REDIS_CLUSTER_HASH_SLOTS, tag)
     return [Keys(shard, tags[shard]) for shard in range(shards)]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueName:
+    """The name of a queue: a class (a priority, or jobs that are isolated), a tenant, a route."""
+
+    queue_class: str
+    tenant: str
+    route: str
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(name: bytes) -> "QueueName":
+        """Return the parts of a name as Redis has it."""
+        return QueueName(*name.decode().split(":", 2))
+
+    def __str__(self) -> str:
+        return f"{self.queue_class}:{self.tenant}:{self.route}"
 
 
 def submission_of(job_id: str) -> str:
@@ -254,16 +208,6 @@ def shard_of(some_id: str) -> int:
     """Return the shard that the id of a submission or a job names; 0: it names none."""
     named = re.search(r"\.(\d{1,4})(-\d+)?$", some_id)
     return int(named[1]) if named else 0
-
-
-def model_of(queue: str) -> str:
-    """Return the model of a queue's name, ``<class>:<tenant>:<model>``."""
-    return queue.split(":", 2)[2]
-
-
-def tenant_of(queue: str) -> str:
-    """Return the tenant of a queue's name."""
-    return queue.split(":", 2)[1]
 
 
 def rate_key(what: str, identity: str) -> str:

@@ -1,9 +1,9 @@
-"""What the store takes and gives, free of Redis and protobuf."""
+"""What the queue takes and gives, free of Redis and protobuf."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from reltrace_scheduler.keys import job_ids
+from reltrace_scheduler.keys import QueueName, job_ids
 
 
 class Priority(StrEnum):
@@ -22,50 +22,31 @@ class NewJob:
     spec: bytes
     """A serialized ``JobSpec``."""
     timeout: float = 0.0
-    """Seconds within which it must end; 0: for ever."""
+    """Seconds within which it must end; 0: none."""
     sent: bytes = b""
-    """The same as the client sent it, where that differs: by this a repeated one is known again."""
+    """The specification as the client sent it, where that differs: for the digest of the jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What was accepted, now or when the idempotency key was first seen."""
+    """What was accepted, now or when the idempotency key was first used."""
 
     id: str
     jobs: int
-    deduplicated: bool
+    deduplicated: bool = False
 
     @property
     def job_ids(self) -> list[str]:
-        """Ids of the jobs, in the order in which they were submitted."""
         return job_ids(self.id, self.jobs)
 
 
 @dataclass(frozen=True, slots=True)
-class LeasedJob:
-    """A job that a worker now holds."""
+class Progress:
+    """How far a submission is."""
 
-    job_id: str
-    attempt: int
-    spec: bytes
-    queued_for: float
-    """Seconds between its acceptance and this lease."""
-    queue_class: str
-    """Of the queue that it came from."""
     tenant: str
-    route: str
-    """The model, or the model and revision, that it was queued for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Leased:
-    """What a worker that asked a queue for jobs got."""
-
-    jobs: tuple[LeasedJob, ...]
-    idle: bool
-    """Nothing waits there."""
-    suspects: bool
-    """Jobs wait that are leased only to a worker that holds nothing else."""
+    jobs: int
+    ended: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,34 +58,38 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class LeasedJob:
+    """A job that a worker now holds."""
+
+    job_id: str
+    attempt: int
+    spec: bytes
+    queued_for: float
+    """Seconds between its acceptance and this lease."""
+    queue: QueueName
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """What a worker that asked for jobs of a route got."""
+
+    jobs: tuple[LeasedJob, ...]
+    empty: bool
+    """No job is queued."""
+    isolated: bool
+    """Jobs are queued that are leased only to a worker that holds nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
 class NewChunk:
     """A chunk of a result, as a worker sends it."""
 
     lease: Lease
     number: int
     end: str
-    """State in which the job ends with this chunk; empty: it goes on."""
+    """State in which the job ends with this chunk; empty: further ones follow."""
     data: bytes
     """A serialized ``ResultChunk``."""
-
-
-@dataclass(frozen=True, slots=True)
-class NewDraft:
-    """What is written of a text, as a worker sends it."""
-
-    lease: Lease
-    data: bytes
-    """A serialized ``Draft``."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredDraft:
-    """What is written of a text, as a client reads it."""
-
-    position: str
-    """Where to read on."""
-    data: bytes
-    """A serialized ``Draft``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +99,16 @@ class StoredChunk:
     entry: int
     number: int
     data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDraft:
+    """A further part of a text that is being generated, as a client reads it."""
+
+    position: str
+    """Where to read on."""
+    data: bytes
+    """A serialized ``Draft``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,36 +123,11 @@ class LostLease:
 
 @dataclass(frozen=True, slots=True)
 class Condemned:
-    """A job that lost too many leases."""
+    """A job that lost too many leases and is to be quarantined."""
 
     job_id: str
     attempt: int
     lost: tuple[LostLease, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Abandoned:
-    """A submission whose jobs can not go on, because nobody reads its results."""
-
-    submission: str
-    jobs: int
-
-    @property
-    def job_ids(self) -> list[str]:
-        """Ids of all of its jobs, also of those that have ended."""
-        return job_ids(self.submission, self.jobs)
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a job is to be ended from outside."""
-
-    job_id: str
-    attempt: int | None
-    """Only if it is at this attempt; None: whatever it is doing."""
-    state: str
-    data: bytes
-    """A serialized ``ResultChunk``: its whole result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +141,30 @@ class QuarantinedJob:
 
 
 @dataclass(frozen=True, slots=True)
+class TerminalResult:
+    """The end of a job that no worker ends."""
+
+    job_id: str
+    attempt: int | None
+    """Only if it is at this attempt; None: at any."""
+    state: str
+    data: bytes
+    """A serialized ``ResultChunk``: its whole result."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """State of a job."""
+
+    job_id: str
+    state: str
+    attempt: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
-    """What a tenant may hold, and its share; None: the default, or left as it is."""
+    """Bounds and share of a tenant; None: the default, or left as it is."""
 
     weight: float | None = None
     max_jobs: int | None = None
@@ -188,17 +180,7 @@ class TenantRecord:
     jobs: int
     """Queued and leased."""
     bytes: int
-    """Of their specifications, and of results that nobody has read."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobRecord:
-    """State of a job."""
-
-    job_id: str
-    state: str
-    attempt: int
-    worker: str
+    """Of their specifications, and of unread results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +200,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """A connected worker."""
+    """A connected worker; times are Unix times in seconds."""
 
     worker_id: str
     models: tuple[ModelRecord, ...]
@@ -230,18 +212,7 @@ class WorkerRecord:
     """Names its session: a later one has another."""
     leased: int = 0
     draining: bool = False
-    """It was told to leave."""
 
     @property
     def routes(self) -> tuple[str, ...]:
-        """The routes of all its models."""
         return tuple(route for model in self.models for route in model.routes)
-
-
-@dataclass(frozen=True, slots=True)
-class QueueRecord:
-    """Depth of one model's queues, summed over tenants and classes."""
-
-    model: str
-    queued: int
-    leased: int

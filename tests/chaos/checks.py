@@ -39,7 +39,7 @@ class Tally:
     def balance(self, store: redis.Redis) -> None:
         """Compare with what the store has counted, and name what it should not hold any more."""
         keys = Keys()
-        counted = store.hgetall(keys.load) | store.hgetall(keys.ended)
+        counted = store.hgetall(keys("load")) | store.hgetall(keys("ended"))
         held = {name.decode(): int(count) for name, count in counted.items() if int(count)}
         calm = {"SUCCEEDED": self.accepted}
         if held != calm:
@@ -146,29 +146,29 @@ def remaining_keys(store: redis.Redis) -> list[str]:
     """Name the keys that should not be there when everything is acknowledged."""
     keys = Keys()
     allowed = {
-        keys.clock,
-        keys.load,
-        keys.ended,
-        keys.models,
-        keys.workers,
-        keys.tenants,
-        keys.watch,
+        keys("virtual_time"),
+        keys("load"),
+        keys("ended"),
+        keys("models"),
+        keys("workers"),
+        keys("tenants"),
+        keys("watchdog"),
         SHARDS,
         CLUSTER,
-        keys.tenant(DEFAULT_TENANT),
+        keys("tenant", DEFAULT_TENANT),
     }
     # Workers that live, or died a few leases ago.
-    workers = _members(store.zrange(keys.workers, 0, -1))
-    allowed |= {keys.worker(worker) for worker in workers}
-    for route in _members(store.hkeys(keys.models)):
-        if set(_members(store.zrange(keys.serving(route), 0, -1))) <= set(workers):
-            allowed.add(keys.serving(route))
+    workers = _members(store.zrange(keys("workers"), 0, -1))
+    allowed |= {keys("worker", worker) for worker in workers}
+    for route in _members(store.hkeys(keys("models"))):
+        if set(_members(store.zrange(keys("serving", route), 0, -1))) <= set(workers):
+            allowed.add(keys("serving", route))
     # A queue that is empty goes when leases are looked after next.
-    queues = map(keys.queue, _members(store.smembers(keys.queues)))
-    allowed |= {keys.queues, *(queue for queue in queues if store.xlen(queue) == 0)}
+    queues = [keys("queue", name) for name in _members(store.smembers(keys("queues")))]
+    allowed |= {keys("queues"), *(queue for queue in queues if store.xlen(queue) == 0)}
     found = set(_members(store.scan_iter(count=1000)))
     # A key that names a submission is remembered for a day, so that it is not accepted twice.
-    remembered = keys.idempotency(DEFAULT_TENANT, "")
+    remembered = keys("idempotency", DEFAULT_TENANT, "")
     return sorted(key for key in found - allowed if not key.startswith(remembered))
 
 

@@ -89,10 +89,10 @@ def measure(cluster: Cluster, jobs: int) -> Figures:
 
 def _held(connection: redis.Redis) -> Held:
     keys = Keys()
-    for key in connection.scan_iter(keys.idempotency(DEFAULT_TENANT, "*").replace("{", "[{]")):
+    for key in connection.scan_iter(keys("idempotency", DEFAULT_TENANT, "*").replace("{", "[{]")):
         connection.delete(key)
     # An empty queue goes when leases are looked after next; then nothing moves any more.
-    wait_until(lambda: not connection.scard(keys.queues), "empty queues are deleted")
+    wait_until(lambda: not connection.scard(keys("queues")), "empty queues are deleted")
     held = [connection.memory_usage(key, samples=0) for key in connection.scan_iter()]
     memory = connection.info("memory")
     return Held(

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import reltrace
-from reltrace.atlas.folder import Folder, State
+from reltrace.atlas.corpus import write_slice
+from reltrace.atlas.folder import AtlasFolder
 from reltrace.atlas.merged import OCTAVES
-from reltrace.types.atlas_shard import LISTS, AtlasPart
+from reltrace.atlas.state import State
+from reltrace.types.atlas_shard import LISTS, AtlasShard
 
 MODEL, REVISION = "tiny", "r1"
 BINS = 2 * len(OCTAVES) + 1
@@ -43,7 +45,7 @@ def make_atlas(
     about = {"model": "", "rule": "attnlrp", "target": None if next_tokens else "max",
              "positions": None, "seed": 0, "keep_special": not next_tokens, "k": k,
              "slice": slice_, "made_by": [MODEL, REVISION]}  # fmt: skip
-    state, at = State(about), Folder(folder)
+    state = State(about)
     texts = sorted(
         {f" {word}" for words, target in prompts for word in f"{words} {target}".split()}
     )
@@ -86,7 +88,7 @@ def make_atlas(
             explained = [ids[f" {target}"] if words else -1 for words, target in some]
             corpus["targets"] = np.array(explained, np.int32)
         nothing = {name: np.zeros_like(array) for name, array in site.items()}
-        part = AtlasPart(
+        part = AtlasShard(
             {"neuron": site, "head": nothing, "corpus": corpus},
             {number: (texts_of or {}).get(text.strip(), text) for text, number in ids.items()},
             frozenset(number for text, number in ids.items() if text.strip() in special),
@@ -95,7 +97,7 @@ def make_atlas(
                 MODEL, REVISION, "attnlrp", "atlas", "float32", "sdpa", True, "cpu"
             ),
         )
-        at.write_corpus(number // slice_, part)
+        write_slice(folder, number // slice_, part)
         state.add(number // slice_, f"digest {number}", part)
-    at.write(state)
+    AtlasFolder(folder).write(state)
     return reltrace.load_atlas(folder)

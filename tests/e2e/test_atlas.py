@@ -15,8 +15,8 @@ import reltrace
 from demo_model.corpus import held_out
 from e2e.conftest import Process, wait_until
 from reltrace.atlas import build as module
-from reltrace.atlas.folder import Folder
-from reltrace.atlas.slice_jobs import Sender, free
+from reltrace.atlas.folder import AtlasFolder
+from reltrace.atlas.jobs import SliceJobs, free_shards
 from reltrace.calls.pinning import Pins
 from reltrace.types.request import Job
 
@@ -62,7 +62,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, st
 
 def same(first: Path, second: Path, digests: bool = True) -> None:
     """Compare two atlases bit for bit, and unless told not to what they say of their corpora."""
-    one, two = Folder(first).read(), Folder(second).read()
+    one, two = AtlasFolder(first).read(), AtlasFolder(second).read()
     assert one.digests == two.digests or not digests
     assert (one.tokens, one.vocabulary, one.skipped) == (two.tokens, two.vocabulary, two.skipped)
     for site, merged in one.sites.items():
@@ -176,8 +176,8 @@ def test_an_atlas_that_is_broken_off_goes_on(
     was written, and again later
     I expect each further run to make what is missing, and the whole to be as undisturbed.
     """
-    monkeypatch.setattr(module, "_LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_PAUSE", 0.0)
+    monkeypatch.setattr(module, "_MIN_PAUSE", 0.0)
+    monkeypatch.setattr(module, "_PAUSE_PER_WRITE", 0.0)
     with reltrace.Client(services[1]) as client:
         client.build_atlas(CORPUS, tmp_path / "whole", slice=SLICE)
 
@@ -185,7 +185,7 @@ def test_an_atlas_that_is_broken_off_goes_on(
     merge = module._Builder._merge
 
     def until_killed(limit: int) -> Callable[..., None]:
-        def merged(self: module._Builder, some: module.Slice, came: module.Made) -> None:
+        def merged(self: module._Builder, some: module.Slice, came: module.BuiltShard) -> None:
             if len(made) >= limit:
                 raise KeyboardInterrupt
             made.append(some.number)
@@ -257,33 +257,37 @@ def test_a_slice_that_was_handed_in_before_is_read_if_it_is_there(
     I expect the next run to read it; once it is freed, or was another job, to have it made anew.
     """
 
-    async def come(sender: Sender, number: int, job: Job) -> module.Made:
-        async with sender.made(number, "digest", job) as made:
+    async def come(jobs: SliceJobs, number: int, job: Job) -> module.BuiltShard:
+        async with jobs.build(number, "digest", job) as made:
             return made
 
     async def run() -> None:
         async with reltrace.AsyncClient(services[0]) as client:
-            plan = module.Plan(None, "attnlrp", "max", 2, 9, "batch")
-            job, other = plan.job(CORPUS[:3]), plan.job(CORPUS[3:5])
+            settings = module.AtlasSettings(None, "attnlrp", "max", 2, 9, "batch")
+            job, other = settings.job(CORPUS[:3]), settings.job(CORPUS[3:5])
             first, second, third, elsewhere = (
-                Sender(
-                    client._connection, identity, plan.about(), "batch", Pins(client._connection)
+                SliceJobs(
+                    client._connection,
+                    identity,
+                    settings.about(),
+                    "batch",
+                    Pins(client._connection),
                 )
                 for identity in (*["one folder"] * 3, "another folder")
             )
             made = await come(first, 0, job)
             again = await come(second, 0, job)
-            assert again.accepted.id == made.accepted.id
+            assert again.submission.id == made.submission.id
             np.testing.assert_array_equal(
-                again.part.arrays["neuron"]["strongest"], made.part.arrays["neuron"]["strongest"]
+                again.shard.arrays["neuron"]["strongest"], made.shard.arrays["neuron"]["strongest"]
             )
-            assert (await come(elsewhere, 0, job)).accepted.id != made.accepted.id
-            assert (await come(second, 1, job)).accepted.id != made.accepted.id
-            await free(client._connection, [again.accepted])
+            assert (await come(elsewhere, 0, job)).submission.id != made.submission.id
+            assert (await come(second, 1, job)).submission.id != made.submission.id
+            await free_shards(client._connection, [again.submission])
             anew = await come(third, 0, job)
-            assert anew.accepted.id != made.accepted.id
+            assert anew.submission.id != made.submission.id
             changed = await come(second, 0, other)
-            assert len(changed.part.arrays["corpus"]["lengths"]) == 2
+            assert len(changed.shard.arrays["corpus"]["lengths"]) == 2
 
     asyncio.run(run())
 

@@ -14,7 +14,7 @@ from e2e.test_atlas import same
 from pyarrow import parquet
 from reference.chat_templates import CHATML
 from reference.checkpoints import save_checkpoint
-from reltrace.atlas.folder import Folder
+from reltrace.atlas.folder import AtlasFolder
 
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "I have 5 cats and 3 dogs."}]},
@@ -73,7 +73,7 @@ def test_the_atlas_of_conversations_is_that_of_their_texts(
             )
             for name, prompts in (("chats", CHATS), ("texts", [read.text for read in texts]))
         ]
-    chats, plain = (Folder(tmp_path / name).read() for name in ("chats", "texts"))
+    chats, plain = (AtlasFolder(tmp_path / name).read() for name in ("chats", "texts"))
     assert chats.digests.keys() == plain.digests.keys() == {0, 1}
     assert all(chats.digests[number] != plain.digests[number] for number in (0, 1))
     same(tmp_path / "chats", tmp_path / "texts", digests=False)

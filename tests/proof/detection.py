@@ -20,7 +20,7 @@ import numpy as np
 import reltrace
 from numpy.typing import NDArray
 from reltrace.atlas.examples import BEFORE
-from reltrace.atlas.labels import chosen, is_word
+from reltrace.atlas.labels import is_word, label_tokens
 from reltrace.types.atlas_shard import LISTS
 from reltrace.types.token_text import visible_token
 
@@ -113,7 +113,7 @@ class Detection:
         self.words: Ints = np.full(shape, -1, np.int64)
         for layer in range(shape[0]):
             for index in range(shape[1]):
-                found = chosen(labels._built_in(("neuron", layer, index)))
+                found = label_tokens(labels._salient(("neuron", layer, index)))
                 for slot, one in enumerate(found):
                     self.roles[layer, index, slot] = _ROLES.index(one.role)
                     self.words[layer, index, slot] = self._word(one.token)
@@ -129,7 +129,7 @@ class Detection:
         atlas, state = self._held_out, self._held_out._state
         words = {token: self._word(text) for token, text in state.vocabulary.items()}
         ids, starts, counted, prompt_of = [], {}, [], []
-        for prompt, tokens, _ in atlas._reader.prompts(np.arange(_end(atlas))):
+        for prompt, tokens, _ in atlas._corpus.prompts(np.arange(_end(atlas))):
             starts[prompt] = len(ids)
             ids += [words[token] for token in tokens]
             prompt_of += [prompt] * len(tokens)

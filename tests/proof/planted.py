@@ -62,7 +62,7 @@ class Planted:
     ----------
     label : str
         What the atlas calls it.
-    clearest : reltrace.StandsOut or None
+    clearest : reltrace.SalientToken or None
         What stands out most.
     at_word, of : dict of str to int
         By the list: how many of its contexts are at the word, and of how many.
@@ -71,7 +71,7 @@ class Planted:
     """
 
     label: str
-    clearest: reltrace.StandsOut | None
+    clearest: reltrace.SalientToken | None
     at_word: dict[str, int]
     of: dict[str, int]
     place: int
@@ -128,7 +128,7 @@ def look(atlas: reltrace.Atlas, word: str) -> Planted:
     places = [n for n, m in enumerate(found, 1) if (m.layer, m.index) == (LAYER, NEURON)]
     return Planted(
         neuron.label,
-        neuron.stands_out[0] if neuron.stands_out else None,
+        neuron.salient_tokens[0] if neuron.salient_tokens else None,
         {name: sum(c.token == word for c in contexts) for name, contexts in lists.items()},
         {name: len(contexts) for name, contexts in lists.items()},
         places[0] if places else 0,

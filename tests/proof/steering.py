@@ -74,7 +74,7 @@ def answers_of(atlas: reltrace.Atlas, layer: int, words: set[str]) -> dict[int, 
     """Return the neurons of a layer whose label begins with an answer, and the answer."""
     found = {}
     for index in range(atlas.features()):
-        clearest = atlas.neuron(layer, index).stands_out[:1]
+        clearest = atlas.neuron(layer, index).salient_tokens[:1]
         if clearest and clearest[0].role == "target" and clearest[0].token.strip() in words:
             found[index] = clearest[0].token
     return found

@@ -52,18 +52,18 @@ def keys() -> Keys:
 
 
 @pytest.fixture
-def driver(store: redis.asyncio.Redis, settings: Settings, keys: Keys) -> Driver:
-    return Driver.over(store, keys, settings)
+def driver(store: redis.asyncio.Redis, settings: Settings) -> Driver:
+    return Driver.over(store, settings)
 
 
 @pytest.fixture
-def results(store: redis.asyncio.Redis, settings: Settings, keys: Keys) -> Results:
-    return Results(store, settings, keys)
+def results(driver: Driver) -> Results:
+    return driver.results
 
 
 @pytest.fixture
-def registry(store: redis.asyncio.Redis, keys: Keys) -> Registry:
-    return Registry(store, [keys])
+def registry(driver: Driver) -> Registry:
+    return driver.store.registry
 
 
 @pytest.fixture

@@ -5,9 +5,12 @@ from typing import Self
 
 from redis.asyncio import Redis
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.keys import Keys
-from reltrace_scheduler.queue.maintenance import Upkeep
-from reltrace_scheduler.queue.queue import Queue
+from reltrace_scheduler.queue.gauges import Gauges
+from reltrace_scheduler.queue.job_queue import JobQueue
+from reltrace_scheduler.queue.maintenance import Maintenance
+from reltrace_scheduler.queue.results import Results
+from reltrace_scheduler.queue.shards import Shard
+from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import (
     Condemned,
     Lease,
@@ -40,14 +43,25 @@ def end(
 class Driver:
     """The store's transitions with what most tests do not care about filled in."""
 
-    redis: Redis
-    keys: Keys
-    queue: Queue
-    upkeep: Upkeep
+    store: Store
+    maintenance: Maintenance
 
     @classmethod
-    def over(cls, redis: Redis, keys: Keys, settings: Settings) -> Self:
-        return cls(redis, keys, Queue(redis, settings, keys), Upkeep(redis, settings, keys))
+    def over(cls, redis: Redis, settings: Settings) -> Self:
+        store = Store(redis, settings)
+        return cls(store, Maintenance(store.shards.all[0], settings))
+
+    @property
+    def queue(self) -> JobQueue:
+        return self.store.queue
+
+    @property
+    def results(self) -> Results:
+        return self.store.results
+
+    @property
+    def shard(self) -> Shard:
+        return self.maintenance.shard
 
     async def submit(
         self,
@@ -61,14 +75,14 @@ class Driver:
 
     async def enter(self, worker: str) -> None:
         """Give a worker a session."""
-        await self.redis.hset(self.keys.worker(worker), "epoch", EPOCH)
+        await self.store.redis.hset(self.shard.key("worker", worker), "epoch", EPOCH)
 
     async def lease(
         self, worker: str, count: int, *, most_batch: int | None = None, workers: int = 1
     ) -> list[LeasedJob]:
         await self.enter(worker)
         batch = count if most_batch is None else most_batch
-        leased = await self.queue.lease(MODEL, worker, EPOCH, count, batch, workers)
+        leased = await self.queue.lease(self.shard, MODEL, worker, EPOCH, count, batch, workers)
         return list(leased.jobs)
 
     async def commit(self, worker: str, chunks: Sequence[NewChunk]) -> list[int]:
@@ -76,8 +90,8 @@ class Driver:
 
     async def reap(self) -> tuple[int, list[Condemned]]:
         total, found = 0, []
-        for name in await self.queue.names():
-            requeued, condemned = await self.upkeep.reap(name)
+        for name in await self.shard.queues():
+            requeued, condemned = await self.maintenance.reap(name)
             total, found = total + requeued, found + condemned
         return total, found
 
@@ -94,5 +108,5 @@ class Driver:
 
     async def depth(self) -> tuple[int, int]:
         """Queued and leased jobs."""
-        record = (await self.queue.depths()).get(MODEL)
-        return (record.queued, record.leased) if record else (0, 0)
+        gauges = [g for g in await Gauges(self.store).queues() if g.model == MODEL]
+        return sum(g.queued for g in gauges), sum(g.leased for g in gauges)

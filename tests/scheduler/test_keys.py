@@ -4,7 +4,13 @@ from collections import Counter
 
 import pytest
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
-from reltrace_scheduler.keys import Keys, partition, shard_of, submission_id, submission_of
+from reltrace_scheduler.keys import (
+    Keys,
+    partition,
+    shard_of,
+    submission_id,
+    submission_of,
+)
 
 
 def node_of(key: str, nodes: int) -> int:
@@ -17,11 +23,11 @@ def test_all_keys_of_a_shard_are_in_one_slot(shards: int) -> None:
     slots = set()
     for keys in partition(shards):
         names = (
-            keys.clock,
-            keys.queue("batch:t:m"),
-            keys.job("s-0"),
-            keys.worker("w"),
-            keys.done("s"),
+            keys("virtual_time"),
+            keys("queue", "batch:t:m"),
+            keys("job", "s-0"),
+            keys("worker", "w"),
+            keys("done", "s"),
         )
         own = {key_slot(name.encode()) for name in names}
         assert len(own) == 1
@@ -31,7 +37,7 @@ def test_all_keys_of_a_shard_are_in_one_slot(shards: int) -> None:
 
 @pytest.mark.parametrize(("shards", "nodes"), [(2, 2), (3, 3), (12, 3), (8, 4), (64, 16)])
 def test_nodes_have_equally_many_shards(shards: int, nodes: int) -> None:
-    held = Counter(node_of(keys.clock, nodes) for keys in partition(shards))
+    held = Counter(node_of(keys("virtual_time"), nodes) for keys in partition(shards))
     assert held == dict.fromkeys(range(nodes), shards // nodes)
 
 

@@ -1,4 +1,4 @@
-"""Reading an atlas: the contexts of a neuron or a head, what it is called, who has which."""
+"""An atlas as its users read it: the features of a model, their labels and contexts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from reltrace.atlas.examples import Context, ContextLists, Feature, StandsOut
-from reltrace.atlas.folder import Folder
-from reltrace.atlas.imported_labels import GivenLabels, Key, described
-from reltrace.atlas.labels import Standouts, label_of
-from reltrace.atlas.merged import Merged
-from reltrace.atlas.reader import Reader
+from reltrace.atlas.corpus import Corpus
+from reltrace.atlas.examples import Context, ContextLists, Feature, SalientToken
+from reltrace.atlas.folder import AtlasFolder
+from reltrace.atlas.imported_labels import BUILT_IN, ImportedLabels, Key, described
+from reltrace.atlas.labels import label_of, salient_tokens
+from reltrace.atlas.merged import MergedSite
 from reltrace.atlas.search import FeatureMatch, Search, ranked
 from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import LISTS, MEASURES, SITES, SUMS
 from reltrace.types.checks import whole_number
 from reltrace.types.errors import invalid
 
-_LABELS_KEPT = 1 << 16
+_CACHED_LABELS = 1 << 16
 
 
 class Atlas:
@@ -41,12 +41,11 @@ class Atlas:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        folder = Folder(Path(path))
+        folder = AtlasFolder(Path(path))
         self._state = folder.read()
-        self._reader = Reader(folder, self._state)
-        self._standouts = Standouts(self._reader, self._state)
-        self._given = GivenLabels(folder.path, self._check, self.about.get("made_by", ()))
-        self._built_in = lru_cache(_LABELS_KEPT)(self._stands_out)
+        self._corpus = Corpus(folder.path, self._state)
+        self._imported = ImportedLabels(folder.path, self._check, self.about.get("made_by", ()))
+        self._salient = lru_cache(_CACHED_LABELS)(self._salient_tokens)
         self._sums = {site: merged.sums() for site, merged in self._state.sites.items()}
 
     def __repr__(self) -> str:
@@ -58,31 +57,28 @@ class Atlas:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from reltrace.viz.atlas_fragment import atlas_fragment
+        from reltrace.viz.notebook import atlas_html
 
-        return atlas_fragment(self)
+        return atlas_html(self)
 
     @property
     def about(self) -> dict[str, Any]:
-        """Model, revision, rule; target (None: each prompt's own next tokens; a token's id is an
-        int), at how many positions, drawn by which seed; places of each list, most prompts of a
-        slice.
-        """
+        """The arguments of `Client.build_atlas`, and "made_by": name and revision of the model."""
         return dict(self._state.about)
 
     @property
     def tokens(self) -> int:
-        """How many were read; `Feature.count` says how many of them are counted."""
+        """Number of tokens that were read; `Feature.count` of them are counted."""
         return self._state.tokens
 
     @property
     def prompts(self) -> int:
-        """How many were read."""
+        """Number of prompts that were read."""
         return self._state.prompts
 
     @property
     def skipped(self) -> dict[int, str]:
-        """Prompts that were left out, by their number, and why."""
+        """Prompts that were left out, by their number, with the reason."""
         return dict(self._state.skipped)
 
     @property
@@ -112,39 +108,33 @@ class Atlas:
         """
         self._check(site, layer, index)
         layer, index = int(layer), int(index)
-        merged = self._of(site)
+        key, merged = (site, layer, index), self._of(site)
         sums = dict(zip(SUMS, self._sums[site][layer, :, index].tolist(), strict=True))
-        count = self._state.places
+        count, imported = self._state.counted, self._imported.get(key)
+        sizes = (merged.prompts[layer, :, :, index] >= 0).sum(1).tolist()
         return Feature(
             site=site,
             layer=layer,
             index=index,
             label=self.label(layer, index, site),
-            labelled_by=self._given.by((site, layer, index)),
-            stands_out=self._built_in((site, layer, index)),
+            labelled_by=BUILT_IN if imported is None else imported.by,
+            salient_tokens=self._salient(key),
             contexts=ContextLists(
-                partial(self._contexts, merged, layer, index),
-                {
-                    name: int((merged.prompts[layer, place, :, index] >= 0).sum())
-                    for place, name in enumerate(LISTS)
-                },
+                partial(self._contexts, key), dict(zip(LISTS, sizes, strict=True))
             ),
             count=count,
             mean={name: sums[name] / count if count else float("nan") for name in MEASURES},
             mass=sums["relevance mass"],
-            _histograms={
-                measure: merged.histogram[layer, place, index]
-                for place, measure in enumerate(MEASURES)
-            },
+            _histograms=dict(zip(MEASURES, merged.histogram[layer, :, index], strict=True)),
         )
 
     def label(self, layer: int, index: int, site: str = "neuron") -> str:
-        """Return what a neuron or head is called: as it was imported, else what stands out.
+        """Return the label of a neuron or head: the imported one, else the built-in one.
 
-        Built in are up to three tokens that stand out, by their log-odds against the corpus,
-        in the contexts where it speaks for the prediction: ``dogs`` at the place itself,
-        ``… dogs`` before it, ``→ dogs`` as what follows or is explained. "" where none does. Words
-        go before punctuation and white space, unless these stand out more than twice as clearly.
+        A built-in label is made of up to three salient tokens, by their log-odds against the
+        corpus, of the contexts of positive relevance: ``dogs`` at the context's position,
+        ``… dogs`` before it, ``→ dogs`` as its target. "" if there are none. Words go before
+        punctuation and white space, unless these are more than twice as clear.
 
         Raises
         ------
@@ -152,24 +142,25 @@ class Atlas:
             There is none such.
         """
         self._check(site, layer, index)
-        given = self._given.get((site, layer, index))
-        return label_of(self._built_in((site, layer, index))) if given is None else given.text
+        key = (site, layer, index)
+        imported = self._imported.get(key)
+        return self._built_in(key) if imported is None else imported.text
 
     def mass(self, site: str = "neuron") -> Array:
-        """Return the size of the relevance, |R|, of all counted tokens: float64 [L, F]."""
+        """Return the sum of |R| over all counted tokens: float64 [L, F]."""
         self._of(site)
         result: Array = self._sums[site][:, SUMS.index("relevance mass")]
         return result
 
     def by_mass(self, site: str = "neuron", most: int | None = None) -> Iterator[Feature]:
-        """Return neurons or heads, those with most relevance first.
+        """Yield neurons or heads, those with most relevance first.
 
         Parameters
         ----------
         site : {"neuron", "head"}
-            Of which.
+            Which of the two.
         most : int, optional
-            At most so many, 1 or more; default: all.
+            Number of them at most, from 1 on; default: all.
 
         Raises
         ------
@@ -190,10 +181,10 @@ class Atlas:
         measure: str = "relevance",
         k: int = 20,
     ) -> list[FeatureMatch]:
-        """Return the neurons or heads whose contexts, or given label, have a text.
+        """Return the neurons or heads whose contexts, or imported label, have a text.
 
-        A context has it where it begins at the token where the feature is strong, or at one of the
-        24 before; or in its target.
+        A context has it if it begins at the context's position or at one of the 24 tokens before,
+        or is in its target.
 
         Parameters
         ----------
@@ -201,17 +192,17 @@ class Atlas:
             However it is capitalised; it may run over several tokens, and over the end of a line. A
             space finds white space of any kind that is shown as one.
         site : {"neuron", "head"}
-            Of which.
+            Which of the two.
         measure : {"relevance", "activation"}
-            By which the contexts are strong.
+            Which contexts.
         k : int, default 20
-            At most so many.
+            Number of results at most.
 
         Returns
         -------
         list of FeatureMatch
-            First those whose given label has it; then by how many contexts of a list have it, and
-            how strong these are.
+            First those whose imported label has it; then by how many contexts of a list have it,
+            and how strong these are.
 
         Raises
         ------
@@ -223,16 +214,16 @@ class Atlas:
         if measure not in MEASURES:
             raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
         whole_number(k, "k", 1)
-        merged = self._of(site)
-        search = Search(self._reader, self._state, text)
+        self._of(site)
+        search = Search(self._corpus, self._state, text)
         lists = [search.hits(site, name) for name in LISTS if name.startswith(measure)]
-        labelled = [key[1:] for key in self._given.matching(text) if key[0] == site]
+        labelled = [key[1:] for key in self._imported.matching(text) if key[0] == site]
         found = []
         for layer, index, hits in ranked(lists, labelled, k):
             at = layer, index
-            there = hits.counts[at] > 0
-            first = int(hits.first[at])
-            contexts = self._contexts(merged, layer, index, hits.name, first + 1) if there else []
+            strongest, first = None, int(hits.first[at])
+            if hits.counts[at] > 0:
+                strongest = self._contexts((site, *at), hits.name, first + 1)[first]
             found.append(
                 FeatureMatch(
                     site,
@@ -243,32 +234,32 @@ class Atlas:
                     int(hits.counts[at]),
                     int(hits.of[at]),
                     float(hits.strength[at]),
-                    contexts[first] if contexts else None,
+                    strongest,
                 )
             )
         return found
 
     def prompt(self, number: int) -> tuple[str, ...]:
-        """Return the tokens of a prompt of the corpus; none where it was left out.
+        """Return the tokens of a prompt of the corpus; none if it was left out.
 
         Raises
         ------
         InvalidArgument
             There is none such.
         """
-        return self._reader.tokens(whole_number(number, "number"))
+        return self._corpus.tokens(whole_number(number, "number"))
 
     def save_page(self, path: str | PathLike[str], *, most: int = 2000, contexts: int = 8) -> Path:
-        """Write a page to browse: one file, which loads nothing.
+        """Write a page to browse: one HTML file, which loads nothing else.
 
         Parameters
         ----------
         path : path
             Ends in .html.
         most : int, default 2000
-            Neurons, and heads, that the page has: those with most relevance.
+            Number of neurons, and of heads, on the page: those with most relevance.
         contexts : int, default 8
-            Shown of each list. All are searched.
+            Number of contexts of each list that are shown; all are searched.
 
         Returns
         -------
@@ -285,66 +276,66 @@ class Atlas:
             raise invalid("path", f"must end in .html, not {path.name!r}")
         whole_number(most, "most", 1)
         whole_number(contexts, "contexts", 1)
-        from reltrace.viz import atlas_page
+        from reltrace.viz.atlas_page import atlas_page
 
-        atlas_page.write(self, path, most=most, contexts=contexts)
+        path.write_text(atlas_page(self, most=most, contexts=contexts), encoding="utf-8")
         return path
 
     def export_labels(
         self, path: str | PathLike[str], *, site: str = "neuron", most: int | None = None
     ) -> int:
-        """Write labels with their contexts, for a person or a language model to better them.
+        """Write labels with their contexts, for a person or a language model to improve.
 
-        A line of JSON each: "site", "layer", "index", "label", "by" (who gave it; "log-odds": it is
-        built in), "mass", "made_by" (name and revision of the model), and "contexts", the strongest
-        of positive relevance, each with "relevance", "activation", "text" (the token where it is
-        strong between ⟦ and ⟧), "token" and "target".
+        A line of JSON for each: "site", "layer", "index", "label", "by" (its author; "log-odds": it
+        is built in), "mass", "made_by" (name and revision of the model), and "contexts", the
+        strongest of positive relevance, each with "relevance", "activation", "text" (the token of
+        its position is between ⟦ and ⟧), "token" and "target".
 
         Parameters
         ----------
         path : path
-            The file; one that is there is replaced. Not the atlas' own, of the labels given to it.
+            The file, which is replaced; not the atlas' own file of imported labels.
         site : {"neuron", "head"}
-            Of which.
+            Which of the two.
         most : int, optional
-            Those with most relevance, 1 or more; default: all.
+            Number of labels at most, of those with most relevance, from 1 on; default: all.
 
         Returns
         -------
         int
-            How many labels.
+            Number of labels.
 
         Raises
         ------
         InvalidArgument
-            An argument is wrong; the file is as it was.
+            An argument is wrong; the file is unchanged.
         OSError
             The file can not be written.
         """
         count, features = 0, self.by_mass(site, most)
-        self._given.check_other(Path(path))
+        self._imported.check_other(Path(path))
         with Path(path).open("w", encoding="utf-8") as file:
             for feature in features:
-                record = described(feature) | {"made_by": self._given.made_by}
+                record = described(feature) | {"made_by": self._imported.made_by}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 count += 1
         return count
 
     def import_labels(self, path: str | PathLike[str]) -> int:
-        """Take labels of a file: all of them, or, where a line is wrong, none.
+        """Import the labels of a file: all of them, or, if a line is wrong, none.
 
         Parameters
         ----------
         path : path
-            Lines of JSON with "layer", "index" and "label", and, if need be, "site" (default
-            "neuron"), "by", and "made_by", which must be the atlas' own; anything else in them is
-            passed over. An empty label takes one away. What `export_labels` wrote and nobody
-            changed is passed over as well.
+            Lines of JSON with "layer", "index" and "label", and optionally "site" (default
+            "neuron"), "by", and "made_by", which must be the atlas' own; other fields are ignored.
+            An empty label removes one. Labels that `export_labels` wrote and nobody changed are
+            ignored.
 
         Returns
         -------
         int
-            How many labels were given, changed or taken away.
+            Number of labels that were added, changed or removed.
 
         Raises
         ------
@@ -353,9 +344,12 @@ class Atlas:
         OSError
             The file can not be read.
         """
-        return self._given.take(Path(path), lambda key: label_of(self._built_in(key)))
+        return self._imported.add(Path(path), self._built_in)
 
-    def _of(self, site: str) -> Merged:
+    def _built_in(self, key: Key) -> str:
+        return label_of(self._salient(key))
+
+    def _of(self, site: str) -> MergedSite:
         if site not in SITES:
             raise invalid("site", f"must be one of {', '.join(SITES)}, not {site!r}")
         return self._state.sites[site]
@@ -365,29 +359,33 @@ class Atlas:
         whole_number(layer, "layer", most=layers - 1)
         whole_number(index, site, most=features - 1)
 
-    def _stands_out(self, key: Key) -> list[StandsOut]:
+    def _salient_tokens(self, key: Key) -> list[SalientToken]:
         site, layer, index = key
         merged, which = self._of(site), LISTS.index("relevance+")
         prompts = merged.prompts[layer, which, :, index]
         positions = merged.tokens[layer, which, :, index]
-        there = prompts >= 0
-        return self._standouts.of(prompts[there].tolist(), positions[there].tolist())
-
-    def _contexts(
-        self, merged: Merged, layer: int, index: int, name: str, most: int
-    ) -> list[Context]:
-        """Return the strongest contexts of a list, `most` or as many as there are."""
-        which, sign = LISTS.index(name), -1.0 if name.endswith("-") else 1.0
-        own, prompts, positions, beside = (
-            array[layer, which, :most, index].tolist()
-            for array in (merged.values, merged.prompts, merged.tokens, merged.beside)
+        exists = prompts >= 0
+        return salient_tokens(
+            self._corpus, self._state, prompts[exists].tolist(), positions[exists].tolist()
         )
-        read, contexts = self._reader, []
-        for value, prompt, position, other in zip(own, prompts, positions, beside, strict=True):
+
+    def _contexts(self, key: Key, name: str, count: int) -> list[Context]:
+        """Return the strongest contexts of a list, `count` or as many as there are."""
+        site, layer, index = key
+        merged, which = self._of(site), LISTS.index(name)
+        sign = -1.0 if name.endswith("-") else 1.0
+        columns = (
+            array[layer, which, :count, index].tolist()
+            for array in (merged.values, merged.beside, merged.prompts, merged.tokens)
+        )
+        contexts = []
+        for value, beside, prompt, position in zip(*columns, strict=True):
             if prompt < 0:
                 break
-            pair = (sign * value, other)
-            relevance, activation = pair if name.startswith("relevance") else pair[::-1]
-            tokens, target = read.tokens_around(prompt, position), read.target(prompt, position)
+            relevance, activation = sign * value, beside
+            if not name.startswith("relevance"):
+                relevance, activation = activation, relevance
+            tokens = self._corpus.tokens_around(prompt, position)
+            target = self._corpus.target(prompt, position)
             contexts.append(Context(relevance, activation, prompt, position, tokens, target))
         return contexts

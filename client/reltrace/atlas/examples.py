@@ -1,4 +1,4 @@
-"""What an atlas is read into: features, and the places where they are strong."""
+"""Features of an atlas, and the examples of a corpus in which they are strong."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ BEFORE, AFTER = 24, 8
 """Tokens of a context before and after the one where the feature is strong."""
 
 QUANTILES = (0.01, 0.5, 0.99)
-"""Shares of all tokens that people are told the values of."""
+"""Shares of all tokens whose values are shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A place in the corpus where a neuron or head is strong.
+    """An example in the corpus in which a neuron or head is strong.
 
     Attributes
     ----------
     relevance, activation : float
-        Of it, there.
+        Of the neuron or head at the position.
     prompt : int
         Number of the prompt in the corpus.
     position : int
-        Index of the token.
+        Position of the token in the prompt.
     tokens : tuple of str
         The prompt's tokens.
     target : str
-        The token that follows, which the model is about to predict there; where the atlas explains
-        one token of each prompt, that token. "" where there is none.
+        The token that follows, which the model is about to predict there; if the atlas explains
+        one token of each prompt, that token. "" if there is none.
     """
 
     relevance: float
@@ -55,12 +55,11 @@ class Context:
     def parts(self) -> tuple[str, str, str]:
         """Return the text before the token, the token without its space, and the text after."""
         window = self.window
-        words = readable_all(self.tokens, slice(window.start, window.stop))
+        texts = readable_all(self.tokens, slice(window.start, window.stop))
         at = self.position - window.start
-        word = words[at]
-        token = word.lstrip() or word
-        before = "".join(words[:at]) + word[: len(word) - len(token)]
-        after = "".join(words[at + 1 :])
+        token = texts[at].lstrip() or texts[at]
+        before = "".join(texts[: at + 1]).removesuffix(token)
+        after = "".join(texts[at + 1 :])
         return (
             f"… {before}" if window.start else before,
             token,
@@ -84,30 +83,29 @@ class Context:
 
 
 class ContextLists(Mapping[str, list[Context]]):
-    """The contexts of a feature by the names of `LISTS`; each list is read when it is looked at.
+    """The contexts of a feature by the names of `LISTS`; each list is read at its first access.
 
     Parameters
     ----------
     read : callable
-        Takes the name of a list and how many of its contexts, the strongest first; returns them.
+        Returns the strongest contexts of a list, by its name and their number.
     sizes : mapping of str to int
         How many there are, by list.
     """
 
     def __init__(self, read: Callable[[str, int], list[Context]], sizes: Mapping[str, int]) -> None:
         self._read = read
-        self._known: dict[str, list[Context]] = {}
+        self._loaded: dict[str, list[Context]] = {}
         self.sizes = sizes
 
     def __getitem__(self, name: str) -> list[Context]:
-        found = self._known.get(name)
-        if found is None:
-            found = self._known[name] = self._read(name, self.sizes[name])
-        return found
+        if name not in self._loaded:
+            self._loaded[name] = self._read(name, self.sizes[name])
+        return self._loaded[name]
 
-    def first(self, name: str, most: int) -> list[Context]:
+    def first(self, name: str, count: int) -> list[Context]:
         """Return the strongest of a list; the others are not read."""
-        return self[name] if most >= self.sizes[name] else self._read(name, most)
+        return self[name] if count >= self.sizes[name] else self._read(name, count)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sizes)
@@ -119,23 +117,23 @@ class ContextLists(Mapping[str, list[Context]]):
         return repr(dict(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What is pickled does not need the atlas.
+        # Pickled with all contexts, without the atlas.
         return dict, (dict(self),)
 
 
 @dataclass(frozen=True, slots=True)
-class StandsOut:
-    """A token that stands out in the contexts of a neuron or head.
+class SalientToken:
+    """A token that is more frequent in the contexts of a neuron or head than in the corpus.
 
     Attributes
     ----------
     token : str
         The token.
     role : {"at", "before", "target"}
-        Where: at the place itself, among the 24 tokens before, or as the context's target.
+        Where: at the context's position, among the 24 tokens before, or as the context's target.
     count, of : int
-        In so many contexts, of so many; places in one prompt are one context for "before", and for
-        "target" where the atlas explains one token of each prompt.
+        Number of contexts that have it, and of all; several in one prompt count once for "before",
+        and for "target" if the atlas explains one token of each prompt.
     score : float
         Log-odds against the corpus, in standard deviations.
     """
@@ -158,19 +156,19 @@ class Feature:
     layer, index : int
         Which.
     label : str
-        A label that was imported, else the tokens that stand out; "" where none does.
+        The imported label, else one of the salient tokens; "" if there are none.
     labelled_by : str
-        Who gave the imported label, "" if nobody said; "log-odds": it was not imported.
-    stands_out : list of StandsOut
-        In the contexts of its positive relevance, the clearest first.
+        Author of the imported label, "" if unknown; "log-odds": it is built in.
+    salient_tokens : list of SalientToken
+        Of the contexts of positive relevance, the clearest first.
     contexts : mapping of str to list of Context
         "relevance+", "relevance-", "activation+", "activation-": the strongest first.
     count : int
-        Tokens that are counted.
+        Number of tokens that are counted.
     mean : dict of str to float
-        Of "relevance" and "activation", over these.
+        Mean "relevance" and "activation" of these.
     mass : float
-        Size of its relevance, |R|, over these.
+        Sum of |R| of these.
     """
 
     site: str
@@ -178,7 +176,7 @@ class Feature:
     index: int
     label: str
     labelled_by: str
-    stands_out: list[StandsOut]
+    salient_tokens: list[SalientToken]
     contexts: ContextLists
     count: int
     mean: dict[str, float]
@@ -191,25 +189,25 @@ class Feature:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from reltrace.viz.feature_fragment import feature_fragment
+        from reltrace.viz.notebook import feature_html
 
-        return feature_fragment(self)
+        return feature_html(self)
 
     def steer(self, times: float = 1.0) -> Steer:
-        """Return what makes generation speak of what this neuron stands for.
+        """Return the steering that makes generated text speak of what this neuron stands for.
 
-        The neuron is set to the mean activation that it has where it speaks for predictions, in its
-        contexts of positive relevance, times a factor.
+        It sets the neuron to a factor times its mean activation in the contexts of positive
+        relevance.
 
         Parameters
         ----------
         times : float, default 1
-            The factor; negative ones make it speak against.
+            The factor; negative ones steer away.
 
         Raises
         ------
         InvalidArgument
-            This is a head, or a neuron that has no such context; or `times` is no finite number.
+            This is a head, or a neuron without such contexts; or `times` is not a finite number.
         """
         times = finite(times, "times")
         if self.site != "neuron":

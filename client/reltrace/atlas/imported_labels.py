@@ -1,4 +1,4 @@
-"""Labels that a person or a language model gave: a file of lines of JSON beside the atlas."""
+"""Labels by a person or a language model: lines of JSON in the folder of the atlas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reltrace.atlas.examples import Feature
-from reltrace.atlas.search import sought
+from reltrace.atlas.search import folded
 from reltrace.storage.atomic_files import replace_file
 from reltrace.types.checks import whole_number
 from reltrace.types.errors import TraceError, invalid
@@ -19,44 +19,36 @@ from reltrace.types.token_text import JOINERS
 
 _FILE = "labels.jsonl"
 _EXPORTED_CONTEXTS = 8
-_LONGEST = 200
-_LONGEST_LINE = 1 << 22
+_MAX_CHARS = 200
+_MAX_LINE_BYTES = 1 << 22
 
-_NOT_PRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Categories of characters that would move a terminal's cursor, turn the text around them, break a
 line, or are no text."""
 
 BUILT_IN = "log-odds"
-"""Who gave a label that nobody gave."""
+"""Author of built-in labels."""
 
 Key = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class GivenLabel:
-    """A label of a neuron or head.
-
-    Attributes
-    ----------
-    text : str
-        The label.
-    by : str
-        Who gave it; "" if nobody said.
-    """
+class ImportedLabel:
+    """A label of a neuron or head, and its author; "" if unknown."""
 
     text: str
     by: str
 
 
-class GivenLabels:
+class ImportedLabels:
     """The labels that were imported into an atlas.
 
     Parameters
     ----------
-    folder : path
+    folder : Path
         Of the atlas.
     check : callable
-        Takes a site, a layer and an index; raises InvalidArgument where the atlas has none such.
+        Takes a site, a layer and an index; raises InvalidArgument if the atlas has none such.
     made_by : sequence of str
         Name and revision of the model whose neurons and heads are labelled.
 
@@ -72,63 +64,43 @@ class GivenLabels:
         self.made_by = list(made_by)
         self._path = folder / _FILE
         self._check = check
-        self._labels: dict[Key, GivenLabel] = {}
+        self._labels: dict[Key, ImportedLabel] = {}
         if self._path.exists():
             with self._path.open("rb") as lines:
                 self._labels.update(self._read(lines, str(self._path)))
 
-    def get(self, key: Key) -> GivenLabel | None:
-        """Return the label of a feature, if one was given."""
+    def get(self, key: Key) -> ImportedLabel | None:
+        """Return the label of a feature, if there is one."""
         return self._labels.get(key)
-
-    def by(self, key: Key) -> str:
-        """Return who labelled a feature; "log-odds" where nobody did."""
-        given = self._labels.get(key)
-        return BUILT_IN if given is None else given.by
 
     def matching(self, text: str) -> set[Key]:
         """Return the features whose label has a text, however it is capitalised."""
-        wanted = sought(text)
-        return {key for key, label in self._labels.items() if wanted in sought(label.text)}
+        wanted = folded(text)
+        return {key for key, label in self._labels.items() if wanted in folded(label.text)}
 
     def check_other(self, path: Path) -> None:
-        """Raise InvalidArgument if a path is that of the labels themselves."""
+        """Raise InvalidArgument if a path is that of the imported labels."""
         if path.resolve() == self._path.resolve():
             raise invalid(
-                "path", f"{path} is where the atlas keeps the labels given to it; choose another"
+                "path", f"{path} is where the atlas keeps its imported labels; choose another"
             )
 
-    def take(self, path: Path, built_in: Callable[[Key], str]) -> int:
-        """Add the labels of a file, all or none; an empty one takes a label away.
+    def add(self, path: Path, built_in: Callable[[Key], str]) -> int:
+        """Import the labels of a file, all or none. See `Atlas.import_labels`.
 
         Parameters
         ----------
-        path : path
-            Lines of JSON with "layer", "index" and "label", and, if need be, "site", "by" and
-            "made_by".
         built_in : callable
-            Returns the label of a feature that nobody labelled: what was exported and not changed
-            is not kept.
-
-        Returns
-        -------
-        int
-            How many labels were given, changed or taken away.
-
-        Raises
-        ------
-        InvalidArgument
-            A line is wrong; the message names it.
-        OSError
-            The file can not be read.
+            Returns the built-in label of a feature.
         """
         labels = dict(self._labels)
         with path.open("rb") as lines:
             for key, label in self._read(lines, str(path)):
                 if label.by == BUILT_IN:
                     if label.text == built_in(key):
+                        # Exported, and not changed.
                         continue
-                    label = GivenLabel(label.text, "")
+                    label = ImportedLabel(label.text, "")
                 if label.text:
                     labels[key] = label
                 else:
@@ -138,10 +110,10 @@ class GivenLabels:
         self._labels = labels
         return changed
 
-    def _read(self, lines: Iterable[bytes], source: str) -> Iterator[tuple[Key, GivenLabel]]:
+    def _read(self, lines: Iterable[bytes], source: str) -> Iterator[tuple[Key, ImportedLabel]]:
         for number, line in enumerate(lines, 1):
             if number == 1:
-                # What editors on Windows put there.
+                # Editors on Windows write one.
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
@@ -150,9 +122,9 @@ class GivenLabels:
             except TraceError as error:
                 raise invalid(f"{source}, line {number}", str(error)) from None
 
-    def _parsed(self, line: bytes) -> tuple[Key, GivenLabel]:
-        if len(line) > _LONGEST_LINE:
-            raise invalid("line", f"has {len(line)} bytes; allowed: {_LONGEST_LINE}")
+    def _parsed(self, line: bytes) -> tuple[Key, ImportedLabel]:
+        if len(line) > _MAX_LINE_BYTES:
+            raise invalid("line", f"has {len(line)} bytes; allowed: {_MAX_LINE_BYTES}")
         try:
             found: Any = json.loads(line.decode())
         except UnicodeDecodeError as error:
@@ -174,11 +146,11 @@ class GivenLabels:
                 f"is {made_by}, and the atlas is of {self.made_by}: the neurons and heads of "
                 "another model or revision are others",
             )
-        return (site, layer, index), GivenLabel(
+        return (site, layer, index), ImportedLabel(
             _text(found, "label").strip(), _text(found, "by", "")
         )
 
-    def _write(self, labels: dict[Key, GivenLabel]) -> None:
+    def _write(self, labels: dict[Key, ImportedLabel]) -> None:
         with replace_file(self._path) as file:
             for (site, layer, index), label in sorted(labels.items()):
                 record = {
@@ -194,16 +166,16 @@ class GivenLabels:
 
 def _text(record: dict[str, Any], name: str, default: str | None = None) -> str:
     value = record.get(name, default)
-    if not isinstance(value, str) or len(value) > _LONGEST or "\n" in value:
-        raise invalid(name, f"must be a line of at most {_LONGEST} characters")
-    for place, char in enumerate(value):
-        if unicodedata.category(char) in _NOT_PRINTED and char not in JOINERS:
-            raise invalid(name, f"character {place} is {char!r}: control characters are not text")
+    if not isinstance(value, str) or len(value) > _MAX_CHARS or "\n" in value:
+        raise invalid(name, f"must be a line of at most {_MAX_CHARS} characters")
+    for index, char in enumerate(value):
+        if unicodedata.category(char) in _UNPRINTABLE and char not in JOINERS:
+            raise invalid(name, f"character {index} is {char!r}: control characters are not text")
     return value
 
 
 def described(feature: Feature) -> dict[str, Any]:
-    """Return a feature and its label as others read it. See `Atlas.export_labels`."""
+    """Return a feature and its label for `Atlas.export_labels`."""
     return {
         "site": feature.site,
         "layer": feature.layer,

@@ -1,4 +1,4 @@
-"""Labels of neurons and heads that nobody labelled: the tokens that stand out in their contexts."""
+"""Built-in labels of neurons and heads: the tokens that are salient in their contexts."""
 
 from __future__ import annotations
 
@@ -7,107 +7,122 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from reltrace.atlas.examples import BEFORE, StandsOut
-from reltrace.atlas.folder import State
-from reltrace.atlas.reader import Reader
-from reltrace.atlas.token_counts import log_odds
+from reltrace.atlas.corpus import Corpus
+from reltrace.atlas.examples import BEFORE, SalientToken
+from reltrace.atlas.state import State
 from reltrace.types.arrays import Array
 from reltrace.types.token_text import visible_token
 
-_WORDS = 3
-"""Of a label."""
+_LABEL_TOKENS = 3
 
-_LEAST_SCORE = 3.0
-_LEAST_COUNT, _LEAST_SHARE = 2, 0.25
-"""A token stands out that is in so many contexts, and in such a share of them."""
+_MIN_SCORE = 3.0
+_MIN_COUNT, _MIN_SHARE = 2, 0.25
+"""A salient token is in so many contexts, and in such a share of them."""
 
-_MARKS_WEIGH = 0.5
-"""What the score of punctuation and white space counts, beside that of a word."""
+_PUNCTUATION_WEIGHT = 0.5
+"""Of the score of punctuation and white space, against that of a word."""
+
+_PRIOR = 10.0
+"""Tokens of the prior in `log_odds`, against chance for tokens that were seen once."""
 
 _ROLES = {"at": "", "before": "… ", "target": "→ "}
 
 
-class Standouts:
-    """Finds what stands out in contexts.
+def salient_tokens(
+    corpus: Corpus, state: State, prompts: Sequence[int], positions: Sequence[int]
+) -> list[SalientToken]:
+    """Return the tokens that are salient at, before, or as the target of examples.
+
+    The clearest first.
+    """
+    counts = state.counts
+    at: Counter[int] = Counter()
+    before: dict[int, set[int]] = {}
+    for prompt, position in zip(prompts, positions, strict=True):
+        *preceding, token = corpus.ids_up_to(prompt, position, BEFORE)
+        at[token] += 1
+        before.setdefault(prompt, set()).update(preceding)
+    # Examples in one prompt share what is before them, and, unless that is each one's next token,
+    # the target: these count once.
+    around = Counter(token for tokens in before.values() for token in tokens)
+    explained = (
+        zip(prompts, positions, strict=True)
+        if state.next_tokens
+        else ((prompt, 0) for prompt in before)
+    )
+    targets = Counter(corpus.target_id(prompt, position) for prompt, position in explained)
+    targets.pop(-1, None)
+    of_targets = int(counts.targets.sum())
+    found = [
+        *_salient(state, "at", at, len(prompts), counts.positions, state.counted),
+        *_salient(state, "target", targets, targets.total(), counts.targets, of_targets),
+        *_salient(state, "before", around, len(before), counts.prompts, state.prompts),
+    ]
+    return sorted(found, key=lambda one: -one.score)
+
+
+def _salient(
+    state: State, role: str, inside: Counter[int], of: int, everywhere: Array, of_all: int
+) -> Iterable[SalientToken]:
+    least = max(_MIN_COUNT, _MIN_SHARE * of)
+    ids = sorted(token for token, count in inside.items() if count >= least)
+    counts = np.array([inside[token] for token in ids], np.int64)
+    scores = log_odds(counts, of, everywhere[ids], of_all) if ids else ()
+    for token, count, score in zip(ids, counts, scores, strict=True):
+        if score >= _MIN_SCORE:
+            yield SalientToken(state.vocabulary[token], role, int(count), of, float(score))
+
+
+def log_odds(inside: Array, of: int, everywhere: Array, of_all: int) -> Array:
+    """Return the log-odds of tokens in a part of a corpus against the corpus.
+
+    With the corpus' own frequencies as the prior, divided by their standard deviation: equations
+    16, 19 and 22 of Monroe, Colaresi and Quinn, "Fightin' Words" (2008). (Not the shorter equation
+    20: it takes every token to be rare, and here one may be in all of the part.)
 
     Parameters
     ----------
-    reader : Reader
-        Of the corpus.
-    state : State
-        What is merged.
+    inside, everywhere : ndarray
+        int [N]: counts of the tokens in the part, and, positive, in the corpus with the part.
+    of, of_all : int
+        Counts of all tokens in the part, and in the corpus.
+
+    Returns
+    -------
+    ndarray
+        float64 [N], in standard deviations.
     """
-
-    def __init__(self, reader: Reader, state: State) -> None:
-        self._reader = reader
-        self._state = state
-
-    def of(self, prompts: Sequence[int], positions: Sequence[int]) -> list[StandsOut]:
-        """Return the tokens that stand out at places, before them and as what is explained.
-
-        Parameters
-        ----------
-        prompts, positions : sequence of int
-            The places.
-        """
-        read, words = self._reader, self._state.words
-        at: Counter[int] = Counter()
-        before: dict[int, set[int]] = {}
-        for prompt, position in zip(prompts, positions, strict=True):
-            *around_it, token = read.ids_up_to(prompt, position, BEFORE)
-            at[token] += 1
-            before.setdefault(prompt, set()).update(around_it)
-        # Of places in one prompt, what is around them is not seen again; nor is what is explained,
-        # unless it is the token that follows the place.
-        around = Counter(token for tokens in before.values() for token in tokens)
-        explained = (
-            zip(prompts, positions, strict=True)
-            if self._state.next_tokens
-            else ((prompt, 0) for prompt in before)
-        )
-        targets = Counter(read.target_id(prompt, position) for prompt, position in explained)
-        targets.pop(-1, None)
-        found = [
-            *self._among("at", at, len(prompts), words.places, self._state.places),
-            *self._among(
-                "target", targets, targets.total(), words.targets, int(words.targets.sum())
-            ),
-            *self._among("before", around, len(before), words.prompts, self._state.prompts),
-        ]
-        return sorted(found, key=lambda one: -one.score)
-
-    def _among(
-        self, role: str, inside: Counter[int], of: int, everywhere: Array, of_all: int
-    ) -> Iterable[StandsOut]:
-        least = max(_LEAST_COUNT, _LEAST_SHARE * of)
-        ids = sorted(token for token, count in inside.items() if count >= least)
-        counts = np.array([inside[token] for token in ids], np.int64)
-        scores = log_odds(counts, of, everywhere[ids], of_all) if ids else ()
-        for token, count, score in zip(ids, counts, scores, strict=True):
-            if score >= _LEAST_SCORE:
-                text = self._state.vocabulary[token]
-                yield StandsOut(text, role, int(count), of, float(score))
+    prior = _PRIOR * everywhere / of_all
+    (here, not_here), (there, not_there) = (
+        # At least 1e-9: 0, or its rounding error, for a token that is everywhere.
+        (seen + prior, np.maximum(total + _PRIOR - seen - prior, 1e-9))
+        for seen, total in ((inside, of), (everywhere, of_all))
+    )
+    difference = np.log(here / not_here) - np.log(there / not_there)
+    result: Array = difference / np.sqrt(1 / here + 1 / not_here + 1 / there + 1 / not_there)
+    return result
 
 
-def chosen(found: Sequence[StandsOut]) -> list[StandsOut]:
-    """Return what a label is made of: up to three tokens, the clearest first.
+def label_tokens(found: Sequence[SalientToken]) -> list[SalientToken]:
+    """Return the tokens of a label, up to three, the clearest first.
 
     Each word once, however it is capitalised, in the role in which it is clearest. The score of a
-    token without a letter or digit (white space, punctuation) counts half: a neuron of full stops
-    is called so where no word stands out at least half as clearly.
+    token without a letter or digit (white space, punctuation) counts half: so a neuron of full
+    stops is labelled "." unless a word is at least half as clear.
 
     Parameters
     ----------
-    found : sequence of StandsOut
-        What stands out, the clearest first.
+    found : sequence of SalientToken
+        The clearest first.
     """
-    words: dict[str, StandsOut] = {}
+    words: dict[str, SalientToken] = {}
     for one in found:
         words.setdefault(visible_token(one.token).strip().casefold(), one)
     ordered = sorted(
-        words.values(), key=lambda one: -one.score * (1.0 if is_word(one.token) else _MARKS_WEIGH)
+        words.values(),
+        key=lambda one: -one.score * (1.0 if is_word(one.token) else _PUNCTUATION_WEIGHT),
     )
-    return ordered[:_WORDS]
+    return ordered[:_LABEL_TOKENS]
 
 
 def is_word(token: str) -> bool:
@@ -115,6 +130,8 @@ def is_word(token: str) -> bool:
     return any(char.isalnum() for char in token)
 
 
-def label_of(found: Sequence[StandsOut]) -> str:
-    """Return a label of what stands out: ``dogs``, ``… before``, ``→ explained``."""
-    return " · ".join(_ROLES[one.role] + visible_token(one.token).strip() for one in chosen(found))
+def label_of(found: Sequence[SalientToken]) -> str:
+    """Return the label of salient tokens: ``dogs``, ``… before``, ``→ explained``."""
+    return " · ".join(
+        _ROLES[one.role] + visible_token(one.token).strip() for one in label_tokens(found)
+    )

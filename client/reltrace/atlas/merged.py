@@ -1,4 +1,4 @@
-"""Slices put together: exact, in whatever order they come."""
+"""The merged results of slices for one site: exact, in whatever order the slices come."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _LOW = (1 << 32) - 1
 _TOKEN_BITS = 16
 POINT = 40
 OCTAVES = range(-24, 8)
-"""Of |x|: a bin each, the negative ones before, the largest first; between them what is smaller."""
+"""Bins of |x|: those of negative x first, from the largest |x| on, then one for smaller |x|, then
+those of positive x."""
 
 
 @dataclass(eq=False)
-class Merged:
+class MergedSite:
     """What is known of the features of one site.
 
     Attributes
     ----------
     values : ndarray
-        float32 [L, 4, k, F]: sizes, the strongest first; 0: there is none.
+        float32 [L, 4, k, F]: absolute values of the strongest examples by `LISTS`; 0: none.
     beside : ndarray
-        float32 of the same shape: the activation at places of relevance, the relevance at those of
-        activation.
+        float32 of the same shape: the activation in lists of relevance, and the reverse.
     prompts, tokens : ndarray
-        int64 and int32 of the same shape: number of the prompt in the corpus, and index of the
-        token; -1.
+        int64 and int32 of the same shape: number of the prompt in the corpus, and position of the
+        token; -1: none.
     high, low : ndarray
         int64 [L, 3, F]: sums in units of 2**-40 are ``high * 2**32 + low``.
     histogram : ndarray
@@ -46,8 +46,8 @@ class Merged:
     histogram: Array
 
     @classmethod
-    def empty(cls, strongest: tuple[int, ...], bins: int) -> Merged:
-        """Return what is known of no prompt, for keys of this shape."""
+    def empty(cls, strongest: tuple[int, ...], bins: int) -> MergedSite:
+        """Return the merged results of no slice."""
         layers, _, _, features = strongest
         return cls(
             values=np.zeros(strongest, np.float32),
@@ -60,17 +60,9 @@ class Merged:
         )
 
     def add(self, slice_: Mapping[str, Array], first: int) -> None:
-        """Add a slice.
-
-        Parameters
-        ----------
-        slice_ : mapping of str to ndarray
-            What `AtlasPart` has of the site.
-        first : int
-            Number in the corpus of the slice's first prompt.
-        """
+        """Add the arrays of `AtlasShard` for a slice whose first prompt has the number `first`."""
         for layer in range(len(self.values)):
-            # One at a time: of a large model, what is put together here is gigabytes.
+            # One at a time: of a large model the temporary arrays are gigabytes.
             self._keep(layer, slice_["strongest"][layer], slice_["beside"][layer], first)
         low = self.low + slice_["low"]
         self.high += slice_["high"] + (low >> 32)
@@ -78,21 +70,21 @@ class Merged:
         self.histogram += slice_["histogram"]
 
     def _keep(self, layer: int, keys: Array, beside: Array, first: int) -> None:
-        there = keys > 0
-        place = _LOW - (keys & _LOW)
+        exists = keys > 0
+        example = _LOW - (keys & _LOW)
         new = (
-            np.where(there, keys >> 32, 0).astype(np.int32).view(np.float32),
-            np.where(there, first + (place >> _TOKEN_BITS), -1),
-            np.where(there, place & ((1 << _TOKEN_BITS) - 1), -1).astype(np.int32),
+            np.where(exists, keys >> 32, 0).astype(np.int32).view(np.float32),
+            np.where(exists, first + (example >> _TOKEN_BITS), -1),
+            np.where(exists, example & ((1 << _TOKEN_BITS) - 1), -1).astype(np.int32),
             beside,
         )
         kept = (self.values, self.prompts, self.tokens, self.beside)
         columns = [np.concatenate((k[layer], n), axis=1) for k, n in zip(kept, new, strict=True)]
-        # The strongest first; of equal ones the earliest place, whoever came first.
+        # The strongest first; of equal ones the earliest in the corpus.
         order = np.lexsort((columns[2], columns[1], -columns[0]), axis=1)
         order = order[:, : self.values.shape[2]]
-        for mine, column in zip(kept, columns, strict=True):
-            mine[layer] = np.take_along_axis(column, order, axis=1)
+        for array, column in zip(kept, columns, strict=True):
+            array[layer] = np.take_along_axis(column, order, axis=1)
 
     def sums(self) -> Array:
         """Return the sums, float64 [L, 3, F], in the order of `SUMS`."""
@@ -102,25 +94,15 @@ class Merged:
 
 
 def quantile(histogram: Array, share: float) -> float:
-    """Return the value below which a share of what was counted lies, within its octave.
+    """Return the value below which a share of a histogram lies, interpolated in its bin.
 
-    Parameters
-    ----------
-    histogram : ndarray
-        int64 [bins].
-    share : float
-        0 to 1.
-
-    Returns
-    -------
-    float
-        Between the bounds of its bin, in proportion; 0 where it is smaller than 2**-24.
+    int64 [bins]; 0 for the bin of values smaller than 2**-24, nan for an empty histogram.
     """
     total = int(histogram.sum())
     if not total:
         return float("nan")
     through = np.cumsum(histogram)
-    # Of the first bin that has any, for a share of 0.
+    # A share of 0 is the first bin that is not empty.
     bin_ = int(np.searchsorted(through, max(share * total, 1e-9), side="left"))
     bin_ = min(bin_, len(histogram) - 1)
     zero = len(OCTAVES)

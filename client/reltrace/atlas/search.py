@@ -1,4 +1,4 @@
-"""Finds neurons and heads by what stands in their contexts."""
+"""Finds neurons and heads by a text in their contexts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from itertools import accumulate
 
 import numpy as np
 
+from reltrace.atlas.corpus import Corpus
 from reltrace.atlas.examples import BEFORE, Context
-from reltrace.atlas.folder import State
-from reltrace.atlas.reader import Reader
+from reltrace.atlas.state import State
 from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import LISTS
 from reltrace.types.token_text import is_partial_character, join_partial_characters, printable
@@ -30,15 +30,15 @@ class FeatureMatch:
     layer, index : int
         Which.
     label : str
-        Its label; "" where it has none.
+        Its label; "" if it has none.
     contexts : str
-        Which of its lists: "relevance+", ...
+        The list of contexts: "relevance+", ...
     count, of : int
-        In so many contexts of the list, of so many.
+        Number of contexts in the list that have the text, and of all.
     strength : float
-        Their values together.
+        Sum of their values.
     strongest : Context or None
-        The strongest of them; None where the text is in the label alone.
+        The strongest of them; None if only the label has the text.
     """
 
     site: str
@@ -54,16 +54,16 @@ class FeatureMatch:
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """The contexts of one list of all features of a site that have a text.
+    """The contexts that have a text, of one list, for all features of a site.
 
     Attributes
     ----------
     name : str
         Of the list.
     counts, of : ndarray
-        int64 [L, F]: how many, and how many there are.
+        int64 [L, F]: number of contexts that have it, and of all.
     strength : ndarray
-        float64 [L, F]: their values together.
+        float64 [L, F]: sum of their values.
     first : ndarray
         int64 [L, F]: index in the list of the strongest.
     """
@@ -78,16 +78,9 @@ class Hits:
 def ranked(
     lists: Sequence[Hits], labelled: Iterable[tuple[int, int]], k: int
 ) -> Iterator[tuple[int, int, Hits]]:
-    """Yield the features that have a text: layer, index, and the list that has it more often.
+    """Yield up to k features that have a text: layer, index, and the list that has it more often.
 
-    Parameters
-    ----------
-    lists : sequence of Hits
-        What was found.
-    labelled : iterable of tuple
-        Layer and index of features whose label has it: they are first.
-    k : int
-        At most so many.
+    The `labelled` ones, whose label has it, come first.
     """
     counts = np.stack([hits.counts for hits in lists])
     strength = np.stack([hits.strength for hits in lists])
@@ -104,29 +97,23 @@ def ranked(
 
 
 class Search:
-    """Where a text is in the prompts of a corpus that features name.
+    """Where a text occurs in the prompts of the features' contexts.
 
-    Parameters
-    ----------
-    reader : Reader
-        Of the corpus.
-    state : State
-        What is merged.
-    text : str
-        However it is capitalised; it may run over several tokens and have white space of any kind.
+    However it is capitalised; it may run over several tokens and have white space of any kind.
     """
 
-    def __init__(self, reader: Reader, state: State, text: str) -> None:
+    def __init__(self, corpus: Corpus, state: State, text: str) -> None:
         self._state = state
         named = np.unique(np.concatenate([m.prompts.ravel() for m in state.sites.values()]))
-        wanted, words = sought(text), reader.folded
+        wanted, words = folded(text), corpus.folded
         explained = {token for token, word in words.items() if wanted in word}
-        # Of a prompt with such tokens the characters that several share are put together first.
+        # In prompts with such tokens, characters that several tokens share are joined first.
         parts = {token for token, text in state.vocabulary.items() if is_partial_character(text)}
-        places: list[int] = []
-        # Places, or, where what is explained is the same at all of them, prompts.
-        hits: list[int] = []
-        for prompt, ids, target in reader.prompts(named[named >= 0]):
+        # Of tokens: prompt and position in one number.
+        starts: list[int] = []
+        # Of tokens whose next token has the text, or of prompts whose explained token has it.
+        targets: list[int] = []
+        for prompt, ids, target in corpus.prompts(named[named >= 0]):
             first = prompt << _TOKEN_BITS
             if parts.isdisjoint(ids):
                 shown = [words[token] for token in ids]
@@ -135,56 +122,49 @@ class Search:
                     one.text.casefold() if one.number == 1 else ""
                     for one in join_partial_characters([state.vocabulary[token] for token in ids])
                 ]
-            places += [first + at for at in starts_of(wanted, shown)]
+            starts += [first + at for at in starts_of(wanted, shown)]
             if state.next_tokens:
-                hits += [first + at for at, token in enumerate(ids[1:]) if token in explained]
+                targets += [first + at for at, token in enumerate(ids[1:]) if token in explained]
             elif target in explained:
-                hits.append(first)
-        self._places, self._explained = np.array(places, np.int64), np.array(hits, np.int64)
+                targets.append(first)
+        self._starts, self._targets = np.array(starts, np.int64), np.array(targets, np.int64)
 
     def hits(self, site: str, which: str) -> Hits:
-        """Return the contexts of a list that have the text: it begins before the place or at it.
+        """Return the contexts of a list that have the text.
 
-        Or it is what is explained. Pages of atlases count as this does.
+        It begins before the context's position or at it, or it is in the target. The script of an
+        atlas page counts in the same way.
         """
         merged, number = self._state.sites[site], LISTS.index(which)
         values = merged.values[:, number].astype(np.float64)
         prompts, tokens = merged.prompts[:, number], merged.tokens[:, number].astype(np.int64)
-        there = prompts >= 0
+        exists = prompts >= 0
         first = prompts << _TOKEN_BITS
-        found = there & (
+        found = exists & (
             self._any(first + np.maximum(tokens - BEFORE, 0), first + tokens)
-            | np.isin(first + tokens if self._state.next_tokens else first, self._explained)
+            | np.isin(first + tokens if self._state.next_tokens else first, self._targets)
         )
         strength = np.where(found, values, 0).sum(1)
-        return Hits(which, found.sum(1), there.sum(1), strength, found.argmax(1))
+        return Hits(which, found.sum(1), exists.sum(1), strength, found.argmax(1))
 
     def _any(self, low: Array, high: Array) -> Array:
-        """Tell of each pair of places whether the text is between them, both included."""
-        result: Array = np.searchsorted(self._places, high, "right") > np.searchsorted(
-            self._places, low, "left"
+        """Tell of each pair of tokens whether the text begins between them, both included."""
+        result: Array = np.searchsorted(self._starts, high, "right") > np.searchsorted(
+            self._starts, low, "left"
         )
         return result
 
 
-def sought(text: str) -> str:
-    """Return what is searched for in the form that `Reader.folded` has of tokens."""
+def folded(text: str) -> str:
+    """Return a text in the form of `Corpus.folded`."""
     return printable(text).casefold()
 
 
 def starts_of(wanted: str, words: Sequence[str]) -> list[int]:
-    """Return the indices of the tokens in which a text begins.
-
-    Parameters
-    ----------
-    wanted : str
-        As `sought` returns it.
-    words : sequence of str
-        All tokens of a prompt, as `Reader.folded` has them.
-    """
+    """Return the indices of the tokens in which a text begins; all texts are `folded`."""
     text = "".join(words)
     if " " not in text:
-        # As `readable_all` shows them.
+        # As `readable_all` does.
         words = [f"{word} " for word in words]
         text = "".join(words)
     at = text.find(wanted)

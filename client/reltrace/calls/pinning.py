@@ -12,8 +12,9 @@ from reltrace_proto.v1 import trace_pb2
 
 from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
+from reltrace.transport.status import RpcStatus
 from reltrace.types import server_info as info
-from reltrace.types.errors import ModelNotFound, RpcStatus, invalid
+from reltrace.types.errors import ModelNotFound, invalid
 
 log = logging.getLogger("reltrace")
 

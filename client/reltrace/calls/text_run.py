@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from reltrace_proto.v1 import types_pb2
+
 from reltrace.transport.connection import Connection
-from reltrace.transport.cursor import Draft
 from reltrace.transport.results import stream_results
 from reltrace.transport.retry import Deadline
 from reltrace.transport.submit import Rejected, submit
@@ -38,7 +39,7 @@ class DraftMerger:
         self._received = _Text()
         self._returned = _Text()
 
-    def draft(self, draft: Draft) -> TextPiece | None:
+    def draft(self, draft: types_pb2.Draft) -> TextPiece | None:
         """Take a draft; return what it adds to the pieces."""
         if draft.attempt < self._attempt:
             return None
@@ -134,7 +135,7 @@ class TextRun:
                 answer,
                 self._jobs,
                 self._deadline,
-                on_draft=lambda draft: self._add(mergers[draft.index].draft(draft)),
+                on_draft=lambda index, draft: self._add(mergers[index].draft(draft)),
             )
             async with aclosing(stream):
                 async for result in stream:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from reltrace_proto.v1 import admin_pb2, trace_pb2
 
 from reltrace.transport.connection import Connection
-from reltrace.transport.retry import Deadline
 from reltrace.types import server_info
 from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
 from reltrace.types.checks import check_strings, whole_number
 from reltrace.types.errors import invalid
 from reltrace.types.job_ids import check_job_ids, portions, split_ids
-
-# Seconds.
-TIMEOUT = 60.0
 
 
 class AsyncAdmin:
@@ -32,12 +28,11 @@ class AsyncAdmin:
         Parameters
         ----------
         limit : int, default 100
-            At most so many.
+            Most jobs to return.
         """
         answer = await self._connection.call(
             lambda server: server.admin.ListQuarantinedJobs,
             admin_pb2.ListQuarantinedJobsRequest(limit=whole_number(limit, "limit", 1, 2**32 - 1)),
-            Deadline(TIMEOUT),
         )
         return [quarantined_job(job) for job in answer.jobs]
 
@@ -58,21 +53,18 @@ class AsyncAdmin:
         answer = await self._connection.call(
             lambda server: server.admin.RequeueQuarantinedJobs,
             admin_pb2.RequeueQuarantinedJobsRequest(job_ids=job_ids),
-            Deadline(TIMEOUT),
         )
         return [Requeued(job.quarantined_job_id, job.job_id) for job in answer.jobs]
 
     async def workers(self) -> list[server_info.Worker]:
         """Return the workers that are connected."""
         answer = await self._connection.call(
-            lambda server: server.admin.ListWorkers,
-            admin_pb2.ListWorkersRequest(),
-            Deadline(TIMEOUT),
+            lambda server: server.admin.ListWorkers, admin_pb2.ListWorkersRequest()
         )
         return [server_info.worker(wire) for wire in answer.workers]
 
     async def drain(self, *worker_ids: str) -> None:
-        """Have workers leave: they hand back what they have not begun, end what they have, and end.
+        """Drain workers: they return jobs that have not begun, finish the others, and end.
 
         Returns at once. A supervisor may start such a worker again, as a new one.
 
@@ -84,21 +76,18 @@ class AsyncAdmin:
         Raises
         ------
         NotFound
-            If one of them is not connected; then none is told.
+            If one of them is not connected; then none is drained.
         """
         check_strings(worker_ids, "worker_ids")
         await self._connection.call(
             lambda server: server.admin.DrainWorkers,
             admin_pb2.DrainWorkersRequest(worker_ids=worker_ids),
-            Deadline(TIMEOUT),
         )
 
     async def tenants(self) -> list[Tenant]:
         """Return every tenant that has been seen or set."""
         answer = await self._connection.call(
-            lambda server: server.admin.ListTenants,
-            admin_pb2.ListTenantsRequest(),
-            Deadline(TIMEOUT),
+            lambda server: server.admin.ListTenants, admin_pb2.ListTenantsRequest()
         )
         return [tenant(wire) for wire in answer.tenants]
 
@@ -141,9 +130,7 @@ class AsyncAdmin:
             raise invalid(
                 "tenant", f"its name, share or bounds are no such values: {error}"
             ) from None
-        answer = await self._connection.call(
-            lambda server: server.admin.SetTenant, request, Deadline(TIMEOUT)
-        )
+        answer = await self._connection.call(lambda server: server.admin.SetTenant, request)
         return tenant(answer.tenant)
 
 
@@ -166,9 +153,7 @@ class AsyncQueries:
             If the server can not be reached for `retry_timeout` seconds.
         """
         answer = await self._connection.call(
-            lambda server: server.traces.ListModels,
-            trace_pb2.ListModelsRequest(),
-            Deadline(TIMEOUT),
+            lambda server: server.traces.ListModels, trace_pb2.ListModelsRequest()
         )
         return server_info.models(answer)
 
@@ -181,7 +166,7 @@ class AsyncQueries:
             If the server can not be reached for `retry_timeout` seconds.
         """
         answer = await self._connection.call(
-            lambda server: server.admin.GetStatus, admin_pb2.GetStatusRequest(), Deadline(TIMEOUT)
+            lambda server: server.admin.GetStatus, admin_pb2.GetStatusRequest()
         )
         return server_info.status(answer)
 
@@ -204,9 +189,7 @@ class AsyncQueries:
         found: list[server_info.JobStatus] = []
         for some in portions(job_ids):
             answer = await self._connection.call(
-                lambda server: server.traces.GetJobs,
-                trace_pb2.GetJobsRequest(job_ids=some),
-                Deadline(TIMEOUT),
+                lambda server: server.traces.GetJobs, trace_pb2.GetJobsRequest(job_ids=some)
             )
             found += server_info.jobs(answer)
         return found
@@ -214,7 +197,7 @@ class AsyncQueries:
     async def cancel(self, *ids: str) -> int:
         """Cancel jobs: one that waits never runs, one that runs is dropped before its next pass.
 
-        Whoever reads their results gets `Cancelled`. Jobs that have ended stay as they are.
+        Calls that wait for their results raise `Cancelled`. Jobs that have ended stay as they are.
 
         Parameters
         ----------
@@ -240,8 +223,6 @@ class AsyncQueries:
         requests += [trace_pb2.CancelJobsRequest(job_ids=some) for some in portions(jobs)]
         cancelled = 0
         for request in requests:
-            answer = await self._connection.call(
-                lambda server: server.traces.CancelJobs, request, Deadline(TIMEOUT)
-            )
+            answer = await self._connection.call(lambda server: server.traces.CancelJobs, request)
             cancelled += answer.cancelled
         return cancelled

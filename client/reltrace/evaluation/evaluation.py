@@ -97,9 +97,9 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from reltrace.viz.evaluation_fragment import evaluation_fragment
+        from reltrace.viz.notebook import evaluation_html
 
-        return evaluation_fragment(self)
+        return evaluation_html(self)
 
     @property
     def title(self) -> str:
@@ -154,11 +154,12 @@ class Evaluation:
         MissingDependency
             If matplotlib is not installed.
         """
-        from reltrace.viz.curves import check_path, write
+        from reltrace.viz.curves import write_curves
+        from reltrace.viz.files import check_path
 
-        path = check_path(path)
+        path = check_path(path, pages=False)
         self._check_prompts()
-        write(self, path)
+        write_curves(self, path)
 
     def best(self) -> tuple[str, ...]:
         """Return the rule with the largest area, and those that can not be told from it.

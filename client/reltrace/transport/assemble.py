@@ -13,15 +13,16 @@ from reltrace_proto.v1 import types_pb2
 
 from reltrace.storage.stored_arrays import StoredArrays
 from reltrace.transport import decode
+from reltrace.transport.status import from_job_end
 from reltrace.types.arrays import NUMPY_TYPES, SITES_WITHOUT_LAYERS, Array, scalar_name, widened
-from reltrace.types.atlas_shard import AtlasPart
-from reltrace.types.errors import ProtocolError, TraceError, from_job_end
+from reltrace.types.atlas_shard import AtlasShard
+from reltrace.types.errors import ProtocolError, TraceError
 from reltrace.types.generation import Generation
 from reltrace.types.request import Job
 from reltrace.types.tokens import Tokens
 from reltrace.types.trace import Trace
 
-Outcome: TypeAlias = list[Trace] | Generation | Tokens | AtlasPart | TraceError
+Outcome: TypeAlias = list[Trace] | Generation | Tokens | AtlasShard | TraceError
 """What a job gives: one trace per target, or what else was asked for, or why there is nothing."""
 
 # The largest trace to be expected, all neurons of a 70B model over 2000 tokens, has half of it.
@@ -148,7 +149,7 @@ class Assembler:
             job_id=job_id,
         )
 
-    def _atlas(self) -> AtlasPart:
+    def _atlas(self) -> AtlasShard:
         header = self._header
         if header is None:
             raise ProtocolError("an atlas came without a header")
@@ -166,7 +167,7 @@ class Assembler:
             arrays = received
         else:
             arrays = StoredArrays(decode.stored_location(self._manifest, self._manifest.tensors))
-        return AtlasPart(
+        return AtlasShard(
             arrays=arrays,
             vocabulary=dict(zip(header.token_ids, header.tokens, strict=True)),
             special=frozenset(header.token_ids[position] for position in header.special_positions),

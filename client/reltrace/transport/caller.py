@@ -14,10 +14,12 @@ from reltrace_proto.net import Credentials, Metadata
 from reltrace.transport.retry import TRANSIENT, Deadline, OutageLog, Retries, is_number
 from reltrace.transport.servers import Server, Servers
 from reltrace.transport.settings import as_invalid_argument, server_addresses
-from reltrace.types.errors import RpcStatus, TraceError, invalid
+from reltrace.transport.status import RpcStatus
+from reltrace.types.errors import TraceError, invalid
 
 # Seconds after which a call that is neither answered nor refused is made again.
 _CALL_TIMEOUT = 30.0
+_DEFAULT_TIMEOUT = 60.0
 
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
@@ -97,16 +99,18 @@ class Caller:
         self,
         method: Callable[[Server], Method[Request, Response]],
         request: Request,
-        deadline: Deadline,
+        deadline: Deadline | None = None,
     ) -> Response:
-        """Call until there is an answer, and return it. All unary calls may be repeated.
+        """Call until there is an answer, by default for a minute. All unary calls may be repeated.
 
         Raises
         ------
         TraceError
             A subclass that tells why there is no answer.
         """
-        answer = await self.try_call(method, request, deadline, lambda status: False)
+        answer = await self.try_call(
+            method, request, deadline or Deadline(_DEFAULT_TIMEOUT), lambda status: False
+        )
         assert not isinstance(answer, RpcStatus)
         return answer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from reltrace_proto.v1 import trace_pb2, types_pb2
+from reltrace_proto.v1 import trace_pb2
 
 from reltrace.transport.assemble import Assembler, Outcome
 from reltrace.types.errors import ProtocolError
@@ -19,32 +19,6 @@ class JobResult:
     index: int
     outcome: Outcome
     bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """What a job has generated since its last draft. A draft may be missing.
-
-    Attributes
-    ----------
-    index : int
-        Of the job in the submission.
-    attempt : int
-        Which attempt at the job; another attempt generates from the beginning.
-    first : int
-        Index of the first of these tokens in the text.
-    token_ids, tokens : tuple of int, tuple of str
-        The tokens.
-    text : str
-        What they add to the decoded text.
-    """
-
-    index: int
-    attempt: int
-    first: int
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    text: str
 
 
 class ResultCursor:
@@ -80,13 +54,9 @@ class ResultCursor:
         """Ids of the jobs that have not ended."""
         return list(self._positions)
 
-    def draft(self, wire: types_pb2.Draft) -> Draft | None:
-        """Return a draft, or None if its job has ended."""
-        index = self._positions.get(wire.job_id)
-        if index is None:
-            return None
-        ids, tokens = tuple(wire.token_ids), tuple(wire.tokens)
-        return Draft(index, wire.attempt, wire.first, ids, tokens, wire.text)
+    def index_of(self, job_id: str) -> int | None:
+        """Return the index of a job in the submission, or None if it has ended."""
+        return self._positions.get(job_id)
 
     def take(self, event: trace_pb2.ResultEvent) -> JobResult | None:
         """Take the next chunk; return the result of the job that ends with it."""

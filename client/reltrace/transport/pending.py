@@ -10,7 +10,8 @@ from reltrace_proto.v1 import trace_pb2
 from reltrace.transport.caller import Caller, Method, Request, Response
 from reltrace.transport.retry import TRANSIENT, Deadline
 from reltrace.transport.servers import Server
-from reltrace.types.errors import RpcStatus, TraceError
+from reltrace.transport.status import RpcStatus
+from reltrace.types.errors import TraceError
 
 # Seconds for which cancelling is tried while no server answers.
 _CANCEL_TIMEOUT = 60.0

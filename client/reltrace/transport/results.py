@@ -8,20 +8,20 @@ from dataclasses import replace
 
 import grpc
 import grpc.aio
-from reltrace_proto.v1 import trace_pb2
+from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace.storage.stored_arrays import StoredArrays, read_together
 from reltrace.transport.assemble import Outcome
 from reltrace.transport.connection import Connection
-from reltrace.transport.cursor import Draft, JobResult, ResultCursor
+from reltrace.transport.cursor import JobResult, ResultCursor
 from reltrace.transport.retry import Deadline
+from reltrace.transport.status import RpcStatus
 from reltrace.transport.submit import Accepted
-from reltrace.types.atlas_shard import AtlasPart
+from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import (
     DeadlineExceeded,
     MissingDependency,
     ProtocolError,
-    RpcStatus,
     StoreUnreadable,
     TraceError,
 )
@@ -38,7 +38,7 @@ async def stream_results(
     deadline: Deadline,
     *,
     throttle: Callable[[], Awaitable[None]] | None = None,
-    on_draft: Callable[[Draft], None] | None = None,
+    on_draft: Callable[[int, types_pb2.Draft], None] | None = None,
     acknowledged: bool = True,
 ) -> AsyncGenerator[JobResult, None]:
     """Yield the results of a submission as its jobs end, each once, and acknowledge them.
@@ -52,7 +52,8 @@ async def stream_results(
     throttle : callable, optional
         Awaited before each message is read: how the reader slows the server down.
     on_draft : callable, optional
-        Called with what jobs that generate text have generated so far.
+        Called with what a job has generated since its last draft, and the index of the job. A
+        draft may be missing.
     acknowledged : bool
         False: leave the results on the server; the caller has `acknowledge` free them.
 
@@ -85,8 +86,9 @@ async def stream_results(
                     retries.succeeded()
                     server.succeeded()
                     if on_draft is not None:
-                        for draft in filter(None, map(cursor.draft, response.drafts)):
-                            on_draft(draft)
+                        for draft in response.drafts:
+                            if (index := cursor.index_of(draft.job_id)) is not None:
+                                on_draft(index, draft)
                     for event in response.events:
                         if (result := cursor.take(event)) is None:
                             continue
@@ -139,7 +141,7 @@ async def acknowledge(connection: Connection, accepted: Accepted) -> None:
 def _temporarily_stored(result: JobResult, job: Job) -> list[StoredArrays]:
     """Return the tensors that a store keeps only until their result is acknowledged."""
     outcome = result.outcome
-    if isinstance(outcome, AtlasPart):
+    if isinstance(outcome, AtlasShard):
         return [outcome.arrays] if isinstance(outcome.arrays, StoredArrays) else []
     if not isinstance(outcome, list) or job.spec.output_uri:
         return []
@@ -151,14 +153,14 @@ async def _fetched(
 ) -> JobResult:
     """Return a result with its tensors read, as if they had been sent."""
     outcome = result.outcome
-    assert isinstance(outcome, list | AtlasPart)
+    assert isinstance(outcome, list | AtlasShard)
     # A part of an atlas is only read from: it is not copied, so that it is not held twice.
-    copy = not isinstance(outcome, AtlasPart)
+    copy = not isinstance(outcome, AtlasShard)
     try:
         async with asyncio.timeout(deadline.remaining()):
             arrays = await asyncio.to_thread(read_together, stored, copy)
     except (StoreUnreadable, MissingDependency) as error:
-        error.job_id = None if isinstance(outcome, AtlasPart) else outcome[0].job_id
+        error.job_id = None if isinstance(outcome, AtlasShard) else outcome[0].job_id
         return replace(result, outcome=error)
     except TimeoutError:
         raise deadline.error() from None
@@ -166,7 +168,7 @@ async def _fetched(
         array.nbytes for sites in arrays for parts in sites.values() for array in parts.values()
     )
     found: Outcome
-    if isinstance(outcome, AtlasPart):
+    if isinstance(outcome, AtlasShard):
         found = replace(outcome, arrays=arrays[0])
     else:
         found = [replace(trace, arrays=own) for trace, own in zip(outcome, arrays, strict=True)]

@@ -11,7 +11,8 @@ import time
 import grpc
 
 from reltrace.transport.settings import ADDRESS_VARIABLE
-from reltrace.types.errors import DeadlineExceeded, RpcStatus, TraceError, from_status, invalid
+from reltrace.transport.status import RpcStatus, from_status
+from reltrace.types.errors import DeadlineExceeded, TraceError, invalid
 
 log = logging.getLogger("reltrace")
 

@@ -16,13 +16,8 @@ from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
 from reltrace.transport.retry import TRANSIENT, Deadline
 from reltrace.transport.servers import Server
-from reltrace.types.errors import (
-    ProtocolError,
-    RpcStatus,
-    TraceError,
-    from_rejection,
-    from_status,
-)
+from reltrace.transport.status import RpcStatus, from_rejection, from_status
+from reltrace.types.errors import ProtocolError, TraceError
 from reltrace.types.request import Job
 
 # Seconds by which the server's timeout is longer than the caller's own, which ends a call first:

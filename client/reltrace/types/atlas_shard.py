@@ -15,7 +15,7 @@ SUMS = (*MEASURES, "relevance mass")
 
 
 @dataclass(frozen=True, eq=False)
-class AtlasPart:
+class AtlasShard:
     """One slice.
 
     Attributes

@@ -23,7 +23,7 @@ _LARGEST_SEED = 2**64 - 1
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """What a model wrote after a prompt.
+    """Text that a model generated after a prompt.
 
     Attributes
     ----------
@@ -32,25 +32,21 @@ class Generation:
     tokens, token_ids : list of str, list of int
         The new tokens.
     logprobs : ndarray of float32
-        Log-probability of each under the model (steered, if it was); temperature and top_p are left
-        out.
+        Log-probability of each under the model (steered, if it was), without temperature and
+        top_p.
     stopped : bool
-        It ended by itself, by a token that ends texts, and not at `max_new_tokens`.
-    prompt_tokens, prompt_token_ids : list of str, list of int
-        The prompt's.
-    prompt_text : str
-        The text that the model read, special tokens included; of a conversation, what the model's
-        chat template makes of it. Empty if what wrote it did not say.
-    hints : tuple of str
-        What a reader should know of how the prompt was read, in sentences.
+        It ended with a token that ends texts, and not at `max_new_tokens`.
+    prompt_tokens, prompt_token_ids, prompt_text, hints
+        The prompt as the model read it, as in `Tokens`. `prompt_text` is empty if an older version
+        made the text.
     provenance : Provenance
         Model and versions.
     unsteered : Generation or None
-        What the same call gives without steering; None where nothing was steered.
+        What the same call gives without steering; None if nothing was steered.
     timings : Timings or None
         Where the job's time went.
     job_id : str or None
-        The job, as the server's logs name it.
+        The job's id in the server's logs.
     """
 
     text: str
@@ -82,9 +78,9 @@ class Generation:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from reltrace.viz.text_fragment import text_fragment
+        from reltrace.viz.notebook import generation_html
 
-        return text_fragment(self)
+        return generation_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain lists and numbers, ready for `json.dumps`."""
@@ -105,19 +101,20 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """What a model wrote since the last piece.
+    """What a model generated since the last piece.
 
     Attributes
     ----------
     text : str
-        Decoded: the pieces of a text together are its `Generation.text`. Empty while a character is
-        not complete.
+        Decoded: the pieces of a text together are its `Generation.text`. Empty while a character
+        is not complete.
     tokens, token_ids : tuple of str, tuple of int
         The new tokens.
     steered : bool
         Whether it is of the steered text, or of the other.
     again : bool
-        The text begins again with this piece: a worker was lost, and another wrote something else.
+        The text begins anew with this piece: a worker was lost, and another one generated
+        something else.
     """
 
     text: str
@@ -129,7 +126,7 @@ class TextPiece:
 
 @dataclass(frozen=True, slots=True)
 class GenerateArguments:
-    """The arguments of `generate`, by the names its documentation gives them."""
+    """The arguments of `generate`."""
 
     prompt: str | None
     input_ids: Sequence[int] | None

@@ -1,4 +1,4 @@
-"""What is asked: from the arguments of `trace` to a job on the wire."""
+"""From the arguments of `trace` to a job on the wire."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class TraceManyOptions(SharedOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The arguments of `trace`, by the names its documentation gives them."""
+    """The arguments of `trace`."""
 
     prompt: str | None = None
     input_ids: Sequence[int] | None = None

@@ -1,4 +1,4 @@
-"""A relevance trace: what the service gives back."""
+"""A relevance trace: the result of a job."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Trace:
     Attributes
     ----------
     tokens : list of str
-        The prompt's tokens, T of them: the text of each, which a target takes back. One that holds
-        a part of a character alone is named by its bytes, or as the model's tokenizer writes it.
+        The texts of the prompt's T tokens, which a target takes back. A token that holds only a
+        part of a character is named by its bytes, or as the model's tokenizer writes it.
     token_ids : list of int
         Their ids.
     target : ResolvedTarget
@@ -51,24 +51,15 @@ class Trace:
     id : str or int or None
         The item's id in `trace_many`; None for `trace`.
     layers : tuple of int
-        Numbers of the decoder layers that the layer axis of the sites holds, in its order, counted
-        from 0. Empty if what made the trace did not say.
+        Numbers of the decoder layers along the layer axis of the sites, counted from 0. Empty if
+        an older version made the trace.
     timings : Timings or None
         Where the job's time went; not saved, so None after `load`.
     job_id : str or None
-        The job, as the server's logs name it; not saved either.
-    text : str
-        The text that the model read, special tokens included; of a conversation, what the model's
-        chat template makes of it; of ids, their text. Empty if what made the trace did not say.
-    offsets : ndarray of int64, shape [T, 2]
-        First and stop of each token's characters in `text`; see `Tokens`. Of shape [0, 2] if what
-        made the trace did not say.
-    turns : tuple of Turn
-        Of a conversation: which tokens hold the content of which message.
-    hints : tuple of str
-        What a reader should know of how the input was read, in sentences.
-    special_positions : tuple of int
-        Positions of the tokenizer's special tokens.
+        The job's id in the server's logs; not saved either.
+    text, offsets, turns, hints, special_positions
+        The prompt as the model read it, as in `Tokens`. `text` is empty, and `offsets` of shape
+        [0, 2], if an older version made the trace.
     """
 
     tokens: list[str]
@@ -166,7 +157,7 @@ class Trace:
             If the reduction summed over the tokens.
         """
         site = self._site(site)
-        # Not told by the shape alone: there may be as many tokens as features.
+        # The shape alone does not tell: there may be as many tokens as features.
         if self.provenance.reduction not in _PER_TOKEN:
             raise self._no_value_per_token()
         values = self[site]
@@ -178,10 +169,10 @@ class Trace:
         return values
 
     def first_token_share(self, site: str | None = None) -> FirstTokenShare:
-        """Return how much of |R| stands on the first token.
+        """Return the share of |R| at the first token.
 
-        Models park attention on it, so that it may carry much relevance that says little of the
-        prompt: see NUMBERS.md, which says what to do then.
+        Attention that is not needed elsewhere rests on it, so that it may carry much relevance
+        that says little of the prompt: NUMBERS.md says what to do then.
 
         Parameters
         ----------
@@ -244,12 +235,12 @@ class Trace:
         MissingDependency
             If matplotlib is needed and missing.
         """
-        from reltrace.viz import file
+        from reltrace.viz import files
 
-        return file.write(self, path, site=self._site(site), normalize=normalize, atlas=atlas)
+        return files.write(self, path, site=self._site(site), normalize=normalize, atlas=atlas)
 
     def top(self, k: int = 10, site: str | None = None) -> list[Entry]:
-        """Return the entries with the largest |R|, whatever the reduction left.
+        """Return the entries with the largest |R|, for every reduction.
 
         Parameters
         ----------
@@ -261,8 +252,8 @@ class Trace:
         Returns
         -------
         list of Entry
-            The largest first, each with its layer, token and feature, so far as the reduction has
-            not summed over them.
+            The largest first, each with its layer, token and feature, unless the reduction has
+            summed over them.
 
         Raises
         ------
@@ -272,19 +263,19 @@ class Trace:
         return top_entries.strongest(self, k, self._site(site))
 
     def neurons(self, k: int = 10, atlas: Labels | None = None) -> list[StrongNeuron]:
-        """Return the strongest neurons, whatever the reduction left of the site "neuron".
+        """Return the strongest neurons, for every reduction that leaves single neurons.
 
         Parameters
         ----------
         k : int, default 10
             How many; a trace with fewer gives all.
         atlas : Atlas, optional
-            Whose labels they get; of the same model and revision.
+            Gives them their labels; of the same model and revision.
 
         Returns
         -------
         list of StrongNeuron
-            The largest |R| first. One that is strong at several tokens is there as often.
+            The largest |R| first; one entry for each token at which a neuron is strong.
 
         Raises
         ------
@@ -309,7 +300,7 @@ class Trace:
         Returns
         -------
         pandas.DataFrame
-            Columns "layer", "position", "token", "feature", so far as the reduction has not summed
+            Columns "layer", "position", "token" and "feature", unless the reduction has summed
             over them, and "relevance".
 
         Raises
@@ -364,9 +355,9 @@ class Trace:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        from reltrace.viz.notebook_html import trace_fragment
+        from reltrace.viz.notebook import trace_html
 
-        return trace_fragment(self)
+        return trace_html(self)
 
     def __repr__(self) -> str:
         shapes = ", ".join(

@@ -1,32 +1,26 @@
-"""An atlas as a page: everything in one file, which loads nothing from anywhere."""
+"""The page of an atlas."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reltrace.atlas.examples import QUANTILES, Context, Feature
 from reltrace.types.atlas_shard import LISTS, MEASURES, SITES
 from reltrace.types.token_text import token_texts, visible_token
-from reltrace.viz.display import NEGATIVE, POSITIVE, ZERO
-from reltrace.viz.single_file import filled
+from reltrace.viz.colours import COLOURS
+from reltrace.viz.templates import page
 
 if TYPE_CHECKING:
     from reltrace.atlas.atlas import Atlas
 
 _SEARCHED = LISTS[:2]
+# Tokens that stand out, of one neuron or head.
 _WORDS = 8
-"""Tokens that stand out, of one neuron or head."""
 
 
-def write(atlas: Atlas, path: Path, *, most: int, contexts: int) -> None:
-    """Write the page. See `Atlas.save_page`."""
-    path.write_text(page(atlas, most=most, contexts=contexts), encoding="utf-8")
-
-
-def page(atlas: Atlas, *, most: int, contexts: int) -> str:
-    """Return the page's text."""
+def atlas_page(atlas: Atlas, *, most: int, contexts: int) -> str:
+    """Return the page of an atlas. See `Atlas.save_page`."""
     about, (model, revision) = atlas.about, atlas.about["made_by"]
     texts = _Snippets(next_tokens=about["target"] is None)
     sites = {site: _site(atlas, site, most, contexts, texts) for site in SITES}
@@ -38,7 +32,7 @@ def page(atlas: Atlas, *, most: int, contexts: int) -> str:
         "sites": sites,
         "snippets": texts.snippets,
         "words": list(texts.words),
-        "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
+        "colours": COLOURS,
     }
     foot = (
         f"Model {model} at revision {revision}, rule {about['rule']}; explained: "
@@ -47,7 +41,7 @@ def page(atlas: Atlas, *, most: int, contexts: int) -> str:
         "|R| over all tokens that are counted. The activation of a head is the length of what it "
         "writes. Words that stand out: by log-odds against the corpus."
     )
-    return filled("atlas", title=f"Atlas of {model}", about=foot, data=data)
+    return page("atlas", title=f"Atlas of {model}", about=foot, data=data)
 
 
 def _explained(about: Mapping[str, Any]) -> str:
@@ -87,7 +81,7 @@ def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) ->
         ],
         [
             [visible_token(one.token).strip(), one.role, one.count, one.of]
-            for one in feature.stands_out[:_WORDS]
+            for one in feature.salient_tokens[:_WORDS]
         ],
         [
             [texts.place(context) for context in feature.contexts.first(name, contexts)]
@@ -112,13 +106,7 @@ def _number(value: float) -> float | None:
 
 
 class _Snippets:
-    """The texts around places, each once, and their words, each once.
-
-    Parameters
-    ----------
-    next_tokens : bool
-        What is explained is the next word of the text.
-    """
+    """The texts around places, each once, and their words, each once."""
 
     def __init__(self, *, next_tokens: bool) -> None:
         self._next_tokens = next_tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,6 @@ import numpy as np
 
 from reltrace.evaluation.scores import on_axis
 from reltrace.evaluation.settings import MEASURES
-from reltrace.types.errors import MissingDependency, invalid
 
 if TYPE_CHECKING:
     from reltrace.evaluation.evaluation import Evaluation
@@ -19,32 +17,9 @@ _AXES = {
     "embed": "tokens replaced (share)",
     "neuron": "neurons switched off (n is at log(1 + n))",
 }
-_ENDINGS = (".png", ".svg", ".pdf")
 
 
-def check_path(path: str | os.PathLike[str]) -> Path:
-    """Return the path if `write` can write it.
-
-    Raises
-    ------
-    InvalidArgument
-        If it ends in something else than a picture does, or its folder is not there.
-    MissingDependency
-        If matplotlib is not installed.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in _ENDINGS:
-        raise invalid("plot", f"must end in .png, .svg or .pdf, not {path.name!r}")
-    if not path.parent.is_dir():
-        raise invalid("plot", f"there is no folder {str(path.parent)!r}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingDependency("plots need matplotlib: pip install 'reltrace[plot]'") from None
-    return path
-
-
-def write(evaluation: Evaluation, path: Path) -> None:
+def write_curves(evaluation: Evaluation, path: Path) -> None:
     """Write the curves of every rule beside the areas between them."""
     from matplotlib.figure import Figure
 

@@ -16,22 +16,18 @@ from reltrace.types.neurons import Labels, has_labels, labelled
 from reltrace.types.token_text import printable, quoted
 from reltrace.types.top_entries import Entry
 from reltrace.types.trace import Trace
-from reltrace.viz.display import (
+from reltrace.viz.colours import (
     colour,
     ink,
     scaled,
     token_values,
 )
-from reltrace.viz.heatmap import describe_target
-from reltrace.viz.words import Words, next_tokens, segments
+from reltrace.viz.words import Words, describe_target, entry_table, next_tokens, segments
 
 _LEGEND_CELLS = 25
 
-HIGH_SHARE = 0.5
-"""Of |R| on the first token, from which on it is told."""
-
-# Of so few the first has much in any case.
-_FEW_TOKENS = 4
+# A share of |R| on the first token that is reported, unless there are few tokens.
+_HIGH_SHARE, _FEW_TOKENS = 0.5, 4
 
 
 def show(trace: Trace, console: Console) -> None:
@@ -47,7 +43,7 @@ def show(trace: Trace, console: Console) -> None:
     shown = token_values(trace)
     _print_target(trace, console, f": {shown.title}")
     share = trace.first_token_share(shown.site).total
-    if share >= HIGH_SHARE and len(trace.tokens) > _FEW_TOKENS:
+    if share >= _HIGH_SHARE and len(trace.tokens) > _FEW_TOKENS:
         console.print(
             f"The first token has {share:.0%} of |R| at site {shown.site}: it may draw attention "
             "whatever the prompt says (see NUMBERS.md, Limits)"
@@ -76,15 +72,18 @@ def show_entries(
         if atlas is not None and has_labels(site):
             show_labelled(trace, console, site, atlas, count)
         else:
-            entries = [(entry,) for entry in trace.top(count, site)]
-            _print_entries(trace, console, site, entries)
+            console.print(f"strongest entries of site {site}")
+            _print_entries(trace, console, trace.top(count, site))
 
 
 def show_labelled(
     trace: Trace, console: Console, site: str, atlas: Labels, count: int = 10
 ) -> None:
     """Print the strongest neurons or heads with their labels."""
-    _print_entries(trace, console, site, labelled(trace, site, count, atlas), "label")
+    console.print(f"strongest entries of site {site}")
+    found = labelled(trace, site, count, atlas)
+    labels = [label for _, label in found]
+    _print_entries(trace, console, [entry for entry, _ in found], labels)
 
 
 def _print_target(trace: Trace, console: Console, behind: str = "") -> None:
@@ -94,29 +93,17 @@ def _print_target(trace: Trace, console: Console, behind: str = "") -> None:
 
 
 def _print_entries(
-    trace: Trace,
-    console: Console,
-    site: str,
-    entries: Sequence[tuple[Entry] | tuple[Entry, str]],
-    *more: str,
+    trace: Trace, console: Console, entries: Sequence[Entry], labels: Sequence[str] | None = None
 ) -> None:
-    """Print a table: of each entry where it is, its relevance, and what else there is of it."""
-    fields = [
-        name
-        for name in ("layer", "position", "token", "feature")
-        if entries and getattr(entries[0][0], name) is not None
-    ]
-    console.print(f"strongest entries of site {site}")
-    table = Table(*fields, "relevance", *more, box=None, pad_edge=False)
-    table.columns[len(fields)].justify = "right"
-    names = Words.of(trace).names
-    for entry, *texts in entries:
-        cells = [
-            Text(str(getattr(entry, name)) if at is None or name != "token" else quoted(names[at]))
-            for name in fields
-            for at in [entry.position]
-        ]
-        table.add_row(*cells, f"{entry.value:+.4g}", *(Text(printable(text)) for text in texts))
+    titles, rows = entry_table(entries, [quoted(name) for name in Words.of(trace).names])
+    titles[-1] = "relevance"
+    table = Table(*titles, box=None, pad_edge=False)
+    table.columns[-1].justify = "right"
+    if labels is not None:
+        table.add_column("label")
+        rows = [[*row, printable(label)] for row, label in zip(rows, labels, strict=True)]
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

@@ -1,10 +1,9 @@
-"""One trace as a page: everything in one file, which loads nothing from anywhere."""
+"""The page of a trace."""
 
 from __future__ import annotations
 
 import base64
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,46 +13,31 @@ from reltrace.types.errors import invalid
 from reltrace.types.neurons import Labels, has_labels, labels_of
 from reltrace.types.token_text import printable
 from reltrace.types.trace import Trace
-from reltrace.viz.display import (
-    NEGATIVE,
-    POSITIVE,
-    STREAM_SITES,
-    ZERO,
-    layer_numbers,
-)
-from reltrace.viz.heatmap import describe_target
-from reltrace.viz.single_file import filled
+from reltrace.viz.colours import COLOURS, STREAM_SITES, layer_numbers
 from reltrace.viz.strongest import Strongest, strongest_of
-from reltrace.viz.words import Words, next_tokens, segments
+from reltrace.viz.templates import page
+from reltrace.viz.words import Words, describe_target, next_tokens, segments
 
-# Of the strongest features of all sites together: about 1.3 MB of the page.
-_MOST_ENTRIES = 60_000
+# The strongest features of all sites together: about 1.3 MB of the page.
+_MAX_ENTRIES = 60_000
 _FEATURES = {"head": "head", "neuron": "neuron"}
 
 
-def write(
-    trace: Trace, path: Path, *, site: str, normalize: bool, atlas: Labels | None = None
-) -> None:
-    """Write the page.
+def trace_page(trace: Trace, *, site: str, normalize: bool, atlas: Labels | None = None) -> str:
+    """Return the page of a trace.
 
     Raises
     ------
     InvalidArgument
         If the trace has no value per token, or the atlas is of another model.
     """
-    text = page(trace, site=site, normalize=normalize, atlas=atlas)
-    path.write_text(text, encoding="utf-8")
-
-
-def page(trace: Trace, *, site: str, normalize: bool, atlas: Labels | None = None) -> str:
-    """Return the page's text."""
     if trace.provenance.reduction == "feature":
         raise invalid(
             "reduce", '"feature" leaves no value per token; use "token", "topk" or "full"'
         )
     labels = None if atlas is None else labels_of(trace, atlas)
     words = Words.of(trace)
-    budget = _MOST_ENTRIES // len(trace.sites)
+    budget = _MAX_ENTRIES // len(trace.sites)
     data = {
         "tokens": words.names,
         "words": words.texts,
@@ -64,11 +48,10 @@ def page(trace: Trace, *, site: str, normalize: bool, atlas: Labels | None = Non
         "sites": [_site(trace, name, budget, labels) for name in trace.sites],
         "first": trace.sites.index(site),
         "normalized": normalize,
-        "colours": {"negative": NEGATIVE, "zero": ZERO, "positive": POSITIVE},
+        "colours": COLOURS,
     }
-    return filled(
-        "trace", title=f"Relevance of {describe_target(trace)}", about=_about(trace), data=data
-    )
+    title = f"Relevance of {describe_target(trace)}"
+    return page("trace", title=title, about=_about(trace), data=data)
 
 
 def _about(trace: Trace) -> str:
@@ -76,16 +59,17 @@ def _about(trace: Trace) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in sorted(provenance.versions.items()))
     return (
         f"Model {provenance.model}, rule {provenance.rule}, {provenance.dtype} on "
-        f"{provenance.device}" + (f"; {versions}" if versions else "")
+        f"{provenance.device}{versions and '; '}{versions}. "
+        "R = x · dL/dx, the backward pass starting at 1."
     )
 
 
 def _site(trace: Trace, site: str, budget: int, labels: Labels | None) -> dict[str, Any]:
-    """Return what the page knows of a site: values by token and layer, and strongest features."""
+    """Return the data of a site: values by token and layer, and the strongest features."""
     found = strongest_of(trace, site, budget)
     layered = site not in SITES_WITHOUT_LAYERS
     if found is not None and found.sums is not None:
-        values, what = found.sums, f", sum of the {found.kept:,} values that were kept"
+        values, what = found.sums, f", sum of the {len(found.values):,} values that were kept"
     else:
         values, what = trace.by_token(site), ""
     values = values.astype(np.float32)
@@ -98,7 +82,7 @@ def _site(trace: Trace, site: str, budget: int, labels: Labels | None) -> dict[s
         "layered": layered,
         "columns": list(map(str, numbers)) if layered else [site],
         "values": _base64(table),
-        # What colours the text while no layer is chosen: a column, or -1 for their sum.
+        # The column that colours the text while no layer is chosen; -1: the sum of all.
         "textColumn": text_column,
         "feature": _FEATURES.get(site, "unit"),
         "entries": "" if found is None else _base64_entries(found),
@@ -112,8 +96,7 @@ def _site(trace: Trace, site: str, budget: int, labels: Labels | None) -> dict[s
 def _labels(
     labels: Labels, site: str, numbers: tuple[int, ...], found: Strongest
 ) -> dict[int, dict[int, str]]:
-    """Return the labels of what is on the page, by layer and feature: each once, and no empty."""
-    # Many entries are of one neuron, at other tokens.
+    """Return the labels of the features on the page, by layer and feature, without empty ones."""
     pairs = np.unique(np.stack([found.rows, found.features], axis=1), axis=0)
     texts: dict[int, dict[int, str]] = {}
     for row, feature in pairs.tolist():
@@ -123,9 +106,9 @@ def _labels(
 
 
 def _note(found: Strongest | None) -> str:
-    if found is None or found.kept == found.all:
+    if found is None or len(found.values) == found.total:
         return ""
-    return f"Of {found.all:,} values the page holds the {found.kept:,} strongest."
+    return f"Of {found.total:,} values the page holds the {len(found.values):,} strongest."
 
 
 def _base64(values: Array) -> str:
@@ -134,7 +117,6 @@ def _base64(values: Array) -> str:
 
 def _base64_entries(found: Strongest) -> str:
     """Return (row of the layer, token, feature, value) of each, four bytes a number."""
-    words = np.empty((found.kept, 4), "<i4")
-    words[:, 0], words[:, 1], words[:, 2] = found.rows, found.tokens, found.features
-    words[:, 3] = found.values.astype("<f4").view("<i4")
+    bits = found.values.astype("<f4").view("<i4")
+    words = np.stack([found.rows, found.tokens, found.features, bits], axis=1).astype("<i4")
     return base64.b64encode(words.tobytes()).decode()

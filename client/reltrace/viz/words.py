@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from reltrace.types.token_text import (
@@ -17,9 +17,10 @@ from reltrace.types.token_text import (
     visible,
 )
 from reltrace.types.tokens import Tokens, Turn
+from reltrace.types.top_entries import Entry
 from reltrace.types.trace import Trace
 
-# What stands in a decoded text for bytes that are no character.
+# Stands in a decoded text for bytes that are not a character.
 _NO_CHARACTER = "\ufffd"
 
 
@@ -27,25 +28,18 @@ _NO_CHARACTER = "\ufffd"
 class Words:
     """The tokens of a trace, or of `Client.tokenize`.
 
-    Attributes
-    ----------
-    texts : list of str
-        As they follow each other in the text. Of tokens that share a character the first has it
-        whole, and the others their number: ₂, ₃, ...
-    names : list of str
-        Of each alone: what can not be seen is made visible, and a number stands behind its
-        character.
-    special : list of bool
-        Whether it stands for no text.
+    Of tokens that share a character the first has it whole, and the others a number: ₂, ₃, ...
     """
 
     texts: list[str]
+    """As they follow each other in the text."""
     names: list[str]
+    """For tables: white space is visible, and a number stands after its character."""
     special: list[bool]
 
     @classmethod
     def of(cls, trace: Trace | Tokens) -> Words:
-        """Read them off the text and its offsets; of an older trace, off the tokens."""
+        """Return them by the text and its offsets; those of an older trace by the tokens."""
         if len(trace.offsets) == len(trace.tokens):
             found = list(_by_offsets(trace))
             positions = set(trace.special_positions)
@@ -58,7 +52,7 @@ class Words:
 
 
 def _by_offsets(trace: Trace | Tokens) -> Iterator[TokenText]:
-    """Yield what each token has of the text, with the white space before it that none has."""
+    """Yield the text of each token, with white space before it that no token covers."""
     done, before, one = 0, (0, 0), TokenText.of("")
     for token, (start, stop) in zip(trace.tokens, trace.offsets.tolist(), strict=True):
         text = trace.text[min(done, start) : stop]
@@ -76,15 +70,7 @@ def _by_offsets(trace: Trace | Tokens) -> Iterator[TokenText]:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of the tokens: a turn of a conversation, or what the chat template puts around them.
-
-    Attributes
-    ----------
-    first, stop : int
-        Tokens `first` to ``stop - 1``.
-    role : str
-        Of the turn; "" outside of turns.
-    """
+    """Tokens `first` to ``stop - 1``: a turn of a conversation; with role "": between turns."""
 
     first: int
     stop: int
@@ -92,7 +78,7 @@ class Segment:
 
 
 def segments(trace: Trace) -> list[Segment]:
-    """Return the turns of a trace and what is between them; of a plain text one segment."""
+    """Return the turns of a trace and what is between them; one segment for a plain text."""
     found: list[Segment] = []
     done = 0
     for turn in [*trace.turns, Turn("", len(trace.tokens), len(trace.tokens))]:
@@ -105,8 +91,38 @@ def segments(trace: Trace) -> list[Segment]:
 
 
 def next_tokens(trace: Trace, count: int = 5) -> str:
-    """Return the likeliest tokens at the target's position in words; "" if nobody looked."""
+    """Return the likeliest tokens at the target's position; "" if they are not known."""
     return ", ".join(
         f"{quoted(readable_alone(one.token))} {one.probability:.1%}"
         for one in trace.target.candidates[:count]
     )
+
+
+def entry_table(
+    entries: Sequence[Entry], names: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of single values; `names` are those of the tokens."""
+    fields = [
+        name
+        for name in ("layer", "position", "token", "feature")
+        if entries and getattr(entries[0], name) is not None
+    ]
+    rows = []
+    for entry in entries:
+        row = {name: str(getattr(entry, name)) for name in fields}
+        if entry.position is not None:
+            row["token"] = names[entry.position]
+        rows.append([*row.values(), f"{entry.value:+.4g}"])
+    return [*fields, "R"], rows
+
+
+def describe_target(trace: Trace) -> str:
+    """Return the target and its value in words."""
+    target = trace.target
+    kind = "log-probability" if target.logprob else "logit"
+    name = quoted(readable_alone(target.token))
+    if target.contrast is not None:
+        name += f" minus {quoted(readable_alone(target.contrast))}"
+    if len(target.continuation_ids) > 1:
+        name = f"{len(target.continuation_ids)} response tokens"
+    return f"{name} ({kind} {target.logit:.3f})"

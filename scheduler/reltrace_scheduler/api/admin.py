@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, types_pb2
 
 from reltrace_scheduler import __version__
-from reltrace_scheduler.api.terminal_results import wire_losses
+from reltrace_scheduler.api.terminal_results import lost_leases
 from reltrace_scheduler.api.validation import check_job_ids
 from reltrace_scheduler.auth.identity import TENANT_NAME, TENANT_RULE
 from reltrace_scheduler.errors import (
@@ -19,11 +19,11 @@ from reltrace_scheduler.errors import (
     Violation,
 )
 from reltrace_scheduler.queue.connection import memory_used
+from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import (
     Limits,
     NewJob,
-    QueueRecord,
     TenantRecord,
     WorkerRecord,
 )
@@ -52,18 +52,18 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def GetStatus(  # noqa: N802
         self, request: admin_pb2.GetStatusRequest, context: Context
     ) -> admin_pb2.GetStatusResponse:
-        depths = await self._store.depths()
-        # Of what asks for a revision, only where there is something.
-        routes = {r for r in await self._store.registry.models() if "@" not in r} | depths.keys()
-        queues = [depths.get(route, QueueRecord(route, 0, 0)) for route in sorted(routes)]
+        # A route that names a revision is shown only where it has jobs.
+        models = [route for route in await self._store.registry.models() if "@" not in route]
+        queues = {model: admin_pb2.QueueStatus(model=model) for model in models}
+        for gauge in await Gauges(self._store).queues():
+            queue = queues.setdefault(gauge.model, admin_pb2.QueueStatus(model=gauge.model))
+            queue.queued += gauge.queued
+            queue.leased += gauge.leased
         return admin_pb2.GetStatusResponse(
             version=__version__,
-            queues=[
-                admin_pb2.QueueStatus(model=q.model, queued=q.queued, leased=q.leased)
-                for q in queues
-            ],
+            queues=[queue for _, queue in sorted(queues.items())],
             workers=await self._workers(),
-            ended=await self._store.ended(),
+            ended=await self._store.queue.ended(),
             redis_version=self._redis_version,
             redis_memory_bytes=await memory_used(self._store.redis),
         )
@@ -100,14 +100,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def ListQuarantinedJobs(  # noqa: N802
         self, request: admin_pb2.ListQuarantinedJobsRequest, context: Context
     ) -> admin_pb2.ListQuarantinedJobsResponse:
-        jobs = await self._store.quarantined(request.limit or _QUARANTINED_SHOWN)
+        jobs = await self._store.quarantine.latest(request.limit or _QUARANTINED_SHOWN)
         return admin_pb2.ListQuarantinedJobsResponse(
             jobs=[
                 admin_pb2.QuarantinedJob(
                     job_id=job.job_id,
                     tenant=job.tenant,
                     spec=types_pb2.JobSpec.FromString(job.spec),
-                    lost_leases=wire_losses(job.lost),
+                    lost_leases=lost_leases(job.lost),
                 )
                 for job in jobs
             ]
@@ -117,7 +117,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.RequeueQuarantinedJobsRequest, context: Context
     ) -> admin_pb2.RequeueQuarantinedJobsResponse:
         check_job_ids(request.job_ids)
-        found = await self._store.quarantined_jobs(request.job_ids)
+        found = await self._store.quarantine.get(request.job_ids)
         unknown = [
             Violation(f"job_ids[{index}]", f"no quarantined job {request.job_ids[index]!r}")
             for index, job in enumerate(found)
@@ -130,12 +130,12 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             assert job is not None
             spec = types_pb2.JobSpec.FromString(job.spec)
             # The key makes a second call, or one that was cut off, find the first one's job.
-            submission = await self._store.submit(
+            submission = await self._store.queue.submit(
                 [NewJob(spec.model, job.spec, spec.timeout.ToTimedelta().total_seconds())],
                 tenant=job.tenant,
                 idempotency_key=f"quarantined:{job.job_id}",
             )
-            await self._store.forget_quarantined(job.job_id)
+            await self._store.quarantine.forget(job.job_id)
             response.jobs.add(
                 quarantined_job_id=job.job_id,
                 submission_id=submission.id,

@@ -1,162 +1,183 @@
-"""What one worker holds, and from which queues it is leased more."""
+"""Which queues a worker is leased jobs from, and what it holds."""
 
+import asyncio
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from reltrace_scheduler.api.idle_queues import Idleness, Source
 from reltrace_scheduler.api.models import ModelCache
-from reltrace_scheduler.queue.store import Shard, Store
-from reltrace_scheduler.records import Lease, LeasedJob, Priority
+from reltrace_scheduler.keys import QueueName
+from reltrace_scheduler.queue.shards import Shard
+from reltrace_scheduler.queue.signals import Signals
+from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.records import Lease, LeasedJob, Priority, WorkerRecord
+
+POLL = 1.0
+"""Seconds between looks at a queue while no signal comes."""
+
+_CONCURRENT = 8
+"""Sessions that ask one source at a time: when it is empty, all that wait know it."""
 
 _AT_ONCE = 256
 _INTERACTIVE_SHARE = 4
 """One of so many leases that a worker holds is never batch."""
 _LEAST_BATCH = 48
-"""Fewer jobs of batch are not leased while a worker has others: a lease costs as much as dozens."""
-_MOST_CREDIT = 4096
+"""Fewer batch jobs are not leased to a worker that has others: a lease costs as much as dozens."""
+_MAX_CREDIT = 4096
+
+UNKNOWN = QueueName("", "", "")
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What is known of a lease beside its name; "" is not known, after a cut line."""
+class Source:
+    """Where jobs for a worker come from: the queues of one route in one shard."""
 
-    route: str = ""
-    tenant: str = ""
-    queue_class: str = ""
+    shard: Shard
+    route: str
+
+    @property
+    def channel(self) -> str:
+        """Signalled when jobs are queued."""
+        return self.shard.key("wake", self.route)
+
+
+class EmptyQueueCache:
+    """Which sources all sessions of a scheduler know to be empty.
+
+    A signal wakes all sessions. Without this, hundreds of workers would ask Redis for what the
+    first of them took, and each of them once a second.
+    """
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+        self._empty: dict[Source, tuple[tuple[int, int], float]] = {}
+        self._limits: dict[Source, asyncio.Semaphore] = {}
+
+    def limit(self, source: Source) -> asyncio.Semaphore:
+        """Return what is held while a source is asked."""
+        return self._limits.setdefault(source, asyncio.Semaphore(_CONCURRENT))
+
+    def count(self, source: Source) -> tuple[int, int]:
+        """Return what `note_empty` takes, before a source is asked."""
+        return self._signals.count(source.channel)
+
+    def note_empty(self, source: Source, count: tuple[int, int]) -> None:
+        self._empty[source] = (count, time.monotonic())
+
+    def is_empty(self, source: Source) -> bool:
+        """Tell whether a source was empty a moment ago, and was not signalled since."""
+        count, at = self._empty.get(source, (None, 0.0))
+        return count == self.count(source) and time.monotonic() - at < POLL
 
 
 class Leasing:
-    """Leases jobs to one worker, out of all queues that it can serve, in turn.
+    """Leases jobs to one worker, from all queues that it can serve in turn.
 
-    Parameters
+    Attributes
     ----------
-    routes : sequence of str
-        What the worker serves.
+    held : dict of Lease to QueueName
+        What the worker is known to hold; `UNKNOWN` for leases from before its connection.
     """
 
     def __init__(
-        self,
-        store: Store,
-        models: ModelCache,
-        idleness: Idleness,
-        worker_id: str,
-        epoch: str,
-        routes: Sequence[str],
+        self, store: Store, models: ModelCache, empty: EmptyQueueCache, worker: WorkerRecord
     ) -> None:
-        self._idleness = idleness
-        self.sources = tuple(Source(shard, r) for shard in store.shards for r in routes)
-        self._store = store
+        self._shards = store.shards
+        self._queue = store.queue
         self._models = models
-        self._worker_id = worker_id
-        self._epoch = epoch
-        self._credit = 0
-        self._held: dict[Lease, Held] = {}
-        # Sources that may have something; the others are silent until they are signalled.
-        self._lively = set(self.sources)
+        self._empty = empty
+        self._worker = worker
+        self.held: dict[Lease, QueueName] = {}
+        self.sources = tuple(Source(s, route) for s in store.shards.all for route in worker.routes)
+        self._maybe_nonempty = set(self.sources)
         self._next = 0
-        # Classes whose jobs may be held beside others. Of what was held before a cut line the class
-        # is not known here, but in its own shard.
-        self._ordinary = {*Priority} | ({""} if len(store.shards) == 1 else set())
-        self._suspects: Source | None = None
-        """Has jobs for a worker that holds nothing else, as this one then must not."""
+        self._credit = 0
+        # Classes of jobs that may be held beside others. The class of a lease from before a lost
+        # connection is known in its shard only.
+        self._shareable = {*Priority} | ({""} if len(store.shards.all) == 1 else set())
+        # Has isolated jobs: leased only when the worker holds nothing.
+        self._isolated_source: Source | None = None
 
     @property
     def has_room(self) -> bool:
         """Whether there is room for more jobs than it got, also of batch."""
         return self._credit > 0 and self._batch_room() > 0
 
-    @property
-    def leases(self) -> list[Lease]:
-        """All that the worker is known to hold."""
-        return list(self._held)
-
-    def offered(self, jobs: int) -> None:
+    def add_credit(self, jobs: int) -> None:
         """Note that the worker has room for so many further jobs."""
-        self._credit = min(self._credit + jobs, _MOST_CREDIT)
+        self._credit = min(self._credit + jobs, _MAX_CREDIT)
 
-    def closed(self) -> None:
-        """Note that it wants no more."""
+    def stop(self) -> None:
+        """Lease nothing until there is credit again."""
         self._credit = 0
 
-    def known(self, leases: Iterable[Lease]) -> None:
-        """Begin with what a worker says that it holds."""
-        self._held = dict.fromkeys(leases, Held())
-
-    def drop(self, leases: Iterable[Lease]) -> list[Held]:
-        """Forget leases that are over; return what was known of them."""
-        return [self._held.pop(lease, Held()) for lease in leases]
-
-    def held(self, lease: Lease) -> Held:
-        """Return what is known of a lease."""
-        return self._held.get(lease, Held())
+    def drop(self, leases: Iterable[Lease]) -> list[QueueName]:
+        """Forget leases that are over; return their queues."""
+        return [self.held.pop(lease, UNKNOWN) for lease in leases]
 
     def wake(self, channels: set[str]) -> None:
-        """Look at these sources again."""
-        self._lively |= {source for source in self.sources if source.channel in channels}
+        """Ask the sources of these channels again."""
+        self._maybe_nonempty |= {s for s in self.sources if s.channel in channels}
 
-    def look_again(self) -> None:
-        """Look at all sources again: a signal may have been missed."""
-        self._lively = set(self.sources)
+    def wake_all(self) -> None:
+        """Ask all sources again: a signal may have been missed."""
+        self._maybe_nonempty = set(self.sources)
 
-    async def lease(self) -> list[LeasedJob]:
-        """Lease queued jobs, as many as the worker has room for; empty: nothing to do."""
-        jobs: list[LeasedJob] = []
-        for source in self._in_turn():
+    async def lease(self) -> Sequence[LeasedJob]:
+        """Lease queued jobs of one source, as many as there is room for; empty: nothing to do."""
+        for source in self._sources_in_turn():
             if not self._credit:
                 break
-            async with self._idleness.turn(source):
-                if self._idleness.is_empty(source):
-                    self._lively.discard(source)
+            async with self._empty.limit(source):
+                if self._empty.is_empty(source):
+                    self._maybe_nonempty.discard(source)
                     continue
-                signals = self._idleness.count(source)
-                leased = await source.shard.queue.lease(
+                signals = self._empty.count(source)
+                leased = await self._queue.lease(
+                    source.shard,
                     source.route,
-                    self._worker_id,
-                    self._epoch,
+                    self._worker.worker_id,
+                    self._worker.epoch,
                     min(self._credit, _AT_ONCE),
                     self._batch_room(),
                     (await self._models.get()).workers.get(source.route, 1),
-                    elsewhere=self._elsewhere(source.shard),
+                    held_elsewhere=self._held_outside(source.shard),
                 )
-                if leased.idle:
-                    self._idleness.note_empty(source, signals)
-            self._credit -= len(leased.jobs)
-            self._held |= {
-                Lease(job.job_id, job.attempt): Held(job.route, job.tenant, job.queue_class)
-                for job in leased.jobs
-            }
-            jobs += leased.jobs
-            self._suspects = source if leased.suspects else None
-            if leased.idle:
-                self._lively.discard(source)
-            if leased.suspects or self._isolated():
+                if leased.empty:
+                    self._empty.note_empty(source, signals)
+                    self._maybe_nonempty.discard(source)
+            self._isolated_source = source if leased.isolated else None
+            if leased.isolated:
                 break
-        return jobs
+            if leased.jobs:
+                self._credit -= len(leased.jobs)
+                self.held |= {Lease(job.job_id, job.attempt): job.queue for job in leased.jobs}
+                return leased.jobs
+        return ()
 
-    def _in_turn(self) -> list[Source]:
-        """Return the sources to ask now, another one first each time."""
-        if self._suspects is not None:
-            # What it holds from elsewhere must end first, so nothing is added to it.
-            return [] if self._held else [self._suspects]
-        if self._isolated():
+    def _sources_in_turn(self) -> list[Source]:
+        """Return the sources to ask now, beginning with another one each time."""
+        if self._isolated_source is not None:
+            # The jobs that it holds must end first, so none is added.
+            return [] if self.held else [self._isolated_source]
+        if self._holds_isolated():
             return []
         self._next = (self._next + 1) % len(self.sources)
-        turned = self.sources[self._next :] + self.sources[: self._next]
-        return [source for source in turned if source in self._lively]
+        rotated = self.sources[self._next :] + self.sources[: self._next]
+        return [source for source in rotated if source in self._maybe_nonempty]
 
-    def _elsewhere(self, shard: Shard) -> int:
-        if len(self._store.shards) == 1:
+    def _held_outside(self, shard: Shard) -> int:
+        if len(self._shards.all) == 1:
             return 0
-        return sum(self._store.of(lease.job_id) is not shard for lease in self._held)
+        return sum(self._shards.of(lease.job_id) is not shard for lease in self.held)
 
-    def _isolated(self) -> bool:
-        """Tell whether it holds jobs that nothing may be held beside."""
-        return any(held.queue_class not in self._ordinary for held in self._held.values())
+    def _holds_isolated(self) -> bool:
+        return any(queue.queue_class not in self._shareable for queue in self.held.values())
 
     def _batch_room(self) -> int:
-        """Return how many jobs of batch the worker may be given; 0 where a few are not worth it."""
-        window = self._credit + len(self._held)
-        # Who waits for an interactive job must not wait for a window full of batch.
+        """Return how many batch jobs the worker may be leased; 0 where a few are not worth it."""
+        window = self._credit + len(self.held)
+        # An interactive job must not wait for a window full of batch jobs.
         most = window - window // _INTERACTIVE_SHARE
-        room = most - sum(held.queue_class == Priority.BATCH for held in self._held.values())
+        room = most - sum(queue.queue_class == Priority.BATCH for queue in self.held.values())
         return room if room >= min(_LEAST_BATCH, max(1, most // 4)) else 0

@@ -89,7 +89,7 @@ class Sweeper:
         deleted = 0
         for start in range(0, len(names), _AT_ONCE):
             some = names[start : start + _AT_ONCE]
-            there = await self._store.exist([_job_of(name) for name in some])
+            there = await self._store.queue.exist([_job_of(name) for name in some])
             gone = [name for name, known in zip(some, there, strict=True) if not known]
             if gone:
                 await asyncio.to_thread(self._delete, gone)

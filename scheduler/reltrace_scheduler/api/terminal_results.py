@@ -1,97 +1,113 @@
-"""The results of jobs that end without a worker's doing."""
+"""The results of jobs that no worker ends."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2
 
-from reltrace_scheduler.keys import model_of, tenant_of
+from reltrace_scheduler.keys import QueueName
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.recent import RecentJob
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.records import Condemned, Ending, Lease, LostLease
+from reltrace_scheduler.records import Condemned, Lease, LostLease, TerminalResult
+
+_SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
 
 
-def cancelled(job_id: str) -> Ending:
-    """End a job that its client does not want any more."""
-    return _ending(job_id, None, "CANCELLED", _error(code_pb2.CANCELLED, "was cancelled"))
+def cancelled(job_id: str, reason: str = "was cancelled") -> TerminalResult:
+    return _result(job_id, None, "CANCELLED", _error(code_pb2.CANCELLED, reason))
 
 
-def overdue(job_id: str) -> Ending:
-    """End a job that did not end within its timeout."""
+def stalled(job_id: str) -> TerminalResult:
+    return cancelled(job_id, "was cancelled: nobody read the results of its submission")
+
+
+def overdue(job_id: str) -> TerminalResult:
     error = _error(code_pb2.DEADLINE_EXCEEDED, "did not end within its timeout")
-    return _ending(job_id, None, "FAILED", error)
+    return _result(job_id, None, "FAILED", error)
 
 
-def abandoned(job_id: str) -> Ending:
-    """End a job of a submission whose results nobody reads."""
-    error = _error(code_pb2.CANCELLED, "was cancelled: nobody read the results of its submission")
-    return _ending(job_id, None, "CANCELLED", error)
-
-
-def quarantined(job: Condemned) -> Ending:
-    """End a job that lost too many leases."""
+def quarantined(job: Condemned) -> TerminalResult:
     history = "; ".join(f"attempt {lost.attempt} on {lost.worker}" for lost in job.lost)
     message = f"lost its worker {len(job.lost)} times and is quarantined: {history}"
     error = _error(code_pb2.ABORTED, message)
-    return _ending(job.job_id, job.attempt, "QUARANTINED", error, job.lost)
+    return _result(job.job_id, job.attempt, "QUARANTINED", error, job.lost)
 
 
-def exhausted(lease: Lease, error: types_pb2.JobError) -> Ending:
-    """End a job whose attempts keep failing, with the error of the last one."""
-    return _ending(lease.job_id, lease.attempt, "FAILED", error)
+def failed(lease: Lease, error: types_pb2.JobError) -> TerminalResult:
+    return _result(lease.job_id, lease.attempt, "FAILED", error)
 
 
-async def end(store: Store, counts: Counts, endings: Sequence[Ending]) -> int:
-    """End jobs from outside, count and note those that this ended; return how many."""
-    queues = await store.end(endings)
-    ended = [(ending, queue) for ending, queue in zip(endings, queues, strict=True) if queue]
-    for ending, queue in ended:
-        counts.ended.labels(model_of(queue), tenant_of(queue), ending.state.lower()).inc()
-    if store.recent.enabled:
-        await store.recent.note([_recent(ending, queue) for ending, queue in ended])
+async def end(store: Store, counts: Counts, results: Sequence[TerminalResult]) -> int:
+    """End jobs, and note those that this ended; return how many."""
+    queues = await store.queue.end(results)
+    ended = [
+        (types_pb2.ResultChunk.FromString(result.data), queue)
+        for result, queue in zip(results, queues, strict=True)
+        if queue
+    ]
+    await note_ended(store, counts, ended)
     return len(ended)
 
 
-def _recent(ending: Ending, queue: str) -> RecentJob:
-    chunk = types_pb2.ResultChunk.FromString(ending.data)
-    lost = chunk.end.lost_leases
-    return RecentJob(
-        job=ending.job_id,
-        tenant=tenant_of(queue),
-        model=model_of(queue),
-        worker=lost[-1].worker_id if lost else "",
-        state=ending.state,
+async def note_ended(
+    store: Store,
+    counts: Counts,
+    ended: Sequence[tuple[types_pb2.ResultChunk, QueueName]],
+    worker: str = "",
+) -> None:
+    """Count jobs that ended, by their last chunks, and note some for people to look at."""
+    labels = Counter((q.route, q.tenant, state_name(c.end.state).lower()) for c, q in ended)
+    for label, count in labels.items():
+        counts.ended.labels(*label).inc(count)
+    if store.recent.enabled:
+        await store.recent.note([_recent_job(chunk, queue, worker) for chunk, queue in ended])
+
+
+def _recent_job(
+    chunk: types_pb2.ResultChunk, queue: QueueName, worker: str
+) -> tuple[RecentJob, bytes]:
+    """Return what is shown of a job, with its last chunk if that is its whole result."""
+    end = chunk.end
+    job = RecentJob(
+        job=chunk.job_id,
+        tenant=queue.tenant,
+        model=queue.route,
+        worker=end.lost_leases[-1].worker_id if end.lost_leases else worker,
+        state=state_name(end.state),
         at=time.time(),
-        error=chunk.end.error.message,
+        text="".join(chunk.header.tokens[:_SHOWN_TOKENS])[:_SHOWN_TEXT],
+        error=end.error.message,
     )
+    whole = end.state == types_pb2.JOB_STATE_SUCCEEDED and chunk.number == 1 and chunk.tensors
+    return job, chunk.SerializeToString() if whole else b""
 
 
-def wire_losses(lost: Sequence[LostLease]) -> list[types_pb2.LostLease]:
-    """Return lost leases as they travel."""
-    losses = []
-    for lease in lost:
-        at = Timestamp()
-        at.FromMilliseconds(int(lease.lost_at * 1000))
-        losses.append(
-            types_pb2.LostLease(attempt=lease.attempt, worker_id=lease.worker, lost_at=at)
-        )
-    return losses
+def state_name(state: types_pb2.JobState.ValueType) -> str:
+    """Return a state as the queue names it."""
+    return types_pb2.JobState.Name(state).removeprefix("JOB_STATE_")
 
 
-def _error(code: int, message: str) -> types_pb2.JobError:
+def lost_leases(lost: Sequence[LostLease]) -> list[types_pb2.LostLease]:
+    messages = [types_pb2.LostLease(attempt=x.attempt, worker_id=x.worker) for x in lost]
+    for message, lease in zip(messages, lost, strict=True):
+        message.lost_at.FromMilliseconds(int(lease.lost_at * 1000))
+    return messages
+
+
+def _error(code: code_pb2.Code.ValueType, message: str) -> types_pb2.JobError:
     return types_pb2.JobError(code=code, message=message)
 
 
-def _ending(
+def _result(
     job_id: str,
     attempt: int | None,
     state: str,
     error: types_pb2.JobError,
     lost: Sequence[LostLease] = (),
-) -> Ending:
+) -> TerminalResult:
     chunk = types_pb2.ResultChunk(
         job_id=job_id,
         number=1,
@@ -99,7 +115,7 @@ def _ending(
             state=types_pb2.JobState.Value(f"JOB_STATE_{state}"),
             attempt=attempt or 0,
             error=error,
-            lost_leases=wire_losses(lost),
+            lost_leases=lost_leases(lost),
         ),
     )
-    return Ending(job_id, attempt, state, chunk.SerializeToString())
+    return TerminalResult(job_id, attempt, state, chunk.SerializeToString())

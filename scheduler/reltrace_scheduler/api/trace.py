@@ -20,12 +20,11 @@ from reltrace_scheduler.errors import (
 )
 from reltrace_scheduler.keys import job_ids, submission_of
 from reltrace_scheduler.observability.metrics import Counts
-from reltrace_scheduler.queue.drafts import PAGE, START
-from reltrace_scheduler.queue.queue import digest
-from reltrace_scheduler.queue.results import Progress
-from reltrace_scheduler.queue.signals import Signals, wait
+from reltrace_scheduler.queue.job_queue import digest
+from reltrace_scheduler.queue.results import FIRST_DRAFT
+from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.records import Priority, StoredDraft, Submission
+from reltrace_scheduler.records import Priority, Progress, StoredDraft, Submission
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -78,7 +77,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 raise
             return _answer(before)
         tenant, priority = current().tenant, _PRIORITIES[request.priority]
-        submission = await self._store.submit(
+        submission = await self._store.queue.submit(
             jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key
         )
         if not submission.deduplicated:
@@ -100,7 +99,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         if not request.idempotency_key or priority is None:
             return None
         jobs = digest(map(as_sent, request.jobs), priority)
-        return await self._store.seen(current().tenant, request.idempotency_key, jobs)
+        return await self._store.queue.seen(current().tenant, request.idempotency_key, jobs)
 
     async def StreamResults(  # noqa: N802
         self, request: trace_pb2.StreamResultsRequest, context: Context
@@ -108,8 +107,9 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         submission = request.submission_id
         entry, chunk = request.after_entry, request.after_chunk
         _check_drafts(request)
-        drafts = dict.fromkeys(request.drafts_of, START)
-        with self._signals.listen(self._store.of(submission).keys.done(submission)) as signal:
+        drafts = dict.fromkeys(request.drafts_of, FIRST_DRAFT)
+        channel = self._store.shards.of(submission).key("done", submission)
+        with self._signals.listen(channel) as signal:
             while True:
                 progress = await self._progress(submission)
                 if progress.ended > entry:
@@ -121,18 +121,17 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 elif entry >= progress.jobs:
                     return
                 else:
-                    found = await self._store.drafts(submission, drafts) if drafts else {}
+                    found = await self._store.results.read_drafts(drafts) if drafts else {}
                     for message in _draft_messages(found):
                         yield message
                     for job_id, new in found.items():
                         drafts[job_id] = new[-1].position
-                    # What came since we began to look has been signalled.
-                    if all(len(new) < PAGE for new in found.values()):
-                        await wait(signal, _LOOK_AGAIN)
+                    # What came since the last look has been signalled.
+                    await signal.wait(_LOOK_AGAIN)
 
     async def _progress(self, submission: str) -> Progress:
         """Look a submission up; another tenant's does not exist for the caller."""
-        progress = await self._store.progress(submission)
+        progress = await self._store.results.progress(submission)
         if progress is None or progress.tenant != current().tenant:
             raise UnknownSubmissionError(submission)
         return progress
@@ -141,7 +140,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self, submission: str, entry: int, chunk: int
     ) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
         message, size = trace_pb2.StreamResultsResponse(), 0
-        async for stored in self._store.read(submission, entry, chunk):
+        async for stored in self._store.results.read(submission, entry, chunk):
             if size + len(stored.data) > _MESSAGE_BYTES and size:
                 yield message
                 message, size = trace_pb2.StreamResultsResponse(), 0
@@ -159,7 +158,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         except UnknownSubmissionError:
             # All of it was acknowledged before: the answer to that was lost.
             return trace_pb2.AcknowledgeResultsResponse()
-        await self._store.acknowledge(request.submission_id, request.through_entry)
+        await self._store.results.acknowledge(request.submission_id, request.through_entry)
         return trace_pb2.AcknowledgeResultsResponse()
 
     async def CancelJobs(  # noqa: N802
@@ -174,7 +173,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             ids = job_ids(request.submission_id, progress.jobs)
         else:
             check_job_ids(request.job_ids)
-            found = await self._store.jobs(request.job_ids, tenant=current().tenant)
+            found = await self._store.queue.jobs(request.job_ids, tenant=current().tenant)
             ids = [job.job_id for job in found if job]
         endings = [cancelled(job_id) for job_id in ids]
         ended = await end(self._store, self._counts, endings)
@@ -184,7 +183,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self, request: trace_pb2.GetJobsRequest, context: Context
     ) -> trace_pb2.GetJobsResponse:
         check_job_ids(request.job_ids)
-        found = await self._store.jobs(request.job_ids, tenant=current().tenant)
+        found = await self._store.queue.jobs(request.job_ids, tenant=current().tenant)
         # A job that is unknown, expired or acknowledged has no state.
         return trace_pb2.GetJobsResponse(
             jobs=[

@@ -55,18 +55,14 @@ class Log:
 
 
 class Child:
-    """One child process, started again whenever it ends.
+    """One child process, started again whenever it ends; its log file has its name.
 
     Parameters
     ----------
-    name : str
-        For messages, and of the log file.
     command : sequence of str
         Program (an absolute path) and arguments.
     environment : mapping of str to str
         All of its environment.
-    logs : Path
-        Folder of the log file.
     report : callable
         Takes messages for people; raises nothing.
     fatal_prefix : str

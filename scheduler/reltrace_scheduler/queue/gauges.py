@@ -4,53 +4,38 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from reltrace_scheduler.keys import GROUP
+from reltrace_scheduler.keys import GROUP, QueueName
 from reltrace_scheduler.queue.connection import memory_used
-from reltrace_scheduler.queue.store import Shard, Store
+from reltrace_scheduler.queue.shards import Shard
+from reltrace_scheduler.queue.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class QueueGauge:
-    """One queue.
-
-    Attributes
-    ----------
-    priority, tenant, model : str
-        Whose it is. Jobs whose worker fell silent wait apart, as "suspect" and "alone".
-    queued, leased : int
-        Jobs that wait, and that workers have.
-    oldest : float
-        Seconds that the first of those that wait has been in this queue; 0: none waits.
-    """
+    """One queue."""
 
     priority: str
+    """Or the class of isolated jobs: "isolate_group" or "isolate_single"."""
     tenant: str
     model: str
     queued: int
     leased: int
     oldest: float
+    """Seconds that the first queued job has been in this queue; 0: none is queued."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """What is the same whichever scheduler is asked.
-
-    Attributes
-    ----------
-    queues : tuple of QueueGauge
-        Those that hold jobs.
-    workers : dict of str to int
-        Connected workers by model.
-    ended : dict of str to int
-        Jobs that ended since the store was made, by state.
-    memory : int
-        Bytes that Redis uses.
-    """
+    """What is the same whichever scheduler is asked."""
 
     queues: tuple[QueueGauge, ...] = ()
+    """Those that hold jobs."""
     workers: dict[str, int] = field(default_factory=dict)
+    """Connected workers by model."""
     ended: dict[str, int] = field(default_factory=dict)
+    """Jobs that ended since the queue was made, by state."""
     memory: int = 0
+    """Bytes that Redis uses."""
 
 
 class Gauges:
@@ -60,66 +45,71 @@ class Gauges:
         self._store = store
 
     async def read(self) -> ClusterState:
-        """Return the state of the cluster."""
         registry = self._store.registry
         # A route that names a revision has the workers of its model.
         names = [route for route in await registry.models() if "@" not in route]
         alive = time.time() - self._store.settings.lease
-        queues: dict[tuple[str, str, str], QueueGauge] = {}
-        for shard in self._store.shards:
-            for found in await self._queues(shard):
-                key = (found.priority, found.tenant, found.model)
-                queues[key] = _sum(queues[key], found) if key in queues else found
         return ClusterState(
-            queues=tuple(queues.values()),
+            queues=await self.queues(),
             workers=dict.fromkeys(names, 0) | await registry.serving(names, seen_since=alive),
-            ended=await self._store.ended(),
+            ended=await self._store.queue.ended(),
             memory=await memory_used(self._store.redis),
         )
 
-    async def _queues(self, shard: Shard) -> list[QueueGauge]:
-        redis, keys = self._store.redis, shard.keys
-        names = await shard.queue.names()
-        async with redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.xlen(keys.queue(name))
-                pipe.xpending(keys.queue(name), GROUP)
-                pipe.xinfo_groups(keys.queue(name))
-            rows: list[Any] = await pipe.execute(raise_on_error=False)
-        seen = [
-            (name, int(length), int(pending["pending"]), groups[0]["last-delivered-id"])
-            for name, length, pending, groups in zip(
-                names, rows[::3], rows[1::3], rows[2::3], strict=True
-            )
-            # A queue that became empty since its name was read is gone.
-            if not isinstance(pending, Exception) and not isinstance(groups, Exception) and groups
-        ]
-        async with redis.pipeline(transaction=False) as pipe:
-            for name, _, _, delivered in seen:
-                # What was delivered last is leased or ended; the first after it waits.
-                pipe.xrange(keys.queue(name), b"(" + delivered, "+", count=1)
-            first: list[Any] = await pipe.execute(raise_on_error=False)
-        now = await shard.upkeep.now()
-        return [
-            _gauge(name, length, pending, waiting, now)
-            for (name, length, pending, _), waiting in zip(seen, first, strict=True)
-        ]
+    async def queues(self) -> tuple[QueueGauge, ...]:
+        """Return every queue that exists, summed over the shards."""
+        queues: dict[QueueName, QueueGauge] = {}
+        for shard in self._store.shards.all:
+            for name, found in (await _read_queues(shard)).items():
+                before = queues.get(name)
+                queues[name] = found if before is None else _sum(before, found)
+        return tuple(queues.values())
+
+
+async def _read_queues(shard: Shard) -> dict[QueueName, QueueGauge]:
+    names = [QueueName.parse(name) for name in await shard.queues()]
+    async with shard.redis.pipeline(transaction=False) as pipe:
+        for name in names:
+            stream = shard.key("queue", str(name))
+            pipe.xlen(stream)
+            pipe.xpending(stream, GROUP)
+            pipe.xinfo_groups(stream)
+        rows: list[Any] = await pipe.execute(raise_on_error=False)
+    sizes: dict[QueueName, tuple[int, int]] = {}
+    async with shard.redis.pipeline(transaction=False) as pipe:
+        for name, length, pending, groups in zip(
+            names, rows[::3], rows[1::3], rows[2::3], strict=True
+        ):
+            # A queue that became empty since its name was read has been deleted.
+            if isinstance(pending, Exception) or isinstance(groups, Exception) or not groups:
+                continue
+            leased = int(pending["pending"])
+            sizes[name] = (max(0, int(length) - leased), leased)
+            # What was delivered last is leased or ended; the first entry after it is queued.
+            after = b"(" + groups[0]["last-delivered-id"]
+            pipe.xrange(shard.key("queue", str(name)), after, "+", count=1)
+        first: list[Any] = await pipe.execute(raise_on_error=False)
+    now = await shard.now()
+    return {
+        name: QueueGauge(
+            name.queue_class, name.tenant, name.route, queued, leased, _age(entries, now)
+        )
+        for (name, (queued, leased)), entries in zip(sizes.items(), first, strict=True)
+    }
+
+
+def _age(entries: Any, now: int) -> float:
+    if not entries or isinstance(entries, Exception):
+        return 0.0
+    # The id of an entry begins with the milliseconds at which it came.
+    return max(0.0, (now - int(entries[0][0].partition(b"-")[0])) / 1000)
 
 
 def _sum(one: QueueGauge, other: QueueGauge) -> QueueGauge:
-    """Put the same queue of two shards together."""
+    """Add the gauges of one queue in two shards."""
     return replace(
         one,
         queued=one.queued + other.queued,
         leased=one.leased + other.leased,
         oldest=max(one.oldest, other.oldest),
     )
-
-
-def _gauge(name: str, length: int, pending: int, waiting: Any, now: float) -> QueueGauge:
-    priority, tenant, model = name.split(":", 2)
-    oldest = 0.0
-    if waiting and not isinstance(waiting, Exception):
-        # The id of an entry begins with the milliseconds at which it came.
-        oldest = max(0.0, now - int(waiting[0][0].partition(b"-")[0]) / 1000)
-    return QueueGauge(priority, tenant, model, max(0, length - pending), pending, oldest)

@@ -1,71 +1,59 @@
-"""What time and operators do to jobs: leases run out, waits end, results expire."""
+"""Transitions that time brings about: leases run out, delays and timeouts end, results expire."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from redis.asyncio import Redis
-
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.keys import REAPER, Keys
-from reltrace_scheduler.queue.queue import milliseconds
-from reltrace_scheduler.queue.scripts import Scripts
-from reltrace_scheduler.records import Abandoned, Condemned, Ending, LostLease, QuarantinedJob
+from reltrace_scheduler.queue.quarantine import parse_history
+from reltrace_scheduler.queue.shards import Shard, milliseconds
+from reltrace_scheduler.records import Condemned, Submission
 
 _AT_ONCE = 500
 """Jobs that one script moves: bounds how long it holds Redis."""
 
-_END_AT_ONCE = 256
-
-_QUARANTINED_AT_ONCE, _QUARANTINED_BYTES = 4, 32 << 20
-"""Quarantined jobs that are read at a time, and bytes of theirs that one listing has."""
+_OVERDUE_AT_ONCE = 256
 
 EXPIRE_AT_ONCE = 16
 """Submissions whose results one script frees."""
 
 
-class Upkeep:
-    """Transitions that no worker and no reader asks for.
+class Maintenance:
+    """What schedulers do from time to time to each shard; any number of them may do it."""
 
-    ``LEASED -> QUEUED`` when a lease is lost, and from QUEUED or LEASED to
-    ``FAILED | CANCELLED | QUARANTINED`` from outside.
-    """
-
-    def __init__(self, redis: Redis, settings: Settings, keys: Keys) -> None:
-        self._redis = redis
+    def __init__(self, shard: Shard, settings: Settings) -> None:
+        self.shard = shard
+        self._redis = shard.redis
+        self._key = shard.key
         self._settings = settings
-        self._keys = keys
-        self._scripts = Scripts(redis, keys)
 
-    async def look(self) -> None:
-        """Note that leases are being looked after, before each round of `reap`.
+    async def watchdog_tick(self) -> None:
+        """Note that lost leases are being looked for, before each round of `reap`.
 
         After a gap (Redis or all schedulers were away for half a lease) no lease is taken to be
-        lost for one lease's time: those who live could not renew theirs.
+        lost for one lease's time: live workers could not renew theirs.
         """
-        await self._scripts("look", [self._keys.watch], milliseconds(self._settings.lease))
+        await self.shard.run("watchdog_tick", [], milliseconds(self._settings.lease))
 
-    async def reap(self, queue: str) -> tuple[int, list[Condemned]]:
+    async def reap(self, queue: bytes) -> tuple[int, list[Condemned]]:
         """Take over the leases of one queue that were lost.
 
         Parameters
         ----------
-        queue : str
-            Its name, as `Queue.names` gives it.
+        queue : bytes
+            Its name, as `Shard.queues` gives it.
 
         Returns
         -------
         int
             Jobs that were queued again.
         list of Condemned
-            Jobs that lost too many leases. They are held under the name `REAPER`; the
-            caller ends them with `end`.
+            Jobs that lost too many leases. The reaper holds them; the caller quarantines them
+            with `JobQueue.end`.
         """
         cursor, requeued, condemned = b"0-0", 0, []
         while True:
-            cursor, count, jobs = await self._scripts(
+            cursor, count, jobs = await self.shard.run(
                 "reap",
-                [self._keys.queue(queue), self._keys.queues, self._keys.watch],
-                REAPER,
+                [self._key("queue", queue.decode())],
                 queue,
                 milliseconds(self._settings.lease),
                 self._settings.max_lost_leases,
@@ -74,128 +62,65 @@ class Upkeep:
             )
             requeued += int(count)
             condemned += [
-                Condemned(job.decode(), int(attempt), _history(history))
+                Condemned(job.decode(), int(attempt), parse_history(history))
                 for job, attempt, history in jobs
             ]
             if cursor == b"0-0":
                 return requeued, condemned
 
-    async def end(self, endings: Sequence[Ending]) -> list[str]:
-        """End jobs from outside; return each one's queue by name, "" if this did not end it."""
-        outcome: list[str] = []
-        for start in range(0, len(endings), _END_AT_ONCE):
-            reply = await self._scripts(
-                "end",
-                [],
-                milliseconds(self._settings.result_ttl),
-                self._settings.max_quarantined,
-                milliseconds(self._settings.quarantine_ttl),
-                *(
-                    part
-                    for ending in endings[start : start + _END_AT_ONCE]
-                    for part in (
-                        ending.job_id,
-                        "" if ending.attempt is None else ending.attempt,
-                        ending.state,
-                        ending.data,
-                    )
-                ),
-            )
-            outcome += [name.decode() for name in reply]
-        return outcome
-
     async def promote(self) -> int:
-        """Queue jobs again whose wait after a failed attempt is over; return how many."""
-        return int(await self._scripts("promote", [self._keys.delayed], _AT_ONCE))
+        """Queue jobs again whose delay after a failed attempt is over; return how many."""
+        return int(await self.shard.run("promote", [], _AT_ONCE))
 
     async def overdue(self) -> list[str]:
         """Return jobs, at most some hundreds, whose timeout is over."""
-        ids = await self._scripts("overdue", [self._keys.deadlines], _END_AT_ONCE)
+        ids: Any = await self._redis.zrangebyscore(
+            self._key("deadlines"), "-inf", await self.shard.now(), start=0, num=_OVERDUE_AT_ONCE
+        )
         return [job_id.decode() for job_id in ids]
 
-    async def now(self) -> float:
-        """Return the Unix time of the shard's own clock."""
-        return int(await self._scripts("now", [])) / 1000
-
-    async def expire(self) -> tuple[int, list[Abandoned]]:
+    async def expire(self) -> tuple[int, list[Submission]]:
         """Free results that nobody acknowledged in time.
 
         Returns
         -------
         int
             Of how many submissions; as many as `EXPIRE_AT_ONCE`: there may be more.
-        list of Abandoned
-            Those whose jobs wait for a reader who has not come for as long. The caller ends their
-            jobs, and then lets them `go`.
+        list of Submission
+            Those whose jobs have waited as long until results are read. The caller ends the jobs,
+            and then calls `expire_now`.
         """
-        freed, *waiting = await self._scripts("expire", [self._keys.expiring], EXPIRE_AT_ONCE)
-        return int(freed), [Abandoned(name.decode(), int(jobs)) for name, jobs in waiting]
+        freed, *waiting = await self.shard.run("expire", [], EXPIRE_AT_ONCE)
+        return int(freed), [Submission(name.decode(), int(jobs)) for name, jobs in waiting]
 
-    async def go(self, submission: str) -> None:
+    async def expire_now(self, submission: str) -> None:
         """Let the results of a submission that has ended be freed next."""
-        await self._redis.zadd(self._keys.expiring, {submission: 0}, xx=True)
+        await self._redis.zadd(self._key("expiring"), {submission: 0}, xx=True)
 
-    async def unread(self) -> list[Abandoned]:
-        """Return what tenants have that were passed over for as long as results are kept.
+    async def stalled_submissions(self) -> list[Submission]:
+        """Return submissions of tenants that were throttled for as long as results are kept.
 
-        Their unread results take all the room that there is for them, and nobody has read any
-        since. Of their submissions those that have results and have not ended: no other ever will.
+        The unread results of such a tenant reach its bound, and nobody has read any since. Only
+        those of its submissions that have results and have not ended: no other expires.
         """
-        since = await self.now() - self._settings.result_ttl
-        full: Any = await self._redis.zrangebyscore(self._keys.full, "-inf", milliseconds(since))
-        if not full:
+        since = await self.shard.now() - milliseconds(self._settings.result_ttl)
+        tenants: Any = await self._redis.zrangebyscore(
+            self._key("throttled_tenants"), "-inf", since
+        )
+        if not tenants:
             return []
-        found: list[Abandoned] = []
-        # Only here are all submissions looked at, and rarely: an index of them would cost each.
-        pattern = self._keys.submission("*")
-        names = [key async for key in self._redis.scan_iter(match=pattern, count=1000)]
+        found: list[Submission] = []
+        # This scan is rare; an index of submissions would make each of them dearer.
+        pattern = self._key("submission", "*")
+        names = [key.decode() async for key in self._redis.scan_iter(match=pattern, count=1000)]
         for start in range(0, len(names), _AT_ONCE):
+            page = names[start : start + _AT_ONCE]
             async with self._redis.pipeline(transaction=False) as pipe:
-                for name in names[start : start + _AT_ONCE]:
-                    pipe.hmget(name.decode(), "tenant", "jobs", "ended", "stored")
+                for name in page:
+                    pipe.hmget(name, "tenant", "jobs", "ended", "stored")
                 rows: list[Any] = await pipe.execute()
-            for name, (tenant, jobs, ended, stored) in zip(names[start:], rows, strict=False):
-                if tenant in full and int(ended) < int(jobs) and int(stored or 0) > 0:
-                    submission = name.decode().removeprefix(pattern[:-1])
-                    found.append(Abandoned(submission, int(jobs)))
-        await self._redis.zrem(self._keys.full, *full)
+            for name, (tenant, jobs, ended, stored) in zip(page, rows, strict=True):
+                if tenant in tenants and int(ended) < int(jobs) and int(stored or 0) > 0:
+                    found.append(Submission(name.removeprefix(pattern[:-1]), int(jobs)))
+        await self._redis.zrem(self._key("throttled_tenants"), *tenants)
         return found
-
-    async def quarantined(self, limit: int) -> list[QuarantinedJob]:
-        """Return jobs that were quarantined, latest first; of large ones, fewer than `limit`."""
-        ids: Any = await self._redis.zrevrange(self._keys.quarantined, 0, limit - 1)
-        found: list[QuarantinedJob] = []
-        room = _QUARANTINED_BYTES
-        for start in range(0, len(ids), _QUARANTINED_AT_ONCE):
-            page = [name.decode() for name in ids[start : start + _QUARANTINED_AT_ONCE]]
-            for job in await self.quarantined_jobs(page):
-                if job is None:
-                    continue
-                room -= len(job.spec)
-                if room < 0 and found:
-                    return found
-                found.append(job)
-        return found
-
-    async def quarantined_jobs(self, job_ids: Sequence[str]) -> list[QuarantinedJob | None]:
-        """Look quarantined jobs up; None for one that is unknown or too old."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for job_id in job_ids:
-                pipe.hmget(self._keys.quarantined_job(job_id), "tenant", "spec", "history")
-            rows: list[Any] = await pipe.execute()
-        return [
-            QuarantinedJob(job_id, tenant.decode(), spec, _history(history)) if tenant else None
-            for job_id, (tenant, spec, history) in zip(job_ids, rows, strict=True)
-        ]
-
-    async def forget_quarantined(self, job_id: str) -> None:
-        """Forget a quarantined job."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.zrem(self._keys.quarantined, job_id)
-            pipe.delete(self._keys.quarantined_job(job_id))
-            await pipe.execute()
-
-
-def _history(lines: bytes) -> tuple[LostLease, ...]:
-    rows = (line.split(" ") for line in lines.decode().splitlines())
-    return tuple(LostLease(int(n), worker, int(at) / 1000) for n, worker, at in rows)

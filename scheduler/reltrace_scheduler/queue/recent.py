@@ -2,121 +2,102 @@
 
 import json
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import structlog
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from reltrace_scheduler.keys import Keys
+from reltrace_scheduler.keys import SharedKey
+from reltrace_scheduler.queue.shards import Shards
 
 log = structlog.get_logger()
 
 _ROWS = 40
 _ROWS_PER_SECOND = 5.0
-_PICTURES_PER_SECOND = 1.0
-_PICTURE_BYTES = 64 << 10
-_PICTURE_TTL = 300
+_SAMPLES_PER_SECOND = 1.0
+_SAMPLE_BYTES = 64 << 10
+_SAMPLE_TTL = 300
 """Seconds: with the bounds above, at most 20 MB per scheduler."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecentJob:
-    """A job that ended.
-
-    Attributes
-    ----------
-    job, tenant, model, worker : str
-        The job, whose it was, what it asked for, and who ran it last.
-    state : str
-        In which it ended.
-    at : float
-        Unix time.
-    text : str
-        The beginning of its prompt.
-    error : str
-        Why it did not succeed.
-    picture : bytes
-        Its serialized ``ResultChunk``; empty: there is none to show.
-    """
+    """A job that ended."""
 
     job: str
     tenant: str
     model: str
     worker: str
+    """That had it last; empty: none."""
     state: str
     at: float
-    text: str = ""
-    error: str = ""
-    picture: bytes = b""
+    """Unix time in seconds."""
+    text: str
+    """Beginning of the prompt."""
+    error: str
 
 
-class Recent:
-    """Notes jobs that end, as many as people can look at.
+class RecentJobs:
+    """Notes a few of the jobs that end.
 
     Parameters
     ----------
     enabled : bool
-        Somebody looks; else nothing is noted.
+        There is a page that shows them; else nothing is noted.
     """
 
-    def __init__(self, redis: Redis, keys: Keys, *, enabled: bool) -> None:
-        self._redis = redis
-        self._keys = keys
+    def __init__(self, shards: Shards, *, enabled: bool) -> None:
+        self._redis = shards.redis
+        self._key = shards.all[0].key
         self.enabled = enabled
-        self._rows = _Allowance(_ROWS_PER_SECOND)
-        self._bad_rows = _Allowance(_ROWS_PER_SECOND)
-        self._pictures = _Allowance(_PICTURES_PER_SECOND)
+        # Apart, so that a thousand successes per second do not displace the failures.
+        self._rates: dict[SharedKey, _Rate] = {
+            "recent_ok": _Rate(_ROWS_PER_SECOND),
+            "recent_failed": _Rate(_ROWS_PER_SECOND),
+        }
+        self._samples = _Rate(_SAMPLES_PER_SECOND)
 
-    async def note(self, jobs: Sequence[RecentJob]) -> None:
-        """Note jobs, or of too many the last ones. It may fail: nothing depends on it."""
-        if not self.enabled or not jobs:
-            return
-        # Apart: what goes well, a thousand times a second, must not push out what went wrong.
-        well = [job for job in jobs if job.state == "SUCCEEDED"]
-        badly = [job for job in jobs if job.state != "SUCCEEDED"]
+    async def note(self, jobs: Sequence[tuple[RecentJob, bytes]]) -> None:
+        """Note jobs with their serialized ``ResultChunk`` (empty: nothing to show).
+
+        Of too many the last ones. An error of Redis is logged: nothing depends on this.
+        """
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
-                self._push(pipe, self._keys.recent, well, self._rows)
-                self._push(pipe, self._keys.mishaps, badly, self._bad_rows)
+                for key, rate in self._rates.items():
+                    ok = key == "recent_ok"
+                    new = [job for job in jobs if (job[0].state == "SUCCEEDED") == ok]
+                    if not (allowed := rate.take(len(new))):
+                        continue
+                    for job, chunk in new[-allowed:]:
+                        sampled = 0 < len(chunk) <= _SAMPLE_BYTES and self._samples.take(1) == 1
+                        if sampled:
+                            name = self._key("sample_result", job.job)
+                            pipe.set(name, chunk, ex=_SAMPLE_TTL)
+                        pipe.lpush(self._key(key), json.dumps(asdict(job) | {"sampled": sampled}))
+                    pipe.ltrim(self._key(key), 0, _ROWS - 1)
                 await pipe.execute()
         except (RedisError, OSError) as error:
             log.warning("recent.lost", error=str(error))
 
-    def _push(self, pipe: Any, key: str, jobs: list[RecentJob], allowance: "_Allowance") -> None:
-        room = allowance.take(len(jobs))
-        if not room:
-            return
-        for job in jobs[-room:]:
-            row = asdict(job)
-            shown = 0 < len(job.picture) <= _PICTURE_BYTES and self._pictures.take(1) == 1
-            row["picture"] = shown
-            if shown:
-                pipe.set(self._keys.picture(job.job), job.picture, ex=_PICTURE_TTL)
-            pipe.lpush(key, json.dumps(row))
-        pipe.ltrim(key, 0, _ROWS - 1)
+    async def rows(self, *, ok: bool) -> list[dict[str, Any]]:
+        """Return the jobs that succeeded last, or those that ended otherwise, the latest first.
 
-    async def rows(self) -> list[dict[str, Any]]:
-        """Return the jobs that ended well last, the latest first, as JSON holds them."""
-        return await self._read(self._keys.recent)
-
-    async def mishaps(self) -> list[dict[str, Any]]:
-        """Return those that ended otherwise."""
-        return await self._read(self._keys.mishaps)
-
-    async def _read(self, key: str) -> list[dict[str, Any]]:
-        found: Any = await cast("Awaitable[Any]", self._redis.lrange(key, 0, _ROWS - 1))
+        Each has the fields of `RecentJob`, and ``sampled``: `sample_result` may have its result.
+        """
+        key = self._key("recent_ok" if ok else "recent_failed")
+        found: Any = await self._redis.lrange(key, 0, _ROWS - 1)
         return [json.loads(row) for row in found]
 
-    async def picture(self, job_id: str) -> bytes | None:
+    async def sample_result(self, job_id: str) -> bytes | None:
         """Return the serialized ``ResultChunk`` of a job, if it was kept."""
-        found: Any = await self._redis.get(self._keys.picture(job_id))
+        found: Any = await self._redis.get(self._key("sample_result", job_id))
         return found if found is None else bytes(found)
 
 
-class _Allowance:
+class _Rate:
     """So many per second; a second's worth may come at once."""
 
     def __init__(self, per_second: float) -> None:

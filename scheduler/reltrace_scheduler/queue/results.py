@@ -1,51 +1,49 @@
-"""Results of ended jobs, read in order and freed once the client has them."""
+"""Results of ended jobs and drafts of texts, read in order and freed once the client has them."""
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
-from redis.asyncio import Redis
-
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.keys import Keys
-from reltrace_scheduler.queue.queue import milliseconds
-from reltrace_scheduler.queue.scripts import Scripts
-from reltrace_scheduler.records import StoredChunk
+from reltrace_scheduler.queue.shards import Shards, milliseconds
+from reltrace_scheduler.records import Lease, Progress, StoredChunk, StoredDraft
 
-_KEY_OUTLIVES_RESULTS = 600_000
-"""Milliseconds: longer than a client goes on repeating one call."""
+_IDEMPOTENCY_TTL = 600.0
+"""Seconds that a key is kept after its results: longer than a client repeats one call."""
 
 _PAGE = 128
 """Entries read at a time; inline chunks are at most 64 KiB, so a page is at most 8 MiB."""
 
+FIRST_DRAFT = "0"
+"""The position before the first draft."""
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a submission is."""
+_DRAFT_TTL = 60.0
+"""Seconds after the last draft of an attempt; drafts are deleted with the lease anyway."""
 
-    tenant: str
-    jobs: int
-    ended: int
+_DRAFT_BYTES = 1 << 20
+"""Of an attempt: ten times what a text of 1,024 tokens needs, token by token."""
+
+_DRAFT_OVERHEAD = 64
+"""Bytes that Redis needs for a draft beside its content: empty ones are not free."""
 
 
 class Results:
-    """The results stream of each submission."""
+    """The results stream of each submission, and the drafts of its jobs."""
 
-    def __init__(self, redis: Redis, settings: Settings, keys: Keys) -> None:
-        self._redis = redis
+    def __init__(self, shards: Shards, settings: Settings) -> None:
+        self._shards = shards
+        self._redis = shards.redis
         self._settings = settings
-        self._keys = keys
-        self._scripts = Scripts(redis, keys)
 
-    async def progress(self, submission_id: str) -> Progress | None:
+    async def progress(self, submission: str) -> Progress | None:
         """Return how far a submission is; None when it is unknown."""
-        row: Any = await self._redis.hmget(
-            self._keys.submission(submission_id), "tenant", "jobs", "ended"
-        )
-        return Progress(row[0].decode(), int(row[1]), int(row[2])) if row[0] is not None else None
+        name = self._shards.of(submission).key("submission", submission)
+        row: Any = await self._redis.hmget(name, "tenant", "jobs", "ended")
+        tenant, jobs, ended = row
+        return None if tenant is None else Progress(tenant.decode(), int(jobs), int(ended))
 
     async def read(
-        self, submission_id: str, after_entry: int, after_chunk: int
+        self, submission: str, after_entry: int, after_chunk: int
     ) -> AsyncIterator[StoredChunk]:
         """Yield what is there after a position, in order: the same bytes every time.
 
@@ -56,50 +54,81 @@ class Results:
         after_chunk : int
             How many chunks of the entry after that were read.
         """
-        stream = self._keys.results(submission_id)
+        stream = self._shards.of(submission).key("results", submission)
         while True:
             page: Any = await self._redis.xrange(stream, f"({after_entry}-0", "+", count=_PAGE)
             for entry_id, fields in page:
                 entry = int(entry_id.partition(b"-")[0])
                 skip, after_chunk = after_chunk, 0
-                if b"c" in fields:
-                    if skip == 0:
-                        yield StoredChunk(entry, 1, fields[b"c"])
-                else:
+                if b"l" in fields:
                     async for chunk in self._read_list(entry, fields[b"l"], skip):
                         yield chunk
+                elif skip == 0:
+                    yield StoredChunk(entry, 1, fields[b"c"])
                 after_entry = entry
             if len(page) < _PAGE:
                 return
 
     async def _read_list(self, entry: int, key: bytes, skip: int) -> AsyncIterator[StoredChunk]:
         # One chunk at a time: what the reader has not taken stays in Redis.
-        number = skip
-        while True:
+        for number in count(skip):
             data: Any = await self._redis.lindex(key.decode(), number)
             if data is None:
                 return
-            number += 1
-            yield StoredChunk(entry, number, data)
+            yield StoredChunk(entry, number + 1, data)
 
-    async def acknowledge(self, submission_id: str, through_entry: int) -> int:
+    async def acknowledge(self, submission: str, through_entry: int) -> int:
         """Free results up to and including an entry; return how many there were."""
-        total = 0
+        shard, total = self._shards.of(submission), 0
         while True:
-            freed = await self._scripts(
+            freed = await shard.run(
                 "acknowledge",
                 [
-                    self._keys.results(submission_id),
-                    self._keys.submission(submission_id),
-                    self._keys.parked(submission_id),
-                    self._keys.expiring,
+                    shard.key("results", submission),
+                    shard.key("submission", submission),
+                    shard.key("backpressured", submission),
                 ],
                 through_entry,
                 self._settings.max_unread,
-                _KEY_OUTLIVES_RESULTS,
+                milliseconds(_IDEMPOTENCY_TTL),
                 _PAGE,
                 milliseconds(self._settings.result_ttl),
             )
             total += int(freed)
             if int(freed) < _PAGE:
                 return total
+
+    async def write_drafts(self, worker: str, drafts: Sequence[tuple[Lease, bytes]]) -> int:
+        """Keep serialized ``Draft`` of jobs that are leased to the worker; return how many.
+
+        They are hints beside the results: nothing waits for them, and nothing is lost with them.
+        """
+        rows = [(lease.job_id, lease.attempt, data) for lease, data in drafts]
+        ttl = milliseconds(_DRAFT_TTL)
+        return sum(
+            await self._shards.run("draft", rows, worker, ttl, _DRAFT_BYTES, _DRAFT_OVERHEAD)
+        )
+
+    async def read_drafts(self, after: Mapping[str, str]) -> dict[str, list[StoredDraft]]:
+        """Return drafts of the present attempt of some jobs, at most 1 MiB of each.
+
+        Parameters
+        ----------
+        after : mapping of str to str
+            By job: the position of the last draft that was read, or `FIRST_DRAFT`. It holds for
+            the drafts of another attempt as well.
+
+        Returns
+        -------
+        dict of str to list of StoredDraft
+            Of the jobs that have further ones.
+        """
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for job, position in after.items():
+                pipe.xrange(self._shards.of(job).key("draft", job), f"({position}", "+")
+            rows: list[Any] = await pipe.execute()
+        return {
+            job: [StoredDraft(position.decode(), fields[b"d"]) for position, fields in row]
+            for job, row in zip(after, rows, strict=True)
+            if row
+        }

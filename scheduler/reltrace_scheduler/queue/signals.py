@@ -18,35 +18,38 @@ _RETRY = 0.2
 
 
 class Listener:
-    """What one listener has heard since it last took it.
-
-    Attributes
-    ----------
-    event : asyncio.Event
-        Set when there is something.
-    """
+    """The channels that were signalled since they were last taken."""
 
     def __init__(self, channels: Collection[str]) -> None:
         self.channels = frozenset(channels)
         self.event = asyncio.Event()
-        self._heard: set[str] = set()
+        self._signalled: set[str] = set()
 
-    def hear(self, channel: str | None = None) -> None:
-        """Note a signal; None: there may have been one on any channel."""
-        self._heard |= self.channels if channel is None else {channel}
+    def signal(self, channels: Collection[str]) -> None:
+        self._signalled |= set(channels)
         self.event.set()
 
     def take(self) -> set[str]:
         """Return the channels that were signalled, and forget them."""
-        heard, self._heard = self._heard, set()
-        return heard
+        signalled, self._signalled = self._signalled, set()
+        return signalled
+
+    async def wait(self, timeout: float) -> bool:
+        """Wait for a signal, but at most `timeout` seconds; return whether one came."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self.event.wait()
+        except TimeoutError:
+            return False
+        self.event.clear()
+        return True
 
 
 class Signals:
-    """One subscription for the whole process, spread to whoever listens.
+    """One subscription for the whole process, spread to its listeners.
 
-    A message may be missed (while Redis is away, say): listeners look for themselves
-    from time to time, and on every connection all of them are woken.
+    A message may be missed (while Redis is away, say): listeners poll from time to time, and
+    with every new connection all of them are signalled.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -56,15 +59,15 @@ class Signals:
         self._connections = 0
 
     def count(self, channel: str) -> tuple[int, int]:
-        """Return what changes with every signal on a channel that somebody listens to.
+        """Return what changes with every signal on a channel that has listeners.
 
-        And with every connection: what was signalled before it, nobody knows.
+        And with every connection: signals before it may have been missed.
         """
         return self._connections, self._counts[channel]
 
     @contextmanager
     def listen(self, *channels: str) -> Iterator[Listener]:
-        """Give a listener that hears whenever one of the channels is signalled."""
+        """Give a listener that is signalled whenever one of the channels is."""
         listener = Listener(channels)
         for channel in listener.channels:
             self._listeners[channel].add(listener)
@@ -91,23 +94,11 @@ class Signals:
             await pubsub.psubscribe(*CHANNELS)
             self._connections += 1
             for listener in set().union(*self._listeners.values()):
-                listener.hear()
+                listener.signal(listener.channels)
             while True:
                 message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=10.0)
-                if message is not None:
-                    channel = message["channel"].decode()
-                    if channel in self._listeners:
-                        self._counts[channel] += 1
-                    for listener in self._listeners.get(channel, set()):
-                        listener.hear(channel)
-
-
-async def wait(listener: Listener, timeout: float) -> bool:
-    """Wait for a signal, but at most `timeout` seconds; return whether one came."""
-    try:
-        async with asyncio.timeout(timeout):
-            await listener.event.wait()
-    except TimeoutError:
-        return False
-    listener.event.clear()
-    return True
+                channel = message["channel"].decode() if message else ""
+                if channel in self._listeners:
+                    self._counts[channel] += 1
+                    for listener in self._listeners[channel]:
+                        listener.signal([channel])

@@ -169,12 +169,12 @@ class _Page:
                 }
                 for worker in workers
             ],
-            "succeeded": await self._store.recent.rows(),
-            "failed": await self._store.recent.mishaps(),
+            "succeeded": await self._store.recent.rows(ok=True),
+            "failed": await self._store.recent.rows(ok=False),
         }
 
     async def job(self, request: web.Request) -> web.Response:
-        data = await self._store.recent.picture(request.match_info["job"])
+        data = await self._store.recent.sample_result(request.match_info["job"])
         if data is None:
             raise web.HTTPNotFound(reason="its trace is not kept any more")
         chunk = types_pb2.ResultChunk.FromString(data)

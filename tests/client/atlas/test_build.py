@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import reltrace
 from fake_server import FakeServer
-from make_part import make_part
+from make_shard import make_shard
 from reltrace.atlas import build as build_module
-from reltrace.atlas.build import Plan
-from reltrace.atlas.folder import Folder, State
-from reltrace.atlas.merged import Merged
-from reltrace.atlas.slice_jobs import Made
+from reltrace.atlas.folder import AtlasFolder
+from reltrace.atlas.jobs import BuiltShard
+from reltrace.atlas.merged import MergedSite
+from reltrace.atlas.settings import AtlasSettings
+from reltrace.atlas.state import State
 from reltrace.transport.connection import Connection
 from reltrace.transport.submit import Accepted
 from reltrace_proto.v1 import types_pb2
@@ -71,7 +72,7 @@ def test_a_fault_in_a_conversation_is_named_by_its_place_in_the_corpus(
     asked = server.requests[0].jobs[0].corpus
     assert list(asked.prompts) == ["a", ""]
     assert {number: sent_of(chat) for number, chat in asked.chats.items()} == {1: CHAT}
-    later = Plan(None, "attnlrp", None, 2, 16, "batch").job([""], 48)
+    later = AtlasSettings(None, "attnlrp", None, 2, 16, "batch").job([""], 48)
     assert later.rename("corpus.chats[3].messages[0].role") == "prompts[51].messages[0].role"
     server.faults = lambda spec: [("corpus.chats", "is more than the workers of fake can do")]
     with pytest.raises(reltrace.InvalidArgument, match=r"^messages: is more than the workers"):
@@ -83,17 +84,17 @@ def sent_of(chat: types_pb2.Chat) -> list[dict[str, str]]:
 
 
 def test_one_process_at_a_time_builds_in_a_folder(client: reltrace.Client, tmp_path: Path) -> None:
-    other = Folder(tmp_path)
-    other.hold()
-    identity = other.begin()
+    other = AtlasFolder(tmp_path)
+    other.lock()
+    identity = other.begin_build()
     with pytest.raises(reltrace.TraceError, match="another process builds the atlas in"):
         client.build_atlas(["a"], tmp_path)
-    other.leave()
+    other.unlock()
     # Nothing of it is lost for who goes on.
-    again = Folder(tmp_path)
-    again.hold()
-    assert again.begin() == identity
-    again.leave()
+    again = AtlasFolder(tmp_path)
+    again.lock()
+    assert again.begin_build() == identity
+    again.unlock()
 
 
 def test_a_folder_that_can_not_be_is_named(client: reltrace.Client, tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_a_folder_that_can_not_be_is_named(client: reltrace.Client, tmp_path: Pa
         client.build_atlas(["a"], tmp_path / "file" / "atlas")
 
 
-class FakeSender:
+class FakeSliceJobs:
     """Gives parts that nobody made.
 
     Attributes
@@ -117,9 +118,9 @@ class FakeSender:
         pass
 
     @asynccontextmanager
-    async def made(self, number: int, digest: str, job: object) -> AsyncIterator[Made]:
+    async def build(self, number: int, digest: str, job: object) -> AsyncIterator[BuiltShard]:
         self.asked.append(number)
-        yield Made(make_part(number), 1, cast("Accepted", f"slice {number}"))
+        yield BuiltShard(make_shard(number), 1, cast("Accepted", f"slice {number}"))
 
 
 @pytest.fixture
@@ -130,9 +131,9 @@ def freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     async def free(connection: object, made: Iterable[Accepted]) -> None:
         found.extend(cast("Iterable[str]", made))
 
-    monkeypatch.setattr(FakeSender, "asked", [], raising=False)
-    monkeypatch.setattr(build_module, "Sender", FakeSender)
-    monkeypatch.setattr(build_module, "free", free)
+    monkeypatch.setattr(FakeSliceJobs, "asked", [], raising=False)
+    monkeypatch.setattr(build_module, "SliceJobs", FakeSliceJobs)
+    monkeypatch.setattr(build_module, "free_shards", free)
     return found
 
 
@@ -143,7 +144,7 @@ async def built(
     out: Path, prompts: Iterable[str | Mapping[str, Any]] = PROMPTS, **other: Any
 ) -> State:
     settings = {"model": None, "rule": "attnlrp", "target": "max", "k": 2, "slice": 2}
-    plan = Plan(**{**settings, "priority": "batch", **other})
+    plan = AtlasSettings(**{**settings, "priority": "batch", **other})
     return await build_module.build(cast("Connection", None), prompts, out, plan, lambda _: None)
 
 
@@ -151,7 +152,7 @@ def same(one: State, other: State) -> bool:
     """Compare two atlases bit for bit."""
     return (
         (one.digests, one.tokens, one.about) == (other.digests, other.tokens, other.about)
-        and np.array_equal(one.words.places, other.words.places)
+        and np.array_equal(one.counts.positions, other.counts.positions)
         and all(
             np.array_equal(array, getattr(other.sites[site], name))
             for site, merged in one.sites.items()
@@ -170,9 +171,9 @@ async def test_a_build_that_is_cancelled_in_the_midst_of_a_merge_writes_whole_sl
     and the next run to come to what an undisturbed one does.
     """
     whole = await built(tmp_path / "whole")
-    keep, began, goes_on, layers = Merged._keep, threading.Event(), threading.Event(), count(1)
+    keep, began, goes_on, layers = MergedSite._keep, threading.Event(), threading.Event(), count(1)
 
-    def slow(self: Merged, layer: int, *arrays: Any) -> None:
+    def slow(self: MergedSite, layer: int, *arrays: Any) -> None:
         keep(self, layer, *arrays)
         # Both sites of the first slice, and a layer of the second.
         if next(layers) == 2 * 3 + 1:
@@ -180,7 +181,7 @@ async def test_a_build_that_is_cancelled_in_the_midst_of_a_merge_writes_whole_sl
             goes_on.wait(30)
 
     freed.clear()
-    monkeypatch.setattr(Merged, "_keep", slow)
+    monkeypatch.setattr(MergedSite, "_keep", slow)
     task = asyncio.create_task(built(tmp_path / "torn"))
     assert await asyncio.to_thread(began.wait, 30)
     task.cancel()
@@ -189,32 +190,32 @@ async def test_a_build_that_is_cancelled_in_the_midst_of_a_merge_writes_whole_sl
     goes_on.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    written = Folder(tmp_path / "torn").read()
+    written = AtlasFolder(tmp_path / "torn").read()
     assert sorted(freed) == [f"slice {number}" for number in sorted(written.digests)]
     assert len(written.digests) == 2
-    FakeSender.asked.clear()
+    FakeSliceJobs.asked.clear()
     await built(tmp_path / "torn")
-    assert sorted(FakeSender.asked) == sorted({0, 1, 2, 3} - set(written.digests))
-    assert same(Folder(tmp_path / "torn").read(), whole)
+    assert sorted(FakeSliceJobs.asked) == sorted({0, 1, 2, 3} - set(written.digests))
+    assert same(AtlasFolder(tmp_path / "torn").read(), whole)
 
 
 async def test_a_slice_that_fails_in_the_midst_of_its_merge_is_not_written_in_part(
     freed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = await built(tmp_path / "whole")
-    keep, layers = Merged._keep, count(1)
+    keep, layers = MergedSite._keep, count(1)
 
-    def broken(self: Merged, layer: int, *arrays: Any) -> None:
+    def broken(self: MergedSite, layer: int, *arrays: Any) -> None:
         if next(layers) == 2 * 3 + 2:
             raise MemoryError("as told")
         keep(self, layer, *arrays)
 
-    monkeypatch.setattr(Merged, "_keep", broken)
+    monkeypatch.setattr(MergedSite, "_keep", broken)
     with pytest.raises(MemoryError, match="as told"):
         await built(tmp_path / "torn")
-    monkeypatch.setattr(Merged, "_keep", keep)
+    monkeypatch.setattr(MergedSite, "_keep", keep)
     await built(tmp_path / "torn")
-    assert same(Folder(tmp_path / "torn").read(), whole)
+    assert same(AtlasFolder(tmp_path / "torn").read(), whole)
 
 
 async def test_what_another_has_built_meanwhile_is_not_replaced(
@@ -228,12 +229,12 @@ async def test_what_another_has_built_meanwhile_is_not_replaced(
 
     def meanwhile(**other: Any) -> Iterator[str]:
         asyncio.run(built(tmp_path, **other))
-        FakeSender.asked.clear()
+        FakeSliceJobs.asked.clear()
         yield from PROMPTS
 
     await built(tmp_path, meanwhile())
-    assert FakeSender.asked == []
-    before = Folder(tmp_path).read()
+    assert FakeSliceJobs.asked == []
+    before = AtlasFolder(tmp_path).read()
     # What is the same is not named.
     said = r"out: .* holds an atlas with other settings \(k was \d+ and is 1\); use the same"
     with pytest.raises(reltrace.InvalidArgument, match=said):
@@ -241,7 +242,7 @@ async def test_what_another_has_built_meanwhile_is_not_replaced(
     shutil.rmtree(tmp_path)
     with pytest.raises(reltrace.InvalidArgument, match=said):
         await built(tmp_path, meanwhile(), k=1)
-    assert same(Folder(tmp_path).read(), before)
+    assert same(AtlasFolder(tmp_path).read(), before)
 
 
 async def test_what_is_explained_is_a_setting(freed: list[str], tmp_path: Path) -> None:
@@ -289,7 +290,7 @@ async def test_positions_that_can_not_be_are_named(
 def test_a_job_says_what_is_explained() -> None:
     def asked(**how: Any) -> types_pb2.JobSpec:
         settings = {"model": None, "rule": "", "target": None, "k": 2, "slice": 2}
-        return Plan(**{**settings, "priority": "batch", **how}).job(["a"]).spec
+        return AtlasSettings(**{**settings, "priority": "batch", **how}).job(["a"]).spec
 
     assert (asked().corpus.positions, list(asked().targets)) == (1 << 16, [])
     drawn = asked(positions=3, seed=7).corpus
@@ -311,9 +312,9 @@ async def test_a_build_goes_on_with_the_same_conversations_alone(
     """
     corpus = [{"messages": CHAT, "id": "first"}, *PROMPTS[:3]]
     await built(tmp_path, corpus)
-    FakeSender.asked.clear()
+    FakeSliceJobs.asked.clear()
     await built(tmp_path, [{"messages": tuple(CHAT)}, *({"prompt": one} for one in PROMPTS[:3])])
-    assert FakeSender.asked == []
+    assert FakeSliceJobs.asked == []
     for other in (
         {"messages": [{"role": "user", "content": "b"}]},
         {"messages": [{"role": "system", "content": "a"}]},
@@ -322,7 +323,7 @@ async def test_a_build_goes_on_with_the_same_conversations_alone(
     ):
         with pytest.raises(reltrace.InvalidArgument, match=r"prompts: are others .* from 0 on"):
             await built(tmp_path, [other, *PROMPTS[:3]])
-    assert FakeSender.asked == []
+    assert FakeSliceJobs.asked == []
 
 
 async def test_an_atlas_that_does_not_say_what_is_added_is_of_prompts_with_it(
@@ -331,10 +332,10 @@ async def test_an_atlas_that_does_not_say_what_is_added_is_of_prompts_with_it(
     """An earlier version wrote such folders."""
     state = await built(tmp_path)
     del state.about["add_special_tokens"]
-    Folder(tmp_path).write(state)
-    FakeSender.asked.clear()
+    AtlasFolder(tmp_path).write(state)
+    FakeSliceJobs.asked.clear()
     await built(tmp_path)
-    assert FakeSender.asked == []
+    assert FakeSliceJobs.asked == []
     with pytest.raises(
         reltrace.InvalidArgument, match=r"settings \(add_special_tokens was True and"
     ):
@@ -357,9 +358,9 @@ async def test_a_damaged_file_of_the_corpus_is_made_again(freed: list[str], tmp_
     whole, atlas = path.read_bytes(), (tmp_path / "atlas.safetensors").read_bytes()
     # The last of its numbers: a token that there is none of.
     path.write_bytes(whole[:-4] + np.int32(1 << 20).tobytes())
-    FakeSender.asked.clear()
+    FakeSliceJobs.asked.clear()
     await built(tmp_path)
-    assert FakeSender.asked == [2]
+    assert FakeSliceJobs.asked == [2]
     assert path.read_bytes() == whole
     assert (tmp_path / "atlas.safetensors").read_bytes() == atlas
 
@@ -400,10 +401,10 @@ async def test_writing_takes_a_tenth_of_the_time_however_large_slices_are(
 
         return timed
 
-    write = Folder.write
+    write = AtlasFolder.write
     monkeypatch.setattr(build_module, "time", Clock)
     monkeypatch.setattr(State, "add", passing(1, State.add))
-    monkeypatch.setattr(Folder, "write", passing(4, write))
+    monkeypatch.setattr(AtlasFolder, "write", passing(4, write))
     await built(tmp_path, [f"prompt {number}" for number in range(400)])
     assert 2 <= writes - 1 <= 0.1 * now / 4
     assert len(freed) == 200

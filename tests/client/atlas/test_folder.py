@@ -78,9 +78,9 @@ def test_a_damaged_file_of_the_corpus_is_named(
         ("neuron/prompts", at((1, 0, 0, 0), 4), "names prompts that the corpus does not have"),
         ("neuron/prompts", at((1, 0, 0, 0), 1 << 60), "names prompts that the corpus does not"),
         ("neuron/prompts", at((1, 0, 0, 0), -1), "tokens without a prompt, or the reverse"),
-        ("neuron/prompts", at((1, 0, 0, 0), -2), "has places below -1"),
+        ("neuron/prompts", at((1, 0, 0, 0), -2), "has numbers below -1"),
         ("head/tokens", at((1, 0, 0, 0), 3), "tokens without a prompt, or the reverse"),
-        ("neuron/tokens", at((1, 0, 0, 0), -9), "has places below -1"),
+        ("neuron/tokens", at((1, 0, 0, 0), -9), "has numbers below -1"),
     ],
 )
 def test_places_that_can_not_be_are_found_when_an_atlas_is_read(

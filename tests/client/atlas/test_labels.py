@@ -43,10 +43,10 @@ def test_a_label_is_what_stands_out(atlas: reltrace.Atlas) -> None:
     feature = atlas.neuron(1, 1)
     assert feature.label == "→ home · … old"
     assert feature.labelled_by == "log-odds"
-    assert [(one.token, one.role, one.count, one.of) for one in feature.stands_out] == [
+    assert [(one.token, one.role, one.count, one.of) for one in feature.salient_tokens] == [
         (" home", "target", 4, 4), (" old", "before", 4, 4),
     ]  # fmt: skip
-    assert all(one.score > 3 for one in feature.stands_out)
+    assert all(one.score > 3 for one in feature.salient_tokens)
 
 
 def test_a_label_says_what_follows(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_label_says_what_follows(tmp_path: Path) -> None:
     atlas = make_atlas(tmp_path, prompts, places, next_tokens=True, special=frozenset({"mark"}))
     neuron = atlas.neuron(1, 0)
     assert neuron.label == "→ home"
-    assert [(one.role, one.count, one.of) for one in neuron.stands_out] == [("target", 4, 4)]
+    assert [(one.role, one.count, one.of) for one in neuron.salient_tokens] == [("target", 4, 4)]
     contexts = neuron.contexts["relevance+"]
     assert [context.target for context in contexts] == [" home"] * 4 + [""]
     assert (atlas.prompts, atlas.tokens, neuron.count) == (
@@ -95,7 +95,7 @@ def test_words_go_before_punctuation(tmp_path: Path) -> None:
         (0, 2): [(16, 0, 1.0), (16, 2, 1.0), (17, 1, 1.0), (17, 3, 1.0)],
     }
     atlas = make_atlas(tmp_path, prompts, places)
-    clear = [(one.token, one.role) for one in atlas.neuron(0, 0).stands_out]
+    clear = [(one.token, one.role) for one in atlas.neuron(0, 0).salient_tokens]
     assert clear[0] == (" .", "at")
     assert (" cats", "before") in clear
     assert atlas.label(0, 0) == "… cats · ."
@@ -110,7 +110,7 @@ def test_places_of_one_prompt_are_one_context(tmp_path: Path) -> None:
     """
     prompts = [("odd ones are all around", "here"), *FILLER]
     atlas = make_atlas(tmp_path, prompts, {(0, 0): [(0, at, 1.0 - at / 8) for at in range(4)]})
-    assert atlas.neuron(0, 0).stands_out == []
+    assert atlas.neuron(0, 0).salient_tokens == []
     assert atlas.label(0, 0) == ""
 
 

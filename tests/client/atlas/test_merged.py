@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reltrace.atlas.merged import OCTAVES, Merged, quantile
+from reltrace.atlas.merged import OCTAVES, MergedSite, quantile
 
 K, FEATURES, BINS = 3, 4, 2 * len(OCTAVES) + 1
 
@@ -39,14 +39,14 @@ def beside(value: Any, token: Any) -> Any:
     return 100 * value + token
 
 
-def merged(slices: list[tuple[int, list[tuple[float, int, int]]]]) -> Merged:
-    whole = Merged.empty((1, 4, K, 1), BINS)
+def merged(slices: list[tuple[int, list[tuple[float, int, int]]]]) -> MergedSite:
+    whole = MergedSite.empty((1, 4, K, 1), BINS)
     for first, pairs in slices:
         whole.add(slice_of(keys(pairs)), first)
     return whole
 
 
-def listed(whole: Merged) -> list[tuple[float, int, int]]:
+def listed(whole: MergedSite) -> list[tuple[float, int, int]]:
     rows = (whole.values[0, 0, :, 0], whole.prompts[0, 0, :, 0], whole.tokens[0, 0, :, 0])
     return [row for row in zip(*(r.tolist() for r in rows), strict=True) if row[1] >= 0]
 
@@ -72,7 +72,7 @@ def test_the_order_of_slices_does_not_matter(parts: list, order: object) -> None
 
 
 def test_sums_stay_exact_beyond_what_64_bits_hold() -> None:
-    whole = Merged.empty((1, 4, 1, 1), BINS)
+    whole = MergedSite.empty((1, 4, 1, 1), BINS)
     nothing = np.zeros((1, 4, 1, 1), np.int64)
     parts = [2**62 + 12345] * 40 + [-(2**61) - 77]
     for part in parts:

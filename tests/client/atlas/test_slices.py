@@ -4,7 +4,7 @@ from itertools import accumulate, islice
 
 import pytest
 import reltrace
-from reltrace.atlas.slices import Slice, firsts, sizes, slices
+from reltrace.atlas.slices import Slice, first_prompts, sizes, slices
 from reltrace.types.prompt import chat_to_wire
 from reltrace_proto.v1 import types_pb2
 
@@ -23,8 +23,8 @@ def test_slices_grow_up_to_a_bound(most: int) -> None:
         assert size == most or size >= 16
         before += size
     assert found[40:] == [most] * 20
-    assert firsts(60, most).tolist() == [0, *accumulate(found)]
-    assert firsts(0, most).tolist() == [0]
+    assert first_prompts(60, most).tolist() == [0, *accumulate(found)]
+    assert first_prompts(0, most).tolist() == [0]
 
 
 def chat(*messages: tuple[str, str]) -> types_pb2.Chat:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reltrace import TextPiece
 from reltrace.calls.text_run import DraftMerger
-from reltrace.transport.cursor import Draft
+from reltrace_proto.v1.types_pb2 import Draft
 
 PROVENANCE = reltrace.Provenance("m", "r", "", "", "float32", "", False, "cpu")
 
@@ -28,7 +28,7 @@ def word(token: int) -> str:
 
 def draft(attempt: int, first: int, ids: list[int]) -> Draft:
     tokens = tuple(word(token) for token in ids)
-    return Draft(0, attempt, first, tuple(ids), tokens, "".join(tokens))
+    return Draft(attempt=attempt, first=first, token_ids=ids, tokens=tokens, text="".join(tokens))
 
 
 def drafts(attempt: int, ids: list[int], size: int) -> list[Draft]:

@@ -235,7 +235,10 @@ def test_an_atlas_that_helps_nothing_is_told_before_anything_is_traced(
         (["trace", PROMPT, "--target", "id:x"], "reltrace: target: after id: comes a token id, "),
         (["trace", PROMPT, "--plot", "a.gif"], "reltrace: plot: must end in .png, .svg, .pdf or "),
         (["trace", PROMPT, "--server", "nowhere"], 'reltrace: address: must be "HOST:PORT"'),
-        (["trace", PROMPT, "--plot", "/no/such/folder/a.html"], "reltrace: [Errno 2] No such file"),
+        (
+            ["trace", PROMPT, "--plot", "/no/such/folder/a.html"],
+            "reltrace: plot: there is no folder",
+        ),
     ],
 )
 def test_errors_are_one_line(command: Run, arguments: list[str], message: str) -> None:

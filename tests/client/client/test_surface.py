@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import reltrace
 from reltrace.client import generate
+from reltrace.types.request import TraceManyOptions, TraceOptions
 
 HEAVY = [
     "torch", "transformers", "pandas", "pyarrow", "matplotlib", "tqdm", "rich", "safetensors",
@@ -61,6 +62,18 @@ def test_every_public_name_says_what_it_is(name: str) -> None:
         assert value.__dataclass_params__.frozen, name  # type: ignore[attr-defined]
         for field in dataclasses.fields(value):
             assert field.name.startswith("_") or field.name in documentation, field.name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "others"),
+    [
+        ("trace", TraceOptions, {"prompt", "target"}),
+        ("trace_many", TraceManyOptions, {"items", "target"}),
+    ],
+)
+def test_the_overloads_take_every_argument(name: str, options: type, others: set[str]) -> None:
+    signature = inspect.signature(getattr(reltrace.AsyncClient, name))
+    assert signature.parameters.keys() - {"self"} == options.__annotations__.keys() | others
 
 
 def test_the_synchronous_client_is_generated_from_the_asynchronous_one() -> None:

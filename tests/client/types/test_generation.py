@@ -87,7 +87,7 @@ def test_a_file_without_a_direction_is_named(tmp_path: Path) -> None:
     for path, said in (
         (table, "must be a vector"),
         (several, "holds several arrays"),
-        (pickled, "no file of numpy.save's"),
+        (pickled, "was not written by numpy.save"),
         (tmp_path / "none.npy", "can not be read: No such file"),
         (tmp_path, "can not be read: Is a directory"),
     ):

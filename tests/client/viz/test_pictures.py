@@ -16,7 +16,7 @@ import pytest
 import reltrace
 from make_trace import make_trace
 from PIL import Image
-from reltrace.viz import display, terminal
+from reltrace.viz import colours, terminal
 from reltrace.viz.heatmap import heatmap
 from rich.console import Console
 
@@ -56,7 +56,7 @@ def test_layers_have_their_numbers(tmp_path: Path) -> None:
     trace = make_trace({"resid": (2, 5)}, layers=(7, 3))
     assert heatmap(trace, "resid", normalize=True).columns == ["7", "3"]
     assert heatmap(make_trace({"resid": (2, 5)}), "resid", normalize=True).columns == ["0", "1"]
-    text = display.token_values(trace, "resid")
+    text = colours.token_values(trace, "resid")
     assert text.title == "site resid, layer 3"
     np.testing.assert_array_equal(text.values, trace.relevance[1])
     assert page_data(trace.plot(tmp_path / "a.html"))["sites"][0]["columns"] == ["7", "3"]
@@ -194,20 +194,20 @@ def test_the_page_asks_for_nothing_and_runs_nothing_of_the_prompt(tmp_path: Path
 
 def test_what_colours_the_text() -> None:
     trace = make_trace({"attn_out": (3, 5), "resid": (3, 5), "embed": (5,)})
-    np.testing.assert_array_equal(display.token_values(trace).values, trace["embed"])
-    np.testing.assert_array_equal(display.token_values(trace, "resid").values, trace["resid"][0])
-    summed = display.token_values(trace, "attn_out")
+    np.testing.assert_array_equal(colours.token_values(trace).values, trace["embed"])
+    np.testing.assert_array_equal(colours.token_values(trace, "resid").values, trace["resid"][0])
+    summed = colours.token_values(trace, "attn_out")
     np.testing.assert_array_equal(summed.values, trace["attn_out"].sum(axis=0))
     assert summed.title == "site attn_out, sum over layers"
 
 
 def test_colours() -> None:
-    assert display.colour(0) == display.ZERO
-    assert display.colour(1) == display.colour(7) == display.POSITIVE
-    assert display.colour(-1) == display.NEGATIVE
-    assert display.ink(display.ZERO) == (0, 0, 0)
-    assert display.ink(display.POSITIVE) == display.ink(display.NEGATIVE) == (255, 255, 255)
-    np.testing.assert_array_equal(display.scaled(np.zeros(3, np.float32)), 0)
+    assert colours.colour(0) == colours.ZERO
+    assert colours.colour(1) == colours.colour(7) == colours.POSITIVE
+    assert colours.colour(-1) == colours.NEGATIVE
+    assert colours.ink(colours.ZERO) == (0, 0, 0)
+    assert colours.ink(colours.POSITIVE) == colours.ink(colours.NEGATIVE) == (255, 255, 255)
+    np.testing.assert_array_equal(colours.scaled(np.zeros(3, np.float32)), 0)
 
 
 def shown(trace: reltrace.Trace, **options: Any) -> str:

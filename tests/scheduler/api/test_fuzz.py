@@ -234,7 +234,7 @@ async def test_fuzzing_leaves_the_counters_right(
             accepted += len(specs)
     assert accepted >= 2
     assert set(refused) <= ANSWERS
-    load = await store.hgetall(Keys().load)
+    load = await store.hgetall(Keys()("load"))
     # Jobs with a timeout may have ended by themselves.
     open_jobs = [
         key

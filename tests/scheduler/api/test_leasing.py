@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
-from reltrace_scheduler.api.idle_queues import Idleness
-from reltrace_scheduler.api.leasing import Leasing
+from reltrace_scheduler.api.leasing import EmptyQueueCache, Leasing
 from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.queue.signals import Listener, Signals, wait
+from reltrace_scheduler.queue.maintenance import Maintenance
+from reltrace_scheduler.queue.signals import Listener, Signals
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import (
     Lease,
@@ -33,7 +33,7 @@ class Workers:
     def __init__(self, store: Store, signals: Signals, heard: Listener) -> None:
         self.store = store
         self._heard = heard
-        self._idleness = Idleness(signals)
+        self._empty = EmptyQueueCache(signals)
         self._models = ModelCache(store.registry, lease=60)
 
     async def connect(self, name: str) -> Leasing:
@@ -44,18 +44,16 @@ class Workers:
             connected_at=0.0, seen_at=0.0, epoch=f"epoch of {name}",
         )  # fmt: skip
         await self.store.registry.add(record)
-        leasing = Leasing(
-            self.store, self._models, self._idleness, name, f"epoch of {name}", ROUTES
-        )
-        leasing.offered(1000)
+        leasing = Leasing(self.store, self._models, self._empty, record)
+        leasing.add_credit(1000)
         return leasing
 
     async def submit(self, route: str, count: int, **options: object) -> list[str]:
         jobs = [NewJob(route, b"spec") for _ in range(count)]
         self._heard.take()
-        submission = await self.store.submit(jobs, tenant="t", **options)  # type: ignore[arg-type]
+        submission = await self.store.queue.submit(jobs, tenant="t", **options)  # type: ignore[arg-type]
         # Until then, a queue that was found empty is not asked again.
-        assert await wait(self._heard, 10)
+        assert await self._heard.wait(10)
         return list(submission.job_ids)
 
     async def lose(self, worker: str) -> None:
@@ -63,11 +61,12 @@ class Workers:
         requeued = 0
         self._heard.take()
         while not requeued:
-            for shard in self.store.shards:
-                await shard.upkeep.look()
-                for name in await shard.queue.names():
-                    requeued += (await shard.upkeep.reap(name))[0]
-        assert await wait(self._heard, 10)
+            for shard in self.store.shards.all:
+                maintenance = Maintenance(shard, self.store.settings)
+                await maintenance.watchdog_tick()
+                for name in await shard.queues():
+                    requeued += (await maintenance.reap(name))[0]
+        assert await self._heard.wait(10)
 
 
 async def everything(leasing: Leasing) -> list[LeasedJob]:
@@ -75,7 +74,7 @@ async def everything(leasing: Leasing) -> list[LeasedJob]:
     found: list[LeasedJob] = []
     while jobs := await leasing.lease():
         found += jobs
-        leasing.look_again()
+        leasing.wake_all()
     return found
 
 
@@ -83,10 +82,10 @@ async def everything(leasing: Leasing) -> list[LeasedJob]:
 async def workers(store: Redis, settings: Settings) -> AsyncIterator[Workers]:
     sharded = replace(settings, shards=SHARDS, max_jobs=3000, tenant_max_jobs=3000)
     queue, signals = Store(store, sharded), Signals(store)
-    channels = [shard.keys.wake(route) for shard in queue.shards for route in ROUTES]
+    channels = [shard.key("wake", route) for shard in queue.shards.all for route in ROUTES]
     listening = asyncio.create_task(signals.run())
     with signals.listen(*channels) as heard:
-        assert await wait(heard, 10)
+        assert await heard.wait(10)
         yield Workers(queue, signals, heard)
     await end([listening])
 
@@ -100,8 +99,8 @@ async def test_jobs_come_from_every_route_and_every_shard(workers: Workers) -> N
     worker = await workers.connect("w")
     leased = await everything(worker)
     assert sorted(job.job_id for job in leased) == sorted(submitted)
-    assert {workers.store.of(job.job_id).keys.shard for job in leased} == set(range(SHARDS))
-    held = {worker.held(Lease(job.job_id, job.attempt)).route for job in leased}
+    assert {workers.store.shards.of(job.job_id).key.shard for job in leased} == set(range(SHARDS))
+    held = {worker.held[Lease(job.job_id, job.attempt)].route for job in leased}
     assert held == set(ROUTES)
 
 
@@ -109,15 +108,15 @@ async def test_no_more_than_there_is_room_for_from_all_together(workers: Workers
     for number in range(12):
         await workers.submit(ROUTES[number % 2], 10, idempotency_key=str(number))
     worker = await workers.connect("w")
-    worker.closed()
-    worker.offered(25)
+    worker.stop()
+    worker.add_credit(25)
     assert len(await everything(worker)) == 25
 
 
 async def test_who_wants_no_more_gets_no_more(workers: Workers) -> None:
     await workers.submit("a", 5)
     worker = await workers.connect("w")
-    worker.closed()
+    worker.stop()
     assert await everything(worker) == []
 
 
@@ -129,13 +128,13 @@ async def test_batch_leaves_room_for_what_somebody_waits_for(workers: Workers) -
     for number in range(30):
         await workers.submit("a", 20, priority=Priority.BATCH, idempotency_key=str(number))
     worker = await workers.connect("w")
-    worker.closed()
-    worker.offered(400)
+    worker.stop()
+    worker.add_credit(400)
     leased = await everything(worker)
     assert 250 <= len(leased) <= 300
     await workers.submit("b", 5)
-    worker.look_again()
-    assert {job.queue_class for job in await worker.lease()} == {Priority.INTERACTIVE}
+    worker.wake_all()
+    assert {job.queue.queue_class for job in await worker.lease()} == {Priority.INTERACTIVE}
 
 
 async def test_suspects_are_held_alone_whatever_else_waits(workers: Workers) -> None:
@@ -155,14 +154,14 @@ async def test_suspects_are_held_alone_whatever_else_waits(workers: Workers) -> 
     worker = await workers.connect("w")
     seen: list[str] = []
     for _ in range(100):
-        worker.look_again()
+        worker.wake_all()
         jobs = await worker.lease()
-        held = {worker.held(lease).queue_class for lease in worker.leases}
-        assert held in (set(), {"suspect"}, {Priority.INTERACTIVE}), held
+        held = {queue.queue_class for queue in worker.held.values()}
+        assert held in (set(), {"isolate_group"}, {Priority.INTERACTIVE}), held
         if not jobs:
-            seen += [lease.job_id for lease in worker.leases]
-            await _end(workers, worker.leases)
-            worker.drop(worker.leases)
+            seen += [lease.job_id for lease in worker.held]
+            await _end(workers, list(worker.held))
+            worker.drop(list(worker.held))
         if len(seen) == len(lost) + len(others):
             break
     assert sorted(seen) == sorted(lost + others)
@@ -170,4 +169,4 @@ async def test_suspects_are_held_alone_whatever_else_waits(workers: Workers) -> 
 
 async def _end(workers: Workers, leases: list[Lease]) -> None:
     chunks = [NewChunk(lease, 1, "SUCCEEDED", b"data") for lease in leases]
-    assert all(code >= 0 for code in await workers.store.commit("w", chunks))
+    assert all(code >= 0 for code in await workers.store.queue.commit("w", chunks))

@@ -39,8 +39,8 @@ async def test_a_client_that_dies_does_not_keep_its_tenant_out_for_ever(
     (lease,) = await worker.lease(1)
 
     assert lease.job_id.startswith(last)
-    assert int(await store.hget(keys.load, "results")) == 0
-    assert int(await store.hget(keys.load, "jobs")) == 3
+    assert int(await store.hget(keys("load"), "results")) == 0
+    assert int(await store.hget(keys("load"), "jobs")) == 3
     for submission in (first, second, third):
         with pytest.raises(grpc.aio.AioRpcError) as gone:
             await client.CancelJobs(trace_pb2.CancelJobsRequest(submission_id=submission))

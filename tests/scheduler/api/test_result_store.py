@@ -47,7 +47,7 @@ async def test_results_of_jobs_that_are_gone_are_deleted(
     I expect only that of the job that is gone to be deleted.
     """
     queue = Store(store, settings)
-    submission = await queue.submit([NewJob("m", b"spec")], tenant="t")
+    submission = await queue.queue.submit([NewJob("m", b"spec")], tenant="t")
     (queued,) = submission.job_ids
     old = ["gone-0.1.safetensors", f"{queued}.2.safetensors", "notes.txt", "gone.safetensors"]
     for name in [*old, "gone-1.1.safetensors"]:

@@ -3,7 +3,7 @@ import asyncio
 import grpc
 import pytest
 from reltrace_proto.v1 import trace_pb2, types_pb2
-from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.queue.results import Results
 from scheduler.fake_worker import MODEL, FakeWorker
 from scheduler.trace_calls import JobSpec, collect, fields, submission
 
@@ -62,11 +62,11 @@ async def test_a_stream_from_what_was_acknowledged_waits_for_the_rest(
     I expect it to wait, and not to look again and again; and then to give what comes, once.
     """
     looks = []
-    progress = Store.progress
+    progress = Results.progress
 
-    async def counted(store: Store, submission_id: str) -> object:
+    async def counted(results: Results, submission_id: str) -> object:
         looks.append(submission_id)
-        return await progress(store, submission_id)
+        return await progress(results, submission_id)
 
     answer = await client.SubmitJobs(submission(*[JobSpec(prompt="a")] * 3))
     first, second, third = await worker.lease(3)
@@ -82,7 +82,7 @@ async def test_a_stream_from_what_was_acknowledged_waits_for_the_rest(
     await client.AcknowledgeResults(
         trace_pb2.AcknowledgeResultsRequest(submission_id=other.submission_id, through_entry=1)
     )
-    monkeypatch.setattr(Store, "progress", counted)
+    monkeypatch.setattr(Results, "progress", counted)
     readers = [
         asyncio.create_task(collect(client, answer.submission_id, *position))
         for position in ((0, 0), (1, 0), (1, 1))

@@ -53,7 +53,7 @@ async def test_data_outlive_the_server(tmp_path: Path) -> None:
 
 
 async def test_a_data_folder_has_one_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_LOCK_DEADLINE", 0.3)
+    monkeypatch.setattr(embedded, "_LOCK_PATIENCE", 0.3)
     first = EmbeddedRedis(tmp_path)
     await first.start()
     try:

@@ -51,7 +51,7 @@ async def nodes_of(connection: Connection, shards: int) -> Counter[str]:
     """Count the shards that each node has."""
     cluster = connection.redis
     assert isinstance(cluster, RedisCluster)
-    nodes = [cluster.get_node_from_key(keys.clock) for keys in partition(shards)]
+    nodes = [cluster.get_node_from_key(keys("virtual_time")) for keys in partition(shards)]
     return Counter(node.name for node in nodes if node is not None)
 
 
@@ -148,8 +148,8 @@ async def test_a_shard_is_one_slot(connection: Connection, sharded: Settings) ->
             slots.setdefault(key.partition("}")[0], set()).add(cluster.keyslot(key))
         assert all(len(found) == 1 for found in slots.values()), slots
         home = partition(SHARDS)[shard_of(answer.submission_id)]
-        assert home.submission(submission_of(answer.job_ids[0])) in keys
-        assert home.draft(answer.job_ids[0]) in keys
+        assert home("submission", submission_of(answer.job_ids[0])) in keys
+        assert home("draft", answer.job_ids[0]) in keys
 
 
 async def test_schedulers_must_agree_on_the_shards(

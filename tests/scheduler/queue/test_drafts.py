@@ -3,35 +3,30 @@
 import pytest
 import redis.asyncio
 from reltrace_scheduler.keys import Keys
-from reltrace_scheduler.queue import drafts as module
-from reltrace_scheduler.queue.drafts import PAGE, START, Drafts
-from reltrace_scheduler.records import Ending, Lease, NewDraft, StoredDraft
+from reltrace_scheduler.queue import results as module
+from reltrace_scheduler.queue.results import FIRST_DRAFT, Results
+from reltrace_scheduler.records import Lease, StoredDraft, TerminalResult
 from scheduler.driver import Driver, end, jobs, lease_of
-
-
-@pytest.fixture
-def drafts(store: redis.asyncio.Redis, keys: Keys) -> Drafts:
-    return Drafts(store, keys)
 
 
 def data(found: dict[str, list[StoredDraft]]) -> dict[str, list[bytes]]:
     return {job: [draft.data for draft in row] for job, row in found.items()}
 
 
-async def test_drafts_are_read_on_from_where_one_was(driver: Driver, drafts: Drafts) -> None:
+async def test_drafts_are_read_on_from_where_one_was(driver: Driver, results: Results) -> None:
     await driver.submit(jobs(2))
     one, two = [lease_of(job) for job in await driver.lease("w", 2)]
-    assert await drafts.write("w", [NewDraft(one, b"a"), NewDraft(two, b"x")]) == 2
-    assert await drafts.write("w", [NewDraft(one, b"b")]) == 1
-    found = await drafts.read({one.job_id: START, two.job_id: START})
+    assert await results.write_drafts("w", [(one, b"a"), (two, b"x")]) == 2
+    assert await results.write_drafts("w", [(one, b"b")]) == 1
+    found = await results.read_drafts({one.job_id: FIRST_DRAFT, two.job_id: FIRST_DRAFT})
     assert data(found) == {one.job_id: [b"a", b"b"], two.job_id: [b"x"]}
     first, last = found[one.job_id]
-    assert data(await drafts.read({one.job_id: first.position})) == {one.job_id: [b"b"]}
-    assert await drafts.read({one.job_id: last.position}) == {}
-    assert await drafts.read({"no-0": START}) == {}
+    assert data(await results.read_drafts({one.job_id: first.position})) == {one.job_id: [b"b"]}
+    assert await results.read_drafts({one.job_id: last.position}) == {}
+    assert await results.read_drafts({"no-0": FIRST_DRAFT}) == {}
 
 
-async def test_only_who_holds_a_job_drafts_it(driver: Driver, drafts: Drafts) -> None:
+async def test_only_who_holds_a_job_drafts_it(driver: Driver, results: Results) -> None:
     """
     Given a job that was leased to another worker since, one that ended, and one that is unknown
     I expect none of their drafts to be kept.
@@ -43,18 +38,20 @@ async def test_only_who_holds_a_job_drafts_it(driver: Driver, drafts: Drafts) ->
     assert found.job_id == lost.job_id
     await driver.commit("w", [end(over)])
     late = [
-        NewDraft(lease_of(lost), b"late"),
-        NewDraft(Lease(found.job_id, found.attempt), b"not its own"),
-        NewDraft(lease_of(over), b"late"),
-        NewDraft(Lease("nobody-0", 1), b"?"),
+        (lease_of(lost), b"late"),
+        (Lease(found.job_id, found.attempt), b"not its own"),
+        (lease_of(over), b"late"),
+        (Lease("nobody-0", 1), b"?"),
     ]
-    assert await drafts.write("w", late) == 0
-    assert await drafts.write("other", [NewDraft(lease_of(found), b"good")]) == 1
-    kept = await drafts.read({lost.job_id: START, over.job_id: START})
+    assert await results.write_drafts("w", late) == 0
+    assert await results.write_drafts("other", [(lease_of(found), b"good")]) == 1
+    kept = await results.read_drafts({lost.job_id: FIRST_DRAFT, over.job_id: FIRST_DRAFT})
     assert data(kept) == {lost.job_id: [b"good"]}
 
 
-async def test_another_attempt_is_read_from_its_first_draft(driver: Driver, drafts: Drafts) -> None:
+async def test_another_attempt_is_read_from_its_first_draft(
+    driver: Driver, results: Results
+) -> None:
     """
     Given a reader that has read what an attempt drafted
     If its lease ends and another worker drafts the job
@@ -62,19 +59,19 @@ async def test_another_attempt_is_read_from_its_first_draft(driver: Driver, draf
     """
     await driver.submit(jobs(1))
     (first,) = await driver.lease("w", 1)
-    await drafts.write("w", [NewDraft(lease_of(first), text) for text in (b"a", b"b", b"c")])
-    position = (await drafts.read({first.job_id: START}))[first.job_id][-1].position
+    await results.write_drafts("w", [(lease_of(first), text) for text in (b"a", b"b", b"c")])
+    position = (await results.read_drafts({first.job_id: FIRST_DRAFT}))[first.job_id][-1].position
     await driver.queue.release("w", [lease_of(first)])
     (second,) = await driver.lease("other", 1)
-    await drafts.write("other", [NewDraft(lease_of(second), b"A")])
-    for after in (position, START):
-        assert data(await drafts.read({first.job_id: after})) == {first.job_id: [b"A"]}
+    await results.write_drafts("other", [(lease_of(second), b"A")])
+    for after in (position, FIRST_DRAFT):
+        assert data(await results.read_drafts({first.job_id: after})) == {first.job_id: [b"A"]}
 
 
 @pytest.mark.parametrize("way", ["ended", "cancelled", "handed back", "failed", "unknown", "lost"])
 async def test_they_go_with_the_lease(
     driver: Driver,
-    drafts: Drafts,
+    results: Results,
     store: redis.asyncio.Redis,
     keys: Keys,
     way: str,
@@ -82,13 +79,13 @@ async def test_they_go_with_the_lease(
     """However a lease ends, nothing is left of what was drafted under it."""
     await driver.submit(jobs(1))
     (job,) = await driver.lease("w", 1)
-    assert await drafts.write("w", [NewDraft(lease_of(job), b"x")]) == 1
-    assert await store.exists(keys.draft(job.job_id))
+    assert await results.write_drafts("w", [(lease_of(job), b"x")]) == 1
+    assert await store.exists(keys("draft", job.job_id))
     match way:
         case "ended":
             await driver.commit("w", [end(job)])
         case "cancelled":
-            await driver.upkeep.end([Ending(job.job_id, None, "CANCELLED", b"cancelled")])
+            await driver.queue.end([TerminalResult(job.job_id, None, "CANCELLED", b"cancelled")])
         case "handed back":
             await driver.queue.release("w", [lease_of(job)])
         case "failed":
@@ -97,12 +94,12 @@ async def test_they_go_with_the_lease(
             await driver.queue.reconcile("w", [])
         case "lost":
             await driver.reap_until(requeued=1)
-    assert not await store.exists(keys.draft(job.job_id))
-    assert await store.hget(keys.job(job.job_id), "drafted") is None
+    assert not await store.exists(keys("draft", job.job_id))
+    assert await store.hget(keys("job", job.job_id), "drafted") is None
 
 
 async def test_they_are_never_many(
-    driver: Driver, drafts: Drafts, store: redis.asyncio.Redis, keys: Keys
+    driver: Driver, results: Results, store: redis.asyncio.Redis, keys: Keys
 ) -> None:
     """
     Given a worker that drafts without end, much or little at a time
@@ -111,28 +108,14 @@ async def test_they_are_never_many(
     await driver.submit(jobs(2))
     large, small = await driver.lease("w", 2)
     for job, draft in ((large, b"x" * 10_000), (small, b"")):
-        many = [NewDraft(lease_of(job), draft)] * 4_000
-        kept = sum([await drafts.write("w", many) for _ in range(5)])
+        many = [(lease_of(job), draft)] * 4_000
+        kept = sum([await results.write_drafts("w", many) for _ in range(5)])
         assert 0 < kept < len(many) * 5
-        assert await store.xlen(keys.draft(job.job_id)) == kept
+        assert await store.xlen(keys("draft", job.job_id)) == kept
         # What Redis itself needs for it is within the bound too, but for its last node.
-        assert await store.memory_usage(keys.draft(job.job_id)) < module._MOST_BYTES * 1.2
-        assert 0 < await store.pttl(keys.draft(job.job_id)) <= module._TTL
-        assert await drafts.write("w", [NewDraft(lease_of(job), draft)]) == 0
+        assert await store.memory_usage(keys("draft", job.job_id)) < module._DRAFT_BYTES * 1.2
+        assert 0 < await store.pttl(keys("draft", job.job_id)) <= 1000 * module._DRAFT_TTL
+        assert await results.write_drafts("w", [(lease_of(job), draft)]) == 0
         await driver.queue.release("w", [lease_of(job)])
         (again,) = await driver.lease("w", 1)
-        assert await drafts.write("w", [NewDraft(lease_of(again), draft)]) == 1
-
-
-async def test_a_page_is_bounded(driver: Driver, drafts: Drafts) -> None:
-    await driver.submit(jobs(1))
-    (job,) = await driver.lease("w", 1)
-    count = PAGE + 10
-    await drafts.write("w", [NewDraft(lease_of(job), b"%d" % n) for n in range(count)])
-    after, read = START, []
-    while found := await drafts.read({job.job_id: after}):
-        page = found[job.job_id]
-        assert len(page) <= PAGE
-        read += [int(draft.data) for draft in page]
-        after = page[-1].position
-    assert read == list(range(count))
+        assert await results.write_drafts("w", [(lease_of(again), draft)]) == 1

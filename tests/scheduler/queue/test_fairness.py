@@ -5,7 +5,7 @@ import redis.asyncio
 from reltrace_scheduler.api.terminal_results import cancelled
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import QueueFullError
-from reltrace_scheduler.keys import Keys
+from reltrace_scheduler.keys import QueueName
 from reltrace_scheduler.queue.results import Results
 from reltrace_scheduler.queue.tenants import Tenants
 from reltrace_scheduler.records import LeasedJob, Limits, NewChunk, NewJob, Priority
@@ -20,8 +20,8 @@ def settings() -> Settings:
 
 
 @pytest.fixture
-def tenants(store: redis.asyncio.Redis, keys: Keys) -> Tenants:
-    return Tenants(store, [keys])
+def tenants(driver: Driver) -> Tenants:
+    return driver.store.tenants
 
 
 def owner(job: LeasedJob) -> str:
@@ -83,7 +83,7 @@ async def test_interactive_goes_first_and_batch_does_not_starve(driver: Driver) 
     await driver.submit(jobs(1000, "batch"), priority=Priority.BATCH)
     await driver.submit(jobs(1000, "interactive"))
     for at_once in (1, 3, 10, 64):
-        shares = Counter(job.queue_class for job in await served(driver, 192, at_once))
+        shares = Counter(job.queue.queue_class for job in await served(driver, 192, at_once))
         assert shares["batch"] == pytest.approx(19, abs=2), at_once
 
 
@@ -144,9 +144,9 @@ async def test_parked_jobs_can_be_ended(driver: Driver, store: redis.asyncio.Red
     (job,) = await driver.lease("w", 1)
     await driver.commit("w", [end(job, bytes(2000))])
     assert await driver.lease("w", 5) == []
-    ended = await driver.upkeep.end([cancelled(job_id) for job_id in submission.job_ids])
-    assert ended == ["", "interactive:t:m", "interactive:t:m"]
-    assert not await store.keys("*parked:*")
+    ended = await driver.queue.end([cancelled(job_id) for job_id in submission.job_ids])
+    assert ended == [None, *[QueueName("interactive", "t", "m")] * 2]
+    assert not await store.keys("*backpressured:*")
 
 
 async def test_a_tenant_that_reads_nothing_slows_only_itself(
@@ -166,10 +166,10 @@ async def test_a_tenant_that_reads_nothing_slows_only_itself(
 
 
 async def test_results_past_the_bound_in_all_stop_those_who_hold_them(
-    store: redis.asyncio.Redis, keys: Keys
+    store: redis.asyncio.Redis,
 ) -> None:
     settings = Settings(max_bytes=1000)
-    driver = Driver.over(store, keys, settings)
+    driver = Driver.over(store, settings)
     await driver.submit(jobs(2), tenant="holder")
     (job,) = await driver.lease("w", 1)
     await driver.submit(jobs(1), tenant="new")
@@ -240,5 +240,5 @@ async def test_turns_of_those_who_left_are_forgotten(
         await driver.submit(jobs(5, tenant), tenant=tenant)
     while leased := await driver.lease("w", 4):
         await driver.commit("w", [end(job, b"") for job in leased])
-    assert not await store.keys("*turned:*")
-    assert not await store.keys("*turns:*")
+    assert not await store.keys("*vt_idle:*")
+    assert not await store.keys("*vt_active:*")

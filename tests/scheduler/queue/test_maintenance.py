@@ -4,11 +4,13 @@ from dataclasses import replace
 import redis.asyncio
 from reltrace_scheduler.api.terminal_results import cancelled, quarantined
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.keys import Keys
-from reltrace_scheduler.queue.queue import LOST
+from reltrace_scheduler.keys import Keys, QueueName
+from reltrace_scheduler.queue.job_queue import LOST
 from reltrace_scheduler.queue.results import Results
-from reltrace_scheduler.records import Ending, Lease, NewChunk, NewJob
+from reltrace_scheduler.records import Lease, NewChunk, NewJob, TerminalResult
 from scheduler.driver import Driver, end, jobs, lease_of
+
+QUEUE = QueueName("interactive", "t", "m")
 
 
 async def lose(driver: Driver, worker: str, count: int = 1) -> list:
@@ -36,8 +38,10 @@ async def test_the_third_lost_lease_condemns_a_job(driver: Driver) -> None:
     # If the reaper dies before it has written the end, the next one finds the job again.
     (again,) = await driver.reap_until(condemned=1)
     assert again == condemned
-    assert await driver.upkeep.end([quarantined(condemned)]) == ["alone:t:m"]
-    assert await driver.upkeep.end([quarantined(condemned)]) == [""]
+    assert await driver.queue.end([quarantined(condemned)]) == [
+        QueueName("isolate_single", "t", "m")
+    ]
+    assert await driver.queue.end([quarantined(condemned)]) == [None]
     (record,) = await driver.queue.jobs([job.job_id], tenant="t")
     assert record is not None
     assert record.state == "QUARANTINED"
@@ -50,13 +54,13 @@ async def test_a_quarantined_job_can_be_looked_at(driver: Driver) -> None:
         await lose(driver, worker)
     await driver.lease("c", 1)
     (condemned,) = await driver.reap_until(condemned=1)
-    await driver.upkeep.end([quarantined(condemned)])
+    await driver.queue.end([quarantined(condemned)])
 
-    (job,) = await driver.upkeep.quarantined(10)
+    (job,) = await driver.store.quarantine.latest(10)
 
     assert (job.tenant, job.spec, job.lost) == ("t", b"deadly", condemned.lost)
-    await driver.upkeep.forget_quarantined(job.job_id)
-    assert await driver.upkeep.quarantined(10) == []
+    await driver.store.quarantine.forget(job.job_id)
+    assert await driver.store.quarantine.latest(10) == []
 
 
 async def test_what_was_leased_beside_a_deadly_job_survives(driver: Driver) -> None:
@@ -86,7 +90,7 @@ async def test_a_suspect_is_leased_to_an_empty_hand_only(driver: Driver) -> None
     await driver.submit(jobs(3))
     busy = await driver.lease("w", 0)
     (suspect,) = await driver.lease("w", 5)
-    assert (busy, suspect.queue_class) == ([], "suspect")
+    assert (busy, suspect.queue.queue_class) == ([], "isolate_group")
 
     # Nothing beside it, until it has ended.
     assert await driver.lease("w", 5) == []
@@ -100,16 +104,18 @@ async def test_suspects_and_others_take_turns(driver: Driver) -> None:
     await driver.submit(jobs(4))
     classes = []
     while leased := await driver.lease("w", 50):
-        classes.append((leased[0].queue_class, len(leased)))
+        classes.append((leased[0].queue.queue_class, len(leased)))
         await driver.commit("w", [end(job) for job in leased])
-    assert classes == [("suspect", 16), ("interactive", 4), ("suspect", 4)]
+    assert classes == [("isolate_group", 16), ("interactive", 4), ("isolate_group", 4)]
 
 
 async def test_a_worker_finishes_what_it_holds_before_a_suspect(driver: Driver) -> None:
     await driver.submit(jobs(3))
     await driver.lease("lost", 1)
     await driver.reap_until(requeued=1)
-    (held,) = [job for job in await driver.lease("w", 1) if job.queue_class == "suspect"]
+    (held,) = [
+        job for job in await driver.lease("w", 1) if job.queue.queue_class == "isolate_group"
+    ]
     await driver.commit("w", [end(held)])
     (held,) = await driver.lease("w", 1)
     await driver.lease("lost", 1)
@@ -120,7 +126,7 @@ async def test_a_worker_finishes_what_it_holds_before_a_suspect(driver: Driver) 
     assert await driver.lease("w", 5) == []
     await driver.commit("w", [end(held)])
     (suspect,) = await driver.lease("w", 5)
-    assert suspect.queue_class == "suspect"
+    assert suspect.queue.queue_class == "isolate_group"
 
 
 async def test_cancelling_ends_queued_and_leased_jobs(
@@ -131,8 +137,8 @@ async def test_cancelling_ends_queued_and_leased_jobs(
     await driver.commit("w", [NewChunk(lease_of(leased), 1, "", b"half")])
 
     ends = [cancelled(job_id) for job_id in [*submission.job_ids, "unknown-0"]]
-    assert await driver.upkeep.end(ends) == [*3 * ["interactive:t:m"], ""]
-    assert await driver.upkeep.end(ends) == [""] * 4
+    assert await driver.queue.end(ends) == [QUEUE, QUEUE, QUEUE, None]
+    assert await driver.queue.end(ends) == [None] * 4
 
     assert await driver.commit("w", [end(leased, number=2)]) == [LOST]
     assert await driver.queue.renew("w", [lease_of(leased)]) == [lease_of(leased)]
@@ -152,16 +158,18 @@ async def test_a_job_that_waits_for_another_attempt_can_be_cancelled(
     submission = await driver.submit(jobs(1))
     (job,) = await driver.lease("w", 1)
     await driver.queue.retry("w", [lease_of(job)])
-    assert await driver.upkeep.end([cancelled(submission.job_ids[0])]) == ["interactive:t:m"]
-    assert await store.zcard(keys.delayed) == 0
+    assert await driver.queue.end([cancelled(submission.job_ids[0])]) == [QUEUE]
+    assert await store.zcard(keys("delayed")) == 0
 
 
 async def test_an_ending_meant_for_an_earlier_attempt_does_nothing(driver: Driver) -> None:
     await driver.submit(jobs(1))
     (job,) = await lose(driver, "w")
     (again,) = await driver.lease("v", 1)
-    assert await driver.upkeep.end([Ending(job.job_id, 1, "FAILED", b"")]) == [""]
-    assert await driver.upkeep.end([Ending(job.job_id, 2, "FAILED", b"")]) == ["suspect:t:m"]
+    assert await driver.queue.end([TerminalResult(job.job_id, 1, "FAILED", b"")]) == [None]
+    assert await driver.queue.end([TerminalResult(job.job_id, 2, "FAILED", b"")]) == [
+        QueueName("isolate_group", "t", "m")
+    ]
     assert await driver.commit("v", [end(again)]) == [LOST]
 
 
@@ -171,10 +179,10 @@ async def test_jobs_past_their_timeout_are_named(
     late = await driver.submit(jobs(2, timeout=0.001))
     await driver.submit(jobs(1, timeout=60))
     await driver.submit(jobs(1))
-    assert await store.zcard(keys.deadlines) == 3
+    assert await store.zcard(keys("deadlines")) == 3
     seconds, microseconds = await store.time()
     started = seconds + microseconds / 1e6
-    while len(found := await driver.upkeep.overdue()) < 2:
+    while len(found := await driver.maintenance.overdue()) < 2:
         seconds, microseconds = await store.time()
         assert seconds + microseconds / 1e6 < started + 10
     assert sorted(found) == sorted(late.job_ids)
@@ -186,7 +194,7 @@ async def test_an_ended_job_has_no_timeout(
     await driver.submit(jobs(1, timeout=60))
     (job,) = await driver.lease("w", 1)
     await driver.commit("w", [end(job)])
-    assert await store.zcard(keys.deadlines) == 0
+    assert await store.zcard(keys("deadlines")) == 0
 
 
 async def test_an_empty_queue_is_deleted_and_made_again(
@@ -196,12 +204,12 @@ async def test_an_empty_queue_is_deleted_and_made_again(
         await driver.submit(jobs(1))
         (job,) = await driver.lease("w", 1)
         await driver.reap()
-        assert await driver.queue.names() == ["interactive:t:m"]
+        assert await driver.shard.queues() == [str(QUEUE).encode()]
         await driver.commit("w", [end(job)])
         await driver.reap()
-        assert await driver.queue.names() == []
+        assert await driver.shard.queues() == []
         assert not await store.keys("*queue:*")
-        assert not await store.keys("*turns:*")
+        assert not await store.keys("*vt_active:*")
 
 
 async def test_lost_chunks_are_not_counted_as_results(
@@ -210,9 +218,9 @@ async def test_lost_chunks_are_not_counted_as_results(
     await driver.submit(jobs(1))
     (job,) = await driver.lease("w", 1)
     await driver.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "", b"12345")])
-    assert int(await store.hget(keys.load, "results")) == 5
+    assert int(await store.hget(keys("load"), "results")) == 5
     await driver.reap_until(requeued=1)
-    assert int(await store.hget(keys.load, "results")) == 0
+    assert int(await store.hget(keys("load"), "results")) == 0
 
 
 async def test_nobody_looked_for_a_while(driver: Driver, settings: Settings) -> None:
@@ -222,18 +230,18 @@ async def test_nobody_looked_for_a_while(driver: Driver, settings: Settings) -> 
     I expect the lease not to be lost for as long as a worker has to renew it, and then to be.
     """
     await driver.submit(jobs(1))
-    await driver.upkeep.look()
+    await driver.maintenance.watchdog_tick()
     await driver.lease("w", 1)
     await asyncio.sleep(1.2 * settings.lease)  # this long nobody looks
-    (queue,) = await driver.queue.names()
+    (queue,) = await driver.shard.queues()
     # A call that was on its way when Redis went comes first.
-    assert await driver.upkeep.reap(queue) == (0, [])
-    await driver.upkeep.look()
+    assert await driver.maintenance.reap(queue) == (0, [])
+    await driver.maintenance.watchdog_tick()
     began = asyncio.get_running_loop().time()
     async with asyncio.timeout(10 * settings.lease):
         while True:
-            await driver.upkeep.look()
-            requeued, _ = await driver.upkeep.reap(queue)
+            await driver.maintenance.watchdog_tick()
+            requeued, _ = await driver.maintenance.reap(queue)
             if requeued:
                 break
             await asyncio.sleep(settings.lease / 10)
@@ -244,11 +252,11 @@ async def test_nobody_looked_for_a_while(driver: Driver, settings: Settings) -> 
 async def test_a_listing_of_large_quarantined_jobs_is_short(
     store: redis.asyncio.Redis, keys: Keys, settings: Settings
 ) -> None:
-    driver = Driver.over(store, keys, replace(settings, max_bytes=1 << 30, max_lost_leases=1))
+    driver = Driver.over(store, replace(settings, max_bytes=1 << 30, max_lost_leases=1))
     await driver.submit([NewJob("m", bytes(15 << 20))] * 4)
     leased = [await driver.lease(f"w{number}", 1) for number in range(4)]
     assert all(leased)
     condemned = await driver.reap_until(condemned=4)
-    await driver.upkeep.end([quarantined(job) for job in condemned])
-    assert len(await driver.upkeep.quarantined(100)) == 2
-    assert len(await driver.upkeep.quarantined(1)) == 1
+    await driver.queue.end([quarantined(job) for job in condemned])
+    assert len(await driver.store.quarantine.latest(100)) == 2
+    assert len(await driver.store.quarantine.latest(1)) == 1

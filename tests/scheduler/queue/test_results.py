@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 import redis.asyncio
-from reltrace_scheduler.api.terminal_results import abandoned
+from reltrace_scheduler.api.terminal_results import stalled
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.keys import Keys
-from reltrace_scheduler.queue.results import Progress, Results
-from reltrace_scheduler.records import Abandoned, Lease, NewChunk, NewJob, StoredChunk
+from reltrace_scheduler.queue.results import Results
+from reltrace_scheduler.records import Lease, NewChunk, NewJob, Progress, StoredChunk, Submission
 from scheduler.driver import Driver
 
 
@@ -79,7 +79,7 @@ async def test_an_idempotency_key_of_what_was_read_is_soon_forgotten(
     driver: Driver, results: Results, store: redis.asyncio.Redis, keys: Keys
 ) -> None:
     submission = await driver.submit([NewJob("m", b"")], "key")
-    key = keys.idempotency("t", "key")
+    key = keys("idempotency", "t", "key")
     assert await store.pttl(key) > 23 * 3600_000
     (job,) = await driver.lease("w", 1)
     await driver.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "SUCCEEDED", b"a")])
@@ -105,15 +105,15 @@ async def test_the_time_to_live_starts_when_all_jobs_have_ended(
     first, second = await driver.lease("w", 2)
     await driver.commit("w", [NewChunk(Lease(first.job_id, 1), 1, "", b"a")])
     await driver.commit("w", [NewChunk(Lease(first.job_id, 1), 2, "SUCCEEDED", b"a")])
-    assert await store.zcard(keys.expiring) == 0
+    assert await store.zcard(keys("expiring")) == 0
 
     await driver.commit("w", [NewChunk(Lease(second.job_id, 1), 1, "SUCCEEDED", b"b")])
 
-    ((member, due),) = await store.zrange(keys.expiring, 0, -1, withscores=True)
+    ((member, due),) = await store.zrange(keys("expiring"), 0, -1, withscores=True)
     seconds, _ = await store.time()
     assert member.decode() == submission.id
     assert 0 < due / 1000 - seconds <= settings.result_ttl + 1
-    assert await driver.upkeep.expire() == (0, [])
+    assert await driver.maintenance.expire() == (0, [])
 
 
 async def test_what_expires_leaves_nothing(
@@ -121,27 +121,27 @@ async def test_what_expires_leaves_nothing(
 ) -> None:
     submission = await finish(driver, [[1], [2, 2], [70_000]])
     await results.acknowledge(submission, 1)
-    await store.zadd(keys.expiring, {submission: 1})
+    await store.zadd(keys("expiring"), {submission: 1})
 
-    assert await driver.upkeep.expire() == (1, [])
+    assert await driver.maintenance.expire() == (1, [])
 
     assert await results.progress(submission) is None
     assert not await store.keys("*job:*")
     assert not await store.keys("*chunks:*")
-    assert await store.zcard(keys.expiring) == 0
-    assert int(await store.hget(keys.load, "results")) == 0
+    assert await store.zcard(keys("expiring")) == 0
+    assert int(await store.hget(keys("load"), "results")) == 0
 
 
 async def test_unread_results_are_counted_until_they_are_freed(
     driver: Driver, results: Results, store: redis.asyncio.Redis, keys: Keys
 ) -> None:
     submission = await finish(driver, [[10], [5, 5], [100_000]])
-    counts = [int(await store.hget(keys.load, "results"))]
+    counts = [int(await store.hget(keys("load"), "results"))]
     for entry in (1, 2, 3):
         await results.acknowledge(submission, entry)
-        counts.append(int(await store.hget(keys.load, "results")))
+        counts.append(int(await store.hget(keys("load"), "results")))
     assert counts == [100_020, 100_010, 100_000, 0]
-    assert int(await store.hget(keys.tenant("t"), "results")) == 0
+    assert int(await store.hget(keys("tenant", "t"), "results")) == 0
 
 
 async def test_an_unknown_submission(results: Results) -> None:
@@ -154,7 +154,8 @@ async def test_many_results_are_freed_in_pages_and_through_any_number(
     store: redis.asyncio.Redis, keys: Keys, settings: Settings, through: int
 ) -> None:
     settings = replace(settings, max_jobs=1000)
-    driver, results = Driver.over(store, keys, settings), Results(store, settings, keys)
+    driver = Driver.over(store, settings)
+    results = driver.results
     submission = await finish(driver, [[1]] * 300)
     assert await results.acknowledge(submission, 0) == 0
     assert await results.acknowledge(submission, 200) == 200
@@ -164,7 +165,7 @@ async def test_many_results_are_freed_in_pages_and_through_any_number(
     assert not await store.keys("*job:*")
 
 
-async def parked(driver: Driver, results: Results, *, tenant: str = "t") -> str:
+async def backpressured(driver: Driver, *, tenant: str = "t") -> str:
     """A submission of three jobs, the last of which waits until results are read."""
     submission = await driver.submit([NewJob("m", b"")] * 3, tenant=tenant)
     for _ in range(2):
@@ -183,38 +184,38 @@ async def test_a_submission_that_waits_for_a_reader_does_not_wait_for_ever(
     store: redis.asyncio.Redis, keys: Keys, little: Settings
 ) -> None:
     """
-    Given a submission whose jobs are parked because nobody reads its results
+    Given a submission whose jobs are backpressured because nobody reads its results
     If nobody reads for as long as results are kept
     I expect it to be handed out as abandoned, and, once its jobs have ended, to leave nothing.
     """
-    driver, results = Driver.over(store, keys, little), Results(store, little, keys)
-    submission = await parked(driver, results)
-    ((member, due),) = await store.zrange(keys.expiring, 0, -1, withscores=True)
+    driver = Driver.over(store, little)
+    submission = await backpressured(driver)
+    ((member, due),) = await store.zrange(keys("expiring"), 0, -1, withscores=True)
     seconds, _ = await store.time()
     assert member.decode() == submission
     assert 58 < due / 1000 - seconds <= 61
-    assert await driver.upkeep.expire() == (0, [])
+    assert await driver.maintenance.expire() == (0, [])
 
-    await store.zadd(keys.expiring, {submission: 1})
-    assert await driver.upkeep.expire() == (0, [Abandoned(submission, 3)])
-    await driver.upkeep.end([abandoned(job) for job in Abandoned(submission, 3).job_ids])
-    await driver.upkeep.go(submission)
-    assert await driver.upkeep.expire() == (1, [])
+    await store.zadd(keys("expiring"), {submission: 1})
+    assert await driver.maintenance.expire() == (0, [Submission(submission, 3)])
+    await driver.queue.end([stalled(job) for job in Submission(submission, 3).job_ids])
+    await driver.maintenance.expire_now(submission)
+    assert await driver.maintenance.expire() == (1, [])
     assert not await store.keys("*job:*")
-    assert not await store.keys("*parked:*")
-    assert {int(n or 0) for n in await store.hmget(keys.load, "jobs", "bytes", "results")} == {0}
+    assert not await store.keys("*backpressured:*")
+    assert {int(n or 0) for n in await store.hmget(keys("load"), "jobs", "bytes", "results")} == {0}
 
 
 async def test_whoever_reads_a_little_keeps_it(
     store: redis.asyncio.Redis, keys: Keys, little: Settings
 ) -> None:
-    driver, results = Driver.over(store, keys, little), Results(store, little, keys)
-    submission = await parked(driver, results)
-    await store.zadd(keys.expiring, {submission: 1})
-    await results.acknowledge(submission, 1)
-    assert await store.zcard(keys.expiring) == 0
-    assert await driver.upkeep.expire() == (0, [])
-    # What was parked goes on.
+    driver = Driver.over(store, little)
+    submission = await backpressured(driver)
+    await store.zadd(keys("expiring"), {submission: 1})
+    await driver.results.acknowledge(submission, 1)
+    assert await store.zcard(keys("expiring")) == 0
+    assert await driver.maintenance.expire() == (0, [])
+    # The backpressured job goes on.
     (job,) = await driver.lease("w", 1)
     assert job.attempt == 1
 
@@ -227,26 +228,26 @@ async def test_a_tenant_whose_results_nobody_reads_does_not_wait_for_ever(
     If nobody has read any for as long as results are kept
     I expect those submissions to be handed out as abandoned, once, and nobody else's.
     """
-    driver, results = Driver.over(store, keys, little), Results(store, little, keys)
-    first = await parked(driver, results)
+    driver = Driver.over(store, little)
+    first = await backpressured(driver)
     second = await driver.submit([NewJob("m", b"")] * 2)
     (job,) = await driver.lease("w", 1)
     await driver.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "SUCCEEDED", bytes(900))])
     mine = {first, second.id}
-    other = await parked(driver, results, tenant="other")
+    other = await backpressured(driver, tenant="other")
     assert await driver.lease("w", 1) == []
-    assert await store.zrange(keys.full, 0, -1) == [b"t"]
-    assert await driver.upkeep.unread() == []
+    assert await store.zrange(keys("throttled_tenants"), 0, -1) == [b"t"]
+    assert await driver.maintenance.stalled_submissions() == []
 
-    await store.zadd(keys.full, {"t": 1})
-    found = await driver.upkeep.unread()
-    assert {one.submission for one in found} == mine
+    await store.zadd(keys("throttled_tenants"), {"t": 1})
+    found = await driver.maintenance.stalled_submissions()
+    assert {one.id for one in found} == mine
     assert other not in mine
-    assert await driver.upkeep.unread() == []
+    assert await driver.maintenance.stalled_submissions() == []
 
     # A reader of any of them is a reader.
     assert await driver.lease("w", 1) == []
-    await results.acknowledge(first, 1)
-    assert await store.zcard(keys.full) == 0
+    await driver.results.acknowledge(first, 1)
+    assert await store.zcard(keys("throttled_tenants")) == 0
     leased = [job.job_id for job in await driver.lease("w", 4)]
     assert set(leased) == {f"{first}-2", second.job_ids[1]}

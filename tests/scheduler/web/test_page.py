@@ -99,9 +99,9 @@ async def test_what_it_says(shown: tuple[str, str]) -> None:
         assert (worker["id"], worker["leased"]) == ("w1", 1)
         assert state["ended"] == {"SUCCEEDED": 1, "FAILED": 1}
         (row,) = state["succeeded"]
-        assert (row["job"], row["text"], row["picture"]) == (good, "".join(TOKENS), True)
+        assert (row["job"], row["text"], row["sampled"]) == (good, "".join(TOKENS), True)
         (row,) = state["failed"]
-        assert (row["job"], row["error"], row["picture"]) == (bad, "<b>too long</b>", False)
+        assert (row["job"], row["error"], row["sampled"]) == (bad, "<b>too long</b>", False)
         async with http.get(f"/jobs/{good}.json") as answer:
             trace = await answer.json()
         assert (trace["target"], trace["tokens"]) == (" dogs", TOKENS)

@@ -101,7 +101,7 @@ def test_a_template_is_in_a_sandbox(template: str) -> None:
 
 
 def test_a_chat_that_grows_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chats, "MOST_CHARACTERS", 99)
+    monkeypatch.setattr(chats, "MAX_CHARACTERS", 99)
     assert refused("{{ messages[0].content * 50 }}", ("user", "ab")) == (
         "are 100 characters as text; at most 99 are allowed"
     )

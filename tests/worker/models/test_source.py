@@ -130,15 +130,12 @@ def adapter(folder: Path) -> None:
     save_file({"lora_A": torch.ones(2)}, folder / "adapter_model.safetensors")
 
 
-def test_an_adapter_alone_names_its_base_model(tmp_path: Path) -> None:
-    adapter(tmp_path)
-    with pytest.raises(ModelError, match="holds an adapter alone, of the base model 'acme/base'"):
-        load_model(str(tmp_path))
-
-
-def test_an_adapter_beside_weights_is_a_question(folder: Path) -> None:
+@pytest.mark.parametrize("weights", [True, False])
+def test_an_adapter_is_refused_and_names_its_base_model(folder: Path, weights: bool) -> None:
     adapter(folder)
-    with pytest.raises(ModelError, match=r"holds weights and an adapter .*, and says not which"):
+    if not weights:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"holds an adapter .* of the base model 'acme/base'"):
         load_model(str(folder))
 
 

@@ -35,8 +35,9 @@ def check_spans(tokenizer: Any, encoded: Encoded) -> None:
         # A token that shares its characters says less than them.
         if encoded.offsets.count(encoded.offsets[place]) == 1 and name:
             said = Vocabulary(tokenizer).joined([token])
-            # The first one of a text may have a space that is not in it.
-            assert said == name or (said == f" {name}" and place <= 1), backend.id_to_token(token)
+            # SentencePiece reads "▁" as a space, and puts one before a text that is not in it.
+            spaced = name.replace("▁", " ") if "▁" in backend.id_to_token(token) else name
+            assert said in (name, spaced) or (said == f" {spaced}" and place <= 1), token
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)

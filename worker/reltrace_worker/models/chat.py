@@ -1,4 +1,4 @@
-"""Conversations as text, by the checkpoint's own chat template, and where each turn is in it.
+"""Conversations as text, by the checkpoint's own chat template, and where each message is in it.
 
 transformers runs templates in jinja's immutable sandbox: they see the messages and nothing else.
 """
@@ -8,29 +8,26 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from reltrace_worker.types.errors import InvalidJob, Violation
 from reltrace_worker.types.jobs import Chat, Span
 
-MOST_CHARACTERS = 1 << 22
-"""Of a conversation as text: four times what a prompt may have, for the template's marks."""
+MAX_CHARACTERS = 1 << 22
+"""Of a conversation as text: four times what a prompt may have, for what the template adds."""
 
-# Noncharacters: Unicode keeps them for such a use, inside of a program.
-_BEGIN, _END, _MARKS = "\ufdd0", "\ufdd1", "\ufdd0\ufdd1"
+# Noncharacters, which Unicode reserves for use inside a program.
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+_MARK = re.compile(f"([{_BEGIN}{_END}])")
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A conversation as text.
+    """A conversation as text, which ends with the beginning of the assistant's next message.
 
-    Parameters
-    ----------
-    text
-        With the beginning of the assistant's next turn at its end.
-    contents
-        Of each message: the characters of its content, without the white space around it; none
-        where the template leaves it out.
+    `contents` has the characters of each message, without the white space around it; no characters
+    where the template leaves it out.
     """
 
     text: str
@@ -46,51 +43,56 @@ def render(tokenizer: Any, chat: Chat) -> RenderedChat:
         There is no template, or it does not take these messages.
     """
     if not chat.messages:
-        raise _fault("are none; give at least one message with role and content")
+        raise _error("are none; give at least one message with role and content")
     if not tokenizer.chat_template:
-        raise _fault("need a chat template, and the model has none; give a prompt")
+        raise _error("need a chat template, and the model has none; give a prompt")
     contents = [message.content for message in chat.messages]
-    text = _rendered(tokenizer, chat, contents)
-    if len(text) > MOST_CHARACTERS:
-        raise _fault(f"are {len(text)} characters as text; at most {MOST_CHARACTERS} are allowed")
-    cores = [content.strip() for content in contents]
+    text = _apply_template(tokenizer, chat, contents)
+    if len(text) > MAX_CHARACTERS:
+        raise _error(f"are {len(text)} characters as text; at most {MAX_CHARACTERS} are allowed")
+    stripped = [content.strip() for content in contents]
     marked = [
         content.replace(core, f"{_BEGIN}{core}{_END}", 1) if core else content
-        for content, core in zip(contents, cores, strict=True)
+        for content, core in zip(contents, stripped, strict=True)
     ]
-    spans: list[Span | None] = [None] * len(cores)
-    if not any(mark in text for mark in _MARKS):
+    spans: list[Span] = []
+    if not _MARK.search(text):
         with suppress(InvalidJob):
-            spans = _between_marks(_rendered(tokenizer, chat, marked), text, cores)
-    found: list[Span] = []
+            spans = _spans_between_marks(_apply_template(tokenizer, chat, marked), text, stripped)
+    return RenderedChat(text, tuple(spans or _spans_in_order(text, stripped)))
+
+
+def _spans_between_marks(marked: str, text: str, contents: list[str]) -> list[Span]:
+    """Return where the contents are, by the marks around them; empty if that can not be told.
+
+    A template may look at what a message says, and write another text if there are marks in it.
+    """
+    # Text and marks by turns.
+    parts = _MARK.split(marked)
+    in_order = [_BEGIN, _END] * sum(map(bool, contents))
+    if parts[1::2] != in_order or "".join(parts[::2]) != text:
+        return []
+    borders = accumulate(len(part) for part in parts[::2])
+    spans: list[Span] = []
     at = 0
-    for core, span in zip(cores, spans, strict=True):
-        if span is None:
-            # A template may look at what a message says: then where its words come next.
-            first = text.find(core, at) if core else -1
-            span = (at, at) if first < 0 else (first, first + len(core))
-        found.append(span)
-        at = max(at, span[1])
-    return RenderedChat(text, tuple(found))
-
-
-def _between_marks(marked: str, text: str, cores: list[str]) -> list[Span | None]:
-    """Return where the marked contents are, if the text is the same without marks."""
-    spans: list[Span | None] = [None] * len(cores)
-    places = [index for index, core in enumerate(cores) if core]
-    parts = re.split(f"[{_MARKS}]", marked)
-    # By the order of the messages, each of which has its two marks once.
-    ordered = "".join(re.findall(f"[{_MARKS}]", marked)) == _MARKS * len(places)
-    if ordered and "".join(parts) == text:
-        at = 0
-        for number, part in enumerate(parts):
-            if number % 2:
-                spans[places[number // 2]] = at, at + len(part)
-            at += len(part)
+    for content in contents:
+        spans.append((next(borders), next(borders)) if content else (at, at))
+        at = spans[-1][1]
     return spans
 
 
-def _rendered(tokenizer: Any, chat: Chat, contents: list[str]) -> str:
+def _spans_in_order(text: str, contents: list[str]) -> list[Span]:
+    """Return where the words of the contents come next, each behind those before it."""
+    spans: list[Span] = []
+    at = 0
+    for content in contents:
+        first = text.find(content, at) if content else -1
+        spans.append((at, at) if first < 0 else (first, first + len(content)))
+        at = spans[-1][1]
+    return spans
+
+
+def _apply_template(tokenizer: Any, chat: Chat, contents: list[str]) -> str:
     messages = [
         {"role": message.role, "content": content}
         for message, content in zip(chat.messages, contents, strict=True)
@@ -98,11 +100,11 @@ def _rendered(tokenizer: Any, chat: Chat, contents: list[str]) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        # Whatever a template does, raising errors of its own included.
-        raise _fault(f"are not what the model's chat template takes: {error}") from error
+        # A template may fail in any way, or raise errors of its own.
+        raise _error(f"are not what the model's chat template takes: {error}") from error
     assert isinstance(text, str)
     return text
 
 
-def _fault(description: str) -> InvalidJob:
+def _error(description: str) -> InvalidJob:
     return InvalidJob([Violation("messages", description)])

@@ -35,7 +35,11 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     """
     shards = _shards(folder)
     if (folder / ADAPTER).is_file():
-        raise _adapter_error(folder, has_weights=any(shard.is_file() for shard in shards))
+        base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
+        raise ModelError(
+            f"{folder} holds an adapter ({ADAPTER}) of the base model {base!r}: merge it into that "
+            "(peft: merge_and_unload, save_pretrained) and serve the result, or move it elsewhere"
+        )
     if not (folder / "config.json").is_file():
         if files := _matching(folder, "*.gguf"):
             raise ModelError(f"{folder} holds GGUF files: give the path of one, such as {files[0]}")
@@ -43,12 +47,11 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     config = _read_json(folder / "config.json")
     missing = sorted(shard.name for shard in shards if not shard.is_file())
     if missing == [WEIGHTS]:
-        if others := _matching(folder, "*.bin", "*.pt", "*.pth"):
-            raise ModelError(
-                f"{folder} has weights in {others[0]} alone; supported: safetensors "
-                f"({WEIGHTS}, or {INDEX} and its shards)"
-            )
-        raise ModelError(f"{WEIGHTS} (or {INDEX} and its shards) is missing in {folder}")
+        others = _matching(folder, "*.bin", "*.pt", "*.pth")
+        raise ModelError(
+            f"{WEIGHTS} (or {INDEX} and its shards) is missing in {folder}"
+            + (f"; {others[0]} is of a format that is not supported" if others else "")
+        )
     if missing:
         raise ModelError(f"{', '.join(missing)} (named by {INDEX}) is missing in {folder}")
     allowed = _FLOATS if quantization(config) is None else _FLOATS | _FP8
@@ -123,20 +126,6 @@ def _check_unused(folder: Path, used: set[str]) -> None:
         unused.append(INDEX)
     if unused:
         log.warning("model.files_not_used", folder=str(folder), files=unused, used=sorted(used))
-
-
-def _adapter_error(folder: Path, has_weights: bool) -> ModelError:
-    if has_weights:
-        return ModelError(
-            f"{folder} holds weights and an adapter ({ADAPTER}), and says not which are meant; "
-            "move the adapter to a folder of its own, or merge it into the weights (peft: "
-            "merge_and_unload)"
-        )
-    base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
-    return ModelError(
-        f"{folder} holds an adapter alone, of the base model {base!r}; merge it into that (peft: "
-        "merge_and_unload, save_pretrained) and serve the result"
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

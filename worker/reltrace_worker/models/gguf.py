@@ -1,16 +1,14 @@
 """GGUF files: config, tokenizer and weights of the supported families out of a single file.
 
 transformers reads these files too, but takes half a minute for a vocabulary of 262,144 tokens, and
-leaves a model that counts as quantized. So the header is read here (its layout: docs/gguf.md of
-https://github.com/ggml-org/ggml), and the weights are dequantized by the package ``gguf``, one by
-one as transformers asks for them.
+leaves a model that counts as quantized. Here the weights are dequantized by the package ``gguf``,
+one by one as transformers asks for them.
 """
 
 from __future__ import annotations
 
 import mmap
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,15 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from reltrace_worker.models.gguf_header import GgufTensor, read_header
 from reltrace_worker.models.gguf_tokenizer import build_tokenizer
 from reltrace_worker.types.errors import ModelError
-
-_SCALARS = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
-    10: "<u8", 11: "<i8", 12: "<f8",
-}  # fmt: skip
-_STRING, _ARRAY = 8, 9
-_VERSIONS = (2, 3)
 
 _CHUNK = 1 << 22
 """Weights that are dequantized at once: 16 MiB in float32."""
@@ -62,64 +54,8 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """Where a tensor stands in the file: shape in torch's order, type as ggml numbers it."""
-
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
-
-
-class _Reader:
-    """Reads the values of a header one after the other."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data = data
-        self.offset = 0
-
-    def scalar(self, dtype: str) -> Any:
-        return self.array(dtype, 1)[0].item()
-
-    def array(self, dtype: str, count: int) -> NDArray[Any]:
-        found = np.frombuffer(self._data, dtype, count, self.offset)
-        self.offset += found.nbytes
-        return found
-
-    def string(self) -> str:
-        (length,) = struct.unpack_from("<Q", self._data, self.offset)
-        start = self.offset + 8
-        self.offset = start + length
-        if self.offset > len(self._data):
-            raise ValueError("a text in it is longer than the file")
-        return self._data[start : self.offset].decode()
-
-    def value(self) -> Any:
-        kind = self.scalar("<u4")
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            # The shortest decimal of a float32: 1e-06, as config.json had it.
-            return float(str(self.array("<f4", 1)[0])) if kind == 6 else self.scalar(_SCALARS[kind])
-        kind, count = self.scalar("<u4"), self.scalar("<u8")
-        if kind == _STRING:
-            return [self.string() for _ in range(count)]
-        return self.array(_SCALARS[kind], count).tolist()
-
-
 class GgufFile:
-    """A GGUF file whose header has been read.
-
-    Parameters
-    ----------
-    path
-        The file.
-
-    Raises
-    ------
-    ModelError
-        It is not one, is cut short, or is one of several parts.
-    """
+    """A GGUF file whose header has been read."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -130,43 +66,21 @@ class GgufFile:
             ) from error
         self._gguf = gguf
         self._path = path
-        self.metadata: dict[str, Any] = {}
-        self._tensors: dict[str, _Tensor] = {}
         try:
             with path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._read_header(_Reader(self._data))
-        except (OSError, ValueError, KeyError, struct.error) as error:
+            self.metadata, self._tensors = read_header(self._data)
+            end = max((t.offset + self._bytes(t) for t in self._tensors.values()), default=0)
+            if end > len(self._data):
+                raise ValueError(f"it is cut short: {len(self._data)} of {end} bytes")
+        except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{path} can not be read as GGUF: {error}") from error
         if (parts := self.metadata.get("split.count", 1)) > 1:
             raise ModelError(
                 f"{path} is one of {parts} parts; put them together with llama-gguf-split --merge"
             )
 
-    def _read_header(self, reader: _Reader) -> None:
-        if self._data[:4] != b"GGUF":
-            raise ValueError("it does not begin with the letters GGUF")
-        reader.offset = 4
-        if (version := reader.scalar("<u4")) not in _VERSIONS:
-            raise ValueError(f"its version is {version}; supported: 2, 3, little-endian")
-        tensors, values = reader.scalar("<u8"), reader.scalar("<u8")
-        for _ in range(values):
-            key = reader.string()
-            self.metadata[key] = reader.value()
-        found = {}
-        for _ in range(tensors):
-            name = reader.string()
-            shape = tuple(reversed(reader.array("<u8", reader.scalar("<u4")).tolist()))
-            found[name] = _Tensor(shape, reader.scalar("<u4"), reader.scalar("<u8"))
-        alignment = self.metadata.get("general.alignment", 32)
-        start = -(-reader.offset // alignment) * alignment
-        for name, tensor in found.items():
-            self._tensors[name] = _Tensor(tensor.shape, tensor.kind, start + tensor.offset)
-        end = max((t.offset + self._bytes(t) for t in self._tensors.values()), default=0)
-        if end > len(self._data):
-            raise ValueError(f"it is cut short: {len(self._data)} of {end} bytes")
-
-    def _bytes(self, tensor: _Tensor) -> int:
+    def _bytes(self, tensor: GgufTensor) -> int:
         block, size = self._gguf.GGML_QUANT_SIZES[self._gguf.GGMLQuantizationType(tensor.kind)]
         return prod(tensor.shape) // block * size
 
@@ -181,13 +95,7 @@ class GgufFile:
         return value
 
     def config(self) -> dict[str, Any]:
-        """Return what a ``config.json`` of this model would hold.
-
-        Raises
-        ------
-        ModelError
-            Its architecture is not supported, or a setting is missing; names it.
-        """
+        """Return what a ``config.json`` of this model would hold."""
         model_type = _MODEL_TYPES.get(self._architecture)
         if model_type is None or self._setting("expert_count", 0):
             raise ModelError(
@@ -251,10 +159,8 @@ class GgufFile:
         return config
 
     def _rope(self) -> dict[str, Any]:
-        rope: dict[str, Any] = {
-            "rope_type": "default",
-            "rope_theta": self._setting("rope.freq_base", 10_000.0),
-        }
+        theta = self._setting("rope.freq_base", 10_000.0)
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
         scaling = self._setting("rope.scaling.type", "none")
         if scaling not in ("none", "linear", "yarn"):
             raise ModelError(
@@ -275,13 +181,7 @@ class GgufFile:
         }
 
     def tokenizer(self) -> Any:
-        """Build the tokenizer, with the chat template if the file has one.
-
-        Raises
-        ------
-        ModelError
-            It is not supported, or what it needs is missing.
-        """
+        """Build the tokenizer, with the chat template if the file has one."""
         try:
             return build_tokenizer(self.metadata)
         except (KeyError, IndexError, ModelError) as error:
@@ -291,51 +191,39 @@ class GgufFile:
         """Return the weights by the names that transformers gives them.
 
         Each is dequantized when it is asked for, so that there is never a second copy of all.
-
-        Parameters
-        ----------
-        dtype
-            Of the tensors.
         """
-        return dict(self._named_weights(dtype))
-
-    def _named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, _Weight]]:
         gemma = self._architecture == "gemma3"
         modules = _GEMMA_MODULES if gemma else _MODULES
         # llama.cpp interleaves the two halves that a rotation mixes.
         interleaved = {}
         if self._architecture == "llama":
             heads = self._setting("attention.head_count")
-            interleaved = {
-                "attn_q": heads,
-                "attn_k": self._setting("attention.head_count_kv", heads),
-            }
+            key_heads = self._setting("attention.head_count_kv", heads)
+            interleaved = {"attn_q": heads, "attn_k": key_heads}
+        weights = {}
         for name, tensor in self._tensors.items():
             if name == _ROPE_FACTORS:
                 continue
             path, _, suffix = name.rpartition(".")
             block, _, module = path.rpartition(".")
-            known = modules.get(module)
-            # What is not known goes on under its own name: the model has no place for it.
             prefix = f"model.layers.{block.removeprefix('blk.')}." if block else ""
-            yield (
-                name if known is None else f"{prefix}{known}.{suffix}",
-                _Weight(
-                    self._rows(tensor),
-                    self._gguf.GGMLQuantizationType(tensor.kind),
-                    self._gguf.dequantize,
-                    tensor.shape,
-                    dtype,
-                    # llama.cpp stores Gemma's norms with the one that they add.
-                    offset=-1.0 if gemma and module.endswith("norm") else 0.0,
-                    heads=interleaved.get(module, 0),
-                ),
+            # An unknown tensor keeps its name, and is reported as one that has no place.
+            known = f"{prefix}{modules[module]}.{suffix}" if module in modules else name
+            weights[known] = _Weight(
+                self._rows(tensor),
+                self._gguf.GGMLQuantizationType(tensor.kind),
+                self._gguf.dequantize,
+                tensor.shape,
+                dtype,
+                # llama.cpp stores Gemma's norms with the one that they add.
+                offset=-1.0 if gemma and module.endswith("norm") else 0.0,
+                heads=interleaved.get(module, 0),
             )
+        return weights
 
-    def _rows(self, tensor: _Tensor) -> NDArray[np.uint8]:
-        rows = prod(tensor.shape[:-1])
+    def _rows(self, tensor: GgufTensor) -> NDArray[np.uint8]:
         data = np.frombuffer(self._data, np.uint8, self._bytes(tensor), tensor.offset)
-        return data.reshape(rows, -1)
+        return data.reshape(prod(tensor.shape[:-1]), -1)
 
     def scale_rotations(self, model: nn.Module) -> None:
         """Divide the rotary frequencies of a loaded model by the factors in the file, if any."""
@@ -351,28 +239,17 @@ class GgufFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """A tensor that is dequantized when transformers takes it, as from a safetensors file.
+    """A tensor that is dequantized when transformers takes it, as from a safetensors file."""
 
-    Parameters
-    ----------
-    rows
-        The file's bytes of each row.
-    kind, dequantize
-        How they are quantized, and what gives their values in float32.
-    shape, dtype
-        Of the tensor.
-    offset
-        Added to all values before they are rounded to `dtype`.
-    heads
-        In which pairs of rows are interleaved; 0: they are not.
-    """
-
+    # The file's bytes, one row for each row of the tensor.
     rows: NDArray[np.uint8]
     kind: Any
     dequantize: Callable[..., NDArray[np.float32]]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    # Added to all values before they are rounded to `dtype`.
     offset: float
+    # In each of so many heads pairs of rows are interleaved; 0: they are not.
     heads: int
 
     def get_shape(self) -> list[int]:

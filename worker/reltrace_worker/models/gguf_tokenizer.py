@@ -31,25 +31,16 @@ def _byte_level(split: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """How a byte-level vocabulary splits text before it merges bytes.
-
-    Parameters
-    ----------
-    pre_tokenizer
-        Splits it.
-    whole_words
-        A piece that is a token is taken as it is, and BOS is added unless the file says otherwise.
-    nfc
-        Text is normalized first.
-    """
+    """How a byte-level vocabulary splits text before it merges bytes."""
 
     pre_tokenizer: Any
+    # A piece that is a token is taken as it is, and BOS is added unless the file says otherwise.
     whole_words: bool = False
+    # Text is normalized first.
     nfc: bool = False
 
 
-# By tokenizer.ggml.pre, as the tokenizer.json of these models and llama.cpp (src/llama-vocab.cpp)
-# have it.
+# As the tokenizer.json of these models and llama.cpp (src/llama-vocab.cpp) have it.
 _GPT2 = _Split(pre_tokenizers.ByteLevel(add_prefix_space=False))
 _SMOLLM = _Split(
     pre_tokenizers.Sequence(
@@ -91,26 +82,11 @@ _SPLITS = {
     "deepseek-r1-qwen": _QWEN2,
     "tekken": _TEKKEN,
 }
+"""By tokenizer.ggml.pre."""
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Any:
-    """Build the tokenizer that the metadata of a GGUF file describes.
-
-    Parameters
-    ----------
-    metadata
-        By the keys of the file; arrays are lists.
-
-    Returns
-    -------
-    PreTrainedTokenizerBase
-        With the file's chat template, if there is one.
-
-    Raises
-    ------
-    ModelError
-        It splits text in a way that is not known, or the file does not say in which.
-    """
+    """Build the tokenizer that the metadata of a GGUF file describes, with its chat template."""
     values = {
         key.removeprefix("tokenizer.ggml."): value
         for key, value in metadata.items()
@@ -118,12 +94,12 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Any:
     }
     kind, tokens = values.get("model"), values.get("tokens", [])
     split = _SPLITS.get(values.get("pre", ""))
-    options: dict[str, Any] = {
+    special = {
         f"{name}_token": None if (i := values.get(f"{key}_token_id")) is None else tokens[i]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
     add_bos = kind == "llama" or (split is not None and split.whole_words)
-    options |= {
+    options: dict[str, Any] = special | {
         "add_bos_token": values.get("add_bos_token", add_bos),
         "add_eos_token": values.get("add_eos_token", False),
         "chat_template": metadata.get("tokenizer.chat_template"),
@@ -145,14 +121,12 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Any:
     elif kind == "llama" and metadata.get("general.architecture") == "gemma3":
         # Runs of spaces are stored as such, and their order, not their scores, is that of merges.
         tokens = ["▁" * len(text) if text.isspace() and "  " in text else text for text in tokens]
-        ranks = range(0, -len(tokens), -1)
-        merges = list(_merges(tokens, ranks))
+        merges = list(_merges(tokens, range(0, -len(tokens), -1)))
         tokenizer = GemmaTokenizer(vocab=_numbered(tokens), merges=merges, **options)
     elif kind == "llama":
-        merges = list(_merges(tokens, values["scores"]))
         tokenizer = LlamaTokenizer(
             vocab=_numbered(tokens),
-            merges=merges,
+            merges=list(_merges(tokens, values["scores"])),
             add_prefix_space=values.get("add_space_prefix", True),
             **options,
         )
@@ -165,8 +139,8 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Any:
     added: dict[int, list[AddedToken]] = {_CONTROL: [], _USER_DEFINED: []}
     for text, token_type in zip(values["tokens"], values.get("token_type", ()), strict=False):
         if token_type in added and text in known:
-            special = token_type == _CONTROL
-            added[token_type].append(AddedToken(text, normalized=False, special=special))
+            token = AddedToken(text, normalized=False, special=token_type == _CONTROL)
+            added[token_type].append(token)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": added[_CONTROL]}, replace_extra_special_tokens=False
     )
@@ -178,7 +152,7 @@ def _numbered(tokens: Sequence[str]) -> dict[str, int]:
     return {text: i for i, text in enumerate(tokens)}
 
 
-def _merges(tokens: Sequence[str], scores: Sequence[float]) -> Iterator[tuple[str, str]]:
+def _merges(tokens: Sequence[str], scores: Sequence[float]) -> Iterator[tuple[str, ...]]:
     """Yield the pairs of tokens that make up a token, best score first, longest left part first."""
     known = set(tokens)
     for i in sorted(range(len(tokens)), key=lambda i: -scores[i]):

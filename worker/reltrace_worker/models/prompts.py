@@ -1,4 +1,4 @@
-"""What a job's input is in tokens, with its continuation behind it; and tokens by their text."""
+"""The tokens of a job's input and of the continuation behind it, and of targets given by text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from reltrace_worker.models.chat import render
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.text import Encoded, Prompt, TextEncoder
-from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import Faults, InvalidJob
 from reltrace_worker.types.jobs import (
     Chat,
@@ -21,45 +20,32 @@ from reltrace_worker.types.jobs import (
     Turn,
 )
 
+_EMPTY_CONTINUATION = "is empty; it needs at least one response token"
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A job's input as the model reads it.
+    """A job's input as the model reads it."""
 
-    Parameters
-    ----------
-    prompt
-        The tokens of the pass: the prompt and all but the last token of a continuation.
-    length
-        Tokens of the prompt.
-    continuation
-        The tokens behind it; empty without a continuation.
-    source
-        The prompt's text, or its ids and their text.
-    special
-        What the tokenizer puts in front of a text is in front of it.
-    """
-
+    # The tokens of the pass: the prompt and all but the last token of a continuation.
     prompt: TokenizedPrompt
+    # Tokens of the prompt alone.
     length: int
+    # The tokens behind it; empty without a continuation.
     continuation: tuple[int, ...]
+    # The prompt's text, or its ids and their text.
     source: str | Encoded
+    # Whether special tokens were added in front of the text.
     special: bool
 
 
 class PromptReader:
-    """Reads prompts, conversations and ids for one model.
-
-    Parameters
-    ----------
-    loaded
-        The model that they are for.
-    """
+    """Reads prompts, conversations and ids for one model."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._tokenizer = loaded.tokenizer
-        self._vocabulary = Vocabulary(loaded.tokenizer)
         self._encoder = TextEncoder(loaded.tokenizer)
+        self._vocabulary = self._encoder.vocabulary
         self._vocab_size = loaded.shape.vocab_size
         self._context_length = loaded.context_length
 
@@ -85,14 +71,14 @@ class PromptReader:
             field, source, special = "prompt", given, add_special_tokens
         else:
             field, source = "input_ids", Encoded("", given, ())
-            if self._checks_ids(given, field, faults):
+            if self._are_ids(given, field, faults):
                 source = self._encoder.decode(given)
         if not given:
             faults.add(field, "is empty; a trace needs at least one token")
-        elif isinstance(source, str) and not self._checks_text(source, field, faults):
+        elif isinstance(source, str) and not _is_unicode(source, field, faults):
             source = ""
-        prompt, place = self._with_continuation(targets, source, special, faults)
-        self._check_extent(field, prompt, place, faults)
+        prompt, continuation_field = self._with_continuation(targets, source, special, faults)
+        self._check_length(prompt, field, continuation_field, faults)
         ids = prompt.encoded.token_ids
         read = prompt.encoded.up_to(len(ids) - bool(prompt.continuation))
         turns: tuple[Turn, ...] = ()
@@ -101,14 +87,17 @@ class PromptReader:
                 Turn(message.role, read.tokens_of(*content))
                 for message, content in zip(given.messages, contents, strict=True)
             )
+        special_ids = self._vocabulary.special_ids
         tokenized = TokenizedPrompt(
             token_ids=read.token_ids,
-            # Of ids that are out of range there is none.
+            # Ids that are out of range have no names.
             tokens=() if faults.found else self._vocabulary.texts(read.token_ids),
             text=read.text,
             offsets=read.offsets,
             turns=turns,
-            special_positions=self._encoder.special_positions(read.token_ids),
+            special_positions=tuple(
+                i for i, token in enumerate(read.token_ids) if token in special_ids
+            ),
             hints=prompt.hints + self._hints(given, prompt),
         )
         return Reading(tokenized, prompt.length, prompt.continuation, source, special)
@@ -122,29 +111,30 @@ class PromptReader:
         *,
         continues: bool,
     ) -> int | None:
-        """Return the token that is meant.
+        """Return the id of a token.
 
-        By text, that is the token of this name; else the one token that the tokenizer makes of the
-        text, alone or behind the prompt. `continues`: a continuation may be asked for instead.
+        Text means the token of this name, or else the one token that the tokenizer makes of the
+        text, alone or behind the prompt. Of a text of several tokens the fault proposes a
+        continuation if `continues`.
         """
         if token is None:
             return None
         if isinstance(token, int):
-            self._checks_ids((token,), field, faults, index=False)
+            self._are_ids((token,), field, faults, index=False)
             return token
-        if not self._checks_text(token, field, faults):
+        if not _is_unicode(token, field, faults):
             return None
-        found = self._vocabulary.find(token)
-        if found is not None and found < self._vocab_size:
-            return found
+        named = self._vocabulary.find(token)
+        if named is not None and named < self._vocab_size:
+            return named
         ids = self._encoder.encode(token, special=False).token_ids
-        if not self._is_one(token, ids) and isinstance(reading.source, str):
+        if not self._is_one_token(token, ids) and isinstance(reading.source, str):
             behind = self._encoder.joined(reading.source, token, special=reading.special)
             # A token that begins in the prompt is not the text's.
             ids = ids if behind.hints else behind.continuation
-        if self._is_one(token, ids):
-            return ids[0] if self._checks_known(ids, field, faults) else None
-        faults.add(field, self._split(token, ids, continues=continues))
+        if self._is_one_token(token, ids):
+            return ids[0] if self._has_embeddings(ids, field, faults) else None
+        faults.add(field, self._describe_split(token, ids, continues=continues))
         return None
 
     def _with_continuation(
@@ -154,37 +144,35 @@ class PromptReader:
         special: bool,
         faults: Faults,
     ) -> tuple[Prompt, str]:
-        """Return the prompt and the continuation that targets share, and the latter's field."""
-        first, field = None, ""
+        """Return the prompt with the continuation that targets share, and the latter's field."""
+        shared, shared_field = None, ""
         for index, target in enumerate(targets):
-            asked = target.continuation
-            if asked is None:
+            continuation, field = target.continuation, f"targets[{index}].continuation"
+            if continuation is None:
                 continue
-            place = f"targets[{index}].continuation"
-            if not asked:
-                faults.add(place, "is empty; it needs at least one response token")
-            elif isinstance(asked, str):
-                if not self._checks_text(asked, place, faults):
-                    continue
-            elif not self._checks_ids(asked, place, faults):
+            if not continuation:
+                faults.add(field, _EMPTY_CONTINUATION)
                 continue
-            if not asked:
+            if isinstance(continuation, str):
+                valid = _is_unicode(continuation, field, faults)
+            else:
+                valid = self._are_ids(continuation, field, faults)
+            if not valid:
                 continue
-            found = self._joined(source, asked, special)
-            if first is None:
-                first, field = found, place
-                if not found.continuation:
-                    faults.add(place, "is empty; it needs at least one response token")
-            elif (found.continuation, found.length) != (first.continuation, first.length):
+            prompt = self._joined(source, continuation, special)
+            if shared is None:
+                shared, shared_field = prompt, field
+                if not prompt.continuation:
+                    faults.add(field, _EMPTY_CONTINUATION)
+            elif (prompt.continuation, prompt.length) != (shared.continuation, shared.length):
                 faults.add(
-                    place, "differs from the continuation of another target; one job has one"
+                    field, "differs from the continuation of another target; one job has one"
                 )
-        if first is None:
-            encoded = source
-            if isinstance(encoded, str):
-                encoded = self._encoder.encode(encoded, special=special)
-            first = Prompt(encoded, len(encoded.token_ids))
-        return first, field
+        if shared is None:
+            if isinstance(source, str):
+                source = self._encoder.encode(source, special=special)
+            shared = Prompt(source, len(source.token_ids))
+        return shared, shared_field
 
     def _joined(
         self, source: str | Encoded, continuation: str | tuple[int, ...], special: bool
@@ -195,31 +183,30 @@ class PromptReader:
             source = self._encoder.encode(source, special=special)
         return self._encoder.appended(source, continuation)
 
-    def _check_extent(self, field: str, prompt: Prompt, place: str, faults: Faults) -> None:
-        """Check how many tokens there are, and that the model has them all."""
+    def _check_length(
+        self, prompt: Prompt, field: str, continuation_field: str, faults: Faults
+    ) -> None:
+        """Check the number of tokens, and that the model has embeddings of them all."""
         if any(fault.field.startswith(field) for fault in faults.found):
             return
-        ids, length = prompt.encoded.token_ids, prompt.length
-        if not length:
+        ids, length, most = prompt.encoded.token_ids, prompt.length, self._context_length
+        if not length and prompt.continuation:
             faults.add(
-                place or field,
-                "begins within the first token, and no token is in front of it"
-                if prompt.continuation
-                else "encodes to no tokens at all",
+                continuation_field,
+                "begins within the first token, and no token is in front of it",
             )
-        elif length > self._context_length:
+        elif not length:
+            faults.add(continuation_field or field, "encodes to no tokens at all")
+        elif length > most:
+            faults.add(field, f"has {length} tokens; the model's context holds {most}")
+        elif len(ids) - 1 > most:
             faults.add(
-                field, f"has {length} tokens; the model's context holds {self._context_length}"
-            )
-        elif len(ids) - 1 > self._context_length:
-            faults.add(
-                place,
+                continuation_field,
                 f"prompt and continuation need {len(ids) - 1} tokens ({length} and "
-                f"{len(ids) - length}, without the last); the model's context holds "
-                f"{self._context_length}",
+                f"{len(ids) - length}, without the last); the model's context holds {most}",
             )
-        if self._checks_known(ids[:length], field, faults):
-            self._checks_known(ids[length:], place, faults)
+        if self._has_embeddings(ids[:length], field, faults):
+            self._has_embeddings(ids[length:], continuation_field, faults)
 
     def _hints(self, given: PromptInput, prompt: Prompt) -> tuple[str, ...]:
         ends_in_space = isinstance(given, str) and given.endswith(" ")
@@ -232,55 +219,52 @@ class PromptReader:
             "space as the beginning of the next word's token, and go on in another way without it.",
         )
 
-    def _is_one(self, text: str, ids: tuple[int, ...]) -> bool:
-        """Tell whether ids are one token that says the text; a tokenizer may drop characters."""
+    def _is_one_token(self, text: str, ids: tuple[int, ...]) -> bool:
+        """Return whether ids are one token that says the text; a tokenizer may drop characters."""
 
-        def alike(text: str) -> str:
+        def normalized(text: str) -> str:
             return unicodedata.normalize("NFKC", text).strip()
 
-        return len(ids) == 1 and alike(self._vocabulary.text(ids[0])) == alike(text)
+        return len(ids) == 1 and normalized(self._vocabulary.text(ids[0])) == normalized(text)
 
-    def _split(self, text: str, ids: tuple[int, ...], *, continues: bool) -> str:
+    def _describe_split(self, text: str, ids: tuple[int, ...], *, continues: bool) -> str:
         tokens = zip(ids, self._vocabulary.texts(ids), strict=True)
         split = ", ".join(f"{name!r} ({token})" for token, name in tokens)
-        found = f"{text!r} is not exactly one token but {len(ids)}" + (f": {split}" if ids else "")
         if len(ids) == 1:
             return f"{text!r} is not in the vocabulary; it is read as {split}"
-        if len(ids) > 1 and continues:
-            return f"{found}; to trace them all, ask for a continuation (continuation={text!r})"
-        return found
+        fault = f"{text!r} is not exactly one token but {len(ids)}" + (f": {split}" if ids else "")
+        if ids and continues:
+            fault += f"; to trace them all, ask for a continuation (continuation={text!r})"
+        return fault
 
-    @staticmethod
-    def _checks_text(text: str, field: str, faults: Faults) -> bool:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            faults.add(field, f"is not valid Unicode text: {error.reason} at {error.start}")
-            return False
-        return True
-
-    def _checks_ids(
+    def _are_ids(
         self, ids: tuple[int, ...], field: str, faults: Faults, *, index: bool = True
     ) -> bool:
         """Check ids that a client gave."""
-        good = True
-        for place, token in enumerate(ids):
-            if not 0 <= token < self._vocab_size:
-                good = False
-                faults.add(
-                    f"{field}[{place}]" if index else field,
-                    f"token id {token} is out of range; allowed: 0 to {self._vocab_size - 1}",
-                )
-        return good
+        outside = [i for i, token in enumerate(ids) if not 0 <= token < self._vocab_size]
+        for i in outside:
+            faults.add(
+                f"{field}[{i}]" if index else field,
+                f"token id {ids[i]} is out of range; allowed: 0 to {self._vocab_size - 1}",
+            )
+        return not outside
 
-    def _checks_known(self, ids: tuple[int, ...], field: str, faults: Faults) -> bool:
-        """Check ids that the tokenizer gave."""
-        beyond = next((i for i in ids if i >= self._vocab_size), None)
-        if beyond is None:
-            return True
-        faults.add(
-            field,
-            f"token {self._vocabulary.text(beyond)!r} has id {beyond}, but the model's "
-            f"vocabulary ends at {self._vocab_size - 1}",
-        )
+    def _has_embeddings(self, ids: tuple[int, ...], field: str, faults: Faults) -> bool:
+        """Check ids that the tokenizer gave; it may know more tokens than the model."""
+        unknown = next((token for token in ids if token >= self._vocab_size), None)
+        if unknown is not None:
+            faults.add(
+                field,
+                f"token {self._vocabulary.text(unknown)!r} has id {unknown}, but the model's "
+                f"vocabulary ends at {self._vocab_size - 1}",
+            )
+        return unknown is None
+
+
+def _is_unicode(text: str, field: str, faults: Faults) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        faults.add(field, f"is not valid Unicode text: {error.reason} at {error.start}")
         return False
+    return True

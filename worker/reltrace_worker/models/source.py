@@ -103,36 +103,40 @@ def find_source(source: str, revision: str | None) -> Source:
     return Source(folder, source, commit=folder.name)
 
 
+_HUB_ERRORS: tuple[tuple[type[Exception], str], ...] = (
+    (
+        GatedRepoError,
+        "{name!r} is gated: accept its terms at https://huggingface.co/{name}, and give a token of "
+        "yours in HF_TOKEN",
+    ),
+    (RevisionNotFoundError, "the hub's {name!r} has no revision {revision!r}"),
+    (
+        RepositoryNotFoundError,
+        "there is no folder {name!r}, and the hub has no model of that name, or a private one that "
+        "needs a token in HF_TOKEN",
+    ),
+    (
+        LocalEntryNotFoundError,
+        "there is no folder {name!r}; as a hub id{at} it is not in the cache, and the hub can not "
+        "be reached",
+    ),
+    (Exception, "{name!r}{at} can not be had from the hub: {reason}"),
+)
+"""What to say of an error of the hub; the first that matches."""
+
+
 def _download(name: str, revision: str | None, files: list[str]) -> Path:
     """Return the folder of some files of a hub model; its name is their commit."""
-    at = "" if revision is None else f" at {revision!r}"
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns="*/*")
         )
-    except GatedRepoError as error:
-        reason = (
-            f"{name!r} is gated: accept its terms at https://huggingface.co/{name}, and give a "
-            "token of yours in HF_TOKEN"
-        )
-        raise ModelError(reason) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"the hub's {name!r} has no revision {revision!r}") from error
-    except RepositoryNotFoundError as error:
-        reason = (
-            f"there is no folder {name!r}, and the hub has no model of that name, or a private one "
-            "that needs a token in HF_TOKEN"
-        )
-        raise ModelError(reason) from error
-    except LocalEntryNotFoundError as error:
-        reason = (
-            f"there is no folder {name!r}; as a hub id{at} it is not in the cache, and the hub can "
-            "not be reached"
-        )
-        raise ModelError(reason) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = f"{name!r}{at} can not be had from the hub: {first_line(error)}"
-        raise ModelError(reason) from error
+        message = next(message for kind, message in _HUB_ERRORS if isinstance(error, kind))
+        at = "" if revision is None else f" at {revision!r}"
+        raise ModelError(
+            message.format(name=name, revision=revision, at=at, reason=first_line(error))
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -1,9 +1,9 @@
-"""Text as the model reads it: tokens, the characters that each of them holds, and what a prompt is.
+"""Text as the model reads it: its tokens, and the characters that each of them holds.
 
-All text goes one way, whoever it is for: a trace, a text to write, an atlas.
+Prompts of traces, of generations and of atlases are all encoded here:
 
 - What the tokenizer puts in front of a text (BOS) is added once, and not where the text has it
-  already; what it would put behind a text (EOS) is not: a prompt goes on.
+  already; what it would put behind a text (EOS) is not added, for a prompt goes on.
 - A prompt and the continuation behind it are encoded together. The continuation begins with the
   first token that holds a character of it, also where that token holds the end of the prompt.
 """
@@ -14,29 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reltrace_worker.models.vocabulary import Vocabulary
+from reltrace_worker.models.vocabulary import REPLACEMENT, Vocabulary
 from reltrace_worker.types.jobs import Span
 
-_REPLACEMENT = "\ufffd"
-
-_MOST_OPEN = 16
-"""Tokens after which characters that are still not whole are taken for broken ones."""
+# Tokens after which a character that is still not whole is taken for a broken one.
+_MAX_PARTIAL_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text and its tokens.
+    """A text and its tokens; `offsets` has the characters (code points) of each token."""
 
-    Parameters
-    ----------
-    text
-        What the model reads, special tokens included.
-    token_ids
-        Its T tokens.
-    offsets
-        Of each token: its characters (code points) in the text, first and stop.
-    """
-
+    # As the model reads it, special tokens included.
     text: str
     token_ids: tuple[int, ...]
     offsets: tuple[Span, ...]
@@ -63,16 +52,9 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt and its continuation, encoded together.
+    """A prompt of `length` tokens and its continuation, encoded together.
 
-    Parameters
-    ----------
-    encoded
-        Both.
-    length
-        Tokens of the prompt.
-    hints
-        What a reader should know of the border between them.
+    `hints` tell the client what is unexpected about the border between them.
     """
 
     encoded: Encoded
@@ -81,62 +63,53 @@ class Prompt:
 
     @property
     def continuation(self) -> tuple[int, ...]:
-        """The tokens behind the prompt."""
         return self.encoded.token_ids[self.length :]
 
 
 class TextEncoder:
-    """Encodes and decodes text with offsets.
-
-    Parameters
-    ----------
-    tokenizer
-        A transformers tokenizer with a backend of the ``tokenizers`` library.
-    """
+    """Encodes and decodes text with offsets, by a tokenizer of the ``tokenizers`` library."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = backend = tokenizer.backend_tokenizer
-        self._vocabulary = Vocabulary(tokenizer)
+        self.vocabulary = Vocabulary(tokenizer)
         # A file may ask for them, for training.
         backend.no_truncation()
         backend.no_padding()
         _keep_spaces_in_offsets(backend.post_processor)
-        # By what the post-processor does with a text, not by the names of tokens.
+        # The tokens in front of a text are what the post-processor puts there.
         probe = backend.encode("a", add_special_tokens=True)
-        added = probe.special_tokens_mask
-        first = added.index(0) if 0 in added else 0
-        self._prefix = tuple(probe.ids[:first])
+        is_special = probe.special_tokens_mask
+        self._prefix = tuple(probe.ids[: is_special.index(0) if 0 in is_special else 0])
 
     def encode(self, text: str, *, special: bool) -> Encoded:
         """Encode a text, with the tokens that belong in front of it if `special`."""
-        found = self._backend.encode(text, add_special_tokens=False)
-        ids = tuple(found.ids)
-        offsets = _whole_characters(found.offsets)
-        if offsets and text[slice(*offsets[0])].strip() and not self._text(ids[0]).strip():
-            # The space that SentencePiece puts before a text is in no character of it.
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids = tuple(encoding.ids)
+        offsets = _whole_characters(encoding.offsets)
+        first = text[slice(*offsets[0])] if offsets else ""
+        # SentencePiece reads "▁" as a space; the one that it puts before a text is no character.
+        if first.replace("▁", " ").strip() and not self.vocabulary.text(ids[0]).strip():
             offsets[0] = (offsets[0][0],) * 2
-        prefix = self._missing_prefix(ids) if special else ()
         before = Encoded("", (), ())
-        for token in prefix:
-            before = _behind(
-                before, Encoded(name := self._text(token), (token,), ((0, len(name)),))
-            )
-        return _behind(before, Encoded(text, ids, tuple(offsets)))
+        for token in self._missing_prefix(ids) if special else ():
+            name = self.vocabulary.text(token)
+            before = _concatenated(before, Encoded(name, (token,), ((0, len(name)),)))
+        return _concatenated(before, Encoded(text, ids, tuple(offsets)))
 
     def decode(self, ids: Sequence[int], behind: Sequence[int] = ()) -> Encoded:
         """Return the text of ids, as it stands behind other tokens.
 
-        Decoded token by token, each behind those before it, until characters are whole.
+        Tokens are decoded one by one, each behind those before it, until characters are whole.
         """
-        whole = [*behind[-_MOST_OPEN:], *ids]
+        whole = [*behind[-_MAX_PARTIAL_TOKENS:], *ids]
         start = len(whole) - len(ids)
         text, offsets = "", []
         context, read = 0, start
         for index in range(start, len(whole)):
             known = self._decode(whole[context:read])
             grown = self._decode(whole[context : index + 1])
-            still_open = grown.endswith(_REPLACEMENT) and index < len(whole) - 1
-            if still_open and index - read < _MOST_OPEN:
+            is_partial = grown.endswith(REPLACEMENT) and index < len(whole) - 1
+            if is_partial and index - read < _MAX_PARTIAL_TOKENS:
                 continue
             span = len(text), len(text) + len(grown) - len(known)
             offsets += [span] * (index + 1 - read)
@@ -153,7 +126,7 @@ class TextEncoder:
         length = encoded.first_token(border)
         hints: tuple[str, ...] = ()
         if length < len(encoded.offsets) and (first := encoded.offsets[length][0]) < border:
-            token = self._text(encoded.token_ids[length])
+            token = self.vocabulary.text(encoded.token_ids[length])
             hints = (
                 f"The token {token!r} holds {encoded.text[first:border]!r} of the prompt and the "
                 "beginning of the continuation; it counts as part of the continuation.",
@@ -162,24 +135,22 @@ class TextEncoder:
 
     def appended(self, prompt: Encoded, continuation: str | tuple[int, ...]) -> Prompt:
         """Put a continuation behind tokens that stay as they are."""
-        ids = continuation
+        length = len(prompt.token_ids)
         hints: tuple[str, ...] = ()
         if isinstance(continuation, str):
-            together = self.encode(prompt.text + continuation, special=False)
-            ids = together.token_ids[len(prompt.token_ids) :]
-            if together.token_ids[: len(prompt.token_ids)] != prompt.token_ids:
+            ids = self.encode(prompt.text + continuation, special=False).token_ids
+            if ids[:length] == prompt.token_ids:
+                ids = ids[length:]
+            else:
                 ids = self.encode(continuation, special=False).token_ids
                 hints = (
                     "The tokenizer encodes the text of the input_ids and the continuation in "
                     "another way; the continuation was encoded alone.",
                 )
-        assert not isinstance(ids, str)
-        both = _behind(prompt, self.decode(ids, prompt.token_ids))
-        return Prompt(both, len(prompt.token_ids), hints)
-
-    def special_positions(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Return where special tokens are."""
-        return tuple(i for i, token in enumerate(ids) if token in self._vocabulary.special_ids)
+        else:
+            ids = continuation
+        encoded = _concatenated(prompt, self.decode(ids, prompt.token_ids))
+        return Prompt(encoded, length, hints)
 
     def _missing_prefix(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Return what belongs in front of a text and is not there."""
@@ -192,32 +163,21 @@ class TextEncoder:
             if ids[: len(prefix) - kept] == prefix[kept:]
         )
 
-    def _text(self, token: int) -> str:
-        return self._vocabulary.text(token)
-
     def _decode(self, ids: list[int]) -> str:
         decoded: str = self._backend.decode(ids, skip_special_tokens=False)
         return decoded
 
 
-def _behind(one: Encoded, other: Encoded) -> Encoded:
-    at = len(one.text)
-    offsets = tuple((first + at, stop + at) for first, stop in other.offsets)
-    return Encoded(one.text + other.text, one.token_ids + other.token_ids, one.offsets + offsets)
+def _concatenated(left: Encoded, right: Encoded) -> Encoded:
+    shift = len(left.text)
+    offsets = tuple((first + shift, stop + shift) for first, stop in right.offsets)
+    return Encoded(left.text + right.text, left.token_ids + right.token_ids, left.offsets + offsets)
 
 
 def _keep_spaces_in_offsets(processor: Any) -> None:
     """Let tokens keep the space that begins them, wherever a post-processor leaves it out."""
-    parts = [processor]
-    if hasattr(processor, "__getitem__"):
-        # A sequence of the tokenizers library has no length.
-        parts = []
-        while True:
-            try:
-                parts.append(processor[len(parts)])
-            except IndexError:
-                break
-    for part in parts:
+    # A sequence of the tokenizers library has no length, and ends by an IndexError.
+    for part in processor if hasattr(processor, "__getitem__") else [processor]:
         if getattr(part, "trim_offsets", False):
             part.trim_offsets = False
 

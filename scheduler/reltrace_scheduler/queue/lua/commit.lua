@@ -1,32 +1,32 @@
--- Stores chunks of results. A chunk is written only under the lease it was computed
--- under; the last chunk of a job ends the job and makes its result visible, whole.
+-- Stores chunks of results. A chunk is written only under the lease it was computed under; the
+-- last chunk of a job ends the job and makes its result visible as a whole.
 --
--- also: job:<job>                       hash    state
---       queue:<class>:<tenant>:<model>  stream  the job's entry is acknowledged and deleted
---       held:<worker>                   set     the job removed
---       submission:<sub>                hash    ended + 1, stored
---       results:<sub>                   stream  an entry per ended job
---       chunks:<job>:<attempt>          list    chunks of results that are more than one
---       draft:<job>                     stream  deleted
---       expiring                        zset    a submission that ended
---       deadlines                       zset    the job removed
---       load, tenant:<tenant>, ended    hash    counted
+-- job:<job>                            hash    state
+-- queue:<class>:<tenant>:<model>       stream  the job's entry is acknowledged and deleted
+-- held:<worker>                        set     the job removed
+-- submission:<sub>                     hash    ended + 1, stored
+-- results:<sub>                        stream  an entry per ended job
+-- chunks:<job>:<attempt>               list    chunks of results that are more than one
+-- draft:<job>                          stream  deleted
+-- expiring                             zset    a submission that ended
+-- deadlines                            zset    the job removed
+-- load, tenant:<tenant>, ended         hash    counted
 -- publishes done:<sub>
 --
--- ARGV: prefix, group, worker, result ttl (ms), then per chunk:
---       job id, attempt, chunk number, end state or "", chunk
+-- ARGV: prefix, worker, result ttl (ms), then per chunk: job id, attempt, chunk number, end state
+--       or "", chunk
 --
 -- Returns per chunk: 1 stored (now or before), 0 the lease is lost, -1 out of order.
-local worker, ttl = ARGV[3], tonumber(ARGV[4])
+local worker, ttl = ARGV[2], tonumber(ARGV[3])
 local outcome = {}
 
--- Small results travel inside the stream's entry; larger ones would make reading a
--- page of the stream unbounded in memory.
+-- Small results are in the stream's entry; with larger ones, reading a page of the stream would
+-- take memory without a bound.
 local INLINE = 65536
 
 -- Adds a chunk to the list of a result; returns the list's key, or nil: out of order.
 local function add_to_list(job, number, chunk)
-    local list = prefix .. "chunks:" .. job.id .. ":" .. job.attempt
+    local list = prefix.chunks .. job.id .. ":" .. job.attempt
     local stored = redis.call("LLEN", list)
     if number > stored + 1 then
         return nil
@@ -34,15 +34,15 @@ local function add_to_list(job, number, chunk)
     if number == stored + 1 then
         redis.call("RPUSH", list, chunk)
         job.stored = redis.call("HINCRBY", job.key, "stored", #chunk)
-        local sub = submission_of(job.id)
-        sub.stored = sub.stored + #chunk
-        sub.changed = true
-        charge(sub.tenant, 0, 0, #chunk)
+        local submission = submission_of(job.id)
+        submission.stored = submission.stored + #chunk
+        submission.changed = true
+        charge(submission.tenant, 0, 0, #chunk)
     end
     return list
 end
 
-for i = 5, #ARGV, 5 do
+for i = 4, #ARGV, 5 do
     local number, state, chunk = tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
     local job = read_job(ARGV[i])
     local code = 1
@@ -61,10 +61,10 @@ for i = 5, #ARGV, 5 do
             code = -1
         elseif state ~= "" then
             finish(job, state, chunk, list, job.stored)
-            drop_lease(job)
+            end_lease(job)
         end
     end
     outcome[#outcome + 1] = code
 end
-settle(ttl)
+flush(ttl)
 return outcome

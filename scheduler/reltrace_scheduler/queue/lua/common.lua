@@ -1,16 +1,16 @@
--- What the scripts share: this text stands before each of them.
+-- What the scripts share. It stands before each of them, and after the names that shards.py makes
+-- from keys.py: key.<shared key>, prefix.<entity> .. id, GROUP and REAPER.
 --
--- Every script has ARGV[1] = prefix of the keys, ARGV[2] = name of the consumer group.
--- Changes that many jobs of one call make to the same key are summed up and written
--- once, by settle(): call it last.
-local prefix, group = ARGV[1], ARGV[2]
+-- Changes that many jobs of one call make to the same key are summed up, and written once by
+-- flush(): call it last. The functions below touch, beside what their comments name:
+--   submission:<sub>, load, tenant:<tenant>, ended, expiring, queue:<...>, held:<worker>
 
 local function now()
     local time = redis.call("TIME")
     return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- Calls a command with arguments of any number: unpack() is bounded by Lua's stack.
+-- Calls a command with any number of arguments: unpack() is bounded by Lua's stack.
 local function call_many(head, arguments, tail)
     for i = 1, #arguments, 500 do
         local call = {unpack(head)}
@@ -24,34 +24,37 @@ local function call_many(head, arguments, tail)
     end
 end
 
-local function append(lists, key, value)
-    local list = lists[key]
+local function append(lists, name, value)
+    local list = lists[name]
     if not list then
         list = {}
-        lists[key] = list
+        lists[name] = list
     end
     list[#list + 1] = value
 end
 
--- submission:<sub>, read once; `ended` and `stored` are changed here and written by settle().
-local submissions = {}
-
-local function submission_of(id)
-    local sub = string.match(id, "^(.+)%-%d+$")
-    local held = submissions[sub]
-    if not held then
-        local row = redis.call("HMGET", prefix .. "submission:" .. sub,
-            "tenant", "jobs", "ended", "stored")
-        held = {
-            id = sub, tenant = row[1], jobs = tonumber(row[2]),
-            ended = tonumber(row[3]), stored = tonumber(row[4] or 0),
-        }
-        submissions[sub] = held
-    end
-    return held
+local function submission_id(job_id)
+    return string.match(job_id, "^(.+)%-%d+$")
 end
 
--- load and tenant:<tenant>: what they hold.
+-- submission:<sub>, read once; `ended` and `stored` are changed here and written by flush().
+local submissions = {}
+
+local function submission_of(job_id)
+    local id = submission_id(job_id)
+    local submission = submissions[id]
+    if not submission then
+        local row = redis.call("HMGET", prefix.submission .. id, "tenant", "jobs", "ended", "stored")
+        submission = {
+            id = id, tenant = row[1], jobs = tonumber(row[2]),
+            ended = tonumber(row[3]), stored = tonumber(row[4] or 0),
+        }
+        submissions[id] = submission
+    end
+    return submission
+end
+
+-- Adds to what load and tenant:<tenant> hold.
 local loads = {}
 
 local function charge(tenant, jobs, bytes, results)
@@ -63,95 +66,102 @@ local function charge(tenant, jobs, bytes, results)
     load[1], load[2], load[3] = load[1] + jobs, load[2] + bytes, load[3] + results
 end
 
--- job:<job>; nil where there is none.
+-- Reads job:<job>; nil where there is none.
 local function read_job(id)
-    local key = prefix .. "job:" .. id
-    local row = redis.call("HMGET", key, "state", "worker", "attempt", "queue", "entry",
+    local name = prefix.job .. id
+    local row = redis.call("HMGET", name, "state", "worker", "attempt", "queue", "entry",
         "bytes", "stored", "due", "drafted")
     if not row[1] then
         return nil
     end
     return {
-        id = id, key = key, state = row[1], worker = row[2], attempt = row[3], queue = row[4],
+        id = id, key = name, state = row[1], worker = row[2], attempt = row[3], queue = row[4],
         entry = row[5], bytes = tonumber(row[6]), stored = tonumber(row[7] or 0), due = row[8],
         drafted = row[9],
     }
 end
 
--- queue:<name>: entries that go, leased or not; held:<worker>: jobs that it holds no more.
-local gone, dropped = {}, {}
+local function is_leased(job, worker, attempt)
+    return job and job.state == "LEASED" and job.worker == worker and job.attempt == attempt
+end
 
--- Every lease ends here, and what was drafted under it goes too: draft:<job>.
-local function drop_lease(job)
-    append(gone, job.queue, job.entry)
-    append(dropped, job.worker, job.id)
+-- Entries to delete by queue, and jobs that are not leased any more by worker.
+local removed_entries, released_jobs = {}, {}
+
+-- Ends a lease, and deletes what was drafted under it: draft:<job>.
+local function end_lease(job)
+    append(removed_entries, job.queue, job.entry)
+    append(released_jobs, job.worker, job.id)
     if job.drafted then
-        redis.call("DEL", prefix .. "draft:" .. job.id)
+        redis.call("DEL", prefix.draft .. job.id)
         redis.call("HDEL", job.key, "drafted")
     end
 end
 
--- chunks:<job>:<attempt> of an attempt that is void.
-local function drop_chunks(job)
+-- Deletes chunks:<job>:<attempt> of an attempt that is void.
+local function discard_chunks(job)
     if job.stored > 0 then
-        redis.call("DEL", prefix .. "chunks:" .. job.id .. ":" .. job.attempt)
+        redis.call("DEL", prefix.chunks .. job.id .. ":" .. job.attempt)
         redis.call("HDEL", job.key, "stored")
-        local sub = submission_of(job.id)
-        sub.stored = sub.stored - job.stored
-        sub.changed = true
-        charge(sub.tenant, 0, 0, -job.stored)
+        local submission = submission_of(job.id)
+        submission.stored = submission.stored - job.stored
+        submission.changed = true
+        charge(submission.tenant, 0, 0, -job.stored)
     end
 end
 
--- Specifications of more bytes are leased one by one: what a script hands over is bounded.
+-- Specifications of more bytes are leased one by one: what a script returns is bounded.
 local LARGE = 262144
 
--- Puts a job at the end of queue:<class>:<tenant>:<model> and its tenant among those that wait:
--- in at the turn that is being served, so that having been away is no merit, or at the one that
--- was next for it when its queue became empty (turned:<class>:<model>), so that it is no trick.
-local opened, woken = {}, {}
+-- Appends a job to its queue and notes its tenant in vt_active:<class>:<model>. The tenant begins
+-- at the present virtual time, so that it gains nothing by having been idle, or at its own of
+-- vt_idle:<class>:<model> where that is later, so that it gains nothing by a queue that is often
+-- empty.
+local opened_queues, woken_models = {}, {}
 
 local function enqueue(id, class, tenant, model, bytes)
     local name = class .. ":" .. tenant .. ":" .. model
-    local queue = prefix .. "queue:" .. name
-    if not opened[name] then
-        opened[name] = true
-        if redis.call("SADD", prefix .. "queues", name) == 1 then
-            redis.call("XGROUP", "CREATE", queue, group, "0", "MKSTREAM")
+    local queue = prefix.queue .. name
+    if not opened_queues[name] then
+        opened_queues[name] = true
+        if redis.call("SADD", key.queues, name) == 1 then
+            redis.call("XGROUP", "CREATE", queue, GROUP, "0", "MKSTREAM")
         end
-        local of_all = class .. ":" .. model
-        if not redis.call("ZSCORE", prefix .. "turns:" .. of_all, tenant) then
-            local turn = redis.call("HGET", prefix .. "clock", of_all) or "0"
-            local own = redis.call("ZSCORE", prefix .. "turned:" .. of_all, tenant)
-            if own and tonumber(own) > tonumber(turn) then
-                turn = own
+        local class_model = class .. ":" .. model
+        local active, idle = prefix.vt_active .. class_model, prefix.vt_idle .. class_model
+        if not redis.call("ZSCORE", active, tenant) then
+            local time = redis.call("HGET", key.virtual_time, class_model) or "0"
+            local idle_time = redis.call("ZSCORE", idle, tenant)
+            if idle_time and tonumber(idle_time) > tonumber(time) then
+                time = idle_time
             end
-            redis.call("ZADD", prefix .. "turns:" .. of_all, turn, tenant)
-            redis.call("ZREM", prefix .. "turned:" .. of_all, tenant)
+            redis.call("ZADD", active, time, tenant)
+            redis.call("ZREM", idle, tenant)
         end
-        woken[model] = true
+        woken_models[model] = true
     end
     if bytes > LARGE then
-        redis.call("HSET", prefix .. "clock", "large:" .. name, 1)
+        redis.call("HSET", key.virtual_time, "large:" .. name, 1)
     end
     return name, redis.call("XADD", queue, "*", "j", id)
 end
 
--- Takes a tenant whose queue is empty from those that wait. Its next turn is kept until the clock
--- is past it; when nobody waits any more all begin anew.
-local function leave_turns(class, tenant, model, turn)
-    local of_all = class .. ":" .. model
-    local turns, turned = prefix .. "turns:" .. of_all, prefix .. "turned:" .. of_all
-    redis.call("ZREM", turns, tenant)
-    if turn then
-        redis.call("ZADD", turned, turn, tenant)
+-- Moves a tenant whose queue is empty to those that are idle, until the virtual time has passed
+-- its own. When no tenant is active any more, all begin anew at the latest of these times.
+local function deactivate(class, tenant, model, time)
+    local class_model = class .. ":" .. model
+    local active, idle = prefix.vt_active .. class_model, prefix.vt_idle .. class_model
+    redis.call("ZREM", active, tenant)
+    if time then
+        redis.call("ZADD", idle, time, tenant)
     end
-    if redis.call("EXISTS", turns) == 0 then
-        local last = redis.call("ZREVRANGE", turned, 0, 0, "WITHSCORES")[2]
-        if last and tonumber(last) > tonumber(redis.call("HGET", prefix .. "clock", of_all) or 0) then
-            redis.call("HSET", prefix .. "clock", of_all, last)
+    if redis.call("EXISTS", active) == 0 then
+        local last = redis.call("ZREVRANGE", idle, 0, 0, "WITHSCORES")[2]
+        local present = redis.call("HGET", key.virtual_time, class_model) or 0
+        if last and tonumber(last) > tonumber(present) then
+            redis.call("HSET", key.virtual_time, class_model, last)
         end
-        redis.call("DEL", turned)
+        redis.call("DEL", idle)
     end
 end
 
@@ -161,20 +171,25 @@ end
 
 -- Queues a job again that is in no queue at present.
 local function requeue(job, class)
-    local old, tenant, model = split(job.queue)
-    local name, entry = enqueue(job.id, class or old, tenant, model, job.bytes)
+    local old_class, tenant, model = split(job.queue)
+    local name, entry = enqueue(job.id, class or old_class, tenant, model, job.bytes)
     redis.call("HSET", job.key, "state", "QUEUED", "queue", name, "entry", entry)
     redis.call("HDEL", job.key, "worker")
 end
 
--- Ends a job whose result is stored: the result becomes visible, whole, as the next
--- entry of results:<sub>. `list` names its chunks where they are not in `chunk` alone.
--- `entry_keys` names what an entry keeps alive, and gives the bytes of its result.
-local states, done = {}, {}
+-- Gives up a lease whose attempt is void, and queues the job again.
+local function release(job, class)
+    end_lease(job)
+    discard_chunks(job)
+    requeue(job, class)
+end
 
+local ended_states, progressed = {}, {}
+
+-- Collects the keys that an entry of results:<sub> keeps alive; returns the bytes of its result.
 local function entry_keys(entry, keys)
     local fields = entry[2]
-    keys[#keys + 1] = prefix .. "job:" .. fields[2]
+    keys[#keys + 1] = prefix.job .. fields[2]
     if fields[3] == "l" then
         keys[#keys + 1] = fields[4]
         return tonumber(fields[6])
@@ -182,63 +197,66 @@ local function entry_keys(entry, keys)
     return #fields[4]
 end
 
+-- Ends a job: its result becomes visible as a whole, as the next entry of results:<sub>. `list`
+-- names its chunks where they are not in `chunk` alone. Removes the job from deadlines.
 local function finish(job, state, chunk, list, bytes)
-    local sub = submission_of(job.id)
-    sub.ended = sub.ended + 1
-    sub.changed = true
-    local results = prefix .. "results:" .. sub.id
+    local submission = submission_of(job.id)
+    submission.ended = submission.ended + 1
+    submission.changed = true
+    local results, entry = prefix.results .. submission.id, submission.ended .. "-0"
     if list then
-        redis.call("XADD", results, sub.ended .. "-0", "j", job.id, "l", list, "b", bytes)
+        redis.call("XADD", results, entry, "j", job.id, "l", list, "b", bytes)
     else
-        redis.call("XADD", results, sub.ended .. "-0", "j", job.id, "c", chunk)
-        sub.stored = sub.stored + #chunk
-        charge(sub.tenant, 0, 0, #chunk)
+        redis.call("XADD", results, entry, "j", job.id, "c", chunk)
+        submission.stored = submission.stored + #chunk
+        charge(submission.tenant, 0, 0, #chunk)
     end
     redis.call("HSET", job.key, "state", state)
     redis.call("HDEL", job.key, "spec")
     if job.due then
-        redis.call("ZREM", prefix .. "deadlines", job.id)
+        redis.call("ZREM", key.deadlines, job.id)
     end
-    charge(sub.tenant, -1, -job.bytes, 0)
-    states[state] = (states[state] or 0) + 1
-    done[sub.id] = true
+    charge(submission.tenant, -1, -job.bytes, 0)
+    ended_states[state] = (ended_states[state] or 0) + 1
+    progressed[submission.id] = true
 end
 
--- The time to live starts when the whole submission has ended: a job that waits long
--- must not cost the results of its neighbours.
-local function settle(ttl)
-    for id, sub in pairs(submissions) do
-        if sub.changed then
-            redis.call("HSET", prefix .. "submission:" .. id,
-                "ended", sub.ended, "stored", sub.stored)
-            if done[id] and sub.ended == sub.jobs then
-                redis.call("ZADD", prefix .. "expiring", now() + ttl, id)
+-- Writes what was summed up, and publishes wake:<model> and done:<sub>. `ttl` (ms) is of results:
+-- it starts when the whole submission has ended, so that a job that waits for long does not cost
+-- the results of the others.
+local function flush(ttl)
+    for id, submission in pairs(submissions) do
+        if submission.changed then
+            redis.call("HSET", prefix.submission .. id,
+                "ended", submission.ended, "stored", submission.stored)
+            if progressed[id] and submission.ended == submission.jobs then
+                redis.call("ZADD", key.expiring, now() + ttl, id)
             end
         end
     end
     for tenant, load in pairs(loads) do
-        local key = prefix .. "tenant:" .. tenant
         for i, field in ipairs({"jobs", "bytes", "results"}) do
             if load[i] ~= 0 then
-                redis.call("HINCRBY", key, field, load[i])
-                redis.call("HINCRBY", prefix .. "load", field, load[i])
+                redis.call("HINCRBY", prefix.tenant .. tenant, field, load[i])
+                redis.call("HINCRBY", key.load, field, load[i])
             end
         end
     end
-    for state, count in pairs(states) do
-        redis.call("HINCRBY", prefix .. "ended", state, count)
+    for state, count in pairs(ended_states) do
+        redis.call("HINCRBY", key.ended, state, count)
     end
-    for queue, entries in pairs(gone) do
-        call_many({"XACK", prefix .. "queue:" .. queue, group}, entries)
-        call_many({"XDEL", prefix .. "queue:" .. queue}, entries)
+    for queue, entries in pairs(removed_entries) do
+        call_many({"XACK", prefix.queue .. queue, GROUP}, entries)
+        call_many({"XDEL", prefix.queue .. queue}, entries)
     end
-    for worker, ids in pairs(dropped) do
-        call_many({"SREM", prefix .. "held:" .. worker}, ids)
+    for worker, ids in pairs(released_jobs) do
+        call_many({"SREM", prefix.held .. worker}, ids)
     end
-    for model in pairs(woken) do
-        redis.call("PUBLISH", prefix .. "wake:" .. model, "")
+    for model in pairs(woken_models) do
+        redis.call("PUBLISH", prefix.wake .. model, "")
     end
-    for id in pairs(done) do
-        redis.call("PUBLISH", prefix .. "done:" .. id, "")
+    for id in pairs(progressed) do
+        redis.call("PUBLISH", prefix.done .. id, "")
     end
 end
+

@@ -1,115 +1,112 @@
 -- Leases queued jobs to a worker. The attempt counts up: it is the fencing token of the lease.
 --
--- Between priorities: where both wait, a tenth of the jobs is batch. Between tenants of a
--- priority: the one with the lowest virtual time is next, and its time goes on by the
--- bytes of its jobs over its weight (weighted fair queueing; start-time rule of
--- Goyal, Vin & Cheng, 1997). A tenant whose results nobody reads is passed over.
+-- Between priorities: where both have jobs, a tenth of those leased is batch. Between tenants of a
+-- priority: the one with the lowest virtual time is next, and its time goes on by the bytes of its
+-- jobs over its weight (weighted fair queueing; start-time rule of Goyal, Vin & Cheng, 1997). A
+-- tenant is skipped while its unread results reach its bound.
 --
--- A job that was leased when its worker fell silent may be what killed it. Such jobs are
--- leased to a worker that holds nothing else: once in groups (class "suspect"), after the
--- second loss one by one ("alone"), so that none of them is condemned for another's deed.
--- They and all others take turns.
+-- A job that was leased when its worker fell silent may be what killed it. Such jobs are isolated:
+-- leased to a worker that holds nothing else, first in groups (class isolate_group), after the
+-- second loss one by one (isolate_single), so that no other job is quarantined because of them.
+-- Between two groups of them a worker takes other jobs.
 --
--- A call that is repeated, because its answer came too late, leases nothing: what the first one
--- leased nobody was told of, and comes back when the worker connects anew.
+-- A call that is repeated, because its answer came too late, leases nothing: the worker was not
+-- told of what the first one leased, and releases it when it connects again.
 --
--- Between workers: while several serve the model, none is leased more than its share of what has
--- not ended; the rest is for those that ask next.
+-- Between workers: while several serve the model, none is leased more than its share of the jobs
+-- that have not ended; the rest is for those that ask next.
 --
--- KEYS[1] worker:<id>                 hash    epoch read; call; mode "isolated" set or deleted
--- KEYS[2] held:<worker>               set     jobs added
--- KEYS[3] clock                       hash    virtual times; large queues read
--- KEYS[4] load                        hash    read
--- also: queue:<class>:<tenant>:<model> stream entries become pending for the worker
---       turns:<class>:<model>         zset    tenants' virtual times
---       turned:<class>:<model>        zset    those of tenants whose queue is empty
---       tenant:<tenant>               hash    read
---       job:<job>                     hash    state LEASED, attempt + 1, worker
---       submission:<sub>              hash    read
---       parked:<sub>                  list    jobs whose submission has too many unread results
---       expiring                      zset    a submission whose jobs are parked: nobody reads it
---       full                          zset    tenants that are passed over, since when
+-- KEYS[1] worker:<id>                  hash    epoch read; call; mode "isolated" set or deleted
+-- KEYS[2] held:<worker>                set     jobs added
+-- virtual_time                         hash    virtual times; large queues read
+-- load                                 hash    read
+-- expiring                             zset    a submission with backpressured jobs
+-- throttled_tenants                    zset    tenants that are skipped, since when
+-- queue:<class>:<tenant>:<model>       stream  entries become pending for the worker
+-- vt_active:<class>:<model>, vt_idle:  zset    virtual times of tenants
+-- tenant:<tenant>, submission:<sub>    hash    read
+-- job:<job>                            hash    state LEASED, attempt + 1, worker
+-- backpressured:<sub>                  list    jobs whose submission has too many unread results
 --
--- ARGV: prefix, group, worker, model, epoch, most jobs, most jobs of batch, bound on unread
---       results: of a submission, of a tenant, in all (bytes), workers of the model, number
---       of shards, of which each has an equal part of the last two bounds, jobs that the
---       worker holds from other shards, name of this call, result ttl (ms)
+-- ARGV: prefix, worker, model, epoch, most jobs, most jobs of batch; bounds on unread results
+--       (bytes): of a submission, of a tenant, in all; workers of the model, number of shards, of
+--       which each has an equal part of the last two bounds, jobs that the worker holds in other
+--       shards, name of this call, result ttl (ms)
 --
--- Returns {"superseded"}: another session has the worker's name; {"idle"}: nothing waits;
---         {"repeated"}: this call was made before;
---         {"suspects"}: jobs wait for a worker that holds nothing else; or
---         {"leased", {job id, attempt, spec, milliseconds queued, class, tenant}, ...}
-local worker, model, epoch = ARGV[3], ARGV[4], ARGV[5]
-local count, most_batch = tonumber(ARGV[6]), tonumber(ARGV[7])
-local max_unread, max_tenant, max_all = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
-local workers, shards = tonumber(ARGV[11]), tonumber(ARGV[12])
-local elsewhere, call = tonumber(ARGV[13]), ARGV[14]
-max_all = max_all / shards
+-- Returns {"superseded"}: another session has the worker's name; {"repeated"}: this call was made
+--         before; {"empty"}: no job is queued; {"isolated"}: isolated jobs are queued, and the
+--         worker holds others; or {"leased", {job id, attempt, spec, milliseconds queued, queue},
+--         ...}
+local worker, model, epoch = ARGV[2], ARGV[3], ARGV[4]
+local count, most_batch = tonumber(ARGV[5]), tonumber(ARGV[6])
+local max_unread, max_tenant, max_all = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
+local workers, shards = tonumber(ARGV[10]), tonumber(ARGV[11])
+local held_elsewhere, call, ttl = tonumber(ARGV[12]), ARGV[13], tonumber(ARGV[14])
 
--- Suspects leased together, and how many other jobs come between two groups of them.
-local GROUP, BETWEEN = 16, 64
--- Entries read at a time, and bytes after which a call ends: what a script hands over is bounded.
-local AT_ONCE, MOST_BYTES = 16, 8388608
--- What a worker may hold in any case; and tenants that are counted.
+-- Isolated jobs that are leased together, and jobs that a worker takes between two groups.
+local GROUP_SIZE, BETWEEN = 16, 64
+-- Entries read at a time, and bytes after which a call ends: what a script returns is bounded.
+local PAGE, MOST_BYTES = 16, 8388608
+-- What a worker may hold in any case; tenants that are counted for its share.
 local LEAST_SHARE, COUNTED = 2, 64
 
-local row = redis.call("HMGET", KEYS[1], "epoch", "mode", "call")
-if row[1] ~= epoch then
+local session = redis.call("HMGET", KEYS[1], "epoch", "mode", "call")
+if session[1] ~= epoch then
     return {"superseded"}
 end
-if row[3] == call then
+if session[3] == call then
     return {"repeated"}
 end
-local isolated = row[2] == "isolated"
+local isolated = session[2] == "isolated"
 local held = redis.call("SCARD", KEYS[2])
 if isolated and held > 0 then
     return {"leased"}
 end
 
 local time = now()
-local leased, ids, bytes = {"leased"}, {}, 0
-local crowded = tonumber(redis.call("HGET", KEYS[4], "results") or 0) >= max_all
+local leased, leased_ids, bytes = {"leased"}, {}, 0
+local results_full = tonumber(redis.call("HGET", key.load, "results") or 0) >= max_all / shards
 
 local tenants = {}
 local function tenant_of(name)
     local tenant = tenants[name]
     if not tenant then
-        local fields = redis.call("HMGET", prefix .. "tenant:" .. name,
-            "weight", "results", "max_bytes")
-        local results = tonumber(fields[2] or 0)
+        local fields = redis.call("HMGET", prefix.tenant .. name, "weight", "results", "max_bytes")
+        local results, bound = tonumber(fields[2] or 0), tonumber(fields[3] or max_tenant) / shards
         tenant = {
             weight = tonumber(fields[1] or 1),
-            -- Without results of its own it holds nothing that could be read.
-            full = results >= tonumber(fields[3] or max_tenant) / shards or (crowded and results > 0),
+            -- A tenant without unread results could not make room by reading.
+            throttled = results >= bound or (results_full and results > 0),
         }
-        if tenant.full then
-            redis.call("ZADD", prefix .. "full", "NX", time, name)
+        if tenant.throttled then
+            redis.call("ZADD", key.throttled_tenants, "NX", time, name)
         else
-            redis.call("ZREM", prefix .. "full", name)
+            redis.call("ZREM", key.throttled_tenants, name)
         end
         tenants[name] = tenant
     end
     return tenant
 end
 
-local function turns_of(class)
-    return prefix .. "turns:" .. class .. ":" .. model
+local function active_key(class)
+    return prefix.vt_active .. class .. ":" .. model
 end
 
-local function waits(class)
-    for _, name in ipairs(redis.call("ZRANGE", turns_of(class), 0, -1)) do
-        if not tenant_of(name).full then
+local function has_jobs(class)
+    for _, name in ipairs(redis.call("ZRANGE", active_key(class), 0, -1)) do
+        if not tenant_of(name).throttled then
             return true
         end
     end
     return false
 end
 
--- Returns how many entries were read, how many jobs leased, and their bytes.
-local function take(class, tenant, most)
+-- Leases up to `most` jobs of one queue. Returns how many entries were read, how many jobs were
+-- leased, and their bytes.
+local function lease_from(class, tenant, most)
     local name = class .. ":" .. tenant .. ":" .. model
-    local queue = prefix .. "queue:" .. name
-    local reply = redis.call("XREADGROUP", "GROUP", group, worker, "COUNT", most,
+    local queue = prefix.queue .. name
+    local reply = redis.call("XREADGROUP", "GROUP", GROUP, worker, "COUNT", most,
         "STREAMS", queue, ">")
     if not reply then
         return 0, 0, 0
@@ -117,81 +114,83 @@ local function take(class, tenant, most)
     local entries, taken, cost = reply[1][2], 0, 0
     for _, entry in ipairs(entries) do
         local id = entry[2][2]
-        local key = prefix .. "job:" .. id
-        local job = redis.call("HMGET", key, "attempt", "spec", "queued_at", "state", "entry")
-        local waits = job[4] == "QUEUED" and job[5] == entry[1]
-        local sub = waits and submission_of(id)
-        if waits and sub.stored < max_unread then
+        local job_key = prefix.job .. id
+        local job = redis.call("HMGET", job_key, "attempt", "spec", "queued_at", "state", "entry")
+        local queued = job[4] == "QUEUED" and job[5] == entry[1]
+        local submission = queued and submission_of(id)
+        if queued and submission.stored < max_unread then
             local attempt = job[1] + 1
-            redis.call("HSET", key, "state", "LEASED", "worker", worker, "attempt", attempt)
-            leased[#leased + 1] = {id, attempt, job[2], time - job[3], class, tenant}
-            ids[#ids + 1] = id
+            redis.call("HSET", job_key, "state", "LEASED", "worker", worker, "attempt", attempt)
+            leased[#leased + 1] = {id, attempt, job[2], time - job[3], name}
+            leased_ids[#leased_ids + 1] = id
             taken, cost = taken + 1, cost + #job[2]
         else
-            -- To be parked; or of a job that is not there, or waits elsewhere.
-            redis.call("XACK", queue, group, entry[1])
+            -- Backpressured; or of a job that is gone, or is queued by another entry.
+            redis.call("XACK", queue, GROUP, entry[1])
             redis.call("XDEL", queue, entry[1])
-            if waits then
-                redis.call("HDEL", key, "entry")
-                redis.call("RPUSH", prefix .. "parked:" .. sub.id, id)
-                redis.call("ZADD", prefix .. "expiring", "NX", time + tonumber(ARGV[15]), sub.id)
+            if queued then
+                redis.call("HDEL", job_key, "entry")
+                redis.call("RPUSH", prefix.backpressured .. submission.id, id)
+                redis.call("ZADD", key.expiring, "NX", time + ttl, submission.id)
             end
         end
     end
     return #entries, taken, cost
 end
 
--- Leases up to `want` jobs of a class.
-local function serve(class, want)
-    local turns, got, skip = turns_of(class), 0, 0
+-- Leases up to `want` jobs of a class; returns how many.
+local function lease_class(class, want)
+    local class_model, active = class .. ":" .. model, active_key(class)
+    local got, skipped = 0, 0
     while got < want and bytes < MOST_BYTES do
-        local first = redis.call("ZRANGE", turns, skip, skip, "WITHSCORES")
+        local first = redis.call("ZRANGE", active, skipped, skipped, "WITHSCORES")
         if not first[1] then
             break
         end
-        local name, turn = first[1], tonumber(first[2])
+        local name, start = first[1], tonumber(first[2])
         local tenant = tenant_of(name)
-        if tenant.full then
-            skip = skip + 1
+        if tenant.throttled then
+            skipped = skipped + 1
         else
-            local waiting = redis.call("ZCARD", turns) - skip
-            local most = math.min(AT_ONCE, math.ceil((want - got) / waiting))
-            if redis.call("HEXISTS", KEYS[3], "large:" .. class .. ":" .. name .. ":" .. model) == 1 then
+            local waiting = redis.call("ZCARD", active) - skipped
+            local most = math.min(PAGE, math.ceil((want - got) / waiting))
+            local large = "large:" .. class .. ":" .. name .. ":" .. model
+            if redis.call("HEXISTS", key.virtual_time, large) == 1 then
                 most = 1
             end
-            local read, taken, cost = take(class, name, most)
+            local read, taken, cost = lease_from(class, name, most)
             got, bytes = got + taken, bytes + cost
-            redis.call("HSET", KEYS[3], class .. ":" .. model, string.format("%.17g", turn))
-            local next_turn = string.format("%.17g", turn + cost / tenant.weight)
+            local virtual_time = string.format("%.17g", start)
+            redis.call("HSET", key.virtual_time, class_model, virtual_time)
+            local next_time = string.format("%.17g", start + cost / tenant.weight)
             if read < most then
-                leave_turns(class, name, model, next_turn)
+                deactivate(class, name, model, next_time)
             else
-                redis.call("ZADD", turns, next_turn, name)
+                redis.call("ZADD", active, next_time, name)
             end
-            redis.call("ZREMRANGEBYSCORE", prefix .. "turned:" .. class .. ":" .. model,
-                "-inf", string.format("%.17g", turn))
+            redis.call("ZREMRANGEBYSCORE", prefix.vt_idle .. class_model, "-inf", virtual_time)
         end
     end
     return got
 end
 
--- Returns how many jobs more the worker may hold of those that wait here: streams hold what waits
--- and what is leased. What it holds of other models is none of their business.
+-- Returns how many more jobs of this model the worker may hold: streams hold what is queued and
+-- what is leased. What it holds of other models does not count.
 local function share()
-    local jobs, own = 0, 0
+    local jobs, mine = 0, 0
     for _, class in ipairs({"interactive", "batch"}) do
-        for _, name in ipairs(redis.call("ZRANGE", turns_of(class), 0, COUNTED - 1)) do
-            local queue = prefix .. "queue:" .. class .. ":" .. name .. ":" .. model
-            local there = redis.call("XLEN", queue)
-            jobs = jobs + there
-            if there > 0 then
-                for _, consumer in ipairs(redis.call("XPENDING", queue, group)[4] or {}) do
-                    own = own + (consumer[1] == worker and tonumber(consumer[2]) or 0)
+        for _, name in ipairs(redis.call("ZRANGE", active_key(class), 0, COUNTED - 1)) do
+            local queue = prefix.queue .. class .. ":" .. name .. ":" .. model
+            local length = redis.call("XLEN", queue)
+            jobs = jobs + length
+            if length > 0 then
+                for _, consumer in ipairs(redis.call("XPENDING", queue, GROUP)[4] or {}) do
+                    mine = mine + (consumer[1] == worker and tonumber(consumer[2]) or 0)
                 end
             end
         end
     end
-    return math.max(LEAST_SHARE, math.ceil(jobs / workers)) - own
+    return math.max(LEAST_SHARE, math.ceil(jobs / workers)) - mine
 end
 
 local function lease_by_priority()
@@ -202,30 +201,30 @@ local function lease_by_priority()
         end
     end
     most_batch = math.min(most_batch, count)
-    local share = 0
-    if most_batch > 0 and waits("interactive") and waits("batch") then
-        local before = redis.call("HINCRBY", KEYS[3], "both:" .. model, count) - count
-        share = math.floor((before + count) / 10) - math.floor(before / 10)
+    local batch_share = 0
+    if most_batch > 0 and has_jobs("interactive") and has_jobs("batch") then
+        local before = redis.call("HINCRBY", key.virtual_time, "both:" .. model, count) - count
+        batch_share = math.floor((before + count) / 10) - math.floor(before / 10)
     end
-    local batch = serve("batch", math.min(share, most_batch))
-    local interactive = serve("interactive", count - batch)
-    serve("batch", math.min(most_batch, count - interactive) - batch)
+    local batch = lease_class("batch", math.min(batch_share, most_batch))
+    local interactive = lease_class("interactive", count - batch)
+    lease_class("batch", math.min(most_batch, count - interactive) - batch)
 end
 
-local suspects = waits("alone") or waits("suspect")
-if suspects and not (isolated and (waits("interactive") or waits("batch"))) then
-    if held + elsewhere > 0 then
-        return {"suspects"}
+local isolate = has_jobs("isolate_single") or has_jobs("isolate_group")
+if isolate and not (isolated and (has_jobs("interactive") or has_jobs("batch"))) then
+    if held + held_elsewhere > 0 then
+        return {"isolated"}
     end
-    if serve("alone", 1) == 0 then
-        serve("suspect", math.min(GROUP, count))
+    if lease_class("isolate_single", 1) == 0 then
+        lease_class("isolate_group", math.min(GROUP_SIZE, count))
     end
-    if #ids > 0 then
+    if #leased_ids > 0 then
         redis.call("HSET", KEYS[1], "mode", "isolated")
     end
 end
-if #ids == 0 then
-    if suspects then
+if #leased_ids == 0 then
+    if isolate then
         count = math.min(count, BETWEEN)
     end
     lease_by_priority()
@@ -233,12 +232,12 @@ if #ids == 0 then
         redis.call("HDEL", KEYS[1], "mode")
     end
 end
-if #ids == 0 and redis.call("EXISTS", turns_of("interactive"), turns_of("batch"),
-        turns_of("suspect"), turns_of("alone")) == 0 then
-    return {"idle"}
+if #leased_ids == 0 and redis.call("EXISTS", active_key("interactive"), active_key("batch"),
+        active_key("isolate_group"), active_key("isolate_single")) == 0 then
+    return {"empty"}
 end
-if #ids > 0 then
+if #leased_ids > 0 then
     redis.call("HSET", KEYS[1], "call", call)
 end
-call_many({"SADD", KEYS[2]}, ids)
+call_many({"SADD", KEYS[2]}, leased_ids)
 return leased

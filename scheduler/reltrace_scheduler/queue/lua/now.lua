@@ -1,4 +1,4 @@
--- Returns the time in milliseconds by the clock of the node that has the keys.
+-- Returns the time in milliseconds by the clock of the node that has the shard's keys.
 --
--- ARGV: prefix, group
+-- ARGV: prefix
 return now()

@@ -1,22 +1,21 @@
--- Queues jobs again whose wait after a failed attempt is over.
+-- Queues jobs again whose delay after a failed attempt is over.
 --
--- KEYS[1] delayed                         zset    due jobs removed
--- also: job:<job>                         hash    queue, entry
---       queue:<class>:<tenant>:<model>    stream  an entry per job; queues, turns:<...>
+-- delayed                              zset    due jobs removed
+-- job:<job>                            hash    queue, entry
+-- queue:<class>:<tenant>:<model>       stream  an entry per job
+-- queues, virtual_time, vt_active:<...>, vt_idle:<...>: see enqueue()
 -- publishes wake:<model>
 --
--- ARGV: prefix, group, most jobs
+-- ARGV: prefix, most jobs
 --
 -- Returns how many there were.
-local ids = redis.call("ZRANGEBYSCORE", KEYS[1], "-inf", now(), "LIMIT", 0, ARGV[3])
+local ids = redis.call("ZRANGEBYSCORE", key.delayed, "-inf", now(), "LIMIT", 0, ARGV[2])
 for _, id in ipairs(ids) do
     local job = read_job(id)
     if job and job.state == "QUEUED" and not job.entry then
         requeue(job)
     end
 end
-if #ids > 0 then
-    call_many({"ZREM", KEYS[1]}, ids)
-end
-settle(0)
+call_many({"ZREM", key.delayed}, ids)
+flush(0)
 return #ids

@@ -1,38 +1,39 @@
 -- Accepts the jobs of one submission, all or none, and once: the call may be repeated.
 --
--- KEYS[1] idempotency:<tenant>:<key>  string  read; set to the submission's id
--- KEYS[2] submission:<sub>            hash    created
--- KEYS[3] load                        hash    jobs and bytes added
--- KEYS[4] tenant:<tenant>             hash    jobs and bytes added
--- KEYS[5] tenants                     set     the tenant added
--- also: queue:<class>:<tenant>:<model> stream an entry per job; queues, turns:<...>
---       job:<job>                     hash    created, one per job
---       deadlines                     zset    jobs with a timeout
+-- KEYS[1] idempotency:<tenant>:<key>   string  read; set to submission, number of jobs, digest
+-- KEYS[2] submission:<sub>             hash    created
+-- KEYS[3] tenant:<tenant>              hash    jobs and bytes added
+-- load                                 hash    jobs and bytes added
+-- tenants                              set     the tenant added
+-- deadlines                            zset    jobs with a timeout
+-- job:<job>                            hash    created, one per job
+-- queue:<class>:<tenant>:<model>       stream  an entry per job
+-- queues, virtual_time, vt_active:<...>, vt_idle:<...>: see enqueue()
 -- publishes wake:<model>
 --
--- ARGV: prefix, group, submission id, tenant, class, idempotency ttl (ms; 0: no key given),
---       digest of the jobs, bounds: jobs in all, bytes in all, the tenant's jobs, its
---       bytes; number of shards, of which each has an equal part of every bound; then per
---       job: route, timeout (ms; 0: none), spec
+-- ARGV: prefix, submission id, tenant, class, idempotency ttl (ms; 0: no key given), digest of the
+--       jobs; bounds: jobs in all, bytes in all, the tenant's jobs, its bytes; number of shards, of
+--       which each has an equal part of every bound; then per job: route, timeout (ms; 0: none),
+--       spec
 --
 -- Returns {"accepted"} | {"seen", submission id, number of jobs} | {"differs"} |
 --         {"full", "in all" or "of the tenant", jobs, bytes, bound on jobs, bound on bytes}
-local sub, tenant, class, ttl, digest = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6]), ARGV[7]
-local shards, first = tonumber(ARGV[12]), 13
+local id, tenant, class, ttl, digest = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
+local shards, first = tonumber(ARGV[11]), 12
 local count = (#ARGV - first + 1) / 3
 
 if ttl > 0 then
     local seen = redis.call("GET", KEYS[1])
     if seen then
-        local id, jobs, had = string.match(seen, "^(%S+) (%d+) (%S+)$")
-        if had ~= digest then
+        local earlier, jobs, earlier_digest = string.match(seen, "^(%S+) (%d+) (%S+)$")
+        if earlier_digest ~= digest then
             return {"differs"}
         end
-        return {"seen", id, tonumber(jobs)}
+        return {"seen", earlier, tonumber(jobs)}
     end
 end
 
--- The same call once more: its first answer came too late, and it was repeated.
+-- The same call again, because its first answer came too late.
 if redis.call("EXISTS", KEYS[2]) == 1 then
     return {"accepted"}
 end
@@ -42,21 +43,21 @@ for i = 0, count - 1 do
     bytes = bytes + #ARGV[first + 3 * i + 2]
 end
 
--- Results that wait to be read take memory as the jobs do.
-local function held(key, max_jobs, max_bytes)
-    local load = redis.call("HMGET", key, "jobs", "bytes", "results", "max_jobs", "max_bytes")
-    local jobs, held_bytes = tonumber(load[1] or 0), tonumber(load[2] or 0) + tonumber(load[3] or 0)
+-- Unread results take memory as jobs do.
+local function check(name, max_jobs, max_bytes)
+    local load = redis.call("HMGET", name, "jobs", "bytes", "results", "max_jobs", "max_bytes")
+    local jobs, used = tonumber(load[1] or 0), tonumber(load[2] or 0) + tonumber(load[3] or 0)
     max_jobs = math.ceil(tonumber(load[4] or max_jobs) / shards)
     max_bytes = math.ceil(tonumber(load[5] or max_bytes) / shards)
-    local full = jobs + count > max_jobs or held_bytes + bytes > max_bytes
-    return full, jobs, held_bytes, max_jobs, max_bytes
+    local full = jobs + count > max_jobs or used + bytes > max_bytes
+    return full, jobs, used, max_jobs, max_bytes
 end
 
-local full, jobs, used, max_jobs, max_bytes = held(KEYS[4], ARGV[10], ARGV[11])
+local full, jobs, used, max_jobs, max_bytes = check(KEYS[3], ARGV[9], ARGV[10])
 if full then
     return {"full", "of the tenant", jobs, used, max_jobs, max_bytes}
 end
-full, jobs, used, max_jobs, max_bytes = held(KEYS[3], ARGV[8], ARGV[9])
+full, jobs, used, max_jobs, max_bytes = check(key.load, ARGV[7], ARGV[8])
 if full then
     return {"full", "in all", jobs, used, max_jobs, max_bytes}
 end
@@ -65,22 +66,22 @@ local time = now()
 for i = 0, count - 1 do
     local at = first + 3 * i
     local model, timeout, spec = ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2]
-    local id = sub .. "-" .. i
-    local name, entry = enqueue(id, class, tenant, model, #spec)
-    local key = prefix .. "job:" .. id
-    redis.call("HSET", key, "state", "QUEUED", "attempt", 0, "queue", name, "entry", entry,
+    local job_id = id .. "-" .. i
+    local name, entry = enqueue(job_id, class, tenant, model, #spec)
+    local job = prefix.job .. job_id
+    redis.call("HSET", job, "state", "QUEUED", "attempt", 0, "queue", name, "entry", entry,
         "spec", spec, "bytes", #spec, "queued_at", time)
     if timeout > 0 then
-        redis.call("HSET", key, "due", time + timeout)
-        redis.call("ZADD", prefix .. "deadlines", time + timeout, id)
+        redis.call("HSET", job, "due", time + timeout)
+        redis.call("ZADD", key.deadlines, time + timeout, job_id)
     end
 end
 redis.call("HSET", KEYS[2], "tenant", tenant, "jobs", count, "ended", 0)
-redis.call("SADD", KEYS[5], tenant)
+redis.call("SADD", key.tenants, tenant)
 charge(tenant, count, bytes, 0)
 if ttl > 0 then
-    redis.call("SET", KEYS[1], sub .. " " .. count .. " " .. digest, "PX", ttl)
+    redis.call("SET", KEYS[1], id .. " " .. count .. " " .. digest, "PX", ttl)
     redis.call("HSET", KEYS[2], "key", KEYS[1])
 end
-settle(0)
+flush(0)
 return {"accepted"}

@@ -111,9 +111,9 @@ const TABLES = {
 };
 
 function jobText(job) {
-  const made = make(job.picture ? "button" : "span", (job.picture && job.text) || job.error || job.text || job.job);
+  const made = make(job.sampled ? "button" : "span", (job.sampled && job.text) || job.error || job.text || job.job);
   made.title = job.error || job.text;
-  if (job.picture) made.addEventListener("click", () => show(job.job));
+  if (job.sampled) made.addEventListener("click", () => show(job.job));
   return made;
 }
 

@@ -1,0 +1,144 @@
+"""Slices as jobs, under keys by which a later build finds their results."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from reltrace.atlas.prefetch_limit import PrefetchLimit
+from reltrace.calls.pinning import Pins
+from reltrace.transport.connection import Connection
+from reltrace.transport.results import acknowledge, stream_results
+from reltrace.transport.retry import Deadline
+from reltrace.transport.submit import Accepted, Rejected, submit
+from reltrace.types.atlas_shard import AtlasShard
+from reltrace.types.errors import InvalidArgument, NotFound, TraceError
+from reltrace.types.request import Job, Priority, wire_priority
+
+_KEY_FIELD = "idempotency_key"
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltShard:
+    """The result of a slice, and its submission, which stays on the server until `free_shards`."""
+
+    shard: AtlasShard
+    size: int
+    submission: Accepted
+
+
+class SliceJobs:
+    """Submits slices, and reads their results.
+
+    A killed build leaves slices on the server: queued, running, or done. The next build submits
+    them under the same keys, and so reads the results of the first.
+
+    Parameters
+    ----------
+    connection : Connection
+        To the server.
+    identity : str
+        Of the folder while it is built: its jobs are not shared with other folders.
+    about : mapping
+        The settings.
+    priority : str
+        Of all jobs.
+    pins : Pins
+        The revision of the model that they ask for.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        identity: str,
+        about: Mapping[str, Any],
+        priority: Priority,
+        pins: Pins,
+    ) -> None:
+        self._connection = connection
+        self._about = json.dumps([identity, about, priority], sort_keys=True)
+        self._priority = wire_priority(priority)
+        self._pins = pins
+        self._limit = PrefetchLimit()
+
+    @asynccontextmanager
+    async def build(self, number: int, digest: str, job: Job) -> AsyncIterator[BuiltShard]:
+        """Return the result of a slice, of an earlier build's job if that has one.
+
+        It counts against the `PrefetchLimit` until the end of the context.
+
+        Parameters
+        ----------
+        number, digest
+            Of the slice.
+        job : Job
+            Submitted if there is no result.
+
+        Raises
+        ------
+        TraceError
+            If this build's own job fails.
+        """
+        jobs, deadline = [job], Deadline(None)
+        job.spec.model = await self._pins.route(job.spec.model, deadline)
+        for attempt in count():
+            key = self._key(number, digest, attempt)
+            try:
+                answer = await submit(self._connection, jobs, deadline, self._priority, key)
+            except InvalidArgument as error:
+                if any(violation.field == _KEY_FIELD for violation in error.violations):
+                    # The key is of another job: for what was the default model then, say.
+                    continue
+                raise
+            if isinstance(answer, Rejected):
+                raise answer.errors[0]
+            async with self._limit.slot() as take_slot:
+                found = await self._read(answer, jobs, deadline, take_slot)
+                if isinstance(found, BuiltShard):
+                    await self._limit.measured(found.size)
+                    yield found
+                    return
+            if not answer.deduplicated:
+                raise found
+            # The earlier build's job was cancelled, failed, was freed, or has expired.
+        raise AssertionError
+
+    async def _read(
+        self,
+        accepted: Accepted,
+        jobs: list[Job],
+        deadline: Deadline,
+        take_slot: Callable[[], Awaitable[None]],
+    ) -> BuiltShard | TraceError:
+        """Return the result of a slice, or why there is none.
+
+        A slot is taken before more than its first message is read.
+        """
+        results = stream_results(
+            self._connection, accepted, jobs, deadline, throttle=take_slot, acknowledged=False
+        )
+        try:
+            async with aclosing(results):
+                result = await anext(results)
+        except NotFound as error:
+            return error
+        if isinstance(result.outcome, AtlasShard):
+            return BuiltShard(result.outcome, result.bytes, accepted)
+        assert isinstance(result.outcome, TraceError)
+        await acknowledge(self._connection, accepted)
+        return result.outcome
+
+    def _key(self, number: int, digest: str, attempt: int) -> str:
+        what = f"{self._about} {number} {digest} {attempt}"
+        return f"atlas-{hashlib.sha256(what.encode()).hexdigest()}"
+
+
+async def free_shards(connection: Connection, submissions: Iterable[Accepted]) -> None:
+    """Free results on the server."""
+    await asyncio.gather(*(acknowledge(connection, accepted) for accepted in submissions))

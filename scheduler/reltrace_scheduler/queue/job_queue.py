@@ -1,0 +1,276 @@
+"""Jobs between clients and workers: every transition is one Lua script."""
+
+import hashlib
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from reltrace_scheduler.config import Settings
+from reltrace_scheduler.errors import IdempotencyError, QueueFullError, SupersededError
+from reltrace_scheduler.keys import QueueName, submission_id, submission_of
+from reltrace_scheduler.queue.shards import Shard, Shards, milliseconds
+from reltrace_scheduler.records import (
+    JobRecord,
+    Lease,
+    Leased,
+    LeasedJob,
+    NewChunk,
+    NewJob,
+    Priority,
+    Submission,
+    TerminalResult,
+)
+
+LOST, STORED = 0, 1
+"""Outcomes of `JobQueue.commit` per chunk."""
+
+_IDEMPOTENCY_TTL = 24 * 3600.0
+
+
+class JobQueue:
+    """The state machine of jobs.
+
+    ``QUEUED -> LEASED -> SUCCEEDED | FAILED``, from LEASED back to QUEUED when a lease is
+    released, and from both to ``FAILED | CANCELLED | QUARANTINED`` by `end`. Transitions that
+    time brings about are in `Maintenance`.
+    """
+
+    def __init__(self, shards: Shards, settings: Settings) -> None:
+        self._shards = shards
+        self._redis = shards.redis
+        self._settings = settings
+
+    async def submit(
+        self,
+        jobs: Sequence[NewJob],
+        *,
+        tenant: str,
+        priority: Priority = Priority.INTERACTIVE,
+        idempotency_key: str = "",
+    ) -> Submission:
+        """Accept jobs, all or none; they are stored when this returns.
+
+        Raises
+        ------
+        QueueFullError
+            The bounds on jobs or bytes would be passed; nothing was accepted.
+        IdempotencyError
+            The key was used for other jobs.
+        """
+        settings = self._settings
+        shard = self._shards.for_submission(tenant, idempotency_key)
+        submission = submission_id(secrets.token_hex(10), shard.key.shard)
+        status, *details = await shard.run(
+            "submit",
+            [
+                shard.key("idempotency", tenant, idempotency_key),
+                shard.key("submission", submission),
+                shard.key("tenant", tenant),
+            ],
+            submission,
+            tenant,
+            priority,
+            milliseconds(_IDEMPOTENCY_TTL) if idempotency_key else 0,
+            digest([job.sent or job.spec for job in jobs], priority) if idempotency_key else "-",
+            settings.max_jobs,
+            settings.max_bytes,
+            settings.tenant_max_jobs,
+            settings.tenant_max_bytes,
+            settings.shards,
+            *(part for job in jobs for part in (job.route, milliseconds(job.timeout), job.spec)),
+        )
+        if status == b"seen":
+            return Submission(details[0].decode(), int(details[1]), deduplicated=True)
+        if status == b"differs":
+            raise IdempotencyError(idempotency_key)
+        if status == b"full":
+            whose, held_jobs, held_bytes, max_jobs, max_bytes = details
+            raise QueueFullError(
+                f"the queue {whose.decode()} holds {held_jobs} jobs and {held_bytes} bytes "
+                f"(unread results among them); the bounds are {max_jobs} jobs and "
+                f"{max_bytes} bytes"
+            )
+        return Submission(submission, len(jobs))
+
+    async def seen(self, tenant: str, idempotency_key: str, jobs: str) -> Submission | None:
+        """Return what was accepted under a key, if it was jobs of this `digest`."""
+        shard = self._shards.for_submission(tenant, idempotency_key)
+        stored: Any = await self._redis.get(shard.key("idempotency", tenant, idempotency_key))
+        if stored is None:
+            return None
+        name, count, stored_digest = stored.decode().split(" ")
+        return Submission(name, int(count), deduplicated=True) if stored_digest == jobs else None
+
+    async def lease(
+        self,
+        shard: Shard,
+        route: str,
+        worker: str,
+        epoch: str,
+        count: int,
+        most_batch: int,
+        workers: int = 1,
+        *,
+        held_elsewhere: int = 0,
+    ) -> Leased:
+        """Lease up to `count` queued jobs of a route to a worker, `most_batch` of them batch.
+
+        Where several workers serve the model, it comes to hold no more than its share.
+        `held_elsewhere` counts the jobs that it holds in other shards.
+
+        Raises
+        ------
+        SupersededError
+            The worker has connected anew: `epoch` is not its session any more.
+        """
+        settings = self._settings
+        status, *jobs = await shard.run(
+            "lease",
+            [shard.key("worker", worker), shard.key("held", worker)],
+            worker,
+            route,
+            epoch,
+            count,
+            most_batch,
+            settings.max_unread,
+            settings.tenant_max_bytes,
+            settings.max_bytes,
+            workers,
+            settings.shards,
+            held_elsewhere,
+            # redis-py sends a call again whose answer came too late.
+            secrets.token_hex(8),
+            milliseconds(settings.result_ttl),
+        )
+        if status == b"superseded":
+            raise SupersededError(worker)
+        if status == b"repeated":
+            raise RedisTimeoutError("Redis answered a lease too late")
+        return Leased(
+            tuple(
+                LeasedJob(
+                    job.decode(), int(attempt), spec, int(waited) / 1000, QueueName.parse(queue)
+                )
+                for job, attempt, spec, waited, queue in jobs
+            ),
+            empty=status == b"empty",
+            isolated=status == b"isolated",
+        )
+
+    async def renew(self, worker: str, leases: Sequence[Lease]) -> list[Lease]:
+        """Renew leases; return those that the worker does not hold any more."""
+        renewed = await self._shards.run("renew", _rows(leases), worker)
+        return [lease for lease, held in zip(leases, renewed, strict=True) if not held]
+
+    async def lost(self, worker: str, leases: Sequence[Lease]) -> list[Lease]:
+        """Return those leases that the worker does not hold any more; renew none."""
+        ids = [lease.job_id for lease in leases]
+        rows = await self._read_jobs(ids, "state", "worker", "attempt")
+        return [
+            lease
+            for lease, row in zip(leases, rows, strict=True)
+            if row != [b"LEASED", worker.encode(), str(lease.attempt).encode()]
+        ]
+
+    async def commit(self, worker: str, chunks: Sequence[NewChunk]) -> list[int]:
+        """Store chunks of results under their leases.
+
+        Returns
+        -------
+        list of int
+            Per chunk: `STORED` (now, or when it was sent before), `LOST` (the lease is no
+            longer the worker's), or -1 (a chunk before it is missing).
+        """
+        rows = [(c.lease.job_id, c.lease.attempt, c.number, c.end, c.data) for c in chunks]
+        return await self._shards.run(
+            "commit", rows, worker, milliseconds(self._settings.result_ttl)
+        )
+
+    async def release(self, worker: str, leases: Sequence[Lease]) -> int:
+        """Queue leased jobs again at once; return how many were the worker's."""
+        return sum(await self._shards.run("release", _rows(leases), worker, "", 0))
+
+    async def retry(self, worker: str, leases: Sequence[Lease]) -> list[Lease]:
+        """Queue leased jobs again after a while, because their attempt failed.
+
+        Returns
+        -------
+        list of Lease
+            Those that have failed too often: they are still leased, and the caller ends them.
+        """
+        delay, most = milliseconds(self._settings.retry_delay), self._settings.max_failures
+        codes = await self._shards.run("release", _rows(leases), worker, delay, most)
+        return [lease for lease, code in zip(leases, codes, strict=True) if code < 0]
+
+    async def reconcile(self, worker: str, leases: Sequence[Lease]) -> int:
+        """Queue again what is leased to a worker that knows only of `leases`; return how many."""
+        requeued = 0
+        for shard in self._shards.all:
+            known = [lease for lease in leases if self._shards.of(lease.job_id) is shard]
+            flat = [value for row in _rows(known) for value in row]
+            requeued += await shard.run("reconcile", [shard.key("held", worker)], worker, *flat)
+        return requeued
+
+    async def end(self, results: Sequence[TerminalResult]) -> list[QueueName | None]:
+        """End jobs that no worker ends; return each one's queue, None if this did not end it."""
+        rows = [
+            (r.job_id, "" if r.attempt is None else r.attempt, r.state, r.data) for r in results
+        ]
+        settings = self._settings
+        queues = await self._shards.run(
+            "end",
+            rows,
+            milliseconds(settings.result_ttl),
+            settings.max_quarantined,
+            milliseconds(settings.quarantine_ttl),
+        )
+        return [QueueName.parse(queue) if queue else None for queue in queues]
+
+    async def jobs(self, job_ids: Sequence[str], *, tenant: str) -> list[JobRecord | None]:
+        """Look jobs up; None for one that is unknown, another tenant's, expired or read."""
+        submissions = sorted({submission_of(job_id) for job_id in job_ids})
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name in submissions:
+                pipe.hget(self._shards.of(name).key("submission", name), "tenant")
+            owners = dict(zip(submissions, await pipe.execute(), strict=True))
+        rows = await self._read_jobs(job_ids, "state", "attempt", "worker")
+        return [
+            JobRecord(job_id, state.decode(), int(attempt), (worker or b"").decode())
+            if state and owners[submission_of(job_id)] == tenant.encode()
+            else None
+            for job_id, (state, attempt, worker) in zip(job_ids, rows, strict=True)
+        ]
+
+    async def exist(self, job_ids: Sequence[str]) -> list[bool]:
+        """Tell which jobs there are: those that have not ended, or whose result is unread."""
+        return [state is not None for (state,) in await self._read_jobs(job_ids, "state")]
+
+    async def _read_jobs(self, job_ids: Sequence[str], *fields: str) -> list[Any]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hmget(self._shards.of(job_id).key("job", job_id), fields)
+            return await pipe.execute()
+
+    async def ended(self) -> dict[str, int]:
+        """Count jobs that ended, by state, since the queue was made."""
+        totals: Counter[str] = Counter()
+        for shard in self._shards.all:
+            counts: Any = await self._redis.hgetall(shard.key("ended"))
+            totals.update({state.decode(): int(count) for state, count in counts.items()})
+        return dict(totals)
+
+
+def _rows(leases: Sequence[Lease]) -> list[tuple[str, int]]:
+    return [(lease.job_id, lease.attempt) for lease in leases]
+
+
+def digest(jobs: Iterable[bytes], priority: str) -> str:
+    """Return what tells jobs, as they were sent, from all others."""
+    found = hashlib.blake2b(priority.encode(), digest_size=16)
+    for spec in jobs:
+        found.update(len(spec).to_bytes(8, "little"))
+        found.update(spec)
+    return found.hexdigest()

@@ -1,0 +1,133 @@
+"""The shards of the queue, and the Lua scripts over them."""
+
+import hashlib
+import secrets
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any, get_args
+
+from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
+
+from reltrace_scheduler.keys import (
+    GROUP,
+    REAPER,
+    Channel,
+    EntityKey,
+    Keys,
+    SharedKey,
+    partition,
+    shard_of,
+)
+
+Argument = str | bytes | int | float
+
+_AT_ONCE = 256
+"""Rows of one script call: bounds how long it holds Redis."""
+
+
+def milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def preamble() -> str:
+    """Return the Lua that gives scripts the names of `keys.py`: ``key``, ``prefix`` and consumers.
+
+    ``key.load`` is one of the shared keys, which end KEYS in the order of `SharedKey`;
+    ``prefix.job .. id`` is the key of one job. ARGV[1] is the prefix of all keys of the shard.
+    """
+    shared, of_entities = get_args(SharedKey), (*get_args(EntityKey), *get_args(Channel))
+    keys = ", ".join(f"{name} = KEYS[#KEYS - {n}]" for n, name in enumerate(reversed(shared)))
+    prefixes = ", ".join(f'{name} = ARGV[1] .. "{name}:"' for name in of_entities)
+    return (
+        f"local key = {{{keys}}}\nlocal prefix = {{{prefixes}}}\n"
+        f'local GROUP, REAPER = "{GROUP}", "{REAPER}"\n'
+    )
+
+
+class Scripts:
+    """The `.lua` files in this package; each documents at its head what it takes and gives."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._loaded: dict[str, AsyncScript] = {}
+
+    def load(self, name: str) -> AsyncScript:
+        """Return a script; its file is read once."""
+        script = self._loaded.get(name)
+        if script is None:
+            folder = files(__package__) / "lua"
+            parts = [(folder / f"{part}.lua").read_text() for part in ("common", name)]
+            script = self._loaded[name] = self._redis.register_script("".join((preamble(), *parts)))
+        return script
+
+
+class Shard:
+    """One part of the queue: all its keys have one hash tag."""
+
+    def __init__(self, redis: Redis, scripts: Scripts, key: Keys) -> None:
+        self.redis = redis
+        self.key = key
+        self._scripts = scripts
+        self._shared_keys = [key(name) for name in get_args(SharedKey)]
+
+    async def run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
+        """Run a script; `keys` are those that its head numbers."""
+        return await self._scripts.load(script)(
+            keys=[*keys, *self._shared_keys], args=[self.key.prefix, *args]
+        )
+
+    async def queues(self) -> list[bytes]:
+        """Return the names of all queues that exist."""
+        names: Any = await self.redis.smembers(self.key("queues"))
+        return sorted(names)
+
+    async def now(self) -> int:
+        """Return the Unix time in milliseconds by the clock of the shard's node."""
+        return int(await self.run("now", []))
+
+
+class Shards:
+    """All parts of the queue.
+
+    A submission is in one of them with all its jobs and results, so nothing but listings and
+    sums looks at more than one. Its idempotency key says which one, or chance.
+    """
+
+    def __init__(self, redis: Redis, count: int) -> None:
+        self.redis = redis
+        scripts = Scripts(redis)
+        self.all = tuple(Shard(redis, scripts, key) for key in partition(count))
+
+    def of(self, some_id: str) -> Shard:
+        """Return the shard of a submission or job; an id that names none belongs to the first."""
+        number = shard_of(some_id)
+        return self.all[number if number < len(self.all) else 0]
+
+    def for_submission(self, tenant: str, idempotency_key: str) -> Shard:
+        """Return where a submission goes: with the same key to the same shard."""
+        choice = f"{tenant} {idempotency_key}" if idempotency_key else secrets.token_hex(8)
+        digest = hashlib.blake2b(choice.encode(), digest_size=8).digest()
+        return self.all[int.from_bytes(digest, "little") % len(self.all)]
+
+    async def run(
+        self, script: str, rows: Sequence[tuple[Argument, ...]], *args: Argument
+    ) -> list[Any]:
+        """Run a script over rows that begin with a job id, each in the shard of its job.
+
+        The script takes `args` and then the rows, and answers with one value per row; returns
+        these in the order of the rows.
+        """
+        indices: dict[Shard, list[int]] = defaultdict(list)
+        for index, row in enumerate(rows):
+            indices[self.of(str(row[0]))].append(index)
+        answers: list[Any] = [None] * len(rows)
+        for shard, places in indices.items():
+            for start in range(0, len(places), _AT_ONCE):
+                page = places[start : start + _AT_ONCE]
+                values = [value for index in page for value in rows[index]]
+                found = await shard.run(script, [], *args, *values)
+                for index, answer in zip(page, found, strict=True):
+                    answers[index] = answer
+        return answers

@@ -1,0 +1,51 @@
+"""How many parts of an atlas are held at once."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+from reltrace.atlas.prefetch_limit import PrefetchLimit
+
+
+async def slots_of(limit: PrefetchLimit, wanted: int) -> int:
+    """Return how many of so many are let in."""
+    async with AsyncExitStack() as stack:
+        takes = [await stack.enter_async_context(limit.slot()) for _ in range(wanted)]
+        waiting = [asyncio.create_task(take()) for take in takes]
+        # Who is let in is so within a few turns of the loop.
+        for _ in range(10 * wanted):
+            await asyncio.sleep(0)
+        found = sum(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("part", "slots"), [(None, 2), (613 << 20, 2), (100 << 20, 2), (64 << 20, 4), (0, 8)]
+)
+async def test_parts_are_held_that_fit_but_always_two(part: int | None, slots: int) -> None:
+    limit = PrefetchLimit()
+    if part is not None:
+        await limit.measured(part)
+    assert await slots_of(limit, 10) == slots
+    # All have left: as many may come again.
+    assert await slots_of(limit, 10) == slots
+
+
+async def test_who_waits_is_let_in_by_who_leaves() -> None:
+    limit = PrefetchLimit()
+    async with limit.slot() as third:
+        async with limit.slot() as first, limit.slot() as second:
+            await first()
+            # Of one that has its place no other is taken.
+            await first()
+            await second()
+            waiting = asyncio.create_task(third())
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not waiting.done()
+        await asyncio.wait_for(waiting, 30)
