@@ -47,7 +47,7 @@ async def test_texts_and_traces_take_turns(
 ) -> None:
     """
     Given texts of many steps, and traces that come while they are written
-    I expect traces not to wait for their end, no second batch of texts beside the first, and nothing
+    I expect traces not to wait for their end, no second batch beside the first, and nothing
     of one that is dropped.
     """
     steps_of(engine, 1, monkeypatch)
