@@ -20,7 +20,7 @@ from reltrace.types.errors import InvalidArgument, TraceError, invalid
 
 ATLAS = "atlas.safetensors"
 _FORMAT = 3
-_UNFINISHED, _LOCK = "unfinished", ".lock"
+_UNFINISHED = "unfinished"
 _SITE_ARRAYS = tuple(field.name for field in fields(MergedSite))
 # Fields of `TokenCounts`, by their names in the file.
 _COUNTS = {"words/places": "positions", "words/prompts": "prompts", "words/targets": "targets"}
@@ -94,7 +94,7 @@ class AtlasFolder:
         Raises TraceError if another one does, or the folder can not be used.
         """
         busy = f"another process builds the atlas in {self.path}; stop it, or choose another folder"
-        self._lock.enter_context(lock_folder(self.path, _LOCK, "out", busy))
+        self._lock.enter_context(lock_folder(self.path, busy))
 
     def unlock(self) -> None:
         """Let others build here."""

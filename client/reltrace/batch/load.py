@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Batch:
         )
         tables = [np.empty((0, 4), np.int64)]
         for number, path in enumerate(self._folders):
-            with Journal(path) as journal:
+            with closing(Journal(path)) as journal:
                 found = journal.traces()
             # A prompt with several targets has as many traces, in rows one after the other.
             begin = np.repeat(np.cumsum(found["traces"]) - found["traces"], found["traces"])
@@ -72,7 +73,7 @@ class Batch:
         """The prompts that failed, in their order."""
         found: list[Failed] = []
         for path in self._folders:
-            with Journal(path) as journal:
+            with closing(Journal(path)) as journal:
                 found += journal.failures()
         return sorted(found, key=lambda failed: failed.index)
 
