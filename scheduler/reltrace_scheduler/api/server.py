@@ -108,9 +108,7 @@ async def serving(
             else server.add_secure_port(listen, access.tls.credentials())
         )
     except RuntimeError as error:
-        raise StartError(
-            f"--listen {listen}: the address can not be used"
-        ) from error
+        raise StartError(f"--listen {listen}: the address can not be used") from error
     exporter = exporting(metrics, counts, Gauges(store)) if metrics else contextlib.nullcontext()
     page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
