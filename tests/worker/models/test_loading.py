@@ -18,7 +18,7 @@ from reference.gguf_files import write_gguf
 from reference.loaded import Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.models import load_model
-from reltrace_worker.session.convert import model_info
+from reltrace_worker.session.headers import model_info
 from reltrace_worker.types.errors import InvalidJob, ModelError
 from reltrace_worker.types.jobs import TraceRequest
 from safetensors.torch import load_file, save_file
