@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from reltrace_proto.options import option
 
 from reltrace.cli.connection import Connection, connection_group
-from reltrace.cli.option_groups import command
+from reltrace.cli.option_groups import command, option
 from reltrace.cli.output import AsJson, print_found, print_json, write
 from reltrace.types.admin_info import QuarantinedJob
 from reltrace.types.errors import NotFound

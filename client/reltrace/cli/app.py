@@ -8,7 +8,6 @@ from importlib.metadata import entry_points
 from typing import Annotated, NoReturn
 
 import typer
-from reltrace_proto.options import option
 
 import reltrace
 from reltrace.cli import admin, atlas, server
@@ -17,7 +16,7 @@ from reltrace.cli.config import config
 from reltrace.cli.connection import Connection
 from reltrace.cli.evaluate import evaluate
 from reltrace.cli.generate import generate
-from reltrace.cli.option_groups import command, with_option_groups
+from reltrace.cli.option_groups import command, option, with_option_groups
 from reltrace.cli.output import warn
 from reltrace.cli.tokenize import tokenize
 from reltrace.cli.trace import trace

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from reltrace_proto.options import option
 from rich.text import Text
 
 import reltrace
@@ -15,7 +14,7 @@ from reltrace.atlas.imported_labels import BUILT_IN
 from reltrace.atlas.slices import read_prompt
 from reltrace.batch.items import InputFormat, format_of
 from reltrace.cli.connection import Connection, connection_group
-from reltrace.cli.option_groups import command
+from reltrace.cli.option_groups import command, option
 from reltrace.cli.options import (
     Column,
     Model,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from reltrace_proto.options import option
 
 from reltrace.batch.folder import Settings
 from reltrace.batch.items import InputFormat
@@ -21,6 +20,7 @@ from reltrace.batch.preflight import check_served
 from reltrace.batch.run import Options, Run, Summary
 from reltrace.calls.progress import Progress
 from reltrace.cli.connection import Connection
+from reltrace.cli.option_groups import option
 from reltrace.cli.options import FileOptions, Limit, PromptFile, TraceOptions, file_of, target_of
 from reltrace.cli.output import AsJson, Quiet, print_json
 from reltrace.types.errors import invalid

@@ -13,7 +13,7 @@ import typer
 from reltrace_proto.net import TlsOptions
 
 import reltrace
-from reltrace.cli.option_groups import with_option_groups
+from reltrace.cli.option_groups import option, with_option_groups
 from reltrace.transport.settings import DEFAULT_ADDRESS, flag
 from reltrace.types.errors import InvalidArgument, invalid
 
@@ -28,7 +28,7 @@ _SETTINGS = (
 
 
 def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, show_default=False, rich_help_panel=_PANEL)
+    return option(text, *names, show_default=False, rich_help_panel=_PANEL)
 
 
 @dataclass(frozen=True, slots=True)

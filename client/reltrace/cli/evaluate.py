@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from reltrace_proto.options import option
 from rich.console import Console
 from rich.text import Text
 
 from reltrace.cli.connection import Connection
+from reltrace.cli.option_groups import option
 from reltrace.cli.options import (
     Contrast,
     FileOptions,

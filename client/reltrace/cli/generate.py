@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from reltrace_proto.options import option
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from reltrace.cli.connection import Connection
+from reltrace.cli.option_groups import option
 from reltrace.cli.options import Model, PromptOptions, Seed, SpecialTokens
 from reltrace.cli.output import AsJson, print_json, safe, warn, write
 from reltrace.client.sync_client import TextStream

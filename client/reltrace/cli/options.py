@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from reltrace_proto.options import option
 
 from reltrace.batch.items import InputFormat, InputName, count_items, read_items
+from reltrace.cli.option_groups import option
 from reltrace.types.errors import invalid
 from reltrace.types.request import Dtype
 

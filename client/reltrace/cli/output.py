@@ -12,12 +12,12 @@ from datetime import datetime
 from typing import Annotated, Any
 
 import typer
-from reltrace_proto.options import option
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from reltrace.cli.option_groups import option
 from reltrace.types.token_text import JOINERS
 
 AsJson = Annotated[bool, option("Print JSON for machines.", "--json")]

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from reltrace_proto.options import option
 from rich.console import Console
 
 import reltrace
 from reltrace.cli.connection import Connection
+from reltrace.cli.option_groups import option
 from reltrace.cli.options import Contrast, Logprob, PromptOptions, Timeout, TraceOptions, target_of
 from reltrace.cli.output import warn
 from reltrace.types.errors import invalid
