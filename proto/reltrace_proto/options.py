@@ -1,41 +1,43 @@
 """A typer command whose options are the fields of one dataclass, and may stand in a TOML file.
 
-An option is spelt once: its type, default, bounds and help. A value on the command line wins over
-one of the environment, that over one of the file, and that over the default. Whoever imports this
-module depends on typer itself.
+An option is spelt once: its name, type, default, bounds and help. A value on the command line wins
+over one of the environment, that over one of the file, and that over the default. Whoever imports
+this module depends on typer itself.
 """
 
 import dataclasses
 import inspect
 import tomllib
 from collections.abc import Callable
-from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
-from typer.models import OptionInfo
 
 Options = TypeVar("Options")
 
 _PREFIX = "RELTRACE_"
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
-def option(text: str, *names: str, env: str | None = None, **settings: Any) -> Any:
-    """Return the annotation that makes a field of a dataclass an option.
+def option(default: Any, text: str, *, env: str | None = None, **settings: Any) -> Any:
+    """Return a field of a dataclass that is an option, with the field's name.
 
     Parameters
     ----------
+    default : Any
+        ``...``: it must be given.
     text : str
         The help.
-    names : str
-        Spelling on the command line; by default that of the field.
     env : str, optional
         Variable, without RELTRACE_; by default the field's name.
     settings : Any
         What `typer.Option` takes besides, ``min`` for example.
     """
-    return typer.Option(*names, envvar=env, help=text, **settings)
+    metadata = {"option": {"help": text, "envvar": env, **settings}}
+    if default is ...:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def from_options(
@@ -46,14 +48,15 @@ def from_options(
     Parameters
     ----------
     options : type
-        A dataclass; fields without the annotation of `option` are no options.
+        A dataclass; fields that are not made by `option` are no options.
     config_env : str, optional
         Variable that names a TOML file of options, as ``--config`` does; None: there is no such
         file.
     """
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    context = inspect.Parameter("context", keyword, annotation=typer.Context)
-    parameters = [context, *_parameters(options)]
+    hints = get_type_hints(options)
+    fields = [field for field in dataclasses.fields(cast("Any", options)) if field.metadata]
+    parameters = [inspect.Parameter("context", _KEYWORD, annotation=typer.Context)]
+    parameters += [_parameter(field, hints[field.name]) for field in fields]
     if config_env is not None:
         info = typer.Option(
             envvar=config_env,
@@ -63,7 +66,7 @@ def from_options(
             help="File of options, by their names here: result-ttl = 600.",
         )
         kind = Annotated[Path | None, info]
-        parameters.append(inspect.Parameter("config", keyword, default=None, annotation=kind))
+        parameters.append(inspect.Parameter("config", _KEYWORD, default=None, annotation=kind))
 
     def decorate(function: Callable[[typer.Context, Options], None]) -> Callable[..., None]:
         def command(context: typer.Context, config: Path | None = None, **values: Any) -> None:
@@ -81,29 +84,21 @@ def from_options(
     return decorate
 
 
-def _parameters(options: type[Any]) -> list[inspect.Parameter]:
-    hints = get_type_hints(options, include_extras=True)
-    made = []
-    for field in dataclasses.fields(options):
-        kind, *metadata = get_args(hints[field.name]) or (hints[field.name],)
-        info = next((one for one in metadata if isinstance(one, OptionInfo)), None)
-        if info is None:
-            continue
-        info = copy(info)
-        info.envvar = f"{_PREFIX}{info.envvar or field.name.upper()}"
-        default = field.default
-        if get_origin(kind) is tuple:
-            kind, default = list[get_args(kind)[0]], list(cast("tuple[Any, ...]", default))  # type: ignore[misc]
-        required = default is dataclasses.MISSING
-        made.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if required else default,
-                annotation=Annotated[kind, info],
-            )
-        )
-    return made
+def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    settings = dict(field.metadata["option"])
+    settings["envvar"] = f"{_PREFIX}{settings['envvar'] or field.name.upper()}"
+    # A flag has no --no-NAME: it is off unless it is given.
+    names = [f"--{field.name.replace('_', '-')}"] if kind is bool else []
+    default: Any = field.default
+    if default is dataclasses.MISSING:
+        default = inspect.Parameter.empty
+    elif default is False or default in (None, "", ()):
+        settings.setdefault("show_default", False)
+    if get_origin(kind) is tuple:
+        kind = list[get_args(kind)[0]]  # type: ignore[misc]
+        default = list(default) if isinstance(default, tuple) else default
+    annotation = Annotated[kind, typer.Option(*names, **settings)]
+    return inspect.Parameter(field.name, _KEYWORD, default=default, annotation=annotation)
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
 
 from reltrace_proto.options import option
 from reltrace_proto.telemetry import LogFormat
@@ -25,157 +24,108 @@ class Fsync(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """Options and, without the annotation of one, tuning of the queue."""
+    """Options of the command, and fixed settings of the queue."""
 
-    listen: Annotated[str, option("HOST:PORT to serve on; port 0: any free port.")] = (
-        "127.0.0.1:50051"
+    listen: str = option("127.0.0.1:50051", "HOST:PORT to serve on; port 0: any free port.")
+    redis: str | None = option(
+        None,
+        "URL of a Redis, 6.2 or newer: redis://, rediss:// or unix://. Without it, the scheduler "
+        "starts one of its own, with its data under --data.",
     )
-    redis: Annotated[
-        str | None,
-        option(
-            "URL of a Redis, 6.2 or newer: redis://, rediss:// or unix://. Without it, the "
-            "scheduler starts one of its own, with its data under --data."
-        ),
-    ] = None
-    redis_url_file: Annotated[
-        Path | None, option("File that holds this URL, with the password in it.")
-    ] = None
-    redis_password_file: Annotated[
-        Path | None,
-        option(
-            "File that holds the password of the Redis; or put the password into "
-            "RELTRACE_REDIS_PASSWORD."
-        ),
-    ] = None
-    redis_ca: Annotated[
-        Path | None,
-        option(
-            "With rediss://: PEM file of the authorities to trust. (default: the system's)",
-            show_default=False,
-        ),
-    ] = None
-    data: Annotated[Path | None, option("Folder of the scheduler's own Redis.")] = None
-    fsync: Annotated[
-        Fsync, option("When the scheduler's own Redis writes its file to the disk.")
-    ] = Fsync.EVERYSEC
-    lease: Annotated[
-        float, option("Seconds without a heartbeat after which a lease is lost.", min=0.5)
-    ] = 30.0
-    result_ttl: Annotated[
-        float, option("Seconds that results are kept that nobody has fetched.", min=1)
-    ] = 3600.0
-    max_lost_leases: Annotated[
-        int, option("Lost leases after which a job is quarantined.", min=1)
-    ] = 3
-    max_jobs: Annotated[int, option("Jobs that may be queued or leased at a time.", min=1)] = (
-        100_000
+    redis_url_file: Path | None = option(None, "File that holds this URL, with its password.")
+    redis_password_file: Path | None = option(
+        None,
+        "File that holds the password of the Redis; or put the password into "
+        "RELTRACE_REDIS_PASSWORD.",
     )
-    max_bytes: Annotated[
-        int, option("Bytes of their specifications and of unread results.", min=1)
-    ] = 4 << 30
-    tenant_max_jobs: Annotated[
-        int, option("--max-jobs of each tenant that has no bound of its own.", min=1)
-    ] = 50_000
-    tenant_max_bytes: Annotated[
-        int, option("--max-bytes of each tenant that has no bound of its own.", min=1)
-    ] = 1 << 30
-    results_url: Annotated[
-        str,
-        option(
-            "Folder for tensors that are too large for Redis, which workers write and clients "
-            "read: file:///SHARED/FOLDER, s3://BUCKET/FOLDER, ... (default: all go through Redis)",
-            show_default=False,
-        ),
-    ] = ""
-    results_above: Annotated[
-        int, option("Bytes of a job's tensors above which they go to --results-url.", min=0)
-    ] = 8 << 20
-    output_uri: Annotated[
-        tuple[str, ...],
-        option(
-            "Folder that clients may have workers write tensors to, with all folders in it; may be "
-            "given several times. (default: none)",
-            show_default=False,
-        ),
-    ] = ()
-    shards: Annotated[
-        int,
-        option(
-            "Parts of the queue, each in a slot of its own of a Redis Cluster; the same for all "
-            "schedulers. Each has an equal part of all bounds.",
-            min=1,
-            max=1000,
-        ),
-    ] = 1
-    tokens: Annotated[
-        Path | None,
-        option(
-            "File of the tokens that callers need, as `reltrace-scheduler token` writes it. "
-            "Without it, everybody may do everything."
-        ),
-    ] = None
-    tls_cert: Annotated[
-        Path | None, option("PEM file of the server's certificate.", env="LISTEN_TLS_CERT")
-    ] = None
-    tls_key: Annotated[Path | None, option("PEM file of its key.", env="LISTEN_TLS_KEY")] = None
-    tls_client_ca: Annotated[
-        Path | None,
-        option(
-            "PEM file of the authorities whose clients may connect (mutual TLS).",
-            env="LISTEN_TLS_CLIENT_CA",
-        ),
-    ] = None
-    insecure: Annotated[
-        bool,
-        option(
-            "Serve other machines without TLS or without tokens.",
-            "--insecure",
-            env="LISTEN_INSECURE",
-        ),
-    ] = False
-    max_requests_per_second: Annotated[
-        float | None,
-        option("Calls of one token, over all schedulers. (default: no limit)", min=0.001),
-    ] = None
-    max_jobs_per_second: Annotated[
-        float | None,
-        option("Jobs that one token submits, over all schedulers. (default: no limit)", min=0.001),
-    ] = None
-    metrics: Annotated[
-        str | None,
-        option(
-            "Where Prometheus reads metrics, over plain HTTP. (default: nowhere)",
-            metavar="HOST:PORT",
-        ),
-    ] = None
-    web: Annotated[
-        str | None,
-        option(
-            "Where a read-only page shows queues, workers and recent jobs to operators. "
-            "(default: nowhere)",
-            metavar="HOST:PORT",
-        ),
-    ] = None
-    traces: Annotated[
-        str | None,
-        option(
-            "Where an OpenTelemetry collector takes spans of jobs (OTLP over gRPC), such as "
-            "http://127.0.0.1:4317. (default: nowhere)",
-            metavar="URL",
-        ),
-    ] = None
-    traces_share: Annotated[
-        float,
-        option(
-            "With --traces: share of the submissions without a client's span that is traced.",
-            min=0,
-            max=1,
-        ),
-    ] = 0.01
-    log_level: Annotated[str, option("debug, info, warning or error.")] = "info"
-    log_format: Annotated[LogFormat, option("For people, or one JSON object per line.")] = (
-        LogFormat.CONSOLE
+    redis_ca: Path | None = option(
+        None, "With rediss://: PEM file of the authorities to trust. (default: the system's)"
     )
+    data: Path | None = option(None, "Folder of the scheduler's own Redis.")
+    fsync: Fsync = option(
+        Fsync.EVERYSEC, "When the scheduler's own Redis writes its file to the disk."
+    )
+    lease: float = option(30.0, "Seconds without a heartbeat after which a lease is lost.", min=0.5)
+    result_ttl: float = option(
+        3600.0, "Seconds that results are kept that nobody has fetched.", min=1
+    )
+    max_lost_leases: int = option(3, "Lost leases after which a job is quarantined.", min=1)
+    max_jobs: int = option(100_000, "Jobs that may be queued or leased at a time.", min=1)
+    max_bytes: int = option(4 << 30, "Bytes of their specifications and of unread results.", min=1)
+    tenant_max_jobs: int = option(
+        50_000, "--max-jobs of each tenant that has no bound of its own.", min=1
+    )
+    tenant_max_bytes: int = option(
+        1 << 30, "--max-bytes of each tenant that has no bound of its own.", min=1
+    )
+    results_url: str = option(
+        "",
+        "Folder for tensors that are too large for Redis, which workers write and clients read: "
+        "file:///SHARED/FOLDER, s3://BUCKET/FOLDER, ... (default: all go through Redis)",
+    )
+    results_above: int = option(
+        8 << 20, "Bytes of a job's tensors above which they go to --results-url.", min=0
+    )
+    output_uri: tuple[str, ...] = option(
+        (),
+        "Folder that clients may have workers write tensors to, with all folders in it; may be "
+        "given several times. (default: none)",
+    )
+    shards: int = option(
+        1,
+        "Parts of the queue, each in a slot of its own of a Redis Cluster; the same for all "
+        "schedulers. Each has an equal part of all bounds.",
+        min=1,
+        max=1000,
+    )
+    tokens: Path | None = option(
+        None,
+        "File of the tokens that callers need, as `reltrace-scheduler token` writes it. Without "
+        "it, everybody may do everything.",
+    )
+    tls_cert: Path | None = option(
+        None, "PEM file of the server's certificate.", env="LISTEN_TLS_CERT"
+    )
+    tls_key: Path | None = option(None, "PEM file of its key.", env="LISTEN_TLS_KEY")
+    tls_client_ca: Path | None = option(
+        None,
+        "PEM file of the authorities whose clients may connect (mutual TLS).",
+        env="LISTEN_TLS_CLIENT_CA",
+    )
+    insecure: bool = option(
+        False, "Serve other machines without TLS or without tokens.", env="LISTEN_INSECURE"
+    )
+    max_requests_per_second: float | None = option(
+        None, "Calls of one token, over all schedulers. (default: no limit)", min=0.001
+    )
+    max_jobs_per_second: float | None = option(
+        None, "Jobs that one token submits, over all schedulers. (default: no limit)", min=0.001
+    )
+    metrics: str | None = option(
+        None,
+        "Where Prometheus reads metrics, over plain HTTP. (default: nowhere)",
+        metavar="HOST:PORT",
+    )
+    web: str | None = option(
+        None,
+        "Where a read-only page shows queues, workers and recent jobs to operators. "
+        "(default: nowhere)",
+        metavar="HOST:PORT",
+    )
+    traces: str | None = option(
+        None,
+        "Where an OpenTelemetry collector takes spans of jobs (OTLP over gRPC), such as "
+        "http://127.0.0.1:4317. (default: nowhere)",
+        metavar="URL",
+    )
+    traces_share: float = option(
+        0.01,
+        "With --traces: share of the submissions without a client's span that is traced.",
+        min=0,
+        max=1,
+    )
+    log_level: str = option("info", "debug, info, warning or error.")
+    log_format: LogFormat = option(LogFormat.CONSOLE, "For people, or one JSON object per line.")
 
     retry_delay: float = 1.0
     """Seconds a job waits after its first failed attempt; twice as long after each further one."""

@@ -176,8 +176,8 @@ def test_an_atlas_that_is_broken_off_goes_on(
     was written, and again later
     I expect each further run to make what is missing, and the whole to be as undisturbed.
     """
-    monkeypatch.setattr(module, "_LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_PAUSE", 0.0)
+    monkeypatch.setattr(module, "_MIN_PAUSE", 0.0)
+    monkeypatch.setattr(module, "_PAUSE_PER_WRITE", 0.0)
     with reltrace.Client(services[1]) as client:
         client.build_atlas(CORPUS, tmp_path / "whole", slice=SLICE)
 

@@ -211,7 +211,7 @@ def test_halves_of_options(
 def test_values_that_can_not_be(
     start: Start, redis_url: str, options: tuple[str, ...], code: int, said: str
 ) -> None:
-    process = start("--redis", redis_url, *options)
+    process = start("--redis", redis_url, "--listen", "127.0.0.1:0", *options)
     _, errors = process.communicate(timeout=30)
     assert said in " ".join(errors.replace("│", " ").split())
     assert process.returncode == code

@@ -1,4 +1,4 @@
-"""The folder of an atlas: its lock, and the file of what is merged."""
+"""The folder of an atlas: its lock, and the file of its state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from reltrace.types.errors import InvalidArgument, TraceError, invalid
 
 ATLAS = "atlas.safetensors"
 _FORMAT = 3
-_UNFINISHED, _LOCK = "unfinished", ".lock"
+_UNFINISHED = "unfinished"
 _SITE_ARRAYS = tuple(field.name for field in fields(MergedSite))
 # Fields of `TokenCounts`, by their names in the file.
 _COUNTS = {"words/places": "positions", "words/prompts": "prompts", "words/targets": "targets"}
 
 
 class AtlasFolder:
-    """Where an atlas is kept. What is merged is one file, replaced in one step."""
+    """The folder of an atlas. Its state is one file, replaced in one step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class AtlasFolder:
         return (self.path / ATLAS).exists()
 
     def read(self) -> State:
-        """Read what is merged; raise InvalidArgument if there is no atlas, or it is damaged."""
+        """Read the state; raise InvalidArgument if there is no atlas, or it is damaged."""
         from safetensors import safe_open
 
         path = self.path / ATLAS
@@ -68,7 +68,7 @@ class AtlasFolder:
             raise damaged(path, error) from error
 
     def write(self, state: State) -> None:
-        """Replace what is merged, durably and in one step."""
+        """Replace the state, durably and in one step."""
         arrays = {
             f"{site}/{name}": getattr(merged, name)
             for site, merged in state.sites.items()
@@ -94,7 +94,7 @@ class AtlasFolder:
         Raises TraceError if another one does, or the folder can not be used.
         """
         busy = f"another process builds the atlas in {self.path}; stop it, or choose another folder"
-        self._lock.enter_context(lock_folder(self.path, _LOCK, "out", busy))
+        self._lock.enter_context(lock_folder(self.path, busy))
 
     def unlock(self) -> None:
         """Let others build here."""

@@ -14,7 +14,7 @@ from typing import Any
 import reltrace
 from reltrace.batch.parts import PartFormat, is_name
 from reltrace.calls.pinning import only, route_of
-from reltrace.storage.atomic_files import UNFINISHED, lock_folder, replace_file
+from reltrace.storage.atomic_files import LOCK, UNFINISHED, lock_folder, replace_file
 from reltrace.types.checks import check_same_settings
 from reltrace.types.errors import TraceError, invalid
 from reltrace.types.provenance import Provenance
@@ -26,9 +26,14 @@ ERRORS = "errors.jsonl"
 SUBMISSIONS = "submissions.json"
 STDIN = "stdin"
 _FORMAT = "reltrace-batch-2"
-_LOCK = ".lock"
 # Seconds to wait for another machine that writes the manifest.
 _MANIFEST_TIMEOUT = 30.0
+
+TRACE_ARGUMENTS = (
+    "model", "sites", "reduce", "target", "rule", "dtype", "layers", "top_k", "output_uri",
+    "add_special_tokens",
+)  # fmt: skip
+"""The settings that are arguments of `trace`."""
 
 _SAME_PROVENANCE = ("model", "revision", "rule", "reduction", "dtype")
 
@@ -39,18 +44,10 @@ class ProvenanceMismatch(TraceError):  # noqa: N818 - like the other errors of a
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the numbers of a batch, and how they are kept; fixed for its folder.
+    """The settings of a batch that decide its numbers and files; fixed for its folder.
 
-    Attributes
-    ----------
-    model, sites, reduce, target, rule, dtype, layers, top_k, output_uri, add_special_tokens
-        Arguments of `trace`, as JSON holds them, for prompts that do not say otherwise.
-    format : str
-        Of the files of traces.
-    input_format, column, id_column
-        How the input is read.
-    shards : int
-        Number of machines that share the prompts.
+    Arguments of `trace`, as JSON holds them, for prompts that do not say otherwise; the formats of
+    output and input; and the number of machines that share the prompts.
     """
 
     model: str | None
@@ -71,15 +68,10 @@ class Settings:
 
 
 class BatchFolder:
-    """The folder of a batch, for the machine that traces one of its shards.
+    """The folder of a batch, for a machine: its number, from 1, and their count.
 
-    Parameters
-    ----------
-    root : Path
-        Of the whole batch; it holds the manifest.
-    shard : (int, int)
-        Number of the machine, from 1, and how many there are. A single one writes to `root`,
-        others write to a folder in it each.
+    `root` is the folder of the whole batch and holds the manifest. A single machine writes to it,
+    others write to a folder in it each: `path`.
     """
 
     def __init__(self, root: Path, shard: tuple[int, int]) -> None:
@@ -89,14 +81,8 @@ class BatchFolder:
         self._provenance: dict[str, Any] | None = None
 
     def lock(self) -> AbstractContextManager[None]:
-        """Let one process at a time write to `path`.
-
-        Raises
-        ------
-        TraceError
-            If another one does, or the folder can not be used.
-        """
-        return lock_folder(self.path, _LOCK, "out", _busy(self.path))
+        """Let one process at a time write to `path`; raise TraceError if another one does."""
+        return lock_folder(self.path, _busy(self.path))
 
     @contextmanager
     def _lock_manifest(self) -> Iterator[None]:
@@ -104,16 +90,13 @@ class BatchFolder:
             # Locked for the whole run.
             yield
             return
-        with lock_folder(self.root, _LOCK, "out", _busy(self.root), timeout=_MANIFEST_TIMEOUT):
+        with lock_folder(self.root, _busy(self.root), timeout=_MANIFEST_TIMEOUT):
             yield
 
     def open(self, settings: Settings, input_name: str) -> None:
         """Write the manifest, or check that there is one with the same settings.
 
-        Raises
-        ------
-        InvalidArgument
-            If the folder holds something else, or a batch with other settings.
+        Raises InvalidArgument if the folder holds something else.
         """
         with self._lock_manifest():
             if (self.root / MANIFEST).exists():
@@ -121,7 +104,7 @@ class BatchFolder:
                 check_same_settings(before, asdict(settings), f"{self.root} holds a batch")
                 return
             names = {entry.name for entry in self.path.iterdir()}
-            others = [n for n in names if n != _LOCK and not n.endswith(UNFINISHED)]
+            others = [n for n in names if n != LOCK and not n.endswith(UNFINISHED)]
             if others:
                 raise invalid(
                     "out", f"{self.root} holds {min(others)!r} and no batch; choose a new folder"
@@ -136,21 +119,10 @@ class BatchFolder:
             })  # fmt: skip
 
     def route(self, served: Sequence[Model], name: str | None) -> str | None:
-        """Return the model to trace with: of the revision of the traces that are there.
+        """Return the name by which jobs ask for the model, whose name in the settings is `name`.
 
-        Parameters
-        ----------
-        served : sequence of Model
-            What the server lists.
-        name : str or None
-            The batch's name of the model.
-
-        Raises
-        ------
-        InvalidArgument
-            If there are no traces, and several revisions of the model are served.
-        ProvenanceMismatch
-            If only other revisions are served.
+        It includes the revision: that of the traces that are there, else the one that is served.
+        Raises InvalidArgument if several are, ProvenanceMismatch if only others are.
         """
         known = read_manifest(self.root)["provenance"]
         if known is None:
@@ -162,12 +134,9 @@ class BatchFolder:
         return "@".join(filter(None, (known["model"], known["revision"])))
 
     def check_provenance(self, provenance: Provenance) -> None:
-        """Check that a trace was made as those before it; versions and devices may differ.
+        """Raise ProvenanceMismatch if a trace was made by another model, or in another way.
 
-        Raises
-        ------
-        ProvenanceMismatch
-            If the server's model has changed.
+        Versions and devices may differ.
         """
         if self._provenance is None:
             self._provenance = self._recorded_provenance(provenance)
@@ -226,13 +195,7 @@ class BatchFolder:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """Read the manifest of a batch.
-
-    Raises
-    ------
-    InvalidArgument
-        If the folder holds no batch.
-    """
+    """Read the manifest of a batch; raise InvalidArgument if the folder holds none."""
     path = root / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())

@@ -36,54 +36,27 @@ _PARQUET_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A prompt of a file.
+    """A prompt of a file."""
 
-    Attributes
-    ----------
-    index : int
-        Its number among the prompts, from 0.
-    line : int
-        Line of the file where it begins, or row of a Parquet file, from 1.
-    id : str or int
-        As the file names it, else `index`.
-    arguments : dict
-        Arguments of `trace`; empty if there is a fault.
-    fault : InvalidArgument or None
-        Why it is not a prompt.
-    content : bytes
-        Part of the file that it was read from, to tell whether it has changed.
-    """
-
-    index: int
-    line: int
-    id: str | int
-    arguments: dict[str, Any] = field(default_factory=dict)
-    fault: InvalidArgument | None = None
-    content: bytes = b""
+    index: int  # among the prompts, from 0
+    line: int  # of the file, or row of a Parquet file, from 1
+    id: str | int  # as the file names it, else `index`
+    arguments: dict[str, Any] = field(default_factory=dict)  # of `trace`
+    fault: InvalidArgument | None = None  # why it is not a prompt
+    content: bytes = b""  # of the file, to tell whether it has changed
 
 
 @dataclass(frozen=True, slots=True)
 class InputFormat:
-    """How a file of prompts is read.
+    """How a file of prompts is read."""
 
-    Attributes
-    ----------
-    name : str
-        One of `FORMATS`.
-    column, id_column : str or None
-        Of CSV and Parquet; default: "prompt", else "messages", and "id" if there is such a column.
-        Each cell of "messages" is a conversation, in CSV as JSON.
-    compressed : bool
-        By gzip.
-    also : tuple of str
-        Fields that a prompt may have beside the arguments of `trace`; of CSV and Parquet, further
-        columns that are read if they exist.
-    """
-
-    name: str
+    name: str  # one of `FORMATS`
+    # Of CSV and Parquet; default: "prompt", else "messages", whose cells are conversations (in CSV
+    # as JSON), and "id" if there is such a column.
     column: str | None = None
     id_column: str | None = None
-    compressed: bool = False
+    compressed: bool = False  # by gzip
+    # Fields that a prompt may have beside the arguments of `trace`; further columns.
     also: tuple[str, ...] = ()
 
     @classmethod

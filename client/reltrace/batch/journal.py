@@ -1,4 +1,4 @@
-"""Which prompts of a batch are done, and where their traces are: a SQLite file in its folder.
+"""The journal of a batch: a SQLite file of which prompts are done, and where their traces are.
 
 A file of traces counts once a transaction names it. A crash leaves at most a file that none names,
 which the next run removes.
@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +41,7 @@ CREATE TABLE IF NOT EXISTS input (
 
 # Seconds to wait for another process that reads.
 _TIMEOUT = 60.0
-# Memory of a failure, besides its texts.
+# Memory of a failure, besides its text.
 _FAILURE_BYTES = 1024
 
 
@@ -79,10 +78,7 @@ class Failed:
     @property
     def size(self) -> int:
         """Bytes of memory that it takes, about."""
-        texts = [str(self.id), self.message]
-        for violation in self.violations:
-            texts += violation.values()
-        return _FAILURE_BYTES + sum(map(len, texts))
+        return _FAILURE_BYTES + len(self.to_line())
 
     @classmethod
     def of(cls, index: int, line: int, name: str | int, error: TraceError) -> Failed:
@@ -118,15 +114,8 @@ class Journal:
             self._database.execute("PRAGMA synchronous = EXTRA")
             self._database.executescript(_SCHEMA)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._database.close()
 
     def commit(
@@ -139,16 +128,8 @@ class Journal:
     ) -> None:
         """Record results durably, all or none; a later result of a prompt replaces an earlier one.
 
-        Parameters
-        ----------
-        part : int or None
-            Number of the file of traces; None: there are no traces.
-        traced : sequence of (int, int)
-            Number and count of traces of each prompt, in the order of the file.
-        failed : sequence of Failed
-            Prompts that failed.
-        prompts_read, digest
-            How many prompts of the input had been read, and their digest.
+        `part` is the number of the file of traces, `traced` the number and count of traces of each
+        prompt in it, in its order.
         """
         rows: list[tuple[Any, ...]] = []
         first = 0
@@ -170,13 +151,7 @@ class Journal:
         return bytearray(states)
 
     def traces(self) -> Array:
-        """Return where the traces of each traced prompt are.
-
-        Returns
-        -------
-        ndarray
-            Structured, [prompts]: "number", "part", "row" of the first trace, and "traces".
-        """
+        """Return, for each traced prompt, "number", "part", "row" of the first trace, "traces"."""
         return self._table(
             f"SELECT number, part, row, traces FROM prompts WHERE state = {TRACED} ORDER BY number",
             number="i8", part="i4", row="i4", traces="i4",

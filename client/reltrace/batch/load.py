@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 class Batch:
     """The traces of a folder that `reltrace batch` wrote, in the order of the prompts.
 
-    Traces are read when they are asked for; in memory are where they are (16 bytes each) and the
+    Traces are read when they are asked for; in memory are their locations (12 bytes each) and the
     files that were used last. `len(batch)` is the number of traces, and `batch[i]` the i-th.
 
     Parameters
@@ -53,7 +54,7 @@ class Batch:
         )
         tables = [np.empty((0, 4), np.int64)]
         for number, path in enumerate(self._folders):
-            with Journal(path) as journal:
+            with closing(Journal(path)) as journal:
                 found = journal.traces()
             # A prompt with several targets has as many traces, in rows one after the other.
             begin = np.repeat(np.cumsum(found["traces"]) - found["traces"], found["traces"])
@@ -72,7 +73,7 @@ class Batch:
         """The prompts that failed, in their order."""
         found: list[Failed] = []
         for path in self._folders:
-            with Journal(path) as journal:
+            with closing(Journal(path)) as journal:
                 found += journal.failures()
         return sorted(found, key=lambda failed: failed.index)
 

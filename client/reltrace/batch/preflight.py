@@ -7,7 +7,7 @@ from typing import Any
 
 from reltrace.batch.folder import Settings
 from reltrace.calls.pinning import named
-from reltrace.types.errors import ModelNotFound, invalid
+from reltrace.types.errors import InvalidArgument, ModelNotFound, invalid
 from reltrace.types.server_info import Model
 
 
@@ -43,13 +43,11 @@ def check_served(settings: Settings, models: Sequence[Model]) -> None:
             raise invalid("layer", f"{layer} is not one of the {model.layers} of {model.name}")
 
 
-def check_item(arguments: Mapping[str, Any], settings: Settings) -> None:
-    """Check the arguments that a prompt has for itself: its folder must be able to hold the traces.
+def find_fault(arguments: Mapping[str, Any], settings: Settings) -> InvalidArgument | None:
+    """Return why a batch can not hold the traces of a prompt that has arguments of its own.
 
-    The values are not checked otherwise. Where the batch names no model, whether a prompt's own one
-    is the same is only known from the trace.
-
-    Raises InvalidArgument, naming the argument, and what the folder holds.
+    Their values are not checked otherwise. Whether a prompt's own model is that of a batch that
+    names none is only known from the trace.
     """
     required: dict[str, Any] = {"rule": settings.rule, "reduce": settings.reduce}
     if settings.model is not None:
@@ -69,8 +67,9 @@ def check_item(arguments: Mapping[str, Any], settings: Settings) -> None:
     for name, value in required.items():
         if name in arguments and arguments[name] != value:
             held = f"{name} {value!r}" if value is not None else f"no {name}"
-            raise invalid(
+            return invalid(
                 name,
                 f"is {arguments[name]!r} for this prompt, and the folder holds traces with {held} "
                 "only; leave it out, or trace the prompt into another folder",
             )
+    return None

@@ -9,69 +9,40 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 from reltrace.batch import parts
-from reltrace.batch.folder import STDIN, BatchFolder, Settings
+from reltrace.batch.folder import STDIN, TRACE_ARGUMENTS, BatchFolder, Settings
 from reltrace.batch.items import Fingerprint, InputFormat, Item, read_items
 from reltrace.batch.journal import FAILED, REFUSED, TRACED, Failed, Journal
-from reltrace.batch.preflight import check_item
+from reltrace.batch.preflight import find_fault
 from reltrace.batch.writer import Traced, Writer, write_errors
+from reltrace.calls.progress import Progress
 from reltrace.client.recording import recording
 from reltrace.client.sync_client import Client
 from reltrace.storage.atomic_files import with_filename
-from reltrace.types.errors import InvalidArgument, invalid
+from reltrace.types.errors import invalid
 from reltrace.types.failure import Failure
 from reltrace.types.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a batch is run; none of it decides a number.
+    """How a batch is run; none of it decides a number."""
 
-    Attributes
-    ----------
-    source : Path or None
-        The file of prompts; None: standard input.
-    out : Path
-        The folder of the batch.
-    limit : int or None
-        Read only the first prompts of the file.
-    shard : (int, int)
-        Which part of the prompts, from 1, and of how many.
-    retry_failed : bool
-        Try prompts again that failed for a fault of their own.
-    max_in_flight : int
-        Prompts on the server at a time.
-    part_traces : int
-        Traces in one file.
-    part_seconds : float
-        That a trace may wait for its commit.
-    """
-
-    source: Path | None
+    source: Path | None  # None: standard input
     out: Path
-    limit: int | None = None
-    shard: tuple[int, int] = (1, 1)
-    retry_failed: bool = False
+    limit: int | None = None  # read only the first prompts
+    shard: tuple[int, int] = (1, 1)  # number, from 1, and count of machines
+    retry_failed: bool = False  # also prompts that failed for a fault of their own
     max_in_flight: int = 1024
-    part_traces: int = 1024
-    part_seconds: float = 10.0
+    part_traces: int = 1024  # traces in one file
+    part_seconds: float = 10.0  # that a trace may wait for its commit
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How a run ended.
-
-    Attributes
-    ----------
-    traced, failed : int
-        Prompts of the batch that have their traces, and that failed, in this run or before.
-    new : int
-        Those of this run.
-    seconds : float
-        That it took.
-    """
+    """Prompts that are traced and failed, by this run or before; how many are new, and the time."""
 
     traced: int
     failed: int
@@ -79,32 +50,8 @@ class Summary:
     seconds: float
 
 
-class Watcher(Protocol):
-    """Shows the progress of a run."""
-
-    def begin(self, done: int) -> None:
-        """Take how many prompts earlier runs have done."""
-
-    def result(self, failed: bool) -> None:
-        """Take a further one."""
-
-
 class Run:
-    """One run of a batch.
-
-    Parameters
-    ----------
-    client : Client
-        Of the server.
-    settings, options
-        Of the batch, and of this run.
-    input_format : InputFormat
-        How the input is read.
-    stdin : BinaryIO
-        The prompts if `options.source` is None.
-    watcher : Watcher
-        Shows the progress.
-    """
+    """One run of a batch; `stdin` is read if the options name no source."""
 
     def __init__(
         self,
@@ -113,14 +60,14 @@ class Run:
         input_format: InputFormat,
         options: Options,
         stdin: BinaryIO,
-        watcher: Watcher,
+        progress: Progress,
     ) -> None:
         self._client = client
         self._settings = settings
         self._format = input_format
         self._options = options
         self._stdin = stdin
-        self._watcher = watcher
+        self._progress = progress
         self._folder = BatchFolder(options.out, options.shard)
         # Of each prompt, by earlier runs.
         self._states = bytearray()
@@ -134,12 +81,7 @@ class Run:
         self._new = 0
 
     def run(self, target: Any) -> Summary:
-        """Trace what is missing.
-
-        Parameters
-        ----------
-        target
-            The `target` argument of prompts that have none of their own.
+        """Trace what is missing; `target` is that of prompts that have none of their own.
 
         Raises
         ------
@@ -152,12 +94,12 @@ class Run:
         options, settings = self._options, self._settings
         with self._folder.lock():
             self._folder.open(settings, str(options.source or "-"))
-            with Journal(self._folder.path) as journal:
+            with closing(Journal(self._folder.path)) as journal:
                 self._recover(journal)
                 source = options.source or self._copy_stdin()
                 self._check_input(source, *journal.input())
                 self._model = self._folder.route(self._client.models(), settings.model)
-                self._watcher.begin(len(self._states) - self._states.count(0))
+                self._progress.begin(len(self._states) - self._states.count(0))
                 writer = Writer(
                     self._folder,
                     journal,
@@ -222,18 +164,10 @@ class Run:
 
     def _trace(self, source: Path, writer: Writer, target: Any) -> None:
         settings = self._settings
+        arguments = {name: getattr(settings, name) for name in TRACE_ARGUMENTS}
         results = self._client.trace_many(
             self._missing(source, writer),
-            model=self._model,
-            add_special_tokens=settings.add_special_tokens,
-            sites=settings.sites,
-            reduce=settings.reduce,
-            target=target,
-            rule=settings.rule,
-            dtype=settings.dtype,
-            layers=settings.layers,
-            top_k=settings.top_k,
-            output_uri=settings.output_uri,
+            **{**arguments, "model": self._model, "target": target},
             max_in_flight=self._options.max_in_flight,
             priority="batch",
         )
@@ -242,7 +176,7 @@ class Run:
             for result in results:
                 writer.put(self._with_id(result))
                 self._new += 1
-                self._watcher.result(isinstance(result, Failure))
+                self._progress.result(isinstance(result, Failure))
 
     def _with_id(self, result: Trace | list[Trace] | Failure) -> Traced | Failed:
         """Return a result with the id that the prompt has in the file."""
@@ -268,7 +202,7 @@ class Run:
             state = self._states[item.index] if item.index < len(self._states) else 0
             if state == TRACED or (state == REFUSED and not self._options.retry_failed):
                 continue
-            fault = item.fault or self._fault(item)
+            fault = item.fault or find_fault(item.arguments, self._settings)
             if fault is None:
                 own_model = "model" in item.arguments
                 with self._lock:
@@ -278,20 +212,13 @@ class Run:
                 # Recorded once: the input does not change.
                 writer.put(Failed.of(item.index, item.line, item.id, fault))
                 self._new += 1
-                self._watcher.result(failed=True)
+                self._progress.result(failed=True)
 
     def _revision(self, item: Item) -> dict[str, str]:
         """Return the batch's revision for a prompt that names the same model without one."""
         if self._model and item.arguments.get("model") == self._model.partition("@")[0]:
             return {"model": self._model}
         return {}
-
-    def _fault(self, item: Item) -> InvalidArgument | None:
-        try:
-            check_item(item.arguments, self._settings)
-        except InvalidArgument as fault:
-            return fault
-        return None
 
     def _input_read(self) -> tuple[int, str]:
         with self._lock:

@@ -25,28 +25,14 @@ _COMMIT_FAILURES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A prompt and its traces.
+    """A prompt and its traces, at least one."""
 
-    Attributes
-    ----------
-    index, line : int
-        Its number among the prompts, from 0, and in the file, from 1.
-    traces : tuple of Trace
-        At least one.
-    own_model : bool
-        The prompt names its model itself.
-    header_bytes : int
-        Of the traces in the header of a safetensors file.
-    size : int
-        Bytes of all that is written of them.
-    """
-
-    index: int
-    line: int
+    index: int  # among the prompts, from 0
+    line: int  # of the file, from 1
     traces: tuple[Trace, ...]
-    own_model: bool = False
-    header_bytes: int = field(init=False)
-    size: int = field(init=False)
+    own_model: bool = False  # the prompt names its model itself
+    header_bytes: int = field(init=False)  # in the header of a safetensors file
+    size: int = field(init=False)  # in bytes
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "header_bytes", sum(map(parts.header_bytes, self.traces)))
@@ -62,22 +48,10 @@ def _array_bytes(trace: Trace) -> int:
 
 
 class Writer:
-    """Collects results and commits many at a time, none later than after some seconds.
+    """Collects results and commits many at a time.
 
-    Parameters
-    ----------
-    folder : BatchFolder
-        Locked by this process.
-    journal : Journal
-        Of the folder.
-    part_format : str
-        Of the files of traces.
-    input_read : callable
-        Returns how many prompts have been read, and their digest.
-    max_traces : int
-        Of one file.
-    max_seconds : float
-        That a result may wait for its commit.
+    At most `max_traces` in one file, and none later than after `max_seconds`. `input_read` returns
+    how many prompts have been read, and their digest.
     """
 
     def __init__(

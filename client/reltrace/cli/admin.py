@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from reltrace.cli.connection import Connection, connection_group
-from reltrace.cli.option_groups import command
-from reltrace.cli.output import AsJson, print_json, table, write
+from reltrace.cli.option_groups import command, option
+from reltrace.cli.output import AsJson, print_found, print_json, write
 from reltrace.types.admin_info import QuarantinedJob
 from reltrace.types.errors import NotFound
 
@@ -23,23 +22,18 @@ _MAX_JOBS = 10_000
 @command(quarantined, "list")
 def list_quarantined(
     connection: Connection,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    limit: Annotated[int, option("At most so many.", min=1)] = 100,
     as_json: AsJson = False,
 ) -> None:
     """List them, the latest first."""
     with connection.client() as client:
         jobs = client.admin.quarantined_jobs(limit)
-    if as_json:
-        print_json(jobs)
-        return
-    if not jobs:
-        typer.echo("no quarantined jobs")
-        return
     rows = [
         (job.id, job.tenant, job.model, len(job.lost_leases), _input(job, _INPUT_CHARACTERS))
         for job in jobs
     ]
-    Console().print(table(("job", "tenant", "model", "lost", "input"), rows))
+    columns = ("job", "tenant", "model", "lost", "input")
+    print_found(jobs, as_json, columns, rows, empty="no quarantined jobs")
 
 
 @command(quarantined)
@@ -71,7 +65,7 @@ def requeue(
     jobs: Annotated[
         list[str] | None, typer.Argument(metavar="JOB...", help="Their ids.", show_default=False)
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    everything: Annotated[bool, option("All of them.", "--all")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Queue them once more, each as a new job of its tenant."""
@@ -99,24 +93,13 @@ def list_tenants(connection: Connection, as_json: AsJson = False) -> None:
     """List them, with what they hold and may hold."""
     with connection.client() as client:
         found = client.admin.tenants()
-    if as_json:
-        print_json(found)
-        return
-    if not found:
-        typer.echo("no tenants")
-        return
     rows = [
-        (
-            tenant.name,
-            _limit(tenant.weight, "g"),
-            f"{tenant.jobs:,}",
-            _limit(tenant.max_jobs, ","),
-            f"{tenant.bytes:,}",
-            _limit(tenant.max_bytes, ","),
-        )
-        for tenant in found
-    ]
-    Console().print(table(("tenant", "weight", "jobs", "of", "bytes", "of"), rows))
+        (one.name, _limit(one.weight, "g"), f"{one.jobs:,}", _limit(one.max_jobs, ","),
+         f"{one.bytes:,}", _limit(one.max_bytes, ","))
+        for one in found
+    ]  # fmt: skip
+    columns = ("tenant", "weight", "jobs", "of", "bytes", "of")
+    print_found(found, as_json, columns, rows, empty="no tenants")
 
 
 def _limit(value: float | None, style: str) -> str:
@@ -128,12 +111,12 @@ def set_tenant(
     connection: Connection,
     tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Its name.")],
     weight: Annotated[
-        float | None, typer.Option(help="Its share against other tenants that have queued jobs.")
+        float | None, option("Its share against other tenants that have queued jobs.")
     ] = None,
-    max_jobs: Annotated[int | None, typer.Option(min=0, help="Bound on its jobs.")] = None,
+    max_jobs: Annotated[int | None, option("Bound on its jobs.", min=0)] = None,
     max_bytes: Annotated[
         int | None,
-        typer.Option(min=0, help="Bound on the bytes of its jobs and of its unread results."),
+        option("Bound on the bytes of its jobs and of its unread results.", min=0),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

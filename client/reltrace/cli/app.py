@@ -16,7 +16,7 @@ from reltrace.cli.config import config
 from reltrace.cli.connection import Connection
 from reltrace.cli.evaluate import evaluate
 from reltrace.cli.generate import generate
-from reltrace.cli.option_groups import command, with_option_groups
+from reltrace.cli.option_groups import command, option, with_option_groups
 from reltrace.cli.output import warn
 from reltrace.cli.tokenize import tokenize
 from reltrace.cli.trace import trace
@@ -92,7 +92,7 @@ def _version(asked: bool) -> None:
 def _options_before(
     connection: Connection,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, option("Print the version.", "--version", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     pass

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 import reltrace
 from reltrace.atlas.examples import QUANTILES
 from reltrace.atlas.imported_labels import BUILT_IN
 from reltrace.atlas.slices import read_prompt
-from reltrace.batch.items import InputFormat, count_items, format_of, read_items
+from reltrace.batch.items import InputFormat, format_of
 from reltrace.cli.connection import Connection, connection_group
-from reltrace.cli.option_groups import command
-from reltrace.cli.options import Column, Model, Rule, Seed, SpecialTokens, target_of
-from reltrace.cli.output import AsJson, Quiet, print_json, safe, table
+from reltrace.cli.option_groups import command, option
+from reltrace.cli.options import (
+    Column,
+    Model,
+    PromptFile,
+    Rule,
+    Seed,
+    SpecialTokens,
+    file_of,
+    target_of,
+)
+from reltrace.cli.output import AsJson, Quiet, print_found, print_json, safe, write
 from reltrace.types.atlas_shard import LISTS, MEASURES
-from reltrace.types.errors import invalid
 from reltrace.types.token_text import visible_token
 
 app = connection_group("Where in a corpus neurons and heads are strongest.")
@@ -29,10 +34,10 @@ labels = typer.Typer(no_args_is_help=True, help="Export the labels of an atlas, 
 app.add_typer(labels, name="labels")
 
 AtlasFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the atlas.")]
-Site = Annotated[Literal["neuron", "head"], typer.Option(help="Neurons or attention heads.")]
+Site = Annotated[Literal["neuron", "head"], option("Neurons or attention heads.")]
 Measure = Annotated[
     Literal["relevance", "activation"],
-    typer.Option(help="The measure by which contexts are strong."),
+    option("The measure by which contexts are strong."),
 ]
 
 
@@ -54,36 +59,35 @@ def build(
     rule: Rule = "attnlrp",
     target: Annotated[
         str | None,
-        typer.Option(
-            help='What is explained at the end of each prompt: "max", a token\'s text, or id:N.',
+        option(
+            'What is explained at the end of each prompt: "max", a token\'s text, or id:N.',
             show_default="its own next tokens, at all positions",
         ),
     ] = None,
     positions: Annotated[
-        int | None, typer.Option(help="Draw so many positions of each prompt instead.")
+        int | None, option("Draw so many positions of each prompt instead.")
     ] = None,
     seed: Seed = 0,
     keep_special: Annotated[
-        bool, typer.Option("--keep-special", help="Count first and special tokens, too.")
+        bool, option("Count first and special tokens, too.", "--keep-special")
     ] = False,
     add_special_tokens: SpecialTokens = True,
-    k: Annotated[int, typer.Option("--places", help="Places of each list.")] = 16,
-    slice_: Annotated[
-        int, typer.Option("--slice", help="Most prompts that a worker takes.")
-    ] = 1024,
+    k: Annotated[int, option("Places of each list.", "--places")] = 16,
+    slice_: Annotated[int, option("Most prompts that a worker takes.", "--slice")] = 1024,
     column: Column = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Build an atlas, or what is missing of one."""
-    prompts: Iterable[Mapping[str, Any]] = (
-        _prompts(sys.stdin.buffer, InputFormat("text"))
-        if corpus == "-"
-        else _PromptFile(Path(corpus), column)
-    )
+    path = file_of(corpus, "corpus")
+    name = "text" if path is None else format_of(path) or "text"
+    # A place in the corpus is named by its line, which the build does not know.
+    input_format = InputFormat.of(path, name, column, None)
+    prompts = PromptFile(path, input_format, "corpus", read_prompt)
     with connection.client() as client:
         found = client.build_atlas(
-            prompts,
+            # Only a file has a length.
+            iter(prompts) if path is None else prompts,
             out,
             model=model,
             rule=rule,
@@ -116,40 +120,33 @@ def show(
     atlas = reltrace.load_atlas(folder)
     found = atlas.neuron(layer, index) if site == "neuron" else atlas.head(layer, index)
     names = [name for name in LISTS if name.startswith(measure)]
-    if as_json:
-        print_json(
-            {
-                "label": found.label,
-                "labelled_by": found.labelled_by,
-                "mass": found.mass,
-                "count": found.count,
-                "mean": {of: _known(found.mean[of]) for of in MEASURES},
-                "quantiles": {
-                    of: {f"{share:g}": _known(found.quantile(share, of)) for share in QUANTILES}
-                    for of in MEASURES
-                },
-                **{name: found.contexts[name] for name in names},
-            }
-        )
-        return
-    quantiles = ", ".join(f"{found.quantile(share, measure):.3g}" for share in QUANTILES)
-    by = f" (by {found.labelled_by})" if found.labelled_by not in ("", BUILT_IN) else ""
-    rows = [
-        (f"{value:+.4g}", _line(place, value), visible_token(place.target).strip())
-        for name in names
-        for place in found.contexts[name]
-        for value in [place.value(measure)]
-    ]
-    console = Console()
-    console.print(
-        Text(
-            f"{site} {index} of layer {layer}: {safe(found.label or '-')}{safe(by)}\n"
+    summary = {
+        "label": found.label,
+        "labelled_by": found.labelled_by,
+        "mass": found.mass,
+        "count": found.count,
+        "mean": {of: _known(found.mean[of]) for of in MEASURES},
+        "quantiles": {
+            of: {f"{share:g}": _known(found.quantile(share, of)) for share in QUANTILES}
+            for of in MEASURES
+        },
+        **{name: found.contexts[name] for name in names},
+    }
+    if not as_json:
+        quantiles = ", ".join(f"{found.quantile(share, measure):.3g}" for share in QUANTILES)
+        by = f" (by {found.labelled_by})" if found.labelled_by not in ("", BUILT_IN) else ""
+        write(
+            f"{site} {index} of layer {layer}: {found.label or '-'}{by}\n"
             f"{found.count} tokens, relevance mass {found.mass:.4g}\n"
             f"{measure}: mean {found.mean[measure]:.3g}; 1 %, 50 %, 99 % below {quantiles}"
         )
-    )
-    target = "next" if atlas.about["target"] is None else "explained"
-    console.print(table((measure, "where", target), rows, right=(measure,)))
+    rows = [
+        (f"{one.value(measure):+.4g}", _line(one, measure), visible_token(one.target).strip())
+        for name in names
+        for one in found.contexts[name]
+    ]
+    columns = (measure, "where", "next" if atlas.about["target"] is None else "explained")
+    print_found(summary, as_json, columns, rows, (measure,))
 
 
 @command(app)
@@ -158,37 +155,27 @@ def find(
     text: Annotated[str, typer.Argument(help="In a context, or in a label that was imported.")],
     site: Site = "neuron",
     measure: Measure = "relevance",
-    k: Annotated[int, typer.Option("-k", "--most", help="At most so many.")] = 20,
+    k: Annotated[int, option("At most so many.", "-k", "--most")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """List the neurons or heads whose contexts have a text."""
     found = reltrace.load_atlas(folder).find(text, site=site, measure=measure, k=k)
-    if as_json:
-        print_json(found)
-        return
-    if not found:
-        typer.echo(f"No {site} has it in its contexts.")
-        return
     rows = [
-        (
-            match.layer,
-            match.index,
-            f"{match.count} of {match.of}",
-            match.label or "-",
-            _line(match.strongest, match.strongest.value(measure)) if match.strongest else "-",
-        )
-        for match in found
-    ]
+        (one.layer, one.index, f"{one.count} of {one.of}", one.label or "-",
+         _line(one.strongest, measure) if one.strongest else "-")
+        for one in found
+    ]  # fmt: skip
     columns = ("layer", site, "contexts", "label", f"strongest of them, by {measure}")
-    Console().print(table(columns, rows, right=columns[:3]))
+    nothing = f"No {site} has it in its contexts."
+    print_found(found, as_json, columns, rows, columns[:3], empty=nothing)
 
 
 @command(app)
 def page(
     folder: AtlasFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Ends in .html.")],
-    most: Annotated[int, typer.Option(help="Neurons on it, by relevance mass.")] = 2000,
-    contexts: Annotated[int, typer.Option(help="Shown of each list; all are searched.")] = 8,
+    most: Annotated[int, option("Neurons on it, by relevance mass.")] = 2000,
+    contexts: Annotated[int, option("Shown of each list; all are searched.")] = 8,
 ) -> None:
     """Write a page to browse, in one file."""
     typer.echo(reltrace.load_atlas(folder).save_page(out, most=most, contexts=contexts))
@@ -199,7 +186,7 @@ def export_labels(
     folder: AtlasFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A file of lines of JSON.")],
     site: Site = "neuron",
-    most: Annotated[int | None, typer.Option(help="At most so many, by relevance mass.")] = None,
+    most: Annotated[int | None, option("At most so many, by relevance mass.")] = None,
 ) -> None:
     """Write labels with their contexts, for a person or a language model to improve."""
     count = reltrace.load_atlas(folder).export_labels(out, site=site, most=most)
@@ -219,41 +206,13 @@ def import_labels(
     typer.echo(f"{folder}: {count} labels changed")
 
 
-class _PromptFile:
-    """The prompts of a file, which know their number."""
-
-    def __init__(self, path: Path, column: str | None) -> None:
-        if not path.is_file():
-            raise invalid("corpus", f"there is no file {str(path)!r}")
-        self._path = path
-        self._reading = InputFormat.of(path, format_of(path) or "text", column, None)
-
-    def __len__(self) -> int:
-        with self._path.open("rb") as file:
-            return count_items(file, self._reading)
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        with self._path.open("rb") as file:
-            yield from _prompts(file, self._reading)
-
-
-def _prompts(file: BinaryIO, reading: InputFormat) -> Iterator[Mapping[str, Any]]:
-    for item in read_items(file, reading):
-        line = f"corpus, line {item.line}"
-        if item.fault is not None:
-            raise invalid(line, str(item.fault))
-        # Named by its line, which the build does not know.
-        read_prompt(item.arguments, line)
-        yield item.arguments
-
-
 def _known(value: float) -> float | None:
     """Return a number; None for nan, which JSON does not have."""
     return value if value == value else None
 
 
-def _line(place: reltrace.Context, value: float) -> Text:
+def _line(place: reltrace.Context, measure: str) -> Text:
     """Return the tokens around a place, the strong one marked and in colour."""
     before, token, after = map(safe, place.parts())
-    strong = "bold red" if value > 0 else "bold blue"
+    strong = "bold red" if place.value(measure) > 0 else "bold blue"
     return Text.assemble(before, (f"⟦{token}⟧", strong), after)

@@ -14,13 +14,14 @@ from typing import Annotated
 import typer
 
 from reltrace.batch.folder import Settings
-from reltrace.batch.items import InputFormat, count_items
+from reltrace.batch.items import InputFormat
 from reltrace.batch.parts import PartFormat, pyarrow_modules
 from reltrace.batch.preflight import check_served
 from reltrace.batch.run import Options, Run, Summary
 from reltrace.calls.progress import Progress
 from reltrace.cli.connection import Connection
-from reltrace.cli.options import FileOptions, Limit, TraceOptions, file_of, target_of
+from reltrace.cli.option_groups import option
+from reltrace.cli.options import FileOptions, Limit, PromptFile, TraceOptions, file_of, target_of
 from reltrace.cli.output import AsJson, Quiet, print_json
 from reltrace.types.errors import invalid
 
@@ -42,37 +43,37 @@ def batch(
     reading: FileOptions,
     output_uri: Annotated[
         str | None,
-        typer.Option(
-            metavar="URL",
-            help="Folder, such as s3://bucket/run-1, that workers write tensors to instead of "
+        option(
+            "Folder, such as s3://bucket/run-1, that workers write tensors to instead of "
             "sending them; OUT_DIR then says where they are. One that the server allows.",
+            metavar="URL",
             show_default=False,
         ),
     ] = None,
     part_format: Annotated[
-        PartFormat, typer.Option("--format", help="Format of the files of traces.")
+        PartFormat, option("Format of the files of traces.", "--format")
     ] = "safetensors",
     limit: Limit = None,
     shard: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Only this machine's part of the prompts: 1/4, 2/4, ... into the same OUT_DIR.",
             metavar="I/N",
-            help="Only this machine's part of the prompts: 1/4, 2/4, ... into the same OUT_DIR.",
         ),
     ] = None,
     retry_failed: Annotated[
         bool,
-        typer.Option("--retry-failed", help="Try prompts again that failed for their own fault."),
+        option("Try prompts again that failed for their own fault.", "--retry-failed"),
     ] = False,
     max_in_flight: Annotated[
-        int, typer.Option(min=1, help="Prompts that are submitted and not finished, at a time.")
+        int, option("Prompts that are submitted and not finished, at a time.", min=1)
     ] = 1024,
-    part_traces: Annotated[int, typer.Option(min=1, help="Traces in one file.")] = 1024,
+    part_traces: Annotated[int, option("Traces in one file.", min=1)] = 1024,
     part_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Most seconds until a trace is on disk.")
+        float, option("Most seconds until a trace is on disk.", min=0.1)
     ] = 10.0,
     retry_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for a server that does not answer.")
+        float, option("Seconds to wait for a server that does not answer.", min=0)
     ] = 600.0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -139,8 +140,7 @@ def _total(
     """Return how many prompts there are for this machine; None if only reading them tells."""
     if path is None:
         return limit
-    with path.open("rb") as file:
-        count = count_items(file, reading)
+    count = len(PromptFile(path, reading))
     count = count if limit is None else min(count, limit)
     number, machines = shard
     return max(0, count - number + machines) // machines

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
 
 from reltrace.cli.connection import Connection, resolve
-from reltrace.cli.output import AsJson, print_json, table
+from reltrace.cli.output import AsJson, print_found
 
 _SECRET = ("token",)
 
@@ -18,11 +17,10 @@ def config(connection: Connection, as_json: AsJson = False) -> None:
         (name, "****" if name in _SECRET else str(value), source)
         for name, (value, source) in found.values.items()
     ]
-    if as_json:
-        settings = {name: {"value": value, "source": source} for name, value, source in rows}
-        print_json({"file": str(found.file), "profile": found.profile, "settings": settings})
-        return
-    missing = "" if found.file.exists() else " (there is none)"
-    typer.echo(f"configuration file: {found.file}{missing}")
-    typer.echo(f"profile: {found.profile or 'none'}")
-    Console().print(table(("setting", "value", "source"), rows))
+    settings = {name: {"value": value, "source": source} for name, value, source in rows}
+    if not as_json:
+        missing = "" if found.file.exists() else " (there is none)"
+        typer.echo(f"configuration file: {found.file}{missing}")
+        typer.echo(f"profile: {found.profile or 'none'}")
+    summary = {"file": str(found.file), "profile": found.profile, "settings": settings}
+    print_found(summary, as_json, ("setting", "value", "source"), rows)

@@ -13,7 +13,7 @@ import typer
 from reltrace_proto.net import TlsOptions
 
 import reltrace
-from reltrace.cli.option_groups import with_option_groups
+from reltrace.cli.option_groups import option, with_option_groups
 from reltrace.transport.settings import DEFAULT_ADDRESS, flag
 from reltrace.types.errors import InvalidArgument, invalid
 
@@ -28,7 +28,7 @@ _SETTINGS = (
 
 
 def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, show_default=False, rich_help_panel=_PANEL)
+    return option(text, *names, show_default=False, rich_help_panel=_PANEL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +110,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings of a connection that are in effect.
-
-    Attributes
-    ----------
-    file : Path
-        The configuration file, which need not exist.
-    profile : str or None
-        Name of the profile in use.
-    values : dict of str to Setting
-        Settings by name, without those that are not set.
-    """
+    """The settings of a connection that are in effect."""
 
     file: Path
     profile: str | None
@@ -136,11 +126,6 @@ def resolve(options: Connection) -> Settings:
     Options win over environment variables, and these over the profile, unless an option names it.
     The default profile is not used for a server that an option or a variable names: it may hold
     the token of another one.
-
-    Raises
-    ------
-    InvalidArgument
-        If a variable, the file or the profile can not be used.
     """
     environment = _environment()
     path = options.config or environment.pop("config", None)

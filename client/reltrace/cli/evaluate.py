@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from reltrace.batch.items import InputFormat, read_items
 from reltrace.cli.connection import Connection
+from reltrace.cli.option_groups import option
 from reltrace.cli.options import (
     Contrast,
     FileOptions,
     Limit,
     Logprob,
     Model,
+    PromptFile,
     Seed,
     Timeout,
     file_of,
@@ -30,7 +29,6 @@ from reltrace.cli.output import AsJson, Quiet, print_json, table, warn
 from reltrace.evaluation.evaluation import caption, verdict
 from reltrace.evaluation.evaluation import table as table_of
 from reltrace.evaluation.settings import Keep, Measure
-from reltrace.types.errors import invalid
 from reltrace.types.target import Target
 from reltrace.viz.files import check_path
 
@@ -50,40 +48,38 @@ def evaluate(
     model: Model = None,
     rule: Annotated[
         list[str] | None,
-        typer.Option(help="May be repeated.", show_default="attnlrp, cp_lrp, gradient, random"),
+        option("May be repeated.", show_default="attnlrp, cp_lrp, gradient, random"),
     ] = None,
     site: Annotated[
         Literal["embed", "neuron"],
-        typer.Option(help="What is switched off: tokens, or neurons."),
+        option("What is switched off: tokens, or neurons."),
     ] = "embed",
     target: Annotated[
         str,
-        typer.Option(
-            help='What is explained: "max" (the largest logit), a text of one token or several '
+        option(
+            'What is explained: "max" (the largest logit), a text of one token or several '
             "that follows the prompt, or id:N."
         ),
     ] = "max",
     contrast: Contrast = None,
     logprob: Logprob = False,
     measure: Annotated[
-        Measure, typer.Option(help="What of the target is measured as tokens are replaced.")
+        Measure, option("What of the target is measured as tokens are replaced.")
     ] = "logprob",
     replace: Annotated[
         str,
-        typer.Option(
-            help="What takes the place of tokens: zero, mean (of all embeddings), a token, or id:N."
-        ),
+        option("What takes the place of tokens: zero, mean (of all embeddings), a token, or id:N."),
     ] = "zero",
     keep: Annotated[
         Keep,
-        typer.Option(help="Tokens that stay: special (the first one and special ones) or none."),
+        option("Tokens that stay: special (the first one and special ones) or none."),
     ] = "special",
-    points: Annotated[int, typer.Option(min=2, max=100, help="Steps of a curve.")] = 10,
+    points: Annotated[int, option("Steps of a curve.", min=2, max=100)] = 10,
     seed: Seed = 0,
     limit: Limit = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Picture of the curves: png, svg or pdf."),
+        option("Picture of the curves: png, svg or pdf.", metavar="FILE"),
     ] = None,
     timeout: Timeout = None,
     quiet: Quiet = False,
@@ -97,8 +93,8 @@ def evaluate(
     if plot is not None:
         check_path(plot, pages=False)
     path = file_of(source)
-    input_format = reading.format_of(path, "target", "answer")
-    prompts = list(islice(_prompts(path, input_format), limit))
+    file = PromptFile(path, reading.format_of(path, "target", "answer"))
+    prompts = list(islice(file, limit))
     with connection.client() as client:
         found = client.evaluate(
             prompts,
@@ -144,12 +140,3 @@ def _target(text: str, contrast: str | None, logprob: bool) -> Target | str | in
         return target
     subtracted = None if contrast is None else target_of(contrast, "contrast")
     return Target(target, contrast=subtracted, logprob=logprob)
-
-
-def _prompts(path: Path | None, input_format: InputFormat) -> Iterator[dict[str, Any]]:
-    with ExitStack() as stack:
-        file = sys.stdin.buffer if path is None else stack.enter_context(path.open("rb"))
-        for item in read_items(file, input_format):
-            if item.fault is not None:
-                raise invalid(f"input, line {item.line}", str(item.fault))
-            yield {"id": item.id, **item.arguments}

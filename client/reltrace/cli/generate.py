@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reltrace.cli.connection import Connection
+from reltrace.cli.option_groups import option
 from reltrace.cli.options import Model, PromptOptions, Seed, SpecialTokens
 from reltrace.cli.output import AsJson, print_json, safe, warn, write
 from reltrace.client.sync_client import TextStream
@@ -38,21 +39,19 @@ def generate(
     model: Model = None,
     steer: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="LAYER:NEURON=VALUE",
-            help="Set a neuron, or multiply it (LAYER:NEURON*SCALE), or add a direction to the "
+        option(
+            "Set a neuron, or multiply it (LAYER:NEURON*SCALE), or add a direction to the "
             "residual stream (LAYER+FILE.npy or LAYER+FILE.npy*SCALE); may be repeated. The text "
             "without it is shown beside.",
+            metavar="LAYER:NEURON=VALUE",
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, option("At most so many tokens.")] = 64,
+    temperature: Annotated[float, option("0: always the likeliest token.")] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(
-            help="Draw from the likeliest that have this much probability together; 0: from all."
-        ),
+        option("Draw from the likeliest that have this much probability together; 0: from all."),
     ] = 0.0,
     seed: Seed = 0,
     add_special_tokens: SpecialTokens = True,
@@ -118,13 +117,7 @@ def _side_by_side(steered: str, plain: str) -> Table:
 
 
 def steer_of(text: str) -> Steer:
-    """Read ``LAYER:NEURON=VALUE``, ``LAYER:NEURON*SCALE`` or ``LAYER+FILE``, ``LAYER+FILE*SCALE``.
-
-    Raises
-    ------
-    InvalidArgument
-        If the text has none of these forms, or the file does not hold a direction.
-    """
+    """Read ``LAYER:NEURON=VALUE`` or ``*SCALE``, or ``LAYER+FILE`` or ``LAYER+FILE*SCALE``."""
     if neuron := _NEURON.fullmatch(text):
         number = _number(neuron[4])
         if number is not None and neuron[3] == "=":

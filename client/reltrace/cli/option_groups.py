@@ -12,6 +12,11 @@ import typer
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
+def option(text: str, *names: str, **settings: Any) -> Any:
+    """Return what annotates an option: its help, its names if they are not the parameter's."""
+    return typer.Option(*names, help=text, **settings)
+
+
 def command(app: typer.Typer, *names: str, **settings: Any) -> Callable[[Function], Function]:
     """Add a function to an app, as `typer.Typer.command` does. See `with_option_groups`."""
 

@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from reltrace.batch.items import InputFormat, InputName
+from reltrace.batch.items import InputFormat, InputName, count_items, read_items
+from reltrace.cli.option_groups import option
 from reltrace.types.errors import invalid
 from reltrace.types.request import Dtype
 
 _ID_PREFIX = "id:"
 
-Model = Annotated[
-    str | None, typer.Option(help="Name of a served model.", show_default="the only one")
-]
-Rule = Annotated[str, typer.Option(help="Propagation rule.")]
+Model = Annotated[str | None, option("Name of a served model.", show_default="the only one")]
+Rule = Annotated[str, option("Propagation rule.")]
 SpecialTokens = Annotated[
     bool,
-    typer.Option(
+    option(
+        "Put in front of a prompt what the tokenizer puts there (BOS), unless it has it.",
         "--add-special-tokens/--no-add-special-tokens",
-        help="Put in front of a prompt what the tokenizer puts there (BOS), unless it has it.",
     ),
 ]
-Contrast = Annotated[
-    str | None, typer.Option(help="Subtract the logit of this token (a text, or id:N).")
-]
+Contrast = Annotated[str | None, option("Subtract the logit of this token (a text, or id:N).")]
 Logprob = Annotated[
-    bool, typer.Option("--logprob", help="Log-probability of the target instead of its logit.")
+    bool, option("Log-probability of the target instead of its logit.", "--logprob")
 ]
-Timeout = Annotated[float | None, typer.Option(help="Seconds for the whole call.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts of the file.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of what is drawn at random.")]
+Timeout = Annotated[float | None, option("Seconds for the whole call.")]
+Limit = Annotated[int | None, option("Only the first N prompts of the file.", min=1)]
+Seed = Annotated[int, option("Seed of what is drawn at random.", min=0)]
 Column = Annotated[
     str | None,
-    typer.Option(
-        help="Column of the prompts, in CSV and Parquet; that of conversations is called messages.",
+    option(
+        "Column of the prompts, in CSV and Parquet; that of conversations is called messages.",
         show_default="prompt, else messages",
     ),
 ]
@@ -52,30 +51,26 @@ class TraceOptions:
     model: Model = None
     target: Annotated[
         str,
-        typer.Option(
-            help='What is explained: "max" (the largest logit), a token\'s text, or id:N.'
-        ),
+        option('What is explained: "max" (the largest logit), a token\'s text, or id:N.'),
     ] = "max"
     rule: Rule = "attnlrp"
     site: Annotated[
         list[str] | None,
-        typer.Option(help="Where relevance is read; may be repeated.", show_default="resid"),
+        option("Where relevance is read; may be repeated.", show_default="resid"),
     ] = None
     reduce: Annotated[
         str,
-        typer.Option(
-            help="What is summed: token leaves a value per token, feature one per feature, full "
+        option(
+            "What is summed: token leaves a value per token, feature one per feature, full "
             "everything; topk keeps the --top-k largest of each layer."
         ),
     ] = "token"
-    top_k: Annotated[int | None, typer.Option(help="With --reduce topk: values per layer.")] = None
+    top_k: Annotated[int | None, option("With --reduce topk: values per layer.")] = None
     layer: Annotated[
         list[int] | None,
-        typer.Option(help="A decoder layer to keep, from 0; may be repeated.", show_default="all"),
+        option("A decoder layer to keep, from 0; may be repeated.", show_default="all"),
     ] = None
-    dtype: Annotated[Dtype, typer.Option(help="Number format in which relevance is sent.")] = (
-        "float32"
-    )
+    dtype: Annotated[Dtype, option("Number format in which relevance is sent.")] = "float32"
     add_special_tokens: SpecialTokens = True
 
     def arguments(self) -> dict[str, Any]:
@@ -97,24 +92,16 @@ class PromptOptions:
     ] = None
     chat: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE|-",
-            help="Instead of PROMPT a conversation: JSON, a list of messages with role and "
+        option(
+            "Instead of PROMPT a conversation: JSON, a list of messages with role and "
             "content; -: standard input.",
+            metavar="FILE|-",
             show_default=False,
         ),
     ] = None
 
     def arguments(self, input_ids: str | None = None) -> dict[str, Any]:
-        """Return the argument of `Client.trace` that holds the input, under its name.
-
-        Raises
-        ------
-        InvalidArgument
-            If the conversation can not be read, or the ids are none.
-        typer.BadParameter
-            If not exactly one of the three is given.
-        """
+        """Return the argument of `Client.trace` that holds the input, under its name."""
         if [self.prompt, self.chat, input_ids].count(None) != 2:
             raise typer.BadParameter(
                 "give one of a prompt, --chat and --input-ids", param_hint="PROMPT"
@@ -137,14 +124,12 @@ class FileOptions:
 
     input_format: Annotated[
         InputName | None,
-        typer.Option(
-            help="Of the prompts.", show_default="by the ending; of standard input: jsonl"
-        ),
+        option("Of the prompts.", show_default="by the ending; of standard input: jsonl"),
     ] = None
     column: Column = None
     id_column: Annotated[
         str | None,
-        typer.Option(help="Column of their ids.", show_default="id, if there is one"),
+        option("Column of their ids.", show_default="id, if there is one"),
     ] = None
 
     def format_of(self, path: Path | None, *further: str) -> InputFormat:
@@ -153,30 +138,48 @@ class FileOptions:
         return InputFormat.of(path, name, self.column, self.id_column, further)
 
 
-def file_of(source: str) -> Path | None:
-    """Return the file of prompts that an argument names; None: standard input.
-
-    Raises
-    ------
-    InvalidArgument
-        If there is no such file.
-    """
+def file_of(source: str, field: str = "input") -> Path | None:
+    """Return the file of prompts that an argument names; None: standard input."""
     path = Path(source)
     if source == "-":
         return None
     if path.is_dir() or not path.exists():
-        raise invalid("input", f"there is no file {source!r}")
+        raise invalid(field, f"there is no file {source!r}")
     return path
 
 
-def target_of(text: str, field: str = "target") -> str | int:
-    """Return the `target` argument that an option stands for.
+class PromptFile:
+    """The prompts of a file, or of standard input (None), as arguments of `Client.trace`.
 
-    Raises
-    ------
-    InvalidArgument
-        If ``id:`` is not followed by a token id.
+    Errors name the field and the line. `check` takes the arguments of a prompt and this name.
     """
+
+    def __init__(
+        self,
+        path: Path | None,
+        input_format: InputFormat,
+        field: str = "input",
+        check: Callable[[Any, str], object] = lambda arguments, name: None,
+    ) -> None:
+        self._path, self._format, self._field, self._check = path, input_format, field, check
+
+    def __len__(self) -> int:
+        assert self._path is not None
+        with self._path.open("rb") as file:
+            return count_items(file, self._format)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with nullcontext(sys.stdin.buffer) if self._path is None else self._path.open("rb") as file:
+            for item in read_items(file, self._format):
+                name = f"{self._field}, line {item.line}"
+                if item.fault is not None:
+                    raise invalid(name, str(item.fault))
+                self._check(item.arguments, name)
+                yield {"id": item.id, **item.arguments}
+
+
+def target_of(text: str, field: str = "target") -> str | int:
+    """Return the `target` argument that an option stands for."""
     if not text.startswith(_ID_PREFIX):
         return text
     number = text.removeprefix(_ID_PREFIX)

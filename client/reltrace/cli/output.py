@@ -17,34 +17,27 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from reltrace.cli.option_groups import option
 from reltrace.types.token_text import JOINERS
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+AsJson = Annotated[bool, option("Print JSON for machines.", "--json")]
+Quiet = Annotated[bool, option("Show no progress.", "--quiet")]
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
     """The options of a view that may be drawn again and again."""
 
-    watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Show it again and again, until Ctrl-C.")
-    ] = False
-    every: Annotated[
-        float, typer.Option(min=0.1, help="With --watch: seconds between two views.")
-    ] = 1.0
+    watch: Annotated[bool, option("Show it again and again, until Ctrl-C.", "--watch", "-w")] = (
+        False
+    )
+    every: Annotated[float, option("With --watch: seconds between two views.", min=0.1)] = 1.0
 
 
 def show(
     look: Callable[[], tuple[Any, RenderableType]], watch: Watch, *, as_json: bool = False
 ) -> None:
-    """Show a view, once or until Ctrl-C.
-
-    Parameters
-    ----------
-    look : callable
-        Returns a value for `print_json`, and the same for people.
-    """
+    """Show a view, once or until Ctrl-C."""
     if not watch.watch:
         value, drawn = look()
         if as_json:
@@ -68,33 +61,35 @@ def show(
 def table(
     columns: Sequence[str],
     rows: Iterable[Sequence[object]],
-    *,
     right: Collection[str] = (),
     **style: Any,
 ) -> Table:
-    """Return a table whose cells are no markup and hold no control characters.
-
-    Parameters
-    ----------
-    right : collection of str
-        The columns of numbers.
-    style : object
-        Further arguments of `rich.table.Table`.
-    """
+    """Return a table whose cells are no markup and hold no control characters."""
     made = Table(**style)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        cells = (cell if isinstance(cell, Text) else Text(safe(str(cell))) for cell in row)
-        made.add_row(*cells)
+        made.add_row(*(cell if isinstance(cell, Text) else Text(safe(str(cell))) for cell in row))
     return made
 
 
-def plain_table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], right: Collection[str] = ()
-) -> Table:
-    """Return a table without lines."""
-    return table(columns, rows, right=right, box=None, pad_edge=False)
+def print_found(
+    found: Any,
+    as_json: bool,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    right: Collection[str] = (),
+    *,
+    empty: str = "",
+    **style: Any,
+) -> None:
+    """Print what was found as JSON, or its rows as a table; `empty` if there are none."""
+    if as_json:
+        print_json(found)
+    elif rows or not empty:
+        Console().print(table(columns, rows, right, **style))
+    else:
+        typer.echo(empty)
 
 
 def safe(text: str) -> str:

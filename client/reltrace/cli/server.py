@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from reltrace.cli.connection import Connection
 from reltrace.cli.option_groups import command, with_option_groups
-from reltrace.cli.output import AsJson, Watch, print_json, safe, show, table, write
+from reltrace.cli.output import AsJson, Watch, print_found, print_json, safe, show, table, write
 from reltrace.types.server_info import Status, Worker
 
 
@@ -23,31 +23,19 @@ def models(connection: Connection, as_json: AsJson = False) -> None:
     """List the models that the server can trace."""
     with connection.client() as client:
         served = client.models()
-    if as_json:
-        print_json(served)
-        return
-    if not served:
-        typer.echo("no models: no worker has connected yet")
-        return
     rows = [
-        (
-            model.name,
-            model.layers,
-            model.hidden_size,
-            f"{model.parameters:,}",
-            model.dtype,
-            model.context_length,
-            model.workers,
-        )
-        for model in served
-    ]
-    numbers = ("layers", "hidden", "parameters", "context", "workers")
+        (one.name, one.layers, one.hidden_size, f"{one.parameters:,}", one.dtype,
+         one.context_length, one.workers)
+        for one in served
+    ]  # fmt: skip
     columns = ("model", "layers", "hidden", "parameters", "format", "context", "workers")
-    Console().print(table(columns, rows, right=numbers))
-    for model in served:
+    right = ("layers", "hidden", "parameters", "context", "workers")
+    nothing = "no models: no worker has connected yet"
+    print_found(served, as_json, columns, rows, right, empty=nothing)
+    for one in [] if as_json else served:
         write(
-            f"{model.name}@{model.revision}: sites {', '.join(model.sites)}; "
-            f"rules {', '.join(model.rules)}; reductions {', '.join(model.reductions)}"
+            f"{one.name}@{one.revision}: sites {', '.join(one.sites)}; "
+            f"rules {', '.join(one.rules)}; reductions {', '.join(one.reductions)}"
         )
 
 
@@ -91,16 +79,11 @@ def _status(state: Status, address: str, rate: float | None) -> Iterator[Rendera
             name for worker in state.workers for name in (worker.model, *worker.further_models)
         )
         rows = [
-            (
-                queue.model,
-                f"{queue.queued:,}",
-                f"{queue.leased:,}",
-                serving[queue.model.partition("@")[0]],
-            )
-            for queue in state.queues
+            (one.model, f"{one.queued:,}", f"{one.leased:,}", serving[one.model.partition("@")[0]])
+            for one in state.queues
         ]
         columns = ("model", "queued", "leased", "workers")
-        yield table(columns, rows, right=columns[1:])
+        yield table(columns, rows, columns[1:])
     yield Text(_counted(len(state.workers), "worker"))
 
 
@@ -127,19 +110,12 @@ def list_workers(
 def _workers(connected: Sequence[Worker]) -> Table:
     now = datetime.now(UTC)
     rows = [
-        (
-            f"{worker.id} (drains)" if worker.draining else worker.id,
-            "\n".join((worker.model, *worker.further_models)),
-            worker.device,
-            worker.version,
-            worker.leased,
-            _ago(worker.connected_at, now),
-            _ago(worker.seen_at, now),
-        )
-        for worker in connected
-    ]
+        (f"{one.id}{' (drains)' * one.draining}", "\n".join((one.model, *one.further_models)),
+         one.device, one.version, one.leased, _ago(one.connected_at, now), _ago(one.seen_at, now))
+        for one in connected
+    ]  # fmt: skip
     columns = ("worker", "models", "device", "version", "leased", "connected", "seen")
-    return table(columns, rows, right=("leased",))
+    return table(columns, rows, ("leased",))
 
 
 @command(workers)

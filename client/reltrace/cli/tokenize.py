@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from reltrace.cli.connection import Connection
 from reltrace.cli.options import Model, PromptOptions, SpecialTokens
-from reltrace.cli.output import AsJson, plain_table, print_json, warn
+from reltrace.cli.output import AsJson, print_found, warn
 from reltrace.types.token_text import quoted
 from reltrace.viz.words import Words
 
@@ -23,14 +21,9 @@ def tokenize(
     with connection.client() as client:
         found = client.tokenize(**arguments, add_special_tokens=add_special_tokens, model=model)
     warn(*found.hints)
-    if as_json:
-        print_json(found.to_dict())
-        return
-    rows = [
-        (position, token_id, quoted(name), f"{first}:{stop}")
-        for position, (token_id, name, (first, stop)) in enumerate(
-            zip(found.token_ids, Words.of(found).names, found.offsets.tolist(), strict=True)
-        )
-    ]
+    spans = [f"{first}:{stop}" for first, stop in found.offsets.tolist()]
+    names = map(quoted, Words.of(found).names)
+    rows = list(zip(range(len(spans)), found.token_ids, names, spans, strict=True))
     columns = ("position", "id", "token", "characters")
-    Console().print(plain_table(columns, rows, right=("position", "id", "characters")))
+    right = ("position", "id", "characters")
+    print_found(found.to_dict(), as_json, columns, rows, right, box=None, pad_edge=False)

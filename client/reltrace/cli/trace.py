@@ -11,6 +11,7 @@ from rich.console import Console
 
 import reltrace
 from reltrace.cli.connection import Connection
+from reltrace.cli.option_groups import option
 from reltrace.cli.options import Contrast, Logprob, PromptOptions, Timeout, TraceOptions, target_of
 from reltrace.cli.output import warn
 from reltrace.types.errors import invalid
@@ -27,43 +28,39 @@ def trace(
     options: TraceOptions,
     position: Annotated[
         int,
-        typer.Option(
-            help="Position of the token whose next token is explained; negative: from the end."
-        ),
+        option("Position of the token whose next token is explained; negative: from the end."),
     ] = -1,
     contrast: Contrast = None,
     continuation: Annotated[
-        str | None, typer.Option(help="Explain these tokens after the prompt instead of --target.")
+        str | None, option("Explain these tokens after the prompt instead of --target.")
     ] = None,
     logprob: Logprob = False,
     input_ids: Annotated[
         str | None,
-        typer.Option(metavar="N,N,...", help="Token ids instead of PROMPT, used as they are."),
+        option("Token ids instead of PROMPT, used as they are.", metavar="N,N,..."),
     ] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="Write the trace to a .safetensors file.")
-    ] = None,
+    save: Annotated[Path | None, option("Write the trace to a .safetensors file.")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            help="Write the layers-by-tokens heatmap: a .png, .svg or .pdf file, or .html for a "
+        option(
+            "Write the layers-by-tokens heatmap: a .png, .svg or .pdf file, or .html for a "
             "page with hover values."
         ),
     ] = None,
     atlas: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Label the strongest neurons and heads, here and in an .html plot: an atlas of "
+        option(
+            "Label the strongest neurons and heads, here and in an .html plot: an atlas of "
             "the model.",
+            metavar="FOLDER",
         ),
     ] = None,
     json_file: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Write the trace as one JSON object; -: to standard output, and nothing else.",
             "--json",
             metavar="FILE|-",
-            help="Write the trace as one JSON object; -: to standard output, and nothing else.",
         ),
     ] = None,
     timeout: Timeout = None,

@@ -14,46 +14,22 @@ from reltrace.types.errors import TraceError, invalid
 UNFINISHED = ".unfinished"
 """Suffix of a file that is being written; the next run removes or replaces what a crash left."""
 
+LOCK = ".lock"
 _POLL_SECONDS = 0.02
 
 
 @contextmanager
-def lock_folder(
-    folder: Path,
-    lock_name: str,
-    field: str,
-    busy: str,
-    *,
-    mode: int = 0o777,
-    timeout: float = 0.0,
-) -> Iterator[None]:
-    """Create a folder if need be, and keep other processes from locking it.
+def lock_folder(folder: Path, busy: str, *, timeout: float = 0.0) -> Iterator[None]:
+    """Create an output folder if need be, and keep other processes from locking it.
 
-    Parameters
-    ----------
-    folder : Path
-        The folder; created with `mode`.
-    lock_name : str
-        Name of the file in it that is locked.
-    field : str
-        Argument that named the folder, for errors.
-    busy : str
-        Message of the error if another process holds the lock.
-    timeout : float
-        Seconds to wait for another process.
-
-    Raises
-    ------
-    InvalidArgument
-        If the folder can not be used.
-    TraceError
-        If another process holds the lock, or the system has no POSIX file locks.
+    Raises InvalidArgument if the folder can not be used, and TraceError, saying `busy`, if another
+    process holds the lock for `timeout` seconds.
     """
     try:
-        folder.mkdir(mode=mode, parents=True, exist_ok=True)
-        lock = (folder / lock_name).open("a")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
     except OSError as error:
-        raise invalid(field, f"{folder} can not be used: {error.strerror}") from None
+        raise invalid("out", f"{folder} can not be used: {error.strerror}") from None
     with lock:
         deadline = time.monotonic() + timeout
         while not _try_lock(lock):
@@ -96,22 +72,9 @@ def replace_file(
 ) -> Iterator[BinaryIO]:
     """Open a new version of a file, which replaces the file in one step at the end.
 
-    Readers, and a crash, find the old version or the new one; after an error only the old one is
-    left.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    durable : bool, default True
-        Return when it is on the disk.
-    unfinished : Path, optional
-        Temporary name, in the same folder; default: `path` with the suffix `UNFINISHED`.
-
-    Raises
-    ------
-    OSError
-        Naming `path`, if it can not be written: the disk is full, say.
+    Readers, and a crash, find the old version or the new one, which is on the disk then if
+    `durable`; after an error only the old one is left. `unfinished` is its temporary name in the
+    same folder, by default with the suffix `UNFINISHED`. Raises OSError, naming `path`.
     """
     unfinished = unfinished or path.with_name(path.name + UNFINISHED)
     with with_filename(path):

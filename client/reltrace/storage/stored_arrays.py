@@ -32,24 +32,12 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredLocation:
-    """Where the tensors of a trace are.
+    """Where the tensors of a trace are."""
 
-    Attributes
-    ----------
-    url : str
-        A safetensors file, which may hold the tensors of other jobs too.
-    offset, length : int
-        The bytes of the job in it.
-    sha256 : str
-        Of these bytes, in hexadecimal.
-    tensors : tuple of StoredTensor
-        Those of this trace.
-    """
-
-    url: str
-    offset: int
+    url: str  # of a safetensors file, which may hold the tensors of other jobs too
+    offset: int  # of the job's bytes
     length: int
-    sha256: str
+    sha256: str  # of these bytes, in hexadecimal
     tensors: tuple[StoredTensor, ...]
 
     @classmethod
@@ -65,15 +53,9 @@ class StoredLocation:
 class StoredArrays(Mapping[str, Mapping[str, Array]]):
     """The arrays of a trace, by site and part, read from their store at the first access.
 
-    For tensors that stay in the store. What a server keeps only until it is acknowledged is read
-    before that, by `read_together`.
-
-    Parameters
-    ----------
-    location : StoredLocation
-        Where they are.
-    sites : sequence of str, optional
-        Their order; default: as in the file.
+    For tensors that stay in the store. Those that a server keeps only until the result is
+    acknowledged are read before that, by `read_together`. `sites` is their order; by default that
+    of the file.
     """
 
     def __init__(self, location: StoredLocation, sites: Sequence[str] = ()) -> None:
@@ -118,18 +100,9 @@ def read_together(
 ) -> list[dict[str, dict[str, Array]]]:
     """Read the arrays of all traces of one job; its bytes are read once.
 
-    Parameters
-    ----------
-    traces : sequence of StoredArrays
-        Of one job.
-    copy : bool, default True
-        Return arrays that can be written to. False: they keep the bytes of the whole job, which
-        then are in memory once, not twice.
-
-    Raises
-    ------
-    StoreUnreadable
-        The store can not be reached, or holds something else there.
+    Without `copy` the arrays can not be written to and keep the bytes of the whole job, which then
+    are in memory once, not twice. Raises StoreUnreadable if the store can not be reached, or holds
+    something else there.
     """
     data = _read(traces[0].location)
     found = [trace.from_bytes(data) for trace in traces]

@@ -12,6 +12,7 @@ from reltrace_scheduler.errors import (
     NotFoundError,
     UnavailableError,
     Violation,
+    invalid,
 )
 from reltrace_scheduler.limits import MAX_JOBS_PER_REQUEST, MAX_KEY
 from reltrace_scheduler.records import NewJob
@@ -75,8 +76,7 @@ def check_job_ids(job_ids: Sequence[str]) -> None:
         They are more than one request may name.
     """
     if len(job_ids) > MAX_JOBS_PER_REQUEST:
-        fault = f"names more than {MAX_JOBS_PER_REQUEST} jobs"
-        raise InvalidRequestError(Violation("job_ids", fault))
+        raise invalid("job_ids", f"names more than {MAX_JOBS_PER_REQUEST} jobs")
 
 
 def as_sent(spec: types_pb2.JobSpec) -> bytes:
@@ -115,7 +115,7 @@ def _model_violations(
 def _unknown_model(name: str, models: Models) -> str:
     if name in models.known or (not name and models.default):
         return ""
-    served = ", ".join(models.names(models.workers) or models.names(models.known))
+    served = ", ".join(models.served)
     if not name:
         return f"is empty, and several models are served: {served}"
     base = name.partition("@")[0]

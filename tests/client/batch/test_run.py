@@ -21,7 +21,7 @@ from reltrace_proto.v1 import types_pb2
 
 def test_every_prompt_has_its_trace(batch: Batch, tmp_path: Path) -> None:
     seen = Seen()
-    summary = batch(LINES, watcher=seen, part_traces=7)
+    summary = batch(LINES, progress=seen, part_traces=7)
     assert (summary.traced, summary.failed, summary.new) == (40, 0, 40)
     assert (seen.done, seen.results) == (0, [False] * 40)
     check(tmp_path / "out", LINES)
@@ -37,7 +37,7 @@ def test_a_second_run_does_nothing(batch: Batch, server: FakeServer, tmp_path: P
     batch(LINES)
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     seen = Seen()
-    summary = batch(LINES, watcher=seen)
+    summary = batch(LINES, progress=seen)
     assert (summary.traced, summary.new, seen.done) == (40, 0, 40)
     assert server.jobs_submitted() == 40
     assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}

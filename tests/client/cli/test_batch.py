@@ -165,7 +165,7 @@ def test_standard_input(stuck: FakeServer, tmp_path: Path) -> None:
 def test_a_server_that_is_away_is_told_beside_the_bar(
     server: FakeServer, command: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reltrace.transport.connection._WORTH_A_WORD", 0.2)
+    monkeypatch.setattr("reltrace.transport.retry._LOG_AFTER", 0.2)
     away = threading.Thread(target=server.stop)
 
     def hold(spec: object) -> None:

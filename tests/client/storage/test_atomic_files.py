@@ -48,6 +48,6 @@ def test_a_system_without_posix_locks_says_so(
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with (
         pytest.raises(reltrace.TraceError, match=r"needs POSIX file locks \(Linux, macOS\)"),
-        lock_folder(tmp_path, ".lock", "out", "busy"),
+        lock_folder(tmp_path, "busy"),
     ):
         pass
