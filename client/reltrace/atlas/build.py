@@ -42,10 +42,7 @@ async def build(
 ) -> State:
     """Build what is missing of an atlas. See `Client.build_atlas`.
 
-    Parameters
-    ----------
-    progress : callable
-        Takes the number of further prompts that are in the atlas.
+    `progress` takes the number of further prompts that are in the atlas.
     """
     settings.check()
     check_iterable(prompts, "prompts")
@@ -95,13 +92,7 @@ class _Builder:
         self._unwritten: list[Accepted] = []
 
     async def run(self, source: Iterator[Slice]) -> None:
-        """Submit slices, some at a time, and merge their results.
-
-        Raises
-        ------
-        InvalidArgument
-            The folder's atlas is of another corpus.
-        """
+        """Submit slices, some at a time, and merge their results."""
         watch = asyncio.create_task(self._pins.watch())
         running: set[asyncio.Task[None]] = set()
         done: set[asyncio.Task[None]] = set()

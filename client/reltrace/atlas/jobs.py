@@ -37,20 +37,8 @@ class SliceJobs:
     """Submits slices, and reads their results.
 
     A killed build leaves slices on the server: queued, running, or done. The next build submits
-    them under the same keys, and so reads the results of the first.
-
-    Parameters
-    ----------
-    connection : Connection
-        To the server.
-    identity : str
-        Of the folder while it is built: its jobs are not shared with other folders.
-    about : mapping
-        The settings.
-    priority : str
-        Of all jobs.
-    pins : Pins
-        The revision of the model that they ask for.
+    them under the same keys, and so reads the results of the first. `identity` is that of the
+    folder while it is built, so that folders share no jobs.
     """
 
     def __init__(
@@ -71,19 +59,8 @@ class SliceJobs:
     async def build(self, number: int, digest: str, job: Job) -> AsyncIterator[BuiltShard]:
         """Return the result of a slice, of an earlier build's job if that has one.
 
-        It counts against the `PrefetchLimit` until the end of the context.
-
-        Parameters
-        ----------
-        number, digest
-            Of the slice.
-        job : Job
-            Submitted if there is no result.
-
-        Raises
-        ------
-        TraceError
-            If this build's own job fails.
+        It counts against the `PrefetchLimit` until the end of the context. Raises TraceError if
+        this build's own job fails.
         """
         jobs, deadline = [job], Deadline(None)
         job.spec.model = await self._pins.route(job.spec.model, deadline)

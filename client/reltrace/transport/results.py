@@ -92,16 +92,7 @@ async def stream_results(
                     for event in response.events:
                         if (result := cursor.take(event)) is None:
                             continue
-                        if deadline.timeout is not None and isinstance(
-                            result.outcome, DeadlineExceeded
-                        ):
-                            # The server was the first to see that the caller's time is over.
-                            raise deadline.error()
-                        if stored := _temporarily_stored(result, jobs[result.index]):
-                            # One message may name far more bytes than a message can hold.
-                            if throttle is not None:
-                                await throttle()
-                            result = await _fetched(result, stored, deadline)
+                        result = await _completed(result, jobs[result.index], deadline, throttle)
                         if acknowledger is not None:
                             acknowledger.note(cursor.last_entry, result.bytes)
                         yield result
@@ -136,6 +127,25 @@ async def stream_results(
 async def acknowledge(connection: Connection, accepted: Accepted) -> None:
     """Free all results of a submission on the server. If it does not answer, they expire."""
     await _acknowledge(connection, accepted.id, len(accepted.positions))
+
+
+async def _completed(
+    result: JobResult,
+    job: Job,
+    deadline: Deadline,
+    throttle: Callable[[], Awaitable[None]] | None,
+) -> JobResult:
+    """Return a result with the tensors that the server does not keep for the caller."""
+    if deadline.timeout is not None and isinstance(result.outcome, DeadlineExceeded):
+        # The server was the first to see that the caller's time is over.
+        raise deadline.error()
+    stored = _temporarily_stored(result, job)
+    if not stored:
+        return result
+    # One message may name far more bytes than a message can hold.
+    if throttle is not None:
+        await throttle()
+    return await _fetched(result, stored, deadline)
 
 
 def _temporarily_stored(result: JobResult, job: Job) -> list[StoredArrays]:
