@@ -14,9 +14,10 @@ from typing import Any
 from reltrace.atlas.prefetch_limit import PrefetchLimit
 from reltrace.calls.pinning import Pins
 from reltrace.transport.connection import Connection
+from reltrace.transport.pending import Submission
 from reltrace.transport.results import acknowledge, stream_results
 from reltrace.transport.retry import Deadline
-from reltrace.transport.submit import Accepted, Rejected, submit
+from reltrace.transport.submit import Rejected, submit
 from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import InvalidArgument, NotFound, TraceError
 from reltrace.types.request import Job, Priority, wire_priority
@@ -30,7 +31,7 @@ class BuiltShard:
 
     shard: AtlasShard
     size: int
-    submission: Accepted
+    submission: Submission
 
 
 class SliceJobs:
@@ -88,7 +89,7 @@ class SliceJobs:
 
     async def _read(
         self,
-        accepted: Accepted,
+        accepted: Submission,
         jobs: list[Job],
         deadline: Deadline,
         take_slot: Callable[[], Awaitable[None]],
@@ -116,6 +117,6 @@ class SliceJobs:
         return f"atlas-{hashlib.sha256(what.encode()).hexdigest()}"
 
 
-async def free_shards(connection: Connection, submissions: Iterable[Accepted]) -> None:
+async def free_shards(connection: Connection, submissions: Iterable[Submission]) -> None:
     """Free results on the server."""
     await asyncio.gather(*(acknowledge(connection, accepted) for accepted in submissions))

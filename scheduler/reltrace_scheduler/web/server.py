@@ -53,11 +53,6 @@ async def serving_page(listen: str, store: Store, access: Access) -> AsyncIterat
 
     With tokens, the browser asks for one of an operator's as the password, under any name; with
     TLS the page has it too.
-
-    Raises
-    ------
-    StartError
-        The address can not be bound, or may not be served without TLS and tokens.
     """
     host, port = host_and_port("--web", listen)
     access.check(listen, option="--web")
