@@ -92,7 +92,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     default: Any = field.default
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty
-    elif default in (None, "", (), False):
+    elif default is False or default in (None, "", ()):
         settings.setdefault("show_default", False)
     if get_origin(kind) is tuple:
         kind = list[get_args(kind)[0]]  # type: ignore[misc]

@@ -13,11 +13,14 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 SENTENCES = (
@@ -66,6 +69,11 @@ GEMMA3 = Recipe(
     seed=8, family="gemma3_text", layers=4, key_value_heads=2, head_dim=16, sliding_window=20
 )
 GEMMA3_SOFTCAP = replace(GEMMA3, seed=9, tied=True, logit_softcap=4.0)
+OLMO2 = Recipe(seed=10, family="olmo2", key_value_heads=2)
+# The long frequencies begin inside the prompts that tests use.
+PHI3 = Recipe(seed=11, family="phi3", key_value_heads=2, sliding_window=20)
+# Of its four layers the last has no rotary embeddings, and a window.
+SMOLLM3 = Recipe(seed=12, family="smollm3", layers=4, key_value_heads=2, sliding_window=20)
 
 RECIPES: dict[str, Recipe] = {
     "plain": PLAIN,
@@ -79,9 +87,15 @@ RECIPES: dict[str, Recipe] = {
     "qwen3": QWEN3,
     "gemma3": GEMMA3,
     "gemma3_softcap": GEMMA3_SOFTCAP,
+    "olmo2": OLMO2,
+    "phi3": PHI3,
+    "smollm3": SMOLLM3,
 }
 
-FAMILY_RECIPES = ("mistral", "qwen2", "qwen3", "gemma3", "gemma3_softcap")
+LXT_RECIPES = ("mistral", "qwen2", "qwen3", "gemma3", "gemma3_softcap", "smollm3")
+"""The families besides llama that lxt has maps for, or that have LLaMA's modules."""
+
+FAMILY_RECIPES = (*LXT_RECIPES, "olmo2", "phi3")
 """The families besides llama, as they are."""
 
 
@@ -153,6 +167,29 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
                 ],
                 query_pre_attn_scalar=9,
                 final_logit_softcapping=recipe.logit_softcap,
+            )
+        case "olmo2":
+            return Olmo2Config(**fields)
+        case "phi3":
+            longrope = {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.1, 1.3],
+                "long_factor": [1.0, 2.0, 4.0],
+            }
+            return Phi3Config(
+                **fields | {"rope_parameters": longrope},
+                original_max_position_embeddings=40,
+                pad_token_id=None,
+                sliding_window=recipe.sliding_window,
+            )
+        case "smollm3":
+            return SmolLM3Config(
+                **fields,
+                pad_token_id=None,
+                use_sliding_window=True,
+                sliding_window=recipe.sliding_window,
             )
     raise ValueError(f"no family {recipe.family!r}")
 

@@ -14,9 +14,16 @@ import torch
 
 SITES = ("embed", "resid", "resid_mid", "attn_out", "mlp_out", "head", "neuron")
 
-# Where a layer of Gemma 3 and of all others has the outputs of attention and MLP.
-SANDWICHED = ("post_attention_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm")
+# In a layer, the modules that put out what attention and MLP add, and the one that reads between.
 PLAIN = ("self_attn", "mlp", "post_attention_layernorm")
+NORMALIZED = {
+    "gemma3_text": (
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+        "pre_feedforward_layernorm",
+    ),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm", "mlp"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,7 @@ def gradient_times_input(
 
         return hook
 
-    attention, mlp, reader = SANDWICHED if model.config.model_type == "gemma3_text" else PLAIN
+    attention, mlp, reader = NORMALIZED.get(model.config.model_type, PLAIN)
     handles = []
     for layer in model.model.layers:
         handles += [

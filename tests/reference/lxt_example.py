@@ -4,8 +4,8 @@ The other side of parity tests: it imports nothing of reltrace. It follows
 https://lxt.readthedocs.io (Latent Feature Attribution): lxt patches the classes of one
 modeling module, forward hooks with ``retain_grad`` save what the decoder layers put out,
 one prompt after another. The patches are lxt's own maps, those of its ``models/llama.py``,
-``qwen2.py``, ``qwen3.py`` and ``gemma3.py``; lxt has none for Mistral, whose classes compute as
-LLaMA's do and get LLaMA's. Five things differ from the page:
+``qwen2.py``, ``qwen3.py`` and ``gemma3.py``; lxt has none for Mistral and SmolLM3, whose classes
+compute as LLaMA's do and get LLaMA's. Five things differ from the page:
 
 - the backward pass starts at 1, not at the logit (which only multiplies every number by it);
 - every site is kept by a hook, not the outputs of the decoder layers alone;
@@ -59,6 +59,7 @@ with warnings.catch_warnings():
 FAMILIES = {
     "llama": ("llama", "llama"),
     "mistral": ("mistral", "llama"),
+    "smollm3": ("smollm3", "llama"),
     "qwen2": ("qwen2", "qwen2"),
     "qwen3": ("qwen3", "qwen3"),
     "gemma3_text": ("gemma3", "gemma3"),
@@ -88,7 +89,8 @@ def patch(rule: str, model_type: str) -> None:
             patch_attention(modeling, wrap)
             continue
         # LlamaMLP stands for MistralMLP, and Dropout for itself.
-        mirror = target.__name__.replace("Llama", "Mistral") if ours == "mistral" else ""
+        names = {"mistral": "Mistral", "smollm3": "SmolLM3"}
+        mirror = target.__name__.replace("Llama", names.get(ours, "Llama"))
         if not apply(getattr(modeling, mirror, target)):
             raise RuntimeError(f"lxt did not patch {target.__name__}")
 

@@ -19,7 +19,7 @@ from reltrace.calls.pinning import Pins
 from reltrace.calls.source import check_iterable
 from reltrace.calls.threads import gather_shielded, shielded_to_thread
 from reltrace.transport.connection import Connection
-from reltrace.transport.submit import Accepted
+from reltrace.transport.pending import Submission
 from reltrace.types.checks import check_same_settings
 from reltrace.types.errors import invalid
 
@@ -42,10 +42,7 @@ async def build(
 ) -> State:
     """Build what is missing of an atlas. See `Client.build_atlas`.
 
-    Parameters
-    ----------
-    progress : callable
-        Takes the number of further prompts that are in the atlas.
+    `progress` takes the number of further prompts that are in the atlas.
     """
     settings.check()
     check_iterable(prompts, "prompts")
@@ -92,16 +89,10 @@ class _Builder:
         # Nothing is lost by that: the server has all results since the last write.
         self._inconsistent = False
         # Merged, and not yet written.
-        self._unwritten: list[Accepted] = []
+        self._unwritten: list[Submission] = []
 
     async def run(self, source: Iterator[Slice]) -> None:
-        """Submit slices, some at a time, and merge their results.
-
-        Raises
-        ------
-        InvalidArgument
-            The folder's atlas is of another corpus.
-        """
+        """Submit slices, some at a time, and merge their results."""
         watch = asyncio.create_task(self._pins.watch())
         running: set[asyncio.Task[None]] = set()
         done: set[asyncio.Task[None]] = set()

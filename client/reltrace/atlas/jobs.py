@@ -14,9 +14,10 @@ from typing import Any
 from reltrace.atlas.prefetch_limit import PrefetchLimit
 from reltrace.calls.pinning import Pins
 from reltrace.transport.connection import Connection
+from reltrace.transport.pending import Submission
 from reltrace.transport.results import acknowledge, stream_results
 from reltrace.transport.retry import Deadline
-from reltrace.transport.submit import Accepted, Rejected, submit
+from reltrace.transport.submit import Rejected, submit
 from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import InvalidArgument, NotFound, TraceError
 from reltrace.types.request import Job, Priority, wire_priority
@@ -30,27 +31,15 @@ class BuiltShard:
 
     shard: AtlasShard
     size: int
-    submission: Accepted
+    submission: Submission
 
 
 class SliceJobs:
     """Submits slices, and reads their results.
 
     A killed build leaves slices on the server: queued, running, or done. The next build submits
-    them under the same keys, and so reads the results of the first.
-
-    Parameters
-    ----------
-    connection : Connection
-        To the server.
-    identity : str
-        Of the folder while it is built: its jobs are not shared with other folders.
-    about : mapping
-        The settings.
-    priority : str
-        Of all jobs.
-    pins : Pins
-        The revision of the model that they ask for.
+    them under the same keys, and so reads the results of the first. `identity` is that of the
+    folder while it is built, so that folders share no jobs.
     """
 
     def __init__(
@@ -71,19 +60,8 @@ class SliceJobs:
     async def build(self, number: int, digest: str, job: Job) -> AsyncIterator[BuiltShard]:
         """Return the result of a slice, of an earlier build's job if that has one.
 
-        It counts against the `PrefetchLimit` until the end of the context.
-
-        Parameters
-        ----------
-        number, digest
-            Of the slice.
-        job : Job
-            Submitted if there is no result.
-
-        Raises
-        ------
-        TraceError
-            If this build's own job fails.
+        It counts against the `PrefetchLimit` until the end of the context. Raises TraceError if
+        this build's own job fails.
         """
         jobs, deadline = [job], Deadline(None)
         job.spec.model = await self._pins.route(job.spec.model, deadline)
@@ -111,7 +89,7 @@ class SliceJobs:
 
     async def _read(
         self,
-        accepted: Accepted,
+        accepted: Submission,
         jobs: list[Job],
         deadline: Deadline,
         take_slot: Callable[[], Awaitable[None]],
@@ -139,6 +117,6 @@ class SliceJobs:
         return f"atlas-{hashlib.sha256(what.encode()).hexdigest()}"
 
 
-async def free_shards(connection: Connection, submissions: Iterable[Accepted]) -> None:
+async def free_shards(connection: Connection, submissions: Iterable[Submission]) -> None:
     """Free results on the server."""
     await asyncio.gather(*(acknowledge(connection, accepted) for accepted in submissions))

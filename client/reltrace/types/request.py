@@ -1,4 +1,4 @@
-"""What is asked: from the arguments of `trace` to a job on the wire."""
+"""From the arguments of `trace` to a job on the wire."""
 
 from __future__ import annotations
 

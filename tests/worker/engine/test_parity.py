@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import lxt_example
-from reference.checkpoints import FAMILY_RECIPES
+from reference.checkpoints import LXT_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.types.jobs import TraceRequest
@@ -22,8 +22,8 @@ AXIS = {"embed": -1, "resid": -1, "head": -2, "neuron": -2}
 
 
 # A rule and a model.
-CASES = [("attnlrp", name) for name in ("grouped", "tied", "llama3_rope", *FAMILY_RECIPES)] + [
-    ("cp_lrp", name) for name in ("grouped", *FAMILY_RECIPES)
+CASES = [("attnlrp", name) for name in ("grouped", "tied", "llama3_rope", *LXT_RECIPES)] + [
+    ("cp_lrp", name) for name in ("grouped", *LXT_RECIPES)
 ]
 
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+from reference.checkpoints import LXT_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.lrp import RULES, lxt_rules, verify_rule
@@ -14,7 +15,7 @@ from reltrace_worker.models import FAMILIES
 from reltrace_worker.types.errors import ModelError
 from reltrace_worker.types.jobs import TraceRequest
 
-FAMILIES_OF_LXT = ("grouped", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_softcap")
+FAMILIES_OF_LXT = ("grouped", *LXT_RECIPES)
 
 
 def test_a_process_keeps_no_stand_in() -> None:
@@ -60,6 +61,12 @@ def test_without_lxt_the_error_says_how_to_install_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(lxt_rules, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"not installed.*pip install --no-deps lxt==2\.1"):
         lxt_rules.lxt_rules(FAMILIES["llama"])
+
+
+@pytest.mark.parametrize("family", ["olmo2", "phi3"])
+def test_a_family_that_lxt_does_not_have_is_refused(family: str) -> None:
+    with pytest.raises(ModelError, match=f"no rules for the architecture '{family}'.*fused"):
+        lxt_rules.lxt_rules(FAMILIES[family])
 
 
 @pytest.mark.parametrize("rule", ["attnlrp", "cp_lrp"])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reltrace_worker.lrp import RULES, ops
 from reltrace_worker.lrp.lxt_rules import import_lxt
+from reltrace_worker.models import FAMILIES
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -216,3 +217,25 @@ def test_gemmas_norm_is_lxts(dtype: torch.dtype, scale: float) -> None:
     (gradient,) = torch.autograd.grad(ours, x, start)
     assert torch.equal(gradient, torch.autograd.grad(theirs, x, start)[0])
     assert not torch.allclose(gradient, torch.autograd.grad(plain, x, start)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_round_where_the_families_own_round(family: str, dtype: torch.dtype) -> None:
+    """
+    Given a norm of a family
+    If the rule's function takes its place
+    I expect the same bits, and a gradient that scales, without the derivative of the root.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kind = FAMILIES[family].norm
+    norm = kind(16)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(16, generator=generator) + 0.5)
+    norm.to(dtype).requires_grad_(False)
+    x = (3 * torch.randn(7, 16, generator=generator)).to(dtype).requires_grad_()
+    ours = forward("attnlrp", kind)(norm, x)
+    assert torch.equal(ours, norm(x))
+    (gradient,) = torch.autograd.grad(ours, x, torch.ones_like(ours))
+    # A function that is linear when its statistics are held: R = x * gradient is its value.
+    assert_close(x.detach() * gradient, ours.detach(), 1e-6 if dtype == torch.float32 else 2e-2)

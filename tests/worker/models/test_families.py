@@ -50,7 +50,8 @@ def test_a_prompt_of_the_tests_is_longer_than_every_window() -> None:
     longest = max(len(prompt) for prompt in PROMPTS if not isinstance(prompt, str))
     for name in FAMILY_RECIPES:
         window = RECIPES[name].sliding_window
-        assert window is not None
+        if window is None:
+            continue
         assert longest > 2 * window
         assert longest % window
 
@@ -167,7 +168,9 @@ def conservation(loaded: LoadedModel) -> tuple[list[float], list[float]]:
     return logits, worst
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2_unbiased", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "qwen2_unbiased", "qwen3", "gemma3", "olmo2", "phi3", "smollm3"]
+)
 def test_cp_lrp_conserves_relevance(checkpoints: Checkpoints, name: str) -> None:
     _, worst = conservation(checkpoints.loaded(name))
     assert worst == pytest.approx([1.0] * len(PROMPTS), rel=1e-3)

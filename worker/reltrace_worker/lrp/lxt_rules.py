@@ -25,7 +25,7 @@ _ZOO = "lxt.efficient.models"
 
 _MAPS = {"attnlrp": "attnLRP", "cp_lrp": "cp_LRP"}
 # LXT has no maps for these: their classes compute as LLaMA's.
-_SAME_AS = {"mistral": "llama"}
+_SAME_AS = {"mistral": "llama", "smollm3": "llama"}
 
 
 def import_lxt(name: str) -> ModuleType:

@@ -20,8 +20,11 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2MLP, Olmo2RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3MLP, SmolLM3RMSNorm
 
 from reltrace_worker.lrp.attention import AttentionFunction
 from reltrace_worker.lrp.ops import (
@@ -41,27 +44,50 @@ GatedProduct = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 """From the activation, the gate and the up projection to act(gate) * up."""
 
 
-def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _llama_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     return rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def _gemma_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _olmo2_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x, module.weight.float(), module.variance_epsilon)
+
+
+def _gemma3_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     return rms_norm(x, 1.0 + module.weight.float(), module.eps)
 
 
 _NORMS: Patches = {
-    **dict.fromkeys((LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm), ("forward", _norm)),
-    Gemma3RMSNorm: ("forward", _gemma_norm),
+    LlamaRMSNorm: ("forward", _llama_norm),
+    MistralRMSNorm: ("forward", _llama_norm),
+    Qwen2RMSNorm: ("forward", _llama_norm),
+    Qwen3RMSNorm: ("forward", _llama_norm),
+    Phi3RMSNorm: ("forward", _llama_norm),
+    SmolLM3RMSNorm: ("forward", _llama_norm),
+    Olmo2RMSNorm: ("forward", _olmo2_norm),
+    Gemma3RMSNorm: ("forward", _gemma3_norm),
 }
 
 
 def _gated_mlps(product: GatedProduct) -> Patches:
-    def gated_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
-        weighted = product(module.act_fn, module.gate_proj(x), module.up_proj(x))
-        return module.down_proj(weighted)  # type: ignore[no-any-return]
+    def llama_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+        neurons = product(module.act_fn, module.gate_proj(x), module.up_proj(x))
+        return module.down_proj(neurons)  # type: ignore[no-any-return]
 
-    classes = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, Gemma3MLP)
-    return dict.fromkeys(classes, ("forward", gated_mlp))
+    def phi3_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+        neurons = product(module.activation_fn, gate, up)
+        return module.down_proj(neurons)  # type: ignore[no-any-return]
+
+    return {
+        LlamaMLP: ("forward", llama_mlp),
+        MistralMLP: ("forward", llama_mlp),
+        Qwen2MLP: ("forward", llama_mlp),
+        Qwen3MLP: ("forward", llama_mlp),
+        Olmo2MLP: ("forward", llama_mlp),
+        SmolLM3MLP: ("forward", llama_mlp),
+        Gemma3MLP: ("forward", llama_mlp),
+        Phi3MLP: ("forward", phi3_mlp),
+    }
 
 
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -14,15 +14,21 @@ from transformers import (
     Gemma3ForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    Olmo2ForCausalLM,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    SmolLM3ForCausalLM,
 )
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.smollm3 import modeling_smollm3
 
 from reltrace_worker.types.errors import ModelError
 
@@ -117,6 +123,33 @@ FAMILIES: dict[str, Family] = {
             mlp_out="post_feedforward_layernorm",
             mid_reader="pre_feedforward_layernorm",
             norms_per_layer=6,
+        ),
+        Family(
+            model_type="olmo2",
+            causal_lm=Olmo2ForCausalLM,
+            norm=modeling_olmo2.Olmo2RMSNorm,
+            gated_mlp=modeling_olmo2.Olmo2MLP,
+            attention=modeling_olmo2.Olmo2Attention,
+            # Outputs of attention and MLP are normalized, their inputs are not.
+            attention_out="post_attention_layernorm",
+            mlp_out="post_feedforward_layernorm",
+            mid_reader="mlp",
+            norms_per_layer=4,
+        ),
+        Family(
+            model_type="phi3",
+            causal_lm=Phi3ForCausalLM,
+            norm=modeling_phi3.Phi3RMSNorm,
+            gated_mlp=modeling_phi3.Phi3MLP,
+            attention=modeling_phi3.Phi3Attention,
+            activation="activation_fn",
+        ),
+        Family(
+            model_type="smollm3",
+            causal_lm=SmolLM3ForCausalLM,
+            norm=modeling_smollm3.SmolLM3RMSNorm,
+            gated_mlp=modeling_smollm3.SmolLM3MLP,
+            attention=modeling_smollm3.SmolLM3Attention,
         ),
     )
 }

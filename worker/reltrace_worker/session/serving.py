@@ -24,8 +24,8 @@ from reltrace_worker.lrp.ops import compile_functions
 from reltrace_worker.models import LoadedModel, load_model
 from reltrace_worker.models.placement import device_memory, device_name
 from reltrace_worker.observability.metrics import PassStats
-from reltrace_worker.session.convert import model_info
 from reltrace_worker.session.drafts import Drafts
+from reltrace_worker.session.headers import model_info
 from reltrace_worker.session.routing import RoutingRunner
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.types.errors import ModelError
