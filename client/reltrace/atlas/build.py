@@ -19,7 +19,7 @@ from reltrace.calls.pinning import Pins
 from reltrace.calls.source import check_iterable
 from reltrace.calls.threads import gather_shielded, shielded_to_thread
 from reltrace.transport.connection import Connection
-from reltrace.transport.submit import Accepted
+from reltrace.transport.pending import Submission
 from reltrace.types.checks import check_same_settings
 from reltrace.types.errors import invalid
 
@@ -92,7 +92,7 @@ class _Builder:
         # Nothing is lost by that: the server has all results since the last write.
         self._inconsistent = False
         # Merged, and not yet written.
-        self._unwritten: list[Accepted] = []
+        self._unwritten: list[Submission] = []
 
     async def run(self, source: Iterator[Slice]) -> None:
         """Submit slices, some at a time, and merge their results."""

@@ -16,9 +16,10 @@ from typing import Any
 
 from reltrace.calls.pinning import Pins
 from reltrace.transport.connection import Connection
+from reltrace.transport.pending import Submission
 from reltrace.transport.results import acknowledge, stream_results
 from reltrace.transport.retry import Deadline
-from reltrace.transport.submit import Accepted, Rejected, submit
+from reltrace.transport.submit import Rejected, submit
 from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import InvalidArgument, NotFound, TraceError
 from reltrace.types.request import Job, Priority, wire_priority
@@ -36,7 +37,7 @@ class BuiltShard:
 
     shard: AtlasShard
     size: int
-    submission: Accepted
+    submission: Submission
 
 
 class PrefetchLimit:
@@ -139,7 +140,7 @@ class SliceJobs:
 
     async def _read(
         self,
-        accepted: Accepted,
+        accepted: Submission,
         jobs: list[Job],
         deadline: Deadline,
         take_slot: Callable[[], Awaitable[None]],
@@ -167,6 +168,6 @@ class SliceJobs:
         return f"atlas-{hashlib.sha256(what.encode()).hexdigest()}"
 
 
-async def free_shards(connection: Connection, submissions: Iterable[Accepted]) -> None:
+async def free_shards(connection: Connection, submissions: Iterable[Submission]) -> None:
     """Free results on the server."""
     await asyncio.gather(*(acknowledge(connection, accepted) for accepted in submissions))

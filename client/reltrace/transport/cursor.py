@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reltrace_proto.v1 import trace_pb2
@@ -26,8 +26,8 @@ class ResultCursor:
 
     Parameters
     ----------
-    positions : mapping of str to int
-        Index of each job in the submission, by its id.
+    job_ids : sequence of str
+        Ids of the jobs.
     jobs : sequence of Job
         The jobs.
 
@@ -37,8 +37,8 @@ class ResultCursor:
         Number of the last entry of the stream that is here as a whole.
     """
 
-    def __init__(self, positions: Mapping[str, int], jobs: Sequence[Job]) -> None:
-        self._positions = dict(positions)
+    def __init__(self, job_ids: Sequence[str], jobs: Sequence[Job]) -> None:
+        self._positions = {job_id: index for index, job_id in enumerate(job_ids)}
         self._jobs = jobs
         self._current: Assembler | None = None
         self._current_id = ""
