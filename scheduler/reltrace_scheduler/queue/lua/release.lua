@@ -1,14 +1,10 @@
 -- Takes leases back that a worker releases: into their queue at once, or, after an attempt that
 -- failed for a reason that may pass, after a delay that doubles, and a limited number of times.
 --
--- job:<job>                            hash    state QUEUED; failures + 1
--- queue:<class>:<tenant>:<model>       stream  old entry deleted, new one added
--- delayed                              zset    jobs whose attempt failed
--- held:<worker>                        set     the jobs removed
--- chunks:<job>:<attempt>               list    deleted: what was computed so far is void
--- draft:<job>                          stream  deleted
--- submission:<sub>, load, tenant:<tenant>  hash  bytes of those chunks taken off
--- publishes wake:<model>
+-- Touches job:<job> (state QUEUED; failures + 1), queue:<...> (entry deleted, new one added),
+-- delayed (jobs whose attempt failed), held:<worker> (jobs removed), chunks:<job>:<attempt> and
+-- draft:<job> (deleted), submission:<sub>, load, tenant:<tenant> (their bytes taken off). Publishes
+-- wake:<model>.
 --
 -- ARGV: prefix, worker, delay after the first failure (ms; "": none has failed), most failures,
 --       then per lease: job id, attempt

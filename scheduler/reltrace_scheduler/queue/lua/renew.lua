@@ -1,8 +1,7 @@
 -- Renews leases: the idle time of their pending entries starts again, and no delivery is counted
 -- (JUSTID).
 --
--- job:<job>                            hash    read
--- queue:<class>:<tenant>:<model>       stream  pending entries are claimed anew
+-- Touches job:<job> (read), queue:<...> (pending entries are claimed anew).
 --
 -- ARGV: prefix, worker, then per lease: job id, attempt
 --
