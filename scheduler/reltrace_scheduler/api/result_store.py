@@ -29,13 +29,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://.+")
 
 
 def check_url(option: str, url: str) -> None:
-    """Check a folder that an operator names.
-
-    Raises
-    ------
-    StartError
-        It is no URL, or what it takes to reach such a store is not installed.
-    """
+    """Raise StartError if the folder that an option names is no URL of a known store."""
     if not _URL.fullmatch(url):
         raise StartError(
             f"{option} {url}: must be a URL such as file:///srv/results or s3://bucket"

@@ -78,11 +78,6 @@ async def serving(
     """Serve until the block ends; gives the address that clients use.
 
     By default everybody on this machine may do everything.
-
-    Raises
-    ------
-    StartError
-        The address can not be bound, or may not be served without TLS and tokens.
     """
     listen, metrics, web = settings.listen, settings.metrics, settings.web
     access, spans = access or Access(), spans or Spans()
