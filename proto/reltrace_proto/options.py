@@ -63,7 +63,7 @@ def from_options(
             metavar="FILE.toml",
             is_eager=True,
             callback=_read_config,
-            help="File of options, by their names here: result-ttl = 600.",
+            help='File of options, by their names here: log-level = "debug".',
         )
         kind = Annotated[Path | None, info]
         parameters.append(inspect.Parameter("config", _KEYWORD, default=None, annotation=kind))
@@ -92,7 +92,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     default: Any = field.default
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty
-    elif default in (None, "", (), False):
+    elif default is False or default in (None, "", ()):
         settings.setdefault("show_default", False)
     if get_origin(kind) is tuple:
         kind = list[get_args(kind)[0]]  # type: ignore[misc]

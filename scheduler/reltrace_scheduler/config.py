@@ -145,13 +145,7 @@ class Settings:
 
 
 def host_and_port(option: str, address: str) -> tuple[str, int]:
-    """Return the host and the port of an address that an option names.
-
-    Raises
-    ------
-    StartError
-        It is not HOST:PORT.
-    """
+    """Split HOST:PORT; raises StartError, naming the option, if it is something else."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise StartError(f"{option} {address}: must be HOST:PORT, such as 127.0.0.1:8080")

@@ -17,39 +17,25 @@ class Violation:
 
 
 class SchedulerError(Exception):
-    """Base of all errors that have a gRPC status.
-
-    Parameters
-    ----------
-    message : str
-        What is wrong and what to do about it, for a person.
-    violations : tuple of Violation
-        Sent as ``google.rpc.BadRequest``.
-    retry_after : float or None
-        Seconds, sent as ``google.rpc.RetryInfo``.
-    """
+    """Base of all errors that have a gRPC status; the message says what to do about it."""
 
     code = grpc.StatusCode.INTERNAL
+    retry_after: float | None = None
+    """Seconds, sent as ``google.rpc.RetryInfo``."""
+    violations: tuple[Violation, ...] = ()
+    """Sent as ``google.rpc.BadRequest``."""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        violations: tuple[Violation, ...] = (),
-        retry_after: float | None = None,
-    ) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
-        self.violations = violations
-        self.retry_after = retry_after
 
 
 class RequestError(SchedulerError):
     """Base of errors that consist of faults of the request."""
 
     def __init__(self, *violations: Violation) -> None:
-        message = "; ".join(f"{v.field}: {v.description}" for v in violations)
-        super().__init__(message, violations=violations)
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = violations
 
 
 class InvalidRequestError(RequestError):
@@ -89,9 +75,7 @@ class QueueFullError(SchedulerError):
     """The bound on jobs or bytes is reached; nothing was accepted."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, retry_after=1.0)
+    retry_after = 1.0
 
 
 class TooFastError(SchedulerError):
@@ -100,7 +84,8 @@ class TooFastError(SchedulerError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
     def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message, retry_after=retry_after)
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class SupersededError(SchedulerError):
@@ -128,9 +113,7 @@ class UnavailableError(SchedulerError):
     """Redis is away, or no worker has connected yet: the same call may succeed later."""
 
     code = grpc.StatusCode.UNAVAILABLE
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, retry_after=0.5)
+    retry_after = 0.5
 
 
 class StartError(Exception):

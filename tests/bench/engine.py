@@ -32,7 +32,8 @@ from bench import example
 from bench.models import SHAPES, Shape, build, job, prompts
 from reference.peak import peak_bytes
 from reltrace_worker.engine import Checkpointing, Engine
-from reltrace_worker.engine.pack import Pack, Readout
+from reltrace_worker.engine.batch import PackedBatch
+from reltrace_worker.engine.targets import Readout
 from reltrace_worker.lrp import RULES, apply_rule
 from reltrace_worker.lrp.linear import linear_layers, through_onednn
 from reltrace_worker.lrp.ops import compile_functions
@@ -164,7 +165,7 @@ def against_example(
 def against_forward(loaded: LoadedModel, inputs: list[list[int]], rounds: int) -> Row:
     """The cost of a trace against a plain forward pass of the same pack."""
     jobs = [job(ids) for ids in inputs]
-    pack = Pack.of(jobs)
+    pack = PackedBatch.of(jobs)
 
     def forward() -> None:
         # The untouched functions, the same products and packing, logits at the same positions.

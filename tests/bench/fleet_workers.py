@@ -171,13 +171,13 @@ class Told:
             self.revoked += event["jobs"]
         return event
 
-    def beat(self, keys: set[LeaseKey]) -> worker_pb2.WorkRequest:
+    def heartbeat(self, keys: set[LeaseKey]) -> worker_pb2.WorkRequest:
         """Take the place of what writes a session's heartbeat."""
         self.heartbeats += 1
-        return _write_beat(keys)
+        return _write_heartbeat(keys)
 
 
-_write_beat = session.beat
+_write_heartbeat = session.heartbeat
 
 
 class Workers:
@@ -260,7 +260,7 @@ def main() -> None:
     options = endpoint._CHANNEL_OPTIONS if given.share_connections else own
     with (
         mock.patch.object(endpoint, "_CHANNEL_OPTIONS", options),
-        mock.patch.object(session, "beat", told.beat),
+        mock.patch.object(session, "heartbeat", told.heartbeat),
     ):
         uvloop.run(_run(given, told))
 

@@ -105,7 +105,7 @@ class IdleRunner:
     def drop(self, keys: set[LeaseKey]) -> None:
         self._waiting = deque(key for key in self._waiting if key not in keys)
 
-    def crowded(self) -> int:
+    def full_pass_jobs(self) -> int:
         return self._crowded
 
     def store_large(self, url: str, above: int) -> None:

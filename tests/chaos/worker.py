@@ -31,7 +31,7 @@ class StandInRunner:
         self._jobs_per_pass = jobs_per_pass
         self._ready: deque[worker_pb2.Lease] = deque()
         self._arrived = asyncio.Event()
-        self._crowded = 0
+        self._full_pass_jobs = 0
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
         self._ready.extend(leases)
@@ -41,8 +41,8 @@ class StandInRunner:
     def drop(self, keys: set[LeaseKey]) -> None:
         self._ready = deque(lease for lease in self._ready if _key(lease) not in keys)
 
-    def crowded(self) -> int:
-        return self._crowded
+    def full_pass_jobs(self) -> int:
+        return self._full_pass_jobs
 
     def store_large(self, url: str, above: int) -> None:
         """Send all results, however large."""
@@ -57,7 +57,7 @@ class StandInRunner:
             self._arrived.clear()
             await self._arrived.wait()
         batch = [self._ready.popleft() for _ in range(min(len(self._ready), self._jobs_per_pass))]
-        self._crowded = len(batch) if self._ready else 0
+        self._full_pass_jobs = len(batch) if self._ready else 0
         works = [standin.Work.of(lease.spec) for lease in batch]
         await asyncio.to_thread(_run, works)
         return [standin.chunks(work, lease) for work, lease in zip(works, batch, strict=True)]

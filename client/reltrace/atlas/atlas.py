@@ -158,7 +158,7 @@ class Atlas:
         Parameters
         ----------
         site : {"neuron", "head"}
-            Which of the two.
+            Of neurons or of heads.
         most : int, optional
             Number of them at most, from 1 on; default: all.
 
@@ -192,9 +192,9 @@ class Atlas:
             However it is capitalised; it may run over several tokens, and over the end of a line. A
             space finds white space of any kind that is shown as one.
         site : {"neuron", "head"}
-            Which of the two.
+            Of neurons or of heads.
         measure : {"relevance", "activation"}
-            Which contexts.
+            Measure by which the contexts are strong.
         k : int, default 20
             Number of results at most.
 
@@ -296,7 +296,7 @@ class Atlas:
         path : path
             The file, which is replaced; not the atlas' own file of imported labels.
         site : {"neuron", "head"}
-            Which of the two.
+            Of neurons or of heads.
         most : int, optional
             Number of labels at most, of those with most relevance, from 1 on; default: all.
 

@@ -85,12 +85,8 @@ class Context:
 class ContextLists(Mapping[str, list[Context]]):
     """The contexts of a feature by the names of `LISTS`; each list is read at its first access.
 
-    Parameters
-    ----------
-    read : callable
-        Returns the strongest contexts of a list, by its name and their number.
-    sizes : mapping of str to int
-        How many there are, by list.
+    `read` returns the strongest contexts of a list, by its name and their number; `sizes` is how
+    many there are.
     """
 
     def __init__(self, read: Callable[[str, int], list[Context]], sizes: Mapping[str, int]) -> None:
@@ -154,7 +150,7 @@ class Feature:
     site : str
         "neuron" or "head".
     layer, index : int
-        Which.
+        Decoder layer, and index in it.
     label : str
         The imported label, else one of the salient tokens; "" if there are none.
     labelled_by : str

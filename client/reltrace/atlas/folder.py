@@ -1,4 +1,4 @@
-"""The folder of an atlas: its lock, and the file of what is merged."""
+"""The folder of an atlas: its lock, and the file of its state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COUNTS = {"words/places": "positions", "words/prompts": "prompts", "words/targe
 
 
 class AtlasFolder:
-    """Where an atlas is kept. What is merged is one file, replaced in one step."""
+    """The folder of an atlas. Its state is one file, replaced in one step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class AtlasFolder:
         return (self.path / ATLAS).exists()
 
     def read(self) -> State:
-        """Read what is merged; raise InvalidArgument if there is no atlas, or it is damaged."""
+        """Read the state; raise InvalidArgument if there is no atlas, or it is damaged."""
         from safetensors import safe_open
 
         path = self.path / ATLAS
@@ -68,7 +68,7 @@ class AtlasFolder:
             raise damaged(path, error) from error
 
     def write(self, state: State) -> None:
-        """Replace what is merged, durably and in one step."""
+        """Replace the state, durably and in one step."""
         arrays = {
             f"{site}/{name}": getattr(merged, name)
             for site, merged in state.sites.items()

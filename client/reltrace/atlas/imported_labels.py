@@ -43,19 +43,8 @@ class ImportedLabel:
 class ImportedLabels:
     """The labels that were imported into an atlas.
 
-    Parameters
-    ----------
-    folder : Path
-        Of the atlas.
-    check : callable
-        Takes a site, a layer and an index; raises InvalidArgument if the atlas has none such.
-    made_by : sequence of str
-        Name and revision of the model whose neurons and heads are labelled.
-
-    Raises
-    ------
-    InvalidArgument
-        If the file is damaged, or of another model.
+    `check` raises InvalidArgument if the atlas has no such site, layer and index; `made_by` is name
+    and revision of its model. Raises InvalidArgument if the file is damaged, or of another model.
     """
 
     def __init__(
@@ -86,13 +75,7 @@ class ImportedLabels:
             )
 
     def add(self, path: Path, built_in: Callable[[Key], str]) -> int:
-        """Import the labels of a file, all or none. See `Atlas.import_labels`.
-
-        Parameters
-        ----------
-        built_in : callable
-            Returns the built-in label of a feature.
-        """
+        """Import the labels of a file, all or none. See `Atlas.import_labels`."""
         labels = dict(self._labels)
         with path.open("rb") as lines:
             for key, label in self._read(lines, str(path)):

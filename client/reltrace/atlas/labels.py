@@ -80,17 +80,8 @@ def log_odds(inside: Array, of: int, everywhere: Array, of_all: int) -> Array:
     16, 19 and 22 of Monroe, Colaresi and Quinn, "Fightin' Words" (2008). (Not the shorter equation
     20: it takes every token to be rare, and here one may be in all of the part.)
 
-    Parameters
-    ----------
-    inside, everywhere : ndarray
-        int [N]: counts of the tokens in the part, and, positive, in the corpus with the part.
-    of, of_all : int
-        Counts of all tokens in the part, and in the corpus.
-
-    Returns
-    -------
-    ndarray
-        float64 [N], in standard deviations.
+    int [N], counts of the tokens in the part and in the corpus with the part; `of` and `of_all` are
+    the counts of all tokens in these. Returns float64 [N].
     """
     prior = _PRIOR * everywhere / of_all
     (here, not_here), (there, not_there) = (
@@ -109,11 +100,6 @@ def label_tokens(found: Sequence[SalientToken]) -> list[SalientToken]:
     Each word once, however it is capitalised, in the role in which it is clearest. The score of a
     token without a letter or digit (white space, punctuation) counts half: so a neuron of full
     stops is labelled "." unless a word is at least half as clear.
-
-    Parameters
-    ----------
-    found : sequence of SalientToken
-        The clearest first.
     """
     words: dict[str, SalientToken] = {}
     for one in found:

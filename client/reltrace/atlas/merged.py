@@ -20,30 +20,15 @@ those of positive x."""
 
 @dataclass(eq=False)
 class MergedSite:
-    """What is known of the features of one site.
+    """The merged lists, sums and histograms of the features of one site."""
 
-    Attributes
-    ----------
-    values : ndarray
-        float32 [L, 4, k, F]: absolute values of the strongest examples by `LISTS`; 0: none.
-    beside : ndarray
-        float32 of the same shape: the activation in lists of relevance, and the reverse.
-    prompts, tokens : ndarray
-        int64 and int32 of the same shape: number of the prompt in the corpus, and position of the
-        token; -1: none.
-    high, low : ndarray
-        int64 [L, 3, F]: sums in units of 2**-40 are ``high * 2**32 + low``.
-    histogram : ndarray
-        int64 [L, 2, F, bins].
-    """
-
-    values: Array
-    beside: Array
-    prompts: Array
-    tokens: Array
-    high: Array
+    values: Array  # float32 [L, 4, k, F]: |x| of the strongest examples, by `LISTS`; 0: none
+    beside: Array  # float32 [L, 4, k, F]: the activation in lists of relevance, and the reverse
+    prompts: Array  # int64 [L, 4, k, F]: number of the prompt in the corpus; -1: none
+    tokens: Array  # int32 [L, 4, k, F]: position of the token; -1: none
+    high: Array  # int64 [L, 3, F]: sums in units of 2**-40 are high * 2**32 + low
     low: Array
-    histogram: Array
+    histogram: Array  # int64 [L, 2, F, bins]
 
     @classmethod
     def empty(cls, strongest: tuple[int, ...], bins: int) -> MergedSite:

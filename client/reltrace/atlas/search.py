@@ -28,7 +28,7 @@ class FeatureMatch:
     site : str
         "neuron" or "head".
     layer, index : int
-        Which.
+        Decoder layer, and index in it.
     label : str
         Its label; "" if it has none.
     contexts : str
@@ -54,25 +54,13 @@ class FeatureMatch:
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """The contexts that have a text, of one list, for all features of a site.
+    """The contexts that have a text, of one list, for all features of a site."""
 
-    Attributes
-    ----------
-    name : str
-        Of the list.
-    counts, of : ndarray
-        int64 [L, F]: number of contexts that have it, and of all.
-    strength : ndarray
-        float64 [L, F]: sum of their values.
-    first : ndarray
-        int64 [L, F]: index in the list of the strongest.
-    """
-
-    name: str
-    counts: Array
-    of: Array
-    strength: Array
-    first: Array
+    name: str  # of the list
+    counts: Array  # int64 [L, F]: number of contexts that have it
+    of: Array  # int64 [L, F]: number of all
+    strength: Array  # float64 [L, F]: sum of their values
+    first: Array  # int64 [L, F]: index in the list of the strongest
 
 
 def ranked(

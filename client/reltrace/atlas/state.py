@@ -1,4 +1,4 @@
-"""What is merged of the slices of an atlas: everything but the corpus."""
+"""The merged state of an atlas: everything but the corpus."""
 
 from __future__ import annotations
 
@@ -15,34 +15,19 @@ from reltrace.types.atlas_shard import SITES, AtlasShard
 
 @dataclass(eq=False)
 class TokenCounts:
-    """Counts of tokens, by their ids.
+    """Counts of tokens, by their ids; int64 [V] each."""
 
-    Attributes
-    ----------
-    positions : ndarray
-        int64 [V]: counted positions of the token.
-    prompts : ndarray
-        int64 [V]: prompts that have it.
-    targets : ndarray
-        int64 [V]: prompts whose explained token it is; where prompts explain their own next tokens,
-        counted positions that it follows.
-    """
-
+    # Counted positions of the token.
     positions: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    # Prompts that have it.
     prompts: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    # Prompts whose explained token it is; where prompts explain their own next tokens, counted
+    # positions that it follows.
     targets: Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def add(self, token_ids: Array, lengths: Array, counted: Array, targets: Array) -> None:
-        """Add a slice of the corpus.
-
-        Parameters
-        ----------
-        token_ids, lengths : ndarray
-            As in `AtlasShard`.
-        counted : ndarray
-            bool [T]: whether a token's position is counted.
-        targets : ndarray
-            int [N]: tokens that are explained.
+        """Add a slice: arrays of `AtlasShard`, which positions are counted (bool [T]), and the
+        tokens that are explained (int [N]).
         """
         size = 1 + max((int(a.max()) for a in (token_ids, targets) if a.size), default=-1)
         prompt = np.repeat(np.arange(len(lengths)), lengths)
@@ -61,33 +46,15 @@ def _sum(one: Array, other: Array) -> Array:
 
 @dataclass(eq=False)
 class State:
-    """Everything of an atlas but the corpus.
+    """Everything of an atlas but the corpus."""
 
-    Attributes
-    ----------
-    about : dict
-        Settings, and "made_by": name and revision of the model.
-    sites : dict of str to MergedSite
-        Empty before the first slice.
-    digests : dict of int to str
-        Of the slices that are merged.
-    vocabulary : dict of int to str
-        Texts of the tokens.
-    special : set of int
-        Special tokens among them.
-    skipped : dict of int to str
-        Prompts that were left out, by their number in the corpus, and why.
-    prompts, tokens : int
-        How many were read.
-    """
-
-    about: dict[str, Any]
-    sites: dict[str, MergedSite] = field(default_factory=dict)
-    digests: dict[int, str] = field(default_factory=dict)
-    vocabulary: dict[int, str] = field(default_factory=dict)
-    special: set[int] = field(default_factory=set)
-    skipped: dict[int, str] = field(default_factory=dict)
-    prompts: int = 0
+    about: dict[str, Any]  # settings, and "made_by": name and revision of the model
+    sites: dict[str, MergedSite] = field(default_factory=dict)  # empty before the first slice
+    digests: dict[int, str] = field(default_factory=dict)  # of the slices that are merged
+    vocabulary: dict[int, str] = field(default_factory=dict)  # texts of the tokens
+    special: set[int] = field(default_factory=set)  # special tokens among them
+    skipped: dict[int, str] = field(default_factory=dict)  # prompts that were left out, and why
+    prompts: int = 0  # that were read
     tokens: int = 0
     counts: TokenCounts = field(default_factory=TokenCounts)
 

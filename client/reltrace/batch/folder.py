@@ -44,7 +44,7 @@ class ProvenanceMismatch(TraceError):  # noqa: N818 - like the other errors of a
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the numbers of a batch, and how they are kept; fixed for its folder.
+    """The settings of a batch that decide its numbers and files; fixed for its folder.
 
     Arguments of `trace`, as JSON holds them, for prompts that do not say otherwise; the formats of
     output and input; and the number of machines that share the prompts.

@@ -1,4 +1,4 @@
-"""Which prompts of a batch are done, and where their traces are: a SQLite file in its folder.
+"""The journal of a batch: a SQLite file of which prompts are done, and where their traces are.
 
 A file of traces counts once a transaction names it. A crash leaves at most a file that none names,
 which the next run removes.

@@ -25,7 +25,7 @@ _SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 class Batch:
     """The traces of a folder that `reltrace batch` wrote, in the order of the prompts.
 
-    Traces are read when they are asked for; in memory are where they are (16 bytes each) and the
+    Traces are read when they are asked for; in memory are their locations (12 bytes each) and the
     files that were used last. `len(batch)` is the number of traces, and `batch[i]` the i-th.
 
     Parameters

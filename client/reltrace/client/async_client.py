@@ -151,19 +151,19 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
             Text, encoded by the model's tokenizer.
         messages : sequence of mapping
             A conversation instead of `prompt`, each message with "role" and "content" (a text, or a
-            list of text parts as OpenAI has them, joined as they are): the model's own chat
-            template makes a text of it, with the start of the assistant's next turn at its end.
+            list of text parts in OpenAI's form, which are concatenated). The model's own chat
+            template makes a text of it that ends with the start of the assistant's next turn.
         input_ids : sequence of int
             Token ids instead of `prompt`, used as they are.
         add_special_tokens : bool, default True
-            Put in front of `prompt` what the tokenizer puts there (BOS), unless the text begins
-            with it. An EOS is never appended.
+            Put the tokenizer's first token (BOS) in front of `prompt`, unless the text begins with
+            it. An EOS is never appended.
         model : str, optional
             Name of a served model (see `models`); default: the only one.
         sites : str or sequence of str, default ("resid",)
             Where relevance is read: "embed" (input embeddings), "resid" (output of each decoder
-            layer), and what else the model's workers serve. Empty: no backward pass is run, and
-            the result has its target's logit and no relevance.
+            layer), and any other site that the model's workers serve. Empty: no backward pass is
+            run, and the result has the logit of its target but no relevance.
         reduce : str, default "token"
             What is summed before the result is sent: "token" leaves one value per token,
             "feature" one per feature, "full" everything; "topk" keeps the `top_k` largest |R| of
@@ -172,17 +172,17 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
             What is explained: "max" (the largest logit at the last position), a token's text, a
             token id, or a `Target`. Targets of one list share one forward pass.
         rule : str, default "attnlrp"
-            Propagation rule: "attnlrp", "cp_lrp" or "gradient", as the model's workers serve.
+            Propagation rule: "attnlrp", or another one that the model's workers serve.
         dtype : {"float32", "bfloat16", "float16"}
-            Number format in which relevance travels.
+            Number format in which relevance is sent.
         layers : sequence of int, optional
-            Decoder layers that the result has, in this order, counted from 0; default: all.
+            Decoder layers of the result, in this order, counted from 0; default: all.
         top_k : int, optional
             With ``reduce="topk"``: values per layer, 1 to 4096; a layer with fewer gives all.
         edits : Edit, Steer or a sequence of these, optional
-            Made in this order in the forward pass; relevance is that of the edited model.
+            Applied in this order in the forward pass; relevance is that of the edited model.
         priority : {"interactive", "batch"}
-            Who goes first where jobs wait: "batch" leaves room for what is interactive.
+            Priority in the queue: "batch" jobs leave workers to interactive ones.
         timeout : float, optional
             Seconds for the whole call; default: as long as the server takes.
 
@@ -207,8 +207,8 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
 
         Notes
         -----
-        While the server's queue is full the call waits for as long as the server asks. A call that
-        is given up (its `timeout` is over, or Ctrl-C) cancels its job on the server.
+        While the server's queue is full, the call waits for as long as the server asks. If it ends
+        early (its `timeout` is over, or Ctrl-C), its job is cancelled on the server.
         """
         job = Arguments(
             prompt, input_ids, messages, add_special_tokens, model, sites, reduce, target, rule,
@@ -253,21 +253,21 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
         ----------
         items : iterable
             Prompts, or mappings of the arguments of `trace` (without `timeout`) plus an
-            optional "id" (str or int; default: its place, from 0). Whether ids are equal is not
-            checked. Pulled as needed, in a thread of its own unless it is a list or tuple, so that
-            a source may block.
+            optional "id" (str or int; default: the item's index). Ids are not checked to be
+            different. Pulled as needed, in a thread of its own unless it is a list, tuple or async
+            iterable, so that it may block.
         ordered : bool, default False
             Give results in the order of the items instead of as they finish.
         progress : bool, default False
             Show a tqdm bar.
         add_special_tokens, model, sites, reduce, target, rule, dtype, layers, top_k, edits
-            As in `trace`, for the items that do not say otherwise.
+            As in `trace`, for the items that do not set them.
         output_uri : str, optional
-            Folder, as a URL such as "s3://bucket/run-1", that workers write tensors to instead of
-            sending them; one that the server allows. A trace then reads its own when they are
-            first looked at (s3 takes `pip install "reltrace[s3]"`).
+            Folder, as a URL such as "s3://bucket/run-1" that the server allows, to which workers
+            write tensors instead of sending them. A trace reads its tensors when they are first
+            accessed (s3 takes `pip install "reltrace[s3]"`).
         max_in_flight : int, default 1024
-            Most items pulled from `items` whose results have not been handed out.
+            Most items pulled from `items` whose results have not been yielded.
         priority : {"interactive", "batch"}
             As in `trace`.
         timeout : float, optional
@@ -293,9 +293,9 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
 
         Notes
         -----
-        Leaving the loop early stops pulling and reading, and cancels on the server what has not
-        ended there; so do `timeout`, an error and Ctrl-C. Results are acknowledged, and freed on
-        the server, once they are here.
+        If the loop ends early, by `break`, `timeout`, an error or Ctrl-C, no further items are
+        pulled, and jobs that have not ended are cancelled on the server. Results are acknowledged,
+        and so freed on the server, once they are here.
         """
         defaults = Arguments(
             None, None, None, add_special_tokens, model, sites, reduce, target, rule,
@@ -321,7 +321,7 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
         model: str | None = None,
         timeout: float | None = None,
     ) -> Tokens:
-        """Return a prompt as a model reads it: its tokens, and where they stand in its text.
+        """Return a prompt as a model reads it: its tokens, and their positions in its text.
 
         Parameters
         ----------
@@ -339,7 +339,7 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
         Returns
         -------
         Tokens
-            What `trace` of the same prompt has.
+            As `trace` of the same prompt has them.
 
         Raises
         ------

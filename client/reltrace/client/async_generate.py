@@ -65,7 +65,7 @@ class AsyncGenerate:
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Generation:
-        """Let a model go on with a prompt, as it is and steered.
+        """Let a model continue a prompt, with and without steering.
 
         Parameters
         ----------
@@ -78,29 +78,29 @@ class AsyncGenerate:
         add_special_tokens : bool, default True
             As in `trace`.
         steer : Steer, Edit or a sequence of these, optional
-            Made in this order for every token, of the prompt and of what is written. The same text
-            without them is written as well, in the same batch.
+            Applied in this order at every token, of the prompt and of the generated text. A text
+            without them is generated as well, in the same batch.
         max_new_tokens : int, default 64
-            At most so many tokens, 1 to 1024.
+            Most tokens to generate, 1 to 1024.
         temperature : float, default 0
-            0: always the token with the largest logit; else logits are divided by it and drawn
-            from.
+            0: always the token with the largest logit; else tokens are sampled from the logits
+            divided by it.
         top_p : float, default 0
-            Draw from the likeliest tokens that have this much probability together; 0: from all.
+            Sample from the likeliest tokens whose probabilities add up to this; 0: from all.
         seed : int, default 0
-            Of the draws: the same seed gives the same text, but for how the model's numbers are
-            rounded beside other texts. In bfloat16 that often decides a draw.
+            Seed of the sampling. The same seed gives the same text, unless the model's numbers are
+            rounded differently in another batch, which often decides a sample in bfloat16.
         model : str, optional
             Name of a served model; default: the only one.
         priority : {"interactive", "batch"}
-            Who goes first where jobs wait.
+            As in `trace`.
         timeout : float, optional
             Seconds for the whole call; default: as long as the server takes.
 
         Returns
         -------
         Generation
-            With what the model writes unsteered in `unsteered`, if anything was steered.
+            With the text without steering in `unsteered`, if anything was steered.
 
         Raises
         ------
@@ -130,9 +130,9 @@ class AsyncGenerate:
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> AsyncTextStream:
-        """Read along while a model goes on with a prompt, as it is and steered.
+        """Read the text of `generate` while it is generated.
 
-        Takes what `generate` takes, and raises the same, when pieces are taken.
+        Takes the same arguments. Errors of the server are raised when pieces are taken.
 
         Returns
         -------

@@ -28,7 +28,7 @@ class AsyncAdmin:
         Parameters
         ----------
         limit : int, default 100
-            At most so many.
+            Most jobs to return.
         """
         answer = await self._connection.call(
             lambda server: server.admin.ListQuarantinedJobs,
@@ -64,7 +64,7 @@ class AsyncAdmin:
         return [server_info.worker(wire) for wire in answer.workers]
 
     async def drain(self, *worker_ids: str) -> None:
-        """Have workers leave: they hand back what they have not begun, end what they have, and end.
+        """Drain workers: they return jobs that have not begun, finish the others, and end.
 
         Returns at once. A supervisor may start such a worker again, as a new one.
 
@@ -76,7 +76,7 @@ class AsyncAdmin:
         Raises
         ------
         NotFound
-            If one of them is not connected; then none is told.
+            If one of them is not connected; then none is drained.
         """
         check_strings(worker_ids, "worker_ids")
         await self._connection.call(
@@ -197,7 +197,7 @@ class AsyncQueries:
     async def cancel(self, *ids: str) -> int:
         """Cancel jobs: one that waits never runs, one that runs is dropped before its next pass.
 
-        Whoever reads their results gets `Cancelled`. Jobs that have ended stay as they are.
+        Calls that wait for their results raise `Cancelled`. Jobs that have ended stay as they are.
 
         Parameters
         ----------

@@ -43,53 +43,52 @@ class AsyncStudies:
         priority: Priority = "batch",
         progress: bool = False,
     ) -> Atlas:
-        """Keep, of a corpus, the strongest places of every neuron and every head.
+        """Build an atlas: the strongest examples of every neuron and every head in a corpus.
 
-        For each of them the k places (prompt, token) where its relevance, and where its activation,
-        is largest, positive and negative apart, with counts, means and histograms. By default every
-        prompt explains its own next token at all of its positions: the logits together, in one
-        backward pass, so that the relevance of a place is its part in all that follows. The first
-        token of a prompt, where attention rests when it is not needed, and special tokens are left
-        out of places, means and histograms. Workers take the
-        corpus in slices and merge on their device; what comes back is merged into `out`. The same
-        atlas comes of any number of workers of a kind, bit for bit. The call may be made again with
-        the same arguments: it does what is missing, also after SIGKILL, and reads what the server
-        has made for the call before.
+        For each of them it holds the k tokens at which its relevance, and its activation, are
+        largest, positive and negative apart, with counts, means and histograms. By default every
+        prompt explains its own next tokens: the logits at all of its positions together, in one
+        backward pass, so that the relevance at a token is its part in all that follows. The first
+        token of a prompt, on which unused attention rests, and special tokens are left out.
+
+        Workers take the corpus in slices and merge on their device; results are merged into `out`.
+        The atlas is the same, bit for bit, for any number of workers of a kind. A call that was
+        interrupted, by SIGKILL too, may be repeated with the same arguments: it does what is
+        missing, and reads what the server has kept of the interrupted call.
 
         Parameters
         ----------
         prompts : iterable of str or mapping
-            The corpus, at least one: texts, or mappings with "prompt" or "messages", a
-            conversation as in `trace`, and perhaps an "id", which is not kept; pulled as needed.
-            One that can not be traced is left out and noted.
+            The corpus, at least one prompt: texts, or mappings with "prompt" or "messages" as in
+            `trace`, and optionally an "id", which is not kept. Pulled as needed. A prompt that can
+            not be traced is left out and noted.
         out : path
-            Folder; made if need be.
+            Folder; created if it does not exist.
         model : str, optional
             Name of a served model; default: the only one.
         rule : str, default "attnlrp"
             Propagation rule.
         target : str, int or Target, optional
-            What is explained of every prompt instead of its next tokens: one, at its end by default
-            ("max" is what the model predicts there), and no continuation.
+            A target for every prompt instead of its next tokens; not a list and no continuation.
         positions : int, optional
-            Explain next tokens at so many positions of each prompt, drawn by `seed`; default: at
-            all.
+            Explain the next tokens at only this many positions of each prompt, drawn at random;
+            default: at all.
         seed : int, default 0
-            Of the draws.
+            Seed of these draws.
         keep_special : bool, default False
-            Count first and special tokens as well.
+            Include first and special tokens.
         add_special_tokens : bool, default True
-            As in `trace`, of the prompts that are texts.
+            As in `trace`, for prompts that are texts.
         k : int, default 16
-            Places of each list, 1 to 64.
+            Examples in each list, 1 to 64.
         slice : int, default 1024
-            Prompts that a worker takes at a time at most, 1 to 65536: fewer are lost with a worker,
-            more send fewer bytes. The first slices have 16 prompts, later ones up to a quarter of
-            what was before them.
+            Most prompts that a worker takes at a time, 1 to 65536. Less work is lost with a worker
+            if it is small, fewer bytes are sent if it is large. The first slices have 16 prompts,
+            later ones at most a quarter of all prompts before them.
         priority : {"interactive", "batch"}
             Of all jobs.
         progress : bool, default False
-            Show a bar.
+            Show a tqdm bar.
 
         Returns
         -------
@@ -99,12 +98,11 @@ class AsyncStudies:
         Raises
         ------
         InvalidArgument
-            If an argument is wrong, or `out` holds an atlas of other settings, of other prompts or
-            of more.
+            If an argument is wrong, or `out` holds an atlas of other settings or other prompts.
         ModelNotFound
             If no worker serves the model.
         JobFailed
-            If a slice can not be made: the model's numbers are not finite, say.
+            If a slice can not be made, for example because the model's numbers are not finite.
         """
         settings = AtlasSettings(
             model, rule, target, k, slice, priority, positions, seed, keep_special,
@@ -131,55 +129,53 @@ class AsyncStudies:
         progress: bool = False,
         timeout: float | None = None,
     ) -> Evaluation:
-        """Measure how well each rule tells what predictions rest on.
+        """Measure how well the relevance of each rule tells what predictions rest on.
 
-        What a rule calls most relevant is switched off first, step by step, then what it calls
-        least relevant, and the target is measured. A rule that knows what the prediction rests on
-        makes it fall at once in the one order and stay in the other: the area between the curves is
-        its score. A random order has an area of 0 on average.
+        Tokens or neurons are switched off step by step, the most relevant first, then the least
+        relevant first, and the target is measured. If relevance is right, the measure falls at
+        once in the first order and stays in the second: the area between the two curves is the
+        score of the rule. A random order has an area of 0 on average.
 
-        The area is that between the curves as `Evaluation.plot` draws them: straight from point to
-        point, on an axis of length 1, so that it is in units of the measure. The axis of tokens is
-        their share. That of neurons has n of them at log(1 + n): as many of a model's thousands
-        matter as a few, and on an axis of numbers these would have no width. It ends at half of
-        the neurons, past which both orders switch off the same ones, or at 4,096.
+        The curves are straight from point to point, as `Evaluation.plot` draws them, on an axis of
+        length 1, so that the area is in units of the measure. For tokens the axis is their share.
+        For neurons, of which a few among thousands matter, n of them are at log(1 + n); the axis
+        ends at half of the neurons, past which both orders switch off the same ones, or at 4,096.
 
         Parameters
         ----------
         prompts : iterable
             Prompts, or mappings with "prompt", "messages" or "input_ids" and, optionally, "id",
             "add_special_tokens", "target" and "answer": what the prediction is known to rest on, as
-            a text in the prompt that is made of whole tokens, but for white space, or as positions
-            of tokens (a list or 1-d array; one that is repeated counts once). No two have the same
-            id; where none is given, it is the prompt's place. Pulled as needed, in a thread of its
-            own unless it is a list or tuple.
+            a text in the prompt that consists of whole tokens, apart from white space, or as
+            positions of tokens (a list or 1-d array; repetitions count once). The
+            default id is the index of the prompt; ids must differ. Pulled as needed, in a thread of
+            its own unless it is a list or tuple.
         rules : sequence of str
             Rules that the model's workers serve, and "random".
         site : {"embed", "neuron"}
-            What is switched off: tokens, by what takes the place of their input embeddings, from
-            none to all that are not kept; or neurons, set to 0 at these tokens, from none to half
-            of them, at most 4,096.
+            What is switched off: tokens, by replacing their input embeddings, from none to all
+            that are not kept; or neurons, set to 0 at these tokens, from none to half of them, at
+            most 4,096.
         target : str, int or Target, default "max"
-            As in `trace`, but for a text: it is what follows the prompt, of one token or several,
-            explained and measured as one (`Target(continuation=...)`). What it resolves to stays
-            the target while things are switched off.
+            As in `trace`, except for a text: it is the continuation of the prompt, of one token or
+            several, explained and measured as one (`Target(continuation=...)`). The token that
+            "max" resolves to stays the target while things are switched off.
         measure : {"logprob", "probability", "logit"}
-            What of the target is measured; what is explained, `target` says. A logit alone may rise
-            as tokens go, with those of all other tokens.
+            What is measured of the target; what is explained depends on `target` alone. A logit may
+            rise when tokens are switched off, together with those of all other tokens.
         replace : str or int, default "zero"
-            What takes the place of tokens: "zero" and "mean" are input embeddings (that of zeros,
-            and the mean over the vocabulary); any other text, or an id, is a token. Of neurons:
-            "zero".
+            What replaces tokens: "zero" (zeros as input embeddings), "mean" (the mean over the
+            vocabulary), or a token by any other text or its id. For neurons only "zero".
         keep : {"special", "none"}
-            Tokens that stay as they are, with their neurons: the first one and the tokenizer's
-            special tokens, on which models rest their attention; or none.
+            Tokens that are never switched off, nor their neurons: the first one and the tokenizer's
+            special tokens, on which models rest unused attention; or none.
         model : str, optional
             Name of a served model; default: the only one.
         points : int, default 10
-            Steps of a curve, 2 to 100, equal on its axis. As many as a prompt has tokens switch
-            them off one by one; fewer cut the corners of its curves.
+            Steps of a curve, 2 to 100, of equal length on its axis. As many as a prompt has tokens
+            switch them off one by one; fewer flatten its curves.
         seed : int, default 0
-            Of the random order, from 0.
+            Seed of the random order, from 0.
         priority : {"interactive", "batch"}
             Of all jobs.
         progress : bool, default False
@@ -190,21 +186,17 @@ class AsyncStudies:
         Returns
         -------
         Evaluation
-            Scores by rule, with 95 % confidence intervals over prompts. A prompt that can not be
-            evaluated is left out, and noted in its `failures`; why the scores can not be trusted,
-            where they can not, in its `warnings`.
+            Scores by rule, with 95 % confidence intervals over prompts. Prompts that can not be
+            evaluated are left out and noted in its `failures`; reasons not to trust the scores
+            are in its `warnings`.
 
         Raises
         ------
         InvalidArgument
-            If an argument is wrong, or there is no prompt; the message names it and what is
-            allowed. So do rules and targets that the model does not have.
-        ModelNotFound
-            If no worker serves the model.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        DeadlineExceeded
-            If `timeout` is over.
+            If an argument is wrong, a rule or target is not one of the model's, or there is no
+            prompt.
+        TraceError
+            As `trace` does.
         Exception
             What `prompts` raises.
 

@@ -21,34 +21,18 @@ from reltrace.types.trace import Trace
 
 @dataclass(slots=True)
 class Curves:
-    """The curves of one prompt.
-
-    Attributes
-    ----------
-    trace : Trace
-        By the first rule; all rules have the same target.
-    free : tuple of int
-        Positions of the prompt's tokens that are not kept.
-    orders : dict of str to ndarray
-        By rule: indices of tokens or neurons, the most relevant first.
-    at : ndarray
-        How much is switched off at each point.
-    located : dict of str to (float, float)
-        By rule: whether the answer is strongest, and the share of positive relevance on it.
-    answer : tuple of int or None
-        Positions of the answer; None: it is not known, or neurons are switched off.
-    values : dict of tuple of int to float
-        What was measured, by the rising indices of what was switched off.
-    """
+    """The curves of one prompt."""
 
     prompt: Prompt
     settings: Settings
-    trace: Trace
-    free: tuple[int, ...]
-    orders: dict[str, NDArray[np.int64]]
-    at: Floats
+    trace: Trace  # by the first rule; all rules have the same target
+    free: tuple[int, ...]  # positions of the prompt's tokens that are not kept
+    orders: dict[str, NDArray[np.int64]]  # by rule: tokens or neurons, the most relevant first
+    at: Floats  # how much is switched off at each point
+    # By rule: whether the answer is strongest, and the share of positive relevance on it.
     located: dict[str, tuple[float, float]]
-    answer: tuple[int, ...] | None
+    answer: tuple[int, ...] | None  # its positions; None: unknown, or neurons are switched off
+    # What was measured, by the rising indices of what was switched off.
     values: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     @classmethod

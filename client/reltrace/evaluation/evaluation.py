@@ -1,4 +1,4 @@
-"""What an evaluation found."""
+"""The result of an evaluation, and its table."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from reltrace.types.errors import invalid
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RuleScore:
-    """How one rule did.
+    """The score of one rule.
 
     Attributes
     ----------
     area : Mean
         Area between the curves, in units of the measure: see `reltrace.Client.evaluate`.
     areas : ndarray
-        float64 [prompts]: of each prompt that was evaluated, in their order.
+        float64 [prompts]: of each evaluated prompt, in their order.
     most, least : ndarray
-        float64 [P]: what was measured, averaged over prompts, as what is most (least) relevant is
-        switched off first.
+        float64 [P]: the measured values, averaged over prompts, with the most (least) relevant
+        tokens or neurons switched off first.
     hit : Mean or None
         Share of prompts whose most relevant token is part of the answer; None without answers.
     mass : Mean or None
@@ -47,31 +47,32 @@ class RuleScore:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """What an evaluation found, rule by rule.
+    """The result of an evaluation, by rule.
 
     Attributes
     ----------
     model : str
-        The model, as it named itself; "" if no prompt could be evaluated.
+        Name of the model; "" if no prompt could be evaluated.
     site : str
         What was switched off: "embed" (tokens) or "neuron".
     measure : str
         What was measured of the target: "logprob", "probability" or "logit".
     replace : str
-        What took the place of tokens: "zero", "mean", or a token as the model writes it.
+        What replaced tokens: "zero", "mean", or a token as the model writes it.
     replace_id : int or None
-        Its id, where it was a token.
+        Id of that token.
     keep : str
-        Which tokens stayed as they are: "special" ones, with the first, or "none".
+        Which tokens were not replaced: "special" ones, with the first, or "none".
     prompts : int
-        How many were evaluated.
+        Number of evaluated prompts.
     at : ndarray
-        float64 [P]: what was switched off at each point: shares of tokens, or numbers of neurons.
+        float64 [P]: how much was switched off at each point: shares of tokens, or numbers of
+        neurons.
     rules : mapping of str to RuleScore
-        In the order that was asked for.
+        In the order of the call.
     warnings : tuple of str
-        Why the areas can not be trusted, where they can not: the target rises as tokens go, or does
-        not fall without the known answer.
+        Why the areas can not be trusted: the target rises as tokens are replaced, or does not fall
+        without the known answer. Empty if they can.
     failures : mapping
         Prompts that could not be evaluated, by id, and why.
     """
@@ -119,14 +120,9 @@ class Evaluation:
 
         None is what there is no number for: the margin of a single prompt, means of none.
         """
+        scalars = ("model", "site", "measure", "replace", "replace_id", "keep", "prompts")
         return {
-            "model": self.model,
-            "site": self.site,
-            "measure": self.measure,
-            "replace": self.replace,
-            "replace_id": self.replace_id,
-            "keep": self.keep,
-            "prompts": self.prompts,
+            **{name: getattr(self, name) for name in scalars},
             "at": self.at.tolist(),
             "rules": {
                 rule: {

@@ -19,24 +19,12 @@ _ALLOWED = ("id", *_INPUTS, "target", "answer")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt.
+    """One prompt."""
 
-    Attributes
-    ----------
-    number : int
-        From 0.
-    id : str or int
-        The given one, else `number`.
-    item : mapping
-        Arguments of `trace`: the input, and perhaps a target.
-    answer : str, tuple of int or None
-        What the prediction is known to rest on: a text, or positions of tokens, each once.
-    """
-
-    number: int
-    id: str | int
-    item: Mapping[str, Any]
-    answer: str | tuple[int, ...] | None
+    number: int  # from 0
+    id: str | int  # the given one, else `number`
+    item: Mapping[str, Any]  # arguments of `trace`: the input, and perhaps a target
+    answer: str | tuple[int, ...] | None  # what the prediction rests on: a text, or positions
 
     @classmethod
     def of(cls, number: int, given: object) -> Prompt:

@@ -37,25 +37,9 @@ _SHARED_TARGET = ("target", "target.token", "target.contrast")
 class Evaluator:
     """One evaluation.
 
-    Parameters
-    ----------
-    connection : Connection
-        To the server.
-    settings : Settings
-        What is evaluated, and how.
-    arguments : Arguments
-        Model and target of prompts that do not say otherwise.
-    priority : str
-        Of all jobs.
-    deadline : Deadline
-        Of the whole evaluation.
-    done : callable
-        Called once for each prompt that has been evaluated or has failed, with its Failure or None.
-
-    Raises
-    ------
-    InvalidArgument
-        If something is wrong that all prompts share.
+    `arguments` has model and target of prompts that do not say otherwise; `done` is called once for
+    each prompt that has been evaluated or has failed, with its Failure or None. Raises
+    InvalidArgument if something is wrong that all prompts share.
     """
 
     def __init__(
@@ -82,14 +66,9 @@ class Evaluator:
         self._failures: dict[int, Failure] = {}
 
     async def run(self, prompts: object) -> Evaluation:
-        """Evaluate prompts, some dozens at a time.
+        """Evaluate prompts, some dozens at a time; of a list all are checked first.
 
-        Raises
-        ------
-        InvalidArgument
-            There are none, or one is wrong; of a list all are checked before anything is run.
-        TraceError
-            Something is wrong with all of them, such as the model.
+        Raises TraceError if something is wrong with all of them, such as the model.
         """
         source = open_source(prompts, "prompts")
         if isinstance(prompts, list | tuple):

@@ -74,14 +74,9 @@ def tokens_at(share: float, tokens: int) -> int:
 def area(most: Floats, least: Floats, at: Floats) -> float:
     """Return the area between two curves by trapezoids: least minus most relevant first.
 
-    The larger, the better the order tells what the target rests on; 0 for a random order. In units
-    of the target, for the axis of `on_axis`. (Blücher, Vielhaben & Strodthoff, "Decoupling pixel
-    flipping and occlusion strategy for consistent XAI benchmarks", 2024; used for AttnLRP by
-    Achtibat et al., 2024, section 4.1.)
-
-    Parameters
-    ----------
-    most, least, at
-        float64 [P]: the target after each step, and the points on the axis.
+    float64 [P] each: the target after each step, and the points on the axis of `on_axis`. The
+    larger, the better the order tells what the target rests on; 0 for a random order. (Blücher,
+    Vielhaben & Strodthoff, "Decoupling pixel flipping and occlusion strategy for consistent XAI
+    benchmarks", 2024; used for AttnLRP by Achtibat et al., 2024, section 4.1.)
     """
     return float(np.trapezoid(least - most, at))

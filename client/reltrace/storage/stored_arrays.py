@@ -53,8 +53,9 @@ class StoredLocation:
 class StoredArrays(Mapping[str, Mapping[str, Array]]):
     """The arrays of a trace, by site and part, read from their store at the first access.
 
-    For tensors that stay in the store. What a server keeps only until it is acknowledged is read
-    before that, by `read_together`. `sites` is their order; by default that of the file.
+    For tensors that stay in the store. Those that a server keeps only until the result is
+    acknowledged are read before that, by `read_together`. `sites` is their order; by default that
+    of the file.
     """
 
     def __init__(self, location: StoredLocation, sites: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""What operators see of a server: quarantined jobs and tenants."""
+"""What operators query: quarantined jobs and tenants."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from reltrace.types.errors import LostLease, lost_leases
 
 @dataclass(frozen=True, slots=True)
 class QuarantinedJob:
-    """A job that was quarantined: it lost its worker too often.
+    """A job that was quarantined because it lost its worker too often.
 
     Attributes
     ----------
     id, tenant : str
-        The job, and whose it is.
+        The job's id, and its tenant.
     model : str
-        That it asked for.
+        The model that it asked for.
     prompt : str or None
-        Its text; None if it came as token ids.
+        Its text; None if token ids were submitted.
     input_ids : tuple of int
-        Its token ids; empty if it came as text.
+        Its token ids; empty if a text was submitted.
     lost_leases : tuple of LostLease
         The workers that it lost.
     """
@@ -42,9 +42,9 @@ class Requeued:
     Attributes
     ----------
     quarantined_id : str
-        What it was called.
+        The id that it had.
     id : str
-        What it is called now.
+        Its new id.
     """
 
     quarantined_id: str
@@ -53,19 +53,18 @@ class Requeued:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Whoever jobs belong to.
+    """A tenant, to which jobs belong.
 
     Attributes
     ----------
     name : str
         The tenant.
     weight : float or None
-        Its share of the workers, against other tenants that wait; None: 1.
+        Its share of the workers in proportion to other tenants with queued jobs; None: 1.
     max_jobs, max_bytes : int or None
-        Bounds on its jobs, and on the bytes of these and of results that nobody has read; None:
-        the server's default.
+        Bounds on `jobs` and `bytes`; None: the server's default.
     jobs, bytes : int
-        What it holds at present.
+        Its jobs that have not ended, and the bytes of these and of unread results.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Changes of what flows through the model: neurons switched off or on, directions added."""
+"""Changes of activations in the forward pass: neurons set or scaled, directions added."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reltrace.types.errors import invalid
 
 _INDICES = (0, 2**32 - 1)
 _POSITIONS = (-(2**31), 2**31 - 1)
-# A norm squares what flows through it, which has to stay within float32.
+# A norm squares activations, which have to stay within float32.
 _LARGEST_VALUE = 1e9
 _CHANGES = ("value", "scale", "direction", "mean")
 
@@ -32,7 +32,7 @@ class Edit:
     features : int or sequence of int, optional
         Neurons, heads or dimensions that are changed; default: all.
     positions : int or sequence of int, optional
-        Tokens at which they are changed, negative from the end of the prompt; default: all, of
+        Tokens at which they are changed, from the end of the prompt if negative; default: all,
         generated tokens too.
     value : float, optional
         Set to this, -1e9 to 1e9; of a head, every value that it is made of.
@@ -103,13 +103,13 @@ class Steer:
     neuron : int, optional
         Of its MLP.
     value : float, optional
-        What the neuron is set to.
+        Set the neuron to this.
     scale : float, optional
-        What it is multiplied by, 0 switches it off; with `direction`, how much of it is added.
+        Multiply the neuron by this, 0 switches it off; or add `direction` times this.
     direction : array of float, optional
         Instead of a neuron: added to the output of the layer, one value per dimension.
     positions : int or sequence of int, optional
-        Only at these tokens of the prompt, negative from its end; default: everywhere, in generated
+        Only at these tokens of the prompt, from its end if negative; default: all, generated
         tokens too.
 
     Raises
@@ -138,7 +138,7 @@ class Steer:
                 "neuron", self.layer, neuron, self.positions, value=self.value, scale=self.scale
             )
         if self.value is not None:
-            raise invalid("value", "is for a neuron; how much of a direction is added, scale says")
+            raise invalid("value", "is for a neuron; a direction is multiplied by scale")
         factor = 1.0 if self.scale is None else finite(self.scale, "scale")
         vector = np.frombuffer(_vector(self.direction), "<f4") * np.float32(factor)
         return Edit("resid", self.layer, positions=self.positions, direction=vector)

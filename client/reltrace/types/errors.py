@@ -35,9 +35,9 @@ class TraceError(Exception):
     Attributes
     ----------
     violations : tuple of Violation
-        The faults of the request, where the error is about its fields; else empty.
+        The faults of the request, if the error is about its fields.
     job_id : str or None
-        The job that ended with it, as the server's logs name it; None where there was none.
+        Id of the job that ended with it, as in the server's logs; None if there was none.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class DeadlineExceeded(TraceError, TimeoutError):
 
 
 class ResourceExhausted(TraceError):
-    """The server has no room for the request and named no time to come back."""
+    """The server has no room for the request, and no time after which to try again."""
 
 
 class PermissionDenied(TraceError):
-    """The server does not let this caller in."""
+    """The server refuses this caller, or this call to it."""
 
 
 class Cancelled(TraceError):
@@ -81,12 +81,12 @@ class Cancelled(TraceError):
 
 
 class JobFailed(TraceError):
-    """The worker could not finish the job, through no fault of the arguments."""
+    """The worker could not finish the job, for a reason other than its arguments."""
 
 
 @dataclass(frozen=True, slots=True)
 class LostLease:
-    """A worker that fell silent, or died, while it had the job.
+    """A worker that died, or stopped sending heartbeats, while it had the job.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class LostLease:
     worker : str
         The worker's id.
     lost_at : datetime.datetime or None
-        When the server gave it up, in UTC.
+        When its lease expired, in UTC.
     """
 
     attempt: int

@@ -1,4 +1,4 @@
-"""An item of many that gave no trace."""
+"""Items of `trace_many` that failed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from reltrace.types.errors import TraceError, with_item
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An item of `trace_many` that gave no trace.
+    """An item of `trace_many` that failed.
 
     Attributes
     ----------
     id : str or int
         The item's id: the given one, else its index.
     reason : TraceError
-        Why.
+        Why it failed.
     error : TraceError
-        Why, and of which item: `reason` with the id in front of its message, to be raised.
+        `reason` with the item's id in front of its message, to be raised.
     """
 
     id: str | int
@@ -31,7 +31,7 @@ class Failure:
 
     @property
     def job_id(self) -> str | None:
-        """The job that failed, as the server's logs name it; None where there was none."""
+        """Id of the job that failed, as in the server's logs; None if there was none."""
         return self.error.job_id
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What is put before a model: a text, the messages of a conversation, or token ids."""
+"""The input of a job: a text, the messages of a conversation, or token ids."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from reltrace.types.errors import invalid
 from reltrace.types.target import token_ids
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-"""Of a conversation, the oldest first: each with "role" and "content", a text or a list of parts
-`{"type": "text", "text": "..."}`, whose texts are put together as they are."""
+"""The messages of a conversation, the oldest first: each with "role" and "content", a text or a
+list of parts `{"type": "text", "text": "..."}`, whose texts are concatenated."""
 
 # The server takes requests of 16 MiB, of which the job is not all.
 MAX_JOB_BYTES = 16 * 1024 * 1024 - 4096

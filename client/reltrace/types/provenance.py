@@ -1,4 +1,4 @@
-"""What a trace was computed for, and by what."""
+"""The target of a trace, and what computed it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Candidate(NamedTuple):
     Attributes
     ----------
     token : str
-        Named as in `Trace.tokens`; a target takes it back.
+        Its text, as in `Trace.tokens`.
     token_id : int
         Its id.
     logit : float
         Its logit.
     probability : float
-        That of the model at this position, from 0 to 1.
+        Its probability at this position, from 0 to 1.
     """
 
     token: str
@@ -69,7 +69,7 @@ class ResolvedTarget:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a number comes from.
+    """What computed the numbers of a trace.
 
     Attributes
     ----------

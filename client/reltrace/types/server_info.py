@@ -23,7 +23,7 @@ class Model:
     Attributes
     ----------
     name, revision, architecture : str
-        What it is; `name` is what `trace(model=...)` takes.
+        Its identity; `trace(model=...)` takes the name.
     layers, hidden_size, heads, intermediate_size, vocab_size : int
         Its shape.
     context_length : int
@@ -33,7 +33,7 @@ class Model:
     dtype : str
         Number format of its weights and activations.
     sites, rules, reductions : tuple of str
-        What its workers serve.
+        The sites, rules and reductions that its workers serve.
     workers : int
         How many workers have it loaded at present.
     """
@@ -64,7 +64,7 @@ class Queue:
     model : str
         The model.
     queued, leased : int
-        Jobs that wait, and jobs that a worker has.
+        Jobs in the queue, and jobs that a worker has.
     """
 
     model: str
@@ -89,9 +89,9 @@ class Worker:
     connected_at, seen_at : datetime.datetime or None
         In UTC.
     further_models : tuple of str
-        Others that it has loaded, and serves in turn.
+        Other models that it has loaded, and serves in turn.
     draining : bool
-        It was told to leave: it ends what it has begun.
+        It finishes the jobs that it has begun, and then ends.
     """
 
     id: str
@@ -114,12 +114,12 @@ class JobStatus:
     id : str
         The job's id.
     state : {"queued", "leased", "succeeded", "failed", "cancelled", "quarantined"} or None
-        None: the server does not know it, because its result was read or has expired, or because
-        there never was such a job.
+        None: unknown to the server, because its result was read or has expired, or because there
+        never was such a job.
     attempt : int
-        How often it was given to a worker.
+        How many times it was leased to a worker.
     worker : str
-        The worker that has it or had it last.
+        The latest of these workers.
     """
 
     id: str
@@ -145,7 +145,7 @@ class Status:
     redis_version : str
         Of the store.
     redis_memory_bytes : int
-        What the store uses.
+        Memory that the store uses.
     """
 
     version: str

@@ -1,4 +1,4 @@
-"""What is traced: from a caller's `target` to the wire."""
+"""Targets, and their translation to the wire."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class Target:
         that the model's tokenizer encodes as exactly one token, or a token id. (A token
         whose text is literally "max" is given by its id.)
     position : int, default -1
-        Index of the prompt token whose next-token logits are read; negative counts from
-        the end.
+        Index of the prompt token whose next-token logits are read, from the end if negative.
     contrast : str or int, optional
         Subtract this token's logit.
     continuation : str or sequence of int, optional
@@ -135,7 +134,7 @@ def _one_to_wire(target: Any, field: str) -> types_pb2.Target:
         else:
             wire.continuation.ids.ids.extend(target.continuation)
         return wire
-    # What is the default is not sent.
+    # Defaults are not sent.
     if target.token != "max":
         wire.token.CopyFrom(_token_to_wire(target.token))
     if target.position != -1:

@@ -1,4 +1,4 @@
-"""What a model reads: the tokens of a text, and where they stand in it."""
+"""Prompts as a model reads them: tokens and their positions in the text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Tokens:
     turns : tuple of Turn
         Of a conversation.
     hints : tuple of str
-        What a reader should know of how the input was read, in sentences.
+        Sentences about anything unexpected in how the prompt was read.
     special_positions : tuple of int
         Positions of the tokenizer's special tokens.
     """
@@ -80,7 +80,7 @@ class Tokens:
 
 
 class FirstTokenShare(NamedTuple):
-    """How much of |R| stands on the first token of a prompt, from 0 to 1.
+    """The share of |R| at the first token of a prompt, from 0 to 1.
 
     Attributes
     ----------

@@ -89,7 +89,7 @@ def strongest(trace: Trace, k: int, site: str) -> list[Entry]:
     """Return the entries with the largest absolute values. See `Trace.top`."""
     k = whole_number(k, "k", 1)
     size = np.abs(values_of(trace, site), dtype=np.float32)
-    # What is not finite comes last.
+    # Values that are not finite come last.
     size[~np.isfinite(size)] = -1
     k = min(k, len(size))
     rows = np.argpartition(-size, k - 1)[:k] if k else np.empty(0, int)

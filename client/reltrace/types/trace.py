@@ -1,4 +1,4 @@
-"""A relevance trace: what the service gives back."""
+"""A relevance trace: the result of a job."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class Trace:
             If the reduction summed over the tokens.
         """
         site = self._site(site)
-        # Not told by the shape alone: there may be as many tokens as features.
+        # The shape alone does not tell: there may be as many tokens as features.
         if self.provenance.reduction not in _PER_TOKEN:
             raise self._no_value_per_token()
         values = self[site]
@@ -169,7 +169,7 @@ class Trace:
         return values
 
     def first_token_share(self, site: str | None = None) -> FirstTokenShare:
-        """Return how much of |R| stands on the first token.
+        """Return the share of |R| at the first token.
 
         Attention that is not needed elsewhere rests on it, so that it may carry much relevance
         that says little of the prompt: NUMBERS.md says what to do then.

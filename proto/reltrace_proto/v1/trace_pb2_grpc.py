@@ -5,7 +5,7 @@ import warnings
 
 from reltrace_proto.v1 import trace_pb2 as reltrace_dot_v1_dot_trace__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.2'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in reltrace/v1/trace_pb2_grpc.py depends on'
+        + f' but the generated code in reltrace/v1/trace_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class TraceServiceStub:
+class TraceServiceStub(object):
     """What clients call.
     """
 
@@ -67,7 +67,7 @@ class TraceServiceStub:
                 _registered_method=True)
 
 
-class TraceServiceServicer:
+class TraceServiceServicer(object):
     """What clients call.
     """
 
@@ -156,7 +156,7 @@ def add_TraceServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class TraceService:
+class TraceService(object):
     """What clients call.
     """
 

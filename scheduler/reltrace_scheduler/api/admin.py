@@ -2,50 +2,37 @@
 
 import re
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
-from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, types_pb2
+from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, types_pb2, worker_pb2
 
 from reltrace_scheduler import __version__
 from reltrace_scheduler.api.terminal_results import lost_leases
 from reltrace_scheduler.api.validation import check_job_ids
 from reltrace_scheduler.auth.identity import TENANT_NAME, TENANT_RULE
-from reltrace_scheduler.errors import (
-    InvalidRequestError,
-    NotFoundError,
-    Violation,
-)
+from reltrace_scheduler.errors import NotFoundError, Violation, invalid
 from reltrace_scheduler.queue.connection import memory_used
 from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.records import (
-    Limits,
-    NewJob,
-    TenantRecord,
-    WorkerRecord,
-)
+from reltrace_scheduler.records import Limits, NewJob, TenantRecord, WorkerRecord
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
 
 log = structlog.get_logger()
 
 _QUARANTINED_SHOWN = 100
-_MOST_DRAINED = 1000
-_LEAST_WEIGHT, _MOST_WEIGHT = 0.01, 100.0
+_MAX_DRAINED = 1000
+_MIN_WEIGHT, _MAX_WEIGHT = 0.01, 100.0
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
     """Shows the cluster, and lets operators act on it."""
 
-    def __init__(
-        self,
-        store: Store,
-        redis_version: str,
-    ) -> None:
+    def __init__(self, store: Store, redis_version: str) -> None:
         self._store = store
         self._redis_version = redis_version
 
@@ -81,19 +68,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def DrainWorkers(  # noqa: N802
         self, request: admin_pb2.DrainWorkersRequest, context: Context
     ) -> admin_pb2.DrainWorkersResponse:
-        if not 0 < len(request.worker_ids) <= _MOST_DRAINED:
-            raise InvalidRequestError(
-                Violation("worker_ids", f"must name 1 to {_MOST_DRAINED} workers")
-            )
+        if not 0 < len(request.worker_ids) <= _MAX_DRAINED:
+            raise invalid("worker_ids", f"must name 1 to {_MAX_DRAINED} workers")
         unknown = await self._store.registry.drain(request.worker_ids)
-        if unknown:
-            raise NotFoundError(
-                *(
-                    Violation(f"worker_ids[{index}]", f"no worker {worker_id!r} is connected")
-                    for index, worker_id in enumerate(request.worker_ids)
-                    if worker_id in unknown
-                )
-            )
+        _refuse_unknown(
+            Violation(f"worker_ids[{index}]", f"no worker {worker_id!r} is connected")
+            for index, worker_id in enumerate(request.worker_ids)
+            if worker_id in unknown
+        )
         log.info("workers.drained", workers=list(request.worker_ids))
         return admin_pb2.DrainWorkersResponse()
 
@@ -118,13 +100,11 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.RequeueQuarantinedJobsResponse:
         check_job_ids(request.job_ids)
         found = await self._store.quarantine.get(request.job_ids)
-        unknown = [
+        _refuse_unknown(
             Violation(f"job_ids[{index}]", f"no quarantined job {request.job_ids[index]!r}")
             for index, job in enumerate(found)
             if job is None
-        ]
-        if unknown:
-            raise NotFoundError(*unknown)
+        )
         response = admin_pb2.RequeueQuarantinedJobsResponse()
         for job in found:
             assert job is not None
@@ -154,11 +134,9 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.SetTenantRequest, context: Context
     ) -> admin_pb2.SetTenantResponse:
         if not re.fullmatch(TENANT_NAME, request.tenant):
-            raise InvalidRequestError(Violation("tenant", TENANT_RULE))
-        if request.HasField("weight") and not _LEAST_WEIGHT <= request.weight <= _MOST_WEIGHT:
-            raise InvalidRequestError(
-                Violation("weight", f"must be {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}")
-            )
+            raise invalid("tenant", TENANT_RULE)
+        if request.HasField("weight") and not _MIN_WEIGHT <= request.weight <= _MAX_WEIGHT:
+            raise invalid("weight", f"must be {_MIN_WEIGHT:g} to {_MAX_WEIGHT:g}")
         limits = Limits(
             weight=request.weight if request.HasField("weight") else None,
             max_jobs=request.max_jobs if request.HasField("max_jobs") else None,
@@ -169,14 +147,19 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         )
 
 
+def _refuse_unknown(violations: Iterable[Violation]) -> None:
+    if unknown := tuple(violations):
+        raise NotFoundError(*unknown)
+
+
 def _worker(record: WorkerRecord) -> admin_pb2.WorkerStatus:
-    first, *further = (types_pb2.ModelInfo.FromString(model.info) for model in record.models)
+    hello = worker_pb2.Hello.FromString(record.hello)
     return admin_pb2.WorkerStatus(
         worker_id=record.worker_id,
-        model=first,
-        further_models=further,
-        device=record.device,
-        version=record.version,
+        model=hello.model,
+        further_models=hello.further_models,
+        device=hello.device,
+        version=hello.version,
         leased=record.leased,
         connected_at=_timestamp(record.connected_at),
         seen_at=_timestamp(record.seen_at),

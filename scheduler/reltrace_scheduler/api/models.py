@@ -9,25 +9,36 @@ from reltrace_proto.v1 import types_pb2
 
 from reltrace_scheduler.queue.registry import Registry
 
-_FRESH = 1.0
+_MAX_AGE = 1.0
 """Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What is known of models at one moment."""
+    """What is known of models at one moment.
+
+    A route is a model's name, which stands for the revision that came last, or NAME@REVISION.
+    """
 
     known: Mapping[str, types_pb2.ModelInfo] = field(default_factory=dict)
-    """Every model that was ever served, by route: jobs for it wait for its next worker.
-
-    A route is its name, which stands for the revision that came last, or NAME@REVISION."""
-
+    """Every model that was ever served, by route: jobs for it wait for its next worker."""
     workers: Mapping[str, int] = field(default_factory=dict)
     """How many workers have it loaded at present; routes without one are left out."""
 
-    def names(self, routes: Iterable[str]) -> list[str]:
-        """Return those routes that name no revision."""
-        return [route for route in routes if "@" not in route]
+    @property
+    def names(self) -> list[str]:
+        """Known routes that name no revision."""
+        return _names(self.known)
+
+    @property
+    def served(self) -> list[str]:
+        """Those that have a worker, or all if none has."""
+        return _names(self.workers) or self.names
+
+    @property
+    def default(self) -> str | None:
+        """The model of a job that names none: the only one that is served, or known."""
+        return self.served[0] if len(self.served) == 1 else None
 
     def revisions(self, name: str) -> list[str]:
         """Return the routes of those revisions of a model that are served."""
@@ -38,28 +49,20 @@ class Models:
         revisions = self.revisions(route)
         return self.known[revisions[0] if len(revisions) == 1 else route]
 
-    @property
-    def default(self) -> str | None:
-        """The model of a job that names none: the only one that is served, or known."""
-        names = self.names(self.workers) or self.names(self.known)
-        return next(iter(names)) if len(names) == 1 else None
+
+def _names(routes: Iterable[str]) -> list[str]:
+    return [route for route in routes if "@" not in route]
 
 
 class ModelCache:
-    """A short-lived copy of the registry, for checking submissions.
-
-    Parameters
-    ----------
-    lease : float
-        Seconds after which a silent worker does not count any more.
-    """
+    """A short-lived copy of the registry, for checking submissions."""
 
     def __init__(self, registry: Registry, lease: float) -> None:
         self._registry = registry
         self._lease = lease
         self._models = Models()
         self._read_at = float("-inf")
-        # A fleet asks at once: one reads, the others wait for what it finds.
+        # Many calls may come at once: one reads, the others wait for what it finds.
         self._reading = asyncio.Lock()
 
     async def get(self, *routes: str) -> Models:
@@ -69,25 +72,25 @@ class ModelCache:
         announced its model must not be told that it does not exist.
         """
         asked_at = time.monotonic()
-        if not self._serves(routes):
+        if not self._is_fresh(routes):
             async with self._reading:
-                # Whoever was before us may have read since we asked.
-                if self._read_at < asked_at and not self._serves(routes):
+                # Another call may have read since this one came.
+                if self._read_at < asked_at and not self._is_fresh(routes):
                     read_at = time.monotonic()
                     self._models = await self._read()
                     self._read_at = read_at
         return self._models
 
-    def _serves(self, routes: tuple[str, ...]) -> bool:
-        """Tell whether the copy is good enough for somebody who asks for these routes."""
+    def _is_fresh(self, routes: tuple[str, ...]) -> bool:
         known = self._models.known
-        fresh = time.monotonic() - self._read_at <= _FRESH
-        return fresh and bool(known) and all(not route or route in known for route in routes)
+        young = time.monotonic() - self._read_at <= _MAX_AGE
+        return young and bool(known) and all(not route or route in known for route in routes)
 
     async def _read(self) -> Models:
         infos = await self._registry.models()
-        alive = time.time() - self._lease
+        # A worker without a heartbeat for a lease time does not count any more.
+        since = time.time() - self._lease
         return Models(
             {route: types_pb2.ModelInfo.FromString(info) for route, info in sorted(infos.items())},
-            await self._registry.serving(sorted(infos), seen_since=alive),
+            await self._registry.serving(sorted(infos), seen_since=since),
         )

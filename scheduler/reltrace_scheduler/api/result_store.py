@@ -1,10 +1,10 @@
-"""Large results in a store named by a URL: who may write where, and what is deleted again.
+"""Large results in a store named by a URL, which workers write and clients read.
 
-Workers write tensors there and clients read them; the scheduler only says where, and deletes what
-belongs to a job that is gone.
+The scheduler says where, and deletes what belongs to a job that is gone.
 """
 
 import asyncio
+import contextlib
 import posixpath
 import re
 import time
@@ -13,7 +13,6 @@ from typing import Any
 
 import structlog
 from fsspec.core import url_to_fs
-from redis.exceptions import RedisError
 
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.store import Store
@@ -21,22 +20,16 @@ from reltrace_scheduler.queue.store import Store
 log = structlog.get_logger()
 
 _PERIOD = 60.0
-_YOUNG = 60.0
-"""Seconds: a file as young as that may belong to a result that is on its way."""
+_MIN_AGE = 60.0
+"""Seconds: a younger file may belong to a result that is on its way."""
 
-_AT_ONCE = 500
+_BATCH = 500
 _NAME = re.compile(r"(?P<job>[\w.]+-\d+)\.\d+\.safetensors")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://.+")
 
 
 def check_url(option: str, url: str) -> None:
-    """Check a folder that an operator names.
-
-    Raises
-    ------
-    StartError
-        It is no URL, or what it takes to reach such a store is not installed.
-    """
+    """Raise StartError if the folder that an option names is no URL of a known store."""
     if not _URL.fullmatch(url):
         raise StartError(
             f"{option} {url}: must be a URL such as file:///srv/results or s3://bucket"
@@ -58,11 +51,6 @@ class Sweeper:
     """Deletes large results whose job is gone: read and acknowledged, expired, or run again.
 
     It runs in every scheduler; what one of them has deleted the others do not find.
-
-    Parameters
-    ----------
-    url : str
-        The folder.
     """
 
     def __init__(self, url: str, store: Store) -> None:
@@ -73,11 +61,8 @@ class Sweeper:
         """Work until cancelled."""
         while True:
             try:
-                deleted = await self.sweep()
-                if deleted:
+                if deleted := await self.sweep():
                     log.info("results.swept", files=deleted)
-            except (RedisError, OSError) as error:
-                log.warning("sweeper.waits", error=str(error))
             except Exception as error:
                 # Every kind of store has errors of its own; none of them may end this task.
                 log.warning("sweeper.failed", url=self._url, error=str(error))
@@ -85,49 +70,38 @@ class Sweeper:
 
     async def sweep(self) -> int:
         """Look through the folder once; return how many files were deleted."""
-        names = await asyncio.to_thread(self._old)
-        deleted = 0
-        for start in range(0, len(names), _AT_ONCE):
-            some = names[start : start + _AT_ONCE]
-            there = await self._store.queue.exist([_job_of(name) for name in some])
-            gone = [name for name, known in zip(some, there, strict=True) if not known]
+        jobs = await asyncio.to_thread(self._old_files)
+        names, deleted = list(jobs), 0
+        for start in range(0, len(names), _BATCH):
+            batch = names[start : start + _BATCH]
+            known = await self._store.queue.exist([jobs[name] for name in batch])
+            gone = [name for name, exists in zip(batch, known, strict=True) if not exists]
             if gone:
                 await asyncio.to_thread(self._delete, gone)
                 deleted += len(gone)
         return deleted
 
-    def _old(self) -> list[str]:
+    def _old_files(self) -> dict[str, str]:
+        """Return the job of each file that is old enough, by the file's name."""
         fs, path = url_to_fs(self._url)
         try:
             fs.invalidate_cache(path)
             entries: list[dict[str, Any]] = fs.ls(path, detail=True)
         except FileNotFoundError:
-            # Nothing was large yet.
-            return []
-        before = time.time() - _YOUNG
-        return [
-            name
-            for entry in entries
-            if _NAME.fullmatch(name := posixpath.basename(entry["name"]))
-            and _written(entry) < before
-        ]
+            # No result has been large yet.
+            return {}
+        before = time.time() - _MIN_AGE
+        matches = ((_NAME.fullmatch(posixpath.basename(e["name"])), e) for e in entries)
+        return {m[0]: m["job"] for m, entry in matches if m and _written_at(entry) < before}
 
     def _delete(self, names: list[str]) -> None:
         fs, path = url_to_fs(self._url)
         for name in names:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 fs.rm_file(posixpath.join(path, name))
-            except FileNotFoundError:
-                continue
 
 
-def _job_of(name: str) -> str:
-    found = _NAME.fullmatch(name)
-    assert found is not None
-    return found["job"]
-
-
-def _written(entry: dict[str, Any]) -> float:
+def _written_at(entry: dict[str, Any]) -> float:
     """Return when a file was written, as far as its store says; 0: long ago."""
     for field in ("mtime", "created", "LastModified", "last_modified"):
         when: Any = entry.get(field)

@@ -44,12 +44,22 @@ from reltrace_scheduler.web.server import serving_page
 log = structlog.get_logger()
 
 SERVICES = tuple(
-    file.DESCRIPTOR.services_by_name[name].full_name
-    for file, name in (
-        (trace_pb2, "TraceService"),
-        (worker_pb2, "WorkerService"),
-        (admin_pb2, "AdminService"),
-    )
+    service.full_name
+    for file in (trace_pb2, worker_pb2, admin_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+)
+_OPTIONS = (
+    # gRPC unpacks a compressed message to any length before it looks at the limit.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.max_receive_message_length", MAX_TRANSPORT_BYTES),
+    ("grpc.max_send_message_length", MAX_TRANSPORT_BYTES),
+    # Two schedulers on one port would share its connections at random.
+    ("grpc.so_reuseport", 0),
+    # Finds peers that vanished without closing.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
 )
 
 _STOP_GRACE = 2.0
@@ -67,15 +77,7 @@ async def serving(
 ) -> AsyncIterator[str]:
     """Serve until the block ends; gives the address that clients use.
 
-    Parameters
-    ----------
-    access : Access, optional
-        By default everybody on this machine may do everything.
-
-    Raises
-    ------
-    StartError
-        The address can not be bound, or may not be served without TLS and tokens.
+    By default everybody on this machine may do everything.
     """
     listen, metrics, web = settings.listen, settings.metrics, settings.web
     access, spans = access or Access(), spans or Spans()
@@ -84,30 +86,13 @@ async def serving(
     await store.open()
     models, counts = ModelCache(store.registry, settings.lease), Counts()
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(access, connection.redis, counts)],
-        options=[
-            # gRPC unpacks a compressed message to any length before it looks at the limit.
-            ("grpc.compression_enabled_algorithms_bitset", 1),
-            ("grpc.max_receive_message_length", MAX_TRANSPORT_BYTES),
-            ("grpc.max_send_message_length", MAX_TRANSPORT_BYTES),
-            # Two schedulers on one port would share its connections at random.
-            ("grpc.so_reuseport", 0),
-            # Finds peers that vanished without closing.
-            ("grpc.keepalive_time_ms", 20_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-        ],
+        interceptors=[CallInterceptor(access, connection.redis, counts)], options=_OPTIONS
     )
-    trace_pb2_grpc.add_TraceServiceServicer_to_server(
-        TraceService(store, models, signals, counts, spans), server
-    )
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-        WorkerService(store, models, signals, counts, spans), server
-    )
-    admin_pb2_grpc.add_AdminServiceServicer_to_server(
-        AdminService(store, connection.version), server
-    )
+    parts = (store, models, signals, counts, spans)
+    trace_pb2_grpc.add_TraceServiceServicer_to_server(TraceService(*parts), server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(*parts), server)
+    admin = AdminService(store, connection.version)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     reflection.enable_server_reflection([*SERVICES, HEALTH_NAME, reflection.SERVICE_NAME], server)
@@ -118,17 +103,14 @@ async def serving(
             else server.add_secure_port(listen, access.tls.credentials())
         )
     except RuntimeError as error:
-        raise StartError(f"--listen {listen}: the address is in use or not ours") from error
+        raise StartError(f"--listen {listen}: the address can not be used") from error
     exporter = exporting(metrics, counts, Gauges(store)) if metrics else contextlib.nullcontext()
     page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
-    tasks = [
-        asyncio.create_task(signals.run()),
-        asyncio.create_task(Reaper(store, counts).run()),
-        asyncio.create_task(_report_health(connection, status)),
-    ]
+    work = [signals.run(), Reaper(store, counts).run(), _report_health(connection, status)]
     if settings.results_url:
-        tasks.append(asyncio.create_task(Sweeper(store.results_url, store).run()))
+        work.append(Sweeper(store.results_url, store).run())
+    tasks = [asyncio.create_task(each) for each in work]
     try:
         async with exporter, page as shown:
             if shown:

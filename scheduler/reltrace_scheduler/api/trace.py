@@ -1,7 +1,7 @@
 """TraceService: what clients call."""
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -12,31 +12,23 @@ from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.terminal_results import cancelled, end
 from reltrace_scheduler.api.validation import as_sent, check_job_ids, check_submission
 from reltrace_scheduler.auth.identity import current
-from reltrace_scheduler.errors import (
-    InvalidRequestError,
-    SchedulerError,
-    UnknownSubmissionError,
-    Violation,
-)
+from reltrace_scheduler.errors import SchedulerError, UnknownSubmissionError, invalid
 from reltrace_scheduler.keys import job_ids, submission_of
+from reltrace_scheduler.limits import MAX_DRAFTED_JOBS
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.job_queue import digest
 from reltrace_scheduler.queue.results import FIRST_DRAFT
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.records import Priority, Progress, StoredDraft, Submission
+from reltrace_scheduler.records import Priority, Progress, StoredChunk, StoredDraft, Submission
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _MESSAGE_BYTES = 1 << 20
 """A message is sent once it holds this much, or nothing more is there."""
 
-_MOST_DRAFTS = 16
-"""Jobs that one call reads along with: each is looked at whenever there is something."""
-
-_LOOK_AGAIN = 1.0
-"""Seconds between looks at the store while no signal comes."""
-
+_POLL = 1.0
+"""Seconds between reads of the store while no signal comes."""
 
 _PRIORITIES = {
     types_pb2.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
@@ -49,18 +41,13 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     """Accepts jobs and hands out their results."""
 
     def __init__(
-        self,
-        store: Store,
-        models: ModelCache,
-        signals: Signals,
-        counts: Counts,
-        spans: Spans,
+        self, store: Store, models: ModelCache, signals: Signals, counts: Counts, spans: Spans
     ) -> None:
-        self._spans = spans
         self._store = store
         self._models = models
         self._signals = signals
         self._counts = counts
+        self._spans = spans
 
     async def SubmitJobs(  # noqa: N802
         self, request: trace_pb2.SubmitJobsRequest, context: Context
@@ -72,10 +59,10 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             jobs = check_submission(request, models, self._store.settings.output_uri)
         except SchedulerError:
             # What was accepted stays accepted, also when models have come or gone since.
-            before = await self._seen(request)
+            before = await self._accepted_before(request)
             if before is None:
                 raise
-            return _answer(before)
+            return _submitted(before)
         tenant, priority = current().tenant, _PRIORITIES[request.priority]
         submission = await self._store.queue.submit(
             jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key
@@ -91,10 +78,9 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 tenant=tenant,
                 jobs=len(jobs),
             )
-        return _answer(submission)
+        return _submitted(submission)
 
-    async def _seen(self, request: trace_pb2.SubmitJobsRequest) -> Submission | None:
-        """Return what was accepted before, if this is a submission once more."""
+    async def _accepted_before(self, request: trace_pb2.SubmitJobsRequest) -> Submission | None:
         priority = _PRIORITIES.get(request.priority)
         if not request.idempotency_key or priority is None:
             return None
@@ -107,27 +93,33 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         submission = request.submission_id
         entry, chunk = request.after_entry, request.after_chunk
         _check_drafts(request)
-        drafts = dict.fromkeys(request.drafts_of, FIRST_DRAFT)
+        positions = dict.fromkeys(request.drafts_of, FIRST_DRAFT)
         channel = self._store.shards.of(submission).key("done", submission)
         with self._signals.listen(channel) as signal:
             while True:
                 progress = await self._progress(submission)
                 if progress.ended > entry:
-                    async for message in self._messages(submission, entry, chunk):
+                    chunks = self._store.results.read(submission, entry, chunk)
+                    async for message in _messages(chunks):
                         yield message
                         entry = message.events[-1].entry
-                    # What had ended and did not come has been acknowledged, or was seen.
+                    # What had ended and did not come has been acknowledged, or was read before.
                     entry, chunk = max(entry, progress.ended), 0
                 elif entry >= progress.jobs:
                     return
                 else:
-                    found = await self._store.results.read_drafts(drafts) if drafts else {}
-                    for message in _draft_messages(found):
+                    async for message in _messages(self._new_drafts(positions)):
                         yield message
-                    for job_id, new in found.items():
-                        drafts[job_id] = new[-1].position
-                    # What came since the last look has been signalled.
-                    await signal.wait(_LOOK_AGAIN)
+                    # What came since the last read has been signalled.
+                    await signal.wait(_POLL)
+
+    async def _new_drafts(self, positions: dict[str, str]) -> AsyncIterator[StoredDraft]:
+        """Yield what came after the positions, by job, and move them on."""
+        found = await self._store.results.read_drafts(positions) if positions else {}
+        for job_id, drafts in found.items():
+            for draft in drafts:
+                yield draft
+            positions[job_id] = drafts[-1].position
 
     async def _progress(self, submission: str) -> Progress:
         """Look a submission up; another tenant's does not exist for the caller."""
@@ -135,20 +127,6 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         if progress is None or progress.tenant != current().tenant:
             raise UnknownSubmissionError(submission)
         return progress
-
-    async def _messages(
-        self, submission: str, entry: int, chunk: int
-    ) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
-        message, size = trace_pb2.StreamResultsResponse(), 0
-        async for stored in self._store.results.read(submission, entry, chunk):
-            if size + len(stored.data) > _MESSAGE_BYTES and size:
-                yield message
-                message, size = trace_pb2.StreamResultsResponse(), 0
-            event = message.events.add(entry=stored.entry)
-            event.chunk.MergeFromString(stored.data)
-            size += len(stored.data)
-        if size:
-            yield message
 
     async def AcknowledgeResults(  # noqa: N802
         self, request: trace_pb2.AcknowledgeResultsRequest, context: Context
@@ -165,9 +143,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self, request: trace_pb2.CancelJobsRequest, context: Context
     ) -> trace_pb2.CancelJobsResponse:
         if bool(request.submission_id) == bool(request.job_ids):
-            raise InvalidRequestError(
-                Violation("submission_id", "name either a submission or job_ids, not both or none")
-            )
+            raise invalid("submission_id", "name either a submission or job_ids, not both or none")
         if request.submission_id:
             progress = await self._progress(request.submission_id)
             ids = job_ids(request.submission_id, progress.jobs)
@@ -175,8 +151,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             check_job_ids(request.job_ids)
             found = await self._store.queue.jobs(request.job_ids, tenant=current().tenant)
             ids = [job.job_id for job in found if job]
-        endings = [cancelled(job_id) for job_id in ids]
-        ended = await end(self._store, self._counts, endings)
+        ended = await end(self._store, self._counts, [cancelled(job_id) for job_id in ids])
         return trace_pb2.CancelJobsResponse(cancelled=ended)
 
     async def GetJobs(  # noqa: N802
@@ -204,13 +179,13 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     ) -> trace_pb2.ListModelsResponse:
         models = await self._models.get()
         response = trace_pb2.ListModelsResponse()
-        for name in models.names(models.known):
+        for name in models.names:
             for route in models.revisions(name) or [name]:
                 response.models.add(model=models.known[route], workers=models.workers.get(route, 0))
         return response
 
 
-def _answer(submission: Submission) -> trace_pb2.SubmitJobsResponse:
+def _submitted(submission: Submission) -> trace_pb2.SubmitJobsResponse:
     return trace_pb2.SubmitJobsResponse(
         submission_id=submission.id,
         job_ids=submission.job_ids,
@@ -219,26 +194,25 @@ def _answer(submission: Submission) -> trace_pb2.SubmitJobsResponse:
 
 
 def _check_drafts(request: trace_pb2.StreamResultsRequest) -> None:
-    if (count := len(request.drafts_of)) > _MOST_DRAFTS:
-        raise InvalidRequestError(
-            Violation("drafts_of", f"names {count} jobs; at most {_MOST_DRAFTS} are allowed")
-        )
+    if (count := len(request.drafts_of)) > MAX_DRAFTED_JOBS:
+        raise invalid("drafts_of", f"names {count} jobs; at most {MAX_DRAFTED_JOBS} are allowed")
     for index, job_id in enumerate(request.drafts_of):
         if submission_of(job_id) != request.submission_id:
-            raise InvalidRequestError(
-                Violation(f"drafts_of[{index}]", f"{job_id!r} is no job of the submission")
-            )
+            raise invalid(f"drafts_of[{index}]", f"{job_id!r} is no job of the submission")
 
 
-def _draft_messages(
-    found: Mapping[str, list[StoredDraft]],
-) -> Iterator[trace_pb2.StreamResultsResponse]:
+async def _messages(
+    parts: AsyncIterator[StoredChunk] | AsyncIterator[StoredDraft],
+) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
     message, size = trace_pb2.StreamResultsResponse(), 0
-    for stored in (draft for drafts in found.values() for draft in drafts):
-        if size + len(stored.data) > _MESSAGE_BYTES and size:
+    async for part in parts:
+        if size + len(part.data) > _MESSAGE_BYTES and size:
             yield message
             message, size = trace_pb2.StreamResultsResponse(), 0
-        message.drafts.add().MergeFromString(stored.data)
-        size += len(stored.data)
+        if isinstance(part, StoredChunk):
+            message.events.add(entry=part.entry).chunk.MergeFromString(part.data)
+        else:
+            message.drafts.add().MergeFromString(part.data)
+        size += len(part.data)
     if size:
         yield message

@@ -12,6 +12,7 @@ from reltrace_scheduler.errors import (
     NotFoundError,
     UnavailableError,
     Violation,
+    invalid,
 )
 from reltrace_scheduler.limits import MAX_JOBS_PER_REQUEST, MAX_KEY
 from reltrace_scheduler.records import NewJob
@@ -20,22 +21,9 @@ from reltrace_scheduler.records import NewJob
 def check_submission(
     request: trace_pb2.SubmitJobsRequest, models: Models, output_uris: Sequence[str] = ()
 ) -> list[NewJob]:
-    """Check a request and return its jobs.
+    """Return the jobs of a request, or raise a RequestError with one violation per fault.
 
-    Parameters
-    ----------
-    output_uris : sequence of str
-        Folders that workers may be told to write to.
-
-    Raises
-    ------
-    InvalidRequestError
-        With one violation per fault, ``jobs[3].prompt`` and the like; also where a model is named
-        without a revision while several of its revisions are served.
-    NotFoundError
-        No worker has ever served a model that is named.
-    UnavailableError
-        No worker has connected yet, so that no model is known.
+    `output_uris` are the folders that workers may be told to write to.
     """
     if fault := next(_request_faults(request), None):
         raise InvalidRequestError(fault)
@@ -67,16 +55,9 @@ def check_submission(
 
 
 def check_job_ids(job_ids: Sequence[str]) -> None:
-    """Check how many jobs a request names.
-
-    Raises
-    ------
-    InvalidRequestError
-        They are more than one request may name.
-    """
+    """Raise an error if a request names too many jobs."""
     if len(job_ids) > MAX_JOBS_PER_REQUEST:
-        fault = f"names more than {MAX_JOBS_PER_REQUEST} jobs"
-        raise InvalidRequestError(Violation("job_ids", fault))
+        raise invalid("job_ids", f"names more than {MAX_JOBS_PER_REQUEST} jobs")
 
 
 def as_sent(spec: types_pb2.JobSpec) -> bytes:
@@ -115,7 +96,7 @@ def _model_violations(
 def _unknown_model(name: str, models: Models) -> str:
     if name in models.known or (not name and models.default):
         return ""
-    served = ", ".join(models.names(models.workers) or models.names(models.known))
+    served = ", ".join(models.served)
     if not name:
         return f"is empty, and several models are served: {served}"
     base = name.partition("@")[0]

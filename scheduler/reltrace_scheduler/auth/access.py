@@ -23,13 +23,7 @@ class Access:
     """Serve without TLS or tokens on other addresses than this machine's own."""
 
     def check(self, listen: str, option: str = "--listen") -> None:
-        """Check that an address, which an option named, may be served like this.
-
-        Raises
-        ------
-        StartError
-            Others than this machine could reach it, without TLS or without tokens.
-        """
+        """Raise StartError if other machines could reach an address without TLS or tokens."""
         needed = {"--tls-cert and --tls-key": self.tls, "--tokens": self.tokens}
         missing = [name for name, value in needed.items() if value is None]
         if missing and not self.insecure and not is_loopback(listen):

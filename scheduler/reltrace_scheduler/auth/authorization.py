@@ -22,15 +22,7 @@ _HOW = "set RELTRACE_TOKEN, or RELTRACE_TOKEN_FILE to a file that holds the toke
 
 
 def authorize(tokens: Tokens, method: str, metadata: Any) -> tuple[str, Identity]:
-    """Return the token that a call presents, and whose it is.
-
-    Raises
-    ------
-    UnauthenticatedError
-        There is no valid token.
-    ForbiddenError
-        Its role does not allow the method.
-    """
+    """Return the token that a call presents, and whose it is; its role allows the method."""
     try:
         token = _bearer(metadata)
         identity = tokens.find(token)

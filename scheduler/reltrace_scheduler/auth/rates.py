@@ -33,15 +33,10 @@ class RateLimiter:
         self._script = redis.register_script((files(__package__) / "rate.lua").read_text())
 
     async def take(self, identity: str, what: str, units: int) -> None:
-        """Take units ("requests" or "jobs") out of the bucket of an identity.
+        """Take "requests" or "jobs" out of an identity's bucket, or raise TooFastError.
 
         More units than a bucket holds are given once it is full, and leave it in debt: a
         message of many jobs passes, and the ones after it wait.
-
-        Raises
-        ------
-        TooFastError
-            With the seconds after which the units can be had.
         """
         rate = self._rates[what]
         if rate is None:
@@ -50,8 +45,5 @@ class RateLimiter:
         key = rate_key(what, identity)
         wait = float(await self._script(keys=[key], args=[rate, capacity, units]))
         if wait > 0:
-            raise TooFastError(
-                f"{identity!r} sends {what} faster than this service allows: "
-                f"try again in {wait:.2f} s",
-                wait,
-            )
+            message = f"{identity!r} sends {what} faster than this service allows"
+            raise TooFastError(f"{message}: try again in {wait:.2f} s", wait)

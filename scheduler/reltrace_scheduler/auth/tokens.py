@@ -84,26 +84,14 @@ class Entry:
 
 
 def make(name: str, role: Role, tenant: str = DEFAULT_TENANT) -> tuple[str, Entry]:
-    """Make a token of 256 random bits, which is kept nowhere, and the entry that is kept.
-
-    Raises
-    ------
-    TokenError
-        The name or the tenant is not allowed.
-    """
+    """Make a token of 256 random bits, which is kept nowhere, and the entry that is kept."""
     token = _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
     # One round is enough: no dictionary holds 256 random bits.
     return token, Entry(name, role, tenant, hashlib.sha256(token.encode()).hexdigest())
 
 
 def parse(text: str) -> tuple[Entry, ...]:
-    """Read a file of tokens.
-
-    Raises
-    ------
-    TokenError
-        It is not TOML, or an entry is not as it must be.
-    """
+    """Read the content of a file of tokens; raises TokenError."""
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -140,15 +128,7 @@ def _entry(table: dict[str, Any]) -> Entry:
 
 
 def append(path: Path, entry: Entry) -> None:
-    """Add an entry to a file, which is made if it is missing, for its owner only.
-
-    Raises
-    ------
-    TokenError
-        The file is broken, or has an entry of that name.
-    OSError
-        It can not be written.
-    """
+    """Add an entry to a file, which is made if it is missing, for its owner only."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         text = file.read()
@@ -163,12 +143,7 @@ def append(path: Path, entry: Entry) -> None:
 class Tokens:
     """The tokens of a file, which is read again when it changes.
 
-    A new content that is broken is logged, and the old tokens stay.
-
-    Raises
-    ------
-    StartError
-        The file can not be read, is broken, or holds no token.
+    A new content that is broken is logged, and the old tokens stay; at first it is a StartError.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -190,13 +165,7 @@ class Tokens:
             )
 
     def find(self, token: str) -> Identity:
-        """Return who presents a token.
-
-        Raises
-        ------
-        UnauthenticatedError
-            Nobody has it.
-        """
+        """Return who presents a token; raises UnauthenticatedError."""
         self.look()
         # How long the lookup takes tells something of a hash, from which no token follows.
         found = self._file.value.get(hashlib.sha256(token.encode()).hexdigest())

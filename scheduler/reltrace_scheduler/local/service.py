@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import grpc
+from reltrace_proto.net import Credentials
 from reltrace_proto.options import option
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
 
@@ -117,20 +118,7 @@ def default_data() -> Path:
 async def up(
     options: UpOptions, *, announce: Callable[[Ready], None], report: Callable[[str], None]
 ) -> None:
-    """Run the service until SIGINT or SIGTERM.
-
-    Parameters
-    ----------
-    announce : callable
-        Is called once jobs are served.
-    report : callable
-        Takes messages for people; raises nothing.
-
-    Raises
-    ------
-    StartError
-        Something is missing, in use, or does not come up.
-    """
+    """Run the service until SIGINT or SIGTERM, and call `announce` once jobs are served."""
     if find_spec("reltrace_worker") is None:
         raise StartError(
             "`reltrace up` runs reltrace-worker, which this Python does not have: "
@@ -204,12 +192,8 @@ async def _wait_until_served(
     """Wait until every model has a worker."""
     began = reported = time.monotonic()
     wanted = len(options.models)
-    channel_options = [
-        ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 1000),
-        ("grpc.enable_http_proxy", 0),
-    ]
-    async with grpc.aio.insecure_channel(address, options=channel_options) as channel:
+    reconnect = [("grpc.max_reconnect_backoff_ms", 1000)]
+    async with Credentials().open_channel(address, reconnect) as channel:
         stub = trace_pb2_grpc.TraceServiceStub(channel)
         while True:
             try:
@@ -311,14 +295,11 @@ def _check_names(models: Sequence[str]) -> None:
 def _free_port(port: int) -> int:
     """Return `port` if nobody listens on it; for 0, one that is free."""
     # The scheduler's gRPC would share the port (SO_REUSEPORT) and get every other call.
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise StartError(
-                f"--port {port} can not be used on {HOST} ({error.strerror}); choose another "
-                "(0: any free one)"
-            ) from None
-        chosen: int = probe.getsockname()[1]
-        return chosen
+    try:
+        with socket.create_server((HOST, port)) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise StartError(
+            f"--port {port} can not be used on {HOST} ({reason}); choose another (0: any free one)"
+        ) from None

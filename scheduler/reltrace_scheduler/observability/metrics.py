@@ -106,13 +106,7 @@ def _family(
 
 @contextlib.asynccontextmanager
 async def exporting(listen: str, counts: Counts, gauges: Gauges) -> AsyncIterator[None]:
-    """Serve the metrics over HTTP until the block ends.
-
-    Raises
-    ------
-    StartError
-        `listen` is not HOST:PORT, or can not be bound.
-    """
+    """Serve the metrics over HTTP at HOST:PORT until the block ends."""
     host, port = host_and_port("--metrics", listen)
     collector = ClusterCollector()
     counts.registry.register(collector)

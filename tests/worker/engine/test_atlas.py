@@ -11,8 +11,8 @@ from reference.gradient import gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, preparer, run
 from reference.strongest import by_hand, listed, sums
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.atlas import PASS_TOKENS, Slice
-from reltrace_worker.engine.plan import Planner
+from reltrace_worker.engine.atlas import PASS_TOKENS, Atlas
+from reltrace_worker.engine.memory import MemoryPlan
 from reltrace_worker.engine.site_atlas import places_of, values_of
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import EngineError, InvalidJob
@@ -31,10 +31,16 @@ def corpus(prompts: list[TraceJob], first: int = 0, k: int = 3) -> AtlasJob:
     return AtlasJob(tuple(prompts), tuple(range(first, first + len(prompts))), (), k)
 
 
-def made(engine: Engine, of: AtlasJob) -> Slice:
-    atlas = engine.begin_atlas(of)
-    while not atlas.over:
-        engine.add_to(atlas)
+def begun(engine: Engine, of: AtlasJob) -> Atlas:
+    atlas = engine.begin([of])
+    assert isinstance(atlas, Atlas)
+    return atlas
+
+
+def made(engine: Engine, of: AtlasJob) -> Atlas:
+    atlas = begun(engine, of)
+    while not atlas.finished:
+        engine.advance(atlas)
     return atlas
 
 
@@ -58,9 +64,9 @@ def test_a_slice_is_what_its_full_traces_say(checkpoints: Checkpoints, checkpoin
         for layer in range(loaded.shape.layers):
             for which, sign in (("relevance+", 1), ("relevance-", -1)):
                 expected = by_hand(sign * every[layer], places, 3)
-                assert listed(atlas.atlas[site], layer, which) == expected
+                assert listed(atlas.sites[site], layer, which) == expected
         torch.testing.assert_close(
-            sums(atlas.atlas[site])[:, 0].cpu(),
+            sums(atlas.sites[site])[:, 0].cpu(),
             every.double().sum(1),
             rtol=1e-6,
             atol=1e-9,
@@ -88,11 +94,11 @@ def test_activations_are_those_that_hooks_see(checkpoints: Checkpoints) -> None:
     neurons = torch.cat(seen["neuron"])
     heads = torch.cat(seen["head"]).unflatten(-1, (loaded.shape.heads, -1)).norm(dim=-1)
     for site, values in (("neuron", neurons), ("head", heads)):
-        strongest = values_of(atlas.atlas[site].strongest[2, 2, 0])
+        strongest = values_of(atlas.sites[site].strongest[2, 2, 0])
         torch.testing.assert_close(
             strongest, values.max(0).values.clamp(min=0), rtol=1e-4, atol=1e-5
         )
-    assert not atlas.atlas["head"].strongest[:, 3].any()
+    assert not atlas.sites["head"].strongest[:, 3].any()
 
 
 def test_passes_do_not_depend_on_memory_or_workers(checkpoints: Checkpoints) -> None:
@@ -113,13 +119,13 @@ def test_passes_do_not_depend_on_memory_or_workers(checkpoints: Checkpoints) -> 
     assert len(passes) > 1
     other = Engine(loaded, "on")
     parts = [made(other, corpus(prompts[p[0] : p[-1] + 1], first=p[0])) for p in passes]
-    for site, atlas in whole.atlas.items():
-        keys = torch.cat([part.atlas[site].strongest for part in reversed(parts)], 2)
+    for site, atlas in whole.sites.items():
+        keys = torch.cat([part.sites[site].strongest for part in reversed(parts)], 2)
         assert torch.equal(keys.topk(3, dim=2).values, atlas.strongest)
         torch.testing.assert_close(
-            sum(sums(part.atlas[site]) for part in parts), sums(atlas), rtol=0, atol=0
+            sum(sums(part.sites[site]) for part in parts), sums(atlas), rtol=0, atol=0
         )
-        assert torch.equal(sum(part.atlas[site].histogram for part in parts), atlas.histogram)
+        assert torch.equal(sum(part.sites[site].histogram for part in parts), atlas.histogram)
 
 
 def engine_passes(prompts: list[TraceJob]) -> list[list[int]]:
@@ -162,10 +168,10 @@ def test_all_next_tokens_are_explained_in_one_pass(checkpoints: Checkpoints, rec
             places.append((number << 16) + torch.arange(1, len(ids)))
         every, at = torch.cat(traces, 1), torch.cat(places)
         torch.testing.assert_close(
-            sums(atlas.atlas[site])[:, 0].cpu(), every.double().sum(1), rtol=1e-4, atol=1e-5
+            sums(atlas.sites[site])[:, 0].cpu(), every.double().sum(1), rtol=1e-4, atol=1e-5
         )
         for layer in range(loaded.shape.layers):
-            strongest = values_of(atlas.atlas[site].strongest[layer, 0])
+            strongest = values_of(atlas.sites[site].strongest[layer, 0])
             expected = by_hand(every[layer], at, 1)
             for feature, (found,) in enumerate(expected):
                 assert float(strongest[0, feature]) == pytest.approx(found[0], rel=1e-3, abs=1e-6)
@@ -219,7 +225,7 @@ def test_special_and_first_tokens_are_counted_on_request(checkpoints: Checkpoint
         assert explained == [i for i in counted[:-1] if keep or i + 1 != at]
         atlas = made(Engine(loaded, "off"), of)
         places = [*counted, *((1 << 16) + i for i in range(not keep, len(of.prompts[1].token_ids)))]
-        for site in atlas.atlas.values():
+        for site in atlas.sites.values():
             assert (site.histogram.sum(-1) == len(places)).all()
             found = places_of(site.strongest[:, 2])
             assert set(found[found >= 0].tolist()) == set(places)
@@ -263,9 +269,9 @@ def test_a_slice_says_which_tokens_it_has(checkpoints: Checkpoints) -> None:
 
 def test_what_nobody_waits_for_goes_on_no_more(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
-    atlas = Engine(loaded, "off").begin_atlas(corpus(prepare(loaded, TraceRequest(PROMPTS[0]))))
-    atlas.drop()
-    assert atlas.over
+    atlas = begun(Engine(loaded, "off"), corpus(prepare(loaded, TraceRequest(PROMPTS[0]))))
+    atlas.cancel()
+    assert atlas.finished
 
 
 def test_numbers_that_are_not_finite_are_an_error(checkpoints: Checkpoints) -> None:
@@ -290,19 +296,19 @@ def test_an_atlas_says_whether_its_passes_were_checkpointed(checkpoints: Checkpo
     """
     loaded = checkpoints.loaded("deep")
     prompts = prepare(loaded, *(TraceRequest(prompt, sites=("neuron",)) for prompt in PROMPTS))
-    model = Planner(loaded, None)
-    keeping, checkpointed = (model.need(prompts, mode) for mode in (False, True))
+    model = MemoryPlan(loaded)
+    keeping, checkpointed = (model.trace_bytes(prompts, mode) for mode in (False, True))
     assert checkpointed < keeping - 1
     for limit, said in ((keeping, False), (keeping - 1, True)):
         engine = Engine(loaded, memory_bytes=limit)
-        (result,) = engine.atlas(made(engine, corpus(prompts)))
+        result = made(engine, corpus(prompts)).take_outcomes()[0]
         assert isinstance(result, JobResult)
         assert result.checkpointing is said
     tokens = sum(len(job.token_ids) for job in prompts)
     engine = Engine(loaded, memory_bytes=checkpointed - 1)
-    atlas = engine.begin_atlas(corpus(prompts))
+    atlas = begun(engine, corpus(prompts))
     with pytest.raises(EngineError, match=f"^a pass of {len(prompts)} prompts of {tokens} tokens"):
-        engine.add_to(atlas)
+        engine.advance(atlas)
 
 
 def test_tables_that_do_not_fit_are_refused_before_the_first_pass(
@@ -310,12 +316,12 @@ def test_tables_that_do_not_fit_are_refused_before_the_first_pass(
 ) -> None:
     loaded = checkpoints.loaded("deep")
     (prompt,) = prepare(loaded, TraceRequest("a", sites=("neuron",)))
-    empty = Slice(loaded, corpus([prompt], k=64)).atlas.values()
+    empty = Atlas(loaded, corpus([prompt], k=64)).sites.values()
     size = sum(getattr(one, part.name).nbytes for one in empty for part in fields(one))
-    assert Slice.size(loaded.shape, 64) == size
+    assert Atlas.table_bytes(loaded.shape, 64) == size
     engine = Engine(loaded, memory_bytes=size - 1)
     with pytest.raises(EngineError, match=f"an atlas of 64 places does not .* needs {size} bytes"):
-        engine.begin_atlas(corpus([prompt], k=64))
+        begun(engine, corpus([prompt], k=64))
 
 
 def test_nothing_comes_of_an_atlas_before_its_end_or_when_it_is_dropped(
@@ -324,9 +330,9 @@ def test_nothing_comes_of_an_atlas_before_its_end_or_when_it_is_dropped(
     loaded = checkpoints.loaded("grouped")
     engine = Engine(loaded, "off")
     prompts = prepare(loaded, *(TraceRequest(prompt, sites=("neuron",)) for prompt in PROMPTS))
-    atlas = engine.begin_atlas(corpus(prompts))
-    assert engine.atlas(atlas) == []
-    atlas.drop()
-    engine.add_to(atlas)
-    assert atlas.over
-    assert engine.atlas(atlas) == []
+    atlas = begun(engine, corpus(prompts))
+    assert atlas.take_outcomes() == {}
+    atlas.cancel()
+    engine.advance(atlas)
+    assert atlas.finished
+    assert atlas.take_outcomes() == {}

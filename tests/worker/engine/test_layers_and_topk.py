@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.engine.capture import Capture
-from reltrace_worker.engine.pack import Pack
+from reltrace_worker.engine.batch import PackedBatch
+from reltrace_worker.engine.recorder import RelevanceRecorder
 from reltrace_worker.types.errors import InvalidJob
 from reltrace_worker.types.jobs import TargetRequest, TraceRequest
 from reltrace_worker.types.results import JobResult
@@ -150,7 +150,7 @@ def test_the_backward_stops_at_the_lowest_layer(
     """
     loaded = checkpoints.loaded("grouped")
     jobs = prepare(loaded, TraceRequest(PROMPTS[0], sites, layers=layers))
-    assert Capture(loaded, Pack.of(jobs)).bottom == bottom
+    assert RelevanceRecorder(loaded, PackedBatch.of(jobs)).bottom == bottom
     seen: set[int] = set()
     decoder_layers = loaded.family.decoder_layers(loaded.model)
     handles = []

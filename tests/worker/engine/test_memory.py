@@ -21,10 +21,9 @@ from reference.loaded import DEVICE, PROMPTS, Checkpoints, prepare, run
 from reference.peak import peak_bytes
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.engine import engine as engine_module
-from reltrace_worker.engine.budget import is_out_of_memory
-from reltrace_worker.engine.memory import MemoryModel
+from reltrace_worker.engine.host_memory import is_out_of_memory
+from reltrace_worker.engine.memory import MemoryPlan
 from reltrace_worker.engine.passes import segment_length, trace_checkpointed, trace_keeping
-from reltrace_worker.engine.plan import Planner
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel, load_model
 from reltrace_worker.types.errors import EngineError
@@ -44,7 +43,7 @@ def some(checkpoints: Checkpoints, count: int = 4, **fields: Any) -> list[TraceJ
 
 def need(loaded: LoadedModel, jobs: list[TraceJob], checkpointing: bool) -> int:
     """Return the bytes that are planned for a pass."""
-    return Planner(loaded, None).need(jobs, checkpointing)
+    return MemoryPlan(loaded).trace_bytes(jobs, checkpointing)
 
 
 def peak(loaded: LoadedModel, jobs: list[TraceJob], checkpointing: bool) -> int:
@@ -68,11 +67,11 @@ class Limited:
     def _limited(self, trace: Any, error: BaseException) -> Any:
         checkpointing = trace is trace_checkpointed
 
-        def limited(loaded: Any, pack: Any, capture: Any) -> Any:
-            self.passes.append((len(pack.jobs), checkpointing))
-            if pack.packing.tokens > (self.checkpointed if checkpointing else self.keeping):
+        def limited(loaded: Any, batch: Any, *others: Any) -> Any:
+            self.passes.append((len(batch.jobs), checkpointing))
+            if batch.packing.tokens > (self.checkpointed if checkpointing else self.keeping):
                 raise error
-            return trace(loaded, pack, capture)
+            return trace(loaded, batch, *others)
 
         return limited
 
@@ -317,16 +316,16 @@ def test_a_job_that_is_not_finite_in_a_pack_is_run_alone(
     wanted = run(engine, jobs)
     error = EngineError("the scalar of target 0 is nan")
     packs: list[int] = []
-    run_pack = engine._run_pack
+    try_batch = engine._try_batch
 
-    def leaking(rule: str, batch: list[TraceJob], checkpointing: bool) -> Any:
+    def leaking(batch: list[TraceJob], checkpointing: bool) -> Any:
         packs.append(len(batch))
-        found = run_pack(rule, batch, checkpointing)
+        found = try_batch(batch, checkpointing)
         assert found is not None
         bad = [jobs[1]] if len(batch) == 1 else jobs[1:3]
         return [error if job in bad else one for job, one in zip(batch, found, strict=True)]
 
-    monkeypatch.setattr(engine, "_run_pack", leaking)
+    monkeypatch.setattr(engine, "_try_batch", leaking)
     found = engine.run(jobs)
     assert packs == [4, 1, 1]
     assert found[1] is error
@@ -341,7 +340,7 @@ def test_a_job_that_is_not_finite_in_a_pack_is_run_alone(
 def test_the_token_budget(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("deep")
     roomy, tight = (
-        n * MemoryModel(loaded).per_token("attnlrp", checkpointing=False) for n in (2000, 500)
+        n * MemoryPlan(loaded).bytes_per_token("attnlrp", checkpointing=False) for n in (2000, 500)
     )
 
     def budget(setting: Any, limit: int) -> int:
@@ -402,8 +401,8 @@ def test_what_is_available_is_what_is_free_and_no_more_than_the_limit(
     checkpoints: Checkpoints,
 ) -> None:
     loaded = checkpoints.loaded("plain")
-    assert 0 < Planner(loaded, None).available < 1 << 50
-    assert Planner(loaded, 1000).available == 1000
+    assert 0 < MemoryPlan(loaded).available < 1 << 50
+    assert MemoryPlan(loaded, 1000).available == 1000
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries trim differently")
@@ -415,7 +414,7 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     """
     script = """
 import torch
-from reltrace_worker.engine.budget import Trimmer, _resident_bytes
+from reltrace_worker.engine.host_memory import Trimmer, _resident_bytes
 trimmer = Trimmer()
 trimmer.trim()
 before = _resident_bytes()

@@ -14,7 +14,7 @@ from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reference.peak import peak_bytes
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.engine.memory import MemoryModel
+from reltrace_worker.engine.memory import MemoryPlan
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel, load_model
 from reltrace_worker.types.errors import EngineError
@@ -102,7 +102,7 @@ def test_a_pass_needs_no_more_memory_than_planned(
     engine = Engine(wide, "on" if checkpointing else "off")
     run(engine, jobs)
     peak = peak_bytes(wide, lambda: run(engine, jobs))
-    need = MemoryModel(wide).need(jobs, checkpointing)
+    need = MemoryPlan(wide).trace_bytes(jobs, checkpointing)
     assert peak <= 1.05 * need + MIB
     assert need < 4 * peak
 

@@ -76,10 +76,6 @@ def test_any_pack_equals_its_jobs_alone(
         assert_same(packed, run(engine, [job])[0])
 
 
-def test_an_empty_batch_has_no_results(checkpoints: Checkpoints) -> None:
-    assert Engine(checkpoints.loaded("grouped")).run([]) == []
-
-
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 def test_numbers_that_are_not_finite_fail_their_own_job_alone(
     checkpoints: Checkpoints, checkpointing: str

@@ -9,8 +9,8 @@ import torch
 from reference.gradient import gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
-from reltrace_worker.engine.sites import Side, Site, Tap
-from reltrace_worker.session.convert import model_info
+from reltrace_worker.engine.sites import HookPoint, Site
+from reltrace_worker.session.headers import model_info
 from reltrace_worker.types.jobs import TraceRequest
 
 REDUCED = {
@@ -88,7 +88,7 @@ def test_a_further_site_is_one_entry(
     I expect it to be announced, traced, and right.
     """
     queries = Site(
-        "query", lambda shape: shape.hidden_size, lambda _: Tap("self_attn.q_proj", Side.OUTPUT)
+        "query", lambda shape: shape.hidden_size, lambda _: HookPoint("self_attn.q_proj")
     )
     monkeypatch.setitem(SITES, "query", queries)
     loaded = checkpoints.loaded("plain")

@@ -18,7 +18,7 @@ from reference.gguf_files import write_gguf
 from reference.loaded import Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.models import load_model
-from reltrace_worker.session.convert import model_info
+from reltrace_worker.session.headers import model_info
 from reltrace_worker.types.errors import InvalidJob, ModelError
 from reltrace_worker.types.jobs import TraceRequest
 from safetensors.torch import load_file, save_file
@@ -298,7 +298,7 @@ def test_rotary_frequencies_of_older_checkpoints_are_passed_over(folder: Path) -
     [
         ({"dtype": "float16"}, "overflows its range .* supported: float32, bfloat16"),
         ({"dtype": "int8"}, "'int8' is not supported; supported: auto, float32, bfloat16"),
-        ({"device": "abacus"}, "'abacus' is unknown; supported: auto, cpu, cuda"),
+        ({"device": "abacus"}, "'abacus' is not supported; supported: auto, cpu, cuda"),
         ({"device": "meta"}, "'meta' is not supported; supported: auto, cpu, cuda"),
         ({"device": "cuda:99"}, "'cuda:99' does not exist"),
         ({"revision": "main"}, "for hub ids; .* is a folder"),

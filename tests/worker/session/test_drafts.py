@@ -110,7 +110,7 @@ async def test_what_nobody_takes_is_put_together() -> None:
             await drafts.next()
 
 
-async def test_texts_begin_again_on_another_connection() -> None:
+async def test_texts_restart_on_another_connection() -> None:
     """
     Given texts of which something was taken, one that has gone on since, and one that is over
     When they begin again
@@ -123,7 +123,7 @@ async def test_texts_begin_again_on_another_connection() -> None:
     assert len(await drafts.next()) == 3
     drafts.note(KEY, [65, 66, 67], VOCABULARY)
     drafts.forget([over])
-    drafts.begin_again()
+    drafts.restart()
     found = await drafts.next()
     assert [(d.job_id, d.first, list(d.token_ids), d.text) for d in found] == [
         ("s-0", 0, [65, 66, 67], VOCABULARY.decoded([65, 66, 67])),
@@ -136,12 +136,12 @@ async def test_texts_begin_again_on_another_connection() -> None:
 
 async def test_beginning_again_wakes_who_waits() -> None:
     drafts = Drafts()
-    drafts.begin_again()
+    drafts.restart()
     drafts.note(KEY, [65], VOCABULARY)
     await drafts.next()
     waiting = asyncio.create_task(drafts.next())
     await asyncio.sleep(0)
-    drafts.begin_again()
+    drafts.restart()
     async with asyncio.timeout(10):
         (draft,) = await waiting
     assert draft.first == 0

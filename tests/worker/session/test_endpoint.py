@@ -30,7 +30,7 @@ class Idle:
     def drop(self, keys: object) -> None:
         pass
 
-    def crowded(self) -> int:
+    def full_pass_jobs(self) -> int:
         return 0
 
     def store_large(self, url: str, above: int) -> None:

@@ -12,12 +12,12 @@ from reltrace_worker.session.routing import RoutingRunner
 class Recorder:
     """Takes jobs in, and gives results when it is told to."""
 
-    def __init__(self, name: str, *, crowded: int = 0) -> None:
+    def __init__(self, name: str, *, full_pass_jobs: int = 0) -> None:
         self.name = name
         self.keys: list[LeaseKey] = []
         self.large: tuple[str, int] | None = None
         self.passes: asyncio.Queue[list[Chunks]] = asyncio.Queue()
-        self._crowded = crowded
+        self._full_pass_jobs = full_pass_jobs
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
         self.keys += [LeaseKey(lease.job_id, lease.attempt) for lease in leases]
@@ -26,8 +26,8 @@ class Recorder:
     async def next_results(self) -> list[Chunks]:
         return await self.passes.get()
 
-    def crowded(self) -> int:
-        return self._crowded
+    def full_pass_jobs(self) -> int:
+        return self._full_pass_jobs
 
     def drop(self, keys: set[LeaseKey]) -> None:
         self.keys = [key for key in self.keys if key not in keys]
@@ -47,7 +47,7 @@ def lease(job: str, model: str, prompt: str = "a") -> worker_pb2.Lease:
 
 @pytest.fixture
 def pair() -> tuple[Recorder, Recorder, RoutingRunner]:
-    first, second = Recorder("first"), Recorder("second", crowded=3)
+    first, second = Recorder("first"), Recorder("second", full_pass_jobs=3)
     routes = {"first": first, "first@r1": first, "second": second, "second@r1": second}
     return first, second, RoutingRunner(routes)
 
@@ -73,7 +73,7 @@ async def test_results_come_from_whichever_is_done_and_none_is_lost(
 ) -> None:
     """
     Given two models whose passes end at the same time
-    I expect one's results, then the other's, each with whether that model is crowded.
+    I expect one's results, then the other's, each with the jobs of its full pass.
     """
     first, second, both = pair
     one, two = iter([worker_pb2.LeasedChunk()]), iter([worker_pb2.LeasedChunk()])
@@ -83,7 +83,7 @@ async def test_results_come_from_whichever_is_done_and_none_is_lost(
     for _ in range(2):
         async with asyncio.timeout(5):
             (chunks,) = await both.next_results()
-        seen.append((chunks, both.crowded()))
+        seen.append((chunks, both.full_pass_jobs()))
     assert sorted(seen, key=lambda pair: pair[1]) == [(one, 0), (two, 3)]
 
 

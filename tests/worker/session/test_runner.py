@@ -87,18 +87,18 @@ async def test_the_next_pass_begins_without_the_loop(
     runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=50)
     await runner.add([lease(0, 40), lease(1, 20)])
     assert watched.begun.acquire(timeout=20)
-    assert runner.running == {LeaseKey("j-0", 1)}
+    assert watched.passes == [[("attnlrp", 40)]]
     # Arrives during the first pass, and goes into the second.
     await runner.add([lease(2, 25), lease(3, 50)])
     watched.gate.release()
     assert watched.begun.acquire(timeout=20)  # the loop stands still here
-    assert runner.running == {LeaseKey("j-1", 1), LeaseKey("j-2", 1)}
+    assert watched.passes[1:] == [[("attnlrp", 20), ("attnlrp", 25)]]
     assert await results(runner) == ["j-0"]
     for _ in range(2):
         watched.gate.release()
     assert await results(runner) == ["j-1", "j-2"]
     assert await results(runner) == ["j-3"]
-    assert runner.running == frozenset()
+    assert not runner._queue
 
 
 async def test_what_is_dropped_or_taken_back_does_not_run(

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 
@@ -13,11 +13,13 @@ from google.protobuf.duration_pb2 import Duration
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.generate import Writing
+from reltrace_worker.engine.generation import Generation
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.session import RefusedError, Session
 from reltrace_worker.types.errors import DeviceLostError, PassFailedError
+from reltrace_worker.types.jobs import TraceJob
+from reltrace_worker.types.results import Outcome
 
 PROMPT = "I have 5 cats and 3 dogs"
 
@@ -276,16 +278,27 @@ async def test_a_large_result_comes_in_order(scheduler: Scheduler, session: Sess
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+def begun(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Return an event that is set when the engine is asked for a pass."""
+    asked, run = threading.Event(), engine.run
+
+    def noted(batch: Sequence[TraceJob]) -> list[Outcome]:
+        asked.set()
+        return run(batch)
+
+    monkeypatch.setattr(engine, "run", noted)
+    return asked
+
+
 async def test_draining_hands_back_what_has_not_begun(
-    scheduler: Scheduler, session: Session, engine: Engine
+    scheduler: Scheduler, session: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connection = await scheduler.next()
+    connection, asked = await scheduler.next(), begun(engine, monkeypatch)
     with engine._lock:  # the first pass waits here
         await connection.lease(types_pb2.JobSpec(input_ids=types_pb2.TokenIds(ids=[20] * 128)))
-        while not session._runner.running:
-            await asyncio.sleep(0.005)
+        assert await asyncio.to_thread(asked.wait, 20)
         await connection.lease(spec(), spec(), first=1)
-        while len(session._runner._turns._ready) < 2:
+        while len(session._runner._queue._waiting) < 2:
             await asyncio.sleep(0.005)
         draining = asyncio.create_task(session.drain(20))
         released = (await connection.receive("release")).release.leases
@@ -302,17 +315,16 @@ async def test_draining_hands_back_what_has_not_begun(
 
 
 async def test_a_drained_worker_waits_for_a_scheduler_that_is_away(
-    scheduler: Scheduler, session: Session, engine: Engine
+    scheduler: Scheduler, session: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
     Given a worker that drains while its pass runs, and a scheduler that goes away meanwhile
     I expect the result at the connection after it, no offer of room, and a farewell there.
     """
-    connection = await scheduler.next()
+    connection, asked = await scheduler.next(), begun(engine, monkeypatch)
     with engine._lock:  # the pass waits here
         await connection.lease(spec())
-        while not session._runner.running:
-            await asyncio.sleep(0.005)
+        assert await asyncio.to_thread(asked.wait, 20)
         draining = asyncio.create_task(session.drain(20))
         await connection.cut()
         connection = await scheduler.next()
@@ -377,7 +389,7 @@ async def test_a_lost_device_ends_the_session(
     def lost(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(engine, "_pass", lost)
+    monkeypatch.setattr(engine, "_run_batch", lost)
     async with serving(scheduler) as address:
         hello = worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="m"))
         session = Session(address, hello, Runner(checkpoints.loaded("plain"), engine, 256))
@@ -438,13 +450,13 @@ async def test_a_text_begins_again_on_the_next_connection(
     Given a text in the middle, of which drafts may be lost with the connection
     I expect all of it so far to be the first draft of the next connection, and then what follows.
     """
-    go_on, write = threading.Event(), engine.go_on
+    go_on, advance = threading.Event(), engine.advance
 
-    def four_tokens(writing: Writing, tokens: int, wrote: Callable[[], None] | None = None) -> None:
-        write(writing, 4, wrote)
+    def four_tokens(task: Generation, on_token: Callable[[], None] | None) -> None:
+        advance(task, on_token, steps=4)
         go_on.wait(20)
 
-    monkeypatch.setattr(engine, "go_on", four_tokens)
+    monkeypatch.setattr(engine, "advance", four_tokens)
     async with drafting(scheduler, checkpoints, engine):
         first = await scheduler.next()
         await first.lease(text(40, stream=True))

@@ -1,4 +1,4 @@
-"""A packed batch in, relevance tensors out: pure torch, usable and tested without gRPC."""
+"""Jobs in, results out: checking, passes, generation and atlases; pure torch, without gRPC."""
 
 from reltrace_worker.engine.engine import Checkpointing, Engine
 from reltrace_worker.engine.preparing import JobPreparer

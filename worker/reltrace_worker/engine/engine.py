@@ -1,32 +1,39 @@
-"""A packed batch in, relevance tensors out: pure torch, no gRPC."""
+"""Runs jobs on one loaded model: pure torch, no gRPC."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 
-from reltrace_worker.engine.atlas import AtlasCapture, Slice
-from reltrace_worker.engine.budget import Trimmer, is_out_of_memory, release
-from reltrace_worker.engine.capture import Capture
-from reltrace_worker.engine.clock import PHASES, PassClock
-from reltrace_worker.engine.memory import head_size
-from reltrace_worker.engine.pack import Pack, Scalar
-from reltrace_worker.engine.passes import predict, trace_checkpointed, trace_keeping
-from reltrace_worker.engine.plan import Planner
-from reltrace_worker.engine.resolve import hints, resolve
-from reltrace_worker.engine.texts import Texts
+from reltrace_worker.engine.atlas import Atlas, AtlasRecorder
+from reltrace_worker.engine.batch import PackedBatch
+from reltrace_worker.engine.generation import Generation
+from reltrace_worker.engine.hooks import SiteHooks
+from reltrace_worker.engine.host_memory import Trimmer, is_out_of_memory, release
+from reltrace_worker.engine.memory import MemoryPlan, head_size
+from reltrace_worker.engine.passes import (
+    PHASES,
+    PassTimer,
+    Trace,
+    predict,
+    trace_checkpointed,
+    trace_keeping,
+)
+from reltrace_worker.engine.recorder import RelevanceRecorder
+from reltrace_worker.engine.targets import Scalar, hints, resolve
 from reltrace_worker.lrp import RULES, Rule, apply_rule
 from reltrace_worker.lrp.attention import kernel_for
 from reltrace_worker.lrp.linear import linear_layers, through_onednn
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import DeviceLostError, EngineError, PassFailedError
-from reltrace_worker.types.jobs import AtlasJob, GenerateJob, TraceJob
-from reltrace_worker.types.results import JobResult
+from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TraceJob
+from reltrace_worker.types.results import JobResult, Outcome
 
 Checkpointing = Literal["auto", "on", "off"]
 _CHECKPOINTING = ("auto", "on", "off")
@@ -39,10 +46,8 @@ _KEEPING_PAYS_FROM = 1024
 
 _USUAL_RULE = "attnlrp"
 
-_STEPS = 16
-"""Tokens that texts go on by at a time."""
-
-Outcome = JobResult | EngineError
+DECODE_STEPS = 16
+"""Tokens that a generation goes on by before another pass has its turn."""
 
 
 # Rules patch the model's instances: one pass at a time, whichever engine runs it.
@@ -58,10 +63,12 @@ def _lock_of(model: object) -> threading.RLock:
 class Engine:
     """Runs batches of jobs on one loaded model.
 
+    Between calls the model is the one that was loaded. Calls from several threads, also to several
+    engines on one model, wait for each other. Every call that runs a pass may raise
+    `DeviceLostError`: the device does not work any more for this process.
+
     Parameters
     ----------
-    loaded
-        The model.
     checkpointing
         ``"on"``: keep only the input of each segment of layers in the forward and recompute the
         layers in the backward. ``"off"``: keep everything, one forward pass less. ``"auto"``:
@@ -71,10 +78,10 @@ class Engine:
     rules
         The rules, by the names by which jobs ask for them.
 
-    Raises
-    ------
-    ValueError
-        `checkpointing` is none of these.
+    Attributes
+    ----------
+    seconds
+        Time of all passes, by phase; checkpointing's second forward counts as backward.
     """
 
     def __init__(
@@ -91,12 +98,11 @@ class Engine:
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._checkpointing = checkpointing
         self.rules = rules
-        self._planner = Planner(loaded, memory_bytes, rules)
+        self._memory = MemoryPlan(loaded, memory_bytes, rules)
         self._trimmer = Trimmer()
         self._lock = _lock_of(loaded.model)
         self._linears = linear_layers(loaded.model)
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        """What all passes took, by phase; checkpointing's second forward is backward here."""
 
     @property
     def attention(self) -> str:
@@ -109,9 +115,9 @@ class Engine:
         As many as fit without checkpointing where that is allowed and they are enough to keep
         the device busy, else as many as fit with it; never more than ``MOST_TOKENS``.
         """
-        fitting = self._planner.tokens(_USUAL_RULE, checkpointing=True)
+        fitting = self._memory.tokens(_USUAL_RULE, checkpointing=True)
         if self._checkpointing != "on":
-            kept = self._planner.tokens(_USUAL_RULE, checkpointing=False)
+            kept = self._memory.tokens(_USUAL_RULE, checkpointing=False)
             if self._checkpointing == "off" or kept >= _KEEPING_PAYS_FROM:
                 fitting = kept
         return max(1, min(fitting, MOST_TOKENS[self._loaded.device.type]))
@@ -120,89 +126,114 @@ class Engine:
         """Give the host's memory back that passes have freed; call it when nothing waits."""
         self._trimmer.trim()
 
-    def run(self, batch: Sequence[TraceJob | GenerateJob]) -> list[Outcome]:
-        """Run every job; those of one kind (what it does, by which rule) share a pass.
+    def run(self, jobs: Sequence[TraceJob]) -> list[Outcome]:
+        """Trace jobs of one batch key, of any lengths; return one outcome per job, in order.
 
-        Where memory does not suffice for all of them they are traced in smaller packs, and at
-        last one by one with checkpointing. Between calls the model is the one that was loaded.
-        Calls from several threads, also to several engines on one model, wait for each other.
-
-        Parameters
-        ----------
-        batch
-            Jobs that ``JobPreparer.prepare`` made for this model, of any lengths.
-
-        Returns
-        -------
-        list[JobResult | EngineError]
-            One per job, in order; an error where the job's own numbers are not finite, or where
-            it alone does not fit into memory.
+        Where memory does not suffice for all of them they are traced in smaller batches, and at
+        last one by one with checkpointing. An outcome is an error where the job's own numbers are
+        not finite, or where it alone does not fit into memory.
 
         Raises
         ------
         PassFailedError
-            The pass itself failed, not for memory; no job of the batch has a result.
-        DeviceLostError
-            The device does not work any more for this process.
+            The pass itself failed, not for memory; no job has a result.
         """
-        by_kind: dict[tuple[str, str], list[int]] = {}
-        for index, job in enumerate(batch):
-            by_kind.setdefault(job.batch_key, []).append(index)
-        results: dict[int, Outcome] = {}
-        try:
-            with self._lock:
-                for (_, rule), indices in by_kind.items():
-                    jobs = [batch[index] for index in indices]
-                    traces = [job for job in jobs if isinstance(job, TraceJob)]
-                    texts = [job for job in jobs if isinstance(job, GenerateJob)]
-                    outcomes = self._run_jobs(rule, traces) if traces else self._write(texts)
-                    results.update(zip(indices, outcomes, strict=True))
-        except torch.AcceleratorError as error:
-            # After such an error every further call of this process fails.
-            raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
-        return [results[index] for index in range(len(batch))]
+        with self._exclusive():
+            return self._run(list(jobs))
 
-    def _run_jobs(self, rule: str, jobs: list[TraceJob]) -> list[Outcome]:
-        """Trace jobs of one rule: together if they fit, else in halves, at last checkpointed."""
+    def begin(self, jobs: Sequence[Job]) -> Generation | Atlas:
+        """Begin a job that takes many passes: a generation of several jobs, or one atlas.
+
+        Raises
+        ------
+        EngineError
+            The tables of an atlas do not fit into memory.
+        """
+        atlases = [job for job in jobs if isinstance(job, AtlasJob)]
+        if not atlases:
+            generations = [job for job in jobs if isinstance(job, GenerateJob)]
+            return Generation(self._loaded, generations, self._memory.generation_fault)
+        (job,) = atlases
+        size = Atlas.table_bytes(self._loaded.shape, job.k)
+        if (fault := self._memory.atlas_fault(job.k, size)) is not None:
+            raise fault
+        return Atlas(self._loaded, job)
+
+    def advance(
+        self,
+        task: Generation | Atlas,
+        on_token: Callable[[], None] | None = None,
+        steps: int = DECODE_STEPS,
+    ) -> None:
+        """Generate up to `steps` tokens of each job, or run the next pass of an atlas.
+
+        Raises
+        ------
+        EngineError
+            The numbers of an atlas are not finite, or its pass does not fit into memory. The pass
+            is not made smaller, for then its numbers would be others.
+        """
+        with self._exclusive():
+            if isinstance(task, Atlas):
+                self._advance_atlas(task)
+            else:
+                with self._timed() as timer, through_onednn(self._linears):
+                    timer.start("forward")
+                    task.decode(steps, on_token)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except torch.AcceleratorError as error:
+                # After such an error every further call of this process fails.
+                raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
+
+    @contextmanager
+    def _timed(self) -> Iterator[PassTimer]:
+        timer = PassTimer(self._loaded.device)
+        yield timer
+        for phase, seconds in timer.seconds().items():
+            self.seconds[phase] += seconds
+
+    def _run(self, jobs: list[TraceJob]) -> list[Outcome]:
+        """Run jobs together if they fit, else in halves, at last alone and checkpointed."""
         alone = len(jobs) == 1
         modes = {"on": [True], "auto": [False, True], "off": [False, True] if alone else [False]}
         for checkpointing in modes[self._checkpointing]:
-            if not self._planner.fits(jobs, checkpointing, try_anyway=alone and checkpointing):
+            if not self._memory.fits(jobs, checkpointing, try_anyway=alone and checkpointing):
                 continue
-            outcomes = self._run_pack(rule, jobs, checkpointing)
+            outcomes = self._try_batch(jobs, checkpointing)
             if outcomes is not None:
-                return outcomes if alone else self._with_second_tries(rule, jobs, outcomes)
+                return outcomes if alone else self._with_second_tries(jobs, outcomes)
             if not alone:
                 break
         if alone:
-            return [self._planner.too_large(jobs)]
+            return [self._memory.too_large(jobs)]
         ordered = sorted(range(len(jobs)), key=lambda index: len(jobs[index].token_ids))
         half = len(ordered) // 2
         found: dict[int, Outcome] = {}
         for indices in (ordered[:half], ordered[half:]):
-            outcomes = self._run_jobs(rule, [jobs[index] for index in indices])
+            outcomes = self._run([jobs[index] for index in indices])
             found.update(zip(indices, outcomes, strict=True))
         return [found[index] for index in range(len(jobs))]
 
-    def _with_second_tries(
-        self, rule: str, jobs: list[TraceJob], outcomes: list[Outcome]
-    ) -> list[Outcome]:
+    def _with_second_tries(self, jobs: list[TraceJob], outcomes: list[Outcome]) -> list[Outcome]:
         """Run what is not finite once more, alone: it may be a neighbour's fault.
 
         Some kernels of CPUs let a row that is not finite reach the row before it, which may be the
         last one of another prompt.
         """
         return [
-            self._run_jobs(rule, [job])[0] if isinstance(outcome, EngineError) else outcome
+            self._run([job])[0] if isinstance(outcome, EngineError) else outcome
             for job, outcome in zip(jobs, outcomes, strict=True)
         ]
 
-    def _run_pack(
-        self, rule: str, jobs: list[TraceJob], checkpointing: bool
-    ) -> list[Outcome] | None:
-        """Run one pass; None where memory ran out."""
+    def _try_batch(self, jobs: list[TraceJob], checkpointing: bool) -> list[Outcome] | None:
+        """Run one batch; None where memory ran out."""
         try:
-            return self._pass(rule, jobs, checkpointing)
+            return self._run_batch(jobs, checkpointing)
         except EngineError:
             raise
         except Exception as error:
@@ -218,134 +249,53 @@ class Engine:
         release(self._loaded.device)
         return None
 
-    def _pass(self, rule: str, jobs: list[TraceJob], checkpointing: bool) -> list[Outcome]:
-        pack = Pack.of(jobs)
-        trace: Callable[[LoadedModel, Pack, Capture], list[Scalar]]
-        trace = trace_checkpointed if checkpointing else trace_keeping
-        if not jobs[0].sites:
-            trace = _predict
-        capture = Capture(self._loaded, pack)
-        capture.clock.begins("forward")
-        with apply_rule(self._loaded.model, self.rules[rule]), through_onednn(self._linears):
-            scalars = trace(self._loaded, pack, capture)
-        capture.clock.begins("transfer")
-        capture.finish()
-        for phase, seconds in capture.clock.seconds().items():
-            self.seconds[phase] += seconds
+    def _run_batch(self, jobs: list[TraceJob], checkpointing: bool) -> list[Outcome]:
+        batch = PackedBatch.of(jobs)
+        recorder = RelevanceRecorder(self._loaded, batch)
+        with self._timed() as timer:
+            scalars = self._trace(batch, recorder, timer, checkpointing)
+            timer.start("transfer")
+            recorder.finish()
         by_job: list[list[Scalar]] = [[] for _ in jobs]
         for scalar in scalars:
             by_job[scalar.job].append(scalar)
         outcomes: dict[int, Outcome] = {}
-        for place, index in enumerate(pack.order):
-            job = pack.jobs[place]
+        for index, of_job in enumerate(by_job):
             try:
-                targets = tuple(resolve(self._vocabulary, job, scalar) for scalar in by_job[place])
-                outcomes[index] = JobResult(
-                    targets,
-                    capture.tensors(place),
+                outcomes[batch.order[index]] = JobResult(
+                    tuple(resolve(self._vocabulary, scalar) for scalar in of_job),
+                    recorder.tensors(index),
                     checkpointing,
-                    hints=hints(self._vocabulary, job, by_job[place]),
+                    hints=hints(self._vocabulary, of_job),
                 )
             except EngineError as error:
-                outcomes[index] = error
+                outcomes[batch.order[index]] = error
         return [outcomes[index] for index in range(len(jobs))]
 
-    def _write(self, jobs: list[GenerateJob]) -> list[Outcome]:
-        texts = self.begin(jobs)
-        found: dict[int, Outcome] = {}
-        while not texts.over:
-            self.go_on(texts, _STEPS)
-            found |= texts.ended()
-        return [found[index] for index in range(len(jobs))]
+    def _trace(
+        self, batch: PackedBatch, hooks: SiteHooks, timer: PassTimer, checkpointing: bool
+    ) -> list[Scalar]:
+        trace: Trace = trace_checkpointed if checkpointing else trace_keeping
+        if not batch.jobs[0].sites:
+            trace = predict
+        timer.start("forward")
+        rule = self.rules[batch.jobs[0].rule]
+        with apply_rule(self._loaded.model, rule), through_onednn(self._linears):
+            return trace(self._loaded, batch, hooks, timer)
 
-    def begin(self, jobs: Sequence[GenerateJob]) -> Texts:
-        """Begin texts that are written together; nothing is written yet.
-
-        Parameters
-        ----------
-        jobs
-            All with a `generation`.
-        """
-        return Texts(self._loaded, jobs, self._planner.fault_of_texts)
-
-    def go_on(self, texts: Texts, tokens: int, wrote: Callable[[], None] | None = None) -> None:
-        """Write at most so many further tokens of each text; call `wrote` after each.
-
-        Raises
-        ------
-        DeviceLostError
-            The device does not work any more for this process.
-        """
-        clock = PassClock(self._loaded.device)
-        with self._lock:
-            clock.begins("forward")
-            try:
-                with through_onednn(self._linears):
-                    texts.go_on(tokens, wrote)
-            except torch.AcceleratorError as error:
-                raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
-        for phase, seconds in clock.seconds().items():
-            self.seconds[phase] += seconds
-
-    def begin_atlas(self, corpus: AtlasJob) -> Slice:
-        """Begin the atlas of a corpus; nothing is in it yet.
-
-        Raises
-        ------
-        EngineError
-            Its tables do not fit into memory.
-        """
-        if (fault := self._planner.fault_of_atlas(corpus.k)) is not None:
-            raise fault
-        return Slice(self._loaded, corpus)
-
-    def add_to(self, slice_: Slice) -> None:
-        """Add the next pass to an atlas.
-
-        Raises
-        ------
-        EngineError
-            Its numbers are not finite, or the pass does not fit into memory. It is not made
-            smaller, for then its numbers would be others.
-        DeviceLostError
-            The device does not work any more for this process.
-        """
-        corpus, chosen = slice_.corpus, slice_.take()
+    def _advance_atlas(self, atlas: Atlas) -> None:
+        chosen = atlas.next_pass()
         if not chosen:
             return
-        jobs = [corpus.prompts[index] for index in chosen]
-        with self._lock:
-            checkpointing = self._checkpointing == "on" or not self._planner.fits(jobs, False)
-            if not self._planner.fits(jobs, checkpointing):
-                raise self._planner.too_large(jobs)
-            slice_.checkpointing |= checkpointing
-            pack = Pack.of(jobs)
-            numbers = [corpus.numbers[chosen[index]] for index in pack.order]
-            capture = AtlasCapture(self._loaded, pack, corpus, numbers, slice_.atlas)
-            trace = trace_checkpointed if checkpointing else trace_keeping
-            capture.clock.begins("forward")
-            try:
-                rule = self.rules[jobs[0].rule]
-                with apply_rule(self._loaded.model, rule), through_onednn(self._linears):
-                    scalars = trace(self._loaded, pack, capture)
-            except torch.AcceleratorError as error:
-                raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
-        for phase, seconds in capture.clock.seconds().items():
-            self.seconds[phase] += seconds
+        jobs = [atlas.job.prompts[index] for index in chosen]
+        checkpointing = self._checkpointing == "on" or not self._memory.fits(jobs, False)
+        if not self._memory.fits(jobs, checkpointing):
+            raise self._memory.too_large(jobs)
+        atlas.checkpointing |= checkpointing
+        batch = PackedBatch.of(jobs)
+        numbers = [atlas.job.numbers[chosen[index]] for index in batch.order]
+        recorder = AtlasRecorder(self._loaded, batch, atlas, numbers)
+        with self._timed() as timer:
+            scalars = self._trace(batch, recorder, timer, checkpointing)
         for scalar in scalars:
-            found = resolve(self._vocabulary, pack.jobs[scalar.job], scalar)
-            slice_.targets[numbers[scalar.job]] = found
-
-    def atlas(self, slice_: Slice) -> list[Outcome]:
-        """Return an atlas as the result of its job; its targets are each token once.
-
-        Nothing before it is over, or where nobody waits for it.
-        """
-        if slice_.dropped or not slice_.over:
-            return []
-        targets = {target.token_id: target for target in slice_.targets.values()}
-        return [JobResult(tuple(targets.values()), slice_.tensors(), slice_.checkpointing)]
-
-
-def _predict(loaded: LoadedModel, pack: Pack, _: Capture) -> list[Scalar]:
-    return predict(loaded, pack)
+            atlas.targets[numbers[scalar.job]] = resolve(self._vocabulary, scalar)

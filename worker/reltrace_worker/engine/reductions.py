@@ -9,8 +9,8 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """The rows of one job among the N rows of a pack, and its index among the jobs there."""
+class JobRows:
+    """The index of a job among those that are reduced together, and its rows."""
 
     index: int
     start: int
@@ -18,78 +18,55 @@ class Span:
 
     @property
     def rows(self) -> slice:
-        """The rows as a slice."""
         return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
-    """The sizes of what is reduced.
-
-    Parameters
-    ----------
-    rows, jobs, features
-        N rows of J jobs, with F features each.
-    k
-        Values that the jobs want of each layer; 0 unless the reduction is ``topk``.
-    """
+class Sizes:
+    """What is reduced: N rows of J jobs, with F features each; k values per layer for ``topk``."""
 
     rows: int
     jobs: int
     features: int
     k: int
 
-    def largest(self, span: Span) -> int:
-        """Return how many values ``topk`` keeps of one job: k, or all where there are fewer."""
-        return min(self.k, (span.stop - span.start) * self.features)
-
-
-Reduce = Callable[[torch.Tensor, Sequence[Span], Extent], tuple[torch.Tensor, ...]]
+    def topk(self, job: JobRows) -> int:
+        """Return how many values ``topk`` keeps of a job: k, or all where there are fewer."""
+        return min(self.k, (job.stop - job.start) * self.features)
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """One reduction, of all jobs of a pack in one go.
-
-    Parameters
-    ----------
-    name
-        As jobs name it.
-    shape
-        From the extent to the shape of a reduced layer, which all its parts share.
-    reduce
-        From relevance, float32 [N, F], and the spans of the J jobs to one reduced layer, part by
-        part.
-    select
-        From reduced layers, [..., *shape], to one job's part of them (a view).
-    parts
-        Name and dtype of each tensor that it yields.
-    """
+    """One reduction, of all jobs in one go."""
 
     name: str
-    shape: Callable[[Extent], tuple[int, ...]]
-    reduce: Reduce
-    select: Callable[[torch.Tensor, Span, Extent], torch.Tensor]
+    # The shape of a reduced layer, which all its parts share.
+    shape: Callable[[Sizes], tuple[int, ...]]
+    # From relevance, float32 [N, F], to one reduced layer, part by part.
+    reduce: Callable[[torch.Tensor, Sequence[JobRows], Sizes], tuple[torch.Tensor, ...]]
+    # From reduced layers, [..., *shape], to one job's part of them (a view).
+    select: Callable[[torch.Tensor, JobRows, Sizes], torch.Tensor]
+    # Name and dtype of each tensor that it yields.
     parts: tuple[tuple[str, torch.dtype], ...] = (("", torch.float32),)
 
 
-def _largest(
-    relevance: torch.Tensor, spans: Sequence[Span], extent: Extent
+def _topk(
+    relevance: torch.Tensor, jobs: Sequence[JobRows], sizes: Sizes
 ) -> tuple[torch.Tensor, ...]:
-    """Find the k largest |R| of each job, by falling size, and where they stand.
+    """Find the k largest |R| of each job, by falling size, with their token and feature.
 
     A job with fewer than k values leaves the rest of its row 0; ``select`` cuts it off.
     """
-    values = relevance.new_zeros(extent.jobs, extent.k)
-    places = torch.zeros(extent.jobs, extent.k, dtype=torch.int64, device=relevance.device)
-    for span in spans:
-        flat = relevance[span.rows].flatten()
-        count = extent.largest(span)
+    values = relevance.new_zeros(sizes.jobs, sizes.k)
+    indices = torch.zeros(sizes.jobs, sizes.k, dtype=torch.int64, device=relevance.device)
+    for job in jobs:
+        flat = relevance[job.rows].flatten()
+        count = sizes.topk(job)
         # NaN counts as largest, so that the check for finite numbers sees it.
-        found = flat.abs().topk(count).indices
-        places[span.index, :count] = found
-        values[span.index, :count] = flat[found]
-    tokens, features = places // extent.features, places % extent.features
+        largest = flat.abs().topk(count).indices
+        indices[job.index, :count] = largest
+        values[job.index, :count] = flat[largest]
+    tokens, features = indices // sizes.features, indices % sizes.features
     return values, tokens.int(), features.int()
 
 
@@ -98,34 +75,30 @@ REDUCTIONS: dict[str, Reduction] = {
     for reduction in (
         Reduction(
             "token",
-            shape=lambda extent: (extent.rows,),
-            reduce=lambda relevance, spans, _: (relevance.sum(-1),),
-            select=lambda reduced, span, _: reduced[..., span.rows],
+            shape=lambda sizes: (sizes.rows,),
+            reduce=lambda relevance, jobs, _: (relevance.sum(-1),),
+            select=lambda reduced, job, _: reduced[..., job.rows],
         ),
         Reduction(
             "feature",
-            shape=lambda extent: (extent.jobs, extent.features),
-            reduce=lambda relevance, spans, _: (
-                torch.stack([relevance[span.rows].sum(0) for span in spans]),
+            shape=lambda sizes: (sizes.jobs, sizes.features),
+            reduce=lambda relevance, jobs, _: (
+                torch.stack([relevance[job.rows].sum(0) for job in jobs]),
             ),
-            select=lambda reduced, span, _: reduced[..., span.index, :],
+            select=lambda reduced, job, _: reduced[..., job.index, :],
         ),
         Reduction(
             "topk",
-            shape=lambda extent: (extent.jobs, extent.k),
-            reduce=_largest,
-            select=lambda reduced, span, extent: reduced[..., span.index, : extent.largest(span)],
-            parts=(
-                ("values", torch.float32),
-                ("token", torch.int32),
-                ("feature", torch.int32),
-            ),
+            shape=lambda sizes: (sizes.jobs, sizes.k),
+            reduce=_topk,
+            select=lambda reduced, job, sizes: reduced[..., job.index, : sizes.topk(job)],
+            parts=(("values", torch.float32), ("token", torch.int32), ("feature", torch.int32)),
         ),
         Reduction(
             "full",
-            shape=lambda extent: (extent.rows, extent.features),
-            reduce=lambda relevance, spans, _: (relevance,),
-            select=lambda reduced, span, _: reduced[..., span.rows, :],
+            shape=lambda sizes: (sizes.rows, sizes.features),
+            reduce=lambda relevance, jobs, _: (relevance,),
+            select=lambda reduced, job, _: reduced[..., job.rows, :],
         ),
     )
 }

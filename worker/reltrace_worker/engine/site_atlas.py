@@ -51,18 +51,8 @@ _LOW = (1 << 32) - 1
 def keys_of(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Return integers that are ordered as positive values, of equal ones the earliest place first.
 
-    Parameters
-    ----------
-    values
-        float32 [N, F].
-    places
-        int64 [N], less than 2**32, all different.
-
-    Returns
-    -------
-    torch.Tensor
-        int64 [N, F]: the value's bits above, the complement of the place below. Values that are not
-        positive give 0.
+    From values, float32 [N, F], and distinct places, int64 [N], less than 2**32, to int64 [N, F]:
+    the value's bits above, the complement of the place below. Values that are not positive give 0.
     """
     # The bits of positive floats are ordered as the floats are.
     bits = values.view(torch.int32).long()
@@ -99,26 +89,18 @@ def _all_bins(device: torch.device) -> torch.Tensor:
 
 @dataclass(slots=True)
 class SiteAtlas:
-    """What is known of the features of one site.
+    """What is known of the features of one site."""
 
-    Parameters
-    ----------
-    strongest
-        int64 [L, 4, k, F]: keys, in the order of ``LISTS``, the strongest first; 0: there is none.
-    beside
-        float32 of the same shape: the activation at places of relevance, and the relevance at those
-        of activation; 0 where there is no place.
-    high, low
-        int64 [L, 3, F]: sums in the order of ``SUMS``, in units of 2**-``POINT``, are
-        ``high * 2**32 + low``; ``low`` is less than 2**32.
-    histogram
-        int32 [L, 2, F, ``BINS``], in the order of ``MEASURES``.
-    """
-
+    # int64 [L, 4, k, F]: keys, in the order of LISTS, the strongest first; 0: there is none.
     strongest: torch.Tensor
+    # float32 of the same shape: the activation at places of relevance, and the relevance at those
+    # of activation; 0 where there is no place.
     beside: torch.Tensor
+    # int64 [L, 3, F]: sums in the order of SUMS, in units of 2**-POINT, are high * 2**32 + low,
+    # with low < 2**32.
     high: torch.Tensor
     low: torch.Tensor
+    # int32 [L, 2, F, BINS], in the order of MEASURES.
     histogram: torch.Tensor
 
     @staticmethod
@@ -145,16 +127,9 @@ class SiteAtlas:
         rows: torch.Tensor,
         places: torch.Tensor,
     ) -> None:
-        """Add rows of one layer.
+        """Add rows of one layer, whose relevance and activation are float32 [N, F], finite.
 
-        Parameters
-        ----------
-        relevance, activation
-            float32 [N, F], finite.
-        rows
-            int64 [M]: which of them are added.
-        places
-            int64 [M]: theirs.
+        `rows`, int64 [M], are those that are added, and `places`, int64 [M], their places.
         """
         together = min(max(_VALUES // relevance.shape[-1], _FEWEST_ROWS), _MOST_ROWS)
         for start in range(0, len(places), together):
@@ -217,19 +192,8 @@ class SiteAtlas:
 def _candidates(values: torch.Tensor, kept: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Return which values may be among the k strongest: all that are, and few others.
 
-    Parameters
-    ----------
-    values
-        float32 [F, N].
-    kept
-        int64 [2, k, F]: the keys that are kept so far, of positive and of negative values.
-    places
-        int64 [N].
-
-    Returns
-    -------
-    torch.Tensor
-        bool [2, F, N], for positive and for negative values.
+    From values, float32 [F, N], and the keys that are kept so far, int64 [2, k, F] of positive and
+    of negative values, to bool [2, F, N].
     """
     weakest = kept[:, -1]
     bound = values_of(weakest)

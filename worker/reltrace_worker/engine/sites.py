@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import nn
@@ -13,120 +12,85 @@ from reltrace_worker.models.families import Family
 from reltrace_worker.models.loading import ModelShape
 
 
-class Side(Enum):
-    """Which tensor of a module."""
-
-    INPUT = "input"
-    OUTPUT = "output"
-
-
 @dataclass(frozen=True, slots=True)
-class Tap:
-    """A tensor inside a decoder layer.
+class HookPoint:
+    """A tensor inside a decoder layer: a module's first positional input, or its first output."""
 
-    Parameters
-    ----------
-    path
-        Path of the module inside the layer; "" is the layer itself.
-    side
-        Its first positional input or its (first) output.
-    passes_by
-        The tensor is the residual stream itself, which goes on beside the module too: who changes
-        it changes it in place.
-    """
-
+    # Path of the module inside the layer; "" is the layer itself.
     path: str
-    side: Side
-    passes_by: bool = False
+    is_input: bool = False
+    # The tensor also bypasses the module, as the residual stream does: edit it in place.
+    in_place: bool = False
 
     @property
     def is_layer_output(self) -> bool:
-        """The tensor is what the layer hands to the next: its gradient needs no pass through it."""
-        return self.path == "" and self.side is Side.OUTPUT
+        """The layer hands it to the next: its gradient needs no backward through the layer."""
+        return self.path == "" and not self.is_input
 
     def module(self, layer: nn.Module) -> nn.Module:
-        """Return the tapped module of one decoder layer."""
         return layer.get_submodule(self.path)
 
 
-def _as_it_is(relevance: torch.Tensor, _: ModelShape) -> torch.Tensor:
-    return relevance
-
-
-def _itself(feature: int, _: ModelShape, __: int) -> range:
+def _one_column(feature: int, _: ModelShape, __: int) -> range:
     return range(feature, feature + 1)
 
 
-def _of_head(head: int, shape: ModelShape, width: int) -> range:
+def _head_columns(head: int, shape: ModelShape, width: int) -> range:
     size = width // shape.heads
     return range(head * size, (head + 1) * size)
 
 
-def _per_head(relevance: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+def _sum_per_head(relevance: torch.Tensor, shape: ModelShape) -> torch.Tensor:
     return relevance.reshape(*relevance.shape[:-1], shape.heads, -1).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One site.
-
-    Parameters
-    ----------
-    name
-        As jobs name it.
-    features
-        F, the length of its feature axis.
-    tap
-        The tensor inside each decoder layer; None: the input embeddings, once per model.
-    fold
-        From the relevance of the tensor, float32 [N, its width], to that of the site, [N, F].
-    columns
-        From a feature, and the tensor's width, to the columns of the tensor that it is made of.
-    """
+    """One site."""
 
     name: str
+    # F, the length of its feature axis.
     features: Callable[[ModelShape], int]
-    tap: Callable[[Family], Tap] | None
-    fold: Callable[[torch.Tensor, ModelShape], torch.Tensor] = _as_it_is
-    columns: Callable[[int, ModelShape, int], range] = _itself
+    # The tensor inside each decoder layer; None: the input embeddings, once per model.
+    hook_point: Callable[[Family], HookPoint] | None
+    # From the relevance of the tensor, float32 [N, width], to that of the features, [N, F].
+    fold: Callable[[torch.Tensor, ModelShape], torch.Tensor] = lambda relevance, _: relevance
+    # From a feature and the tensor's width to the columns that the feature is made of.
+    columns: Callable[[int, ModelShape, int], range] = _one_column
 
     @property
     def per_layer(self) -> bool:
         """The site's values have a layer axis."""
-        return self.tap is not None
+        return self.hook_point is not None
+
+
+def _hidden(shape: ModelShape) -> int:
+    return shape.hidden_size
 
 
 SITES: dict[str, Site] = {
     site.name: site
     for site in (
-        Site("embed", lambda shape: shape.hidden_size, None),
-        Site("resid", lambda shape: shape.hidden_size, lambda _: Tap("", Side.OUTPUT)),
+        Site("embed", _hidden, None),
+        Site("resid", _hidden, lambda _: HookPoint("")),
         Site(
             "resid_mid",
-            lambda shape: shape.hidden_size,
-            lambda family: Tap(family.mid_reader, Side.INPUT, passes_by=True),
+            _hidden,
+            lambda family: HookPoint(family.mid_reader, is_input=True, in_place=True),
         ),
-        Site(
-            "attn_out",
-            lambda shape: shape.hidden_size,
-            lambda family: Tap(family.attention_out, Side.OUTPUT),
-        ),
-        Site(
-            "mlp_out",
-            lambda shape: shape.hidden_size,
-            lambda family: Tap(family.mlp_out, Side.OUTPUT),
-        ),
+        Site("attn_out", _hidden, lambda family: HookPoint(family.attention_out)),
+        Site("mlp_out", _hidden, lambda family: HookPoint(family.mlp_out)),
         Site(
             "head",
             lambda shape: shape.heads,
-            lambda family: Tap(family.head_reader, Side.INPUT),
-            _per_head,
-            _of_head,
+            lambda family: HookPoint(family.head_reader, is_input=True),
+            _sum_per_head,
+            _head_columns,
         ),
         Site(
             "neuron",
             lambda shape: shape.intermediate_size,
-            lambda family: Tap(family.neuron_reader, Side.INPUT),
+            lambda family: HookPoint(family.neuron_reader, is_input=True),
         ),
     )
 }

@@ -43,33 +43,21 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model in memory, ready for the engine.
-
-    Parameters
-    ----------
-    model
-        In eval mode; no parameter requires a gradient.
-    name
-        Under which it is served: hub id, or name of the folder or file, unless another was given.
-    revision
-        See :class:`reltrace_worker.models.source.Source`; ends in ``"+4bit"`` where the weights
-        were quantized while they were loaded.
-    dtype
-        Of weights and activations.
-    device
-        Where its embeddings are, and all of it, unless it is split.
-    context_length
-        Longest prompt in tokens.
-    """
+    """A model in memory, ready for the engine: in eval mode, no parameter requires a gradient."""
 
     model: PreTrainedModel
     tokenizer: Any
+    # Hub id, or name of the folder or file, unless another was given.
     name: str
+    # Ends in "+4bit" where the weights were quantized while they were loaded.
     revision: str
     family: Family
     shape: ModelShape
+    # Of weights and activations.
     dtype: torch.dtype
+    # Where its embeddings are, and all of it, unless it is split.
     device: torch.device
+    # Longest prompt in tokens.
     context_length: int
 
     @property
@@ -80,16 +68,13 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class _Checkpoint:
-    """What is loaded: the arguments of ``from_pretrained``, and what else there is to know.
-
-    `shards` are the weight files of a folder; weights whose name begins with one of `ignored` are
-    not loaded.
-    """
-
     model_type: str
     tokenizer: Any
+    # The arguments of ``from_pretrained``.
     options: dict[str, Any]
+    # The weight files of a folder.
     shards: Sequence[Path] = ()
+    # How the names of weights begin that are not loaded.
     ignored: tuple[str, ...] = ()
     gguf: GgufFile | None = None
 
@@ -105,10 +90,10 @@ def load_model(
     load_in_4bit: bool = False,
     context: int | None = None,
 ) -> LoadedModel:
-    """Load a model of a supported architecture.
+    """Load a model of a supported architecture; a ModelError says what is not supported.
 
     Weights are read, and dequantized where they are quantized (GGUF, fp8), one by one and to the
-    device where they stay. A digest of their files is computed meanwhile, in another thread.
+    device where they stay.
 
     Parameters
     ----------
@@ -119,24 +104,18 @@ def load_model(
         digest, which is checked.
     dtype
         ``"float32"``, ``"bfloat16"``, or ``"auto"``: float32 on the CPU, bfloat16 on CUDA.
-        The checkpoint itself may be stored in float16.
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
     name
-        Name under which the model is served; default: hub id or folder name.
+        Under which the model is served; default: hub id, or name of the folder or file.
     device_map
         ``"auto"`` splits the model over all GPUs by accelerate, and so does a mapping from
         the paths of modules to devices. Excludes `device`.
     load_in_4bit
-        Quantize the weights of the linear layers by bitsandbytes, on CUDA. `dtype` is that of
-        what is computed with them. Not run so far: it follows LXT's ``quantized_llama.py``.
+        Quantize the linear layers by bitsandbytes, on CUDA, and compute with them in `dtype`. Not
+        run so far: it follows LXT's ``quantized_llama.py``.
     context
         Longest prompt in tokens; default: what the model's config allows.
-
-    Raises
-    ------
-    ModelError
-        Says what is wrong and what is supported.
     """
     placement = choose_placement(device, dtype, device_map, load_in_4bit)
     found = find_source(source, revision)

@@ -72,8 +72,7 @@ def choose_placement(
             raise ModelError(f"device_map {device_map!r} is not supported; supported: auto")
         if device_map == "auto" and not torch.cuda.is_available():
             raise ModelError(
-                "device_map 'auto' splits a model over GPUs, and torch "
-                f"{torch.__version__} sees no CUDA device"
+                f"device_map 'auto' needs GPUs; torch {torch.__version__} sees no CUDA device"
             )
     on_cpu = isinstance(device_map, Mapping) and set(map(str, device_map.values())) == {"cpu"}
     target = torch.device("cpu") if on_cpu else _device(device)
@@ -83,10 +82,7 @@ def choose_placement(
                 f"load_in_4bit needs a CUDA device; this model would be on {target.type!r}"
             )
         if find_spec("bitsandbytes") is None:
-            raise ModelError(
-                "load_in_4bit needs bitsandbytes, which is not installed; install it with: "
-                "pip install bitsandbytes"
-            )
+            raise ModelError("load_in_4bit needs the package: pip install bitsandbytes")
     return Placement(target, _dtype(dtype, target), device_map, load_in_4bit)
 
 
@@ -104,11 +100,9 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(
-            f"device {name!r} is unknown; supported: auto, cpu, cuda, cuda:N"
-        ) from error
-    if device.type not in ("cpu", "cuda"):
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ModelError(f"device {name!r} is not supported; supported: auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(

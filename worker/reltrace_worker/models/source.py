@@ -9,13 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError
 
 from reltrace_worker.models.folder import ADAPTER, INDEX, TOKENIZERS, WEIGHTS, index_shards
 from reltrace_worker.types.errors import ModelError
@@ -103,39 +97,18 @@ def find_source(source: str, revision: str | None) -> Source:
     return Source(folder, source, commit=folder.name)
 
 
-_HUB_ERRORS: tuple[tuple[type[Exception], str], ...] = (
-    (
-        GatedRepoError,
-        "{name!r} is gated: accept its terms at https://huggingface.co/{name}, and give a token of "
-        "yours in HF_TOKEN",
-    ),
-    (RevisionNotFoundError, "the hub's {name!r} has no revision {revision!r}"),
-    (
-        RepositoryNotFoundError,
-        "there is no folder {name!r}, and the hub has no model of that name, or a private one that "
-        "needs a token in HF_TOKEN",
-    ),
-    (
-        LocalEntryNotFoundError,
-        "there is no folder {name!r}; as a hub id{at} it is not in the cache, and the hub can not "
-        "be reached",
-    ),
-    (Exception, "{name!r}{at} can not be had from the hub: {reason}"),
-)
-"""What to say of an error of the hub; the first that matches."""
-
-
 def _download(name: str, revision: str | None, files: list[str]) -> Path:
     """Return the folder of some files of a hub model; its name is their commit."""
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns="*/*")
         )
+    # The errors of the hub say what to do: to ask for access, to give a token, to be online.
     except (HfHubHTTPError, OSError, ValueError) as error:
-        message = next(message for kind, message in _HUB_ERRORS if isinstance(error, kind))
         at = "" if revision is None else f" at {revision!r}"
+        reason = " ".join(str(error).split())
         raise ModelError(
-            message.format(name=name, revision=revision, at=at, reason=first_line(error))
+            f"there is no folder {name!r}, and as a hub id{at} it can not be loaded: {reason}"
         ) from error
 
 

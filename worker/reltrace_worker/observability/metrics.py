@@ -1,6 +1,4 @@
-"""What Prometheus reads of a worker; README.md lists the names."""
-
-from __future__ import annotations
+"""The worker's Prometheus metrics; README.md lists their names."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,53 +17,32 @@ class MetricsError(WorkerError):
 
 @dataclass(slots=True)
 class PassStats:
-    """What a worker's passes have done since it started.
-
-    Attributes
-    ----------
-    passes, jobs, failed : int
-        Passes, and the jobs that they ended: well, and not.
-    tokens, capacity : int
-        Tokens that they took, and that they had room for.
-    seconds : dict of str to float
-        By phase of the pass.
-    tenant_seconds : dict of str to float
-        By tenant: of the time of each pass, the part that its tokens were of the pass's.
-    """
+    """What the passes over one model have done since the worker started."""
 
     passes: int = 0
+    # Jobs that they ended: well, and not.
     jobs: int = 0
     failed: int = 0
+    # Tokens that they took, and that they had room for.
     tokens: int = 0
     capacity: int = 0
+    # By phase of the pass.
     seconds: dict[str, float] = field(default_factory=dict)
+    # By tenant: its share of the time of each pass, by tokens.
     tenant_seconds: dict[str, float] = field(default_factory=dict)
 
-    def share(self, seconds: float, tokens: Mapping[str, int]) -> None:
-        """Share the time of a pass out over tenants, by their tokens.
-
-        Parameters
-        ----------
-        seconds : float
-            Of the whole pass.
-        tokens : mapping of str to int
-            By tenant.
-        """
-        whole = sum(tokens.values())
-        for tenant, own in tokens.items():
-            spent = self.tenant_seconds.get(tenant, 0.0)
-            self.tenant_seconds[tenant] = spent + seconds * own / whole
+    def charge_tenants(self, seconds: float, tokens: Mapping[str, int]) -> None:
+        """Divide the time of a pass among tenants, by their tokens."""
+        total = sum(tokens.values())
+        for tenant, count in tokens.items():
+            before = self.tenant_seconds.get(tenant, 0.0)
+            self.tenant_seconds[tenant] = before + seconds * count / total
 
 
 class WorkerCollector(Collector):
-    """Gives the statistics of the passes, as they are when Prometheus asks.
+    """Gives the statistics as they are when Prometheus asks; other threads change them.
 
-    Parameters
-    ----------
-    stats : mapping of str to PassStats
-        By model; changed by another thread.
-    memory : callable
-        Returns bytes of device memory by kind.
+    `stats` are by model; `memory` returns bytes of device memory by kind.
     """
 
     def __init__(
@@ -75,7 +52,7 @@ class WorkerCollector(Collector):
         self._memory = memory
 
     def collect(self) -> Iterator[Metric]:
-        """Give the metrics."""
+        """Yield the metrics."""
 
         def counter(name: str, what: str, *labels: str) -> CounterMetricFamily:
             return CounterMetricFamily(f"reltrace_worker_{name}", what, labels=("model", *labels))
@@ -85,7 +62,7 @@ class WorkerCollector(Collector):
         capacity = counter("capacity_tokens", "Tokens that they had room for.")
         jobs = counter("jobs", "Jobs that passes ended.", "outcome")
         seconds = counter("seconds", "Time of passes.", "phase")
-        shares = counter("tenant_seconds", "Time of passes, by whose tokens they took.", "tenant")
+        tenants = counter("tenant_seconds", "Time of passes, by whose tokens they took.", "tenant")
         for model, stats in self._stats.items():
             passes.add_metric([model], stats.passes)
             tokens.add_metric([model], stats.tokens)
@@ -95,28 +72,20 @@ class WorkerCollector(Collector):
             for phase, value in dict(stats.seconds).items():
                 seconds.add_metric([model, phase], value)
             for tenant, value in dict(stats.tenant_seconds).items():
-                shares.add_metric([model, tenant], value)
+                tenants.add_metric([model, tenant], value)
         memory = GaugeMetricFamily(
             "reltrace_worker_device_memory_bytes", "Memory of the GPU.", labels=["kind"]
         )
         for kind, count in self._memory().items():
             memory.add_metric([kind], count)
-        yield from (passes, tokens, capacity, jobs, seconds, shares, memory)
+        yield from (passes, tokens, capacity, jobs, seconds, tenants, memory)
 
 
 @contextmanager
 def exporting(listen: str, collector: Collector) -> Iterator[str]:
-    """Serve metrics over HTTP until the block ends; gives the address.
+    """Serve metrics over HTTP on ``HOST:PORT`` until the block ends; gives the bound address.
 
-    Parameters
-    ----------
-    listen : str
-        ``HOST:PORT``; port 0: any free one.
-
-    Raises
-    ------
-    MetricsError
-        The address is none, or can not be bound.
+    Port 0 is any free one. Raises `MetricsError` where the address can not be bound.
     """
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal():

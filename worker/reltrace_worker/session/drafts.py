@@ -1,7 +1,7 @@
-"""Texts that are being written, for those who read along: from the engine's thread to the session.
+"""Texts as they are generated, for clients that read along: from the engine to the session.
 
-A hint beside the results: what is noted while nobody takes it is put together, and what may have
-been lost with a connection is begun again on the next one.
+Drafts are a hint beside the results: what is noted while nobody takes it is joined, and what may
+have been lost with a connection is sent again from the beginning on the next one.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ _REPLACEMENT = "\ufffd"
 
 @dataclass(slots=True)
 class _Text:
-    """One text: what is written, and what was taken of it."""
+    """The tokens of a text, and how many tokens and what text of it were taken."""
 
     vocabulary: "Vocabulary"
     ids: tuple[int, ...] = ()
@@ -31,7 +31,7 @@ class _Text:
     text: str = ""
 
     def draft(self, key: LeaseKey, ids: tuple[int, ...]) -> types_pb2.Draft:
-        """Return what is new in these, which grew since; note it as taken."""
+        """Return what is new in `ids`, and note it as taken."""
         first = self.taken
         # All of it each time: tokens one by one have other spaces and no whole characters.
         text = self.vocabulary.decoded(ids).rstrip(_REPLACEMENT)
@@ -49,7 +49,7 @@ class _Text:
 
 
 class Drafts:
-    """Takes in texts as they grow, on any thread, and gives out what is new."""
+    """Takes texts as they grow, on any thread, and gives out what is new."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,7 +58,7 @@ class Drafts:
         self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     def note(self, key: LeaseKey, ids: Sequence[int], vocabulary: "Vocabulary") -> None:
-        """Note all that is written of a text."""
+        """Note all tokens of a text so far."""
         with self._lock:
             text = self._texts.setdefault(key, _Text(vocabulary))
             if len(ids) == len(text.ids):
@@ -67,7 +67,7 @@ class Drafts:
             self._changed.add(key)
             self._wake()
 
-    def begin_again(self) -> None:
+    def restart(self) -> None:
         """Give out every text from its beginning: what was taken may not have arrived."""
         with self._lock:
             # New ones: what is being taken at this moment is noted in the old.

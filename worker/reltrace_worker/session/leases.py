@@ -1,4 +1,4 @@
-"""What the session and whoever runs its jobs have in common; it knows no torch."""
+"""What the session and the runner of its jobs have in common; without torch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Chunks = Iterator[worker_pb2.LeasedChunk]
 
 _LEAST_LEASES, _MOST_LEASES = 16, 256
 _PASSES = 3
-"""The one under way, the one after it, and what comes while results are on their way up."""
+"""The one under way, the one after it, and what comes while results are uploaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,50 +21,48 @@ class LeaseKey:
     attempt: int
 
     @classmethod
-    def of(cls, named: worker_pb2.Lease | worker_pb2.LeaseRef | types_pb2.Draft) -> Self:
-        """Return the lease that a message is, or is about."""
-        return cls(named.job_id, named.attempt)
+    def of(cls, message: worker_pb2.Lease | worker_pb2.LeaseRef | types_pb2.Draft) -> Self:
+        return cls(message.job_id, message.attempt)
 
 
 @dataclass(frozen=True, slots=True)
 class FailedAttempt:
-    """A job whose attempt broke off for a reason that may pass."""
+    """A job whose attempt failed for a reason that may pass."""
 
     key: LeaseKey
     reason: str
 
 
-class Window:
+class LeaseWindow:
     """How many leases a worker asks for: enough to fill the passes to come, and no more.
 
     What it holds beyond that waits here while another worker may be idle. Prompts are leased before
-    their length is known, so the size follows what the last pass took of what it could have taken.
+    their length is known, so the size follows the number of jobs in the last full pass.
     """
 
     def __init__(self) -> None:
         self.size = _MOST_LEASES
         self._offered = 0
 
-    def connected(self) -> None:
+    def reset_offers(self) -> None:
         """Begin anew: a connection knows nothing of what was offered before it."""
         self._offered = 0
 
-    def leased(self, jobs: int) -> None:
-        """Note that leases came."""
+    def add_leased(self, jobs: int) -> None:
         self._offered = max(0, self._offered - jobs)
 
-    def passed(self, crowded: int) -> None:
-        """Note a pass over so many jobs that left some behind for want of room; 0: it left none."""
-        if crowded:
-            self.size = min(max(_PASSES * crowded, _LEAST_LEASES), _MOST_LEASES)
+    def adapt(self, full_pass_jobs: int) -> None:
+        """Note a pass: `full_pass_jobs` as in `JobRunner`."""
+        if full_pass_jobs:
+            self.size = min(max(_PASSES * full_pass_jobs, _LEAST_LEASES), _MOST_LEASES)
         else:
             self.size = min(2 * self.size, _MOST_LEASES)
 
     def offer(self, held: int) -> int:
-        """Return for how many further jobs there is room, which then count as offered."""
-        room = max(0, self.size - held - self._offered)
-        self._offered += room
-        return room
+        """Return how many further jobs may be leased, which then count as offered."""
+        jobs = max(0, self.size - held - self._offered)
+        self._offered += jobs
+        return jobs
 
 
 class JobRunner(Protocol):
@@ -76,7 +74,7 @@ class JobRunner(Protocol):
     async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
         """Wait until jobs have ended; return for each an iterator of chunks, or why not."""
 
-    def crowded(self) -> int:
+    def full_pass_jobs(self) -> int:
         """Return how many jobs the pass of the last results took, if it left some behind, else 0.
 
         As it was when the pass took its jobs: what came later says nothing of its size.
@@ -89,10 +87,7 @@ class JobRunner(Protocol):
         """Give up all jobs that have not begun, those being taken in too; return their leases."""
 
     def store_large(self, url: str, above: int) -> None:
-        """Note where results of more than `above` bytes go; empty: they are sent as well.
+        """Store results of more than `above` bytes at `url`; empty: they are sent as well.
 
-        Raises
-        ------
-        WorkerError
-            This worker can not write there.
+        Raises `WorkerError` where this worker can not write there.
         """

@@ -1,9 +1,9 @@
-"""What a worker says on its stream, as messages."""
+"""What a worker sends on its stream, as messages."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
-from reltrace_proto.v1 import worker_pb2
+from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.session.leases import Chunks, LeaseKey
 
@@ -25,10 +25,14 @@ def leave(outgoing: Outgoing) -> None:
     outgoing.put_nowait(None)
 
 
-def beat(keys: set[LeaseKey]) -> worker_pb2.WorkRequest:
-    """Return a heartbeat for leases."""
-    refs = [ref(key) for key in keys]
-    return worker_pb2.WorkRequest(heartbeat=worker_pb2.Heartbeat(leases=refs))
+def heartbeat(keys: Iterable[LeaseKey]) -> worker_pb2.WorkRequest:
+    return worker_pb2.WorkRequest(heartbeat=worker_pb2.Heartbeat(leases=_refs(keys)))
+
+
+def release(
+    keys: Iterable[LeaseKey], error: types_pb2.JobError | None = None
+) -> worker_pb2.WorkRequest:
+    return worker_pb2.WorkRequest(release=worker_pb2.Release(leases=_refs(keys), error=error))
 
 
 def ended(message: worker_pb2.Results) -> set[LeaseKey]:
@@ -40,12 +44,7 @@ def ended(message: worker_pb2.Results) -> set[LeaseKey]:
     }
 
 
-def ref(key: LeaseKey) -> worker_pb2.LeaseRef:
-    """Return a lease as it travels."""
-    return worker_pb2.LeaseRef(job_id=key.job_id, attempt=key.attempt)
-
-
-def messages(results: list[Chunks], held: set[LeaseKey]) -> Iterator[worker_pb2.Results]:
+def pack_results(results: list[Chunks], held: set[LeaseKey]) -> Iterator[worker_pb2.Results]:
     """Fill messages with the chunks of many jobs; skip jobs whose lease is gone."""
     message, size = worker_pb2.Results(), 0
     for chunks in results:
@@ -60,3 +59,7 @@ def messages(results: list[Chunks], held: set[LeaseKey]) -> Iterator[worker_pb2.
             size += length
     if size:
         yield message
+
+
+def _refs(keys: Iterable[LeaseKey]) -> list[worker_pb2.LeaseRef]:
+    return [worker_pb2.LeaseRef(job_id=key.job_id, attempt=key.attempt) for key in keys]

@@ -9,13 +9,7 @@ from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, Lea
 
 
 class RoutingRunner:
-    """Gives every job to the runner of its model.
-
-    Parameters
-    ----------
-    runners : mapping of str to JobRunner
-        By route: the name of a model, and NAME@REVISION.
-    """
+    """Gives every job to the runner of its model, which is named NAME or NAME@REVISION."""
 
     def __init__(self, runners: Mapping[str, JobRunner]) -> None:
         self._routes = dict(runners)
@@ -25,15 +19,14 @@ class RoutingRunner:
         self._last = self._runners[0]
 
     async def add(self, leases: Sequence[worker_pb2.Lease]) -> list[Chunks]:
-        """Take jobs in; return the chunks of those that have failed already."""
-        of_each: dict[JobRunner, list[worker_pb2.Lease]] = {}
+        by_runner: dict[JobRunner, list[worker_pb2.Lease]] = {}
         for lease in leases:
-            of_each.setdefault(self._routes[lease.spec.model], []).append(lease)
-        without_pass = await asyncio.gather(*(runner.add(own) for runner, own in of_each.items()))
-        return [chunks for of_runner in without_pass for chunks in of_runner]
+            by_runner.setdefault(self._routes[lease.spec.model], []).append(lease)
+        ended = await asyncio.gather(*(runner.add(own) for runner, own in by_runner.items()))
+        return [chunks for of_runner in ended for chunks in of_runner]
 
     async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
-        """Wait for the next pass of any model; return an iterator of chunks per job, or why not."""
+        """Wait for the next pass of any model."""
         for runner in self._runners:
             if runner not in self._waiting.values():
                 self._waiting[asyncio.ensure_future(runner.next_results())] = runner
@@ -48,20 +41,16 @@ class RoutingRunner:
         self._last = self._waiting.pop(first)
         return first.result()
 
-    def crowded(self) -> int:
-        """Return how many jobs the pass of the last results took, if it left some behind."""
-        return self._last.crowded()
+    def full_pass_jobs(self) -> int:
+        return self._last.full_pass_jobs()
 
     def drop(self, keys: set[LeaseKey]) -> None:
-        """Forget jobs that have not begun."""
         for runner in self._runners:
             runner.drop(keys)
 
     def take_back(self) -> list[LeaseKey]:
-        """Give up all jobs that have not begun; return their leases."""
         return [key for runner in self._runners for key in runner.take_back()]
 
     def store_large(self, url: str, above: int) -> None:
-        """Note where results of more than `above` bytes go; empty: they are sent as well."""
         for runner in self._runners:
             runner.store_large(url, above)

@@ -13,14 +13,20 @@ from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.endpoint import Endpoints
-from reltrace_worker.session.leases import Chunks, FailedAttempt, JobRunner, LeaseKey, Window
+from reltrace_worker.session.leases import (
+    Chunks,
+    FailedAttempt,
+    JobRunner,
+    LeaseKey,
+    LeaseWindow,
+)
 from reltrace_worker.session.messages import (
     Outgoing,
-    beat,
     ended,
+    heartbeat,
     leave,
-    messages,
-    ref,
+    pack_results,
+    release,
     requests,
 )
 from reltrace_worker.types.errors import WorkerError
@@ -28,18 +34,18 @@ from reltrace_worker.types.errors import WorkerError
 log = structlog.get_logger()
 
 _UNCOMMITTED_MESSAGES = 32
-"""Messages of results that may be on their way: at most about 32 MiB."""
+"""Messages of results that may be sent and not yet committed: at most about 32 MiB."""
 
-_DRAFTS_EVERY = 0.03
-"""Seconds: faster than people read, and no more than 33 messages a second, of all texts."""
+_DRAFT_SECONDS = 0.03
+"""Seconds between messages of drafts: faster than people read, and at most 33 a second."""
 
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.1, 5.0
 _WELCOME_DEADLINE = 10.0
 
 _INTERNAL: int = grpc.StatusCode.INTERNAL.value[0]
 
-# Coming again with the same greeting would be refused again.
-_FINAL = {
+# Connecting again with the same greeting would be refused again.
+_REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -59,30 +65,11 @@ class Session:
     """Pulls jobs, keeps their leases alive, and uploads results until they are stored.
 
     Leases and results outlive a connection: when the scheduler goes away the pass goes
-    on, and what it gave is sent to the scheduler that comes back, under the same lease.
+    on, and its results are sent to the scheduler that comes back, under the same lease.
 
-    Parameters
-    ----------
-    address : str
-        ``HOST:PORT`` of the scheduler, or of several with commas between: one of them, and the
-        next when that one is away.
-    hello : worker_pb2.Hello
-        Who this worker is and what it serves.
-    runner : JobRunner
-        What runs the jobs.
-    credentials : Credentials, optional
-        Token and TLS; default: no token, over plaintext.
-    seed : int, optional
-        Of the choice between several schedulers.
-    spans : Spans, optional
-        Takes what is done for jobs that are traced.
-    drafts : Drafts, optional
-        Has texts as they are written.
-
-    Raises
-    ------
-    SettingError
-        The address can not be used, or not with this token.
+    `address` is the ``HOST:PORT`` of the scheduler, or of several with commas between: one of
+    them, chosen by `seed`, and the next when that one is away. Raises `SettingError` where it can
+    not be used, or not with this token.
     """
 
     def __init__(
@@ -100,7 +87,7 @@ class Session:
         self._takes_drafts = False
         self._credentials = credentials or Credentials()
         self._endpoints = Endpoints(address, self._credentials, seed)
-        # Addresses that failed since a scheduler last took us.
+        # Addresses that failed since a scheduler last welcomed us.
         self._failed_in_a_row = 0
         self._hello = hello
         self._runner = runner
@@ -108,34 +95,28 @@ class Session:
         # Spans of jobs that are traced, and since when they are held.
         self._traced: dict[LeaseKey, tuple[str, float]] = {}
         self._held: set[LeaseKey] = set()
-        self._window = Window()
+        self._window = LeaseWindow()
         # None while there is no connection. What is in it is bounded by the protocol:
         # results by _UNCOMMITTED_MESSAGES, everything else is a few bytes per message.
         self._outgoing: Outgoing | None = None
         self._backoff = _FIRST_BACKOFF
         self._longest_backoff = _LAST_BACKOFF
-        # Taken from at once: what is in it is a moment's.
+        # Taken from at once, so that it stays short.
         self._arrived: asyncio.Queue[list[worker_pb2.Lease]] = asyncio.Queue()
         self._finished: asyncio.Queue[list[Chunks]] = asyncio.Queue(2)
         self._uncommitted: dict[int, worker_pb2.Results] = {}
-        self._room = asyncio.Semaphore(_UNCOMMITTED_MESSAGES)
+        self._upload_slots = asyncio.Semaphore(_UNCOMMITTED_MESSAGES)
         self._next_id = 1
         self._draining = False
         # Drained: all that is left to do is to say so.
         self._leaving = False
+        # Set when the scheduler wants this worker gone: whoever runs it calls `drain`.
         self.asked_to_drain = asyncio.Event()
-        """Set when the scheduler wants this worker gone: whoever runs it calls `drain`."""
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def run(self) -> None:
-        """Work until cancelled.
-
-        Raises
-        ------
-        RefusedError
-            The scheduler refuses this worker for good.
-        """
+        """Work until cancelled, or drained. Raises `RefusedError`."""
         tasks = [
             asyncio.create_task(work())
             for work in (
@@ -159,11 +140,8 @@ class Session:
     async def drain(self, grace: float) -> None:
         """Hand back what has not begun, store what has begun, and leave; `run` then ends.
 
-        Parameters
-        ----------
-        grace : float
-            Seconds; what is not stored by then is handed back too. A scheduler that is away
-            meanwhile is waited for.
+        What is not stored after `grace` seconds is handed back too. A scheduler that is away
+        meanwhile is waited for.
         """
         self._draining = True
         self._release(set(self._runner.take_back()))
@@ -175,11 +153,9 @@ class Session:
         if self._outgoing is not None:
             leave(self._outgoing)
 
-    # -- the pass ---------------------------------------------------------------------
-
     async def _prepare(self) -> None:
-        # Side by side: a corpus takes its time, and whoever comes after it does not wait. There are
-        # as many as there is room for leases; those that were revoked meanwhile end at once.
+        # Concurrently: a corpus takes its time, and jobs after it do not wait. The lease window
+        # bounds how many there are; those that were revoked meanwhile end at once.
         async with asyncio.TaskGroup() as preparing:
             while True:
                 preparing.create_task(self._add(await self._arrived.get()))
@@ -194,12 +170,12 @@ class Session:
     async def _compute(self) -> None:
         while True:
             results = await self._runner.next_results()
-            self._window.passed(self._runner.crowded())
+            self._window.adapt(self._runner.full_pass_jobs())
             failed = [result for result in results if isinstance(result, FailedAttempt)]
             for attempt in failed:
                 self._drop({attempt.key})
                 error = types_pb2.JobError(code=_INTERNAL, message=attempt.reason)
-                self._send_release({attempt.key}, error)
+                self._send(release({attempt.key}, error))
             if len(failed) < len(results):
                 await self._finished.put(
                     [result for result in results if not isinstance(result, FailedAttempt)]
@@ -208,14 +184,14 @@ class Session:
     def _accept(self, leases: list[worker_pb2.Lease]) -> None:
         keys = {LeaseKey.of(lease) for lease in leases}
         if self._draining:
-            self._send_release(keys)
+            self._send(release(keys))
             return
         self._held |= keys
         for lease in leases:
             if lease.spec.traceparent:
                 key = LeaseKey.of(lease)
                 self._traced[key] = (lease.spec.traceparent, time.monotonic())
-        self._window.leased(len(keys))
+        self._window.add_leased(len(keys))
         self._idle.clear()
         self._arrived.put_nowait(leases)
 
@@ -239,25 +215,19 @@ class Session:
     def _offer(self) -> None:
         if self._outgoing is None or self._draining:
             return
-        if room := self._window.offer(len(self._held)):
-            self._send(worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=room)))
+        if jobs := self._window.offer(len(self._held)):
+            self._send(worker_pb2.WorkRequest(ready=worker_pb2.Ready(jobs=jobs)))
 
     def _release(self, keys: set[LeaseKey]) -> None:
         if keys:
             self._drop(keys)
-            self._send_release(keys)
-
-    def _send_release(self, keys: set[LeaseKey], error: types_pb2.JobError | None = None) -> None:
-        release = worker_pb2.Release(leases=[ref(key) for key in keys], error=error)
-        self._send(worker_pb2.WorkRequest(release=release))
-
-    # -- uploads ----------------------------------------------------------------------
+            self._send(release(keys))
 
     async def _upload(self) -> None:
         while True:
             results = await self._finished.get()
-            for message in messages(results, self._held):
-                await self._room.acquire()
+            for message in pack_results(results, self._held):
+                await self._upload_slots.acquire()
                 message.id = self._next_id
                 self._next_id += 1
                 self._uncommitted[message.id] = message
@@ -270,17 +240,15 @@ class Session:
             ]
             if drafts and self._takes_drafts:
                 self._send(worker_pb2.WorkRequest(drafts=worker_pb2.Drafts(drafts=drafts)))
-            # What is written meanwhile comes together.
-            await asyncio.sleep(_DRAFTS_EVERY)
+            # What is generated meanwhile goes into one message.
+            await asyncio.sleep(_DRAFT_SECONDS)
 
     def _committed(self, number: int) -> None:
         message = self._uncommitted.pop(number, None)
         if message is None:
             return
-        self._room.release()
+        self._upload_slots.release()
         self._drop(ended(message))
-
-    # -- the connection ---------------------------------------------------------------
 
     def _send(self, request: worker_pb2.WorkRequest) -> None:
         """Send, if connected; a new connection starts from what is held and uncommitted."""
@@ -309,7 +277,7 @@ class Session:
             self._backoff = min(2 * self._backoff, self._longest_backoff)
 
     async def _connect(self) -> None:
-        """Live through one connection to the current address."""
+        """Hold one connection to the current address until it ends."""
         metadata = self._credentials.metadata()
         try:
             async with self._endpoints.open_channel() as channel:
@@ -320,7 +288,7 @@ class Session:
                 error.code() is grpc.StatusCode.UNAUTHENTICATED
                 and metadata != self._credentials.metadata()
             )
-            if error.code() not in _FINAL or outdated:
+            if error.code() not in _REFUSALS or outdated:
                 raise
             raise RefusedError(
                 f"the scheduler at {self._endpoints.current} refuses this worker: {error.details()}"
@@ -329,7 +297,7 @@ class Session:
     async def _connection(
         self, stub: "worker_pb2_grpc.WorkerServiceAsyncStub", metadata: Metadata
     ) -> None:
-        """Greet, and handle what comes until the stream ends."""
+        """Greet the scheduler, and handle its messages until the stream ends."""
         outgoing: Outgoing = asyncio.Queue()
         call = stub.Work(requests(outgoing), metadata=metadata)
         try:
@@ -351,12 +319,12 @@ class Session:
             period = welcome.welcome.heartbeat.ToTimedelta().total_seconds()
             # Whoever is away for longer than the scheduler may lose its leases over it.
             self._longest_backoff = min(_LAST_BACKOFF, max(period, _FIRST_BACKOFF))
-            beating = asyncio.create_task(self._heartbeat(outgoing, period))
+            heartbeats = asyncio.create_task(self._heartbeat(outgoing, period))
             try:
                 while isinstance(response := await call.read(), worker_pb2.WorkResponse):
                     self._handle(response)
             finally:
-                beating.cancel()
+                heartbeats.cancel()
             await _raise_status(call)
         finally:
             call.cancel()
@@ -364,22 +332,22 @@ class Session:
     def _resume(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
         # Leases that ran out meanwhile come back as revoked.
-        self._send(beat(self._held))
+        self._send(heartbeat(self._held))
         for message in self._uncommitted.values():
             self._send(worker_pb2.WorkRequest(results=message))
         # A reader that misses one draft could make nothing of those that follow.
-        self._drafts.begin_again()
+        self._drafts.restart()
         if self._leaving:
             leave(outgoing)
-        self._window.connected()
+        self._window.reset_offers()
         self._offer()
 
     async def _heartbeat(self, outgoing: Outgoing, period: float) -> None:
         while True:
             await asyncio.sleep(period)
-            # What has ended on its way up is no lease any more once the beat comes after it.
+            # A lease whose last result was sent is over once the scheduler reads this heartbeat.
             over = set[LeaseKey]().union(*map(ended, self._uncommitted.values()))
-            outgoing.put_nowait(beat(self._held - over))
+            outgoing.put_nowait(heartbeat(self._held - over))
 
     def _handle(self, response: worker_pb2.WorkResponse) -> None:
         match response.WhichOneof("message"):

@@ -1,4 +1,4 @@
-"""Texts of several jobs: in parts where memory or a failure makes it necessary."""
+"""Generation of several jobs: in parts where memory or a failure makes it necessary."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from reference.loaded import PROMPTS, Checkpoints, prepare
+from reference.loaded import PROMPTS, Checkpoints, outcomes, prepare
 from reference.peak import peak_bytes
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.generate import Text, Writing
-from reltrace_worker.engine.memory import MemoryModel
-from reltrace_worker.engine.texts import Texts
+from reltrace_worker.engine.generation import DecodeBatch, GeneratedSequence, Generation
+from reltrace_worker.engine.memory import MemoryPlan
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.types.errors import DeviceLostError, EngineError, PassFailedError
 from reltrace_worker.types.jobs import (
@@ -31,11 +30,11 @@ def jobs(loaded: LoadedModel, tokens: int = 20, **how: Any) -> list[GenerateJob]
     return prepare(loaded, *(GenerateRequest(prompt, spec) for prompt in PROMPTS))
 
 
-def finished(texts: Texts, step: int = 4) -> Outcomes:
+def finished(texts: Generation, step: int = 4) -> Outcomes:
     found: Outcomes = {}
-    while not texts.over:
-        texts.go_on(step)
-        found |= texts.ended()
+    while not texts.finished:
+        texts.decode(step)
+        found |= texts.take_outcomes()
     return found
 
 
@@ -46,7 +45,7 @@ def ids(outcome: JobResult | EngineError) -> tuple[int, ...]:
 
 
 def alone(loaded: LoadedModel, batch: Sequence[GenerateJob]) -> list[tuple[int, ...]]:
-    return [ids(finished(Texts(loaded, [job], lambda _: None))[0]) for job in batch]
+    return [ids(finished(Generation(loaded, [job], lambda _: None))[0]) for job in batch]
 
 
 @pytest.fixture
@@ -58,22 +57,26 @@ class Failing:
     """Lets passes fail, and notes how many texts and how many tokens of each they began with."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Sequence[Text]], Exception | None]
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fault: Callable[[Sequence[GeneratedSequence]], Exception | None],
     ) -> None:
         self.begun: list[list[int]] = []
         self._fault = fault
-        self._forward, self._init = Writing._logits, Writing.__init__
-        monkeypatch.setattr(Writing, "_logits", lambda writing: self.logits(writing))
-        monkeypatch.setattr(Writing, "__init__", lambda *given: self.begin(*given))
+        self._forward, self._init = DecodeBatch._logits, DecodeBatch.__init__
+        monkeypatch.setattr(DecodeBatch, "_logits", lambda decoding: self.logits(decoding))
+        monkeypatch.setattr(DecodeBatch, "__init__", lambda *given: self.begin(*given))
 
-    def begin(self, writing: Writing, loaded: LoadedModel, texts: Sequence[Text]) -> None:
+    def begin(
+        self, decoding: DecodeBatch, loaded: LoadedModel, texts: Sequence[GeneratedSequence]
+    ) -> None:
         self.begun.append([len(text.ids) for text in texts])
-        self._init(writing, loaded, texts)
+        self._init(decoding, loaded, texts)
 
-    def logits(self, writing: Writing) -> torch.Tensor:
-        if (error := self._fault(writing._texts)) is not None:
+    def logits(self, decoding: DecodeBatch) -> torch.Tensor:
+        if (error := self._fault(decoding._sequences)) is not None:
             raise error
-        return self._forward(writing)
+        return self._forward(decoding)
 
 
 def test_texts_that_do_not_fit_are_written_in_halves(loaded: LoadedModel) -> None:
@@ -84,7 +87,7 @@ def test_texts_that_do_not_fit_are_written_in_halves(loaded: LoadedModel) -> Non
         asked.append(len(some))
         return EngineError("too many") if len(some) > 2 else None
 
-    found = finished(Texts(loaded, batch, plan))
+    found = finished(Generation(loaded, batch, plan))
     assert [ids(found[n]) for n in range(len(batch))] == alone(loaded, batch)
     assert asked[0] == len(batch)
     assert asked.count(2) + asked.count(1) >= len(batch) / 2
@@ -94,7 +97,7 @@ def test_a_text_that_does_not_fit_alone_has_the_plans_error(loaded: LoadedModel)
     batch = jobs(loaded)
     longest = max(batch, key=lambda job: len(job.token_ids))
     error = EngineError("one of them is too long")
-    found = finished(Texts(loaded, batch, lambda some: error if longest in some else None))
+    found = finished(Generation(loaded, batch, lambda some: error if longest in some else None))
     for number, job in enumerate(batch):
         assert (found[number] is error) == (job is longest)
 
@@ -110,12 +113,12 @@ def test_what_was_written_when_memory_ran_out_stays_written(
     batch = jobs(loaded)
     wanted = alone(loaded, batch)
 
-    def fault(texts: Sequence[Text]) -> Exception | None:
+    def fault(texts: Sequence[GeneratedSequence]) -> Exception | None:
         together = len(texts) == len(batch)
         return torch.OutOfMemoryError() if together and len(texts[0].ids) == 7 else None
 
     failing = Failing(monkeypatch, fault)
-    found = finished(Texts(loaded, batch, lambda _: None))
+    found = finished(Generation(loaded, batch, lambda _: None))
     assert [ids(found[n]) for n in range(len(batch))] == wanted
     first, *halves = failing.begun
     assert first == [0] * len(batch)
@@ -130,7 +133,7 @@ def test_who_fails_alone_has_the_error(
     batch = jobs(loaded)
     wanted = alone(loaded, batch)
     Failing(monkeypatch, lambda texts: error if any(t.job is batch[3] for t in texts) else None)
-    found = finished(Texts(loaded, batch, lambda _: None))
+    found = finished(Generation(loaded, batch, lambda _: None))
     for number, one in enumerate(wanted):
         if number != 3:
             assert ids(found[number]) == one
@@ -147,30 +150,30 @@ def test_a_lost_device_is_nobodys_fault(
     engine = Engine(loaded, "off")
     texts = engine.begin(jobs(loaded))
     with pytest.raises(DeviceLostError, match="illegal memory access"):
-        engine.go_on(texts, 4)
+        engine.advance(texts)
 
 
 def test_a_text_is_handed_out_when_it_has_ended(loaded: LoadedModel) -> None:
     short, long = jobs(loaded, 2)[0], jobs(loaded, 40)[1]
-    texts = Texts(loaded, [long, short], lambda _: None)
-    texts.go_on(3)
-    assert list(texts.ended()) == [1]
-    assert texts.ended() == {}
-    assert not texts.over
+    texts = Generation(loaded, [long, short], lambda _: None)
+    texts.decode(3)
+    assert list(texts.take_outcomes()) == [1]
+    assert texts.take_outcomes() == {}
+    assert not texts.finished
     assert list(finished(texts)) == [0]
 
 
 def test_what_nobody_waits_for_is_not_written_on(loaded: LoadedModel) -> None:
-    texts = Texts(loaded, jobs(loaded)[2:4], lambda _: None)
-    texts.go_on(2)
-    texts.drop(0)
+    texts = Generation(loaded, jobs(loaded)[2:4], lambda _: None)
+    texts.decode(2)
+    texts.cancel(0)
     assert list(finished(texts)) == [1]
     assert len(texts.token_ids(0)) == 2
     assert len(texts.token_ids(1)) > 2
-    texts = Texts(loaded, jobs(loaded)[2:4], lambda _: None)
+    texts = Generation(loaded, jobs(loaded)[2:4], lambda _: None)
     for job in (0, 1):
-        texts.drop(job)
-    assert texts.over
+        texts.cancel(job)
+    assert texts.finished
 
 
 @pytest.mark.parametrize(
@@ -192,10 +195,10 @@ def test_the_plan_holds_what_texts_need(
         loaded,
         *(GenerateRequest(tuple(range(20, 20 + n)), how) for n in lengths),
     )
-    need = MemoryModel(loaded).need_to_write(batch)
+    need = MemoryPlan(loaded).generation_bytes(batch)
 
     def write() -> None:
-        finished(Texts(loaded, batch, lambda _: None))
+        finished(Generation(loaded, batch, lambda _: None))
 
     write()  # what stays is allocated
     peak = peak_bytes(loaded, write)
@@ -205,12 +208,12 @@ def test_the_plan_holds_what_texts_need(
 def test_want_of_memory_is_found_before_it_runs_out(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("deep")
     batch = jobs(loaded, 4)
-    model = MemoryModel(loaded)
-    limit = max(model.need_to_write([job]) for job in batch)
-    assert model.need_to_write(batch) > limit
-    found = Engine(loaded, memory_bytes=limit).run(batch)
+    model = MemoryPlan(loaded)
+    limit = max(model.generation_bytes([job]) for job in batch)
+    assert model.generation_bytes(batch) > limit
+    found = outcomes(Engine(loaded, memory_bytes=limit), batch)
     assert [ids(one) for one in found] == alone(loaded, batch)
-    shortest = min(model.need_to_write([job]) for job in batch)
-    refused = [str(one) for one in Engine(loaded, memory_bytes=shortest - 1).run(batch)]
-    assert all(text.startswith("writing up to ") for text in refused)
+    shortest = min(model.generation_bytes([job]) for job in batch)
+    refused = [str(one) for one in outcomes(Engine(loaded, memory_bytes=shortest - 1), batch)]
+    assert all(text.startswith("generating up to ") for text in refused)
     assert "tokens, prompts included, does not fit into memory: it needs" in refused[0]

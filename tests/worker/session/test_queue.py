@@ -12,15 +12,14 @@ from reference.leases import lease, results
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.atlas import Slice
-from reltrace_worker.engine.texts import Texts
-from reltrace_worker.session.encoding import Ready
+from reltrace_worker.engine.atlas import Atlas
+from reltrace_worker.engine.generation import Generation
 from reltrace_worker.session.leases import FailedAttempt, LeaseKey
+from reltrace_worker.session.queue import QueuedJob, RequestQueue
 from reltrace_worker.session.runner import Runner
-from reltrace_worker.session.turns import Turns
 from reltrace_worker.types.jobs import (
-    AtlasJob,
     AtlasRequest,
+    GenerateJob,
     Job,
     Request,
     Target,
@@ -35,15 +34,23 @@ def engine(checkpoints: Checkpoints) -> Engine:
     return Engine(checkpoints.loaded("plain"))
 
 
+def steps_of(engine: Engine, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let generations go on by so many tokens at a time."""
+    advance = engine.advance
+    monkeypatch.setattr(
+        engine, "advance", lambda task, on_token=None: advance(task, on_token, steps=steps)
+    )
+
+
 async def test_texts_and_traces_take_turns(
     engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
     Given texts of many steps, and traces that come while they are written
-    I expect traces not to wait for their end, no second batch of texts beside the first, nothing of
-    one that is dropped, and what is half written to count as running.
+    I expect traces not to wait for their end, no second batch beside the first, and nothing
+    of one that is dropped.
     """
-    monkeypatch.setattr("reltrace_worker.session.runner._STEPS", 1)
+    steps_of(engine, 1, monkeypatch)
     runner = Runner(checkpoints.loaded("plain"), engine, 4096)
     long = types_pb2.Generation(max_new_tokens=24)
     texts = [
@@ -69,7 +76,6 @@ async def test_texts_and_traces_take_turns(
     await runner.add([lease(0, 5), lease(1, 7), texts[2]])
     first = await waiting
     assert set(first) <= {"j-0", "j-1"}
-    assert LeaseKey("t-0", 1) in runner.running
     runner.drop({LeaseKey("t-1", 1)})
     ended = list(first)
     async with asyncio.timeout(30):
@@ -77,7 +83,7 @@ async def test_texts_and_traces_take_turns(
             ended += await results(runner)
     assert sorted(ended) == ["j-0", "j-1", "t-0", "t-2"]
     assert begun == [2, 1]
-    assert runner.running == frozenset()
+    assert not runner._queue
 
 
 async def test_a_text_is_dropped_in_the_middle_of_its_turn(
@@ -89,16 +95,16 @@ async def test_a_text_is_dropped_in_the_middle_of_its_turn(
     I expect the engine to write no further token of it, and all of the other.
     """
     runner = Runner(checkpoints.loaded("plain"), engine, 4096)
-    writes, dropped, write = threading.Event(), threading.Event(), engine.go_on
+    writes, dropped, advance = threading.Event(), threading.Event(), engine.advance
     written: list[int] = []
 
-    def one_token(texts: Texts, tokens: int, wrote: Callable[[], None] | None = None) -> None:
-        write(texts, 1, wrote)
+    def one_token(texts: Generation, on_token: Callable[[], None] | None = None) -> None:
+        advance(texts, on_token, steps=1)
         writes.set()
         assert dropped.wait(20)
         written[:] = [len(texts.token_ids(job)) for job in range(2)]
 
-    monkeypatch.setattr(engine, "go_on", one_token)
+    monkeypatch.setattr(engine, "advance", one_token)
     asked = types_pb2.Generation(max_new_tokens=24)
     await runner.add([lease(0, 5, generation=asked), lease(1, 5, generation=asked)])
     waiting = asyncio.create_task(results(runner))
@@ -117,11 +123,11 @@ async def test_a_text_is_handed_out_when_it_has_ended_and_padding_counts(
     I expect the short one's result before the long one's, and the third in a batch of its own: it
     would fit by its tokens, but not padded.
     """
-    monkeypatch.setattr("reltrace_worker.session.runner._STEPS", 4)
+    steps_of(engine, 4, monkeypatch)
     runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
     begin, begun = engine.begin, []
 
-    def counted(jobs: Sequence[TraceJob]) -> Texts:
+    def counted(jobs: Sequence[GenerateJob]) -> object:
         begun.append([job.total_tokens for job in jobs])
         return begin(jobs)
 
@@ -134,23 +140,23 @@ async def test_a_text_is_handed_out_when_it_has_ended_and_padding_counts(
     )
     assert [await results(runner) for _ in range(3)] == [["j-1"], ["j-0"], ["j-2"]]
     assert begun == [[40, 7], [8]]
-    assert runner.running == frozenset()
+    assert not runner._queue
     # A pass is what ran, not what was handed out.
     assert (runner.stats.passes, runner.stats.jobs) == (2, 3)
 
 
-def ready(number: int, tokens: int, targets: int = 1, rule: str = "attnlrp") -> Ready:
+def queued(number: int, tokens: int, targets: int = 1, rule: str = "attnlrp") -> QueuedJob:
     target = Target((Term(tokens - 1, 0),))
     job = TraceJob(TokenizedPrompt((5,) * tokens, ("",) * tokens), (target,) * targets, rule=rule)
-    return Ready(LeaseKey(f"j-{number}", 1), worker_pb2.Lease(), job, float(number))
+    return QueuedJob(LeaseKey(f"j-{number}", 1), worker_pb2.Lease(), job, float(number))
 
 
-def sizes(turns: Turns, seconds: Callable[[int], float]) -> list[int]:
+def sizes(queue: RequestQueue, seconds: Callable[[int], float]) -> list[int]:
     """Run all jobs that wait, passes taking so long by their tokens; return their numbers."""
     found = []
-    while batch := turns.next_batch():
+    while batch := queue.next_batch():
         found.append(len(batch))
-        turns.passed(batch, seconds(sum(job.job.total_tokens for job in batch)))
+        queue.measured(batch, seconds(sum(job.job.total_tokens for job in batch)))
     return found
 
 
@@ -159,36 +165,36 @@ def test_passes_take_about_two_seconds_as_is_learned_from_those_before() -> None
     Given a model that traces 400 tokens a second, plus a tenth of a second for every pass
     I expect a small first pass, then passes of nearly two seconds, and each rule for itself.
     """
-    turns = Turns(4096)
-    turns.add([ready(number, 20) for number in range(200)])
-    first, *others, _ = sizes(turns, lambda tokens: 0.1 + tokens / 400)
+    queue = RequestQueue(4096)
+    queue.add([queued(number, 20) for number in range(200)])
+    first, *others, _ = sizes(queue, lambda tokens: 0.1 + tokens / 400)
     assert first == 12
     assert all(1.6 <= 0.1 + 20 * jobs / 400 <= 2.1 for jobs in others[2:]), others
-    turns.add([ready(number, 20, rule="cp_lrp") for number in range(100)])
-    assert len(turns.next_batch()) == 12
+    queue.add([queued(number, 20, rule="cp_lrp") for number in range(100)])
+    assert len(queue.next_batch()) == 12
 
 
 def test_passes_grow_to_the_tokens_that_fit_and_shrink_where_they_take_long() -> None:
-    turns = Turns(1000)
-    turns.add([ready(number, 20) for number in range(200)])
-    assert sizes(turns, lambda _: 0.01) == [12, 50, 50, 50, 38]
-    assert turns.room == 1000
-    turns.add([ready(number, 20) for number in range(400)])
+    queue = RequestQueue(1000)
+    queue.add([queued(number, 20) for number in range(200)])
+    assert sizes(queue, lambda _: 0.01) == [12, 50, 50, 50, 38]
+    assert queue.capacity == 1000
+    queue.add([queued(number, 20) for number in range(400)])
     # Something else computes on this machine now.
-    assert sizes(turns, lambda tokens: tokens / 200) == [50, *[20] * 17, 10]
-    turns.add([ready(number, 20) for number in range(100)])
+    assert sizes(queue, lambda tokens: tokens / 200) == [50, *[20] * 17, 10]
+    queue.add([queued(number, 20) for number in range(100)])
     # However slow it is, a pass is more than reading the weights.
-    assert sizes(turns, lambda tokens: tokens / 10) == [20, *[12] * 6, 8]
+    assert sizes(queue, lambda tokens: tokens / 10) == [20, *[12] * 6, 8]
 
 
 def test_a_pass_of_many_targets_is_smaller() -> None:
-    turns = Turns(4096)
-    turns.add([ready(number, 20) for number in range(40)])
-    turns.passed(turns.next_batch(), 0.48)
-    assert sum(job.job.total_tokens for job in turns.next_batch()) == 560
-    turns.take_back()
-    turns.add([ready(number, 20, targets=9) for number in range(40)])
-    batch = turns.next_batch()
+    queue = RequestQueue(4096)
+    queue.add([queued(number, 20) for number in range(40)])
+    queue.measured(queue.next_batch(), 0.48)
+    assert sum(job.job.total_tokens for job in queue.next_batch()) == 560
+    queue.take_back()
+    queue.add([queued(number, 20, targets=9) for number in range(40)])
+    batch = queue.next_batch()
     assert 10 * 20 * len(batch) <= 2000 < 10 * 20 * (len(batch) + 1)
 
 
@@ -250,7 +256,7 @@ async def test_nobody_waits_for_the_tokenizing_of_a_corpus_and_it_can_be_cancell
     assert set(await results(runner)) == {"c-2"}
     # What was cancelled before its turn was not even tokenized.
     assert slow.prepared == 2
-    assert runner.running == frozenset()
+    assert not runner._queue
 
 
 async def test_what_is_being_tokenized_can_be_taken_back(
@@ -270,10 +276,10 @@ async def test_what_is_being_tokenized_can_be_taken_back(
 async def test_an_atlas_that_can_not_begin_fails_alone(
     engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def begin(_: AtlasJob) -> object:
+    def begin(_: Sequence[Job]) -> object:
         raise torch.OutOfMemoryError("no room for its tables")
 
-    monkeypatch.setattr(engine, "begin_atlas", begin)
+    monkeypatch.setattr(engine, "begin", begin)
     runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
     await runner.add([corpus(0), lease(0, 5)])
     async with asyncio.timeout(30):
@@ -288,17 +294,17 @@ async def test_nothing_comes_of_an_atlas_that_is_cancelled(
 ) -> None:
     monkeypatch.setattr("reltrace_worker.engine.atlas.PASS_TOKENS", 8)
     runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
-    add, dropped = engine.add_to, threading.Event()
+    advance, dropped = engine.advance, threading.Event()
     passes: list[int] = []
     begun = threading.Event()
 
-    def one_pass(slice_: Slice) -> None:
-        passes.append(len(slice_.corpus.prompts))
+    def one_pass(atlas: Atlas, _: object) -> None:
+        passes.append(len(atlas.job.prompts))
         begun.set()
         assert dropped.wait(20)
-        add(slice_)
+        advance(atlas)
 
-    monkeypatch.setattr(engine, "add_to", one_pass)
+    monkeypatch.setattr(engine, "advance", one_pass)
     spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=["I have 5 cats"] * 9), top_k=2)
     await runner.add([worker_pb2.Lease(job_id="c-0", attempt=1, spec=spec)])
     waiting = asyncio.create_task(results(runner))
@@ -309,7 +315,7 @@ async def test_nothing_comes_of_an_atlas_that_is_cancelled(
     assert await waiting == ["j-0"]
     assert len(passes) == 1
     assert runner.stats.failed == 0
-    assert runner.running == frozenset()
+    assert not runner._queue
 
 
 async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(
@@ -324,13 +330,13 @@ async def test_an_atlas_is_made_in_turns_with_traces_and_says_what_it_left_out(
     runner = Runner(checkpoints.loaded("plain"), engine, 4096)
     prompts = ["The quick brown fox", "", "I have 5 cats", "The quick brown cat"] * 3
     spec = types_pb2.JobSpec(corpus=types_pb2.Corpus(prompts=prompts), top_k=4)
-    begun, loop, goes = engine.begin_atlas, asyncio.get_running_loop(), asyncio.Event()
+    begin, loop, goes = engine.begin, asyncio.get_running_loop(), asyncio.Event()
 
-    def noted(corpus: AtlasJob) -> object:
+    def noted(jobs: Sequence[Job]) -> object:
         loop.call_soon_threadsafe(goes.set)
-        return begun(corpus)
+        return begin(jobs)
 
-    monkeypatch.setattr(engine, "begin_atlas", noted)
+    monkeypatch.setattr(engine, "begin", noted)
     await runner.add([worker_pb2.Lease(job_id="atlas-0", attempt=1, spec=spec)])
     waiting = asyncio.create_task(runner.next_results())
     async with asyncio.timeout(20):

@@ -1,4 +1,4 @@
-"""How much memory there is, on the devices of a model and in the host, and giving it back."""
+"""How much memory is free, in the host and on GPUs; and giving freed memory back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIB = 1 << 30
 _MARGIN = 0.9
 """Share of what is free that a pass may count on: allocators lose some to fragments."""
 
-_TRIM = 256 << 20
+_TRIM_FROM = 256 << 20
 """Bytes of freed memory that the process may keep: below, the next pass would only ask again."""
 
 
@@ -44,7 +44,7 @@ def free_host_bytes() -> int:
     return int(_MARGIN * free)
 
 
-def free_bytes(devices: Sequence[torch.device]) -> int:
+def free_device_bytes(devices: Sequence[torch.device]) -> int:
     """Return the bytes of some GPUs that a pass could allocate now."""
     total = 0
     for device in devices:
@@ -66,7 +66,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release(device: torch.device) -> None:
-    """Give back what a pass that broke off has left behind; call it when its error is gone."""
+    """Give back what a failed pass has left behind; call it when its error is gone."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -82,7 +82,7 @@ class Trimmer:
 
     def trim(self) -> None:
         """Trim, if the process has grown since the last time."""
-        if self._trim is not None and _resident_bytes() > self._resident + _TRIM:
+        if self._trim is not None and _resident_bytes() > self._resident + _TRIM_FROM:
             self._trim(0)
             self._resident = _resident_bytes()
 

@@ -1,13 +1,13 @@
-"""Writing tokens, against `generate` of transformers, and with edits."""
+"""DecodeBatch tokens, against `generate` of transformers, and with edits."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from reference.checkpoints import FAMILY_RECIPES
-from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reference.loaded import PROMPTS, Checkpoints, outcomes, prepare, run
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.generate import Writing, draw
+from reltrace_worker.engine.generation import DecodeBatch, sample
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.types.errors import EngineError, InvalidJob
@@ -36,7 +36,7 @@ def written(loaded: LoadedModel, batch: list[GenerateJob]) -> list[GeneratedText
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_padded_batch_writes_what_transformers_writes_prompt_by_prompt(
+def test_a_padded_decodingwrites_what_transformers_writes_prompt_by_prompt(
     checkpoints: Checkpoints, recipe: str
 ) -> None:
     loaded = checkpoints.loaded(recipe)
@@ -168,7 +168,7 @@ def test_edits_hold_for_every_token_that_is_written(checkpoints: Checkpoints, ed
             assert result.targets[0].token_id == ours.token_ids[count]
 
 
-def test_jobs_of_a_batch_do_not_feel_each_others_edits(checkpoints: Checkpoints) -> None:
+def test_jobs_of_a_decodingdo_not_feel_each_others_edits(checkpoints: Checkpoints) -> None:
     loaded = checkpoints.loaded("grouped")
     plain, edited = jobs(loaded), jobs(loaded, Edit("neuron", 1, (3,), scale=0.0, value=9.0))
     mixed = [a if n % 2 else b for n, (a, b) in enumerate(zip(plain, edited, strict=True))]
@@ -184,7 +184,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     def drawn() -> list[int]:
         # Each text in its own way: all tokens, those that have 0.6 together, the likeliest.
         specs = [Sampling(1, 1.0), Sampling(1, 1.0, 0.6), Sampling(1)]
-        return draw(logits, specs, [*sources, sources[0]]).tolist()
+        return sample(logits, specs, [*sources, sources[0]]).tolist()
 
     anyone, likely, likeliest = zip(*(drawn() for _ in range(4000)), strict=True)
     for token, chance in enumerate(chances.tolist()):
@@ -229,11 +229,11 @@ def test_a_text_is_the_same_in_whatever_steps_it_is_written(checkpoints: Checkpo
     texts = engine.begin(batch)
     found = {}
     for tokens in (1, 2, 3, 50):
-        engine.go_on(texts, tokens)
-        found |= texts.ended()
+        engine.advance(texts, steps=tokens)
+        found |= texts.take_outcomes()
         # Traces run in between, and find the model as it was.
         run(engine, [trace])
-    assert texts.over
+    assert texts.finished
     assert [found[n].generated.token_ids for n in sorted(found)] == [one.token_ids for one in whole]
 
 
@@ -255,14 +255,14 @@ def test_who_has_ended_takes_no_more_room(
     ]
     alone = [written(loaded, [job])[0] for job in batch]
     rows: list[int] = []
-    forward = Writing._logits
+    forward = DecodeBatch._logits
 
-    def counted(writing: Writing) -> torch.Tensor:
-        logits = forward(writing)
+    def counted(decoding: DecodeBatch) -> torch.Tensor:
+        logits = forward(decoding)
         rows.append(len(logits))
         return logits
 
-    monkeypatch.setattr(Writing, "_logits", counted)
+    monkeypatch.setattr(DecodeBatch, "_logits", counted)
     assert [one.token_ids for one in written(loaded, batch)] == [one.token_ids for one in alone]
     longest = max(len(one.token_ids) for one in alone)
     assert (rows[0], rows[-1], len(rows)) == (5, 1, longest)
@@ -278,7 +278,9 @@ def test_a_model_that_overflows_on_one_text_writes_the_others(checkpoints: Check
     broken = jobs(loaded, *far)[0]
     drawn = jobs(loaded, temperature=1.0, seed=4)[1]
     others = [jobs(loaded)[2], drawn]
-    found = Engine(loaded, "off").run([broken, *others, jobs(loaded, *far, temperature=1.0)[1]])
+    found = outcomes(
+        Engine(loaded, "off"), [broken, *others, jobs(loaded, *far, temperature=1.0)[1]]
+    )
     for error in (found[0], found[3]):
         assert type(error) is EngineError
         assert "the logits of token 0 of the text are not finite" in str(error)

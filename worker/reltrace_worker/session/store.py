@@ -13,18 +13,17 @@ import torch
 from fsspec.core import url_to_fs
 from reltrace_proto.v1 import types_pb2
 
-from reltrace_worker.session.convert import raw_bytes, scalar_type
+from reltrace_worker.session.tensors import raw_bytes, scalar_type
 from reltrace_worker.types.errors import PassFailedError, WorkerError
 from reltrace_worker.types.results import SiteTensor
 
-_NAMES = {
+_SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int32: "I32",
     torch.int64: "I64",
 }
-"""As the safetensors format calls them."""
 
 
 class StoreError(WorkerError):
@@ -32,20 +31,12 @@ class StoreError(WorkerError):
 
 
 Tensors = Sequence[tuple[SiteTensor, torch.Tensor]]
-"""What each tensor is, and its values in the format to store."""
+"""What each tensor is, and its values in the format to send or to store."""
 
 
 @dataclass(frozen=True, slots=True)
 class LargeResults:
-    """Where tensors go that are too many bytes to be sent.
-
-    Attributes
-    ----------
-    url : str
-        A folder; empty: all are sent.
-    above : int
-        Bytes of a job's tensors.
-    """
+    """Where the tensors of jobs go that have more than `above` bytes; no url: all are sent."""
 
     url: str = ""
     above: int = 0
@@ -55,13 +46,7 @@ class LargeResults:
         return bool(self.url) and sum(values.nbytes for _, values in tensors) > self.above
 
     def check(self) -> None:
-        """Look whether this worker has what it takes to write there.
-
-        Raises
-        ------
-        StoreError
-            The kind of store is unknown, or its package is not installed.
-        """
+        """Raise `StoreError` where the kind of store is unknown, or its package is missing."""
         if not self.url:
             return
         try:
@@ -73,53 +58,48 @@ class LargeResults:
 
 
 def write(url: str, name: str, jobs: Sequence[tuple[str, Tensors]]) -> list[types_pb2.Manifest]:
-    """Write the tensors of some jobs into one file in the safetensors format.
+    """Write the tensors of some jobs, by job id, into one file in the safetensors format.
 
-    Parameters
-    ----------
-    url : str
-        The folder; one of files is made where it is missing.
-    name : str
-        Of the file, not used before.
-    jobs : sequence of (str, Tensors)
-        Job ids and tensors. A tensor's name in the file is
-        ``<job>/<trace>/<site>`` or ``<job>/<trace>/<site>/<part>``.
-
-    Returns
-    -------
-    list of Manifest
-        Where each job's tensors are; they stand together.
+    A tensor's name in the file is ``<job>/<trace>/<site>`` or ``<job>/<trace>/<site>/<part>``; the
+    tensors of a job stand together. `url` is a folder, which is made if it is one of files.
 
     Raises
     ------
     PassFailedError
         The store does not take it: it may later.
     """
-    header, manifests = _plan(jobs)
-    place = posixpath.join(url, name)
+    header, manifests = _header_and_manifests(jobs)
+    location = posixpath.join(url, name)
     try:
-        fs, path = url_to_fs(place)
+        fs, path = url_to_fs(location)
         local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
         if local:
             fs.makedirs(posixpath.dirname(path), exist_ok=True)
         with fs.open(path, "wb") as file:
             file.write(header)
             for (_, tensors), manifest in zip(jobs, manifests, strict=True):
-                manifest.url = place
+                digest = hashlib.sha256()
+                for _, values in tensors:
+                    data = raw_bytes(values)
+                    digest.update(data)
+                    file.write(data)
+                manifest.url = location
                 manifest.offset += len(header)
-                manifest.sha256 = _pour(tensors, file)
+                manifest.sha256 = digest.digest()
             if local:
                 # On the disk before its result counts; other stores see to that themselves.
                 file.flush()
                 os.fsync(file.fileno())
     except Exception as error:
         # Every kind of store has errors of its own.
-        raise PassFailedError(f"{place} can not be written: {error}") from error
+        raise PassFailedError(f"{location} can not be written: {error}") from error
     return manifests
 
 
-def _plan(jobs: Sequence[tuple[str, Tensors]]) -> tuple[bytes, list[types_pb2.Manifest]]:
-    """Return the head of the file, and manifests whose offsets do not count the head yet."""
+def _header_and_manifests(
+    jobs: Sequence[tuple[str, Tensors]],
+) -> tuple[bytes, list[types_pb2.Manifest]]:
+    """Return the file's header, and manifests whose offsets do not count the header yet."""
     entries: dict[str, Any] = {"__metadata__": {"format": "reltrace"}}
     manifests = []
     end = 0
@@ -128,7 +108,7 @@ def _plan(jobs: Sequence[tuple[str, Tensors]]) -> tuple[bytes, list[types_pb2.Ma
         for tensor, values in tensors:
             names = (job_id, str(tensor.trace), tensor.site, tensor.part)
             entries["/".join(filter(None, names))] = {
-                "dtype": _NAMES[values.dtype],
+                "dtype": _SAFETENSORS_DTYPES[values.dtype],
                 "shape": list(values.shape),
                 "data_offsets": [end, end + values.nbytes],
             }
@@ -147,12 +127,3 @@ def _plan(jobs: Sequence[tuple[str, Tensors]]) -> tuple[bytes, list[types_pb2.Ma
     # The format wants what follows to begin at a multiple of eight.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, manifests
-
-
-def _pour(tensors: Tensors, file: Any) -> bytes:
-    digest = hashlib.sha256()
-    for _, values in tensors:
-        data = raw_bytes(values)
-        digest.update(data)
-        file.write(data)
-    return digest.digest()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from reltrace_proto.v1 import types_pb2
-from reltrace_worker.session.stored import LargeResults, StoreError, write
+from reltrace_worker.session.store import LargeResults, StoreError, write
 from reltrace_worker.types.errors import PassFailedError
 from reltrace_worker.types.results import SiteTensor
 from safetensors import safe_open

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reltrace_proto.v1 import types_pb2, worker_pb2
-from reltrace_worker.session import chunks as module
-from reltrace_worker.session.chunks import chunks
-from reltrace_worker.session.convert import cast, raw_bytes
+from reltrace_worker.session import results
+from reltrace_worker.session.results import EncodedResult
+from reltrace_worker.session.tensors import cast, raw_bytes
 from reltrace_worker.types.errors import InvalidJob
 from reltrace_worker.types.results import SiteTensor
 
@@ -25,7 +25,7 @@ def cut(*values: torch.Tensor) -> list[worker_pb2.LeasedChunk]:
     named = [(tensor(v, trace=i), v) for i, v in enumerate(values)]
     header = types_pb2.TraceHeader(tokens=["a"])
     lease = worker_pb2.Lease(job_id="s-0", attempt=3)
-    return list(chunks(lease, header, named, types_pb2.Timings()))
+    return list(EncodedResult(lease, header, named, types_pb2.Timings()).chunks())
 
 
 def joined(leased: list[worker_pb2.LeasedChunk]) -> dict[int, np.ndarray]:
@@ -53,7 +53,7 @@ def test_a_small_result_is_one_chunk() -> None:
 def test_pieces_make_the_same_tensors(sizes: list[int], room: int) -> None:
     values = [torch.arange(float(size)) + index for index, size in enumerate(sizes)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_BYTES", room)
+        patch.setattr(results, "CHUNK_BYTES", room)
         leased = cut(*values)
 
     assert [one.chunk.number for one in leased] == list(range(1, len(leased) + 1))

@@ -1,0 +1,42 @@
+"""Jobs that share a pass: their tokens behind one another in one sequence, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from reltrace_worker.lrp.attention import Packing, positions
+from reltrace_worker.types.jobs import TraceJob
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Jobs of one rule that share a forward pass over N rows."""
+
+    # In the order of their rows: those of equal length next to each other.
+    jobs: tuple[TraceJob, ...]
+    # Index of each job in the sequence that the batch was made from.
+    order: tuple[int, ...]
+    packing: Packing
+
+    @staticmethod
+    def of(jobs: Sequence[TraceJob]) -> PackedBatch:
+        order = sorted(range(len(jobs)), key=lambda index: len(jobs[index].token_ids))
+        packed = tuple(jobs[index] for index in order)
+        lengths = tuple(len(job.token_ids) for job in packed)
+        return PackedBatch(packed, tuple(order), Packing(lengths))
+
+    @property
+    def backward_passes(self) -> int:
+        """The largest number of targets of one job."""
+        return max(len(job.targets) for job in self.jobs)
+
+    def token_ids(self, device: torch.device) -> torch.Tensor:
+        """Return the token ids, int64 [1, N]."""
+        return torch.tensor([[i for job in self.jobs for i in job.token_ids]], device=device)
+
+    def position_ids(self, device: torch.device) -> torch.Tensor:
+        """Return the position ids, int64 [1, N], which restart at 0 with each job."""
+        return positions(self.packing, device)

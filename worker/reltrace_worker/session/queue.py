@@ -1,0 +1,192 @@
+"""The jobs that wait for a pass, and the tasks that take many passes and have begun."""
+
+import math
+import threading
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from reltrace_proto.v1 import worker_pb2
+
+from reltrace_worker.engine.atlas import Atlas
+from reltrace_worker.engine.generation import Generation
+from reltrace_worker.session.leases import LeaseKey
+from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TraceJob
+from reltrace_worker.types.results import Outcome
+
+PASS_SECONDS = 2.0
+"""About how long a pass of traces takes at most, unless it is one job or `LEAST_WORK`: so long do
+others wait. Every pass reads all weights: shorter ones are slower per token."""
+
+LEAST_WORK = 512
+"""Tokens times how often they go through the model, such as 256 tokens of traces of one target. A
+pass may hold so much however long it takes: the first of a kind, whose speed is not known, and on a
+busy machine, where passes would shrink to single jobs and slow down further by that."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """A leased job that can go into a pass."""
+
+    key: LeaseKey
+    lease: worker_pb2.Lease
+    job: Job
+    # Monotonic time by which the jobs that wait are ordered.
+    order: float
+
+
+@dataclass(slots=True, eq=False)
+class RunningTask:
+    """A task of many passes that has begun, and its jobs that have not ended, by their index."""
+
+    jobs: dict[int, QueuedJob]
+    task: Generation | Atlas
+    batch_key: tuple[str, str]
+    full_pass_jobs: int
+    seconds: float = 0.0
+    # Of the seconds: those that were charged to jobs which have ended.
+    charged: float = 0.0
+
+
+class RequestQueue:
+    """Shared by the event loop, which adds and drops jobs, and the engine's thread, which takes.
+
+    A pass has at most `max_tokens` tokens; a longer prompt is a pass of its own.
+
+    Attributes
+    ----------
+    lock
+        Held while the jobs of a task are changed.
+    capacity
+        Tokens for which the last batch had room.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self.lock = threading.Lock()
+        self.capacity = max_tokens
+        # Work per second of the passes of each batch key.
+        self._speeds: dict[tuple[str, str], float] = {}
+        self._waiting: deque[QueuedJob] = deque()
+        self._tasks: deque[RunningTask] = deque()
+        self._task_is_next = False
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting or self._tasks)
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, jobs: Sequence[QueuedJob]) -> None:
+        with self.lock:
+            self._waiting = deque(sorted([*self._waiting, *jobs], key=lambda job: job.order))
+
+    def drop(self, keys: Collection[LeaseKey]) -> None:
+        """Forget jobs that wait, and cancel those that have begun."""
+        with self.lock:
+            self._waiting = deque(job for job in self._waiting if job.key not in keys)
+            for running in self._tasks:
+                for index, job in list(running.jobs.items()):
+                    if job.key in keys:
+                        running.task.cancel(index)
+                        del running.jobs[index]
+
+    def take_back(self) -> list[LeaseKey]:
+        """Give up all jobs that wait; return their leases."""
+        with self.lock:
+            keys = [job.key for job in self._waiting]
+            self._waiting.clear()
+        return keys
+
+    def next_batch(self) -> list[QueuedJob]:
+        """Take the jobs of one pass: the first that waits, and what may share its pass and fits.
+
+        What is passed over stays in order, and comes first before long.
+        """
+        with self.lock:
+            # Of tasks one of each batch key at a time: it holds memory meanwhile.
+            begun = {running.batch_key for running in self._tasks}
+            jobs = (job.job for job in self._waiting)
+            first = next((job for job in jobs if job.batch_key not in begun), None)
+            if first is None:
+                return []
+            work = math.inf
+            if isinstance(first, TraceJob):
+                speed = self._speeds.get(first.batch_key, 0.0)
+                work = max(LEAST_WORK, speed * PASS_SECONDS)
+            budget = _BatchBudget(self._max_tokens, work)
+            batch: list[QueuedJob] = []
+            left: deque[QueuedJob] = deque()
+            for job in self._waiting:
+                takes = job.job.batch_key == first.batch_key and budget.take(job.job)
+                (batch if takes else left).append(job)
+            self._waiting = left
+            self.capacity = budget.capacity
+        return batch
+
+    def measured(self, batch: Sequence[QueuedJob], seconds: float) -> None:
+        """Learn the speed of passes from one that took so long."""
+        jobs = [job.job for job in batch]
+        work = sum(job.total_tokens for job in jobs) * max(job.passes for job in jobs)
+        speed, key = work / max(seconds, 1e-6), jobs[0].batch_key
+        with self.lock:
+            # A short pass is slower per token, which says nothing of a full one.
+            if speed > self._speeds.get(key, 0.0) or seconds > PASS_SECONDS:
+                self._speeds[key] = speed
+
+    def next_task(self) -> RunningTask | None:
+        """Return a task that has begun, where no job waits or it is a task's turn."""
+        with self.lock:
+            if not self._tasks or (self._waiting and not self._task_is_next):
+                self._task_is_next = bool(self._tasks)
+                return None
+            self._task_is_next = False
+            # It stays in the queue: its jobs may be dropped while it runs.
+            running = self._tasks[0]
+            self._tasks.rotate(-1)
+            return running
+
+    def begin(self, running: RunningTask) -> None:
+        with self.lock:
+            self._tasks.append(running)
+
+    def end(
+        self, running: RunningTask, outcomes: Mapping[int, Outcome], *, finished: bool
+    ) -> list[tuple[QueuedJob, Outcome]]:
+        """Take out the jobs that have ended, and the task itself if it is finished.
+
+        Jobs that were dropped meanwhile are left out.
+        """
+        with self.lock:
+            jobs = running.jobs
+            ended = [(jobs.pop(index), outcomes[index]) for index in outcomes if index in jobs]
+            if finished:
+                self._tasks.remove(running)
+        return ended
+
+
+class _BatchBudget:
+    """What else fits into a pass: of so many tokens, and of so much work (see `LEAST_WORK`)."""
+
+    def __init__(self, tokens: int, work: float) -> None:
+        self._tokens, self._work = tokens, work
+        self._jobs = self._sum = self._longest = self._passes = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there was room for, in such a pass as it has become."""
+        return int(min(self._tokens, self._work / max(1, self._passes)))
+
+    def take(self, job: Job) -> bool:
+        """Tell whether a job fits into the pass, and count it if it does."""
+        longest, passes = max(self._longest, job.total_tokens), max(self._passes, job.passes)
+        # Generations are padded to the longest of them; an atlas is made alone.
+        padded = isinstance(job, GenerateJob)
+        needed = (self._jobs + 1) * longest if padded else self._sum + job.total_tokens
+        fits = needed <= self._tokens and needed * passes <= self._work
+        if self._jobs and (not fits or isinstance(job, AtlasJob)):
+            return False
+        self._jobs, self._sum = self._jobs + 1, self._sum + job.total_tokens
+        self._longest, self._passes = longest, passes
+        return True
