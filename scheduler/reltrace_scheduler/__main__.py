@@ -61,13 +61,8 @@ def scheduler(context: typer.Context, settings: Settings) -> None:
 
 def _redis_address(context: typer.Context, settings: Settings) -> RedisAddress | None:
     source = context.get_parameter_source("redis")
-    address = redis_address(
-        settings.redis,
-        url_file=settings.redis_url_file,
-        password_file=settings.redis_password_file,
-        ca=settings.redis_ca,
-        on_command_line=source is not None and source.name == "COMMANDLINE",
-    )
+    on_command_line = source is not None and source.name == "COMMANDLINE"
+    address = redis_address(settings, on_command_line=on_command_line)
     if (address is None) == (settings.data is None):
         raise typer.BadParameter(
             "name either a Redis by --redis or --redis-url-file, or a folder by --data"

@@ -62,9 +62,8 @@ key                             type    holds
 ``tenant:<tenant>``             hash    its load, as above; weight, max_jobs, max_bytes
 ``quarantined:<job>``           hash    tenant, spec, history
 ``worker:<id>``                 hash    epoch of its session, mode of its leases, its last call
-                                        that leased; in shard 0 also routes (lines), models
-                                        (number), of each name:<n>, revision:<n>, info:<n>
-                                        (``ModelInfo``); device, version, connected_at; draining
+                                        that leased; in shard 0 also hello (``Hello``), routes
+                                        (lines), connected_at, draining
 ``serving:<route>``             zset    workers of a route by when they were seen (shard 0 only)
 ``sample_result:<job>``         string  ``ResultChunk`` of some recent jobs (shard 0 only)
 ==============================  ======  =========================================================
@@ -102,40 +101,14 @@ SHARDS = "reltrace:shards"
 CLUSTER = "reltrace:cluster"
 
 SharedKey = Literal[
-    "queues",
-    "virtual_time",
-    "delayed",
-    "deadlines",
-    "expiring",
-    "throttled_tenants",
-    "load",
-    "tenants",
-    "quarantined",
-    "watchdog",
-    "ended",
-    "workers",
-    "models",
-    "recent_ok",
+    "queues", "virtual_time", "delayed", "deadlines", "expiring", "throttled_tenants", "load",
+    "tenants", "quarantined", "watchdog", "ended", "workers", "models", "recent_ok",
     "recent_failed",
-]
+]  # fmt: skip
 EntityKey = Literal[
-    "queue",
-    "vt_active",
-    "vt_idle",
-    "job",
-    "held",
-    "submission",
-    "backpressured",
-    "results",
-    "chunks",
-    "draft",
-    "idempotency",
-    "tenant",
-    "quarantined",
-    "worker",
-    "serving",
-    "sample_result",
-]
+    "queue", "vt_active", "vt_idle", "job", "held", "submission", "backpressured", "results",
+    "chunks", "draft", "idempotency", "tenant", "quarantined", "worker", "serving", "sample_result",
+]  # fmt: skip
 Channel = Literal["wake", "done", "revoked"]
 
 CHANNELS = tuple(f"reltrace:{{*}}:{kind}:*" for kind in get_args(Channel))

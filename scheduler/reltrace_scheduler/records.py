@@ -184,35 +184,17 @@ class TenantRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRecord:
-    """A model that a worker serves."""
-
-    name: str
-    revision: str
-    info: bytes
-    """A serialized ``ModelInfo``."""
-
-    @property
-    def routes(self) -> tuple[str, ...]:
-        """What jobs may ask for: the model, or exactly this revision of it."""
-        return (self.name, f"{self.name}@{self.revision}") if self.revision else (self.name,)
-
-
-@dataclass(frozen=True, slots=True)
 class WorkerRecord:
     """A connected worker; times are Unix times in seconds."""
 
     worker_id: str
-    models: tuple[ModelRecord, ...]
-    device: str
-    version: str
+    hello: bytes
+    """A serialized ``Hello``: its models, device and version."""
+    routes: tuple[str, ...]
+    """What jobs may ask for: its models, by name and by NAME@REVISION."""
     connected_at: float
     seen_at: float
-    epoch: str = ""
+    epoch: str
     """Names its session: a later one has another."""
     leased: int = 0
     draining: bool = False
-
-    @property
-    def routes(self) -> tuple[str, ...]:
-        return tuple(route for model in self.models for route in model.routes)

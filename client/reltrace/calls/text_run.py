@@ -129,7 +129,7 @@ class TextRun:
             answer = await submit(self._connection, self._jobs, self._deadline, self._priority)
             if isinstance(answer, Rejected):
                 raise next(iter(answer.errors.values()))
-            self.job_ids = tuple(answer.positions)
+            self.job_ids = tuple(answer.job_ids)
             stream = stream_results(
                 self._connection,
                 answer,

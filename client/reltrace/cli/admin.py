@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
 from reltrace.cli.connection import Connection, connection_group
-from reltrace.cli.option_groups import command, option
-from reltrace.cli.output import AsJson, print_found, print_json, write
+from reltrace.cli.option_groups import argument, command, option
+from reltrace.cli.output import AS_JSON, print_found, print_json, write
 from reltrace.types.admin_info import QuarantinedJob
 from reltrace.types.errors import NotFound
 
@@ -22,8 +20,8 @@ _MAX_JOBS = 10_000
 @command(quarantined, "list")
 def list_quarantined(
     connection: Connection,
-    limit: Annotated[int, option("At most so many.", min=1)] = 100,
-    as_json: AsJson = False,
+    limit: int = option(100, "At most so many.", min=1),
+    as_json: bool = AS_JSON,
 ) -> None:
     """List them, the latest first."""
     with connection.client() as client:
@@ -39,8 +37,8 @@ def list_quarantined(
 @command(quarantined)
 def show(
     connection: Connection,
-    job: Annotated[str, typer.Argument(metavar="JOB", help="Its id.")],
-    as_json: AsJson = False,
+    job: str = argument(..., "Its id.", metavar="JOB"),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Show one with its input, and the workers that it lost."""
     with connection.client() as client:
@@ -62,11 +60,9 @@ def show(
 @command(quarantined)
 def requeue(
     connection: Connection,
-    jobs: Annotated[
-        list[str] | None, typer.Argument(metavar="JOB...", help="Their ids.", show_default=False)
-    ] = None,
-    everything: Annotated[bool, option("All of them.", "--all")] = False,
-    as_json: AsJson = False,
+    jobs: list[str] | None = argument(None, "Their ids.", metavar="JOB...", show_default=False),
+    everything: bool = option(False, "All of them.", "--all"),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Queue them once more, each as a new job of its tenant."""
     if bool(jobs) == everything:
@@ -89,7 +85,7 @@ def _input(job: QuarantinedJob, most: int | None = None) -> str:
 
 
 @command(tenants, "list")
-def list_tenants(connection: Connection, as_json: AsJson = False) -> None:
+def list_tenants(connection: Connection, as_json: bool = AS_JSON) -> None:
     """List them, with what they hold and may hold."""
     with connection.client() as client:
         found = client.admin.tenants()
@@ -109,16 +105,13 @@ def _limit(value: float | None, style: str) -> str:
 @command(tenants, "set")
 def set_tenant(
     connection: Connection,
-    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Its name.")],
-    weight: Annotated[
-        float | None, option("Its share against other tenants that have queued jobs.")
-    ] = None,
-    max_jobs: Annotated[int | None, option("Bound on its jobs.", min=0)] = None,
-    max_bytes: Annotated[
-        int | None,
-        option("Bound on the bytes of its jobs and of its unread results.", min=0),
-    ] = None,
-    as_json: AsJson = False,
+    tenant: str = argument(..., "Its name.", metavar="TENANT"),
+    weight: float | None = option(None, "Its share against other tenants that have queued jobs."),
+    max_jobs: int | None = option(None, "Bound on its jobs.", min=0),
+    max_bytes: int | None = option(
+        None, "Bound on the bytes of its jobs and of its unread results.", min=0
+    ),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Set its share and bounds; what is left out stays as it is."""
     with connection.client() as client:

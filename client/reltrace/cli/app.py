@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import entry_points
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import typer
 
@@ -91,8 +91,8 @@ def _version(asked: bool) -> None:
 @with_option_groups
 def _options_before(
     connection: Connection,
-    version: Annotated[
-        bool, option("Print the version.", "--version", callback=_version, is_eager=True)
-    ] = False,
+    version: bool = option(
+        False, "Print the version.", "--version", callback=_version, is_eager=True
+    ),
 ) -> None:
     pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal, TypeAlias
 
 import typer
 from rich.text import Text
@@ -14,18 +14,18 @@ from reltrace.atlas.imported_labels import BUILT_IN
 from reltrace.atlas.slices import read_prompt
 from reltrace.batch.items import InputFormat, format_of
 from reltrace.cli.connection import Connection, connection_group
-from reltrace.cli.option_groups import command, option
+from reltrace.cli.option_groups import argument, command, option
 from reltrace.cli.options import (
-    Column,
-    Model,
+    COLUMN,
+    MODEL,
+    RULE,
+    SEED,
+    SPECIAL_TOKENS,
     PromptFile,
-    Rule,
-    Seed,
-    SpecialTokens,
     file_of,
     target_of,
 )
-from reltrace.cli.output import AsJson, Quiet, print_found, print_json, safe, write
+from reltrace.cli.output import AS_JSON, QUIET, print_found, print_json, safe, write
 from reltrace.types.atlas_shard import LISTS, MEASURES
 from reltrace.types.token_text import visible_token
 
@@ -33,50 +33,39 @@ app = connection_group("Where in a corpus neurons and heads are strongest.")
 labels = typer.Typer(no_args_is_help=True, help="Export the labels of an atlas, and import others.")
 app.add_typer(labels, name="labels")
 
-AtlasFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the atlas.")]
-Site = Annotated[Literal["neuron", "head"], option("Neurons or attention heads.")]
-Measure = Annotated[
-    Literal["relevance", "activation"],
-    option("The measure by which contexts are strong."),
-]
+FOLDER = argument(..., "Folder of the atlas.", metavar="FOLDER")
+SiteName: TypeAlias = Literal["neuron", "head"]
+MeasureName: TypeAlias = Literal["relevance", "activation"]
+SITE = option("neuron", "Neurons or attention heads.")
+MEASURE = option("relevance", "The measure by which contexts are strong.")
 
 
 @command(app)
 def build(
     connection: Connection,
-    corpus: Annotated[
-        str,
-        typer.Argument(
-            metavar="CORPUS",
-            help="File of prompts or conversations, by its ending: jsonl, csv, parquet (and "
-            ".gz); any other, and standard input (-), has a prompt per line.",
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder; an atlas that is there is continued.")
-    ],
-    model: Model = None,
-    rule: Rule = "attnlrp",
-    target: Annotated[
-        str | None,
-        option(
-            'What is explained at the end of each prompt: "max", a token\'s text, or id:N.',
-            show_default="its own next tokens, at all positions",
-        ),
-    ] = None,
-    positions: Annotated[
-        int | None, option("Draw so many positions of each prompt instead.")
-    ] = None,
-    seed: Seed = 0,
-    keep_special: Annotated[
-        bool, option("Count first and special tokens, too.", "--keep-special")
-    ] = False,
-    add_special_tokens: SpecialTokens = True,
-    k: Annotated[int, option("Places of each list.", "--places")] = 16,
-    slice_: Annotated[int, option("Most prompts that a worker takes.", "--slice")] = 1024,
-    column: Column = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    corpus: str = argument(
+        ...,
+        "File of prompts or conversations, by its ending: jsonl, csv, parquet (and "
+        ".gz); any other, and standard input (-), has a prompt per line.",
+        metavar="CORPUS",
+    ),
+    out: Path = argument(..., "Folder; an atlas that is there is continued.", metavar="OUT"),
+    model: str | None = MODEL,
+    rule: str = RULE,
+    target: str | None = option(
+        None,
+        'What is explained at the end of each prompt: "max", a token\'s text, or id:N.',
+        show_default="its own next tokens, at all positions",
+    ),
+    positions: int | None = option(None, "Draw so many positions of each prompt instead."),
+    seed: int = SEED,
+    keep_special: bool = option(False, "Count first and special tokens, too.", "--keep-special"),
+    add_special_tokens: bool = SPECIAL_TOKENS,
+    k: int = option(16, "Places of each list.", "--places"),
+    slice_: int = option(1024, "Most prompts of one job.", "--slice"),
+    column: str | None = COLUMN,
+    quiet: bool = QUIET,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Build an atlas, or what is missing of one."""
     path = file_of(corpus, "corpus")
@@ -109,12 +98,12 @@ def build(
 
 @command(app)
 def show(
-    folder: AtlasFolder,
-    layer: Annotated[int, typer.Argument(help="Decoder layer, from 0.")],
-    index: Annotated[int, typer.Argument(metavar="NEURON", help="Neuron, or head, from 0.")],
-    site: Site = "neuron",
-    measure: Measure = "relevance",
-    as_json: AsJson = False,
+    folder: Path = FOLDER,
+    layer: int = argument(..., "Decoder layer, from 0."),
+    index: int = argument(..., "Neuron, or head, from 0.", metavar="NEURON"),
+    site: SiteName = SITE,
+    measure: MeasureName = MEASURE,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Show the places where a neuron or head is strongest."""
     atlas = reltrace.load_atlas(folder)
@@ -151,12 +140,12 @@ def show(
 
 @command(app)
 def find(
-    folder: AtlasFolder,
-    text: Annotated[str, typer.Argument(help="In a context, or in a label that was imported.")],
-    site: Site = "neuron",
-    measure: Measure = "relevance",
-    k: Annotated[int, option("At most so many.", "-k", "--most")] = 20,
-    as_json: AsJson = False,
+    folder: Path = FOLDER,
+    text: str = argument(..., "In a context, or in a label that was imported."),
+    site: SiteName = SITE,
+    measure: MeasureName = MEASURE,
+    k: int = option(20, "At most so many.", "-k", "--most"),
+    as_json: bool = AS_JSON,
 ) -> None:
     """List the neurons or heads whose contexts have a text."""
     found = reltrace.load_atlas(folder).find(text, site=site, measure=measure, k=k)
@@ -172,10 +161,10 @@ def find(
 
 @command(app)
 def page(
-    folder: AtlasFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Ends in .html.")],
-    most: Annotated[int, option("Neurons on it, by relevance mass.")] = 2000,
-    contexts: Annotated[int, option("Shown of each list; all are searched.")] = 8,
+    folder: Path = FOLDER,
+    out: Path = argument(..., "Ends in .html.", metavar="OUT"),
+    most: int = option(2000, "Neurons on it, by relevance mass."),
+    contexts: int = option(8, "Shown of each list; all are searched."),
 ) -> None:
     """Write a page to browse, in one file."""
     typer.echo(reltrace.load_atlas(folder).save_page(out, most=most, contexts=contexts))
@@ -183,10 +172,10 @@ def page(
 
 @command(labels, "export")
 def export_labels(
-    folder: AtlasFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file of lines of JSON.")],
-    site: Site = "neuron",
-    most: Annotated[int | None, option("At most so many, by relevance mass.")] = None,
+    folder: Path = FOLDER,
+    out: Path = argument(..., "A file of lines of JSON.", metavar="OUT"),
+    site: SiteName = SITE,
+    most: int | None = option(None, "At most so many, by relevance mass."),
 ) -> None:
     """Write labels with their contexts, for a person or a language model to improve."""
     count = reltrace.load_atlas(folder).export_labels(out, site=site, most=most)
@@ -195,11 +184,8 @@ def export_labels(
 
 @command(labels, "import")
 def import_labels(
-    folder: AtlasFolder,
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="Lines of JSON with layer, index and label."),
-    ],
+    folder: Path = FOLDER,
+    source: Path = argument(..., "Lines of JSON with layer, index and label.", metavar="FILE"),
 ) -> None:
     """Import the labels of a file, all or none; an empty label removes one."""
     count = reltrace.load_atlas(folder).import_labels(source)

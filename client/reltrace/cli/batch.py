@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -20,9 +19,9 @@ from reltrace.batch.preflight import check_served
 from reltrace.batch.run import Options, Run, Summary
 from reltrace.calls.progress import Progress
 from reltrace.cli.connection import Connection
-from reltrace.cli.option_groups import option
-from reltrace.cli.options import FileOptions, Limit, PromptFile, TraceOptions, file_of, target_of
-from reltrace.cli.output import AsJson, Quiet, print_json
+from reltrace.cli.option_groups import argument, option
+from reltrace.cli.options import LIMIT, FileOptions, PromptFile, TraceOptions, file_of, target_of
+from reltrace.cli.output import AS_JSON, QUIET, print_json
 from reltrace.types.errors import invalid
 
 _INTERRUPTED, _TERMINATED = 130, 143
@@ -32,51 +31,37 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 def batch(
     connection: Connection,
-    source: Annotated[
-        str, typer.Argument(metavar="IN", help="File of prompts; -: standard input.")
-    ],
-    out: Annotated[
-        Path,
-        typer.Argument(metavar="OUT_DIR", help="Folder of the traces; made if it is not there."),
-    ],
     trace: TraceOptions,
     reading: FileOptions,
-    output_uri: Annotated[
-        str | None,
-        option(
-            "Folder, such as s3://bucket/run-1, that workers write tensors to instead of "
-            "sending them; OUT_DIR then says where they are. One that the server allows.",
-            metavar="URL",
-            show_default=False,
-        ),
-    ] = None,
-    part_format: Annotated[
-        PartFormat, option("Format of the files of traces.", "--format")
-    ] = "safetensors",
-    limit: Limit = None,
-    shard: Annotated[
-        str | None,
-        option(
-            "Only this machine's part of the prompts: 1/4, 2/4, ... into the same OUT_DIR.",
-            metavar="I/N",
-        ),
-    ] = None,
-    retry_failed: Annotated[
-        bool,
-        option("Try prompts again that failed for their own fault.", "--retry-failed"),
-    ] = False,
-    max_in_flight: Annotated[
-        int, option("Prompts that are submitted and not finished, at a time.", min=1)
-    ] = 1024,
-    part_traces: Annotated[int, option("Traces in one file.", min=1)] = 1024,
-    part_seconds: Annotated[
-        float, option("Most seconds until a trace is on disk.", min=0.1)
-    ] = 10.0,
-    retry_timeout: Annotated[
-        float, option("Seconds to wait for a server that does not answer.", min=0)
-    ] = 600.0,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    source: str = argument(..., "File of prompts; -: standard input.", metavar="IN"),
+    out: Path = argument(..., "Folder of the traces; made if it is not there.", metavar="OUT_DIR"),
+    output_uri: str | None = option(
+        None,
+        "Folder, such as s3://bucket/run-1, that workers write tensors to instead of "
+        "sending them; OUT_DIR then says where they are. One that the server allows.",
+        metavar="URL",
+        show_default=False,
+    ),
+    part_format: PartFormat = option("safetensors", "Format of the files of traces.", "--format"),
+    limit: int | None = LIMIT,
+    shard: str | None = option(
+        None,
+        "Only this machine's part of the prompts: 1/4, 2/4, ... into the same OUT_DIR.",
+        metavar="I/N",
+    ),
+    retry_failed: bool = option(
+        False, "Try prompts again that failed for their own fault.", "--retry-failed"
+    ),
+    max_in_flight: int = option(
+        1024, "Prompts that are submitted and not finished, at a time.", min=1
+    ),
+    part_traces: int = option(1024, "Traces in one file.", min=1),
+    part_seconds: float = option(10.0, "Most seconds until a trace is on disk.", min=0.1),
+    retry_timeout: float = option(
+        600.0, "Seconds to wait for a server that does not answer.", min=0
+    ),
+    quiet: bool = QUIET,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Trace a file of prompts. The same command again continues an interrupted run.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import typer
 
 from reltrace.cli.connection import Connection, resolve
-from reltrace.cli.output import AsJson, print_found
+from reltrace.cli.output import AS_JSON, print_found
 
 _SECRET = ("token",)
 
 
-def config(connection: Connection, as_json: AsJson = False) -> None:
+def config(connection: Connection, as_json: bool = AS_JSON) -> None:
     """Show the connection settings in effect and where each comes from."""
     found = resolve(connection)
     rows = [

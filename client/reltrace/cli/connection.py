@@ -7,13 +7,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import typer
 from reltrace_proto.net import TlsOptions
 
 import reltrace
-from reltrace.cli.option_groups import option, with_option_groups
+from reltrace.cli.option_groups import option, option_group, with_option_groups
 from reltrace.transport.settings import DEFAULT_ADDRESS, flag
 from reltrace.types.errors import InvalidArgument, invalid
 
@@ -27,48 +27,37 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def _option(text: str, *names: str) -> Any:
-    return option(text, *names, show_default=False, rich_help_panel=_PANEL)
+def _setting(text: str, *names: str) -> Any:
+    return option(None, text, *names, show_default=False, rich_help_panel=_PANEL)
 
 
-@dataclass(frozen=True, slots=True)
+@option_group
 class Connection:
     """The options of a connection, before the name of a command or after it."""
 
-    server: Annotated[
-        str | None,
-        _option(
-            "HOST:PORT of the server, several with commas between, or dns:///NAME:PORT. "
-            f"(default: {DEFAULT_ADDRESS})"
-        ),
-    ] = None
-    profile: Annotated[
-        str | None, _option("Profile of the configuration file to take the settings from.")
-    ] = None
-    config: Annotated[
-        Path | None, _option("Configuration file; `reltrace config` shows which one is used.")
-    ] = None
-    token_file: Annotated[
-        Path | None,
-        _option("File with the token for the server, or put the token into RELTRACE_TOKEN."),
-    ] = None
-    tls: Annotated[
-        bool | None,
-        _option("Use TLS; every other --tls option switches it on.", "--tls/--no-tls"),
-    ] = None
-    tls_ca: Annotated[
-        Path | None, _option("PEM file of the authorities to trust. (default: the public ones)")
-    ] = None
-    tls_cert: Annotated[Path | None, _option("PEM file of this client's certificate.")] = None
-    tls_key: Annotated[Path | None, _option("PEM file of its key.")] = None
-    tls_name: Annotated[
-        str | None,
-        _option("Name in the server's certificate. (default: the host of the address)"),
-    ] = None
-    insecure: Annotated[
-        bool | None,
-        _option("Send the token in plaintext to another machine.", "--insecure"),
-    ] = None
+    server: str | None = _setting(
+        "HOST:PORT of the server, several with commas between, or dns:///NAME:PORT. "
+        f"(default: {DEFAULT_ADDRESS})",
+    )
+    profile: str | None = _setting("Profile of the configuration file to take the settings from.")
+    config: Path | None = _setting("Configuration file; `reltrace config` shows which one is used.")
+    token_file: Path | None = _setting(
+        "File with the token for the server, or put the token into RELTRACE_TOKEN."
+    )
+    tls: bool | None = _setting(
+        "Use TLS; every other --tls option switches it on.", "--tls/--no-tls"
+    )
+    tls_ca: Path | None = _setting(
+        "PEM file of the authorities to trust. (default: the public ones)"
+    )
+    tls_cert: Path | None = _setting("PEM file of this client's certificate.")
+    tls_key: Path | None = _setting("PEM file of its key.")
+    tls_name: str | None = _setting(
+        "Name in the server's certificate. (default: the host of the address)"
+    )
+    insecure: bool | None = _setting(
+        "Send the token in plaintext to another machine.", "--insecure"
+    )
 
     def after(self, before: Connection | None) -> Connection:
         """Return these options with those that stand before the command."""

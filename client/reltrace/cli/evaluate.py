@@ -5,27 +5,27 @@ from __future__ import annotations
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from reltrace.cli.connection import Connection
-from reltrace.cli.option_groups import option
+from reltrace.cli.option_groups import argument, option
 from reltrace.cli.options import (
-    Contrast,
+    CONTRAST,
+    LIMIT,
+    LOGPROB,
+    MODEL,
+    SEED,
+    TIMEOUT,
     FileOptions,
-    Limit,
-    Logprob,
-    Model,
     PromptFile,
-    Seed,
-    Timeout,
     file_of,
     target_of,
 )
-from reltrace.cli.output import AsJson, Quiet, print_json, table, warn
+from reltrace.cli.output import AS_JSON, QUIET, print_json, table, warn
 from reltrace.evaluation.evaluation import caption, verdict
 from reltrace.evaluation.evaluation import table as table_of
 from reltrace.evaluation.settings import Keep, Measure
@@ -35,55 +35,40 @@ from reltrace.viz.files import check_path
 
 def evaluate(
     connection: Connection,
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="IN",
-            help="File of prompts by its ending: txt, jsonl, csv, parquet (and .gz); -: standard "
-            "input. A line of JSON has prompt, messages or input_ids, and optionally id, target "
-            "and answer; columns are prompt, id, target and answer.",
-        ),
-    ],
     reading: FileOptions,
-    model: Model = None,
-    rule: Annotated[
-        list[str] | None,
-        option("May be repeated.", show_default="attnlrp, cp_lrp, gradient, random"),
-    ] = None,
-    site: Annotated[
-        Literal["embed", "neuron"],
-        option("What is switched off: tokens, or neurons."),
-    ] = "embed",
-    target: Annotated[
-        str,
-        option(
-            'What is explained: "max" (the largest logit), a text of one token or several '
-            "that follows the prompt, or id:N."
-        ),
-    ] = "max",
-    contrast: Contrast = None,
-    logprob: Logprob = False,
-    measure: Annotated[
-        Measure, option("What of the target is measured as tokens are replaced.")
-    ] = "logprob",
-    replace: Annotated[
-        str,
-        option("What takes the place of tokens: zero, mean (of all embeddings), a token, or id:N."),
-    ] = "zero",
-    keep: Annotated[
-        Keep,
-        option("Tokens that stay: special (the first one and special ones) or none."),
-    ] = "special",
-    points: Annotated[int, option("Steps of a curve.", min=2, max=100)] = 10,
-    seed: Seed = 0,
-    limit: Limit = None,
-    plot: Annotated[
-        Path | None,
-        option("Picture of the curves: png, svg or pdf.", metavar="FILE"),
-    ] = None,
-    timeout: Timeout = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    source: str = argument(
+        ...,
+        "File of prompts by its ending: txt, jsonl, csv, parquet (and .gz); -: standard "
+        "input. A line of JSON has prompt, messages or input_ids, and optionally id, target "
+        "and answer; columns are prompt, id, target and answer.",
+        metavar="IN",
+    ),
+    model: str | None = MODEL,
+    rule: list[str] | None = option(
+        None, "May be repeated.", show_default="attnlrp, cp_lrp, gradient, random"
+    ),
+    site: Literal["embed", "neuron"] = option("embed", "What is switched off: tokens, or neurons."),
+    target: str = option(
+        "max",
+        'What is explained: "max" (the largest logit), a text of one token or several '
+        "that follows the prompt, or id:N.",
+    ),
+    contrast: str | None = CONTRAST,
+    logprob: bool = LOGPROB,
+    measure: Measure = option("logprob", "What of the target is measured as tokens are replaced."),
+    replace: str = option(
+        "zero", "What takes the place of tokens: zero, mean (of all embeddings), a token, or id:N."
+    ),
+    keep: Keep = option(
+        "special", "Tokens that stay: special (the first one and special ones) or none."
+    ),
+    points: int = option(10, "Steps of a curve.", min=2, max=100),
+    seed: int = SEED,
+    limit: int | None = LIMIT,
+    plot: Path | None = option(None, "Picture of the curves: png, svg or pdf.", metavar="FILE"),
+    timeout: float | None = TIMEOUT,
+    quiet: bool = QUIET,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Measure how well each rule tells what predictions rest on.
 

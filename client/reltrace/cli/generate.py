@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
@@ -17,8 +17,8 @@ from rich.text import Text
 
 from reltrace.cli.connection import Connection
 from reltrace.cli.option_groups import option
-from reltrace.cli.options import Model, PromptOptions, Seed, SpecialTokens
-from reltrace.cli.output import AsJson, print_json, safe, warn, write
+from reltrace.cli.options import MODEL, SEED, SPECIAL_TOKENS, PromptOptions
+from reltrace.cli.output import AS_JSON, print_json, safe, warn, write
 from reltrace.client.sync_client import TextStream
 from reltrace.types.edit import Steer
 from reltrace.types.errors import TraceError, invalid
@@ -36,26 +36,23 @@ _MAX_DIRECTION = 1 << 20
 def generate(
     connection: Connection,
     prompt: PromptOptions,
-    model: Model = None,
-    steer: Annotated[
-        list[str] | None,
-        option(
-            "Set a neuron, or multiply it (LAYER:NEURON*SCALE), or add a direction to the "
-            "residual stream (LAYER+FILE.npy or LAYER+FILE.npy*SCALE); may be repeated. The text "
-            "without it is shown beside.",
-            metavar="LAYER:NEURON=VALUE",
-            show_default=False,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, option("At most so many tokens.")] = 64,
-    temperature: Annotated[float, option("0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float,
-        option("Draw from the likeliest that have this much probability together; 0: from all."),
-    ] = 0.0,
-    seed: Seed = 0,
-    add_special_tokens: SpecialTokens = True,
-    as_json: AsJson = False,
+    model: str | None = MODEL,
+    steer: list[str] | None = option(
+        None,
+        "Set a neuron, or multiply it (LAYER:NEURON*SCALE), or add a direction to the "
+        "residual stream (LAYER+FILE.npy or LAYER+FILE.npy*SCALE); may be repeated. The text "
+        "without it is shown beside.",
+        metavar="LAYER:NEURON=VALUE",
+        show_default=False,
+    ),
+    max_new_tokens: int = option(64, "At most so many tokens."),
+    temperature: float = option(0.0, "0: always the likeliest token."),
+    top_p: float = option(
+        0.0, "Draw from the likeliest that have this much probability together; 0: from all."
+    ),
+    seed: int = SEED,
+    add_special_tokens: bool = SPECIAL_TOKENS,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Let a model continue a prompt, as it is and steered."""
     arguments: dict[str, Any] = {

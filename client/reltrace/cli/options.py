@@ -6,72 +6,61 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from reltrace.batch.items import InputFormat, InputName, count_items, read_items
-from reltrace.cli.option_groups import option
+from reltrace.cli.option_groups import argument, option, option_group
 from reltrace.types.errors import invalid
 from reltrace.types.request import Dtype
 
 _ID_PREFIX = "id:"
 
-Model = Annotated[str | None, option("Name of a served model.", show_default="the only one")]
-Rule = Annotated[str, option("Propagation rule.")]
-SpecialTokens = Annotated[
-    bool,
-    option(
-        "Put in front of a prompt what the tokenizer puts there (BOS), unless it has it.",
-        "--add-special-tokens/--no-add-special-tokens",
-    ),
-]
-Contrast = Annotated[str | None, option("Subtract the logit of this token (a text, or id:N).")]
-Logprob = Annotated[
-    bool, option("Log-probability of the target instead of its logit.", "--logprob")
-]
-Timeout = Annotated[float | None, option("Seconds for the whole call.")]
-Limit = Annotated[int | None, option("Only the first N prompts of the file.", min=1)]
-Seed = Annotated[int, option("Seed of what is drawn at random.", min=0)]
-Column = Annotated[
-    str | None,
-    option(
-        "Column of the prompts, in CSV and Parquet; that of conversations is called messages.",
-        show_default="prompt, else messages",
-    ),
-]
+MODEL = option(None, "Name of a served model.", show_default="the only one")
+RULE = option("attnlrp", "Propagation rule.")
+SPECIAL_TOKENS = option(
+    True,
+    "Put in front of a prompt what the tokenizer puts there (BOS), unless it has it.",
+    "--add-special-tokens/--no-add-special-tokens",
+)
+CONTRAST = option(None, "Subtract the logit of this token (a text, or id:N).")
+LOGPROB = option(False, "Log-probability of the target instead of its logit.", "--logprob")
+TIMEOUT = option(None, "Seconds for the whole call.")
+LIMIT = option(None, "Only the first N prompts of the file.", min=1)
+SEED = option(0, "Seed of what is drawn at random.", min=0)
+COLUMN = option(
+    None,
+    "Column of the prompts, in CSV and Parquet; that of conversations is called messages.",
+    show_default="prompt, else messages",
+)
 
 
-@dataclass(frozen=True, slots=True)
+@option_group
 class TraceOptions:
     """What is traced, and which values are returned."""
 
-    model: Model = None
-    target: Annotated[
-        str,
-        option('What is explained: "max" (the largest logit), a token\'s text, or id:N.'),
-    ] = "max"
-    rule: Rule = "attnlrp"
-    site: Annotated[
-        list[str] | None,
-        option("Where relevance is read; may be repeated.", show_default="resid"),
-    ] = None
-    reduce: Annotated[
-        str,
-        option(
-            "What is summed: token leaves a value per token, feature one per feature, full "
-            "everything; topk keeps the --top-k largest of each layer."
-        ),
-    ] = "token"
-    top_k: Annotated[int | None, option("With --reduce topk: values per layer.")] = None
-    layer: Annotated[
-        list[int] | None,
-        option("A decoder layer to keep, from 0; may be repeated.", show_default="all"),
-    ] = None
-    dtype: Annotated[Dtype, option("Number format in which relevance is sent.")] = "float32"
-    add_special_tokens: SpecialTokens = True
+    model: str | None = MODEL
+    target: str = option(
+        "max", 'What is explained: "max" (the largest logit), a token\'s text, or id:N.'
+    )
+    rule: str = RULE
+    site: list[str] | None = option(
+        None, "Where relevance is read; may be repeated.", show_default="resid"
+    )
+    reduce: str = option(
+        "token",
+        "What is summed: token leaves a value per token, feature one per feature, full "
+        "everything; topk keeps the --top-k largest of each layer.",
+    )
+    top_k: int | None = option(None, "With --reduce topk: values per layer.")
+    layer: list[int] | None = option(
+        None, "A decoder layer to keep, from 0; may be repeated.", show_default="all"
+    )
+    dtype: Dtype = option("float32", "Number format in which relevance is sent.")
+    add_special_tokens: bool = SPECIAL_TOKENS
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `Client.trace`, but for the target."""
@@ -83,22 +72,18 @@ class TraceOptions:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@option_group
 class PromptOptions:
     """One prompt or conversation, and how a model reads it."""
 
-    prompt: Annotated[
-        str | None, typer.Argument(help="A text; -: standard input.", show_default=False)
-    ] = None
-    chat: Annotated[
-        str | None,
-        option(
-            "Instead of PROMPT a conversation: JSON, a list of messages with role and "
-            "content; -: standard input.",
-            metavar="FILE|-",
-            show_default=False,
-        ),
-    ] = None
+    prompt: str | None = argument(None, "A text; -: standard input.", show_default=False)
+    chat: str | None = option(
+        None,
+        "Instead of PROMPT a conversation: JSON, a list of messages with role and "
+        "content; -: standard input.",
+        metavar="FILE|-",
+        show_default=False,
+    )
 
     def arguments(self, input_ids: str | None = None) -> dict[str, Any]:
         """Return the argument of `Client.trace` that holds the input, under its name."""
@@ -118,19 +103,15 @@ class PromptOptions:
         return {"input_ids": [int(part) for part in parts]}
 
 
-@dataclass(frozen=True, slots=True)
+@option_group
 class FileOptions:
     """How a file of prompts is read."""
 
-    input_format: Annotated[
-        InputName | None,
-        option("Of the prompts.", show_default="by the ending; of standard input: jsonl"),
-    ] = None
-    column: Column = None
-    id_column: Annotated[
-        str | None,
-        option("Column of their ids.", show_default="id, if there is one"),
-    ] = None
+    input_format: InputName | None = option(
+        None, "Of the prompts.", show_default="by the ending; of standard input: jsonl"
+    )
+    column: str | None = COLUMN
+    id_column: str | None = option(None, "Column of their ids.", show_default="id, if there is one")
 
     def format_of(self, path: Path | None, *further: str) -> InputFormat:
         """Return how to read a file, or standard input; `further` columns as well."""

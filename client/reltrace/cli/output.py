@@ -7,9 +7,9 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -17,21 +17,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from reltrace.cli.option_groups import option
+from reltrace.cli.option_groups import option, option_group
 from reltrace.types.token_text import JOINERS
 
-AsJson = Annotated[bool, option("Print JSON for machines.", "--json")]
-Quiet = Annotated[bool, option("Show no progress.", "--quiet")]
+AS_JSON = option(False, "Print JSON for machines.", "--json")
+QUIET = option(False, "Show no progress.", "--quiet")
 
 
-@dataclass(frozen=True, slots=True)
+@option_group
 class Watch:
     """The options of a view that may be drawn again and again."""
 
-    watch: Annotated[bool, option("Show it again and again, until Ctrl-C.", "--watch", "-w")] = (
-        False
-    )
-    every: Annotated[float, option("With --watch: seconds between two views.", min=0.1)] = 1.0
+    watch: bool = option(False, "Show it again and again, until Ctrl-C.", "--watch", "-w")
+    every: float = option(1.0, "With --watch: seconds between two views.", min=0.1)
 
 
 def show(

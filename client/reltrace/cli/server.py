@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from reltrace.cli.connection import Connection
-from reltrace.cli.option_groups import command, with_option_groups
-from reltrace.cli.output import AsJson, Watch, print_found, print_json, safe, show, table, write
+from reltrace.cli.option_groups import argument, command, with_option_groups
+from reltrace.cli.output import AS_JSON, Watch, print_found, print_json, safe, show, table, write
 from reltrace.types.server_info import Status, Worker
 
 
-def models(connection: Connection, as_json: AsJson = False) -> None:
+def models(connection: Connection, as_json: bool = AS_JSON) -> None:
     """List the models that the server can trace."""
     with connection.client() as client:
         served = client.models()
@@ -39,7 +39,7 @@ def models(connection: Connection, as_json: AsJson = False) -> None:
         )
 
 
-def status(connection: Connection, watch: Watch, as_json: AsJson = False) -> None:
+def status(connection: Connection, watch: Watch, as_json: bool = AS_JSON) -> None:
     """Show the queues and the store of the server, and how many workers it has."""
     rate = JobRate()
     with connection.client() as client:
@@ -93,7 +93,7 @@ workers = typer.Typer()
 @workers.callback(invoke_without_command=True)
 @with_option_groups
 def list_workers(
-    context: typer.Context, connection: Connection, watch: Watch, as_json: AsJson = False
+    context: typer.Context, connection: Connection, watch: Watch, as_json: bool = AS_JSON
 ) -> None:
     """List the workers that are connected; `drain` has some of them leave."""
     if context.invoked_subcommand is not None:
@@ -121,7 +121,7 @@ def _workers(connected: Sequence[Worker]) -> Table:
 @command(workers)
 def drain(
     connection: Connection,
-    ids: Annotated[list[str], typer.Argument(metavar="WORKER...", help="Their ids.")],
+    ids: list[str] = argument(..., "Their ids.", metavar="WORKER..."),
 ) -> None:
     """Have workers leave: they hand back jobs that have not begun, finish the others, and exit."""
     with connection.client() as client:
@@ -131,11 +131,10 @@ def drain(
 
 def cancel(
     connection: Connection,
-    ids: Annotated[
-        list[str],
-        typer.Argument(metavar="JOB...", help="Ids of jobs, or of submissions for all their jobs."),
-    ],
-    as_json: AsJson = False,
+    ids: list[str] = argument(
+        ..., "Ids of jobs, or of submissions for all their jobs.", metavar="JOB..."
+    ),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Cancel jobs: queued ones never run, running ones are dropped before their next pass.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from reltrace.cli.connection import Connection
-from reltrace.cli.options import Model, PromptOptions, SpecialTokens
-from reltrace.cli.output import AsJson, print_found, warn
+from reltrace.cli.options import MODEL, SPECIAL_TOKENS, PromptOptions
+from reltrace.cli.output import AS_JSON, print_found, warn
 from reltrace.types.token_text import quoted
 from reltrace.viz.words import Words
 
@@ -12,9 +12,9 @@ from reltrace.viz.words import Words
 def tokenize(
     connection: Connection,
     prompt: PromptOptions,
-    model: Model = None,
-    add_special_tokens: SpecialTokens = True,
-    as_json: AsJson = False,
+    model: str | None = MODEL,
+    add_special_tokens: bool = SPECIAL_TOKENS,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Show the tokens that a model reads, without running it."""
     arguments = prompt.arguments()

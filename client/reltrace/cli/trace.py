@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.console import Console
 import reltrace
 from reltrace.cli.connection import Connection
 from reltrace.cli.option_groups import option
-from reltrace.cli.options import Contrast, Logprob, PromptOptions, Timeout, TraceOptions, target_of
+from reltrace.cli.options import CONTRAST, LOGPROB, TIMEOUT, PromptOptions, TraceOptions, target_of
 from reltrace.cli.output import warn
 from reltrace.types.errors import invalid
 from reltrace.types.neurons import has_labels
@@ -26,44 +26,35 @@ def trace(
     connection: Connection,
     prompt: PromptOptions,
     options: TraceOptions,
-    position: Annotated[
-        int,
-        option("Position of the token whose next token is explained; negative: from the end."),
-    ] = -1,
-    contrast: Contrast = None,
-    continuation: Annotated[
-        str | None, option("Explain these tokens after the prompt instead of --target.")
-    ] = None,
-    logprob: Logprob = False,
-    input_ids: Annotated[
-        str | None,
-        option("Token ids instead of PROMPT, used as they are.", metavar="N,N,..."),
-    ] = None,
-    save: Annotated[Path | None, option("Write the trace to a .safetensors file.")] = None,
-    plot: Annotated[
-        Path | None,
-        option(
-            "Write the layers-by-tokens heatmap: a .png, .svg or .pdf file, or .html for a "
-            "page with hover values."
-        ),
-    ] = None,
-    atlas: Annotated[
-        Path | None,
-        option(
-            "Label the strongest neurons and heads, here and in an .html plot: an atlas of "
-            "the model.",
-            metavar="FOLDER",
-        ),
-    ] = None,
-    json_file: Annotated[
-        str | None,
-        option(
-            "Write the trace as one JSON object; -: to standard output, and nothing else.",
-            "--json",
-            metavar="FILE|-",
-        ),
-    ] = None,
-    timeout: Timeout = None,
+    position: int = option(
+        -1, "Position of the token whose next token is explained; negative: from the end."
+    ),
+    contrast: str | None = CONTRAST,
+    continuation: str | None = option(
+        None, "Explain these tokens after the prompt instead of --target."
+    ),
+    logprob: bool = LOGPROB,
+    input_ids: str | None = option(
+        None, "Token ids instead of PROMPT, used as they are.", metavar="N,N,..."
+    ),
+    save: Path | None = option(None, "Write the trace to a .safetensors file."),
+    plot: Path | None = option(
+        None,
+        "Write the layers-by-tokens heatmap: a .png, .svg or .pdf file, or .html for a "
+        "page with hover values.",
+    ),
+    atlas: Path | None = option(
+        None,
+        "Label the strongest neurons and heads, here and in an .html plot: an atlas of the model.",
+        metavar="FOLDER",
+    ),
+    json_file: str | None = option(
+        None,
+        "Write the trace as one JSON object; -: to standard output, and nothing else.",
+        "--json",
+        metavar="FILE|-",
+    ),
+    timeout: float | None = TIMEOUT,
 ) -> None:
     """Trace one prompt and show its tokens coloured by relevance."""
     text = prompt.arguments(input_ids)

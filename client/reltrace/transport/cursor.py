@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reltrace_proto.v1 import trace_pb2
@@ -24,21 +24,11 @@ class JobResult:
 class ResultCursor:
     """Takes the results of a submission in the order of the stream.
 
-    Parameters
-    ----------
-    positions : mapping of str to int
-        Index of each job in the submission, by its id.
-    jobs : sequence of Job
-        The jobs.
-
-    Attributes
-    ----------
-    last_entry : int
-        Number of the last entry of the stream that is here as a whole.
+    `last_entry` is the number of the last entry of the stream that is here as a whole.
     """
 
-    def __init__(self, positions: Mapping[str, int], jobs: Sequence[Job]) -> None:
-        self._positions = dict(positions)
+    def __init__(self, job_ids: Sequence[str], jobs: Sequence[Job]) -> None:
+        self._positions = {job_id: index for index, job_id in enumerate(job_ids)}
         self._jobs = jobs
         self._current: Assembler | None = None
         self._current_id = ""

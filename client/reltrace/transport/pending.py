@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from reltrace_proto.v1 import trace_pb2
 
@@ -20,6 +21,7 @@ _ABANDON_WAIT = 1.0
 _CLOSE_WAIT = 2.0
 
 
+@dataclass(eq=False)
 class Submission:
     """A submission whose results somebody waits for.
 
@@ -27,16 +29,21 @@ class Submission:
     ----------
     request : SubmitJobsRequest
         Sent again under its key, it tells the id of a submission whose answer was not seen.
-    id : str
-        As the server answered; "" before.
     sent : bool
         The server may have accepted it.
+    id : str
+        As the server answered; "" before.
+    job_ids : sequence of str
+        Ids of the jobs, as the server answered.
+    deduplicated : bool
+        The server had it before, under the same key: its results may be there, or gone.
     """
 
-    def __init__(self, request: trace_pb2.SubmitJobsRequest) -> None:
-        self.request = request
-        self.id = ""
-        self.sent = False
+    request: trace_pb2.SubmitJobsRequest
+    sent: bool = False
+    id: str = ""
+    job_ids: Sequence[str] = ()
+    deduplicated: bool = False
 
 
 class PendingSubmissions:
@@ -63,9 +70,10 @@ class PendingSubmissions:
         self._pending.add(submission)
         return submission
 
-    def accepted(self, submission: Submission, submission_id: str) -> None:
-        submission.id = submission_id
-        self._add_on_server({submission_id: len(submission.request.jobs)})
+    def accepted(self, submission: Submission, answer: trace_pb2.SubmitJobsResponse) -> None:
+        submission.id, submission.job_ids = answer.submission_id, list(answer.job_ids)
+        submission.deduplicated = answer.deduplicated
+        self._add_on_server({submission.id: len(submission.request.jobs)})
 
     def finished(self, submission: Submission) -> None:
         """Note that nothing of a submission is left on the server."""

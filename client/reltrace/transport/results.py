@@ -14,9 +14,9 @@ from reltrace.storage.stored_arrays import StoredArrays, read_together
 from reltrace.transport.assemble import Outcome
 from reltrace.transport.connection import Connection
 from reltrace.transport.cursor import JobResult, ResultCursor
+from reltrace.transport.pending import Submission
 from reltrace.transport.retry import Deadline
 from reltrace.transport.status import RpcStatus
-from reltrace.transport.submit import Accepted
 from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import (
     DeadlineExceeded,
@@ -33,7 +33,7 @@ _ACKNOWLEDGE_BYTES = 4 * 1024 * 1024
 
 async def stream_results(
     connection: Connection,
-    accepted: Accepted,
+    submission: Submission,
     jobs: Sequence[Job],
     deadline: Deadline,
     *,
@@ -62,8 +62,8 @@ async def stream_results(
     TraceError
         If the results can not be read.
     """
-    cursor = ResultCursor(accepted.positions, jobs)
-    acknowledger = _Acknowledger(connection, accepted.id) if acknowledged else None
+    cursor = ResultCursor(submission.job_ids, jobs)
+    acknowledger = _Acknowledger(connection, submission.id) if acknowledged else None
     retries = connection.retries(deadline)
     expired = False
     try:
@@ -71,7 +71,7 @@ async def stream_results(
             server, metadata = connection.choose_server(), connection.metadata
             call = server.traces.StreamResults(
                 trace_pb2.StreamResultsRequest(
-                    submission_id=accepted.id,
+                    submission_id=submission.id,
                     after_entry=cursor.last_entry,
                     after_chunk=cursor.chunks_seen,
                     drafts_of=cursor.unfinished if on_draft else (),
@@ -117,16 +117,16 @@ async def stream_results(
             return
     finally:
         if cursor.unfinished and not expired:
-            await connection.pending.abandon(accepted.submission, unreachable=deadline.unreachable)
+            await connection.pending.abandon(submission, unreachable=deadline.unreachable)
         else:
-            connection.pending.finished(accepted.submission)
+            connection.pending.finished(submission)
             if acknowledger is not None and not expired:
-                acknowledger.finish()
+                acknowledger.send()
 
 
-async def acknowledge(connection: Connection, accepted: Accepted) -> None:
+async def acknowledge(connection: Connection, submission: Submission) -> None:
     """Free all results of a submission on the server. If it does not answer, they expire."""
-    await _acknowledge(connection, accepted.id, len(accepted.positions))
+    await _acknowledge(connection, submission.id, len(submission.job_ids))
 
 
 async def _completed(
@@ -186,34 +186,26 @@ async def _fetched(
 
 
 class _Acknowledger:
-    """Frees results on the server that have been yielded here, one call at a time."""
+    """Frees results on the server that have been yielded here, in the background."""
 
     def __init__(self, connection: Connection, submission_id: str) -> None:
         self._connection = connection
         self._id = submission_id
         self._through = 0
         self._unfreed = 0
-        self._calling: asyncio.Task[None] | None = None
 
     def note(self, entry: int, size: int) -> None:
         self._through = entry
         self._unfreed += size
-        if self._unfreed >= _ACKNOWLEDGE_BYTES and (self._calling is None or self._calling.done()):
-            self._unfreed = 0
-            self._calling = asyncio.create_task(self._call())
+        if self._unfreed >= _ACKNOWLEDGE_BYTES:
+            self.send()
 
-    def finish(self) -> None:
-        """Acknowledge everything in the background: nobody waits for it."""
+    def send(self) -> None:
         if self._through:
-            self._connection.finish_in_background(self._finish(self._calling))
-
-    async def _finish(self, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await before
-        await self._call()
-
-    async def _call(self) -> None:
-        await _acknowledge(self._connection, self._id, self._through)
+            self._unfreed = 0
+            self._connection.finish_in_background(
+                _acknowledge(self._connection, self._id, self._through)
+            )
 
 
 async def _acknowledge(connection: Connection, submission_id: str, through: int) -> None:

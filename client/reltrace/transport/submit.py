@@ -35,44 +35,17 @@ class Rejected:
     errors: dict[int, TraceError]
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """A submission that the server has stored.
-
-    Attributes
-    ----------
-    id : str
-        Its id.
-    positions : dict of str to int
-        Index of each job, by its id.
-    submission : Submission
-        What is cancelled if its reader leaves.
-    deduplicated : bool
-        The server had it before, under the same key: its results may be there, or gone.
-    """
-
-    id: str
-    positions: dict[str, int]
-    submission: Submission
-    deduplicated: bool
-
-
 async def submit(
     connection: Connection,
     jobs: Sequence[Job],
     deadline: Deadline,
     priority: types_pb2.Priority.ValueType,
     key: str | None = None,
-) -> Accepted | Rejected:
+) -> Submission | Rejected:
     """Submit jobs; repeated under one idempotency key until there is an answer.
 
     If the caller leaves early, the submission is cancelled on the server, also if its answer was
-    not seen.
-
-    Parameters
-    ----------
-    key : str, optional
-        The idempotency key, for jobs that may have been submitted before; default: a new one.
+    not seen. A `key` is given for jobs that may have been submitted before; default: a new one.
 
     Raises
     ------
@@ -105,12 +78,11 @@ async def submit(
     if isinstance(answer, RpcStatus):
         connection.pending.finished(submission)
         return _rejected(answer, jobs, connection.address)
-    connection.pending.accepted(submission, answer.submission_id)
+    connection.pending.accepted(submission, answer)
     if len(answer.job_ids) != len(jobs):
         await connection.pending.abandon(submission, unreachable=False)
         raise ProtocolError(f"{len(jobs)} jobs were accepted as {len(answer.job_ids)}")
-    positions = {job_id: index for index, job_id in enumerate(answer.job_ids)}
-    return Accepted(answer.submission_id, positions, submission, answer.deduplicated)
+    return submission
 
 
 def _set_server_timeout(jobs: Sequence[Job], deadline: Deadline) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
-from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, types_pb2
+from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, types_pb2, worker_pb2
 
 from reltrace_scheduler import __version__
 from reltrace_scheduler.api.terminal_results import lost_leases
@@ -153,13 +153,13 @@ def _refuse_unknown(violations: Iterable[Violation]) -> None:
 
 
 def _worker(record: WorkerRecord) -> admin_pb2.WorkerStatus:
-    first, *further = (types_pb2.ModelInfo.FromString(model.info) for model in record.models)
+    hello = worker_pb2.Hello.FromString(record.hello)
     return admin_pb2.WorkerStatus(
         worker_id=record.worker_id,
-        model=first,
-        further_models=further,
-        device=record.device,
-        version=record.version,
+        model=hello.model,
+        further_models=hello.further_models,
+        device=hello.device,
+        version=hello.version,
         leased=record.leased,
         connected_at=_timestamp(record.connected_at),
         seen_at=_timestamp(record.seen_at),

@@ -21,7 +21,7 @@ from reltrace_scheduler.limits import MAX_NEW_TOKENS
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.job_queue import LOST, STORED
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.records import Lease, ModelRecord, NewChunk, Priority, WorkerRecord
+from reltrace_scheduler.records import Lease, NewChunk, Priority, WorkerRecord
 
 log = structlog.get_logger()
 
@@ -51,14 +51,15 @@ class Session:
         self._counts = counts
         self._spans = spans
         now = time.time()
+        self._models: dict[str, bytes] = {}
+        for model in (hello.model, *hello.further_models):
+            self._models[model.name] = info = model.SerializeToString()
+            if model.revision:
+                self._models[f"{model.name}@{model.revision}"] = info
         self._record = WorkerRecord(
             worker_id=self.worker_id,
-            models=tuple(
-                ModelRecord(model.name, model.revision, model.SerializeToString())
-                for model in (hello.model, *hello.further_models)
-            ),
-            device=hello.device,
-            version=hello.version,
+            hello=hello.SerializeToString(),
+            routes=tuple(self._models),
             connected_at=now,
             seen_at=now,
             epoch=secrets.token_hex(8),
@@ -73,8 +74,8 @@ class Session:
 
     async def open(self) -> worker_pb2.WorkResponse:
         """Enter the worker and its models; return the welcome."""
-        await self._store.registry.add(self._record)
-        self._log.info("worker.connected", models=[model.name for model in self._record.models])
+        await self._store.registry.add(self._record, self._models)
+        self._log.info("worker.connected", models=list(self._models))
         settings = self._store.settings
         welcome = worker_pb2.Welcome(
             lease=_duration(settings.lease),
@@ -127,7 +128,7 @@ class Session:
 
     async def check(self) -> list[worker_pb2.WorkResponse]:
         """Return which leases are not the worker's any more, and whether it is to drain."""
-        lost = await self._queue.lost(self.worker_id, list(self.leasing.held))
+        lost = await self._queue.renew(self.worker_id, list(self.leasing.held), check_only=True)
         return [*self._revoke(lost), *await self._drain()]
 
     async def handle(self, request: worker_pb2.WorkRequest) -> list[worker_pb2.WorkResponse]:

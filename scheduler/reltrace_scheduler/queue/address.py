@@ -7,6 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from reltrace_proto.net import read_line
 
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
 
 PASSWORD_VARIABLE = "RELTRACE_REDIS_PASSWORD"
@@ -14,30 +15,20 @@ PASSWORD_VARIABLE = "RELTRACE_REDIS_PASSWORD"
 
 @dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """A Redis.
-
-    Parameters
-    ----------
-    url : str
-        ``redis://``, ``rediss://`` or ``unix://``; it may hold a password.
-    password : str or None
-        Takes the place of the URL's.
-    ca : Path or None
-        With ``rediss://``: certificates of the authorities to trust, in PEM form; None: those
-        of the system.
-    """
+    """A Redis."""
 
     url: str
+    """``redis://``, ``rediss://`` or ``unix://``; it may hold a password."""
     password: str | None = None
+    """Takes the place of the URL's."""
     ca: Path | None = None
+    """With ``rediss://``: PEM file of the authorities to trust; None: the system's."""
 
     def __repr__(self) -> str:
-        """Show it without secrets."""
         return f"RedisAddress({self.shown})"
 
     @property
     def shown(self) -> str:
-        """The URL without secrets."""
         return without_secrets(self.url)
 
 
@@ -71,34 +62,20 @@ def _is_path(url: str) -> bool:
     return url.startswith("unix:///")
 
 
-def redis_address(
-    url: str | None,
-    *,
-    url_file: Path | None,
-    password_file: Path | None,
-    ca: Path | None,
-    on_command_line: bool,
-) -> RedisAddress | None:
-    """Put the options together; None: none of them names a Redis.
+def redis_address(settings: Settings, *, on_command_line: bool) -> RedisAddress | None:
+    """Return the Redis that the options name; None: they name none.
 
     Parameters
     ----------
-    url : str or None
-        As given to ``--redis`` or its variable.
-    url_file : Path or None
-        Holds the URL instead.
-    password_file : Path or None
-        Holds the password; without it, RELTRACE_REDIS_PASSWORD may.
-    ca : Path or None
-        With ``rediss://``: whom to trust.
     on_command_line : bool
-        Whether every user of the machine can read `url`.
+        Whether every user of the machine can read ``settings.redis``.
 
     Raises
     ------
     StartError
-        Options exclude each other, a file can not be read, or a password is in sight.
+        Options exclude each other, a file can not be read, or a password is visible.
     """
+    url, url_file, ca = settings.redis, settings.redis_url_file, settings.redis_ca
     if url is not None and url_file is not None:
         raise StartError("--redis and --redis-url-file exclude each other")
     if url is not None and on_command_line and has_password(url):
@@ -113,8 +90,8 @@ def redis_address(
     if url is None:
         return None
     password = os.environ.get(PASSWORD_VARIABLE) or None
-    if password_file is not None:
-        password = read_line("--redis-password-file", password_file)
+    if settings.redis_password_file is not None:
+        password = read_line("--redis-password-file", settings.redis_password_file)
     if ca is not None:
         if not url.startswith("rediss://"):
             raise StartError(f"--redis-ca {ca}: only a rediss:// URL uses it")

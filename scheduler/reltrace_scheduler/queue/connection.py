@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
-import redis.asyncio
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import AuthenticationError, RedisError
@@ -16,26 +16,29 @@ OLDEST = (6, 2)
 """XAUTOCLAIM and XTRIM MINID came with Redis 6.2."""
 
 _TIMEOUT = 5.0
-_MOST_CONNECTIONS = 4096
-"""A pool that is exhausted raises. Hundreds of workers may want something at one moment, such as
-when they are cut off and come again together."""
+_OPTIONS: dict[str, Any] = {
+    "decode_responses": False,
+    # RESP3 begins with a command that a Redis too old for us does not know: it would fail before
+    # its version could be read.
+    "protocol": 2,
+    "socket_timeout": _TIMEOUT,
+    "socket_connect_timeout": _TIMEOUT,
+    "health_check_interval": 15,
+    # A pool that is exhausted raises, and hundreds of workers may connect again at one moment.
+    "max_connections": 4096,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
     """A Redis that answers and is new enough."""
 
-    redis: "redis.asyncio.Redis"
+    redis: Redis
     version: str
 
 
 async def connect(address: str | RedisAddress) -> Connection:
     """Connect and check the version.
-
-    Parameters
-    ----------
-    address : str or RedisAddress
-        A URL, or one with what else it takes.
 
     Raises
     ------
@@ -46,35 +49,16 @@ async def connect(address: str | RedisAddress) -> Connection:
     if isinstance(address, str):
         address = RedisAddress(address)
     shown = address.shown
-    extra: dict[str, Any] = {}
-    if address.ca is not None:
-        extra["ssl_ca_certs"] = str(address.ca)
-    try:
-        client = redis.asyncio.Redis.from_url(
-            address.url,
-            decode_responses=False,
-            # RESP3 begins with a command that a Redis too old for us does not know: it would
-            # fail before its version could be read.
-            protocol=2,
-            socket_timeout=_TIMEOUT,
-            socket_connect_timeout=_TIMEOUT,
-            health_check_interval=15,
-            max_connections=_MOST_CONNECTIONS,
-            # One quick try again: a longer wait belongs to the caller, who is told.
-            retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 1),
-            **extra,
-        )
-    except ValueError:
-        # Its text may quote a part of the password.
-        raise StartError(
-            f"--redis {shown}: must be redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH; "
-            "in a password, write / as %2F, ? as %3F, # as %23, % as %25 and @ as %40"
-        ) from None
-    if address.password is not None:
-        # What the URL says would win over an argument.
-        client.connection_pool.connection_kwargs["password"] = address.password
+    # One quick try again: a longer wait belongs to the caller, who is told.
+    client = _client(Redis, address, Retry(ExponentialBackoff(cap=0.2, base=0.05), 1))
     try:
         info = await client.info("server")
+        if info.get("redis_mode") == "cluster":
+            await client.aclose()
+            # While a replica takes over, its slots are nobody's for some seconds.
+            retry = Retry(ExponentialBackoff(cap=1.0, base=0.1), 5)
+            client = _client(RedisCluster, address, retry)
+            await client.initialize()
     except AuthenticationError as error:
         await client.aclose()
         raise StartError(
@@ -85,48 +69,37 @@ async def connect(address: str | RedisAddress) -> Connection:
         await client.aclose()
         raise StartError(f"Redis at {shown} can not be reached: {error}") from error
     version = str(info["redis_version"])
-    if info.get("redis_mode") == "cluster":
-        client = await _as_cluster(client, address, extra)
     if parse_version(version) < OLDEST:
         await client.aclose()
         raise StartError(f"Redis at {shown} is {version}; reltrace needs 6.2 or newer")
     return Connection(client, version)
 
 
-async def _as_cluster(
-    node: "redis.asyncio.Redis", address: RedisAddress, extra: dict[str, Any]
-) -> "redis.asyncio.Redis":
-    """Exchange the connection to one node of a Redis Cluster for one that knows them all."""
-    password = node.connection_pool.connection_kwargs.get("password")
-    await node.aclose()
-    cluster = redis.asyncio.RedisCluster.from_url(
-        address.url,
-        decode_responses=False,
-        protocol=2,
-        socket_timeout=_TIMEOUT,
-        socket_connect_timeout=_TIMEOUT,
-        health_check_interval=15,
-        max_connections=_MOST_CONNECTIONS,
-        # While a replica takes over, its slots are nobody's for some seconds.
-        retry=Retry(ExponentialBackoff(cap=1.0, base=0.1), 5),
-        **({"password": password} if password else {}),
-        **extra,
-    )
+def _client(kind: type[Redis] | type[RedisCluster], address: RedisAddress, retry: Retry) -> Redis:
+    options = dict(_OPTIONS)
+    if address.ca is not None:
+        options["ssl_ca_certs"] = str(address.ca)
+    if address.password is not None:
+        options["password"] = address.password
     try:
-        await cluster.initialize()
-    except (RedisError, OSError) as error:
-        await cluster.aclose()
-        raise StartError(f"Redis Cluster at {address.shown}: {error}") from error
-    # Both have the commands that the store uses, and no common base that says so.
-    return cast("redis.asyncio.Redis", cluster)
+        client: Any = kind.from_url(address.url, retry=retry, **options)
+    except ValueError:
+        # Its text may quote a part of the password.
+        raise StartError(
+            f"--redis {address.shown}: must be redis://HOST:PORT, rediss://HOST:PORT or "
+            "unix:///PATH; in a password, write / as %2F, ? as %3F, # as %23, % as %25 and @ as %40"
+        ) from None
+    if address.password is not None and isinstance(client, Redis):
+        # The argument gives way to a password in the URL.
+        client.connection_pool.connection_kwargs["password"] = address.password
+    # Both kinds have the commands that the queue uses, and no common base that says so.
+    return cast("Redis", client)
 
 
-async def memory_used(client: "redis.asyncio.Redis") -> int:
+async def memory_used(client: Redis) -> int:
     """Return the bytes that Redis uses, or all primaries of a cluster together."""
-    if isinstance(client, redis.asyncio.RedisCluster):
-        nodes: dict[str, Any] = await client.info(
-            "memory", target_nodes=redis.asyncio.RedisCluster.PRIMARIES
-        )
+    if isinstance(client, RedisCluster):
+        nodes: Any = await client.info("memory", target_nodes=RedisCluster.PRIMARIES)
         return sum(int(node["used_memory"]) for node in nodes.values())
     info: Any = await client.info("memory")
     return int(info["used_memory"])

@@ -1,11 +1,11 @@
 """Which workers are connected, and which models have been served."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reltrace_scheduler.queue.shards import Shards
-from reltrace_scheduler.records import ModelRecord, WorkerRecord
+from reltrace_scheduler.records import WorkerRecord
 
 
 class Registry:
@@ -21,28 +21,22 @@ class Registry:
         self._redis = shards.redis
         self._key = shards.all[0].key
 
-    async def add(self, worker: WorkerRecord) -> None:
-        """Enter a worker and its models."""
-        mapping: dict[Any, Any] = {
+    async def add(self, worker: WorkerRecord, models: Mapping[str, bytes]) -> None:
+        """Enter a worker, and the serialized ``ModelInfo`` of its models by route."""
+        worker_id, seen = worker.worker_id, {worker.worker_id: worker.seen_at}
+        infos: dict[Any, Any] = dict(models)
+        about: dict[Any, Any] = {
+            "hello": worker.hello,
             "routes": "\n".join(worker.routes),
-            "models": len(worker.models),
-            "device": worker.device,
-            "version": worker.version,
             "connected_at": repr(worker.connected_at),
         }
-        for index, model in enumerate(worker.models):
-            mapping[f"name:{index}"] = model.name
-            mapping[f"revision:{index}"] = model.revision
-            mapping[f"info:{index}"] = model.info
-        seen = {worker.worker_id: worker.seen_at}
         async with self._redis.pipeline(transaction=False) as pipe:
-            for model in worker.models:
-                for route in model.routes:
-                    pipe.hset(self._key("models"), route, model.info)
-                    pipe.zadd(self._key("serving", route), seen)
-            pipe.hset(self._key("worker", worker.worker_id), mapping=mapping)
+            pipe.hset(self._key("models"), mapping=infos)
+            for route in worker.routes:
+                pipe.zadd(self._key("serving", route), seen)
+            pipe.hset(self._key("worker", worker_id), mapping=about)
             for shard in self._shards.all:
-                pipe.hset(shard.key("worker", worker.worker_id), "epoch", worker.epoch)
+                pipe.hset(shard.key("worker", worker_id), "epoch", worker.epoch)
             pipe.zadd(self._key("workers"), seen)
             await pipe.execute()
 
@@ -83,15 +77,7 @@ class Registry:
     async def forget(
         self, worker_id: str, *, epoch: str = "", unseen_since: float | None = None
     ) -> None:
-        """Forget a worker.
-
-        Parameters
-        ----------
-        epoch : str
-            Only if this is its session; empty: any.
-        unseen_since : float or None
-            Only if it was not seen at or after this Unix time; None: anyway.
-        """
+        """Forget a worker, if this is its session and it was not seen since a Unix time."""
         conditions = (epoch, "" if unseen_since is None else repr(unseen_since))
         for shard in self._shards.all:
             keys = [shard.key("worker", worker_id)]
@@ -145,16 +131,8 @@ class Registry:
 def _worker(worker_id: str, seen_at: float, row: Any, leased: int) -> WorkerRecord:
     return WorkerRecord(
         worker_id=worker_id,
-        models=tuple(
-            ModelRecord(
-                row[f"name:{index}".encode()].decode(),
-                row[f"revision:{index}".encode()].decode(),
-                row[f"info:{index}".encode()],
-            )
-            for index in range(int(row[b"models"]))
-        ),
-        device=row[b"device"].decode(),
-        version=row[b"version"].decode(),
+        hello=row[b"hello"],
+        routes=tuple(row[b"routes"].decode().split("\n")),
         connected_at=float(row[b"connected_at"]),
         seen_at=seen_at,
         epoch=row[b"epoch"].decode(),

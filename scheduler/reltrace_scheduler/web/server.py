@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 from redis.exceptions import RedisError
-from reltrace_proto.v1 import types_pb2
+from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_scheduler import __version__
 from reltrace_scheduler.auth.access import Access
@@ -23,6 +23,7 @@ from reltrace_scheduler.config import host_and_port
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
 from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.records import WorkerRecord
 
 log = structlog.get_logger()
 
@@ -151,19 +152,7 @@ class _Page:
             "queues": [asdict(queue) for queue in cluster.queues],
             "ended": cluster.ended,
             "memory": cluster.memory,
-            "workers": [
-                {
-                    "id": worker.worker_id,
-                    "models": [f"{model.name}@{model.revision}" for model in worker.models],
-                    "device": worker.device,
-                    "version": worker.version,
-                    "leased": worker.leased,
-                    "draining": worker.draining,
-                    "connected": now - worker.connected_at,
-                    "seen": now - worker.seen_at,
-                }
-                for worker in workers
-            ],
+            "workers": [_worker(worker, now) for worker in workers],
             "succeeded": await self._store.recent.rows(ok=True),
             "failed": await self._store.recent.rows(ok=False),
         }
@@ -205,3 +194,17 @@ def _is_per_token(piece: types_pb2.TensorPiece, tokens: int) -> bool:
         and 1 <= len(piece.shape) <= 2
         and piece.shape[-1] == tokens > 0
     )
+
+
+def _worker(record: WorkerRecord, now: float) -> dict[str, Any]:
+    hello = worker_pb2.Hello.FromString(record.hello)
+    return {
+        "id": record.worker_id,
+        "models": [f"{m.name}@{m.revision}" for m in (hello.model, *hello.further_models)],
+        "device": hello.device,
+        "version": hello.version,
+        "leased": record.leased,
+        "draining": record.draining,
+        "connected": now - record.connected_at,
+        "seen": now - record.seen_at,
+    }

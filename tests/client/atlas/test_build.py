@@ -23,7 +23,7 @@ from reltrace.atlas.merged import MergedSite
 from reltrace.atlas.settings import AtlasSettings
 from reltrace.atlas.state import State
 from reltrace.transport.connection import Connection
-from reltrace.transport.submit import Accepted
+from reltrace.transport.pending import Submission
 from reltrace_proto.v1 import types_pb2
 
 CHAT = [{"role": "user", "content": "a"}]
@@ -120,7 +120,7 @@ class FakeSliceJobs:
     @asynccontextmanager
     async def build(self, number: int, digest: str, job: object) -> AsyncIterator[BuiltShard]:
         self.asked.append(number)
-        yield BuiltShard(make_shard(number), 1, cast("Accepted", f"slice {number}"))
+        yield BuiltShard(make_shard(number), 1, cast("Submission", f"slice {number}"))
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let builds need no server; return what they free on it."""
     found: list[str] = []
 
-    async def free(connection: object, made: Iterable[Accepted]) -> None:
+    async def free(connection: object, made: Iterable[Submission]) -> None:
         found.extend(cast("Iterable[str]", made))
 
     monkeypatch.setattr(FakeSliceJobs, "asked", [], raising=False)

@@ -14,9 +14,10 @@ from fake_server import FakeServer
 from reltrace.storage import stored_arrays as stored
 from reltrace.storage.stored_arrays import StoredArrays
 from reltrace.transport.cursor import JobResult
+from reltrace.transport.pending import Submission
 from reltrace.transport.results import stream_results
 from reltrace.transport.retry import Deadline
-from reltrace.transport.submit import Accepted, submit
+from reltrace.transport.submit import submit
 from reltrace.types.request import Arguments, wire_priority
 from reltrace_proto.v1 import types_pb2
 from stored_results import Store
@@ -112,7 +113,7 @@ async def test_what_is_read_is_counted_and_waits_for_room(store: Store, server: 
         deadline = Deadline(20)
         priority = wire_priority("interactive")
         accepted = await submit(client._connection, jobs, deadline, priority)
-        assert isinstance(accepted, Accepted)
+        assert isinstance(accepted, Submission)
         found: list[JobResult] = []
         async for result in stream_results(
             client._connection, accepted, jobs, deadline, throttle=room

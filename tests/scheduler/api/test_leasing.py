@@ -15,7 +15,6 @@ from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import (
     Lease,
     LeasedJob,
-    ModelRecord,
     NewChunk,
     NewJob,
     Priority,
@@ -38,12 +37,10 @@ class Workers:
 
     async def connect(self, name: str) -> Leasing:
         """Enter a worker with room for a thousand jobs."""
-        models = tuple(ModelRecord(route, "", b"") for route in ROUTES)
         record = WorkerRecord(
-            worker_id=name, models=models, device="", version="",
-            connected_at=0.0, seen_at=0.0, epoch=f"epoch of {name}",
-        )  # fmt: skip
-        await self.store.registry.add(record)
+            worker_id=name, hello=b"", routes=ROUTES, connected_at=0.0, seen_at=0.0, epoch="epoch"
+        )
+        await self.store.registry.add(record, dict.fromkeys(ROUTES, b""))
         leasing = Leasing(self.store, self._models, self._empty, record)
         leasing.add_credit(1000)
         return leasing

@@ -1,17 +1,10 @@
 -- Frees results that the client has, and queues jobs again that waited until results are read.
 --
--- KEYS[1] results:<sub>                stream  entries up to `through` deleted
--- KEYS[2] submission:<sub>             hash    stored; deleted with the last result
--- KEYS[3] backpressured:<sub>          list    jobs are queued again
--- expiring                             zset    the submission removed with the last result, or put
---                                              off while it has backpressured jobs
--- throttled_tenants                    zset    the tenant removed: its results are read
--- job:<job>                            hash    deleted
--- chunks:<job>:<attempt>               list    deleted
--- queue:<class>:<tenant>:<model>       stream  an entry per job that is queued again
--- load, tenant:<tenant>                hash    bytes of the results taken off
--- idempotency:<tenant>:<key>           string  expires sooner, with the last result
--- publishes wake:<model>
+-- KEYS: results:<sub> (read entries deleted), submission:<sub> (stored; deleted with the last
+-- result), backpressured:<sub> (jobs queued again). Also: expiring (the submission removed, or put
+-- off while it has backpressured jobs), throttled_tenants (the tenant removed), job:<job> and
+-- chunks:<job>:<attempt> (deleted), queue:<...> (entries added), load, tenant:<tenant> (bytes taken
+-- off), idempotency:<...> (expires sooner, with the last result). Publishes wake:<model>.
 --
 -- ARGV: prefix, through, bound on unread results of a submission (bytes), time that the idempotency
 --       key is kept after the last result (ms), most results, result ttl (ms)

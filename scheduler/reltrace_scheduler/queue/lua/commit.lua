@@ -1,17 +1,10 @@
 -- Stores chunks of results. A chunk is written only under the lease it was computed under; the
 -- last chunk of a job ends the job and makes its result visible as a whole.
 --
--- job:<job>                            hash    state
--- queue:<class>:<tenant>:<model>       stream  the job's entry is acknowledged and deleted
--- held:<worker>                        set     the job removed
--- submission:<sub>                     hash    ended + 1, stored
--- results:<sub>                        stream  an entry per ended job
--- chunks:<job>:<attempt>               list    chunks of results that are more than one
--- draft:<job>                          stream  deleted
--- expiring                             zset    a submission that ended
--- deadlines                            zset    the job removed
--- load, tenant:<tenant>, ended         hash    counted
--- publishes done:<sub>
+-- Touches job:<job> (state), queue:<...> (entry deleted), held:<worker> (job removed),
+-- submission:<sub> (ended, stored), results:<sub> (an entry per ended job), chunks:<job>:<attempt>
+-- (chunks of results that are more than one), draft:<job> (deleted), expiring (a submission that
+-- ended), deadlines (job removed), load, tenant:<tenant>, ended. Publishes done:<sub>.
 --
 -- ARGV: prefix, worker, result ttl (ms), then per chunk: job id, attempt, chunk number, end state
 --       or "", chunk

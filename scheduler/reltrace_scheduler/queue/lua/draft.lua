@@ -2,9 +2,8 @@
 -- draft is dropped where its lease is lost, or where there are too many. They are deleted with the
 -- lease, by end_lease().
 --
--- job:<job>                            hash    drafted: bytes of the present attempt's drafts
--- draft:<job>                          stream  a draft added, as entry <attempt>-<drafted>
--- publishes done:<sub>
+-- Touches job:<job> (drafted: bytes of the present attempt's drafts), draft:<job> (an entry
+-- <attempt>-<drafted> per draft). Publishes done:<sub>.
 --
 -- ARGV: prefix, worker, time to live (ms), most bytes of an attempt, bytes that a draft counts for
 --       beside its own, then per draft: job id, attempt, draft

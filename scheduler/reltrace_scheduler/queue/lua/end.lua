@@ -1,17 +1,8 @@
 -- Ends jobs that no worker ends: cancelled, past their timeout, or to be quarantined. What they
 -- were doing is void; their result is one chunk that says why.
 --
--- job:<job>                            hash    state
--- queue:<class>:<tenant>:<model>       stream  the job's entry is acknowledged and deleted
--- delayed, deadlines                   zset    the job removed
--- backpressured:<sub>                  list    the job removed
--- held:<worker>                        set     the job removed
--- chunks:<job>:<attempt>               list    deleted
--- draft:<job>                          stream  deleted
--- submission:<sub>, results:<sub>, expiring, load, tenant:<tenant>, ended: as in commit.lua
--- quarantined                          zset    a job that is quarantined
--- quarantined:<job>                    hash    what it was
--- publishes done:<sub>, revoked:<worker>
+-- Touches what commit.lua does, and delayed, backpressured:<sub> (job removed), quarantined and
+-- quarantined:<job> (added). Publishes done:<sub>, revoked:<worker>.
 --
 -- ARGV: prefix, result ttl (ms), how many quarantined jobs are kept, for how long (ms), then per
 --       job: job id, attempt ("": any), state, chunk

@@ -1,12 +1,8 @@
 -- Frees submissions that ended long ago and whose results nobody acknowledged. Those that have not
 -- ended are listed because their jobs wait until results are read: the caller ends their jobs.
 --
--- expiring                             zset    due submissions removed
--- submission:<sub>                     hash    deleted
--- results:<sub>                        stream  deleted
--- job:<job>                            hash    deleted
--- chunks:<job>:<attempt>               list    deleted
--- load, tenant:<tenant>                hash    bytes of the results taken off
+-- Touches expiring (due submissions removed), submission:<sub>, results:<sub>, job:<job>,
+-- chunks:<job>:<attempt> (deleted), load, tenant:<tenant> (bytes of the results taken off).
 --
 -- ARGV: prefix, most submissions
 --

@@ -1,11 +1,8 @@
 -- Forgets a worker that is gone. Its consumers are deleted only where nothing is pending for them:
 -- deleting one with pending entries would lose them.
 --
--- KEYS[1] worker:<id>                  hash    deleted
--- queues                               set     read
--- workers                              zset    member removed
--- queue:<class>:<tenant>:<model>       stream  consumer deleted
--- serving:<route>                      zset    member removed
+-- KEYS: worker:<id> (deleted). Also: queues (read), workers and serving:<route> (member removed),
+-- queue:<...> (consumer deleted).
 --
 -- ARGV: prefix, worker, epoch ("": any), seen before (s): a worker seen since then stays; ""
 --       forgets anyway

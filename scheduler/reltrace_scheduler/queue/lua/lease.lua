@@ -16,17 +16,11 @@
 -- Between workers: while several serve the model, none is leased more than its share of the jobs
 -- that have not ended; the rest is for those that ask next.
 --
--- KEYS[1] worker:<id>                  hash    epoch read; call; mode "isolated" set or deleted
--- KEYS[2] held:<worker>                set     jobs added
--- virtual_time                         hash    virtual times; large queues read
--- load                                 hash    read
--- expiring                             zset    a submission with backpressured jobs
--- throttled_tenants                    zset    tenants that are skipped, since when
--- queue:<class>:<tenant>:<model>       stream  entries become pending for the worker
--- vt_active:<class>:<model>, vt_idle:  zset    virtual times of tenants
--- tenant:<tenant>, submission:<sub>    hash    read
--- job:<job>                            hash    state LEASED, attempt + 1, worker
--- backpressured:<sub>                  list    jobs whose submission has too many unread results
+-- KEYS: worker:<id> (epoch read; call; mode "isolated" set or deleted), held:<worker> (jobs added).
+-- Also: queue:<...> (entries become pending for the worker), vt_active:<class>:<model>,
+-- vt_idle:<class>:<model> and virtual_time, load, tenant:<tenant>, submission:<sub> (read),
+-- job:<job> (state LEASED, attempt + 1, worker), backpressured:<sub> (jobs whose submission has too
+-- many unread results), expiring (such submissions), throttled_tenants (tenants that are skipped).
 --
 -- ARGV: prefix, worker, model, epoch, most jobs, most jobs of batch; bounds on unread results
 --       (bytes): of a submission, of a tenant, in all; workers of the model, number of shards, of

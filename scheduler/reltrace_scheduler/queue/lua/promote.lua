@@ -1,10 +1,7 @@
 -- Queues jobs again whose delay after a failed attempt is over.
 --
--- delayed                              zset    due jobs removed
--- job:<job>                            hash    queue, entry
--- queue:<class>:<tenant>:<model>       stream  an entry per job
--- queues, virtual_time, vt_active:<...>, vt_idle:<...>: see enqueue()
--- publishes wake:<model>
+-- Touches delayed (due jobs removed), job:<job> (queue, entry), and what enqueue() does. Publishes
+-- wake:<model>.
 --
 -- ARGV: prefix, most jobs
 --

@@ -3,18 +3,12 @@
 -- caller dies in between, the entry grows old again and the next reaper finds it. A queue that is
 -- empty is deleted.
 --
--- KEYS[1] queue:<class>:<tenant>:<model>  stream  old entries deleted
--- queues                               set     an empty queue removed
--- watchdog                             hash    read
--- job:<job>                            hash    state QUEUED, lost + 1, history
--- queue:isolate_group:..., queue:isolate_single:...  stream  new entries
--- held:<worker>                        set     the jobs removed
--- chunks:<job>:<attempt>               list    deleted: what was computed so far is void
--- draft:<job>                          stream  deleted
--- submission:<sub>, load, tenant:<tenant>  hash  bytes of those chunks taken off
--- vt_active:<class>:<model>, vt_idle:  zset    the tenant of an empty queue removed
--- virtual_time                         hash    what is noted of an empty queue removed
--- publishes wake:<model>
+-- KEYS: queue:<...> (old entries deleted). Also: queues (an empty queue removed), watchdog (read),
+-- job:<job> (state QUEUED, lost + 1, history), queue:isolate_group:<...> and
+-- queue:isolate_single:<...> (new entries), held:<worker> (jobs removed), chunks:<job>:<attempt> and
+-- draft:<job> (deleted), submission:<sub>, load, tenant:<tenant> (their bytes taken off),
+-- vt_active:<...>, vt_idle:<...>, virtual_time (entries of an empty queue removed). Publishes
+-- wake:<model>.
 --
 -- ARGV: prefix, name of the queue, lease (ms), most lost leases, cursor, count
 --

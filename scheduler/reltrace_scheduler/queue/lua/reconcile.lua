@@ -1,8 +1,7 @@
 -- Queues again what is leased to a worker that does not know of it: the message that told it was
 -- lost with the connection.
 --
--- KEYS[1] held:<worker>                set     read; jobs removed
--- otherwise as release.lua without a delay
+-- KEYS: held:<worker> (read; jobs removed). Otherwise as release.lua without a delay.
 --
 -- ARGV: prefix, worker, then per lease that the worker knows: job id, attempt
 --

@@ -1,14 +1,10 @@
 -- Takes leases back that a worker releases: into their queue at once, or, after an attempt that
 -- failed for a reason that may pass, after a delay that doubles, and a limited number of times.
 --
--- job:<job>                            hash    state QUEUED; failures + 1
--- queue:<class>:<tenant>:<model>       stream  old entry deleted, new one added
--- delayed                              zset    jobs whose attempt failed
--- held:<worker>                        set     the jobs removed
--- chunks:<job>:<attempt>               list    deleted: what was computed so far is void
--- draft:<job>                          stream  deleted
--- submission:<sub>, load, tenant:<tenant>  hash  bytes of those chunks taken off
--- publishes wake:<model>
+-- Touches job:<job> (state QUEUED; failures + 1), queue:<...> (entry deleted, new one added),
+-- delayed (jobs whose attempt failed), held:<worker> (jobs removed), chunks:<job>:<attempt> and
+-- draft:<job> (deleted), submission:<sub>, load, tenant:<tenant> (their bytes taken off). Publishes
+-- wake:<model>.
 --
 -- ARGV: prefix, worker, delay after the first failure (ms; "": none has failed), most failures,
 --       then per lease: job id, attempt
@@ -21,7 +17,7 @@ local outcome = {}
 for i = 5, #ARGV, 2 do
     local job = read_job(ARGV[i])
     local code = 0
-    if is_leased(job, worker, ARGV[i + 1]) then
+    if job and job.state == "LEASED" and job.worker == worker and job.attempt == ARGV[i + 1] then
         local failures = delay and redis.call("HINCRBY", job.key, "failures", 1) or 0
         code = failures > max_failures and -1 or 1
         if code == 1 and delay then

@@ -1,15 +1,9 @@
 -- Accepts the jobs of one submission, all or none, and once: the call may be repeated.
 --
--- KEYS[1] idempotency:<tenant>:<key>   string  read; set to submission, number of jobs, digest
--- KEYS[2] submission:<sub>             hash    created
--- KEYS[3] tenant:<tenant>              hash    jobs and bytes added
--- load                                 hash    jobs and bytes added
--- tenants                              set     the tenant added
--- deadlines                            zset    jobs with a timeout
--- job:<job>                            hash    created, one per job
--- queue:<class>:<tenant>:<model>       stream  an entry per job
--- queues, virtual_time, vt_active:<...>, vt_idle:<...>: see enqueue()
--- publishes wake:<model>
+-- KEYS: idempotency:<tenant>:<key> (read; set to submission, number of jobs, digest),
+-- submission:<sub> (created), tenant:<tenant> (jobs and bytes added). Also: load (the same), tenants
+-- (tenant added), deadlines (jobs with a timeout), job:<job> (created), and what enqueue() does.
+-- Publishes wake:<model>.
 --
 -- ARGV: prefix, submission id, tenant, class, idempotency ttl (ms; 0: no key given), digest of the
 --       jobs; bounds: jobs in all, bytes in all, the tenant's jobs, its bytes; number of shards, of

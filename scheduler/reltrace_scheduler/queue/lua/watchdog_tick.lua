@@ -2,7 +2,7 @@
 -- was there) nobody could renew a lease: for one lease's time from now on, none is taken to be
 -- lost (see reap.lua).
 --
--- watchdog                             hash    seen: this look; grace: until when no lease is lost
+-- Touches watchdog (seen: this look; grace: until when no lease is lost).
 --
 -- ARGV: prefix, lease (ms)
 local time, lease = now(), tonumber(ARGV[2])
