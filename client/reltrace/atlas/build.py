@@ -58,7 +58,8 @@ async def build(
         exists = folder.exists
         state = await asyncio.to_thread(folder.read) if exists else State(settings.about())
         check_same_settings(state.about, settings.about(), f"{out} holds an atlas")
-        builder = _Builder(connection, folder, state, settings, progress)
+        identity = await asyncio.to_thread(folder.begin_build)
+        builder = _Builder(connection, folder, identity, state, settings, progress)
         await builder.run(chain([first], source))
         await shielded_to_thread(folder.finish_build)
     finally:
@@ -71,17 +72,19 @@ class _Builder:
         self,
         connection: Connection,
         folder: AtlasFolder,
+        identity: str,
         state: State,
         settings: AtlasSettings,
         progress: Callable[[int], None],
     ) -> None:
         self._connection = connection
         self._pins = Pins(connection)
+        about, priority = settings.about(), settings.priority
+        self._jobs = SliceJobs(connection, identity, about, priority, self._pins)
         self._folder = folder
         self._state = state
         self._settings = settings
         self._progress = progress
-        self._jobs: SliceJobs | None = None
         self._write_at = time.monotonic() + _MIN_PAUSE
         # Of the state: for merging and writing.
         self._lock = asyncio.Lock()
@@ -107,8 +110,7 @@ class _Builder:
                         break
                     seen, prompts = seen + 1, prompts + len(following.prompts)
                     if await self._is_missing(following):
-                        jobs = await self._begin()
-                        running.add(asyncio.create_task(self._add(jobs, following)))
+                        running.add(asyncio.create_task(self._add(following)))
                     else:
                         self._progress(len(following.prompts))
                 if running:
@@ -154,25 +156,12 @@ class _Builder:
                 "another folder",
             )
 
-    async def _begin(self) -> SliceJobs:
-        """Return what submits slices; at the first call, note in the folder that it is built."""
-        if self._jobs is None:
-            identity = await asyncio.to_thread(self._folder.begin_build)
-            self._jobs = SliceJobs(
-                self._connection,
-                identity,
-                self._settings.about(),
-                self._settings.priority,
-                self._pins,
-            )
-        return self._jobs
-
-    async def _add(self, jobs: SliceJobs, some: Slice) -> None:
+    async def _add(self, some: Slice) -> None:
         job = self._settings.job(some.prompts, some.first)
         # The same revision as of the slices that are merged.
         made_by = "@".join(filter(None, self._state.about.get("made_by", ())))
         job.spec.model = made_by or job.spec.model
-        async with jobs.build(some.number, some.digest, job) as built, self._lock:
+        async with self._jobs.build(some.number, some.digest, job) as built, self._lock:
             if self._inconsistent:
                 # The error that caused this ends the build.
                 return

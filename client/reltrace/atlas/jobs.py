@@ -1,4 +1,7 @@
-"""Slices as jobs, under keys by which a later build finds their results."""
+"""Slices as jobs: their results are read as many at a time as fit in memory.
+
+The keys of jobs let a later build find results that the server has already.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from reltrace.atlas.prefetch_limit import PrefetchLimit
 from reltrace.calls.pinning import Pins
 from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
@@ -24,6 +26,10 @@ from reltrace.types.request import Job, Priority, wire_priority
 
 _KEY_FIELD = "idempotency_key"
 
+_PREFETCH_BYTES = 256 * 1024 * 1024
+_MIN_PREFETCH, _MAX_PREFETCH = 2, 8
+"""One is merged while the next is read. Each of an 8B model has about 600 MB."""
+
 
 @dataclass(frozen=True, slots=True)
 class BuiltShard:
@@ -32,6 +38,51 @@ class BuiltShard:
     shard: AtlasShard
     size: int
     submission: Submission
+
+
+class PrefetchLimit:
+    """Two results at a time, and up to eight if so many fit 256 MiB.
+
+    All results of an atlas are of about one size, which the first one tells.
+    """
+
+    def __init__(self) -> None:
+        self._slots = _MIN_PREFETCH
+        self._taken = 0
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """Return what waits for a slot, at its first call; the slot is free again at the end.
+
+        A slice that waits for its worker takes none: results that are ready can be read.
+        """
+        taken = False
+
+        async def take() -> None:
+            nonlocal taken
+            if taken:
+                return
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._taken < self._slots)
+                self._taken += 1
+                taken = True
+
+        try:
+            yield take
+        finally:
+            if taken:
+                self._taken -= 1
+                await self._notify()
+
+    async def measured(self, size: int) -> None:
+        """Take the size of a result, in bytes."""
+        self._slots = min(_MAX_PREFETCH, max(_MIN_PREFETCH, _PREFETCH_BYTES // max(size, 1)))
+        await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
 
 
 class SliceJobs:

@@ -18,9 +18,7 @@ from reltrace.types.trace import Trace
 
 # Of results that wait to be written: with more of them, `put` blocks.
 _QUEUE_BYTES = 64 * 1024 * 1024
-# Of one commit: traces and failures, and failures alone.
 _COMMIT_BYTES = 64 * 1024 * 1024
-_COMMIT_FAILURES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,7 @@ class Writer:
         else:
             self._traced.append(result)
             self._traces += len(result.traces)
-        if self._traces >= self._max_traces or len(self._failed) >= _COMMIT_FAILURES:
+        if self._traces + len(self._failed) >= self._max_traces:
             self._commit()
 
     def _refusal(self, result: Traced) -> TraceError | None:

@@ -9,8 +9,7 @@ import pytest
 import reltrace
 from fake_results import failed_chunk
 from fake_server import FakeServer, code_pb2, status_with
-from reltrace.atlas.jobs import BuiltShard, SliceJobs
-from reltrace.atlas.prefetch_limit import PrefetchLimit
+from reltrace.atlas.jobs import BuiltShard, PrefetchLimit, SliceJobs
 from reltrace.atlas.settings import AtlasSettings
 from reltrace.calls.pinning import Pins
 from reltrace_proto.v1 import types_pb2

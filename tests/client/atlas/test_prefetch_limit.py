@@ -6,7 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
-from reltrace.atlas.prefetch_limit import PrefetchLimit
+from reltrace.atlas.jobs import PrefetchLimit
 
 
 async def slots_of(limit: PrefetchLimit, wanted: int) -> int:
