@@ -64,15 +64,8 @@ class Pins:
     async def route(self, name: str, deadline: Deadline) -> str:
         """Return NAME@REVISION for a name as on the wire; from the first call on the same.
 
-        A name that the server does not list is returned as it is. While the server has had no
-        worker so far, its first one is waited for.
-
-        Raises
-        ------
-        InvalidArgument
-            If several revisions of the model are served.
-        TraceError
-            If the server can not be reached.
+        A name that the server does not list is returned as it is. If the server has had no worker
+        so far, its first one is waited for.
         """
         if name not in self._routes:
             model = only(await self._wait_for_models(deadline), name)
@@ -102,13 +95,8 @@ class Pins:
     async def watch(self) -> None:
         """Check at intervals that the revisions are still served; never returns.
 
-        While no revision of a model is served, its jobs wait for a worker: it may be starting.
-
-        Raises
-        ------
-        ModelNotFound
-            If one has gone, while another one of the model is served, for the client's
-            `retry_timeout`.
+        Raises `ModelNotFound` if one has gone for the client's `retry_timeout`, while another
+        revision of its model is served. If none is, jobs wait for a worker that may be starting.
         """
         gone_since: dict[str, float] = {}
         while True:

@@ -52,18 +52,8 @@ class Rate:
 class Progress:
     """Counts results on a tqdm bar, with their rate, and how many failed; from any thread.
 
-    Parameters
-    ----------
-    items : object
-        What is worked through; its length, if it has one, is the bar's end.
-    shown : bool
-        Whether there is a bar at all.
-    unit : str
-        What is counted.
-    total : int or None
-        The bar's end, if `items` has no length.
-    interval : float
-        Seconds between two updates of the bar, at least.
+    The bar's end is the length of `items`, or else `total`; it is updated at most every `interval`
+    seconds.
     """
 
     def __init__(

@@ -64,21 +64,8 @@ class _Batch:
 class TraceManyRun:
     """One `trace_many`: pulls items, submits them in batches, hands results out.
 
-    Parameters
-    ----------
-    items : iterable or async iterable
-        See `Client.trace_many`.
-    defaults : Arguments
-        What an item does not say.
-    deadline : Deadline
-        For the whole run.
-    pins : Pins, optional
-        Those of a larger run that this one is part of.
-
-    Raises
-    ------
-    InvalidArgument
-        If an argument is wrong that all items share.
+    Raises `InvalidArgument` if an argument is wrong that all items share. `pins` are those of a
+    larger run that this one is part of.
     """
 
     def __init__(
@@ -122,14 +109,8 @@ class TraceManyRun:
     async def take(self) -> list[Result]:
         """Return the results that are there, at least one; none: all items are done.
 
-        The items of the call before count as taken from now on.
-
-        Raises
-        ------
-        TraceError
-            If the run can not go on. What came before has been returned.
-        Exception
-            What the source raised, after all results of the items it gave.
+        The results of the call before count as taken from now on. An exception of the source is
+        raised after all results of its items.
         """
         if self._feeder is None:
             self._feeder = self._start(self._feed())

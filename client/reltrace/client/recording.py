@@ -14,16 +14,9 @@ def recording(
     previous: Mapping[str, int],
     record: Callable[[Mapping[str, int]], None],
 ) -> Iterator[None]:
-    """Record the submissions of a client meanwhile.
+    """Call `record` with the submissions of a client meanwhile; see `PendingSubmissions.record`.
 
-    Parameters
-    ----------
-    client : Client
-        The client.
-    previous : mapping of str to int
-        What a process that was killed recorded last: cancelled before anything else.
-    record : callable
-        See `PendingSubmissions.record`.
+    The `previous` record, of a process that was killed, is cancelled before anything else.
     """
     pending = client._connection.pending
     pending.record = record

@@ -36,19 +36,8 @@ class Method(Protocol[Request, Response]):
 class Caller:
     """Calls servers with retries. Channels are opened by the first call, on its event loop.
 
-    Parameters
-    ----------
-    address : str or None
-        See `server_addresses`.
-    retry_timeout : float
-        Seconds to keep calling when no server can be reached.
-    credentials : Credentials
-        Token and TLS.
-
-    Raises
-    ------
-    InvalidArgument
-        If the address is malformed, or the token would be sent to it in plaintext.
+    Raises `InvalidArgument` if the address is malformed, or if the token would be sent to it in
+    plaintext.
     """
 
     def __init__(self, address: str | None, retry_timeout: float, credentials: Credentials) -> None:
@@ -125,18 +114,7 @@ class Caller:
     ) -> Response | RpcStatus:
         """Call as `call` does, but return the failures for which `is_answer` is true.
 
-        Parameters
-        ----------
-        method : callable
-            From a server to the call of one of its stubs.
-        request : Message
-            Its request.
-        deadline : Deadline
-            When to give up.
-        is_answer : callable
-            Tells which failures the caller handles itself.
-        while_closing : bool
-            Call even while the client is being closed.
+        With `while_closing`, call even while the client is being closed.
         """
         retries = self.retries(deadline)
         while True:

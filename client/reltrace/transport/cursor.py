@@ -24,17 +24,7 @@ class JobResult:
 class ResultCursor:
     """Takes the results of a submission in the order of the stream.
 
-    Parameters
-    ----------
-    job_ids : sequence of str
-        Ids of the jobs.
-    jobs : sequence of Job
-        The jobs.
-
-    Attributes
-    ----------
-    last_entry : int
-        Number of the last entry of the stream that is here as a whole.
+    `last_entry` is the number of the last entry of the stream that is here as a whole.
     """
 
     def __init__(self, job_ids: Sequence[str], jobs: Sequence[Job]) -> None:

@@ -45,12 +45,7 @@ async def submit(
     """Submit jobs; repeated under one idempotency key until there is an answer.
 
     If the caller leaves early, the submission is cancelled on the server, also if its answer was
-    not seen.
-
-    Parameters
-    ----------
-    key : str, optional
-        The idempotency key, for jobs that may have been submitted before; default: a new one.
+    not seen. A `key` is given for jobs that may have been submitted before; default: a new one.
 
     Raises
     ------

@@ -41,20 +41,8 @@ _MAX_LAYER = 2**32 - 1
 class Job:
     """One job, checked, with what is needed to answer its caller.
 
-    Attributes
-    ----------
-    spec : types_pb2.JobSpec
-        The job on the wire.
-    sites : tuple of str
-        In the caller's order.
-    several : bool
-        The caller asked for a list of traces.
-    target : object
-        The `target` argument as it was passed, to name its parts in errors.
-    first : int
-        The number of the first prompt of a slice of a corpus, to name prompts in errors.
-    id : str or int or None
-        The id that its traces carry.
+    The caller asked for a list of traces if `several`. Its `target` argument, and the number of the
+    `first` prompt of a slice of a corpus, name their parts in errors. Traces carry the `id`.
     """
 
     spec: types_pb2.JobSpec
