@@ -32,6 +32,7 @@ def atlas_page(atlas: Atlas, *, most: int, contexts: int) -> str:
         "sites": sites,
         "snippets": texts.snippets,
         "words": list(texts.words),
+        "contexts": contexts,
         "colours": COLOURS,
     }
     foot = (
@@ -83,14 +84,12 @@ def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) ->
             [visible_token(one.token).strip(), one.role, one.count, one.of]
             for one in feature.salient_tokens[:_WORDS]
         ],
+        # All of the lists that are searched: the page counts as `Atlas.find` does.
         [
-            [texts.place(context) for context in feature.contexts.first(name, contexts)]
+            [texts.place(one) for one in feature.contexts.first(name, contexts)]
+            if name not in _SEARCHED
+            else [texts.place(one) for one in feature.contexts[name]]
             for name in LISTS
-        ],
-        # Those that are not shown, of the lists that are searched: it counts as the command does.
-        [
-            [texts.place(context) for context in feature.contexts[name][contexts:]]
-            for name in _SEARCHED
         ],
         [feature.contexts.sizes[name] for name in LISTS],
     ]

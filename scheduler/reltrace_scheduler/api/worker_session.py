@@ -128,7 +128,7 @@ class Session:
 
     async def check(self) -> list[worker_pb2.WorkResponse]:
         """Return which leases are not the worker's any more, and whether it is to drain."""
-        lost = await self._queue.lost(self.worker_id, list(self.leasing.held))
+        lost = await self._queue.renew(self.worker_id, list(self.leasing.held), check_only=True)
         return [*self._revoke(lost), *await self._drain()]
 
     async def handle(self, request: worker_pb2.WorkRequest) -> list[worker_pb2.WorkResponse]:

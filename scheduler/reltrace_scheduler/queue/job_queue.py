@@ -160,29 +160,18 @@ class JobQueue:
             isolated=status == b"isolated",
         )
 
-    async def renew(self, worker: str, leases: Sequence[Lease]) -> list[Lease]:
-        """Renew leases; return those that the worker does not hold any more."""
-        renewed = await self._shards.run("renew", _rows(leases), worker)
-        return [lease for lease, held in zip(leases, renewed, strict=True) if not held]
-
-    async def lost(self, worker: str, leases: Sequence[Lease]) -> list[Lease]:
-        """Return those leases that the worker does not hold any more; renew none."""
-        ids = [lease.job_id for lease in leases]
-        rows = await self._read_jobs(ids, "state", "worker", "attempt")
-        return [
-            lease
-            for lease, row in zip(leases, rows, strict=True)
-            if row != [b"LEASED", worker.encode(), str(lease.attempt).encode()]
-        ]
+    async def renew(
+        self, worker: str, leases: Sequence[Lease], *, check_only: bool = False
+    ) -> list[Lease]:
+        """Renew leases, or only check them; return those that are not the worker's any more."""
+        held = await self._shards.run("renew", _rows(leases), worker, int(not check_only))
+        return [lease for lease, is_held in zip(leases, held, strict=True) if not is_held]
 
     async def commit(self, worker: str, chunks: Sequence[NewChunk]) -> list[int]:
-        """Store chunks of results under their leases.
+        """Store chunks of results under their leases; return an outcome per chunk.
 
-        Returns
-        -------
-        list of int
-            Per chunk: `STORED` (now, or when it was sent before), `LOST` (the lease is no
-            longer the worker's), or -1 (a chunk before it is missing).
+        `STORED` (now, or when it was sent before), `LOST` (the lease is not the worker's any more),
+        or -1 (a chunk before it is missing).
         """
         rows = [(c.lease.job_id, c.lease.attempt, c.number, c.end, c.data) for c in chunks]
         return await self._shards.run(
@@ -194,12 +183,9 @@ class JobQueue:
         return sum(await self._shards.run("release", _rows(leases), worker, "", 0))
 
     async def retry(self, worker: str, leases: Sequence[Lease]) -> list[Lease]:
-        """Queue leased jobs again after a while, because their attempt failed.
+        """Queue leased jobs again after a delay, because their attempt failed.
 
-        Returns
-        -------
-        list of Lease
-            Those that have failed too often: they are still leased, and the caller ends them.
+        Returns those that have failed too often: they are still leased, and the caller ends them.
         """
         delay, most = milliseconds(self._settings.retry_delay), self._settings.max_failures
         codes = await self._shards.run("release", _rows(leases), worker, delay, most)
@@ -231,28 +217,28 @@ class JobQueue:
 
     async def jobs(self, job_ids: Sequence[str], *, tenant: str) -> list[JobRecord | None]:
         """Look jobs up; None for one that is unknown, another tenant's, expired or read."""
-        submissions = sorted({submission_of(job_id) for job_id in job_ids})
         async with self._redis.pipeline(transaction=False) as pipe:
-            for name in submissions:
-                pipe.hget(self._shards.of(name).key("submission", name), "tenant")
-            owners = dict(zip(submissions, await pipe.execute(), strict=True))
-        rows = await self._read_jobs(job_ids, "state", "attempt", "worker")
+            for job_id in job_ids:
+                key, submission = self._shards.of(job_id).key, submission_of(job_id)
+                pipe.hget(key("submission", submission), "tenant")
+                pipe.hmget(key("job", job_id), "state", "attempt", "worker")
+            rows: list[Any] = await pipe.execute()
         return [
             JobRecord(job_id, state.decode(), int(attempt), (worker or b"").decode())
-            if state and owners[submission_of(job_id)] == tenant.encode()
+            if state and owner == tenant.encode()
             else None
-            for job_id, (state, attempt, worker) in zip(job_ids, rows, strict=True)
+            for job_id, owner, (state, attempt, worker) in zip(
+                job_ids, rows[::2], rows[1::2], strict=True
+            )
         ]
 
     async def exist(self, job_ids: Sequence[str]) -> list[bool]:
         """Tell which jobs there are: those that have not ended, or whose result is unread."""
-        return [state is not None for (state,) in await self._read_jobs(job_ids, "state")]
-
-    async def _read_jobs(self, job_ids: Sequence[str], *fields: str) -> list[Any]:
         async with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
-                pipe.hmget(self._shards.of(job_id).key("job", job_id), fields)
-            return await pipe.execute()
+                pipe.exists(self._shards.of(job_id).key("job", job_id))
+            rows: list[Any] = await pipe.execute()
+        return [bool(row) for row in rows]
 
     async def ended(self) -> dict[str, int]:
         """Count jobs that ended, by state, since the queue was made."""

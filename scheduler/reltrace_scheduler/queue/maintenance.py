@@ -34,20 +34,10 @@ class Maintenance:
         await self.shard.run("watchdog_tick", [], milliseconds(self._settings.lease))
 
     async def reap(self, queue: bytes) -> tuple[int, list[Condemned]]:
-        """Take over the leases of one queue that were lost.
+        """Take over the leases of one queue that were lost; return how many jobs are queued again.
 
-        Parameters
-        ----------
-        queue : bytes
-            Its name, as `Shard.queues` gives it.
-
-        Returns
-        -------
-        int
-            Jobs that were queued again.
-        list of Condemned
-            Jobs that lost too many leases. The reaper holds them; the caller quarantines them
-            with `JobQueue.end`.
+        And the jobs that lost too many leases. The reaper holds these, and the caller quarantines
+        them with `JobQueue.end`.
         """
         cursor, requeued, condemned = b"0-0", 0, []
         while True:
@@ -80,15 +70,10 @@ class Maintenance:
         return [job_id.decode() for job_id in ids]
 
     async def expire(self) -> tuple[int, list[Submission]]:
-        """Free results that nobody acknowledged in time.
+        """Free results that nobody acknowledged in time; return of how many submissions.
 
-        Returns
-        -------
-        int
-            Of how many submissions; as many as `EXPIRE_AT_ONCE`: there may be more.
-        list of Submission
-            Those whose jobs have waited as long until results are read. The caller ends the jobs,
-            and then calls `expire_now`.
+        Where these are `EXPIRE_AT_ONCE`, there may be more. And the submissions whose jobs have
+        waited as long until results are read: the caller ends the jobs, and calls `expire_now`.
         """
         freed, *waiting = await self.shard.run("expire", [], EXPIRE_AT_ONCE)
         return int(freed), [Submission(name.decode(), int(jobs)) for name, jobs in waiting]
@@ -100,8 +85,7 @@ class Maintenance:
     async def stalled_submissions(self) -> list[Submission]:
         """Return submissions of tenants that were throttled for as long as results are kept.
 
-        The unread results of such a tenant reach its bound, and nobody has read any since. Only
-        those of its submissions that have results and have not ended: no other expires.
+        Those that have results and have not ended: nothing else lets them expire.
         """
         since = await self.shard.now() - milliseconds(self._settings.result_ttl)
         tenants: Any = await self._redis.zrangebyscore(

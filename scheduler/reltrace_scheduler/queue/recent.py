@@ -40,13 +40,7 @@ class RecentJob:
 
 
 class RecentJobs:
-    """Notes a few of the jobs that end.
-
-    Parameters
-    ----------
-    enabled : bool
-        There is a page that shows them; else nothing is noted.
-    """
+    """Notes a few of the jobs that end, if a page shows them (`enabled`)."""
 
     def __init__(self, shards: Shards, *, enabled: bool) -> None:
         self._redis = shards.redis

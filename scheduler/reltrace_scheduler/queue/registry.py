@@ -77,15 +77,7 @@ class Registry:
     async def forget(
         self, worker_id: str, *, epoch: str = "", unseen_since: float | None = None
     ) -> None:
-        """Forget a worker.
-
-        Parameters
-        ----------
-        epoch : str
-            Only if this is its session; empty: any.
-        unseen_since : float or None
-            Only if it was not seen at or after this Unix time; None: anyway.
-        """
+        """Forget a worker, if this is its session and it was not seen since a Unix time."""
         conditions = (epoch, "" if unseen_since is None else repr(unseen_since))
         for shard in self._shards.all:
             keys = [shard.key("worker", worker_id)]

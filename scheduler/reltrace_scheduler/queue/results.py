@@ -45,15 +45,7 @@ class Results:
     async def read(
         self, submission: str, after_entry: int, after_chunk: int
     ) -> AsyncIterator[StoredChunk]:
-        """Yield what is there after a position, in order: the same bytes every time.
-
-        Parameters
-        ----------
-        after_entry : int
-            The last entry that was read whole; 0: none.
-        after_chunk : int
-            How many chunks of the entry after that were read.
-        """
+        """Yield what there is after an entry and chunks of the next, the same bytes every time."""
         stream = self._shards.of(submission).key("results", submission)
         while True:
             page: Any = await self._redis.xrange(stream, f"({after_entry}-0", "+", count=_PAGE)
@@ -110,18 +102,10 @@ class Results:
         )
 
     async def read_drafts(self, after: Mapping[str, str]) -> dict[str, list[StoredDraft]]:
-        """Return drafts of the present attempt of some jobs, at most 1 MiB of each.
+        """Return further drafts of the present attempts of jobs, at most 1 MiB of each.
 
-        Parameters
-        ----------
-        after : mapping of str to str
-            By job: the position of the last draft that was read, or `FIRST_DRAFT`. It holds for
-            the drafts of another attempt as well.
-
-        Returns
-        -------
-        dict of str to list of StoredDraft
-            Of the jobs that have further ones.
+        `after` has the position of the last draft that was read by job, or `FIRST_DRAFT`; it holds
+        for the drafts of another attempt as well.
         """
         async with self._redis.pipeline(transaction=False) as pipe:
             for job, position in after.items():

@@ -3,7 +3,8 @@
 import hashlib
 import secrets
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any, get_args
 
@@ -32,10 +33,9 @@ def milliseconds(seconds: float) -> int:
 
 
 def preamble() -> str:
-    """Return the Lua that gives scripts the names of `keys.py`: ``key``, ``prefix`` and consumers.
+    """Return the Lua that gives scripts the names of `keys.py`, as `common.lua` describes them.
 
-    ``key.load`` is one of the shared keys, which end KEYS in the order of `SharedKey`;
-    ``prefix.job .. id`` is the key of one job. ARGV[1] is the prefix of all keys of the shard.
+    The shared keys end KEYS, in the order of `SharedKey`. ARGV[1] is the prefix of all keys.
     """
     shared, of_entities = get_args(SharedKey), (*get_args(EntityKey), *get_args(Channel))
     keys = ", ".join(f"{name} = KEYS[#KEYS - {n}]" for n, name in enumerate(reversed(shared)))
@@ -46,37 +46,26 @@ def preamble() -> str:
     )
 
 
-class Scripts:
-    """The `.lua` files in this package; each documents at its head what it takes and gives."""
-
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
-        self._loaded: dict[str, AsyncScript] = {}
-
-    def load(self, name: str) -> AsyncScript:
-        """Return a script; its file is read once."""
-        script = self._loaded.get(name)
-        if script is None:
-            folder = files(__package__) / "lua"
-            parts = [(folder / f"{part}.lua").read_text() for part in ("common", name)]
-            script = self._loaded[name] = self._redis.register_script("".join((preamble(), *parts)))
-        return script
+def _load(redis: Redis, name: str) -> AsyncScript:
+    """Return one of the `.lua` files; each says at its head what it takes and gives."""
+    folder = files(__package__) / "lua"
+    texts = [(folder / f"{part}.lua").read_text() for part in ("common", name)]
+    return redis.register_script("".join((preamble(), *texts)))
 
 
 class Shard:
     """One part of the queue: all its keys have one hash tag."""
 
-    def __init__(self, redis: Redis, scripts: Scripts, key: Keys) -> None:
+    def __init__(self, redis: Redis, load: Callable[[str], AsyncScript], key: Keys) -> None:
         self.redis = redis
         self.key = key
-        self._scripts = scripts
+        self._load = load
         self._shared_keys = [key(name) for name in get_args(SharedKey)]
 
     async def run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
         """Run a script; `keys` are those that its head numbers."""
-        return await self._scripts.load(script)(
-            keys=[*keys, *self._shared_keys], args=[self.key.prefix, *args]
-        )
+        keys = [*keys, *self._shared_keys]
+        return await self._load(script)(keys=keys, args=[self.key.prefix, *args])
 
     async def queues(self) -> list[bytes]:
         """Return the names of all queues that exist."""
@@ -97,8 +86,8 @@ class Shards:
 
     def __init__(self, redis: Redis, count: int) -> None:
         self.redis = redis
-        scripts = Scripts(redis)
-        self.all = tuple(Shard(redis, scripts, key) for key in partition(count))
+        load = cache(partial(_load, redis))
+        self.all = tuple(Shard(redis, load, key) for key in partition(count))
 
     def of(self, some_id: str) -> Shard:
         """Return the shard of a submission or job; an id that names none belongs to the first."""

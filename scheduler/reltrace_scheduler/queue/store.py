@@ -18,15 +18,7 @@ from reltrace_scheduler.queue.tenants import Tenants
 
 
 class Store:
-    """All that the scheduler keeps in Redis.
-
-    Parameters
-    ----------
-    redis : Redis
-        A connection, or that of a cluster.
-    settings : Settings
-        The bounds and times of the queue.
-    """
+    """All that the scheduler keeps in Redis."""
 
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self.redis = redis

@@ -126,6 +126,17 @@ async def test_renewal_keeps_a_lease_ten_times_its_length(driver: Driver) -> Non
     assert (again.job_id, again.attempt) == (lost.job_id, 2)
 
 
+async def test_a_check_renews_nothing(driver: Driver) -> None:
+    await driver.submit(jobs(1))
+    (job,) = await driver.lease("w", 1)
+    async with asyncio.timeout(30):
+        while await driver.reap() != (1, []):
+            assert await driver.queue.renew("w", [lease_of(job)], check_only=True) == []
+            await asyncio.sleep(LEASE / 5)
+    lost = await driver.queue.renew("w", [lease_of(job)], check_only=True)
+    assert lost == [lease_of(job)]
+
+
 async def test_a_lost_lease_fences_its_worker_out(driver: Driver, results: Results) -> None:
     submission = await driver.submit(jobs(1))
     (slow,) = await driver.lease("slow", 1)

@@ -1,8 +1,5 @@
 const CHUNK = 300;
-const LISTS = [
-  ["relevance+", "for the prediction"], ["relevance-", "against it"],
-  ["activation+", "activation +"], ["activation-", "activation \u2212"],
-];
+const LISTS = ["for the prediction", "against it", "activation +", "activation \u2212"];
 
 // A snippet: indices of its words, what was explained (null: the next word), number of the prompt, whether it is cut at either
 // end, and the places of words that only number a part of a character.
@@ -25,8 +22,8 @@ for (const one of snippets) {
 const explained = (snippet, at) => snippet.target ?? (snippet.words[at + 1] ?? "").trim();
 for (const [name, site] of Object.entries(data.sites)) {
   site.name = name;
-  site.features = site.features.map(([layer, index, label, by, mass, means, quantiles, words, lists, further, sizes], rank) =>
-    ({site: name, layer, index, label, by, mass, means, quantiles, words, lists, further, sizes, rank, count: 0, of: 0, strength: 0}));
+  site.features = site.features.map(([layer, index, label, by, mass, means, quantiles, words, lists, sizes], rank) =>
+    ({site: name, layer, index, label, by, mass, means, quantiles, words, lists, sizes, rank, count: 0, of: 0, strength: 0}));
   site.most = Math.max(0, ...site.features.map(one => one.mass));
 }
 
@@ -51,7 +48,7 @@ function matches() {
     Object.assign(one, {count: 0, of: 0, strength: 0, given: false});
     if (!wanted) return true;
     for (const list of [0, 1]) {
-      const found = [...one.lists[list], ...one.further[list]].filter(having);
+      const found = one.lists[list].filter(having);
       const strength = found.reduce((sum, [relevance]) => sum + Math.abs(relevance), 0);
       if (found.length > one.count || (found.length === one.count && strength >= one.strength))
         Object.assign(one, {count: found.length, of: one.sizes[list], strength});
@@ -152,26 +149,26 @@ function showDetail() {
     element(item, "small", `in ${count} of ${of}`);
   }
   const tabs = element(detail, "div", "", "tabs");
-  LISTS.forEach(([, title], index) => {
-    const shown = one.lists[index].length, all = one.sizes[index];
+  LISTS.forEach((title, index) => {
+    const shown = Math.min(data.contexts, one.lists[index].length), all = one.sizes[index];
     const tab = element(tabs, "button", `${title} (${shown < all ? `${shown} of ${all}` : shown})`);
     tab.type = "button";
     tab.setAttribute("aria-pressed", index === state.list);
     tab.addEventListener("click", () => { state.list = index; showDetail(); });
   });
-  const table = element(detail, "table", "", "contexts");
-  const contexts = one.lists[state.list], measure = state.list < 2 ? 0 : 1;
+  const contexts = one.lists[state.list].slice(0, data.contexts), measure = state.list < 2 ? 0 : 1;
   const most = Math.max(...contexts.map(values => Math.abs(values[measure])), 0) || 1;
-  if (contexts.length) {
-    const head = element(table, "tr");
-    for (const name of ["relevance", "activation", ""]) element(head, "th", name).scope = "col";
+  if (!contexts.length) {
+    element(detail, "p", "There is none in this corpus.");
+    return;
   }
+  const table = element(detail, "table", "", "contexts"), head = element(table, "tr");
+  for (const name of ["relevance", "activation", ""]) element(head, "th", name).scope = "col";
   for (const [relevance, activation, snippet, at] of contexts) {
     const line = element(table, "tr");
     for (const value of [relevance, activation]) element(line, "td", number(value), "number");
     context(element(line, "td", "", "text"), snippets[snippet], at, [relevance, activation][measure] / most);
   }
-  if (!one.lists[state.list].length) element(detail, "p", "There is none in this corpus.");
 }
 // The text of a context: the token that is strong in colour, what was searched for marked.
 function context(cell, snippet, at, share) {

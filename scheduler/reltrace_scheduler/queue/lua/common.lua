@@ -81,10 +81,6 @@ local function read_job(id)
     }
 end
 
-local function is_leased(job, worker, attempt)
-    return job and job.state == "LEASED" and job.worker == worker and job.attempt == attempt
-end
-
 -- Entries to delete by queue, and jobs that are not leased any more by worker.
 local removed_entries, released_jobs = {}, {}
 

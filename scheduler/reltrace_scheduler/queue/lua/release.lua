@@ -17,7 +17,7 @@ local outcome = {}
 for i = 5, #ARGV, 2 do
     local job = read_job(ARGV[i])
     local code = 0
-    if is_leased(job, worker, ARGV[i + 1]) then
+    if job and job.state == "LEASED" and job.worker == worker and job.attempt == ARGV[i + 1] then
         local failures = delay and redis.call("HINCRBY", job.key, "failures", 1) or 0
         code = failures > max_failures and -1 or 1
         if code == 1 and delay then
