@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from typing import Literal
 
 import torch
 
@@ -36,7 +35,6 @@ from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TraceJob
 from reltrace_worker.types.results import JobResult, Outcome
 
 Checkpointing = Literal["auto", "on", "off"]
-_CHECKPOINTING = ("auto", "on", "off")
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Largest token budget per pass: beyond, a pass gets longer and not faster per token."""
@@ -50,22 +48,12 @@ DECODE_STEPS = 16
 """Tokens that a generation goes on by before another pass has its turn."""
 
 
-# Rules patch the model's instances: one pass at a time, whichever engine runs it.
-_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
-
-
-def _lock_of(model: object) -> threading.RLock:
-    with _LOCKS_LOCK:
-        return _LOCKS.setdefault(model, threading.RLock())
-
-
 class Engine:
     """Runs batches of jobs on one loaded model.
 
-    Between calls the model is the one that was loaded. Calls from several threads, also to several
-    engines on one model, wait for each other. Every call that runs a pass may raise
-    `DeviceLostError`: the device does not work any more for this process.
+    Between calls the model is the one that was loaded. Calls from several threads wait for each
+    other. Every call that runs a pass may raise `DeviceLostError`: the device does not work any
+    more for this process.
 
     Parameters
     ----------
@@ -92,15 +80,14 @@ class Engine:
         *,
         rules: Mapping[str, Rule] = RULES,
     ) -> None:
-        if checkpointing not in _CHECKPOINTING:
-            raise ValueError(f"checkpointing is 'auto', 'on' or 'off', not {checkpointing!r}")
         self._loaded = loaded
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._checkpointing = checkpointing
         self.rules = rules
         self._memory = MemoryPlan(loaded, memory_bytes, rules)
         self._trimmer = Trimmer()
-        self._lock = _lock_of(loaded.model)
+        # Rules patch the model's instances: one pass at a time.
+        self._lock = threading.Lock()
         self._linears = linear_layers(loaded.model)
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
