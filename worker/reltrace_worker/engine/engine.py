@@ -55,21 +55,10 @@ class Engine:
     other. Every call that runs a pass may raise `DeviceLostError`: the device does not work any
     more for this process.
 
-    Parameters
-    ----------
-    checkpointing
-        ``"on"``: keep only the input of each segment of layers in the forward and recompute the
-        layers in the backward. ``"off"``: keep everything, one forward pass less. ``"auto"``:
-        off where the pass fits into memory, else on. The numbers are the same.
-    memory_bytes
-        Bytes that a pass may use; None: what is free on CUDA, half of what is free on a CPU.
-    rules
-        The rules, by the names by which jobs ask for them.
-
-    Attributes
-    ----------
-    seconds
-        Time of all passes, by phase; checkpointing's second forward counts as backward.
+    `checkpointing` is ``"on"``: keep only the input of each segment of layers in the forward and
+    recompute the layers in the backward; ``"off"``: keep everything, one forward pass less;
+    ``"auto"``: off where the pass fits into memory, else on. The numbers are the same. A pass may
+    use `memory_bytes`; None: what is free on CUDA, half of what is free on a CPU.
     """
 
     def __init__(
@@ -89,6 +78,7 @@ class Engine:
         # Rules patch the model's instances: one pass at a time.
         self._lock = threading.Lock()
         self._linears = linear_layers(loaded.model)
+        # Time of all passes, by phase; checkpointing's second forward counts as backward.
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @property
@@ -120,10 +110,8 @@ class Engine:
         last one by one with checkpointing. An outcome is an error where the job's own numbers are
         not finite, or where it alone does not fit into memory.
 
-        Raises
-        ------
-        PassFailedError
-            The pass itself failed, not for memory; no job has a result.
+        Raises `PassFailedError`: the pass itself failed, not for memory; no job has a
+        result.
         """
         with self._exclusive():
             return self._run(list(jobs))
@@ -131,10 +119,7 @@ class Engine:
     def begin(self, jobs: Sequence[Job]) -> Generation | Atlas:
         """Begin a job that takes many passes: a generation of several jobs, or one atlas.
 
-        Raises
-        ------
-        EngineError
-            The tables of an atlas do not fit into memory.
+        Raises `EngineError`: the tables of an atlas do not fit into memory.
         """
         atlases = [job for job in jobs if isinstance(job, AtlasJob)]
         if not atlases:
@@ -154,11 +139,8 @@ class Engine:
     ) -> None:
         """Generate up to `steps` tokens of each job, or run the next pass of an atlas.
 
-        Raises
-        ------
-        EngineError
-            The numbers of an atlas are not finite, or its pass does not fit into memory. The pass
-            is not made smaller, for then its numbers would be others.
+        Raises `EngineError`: the numbers of an atlas are not finite, or its pass does not
+        fit into memory. The pass is not made smaller, for then its numbers would be others.
         """
         with self._exclusive():
             if isinstance(task, Atlas):

@@ -46,15 +46,7 @@ class Scalar:
 
 
 class Readout:
-    """The logits that the targets of a batch need, and the scalars made of them.
-
-    Attributes
-    ----------
-    rows
-        The P packed rows whose logits are read.
-    only
-        Of each row, the id of the one token whose logit is read; None: the whole vocabulary.
-    """
+    """The logits that the targets of a batch need, and the scalars made of them."""
 
     def __init__(self, batch: PackedBatch) -> None:
         starts = batch.packing.starts
@@ -66,6 +58,7 @@ class Readout:
         terms = [
             (starts[j] + t.position, t) for j, _, target in self._targets for t in target.terms
         ]
+        # Of each row, the id of the one token whose logit is read; None: the whole vocabulary.
         self.only: list[int] | None = None
         # Of each target: the row whose candidates are returned.
         self._candidate_rows: list[int | None] = [None] * len(self._targets)
@@ -76,6 +69,7 @@ class Readout:
             assert len(self.only) == len(self.rows)
             self._term_rows = list(range(len(terms)))
             return
+        # The P packed rows whose logits are read.
         self.rows = sorted({row for row, _ in terms})
         index = {row: i for i, row in enumerate(self.rows)}
         self._term_rows = [index[row] for row, _ in terms]
@@ -146,10 +140,7 @@ def _candidates(logits: torch.Tensor, rows: Collection[int]) -> dict[int, Likeli
 def resolve(vocabulary: Vocabulary, scalar: Scalar) -> ResolvedTarget:
     """Return the result of a target.
 
-    Raises
-    ------
-    EngineError
-        Its scalar is not finite, or always zero.
+    Raises `EngineError`: its scalar is not finite, or always zero.
     """
     target, ids = scalar.target, scalar.target.continuation_ids
     value = float(scalar.value)
