@@ -93,6 +93,12 @@ def context_length(config: Any, requested: int | None = None) -> int:
     return int(longest) if requested is None else requested
 
 
+def longrope_limit(config: Any) -> int | None:
+    """Return the length beyond which a prompt has the long frequencies of longrope."""
+    rope = _parameters(config)[0]
+    return int(rope[_ORIGINAL]) if rope.get("rope_type") == _LONGROPE else None
+
+
 def fix_frequencies(model: PreTrainedModel, length: int) -> None:
     """Make the frequencies of rotary embeddings independent of the other prompts of a pass.
 
@@ -100,8 +106,7 @@ def fix_frequencies(model: PreTrainedModel, length: int) -> None:
     ``max_position_embeddings`` these are the unscaled ones. Of longrope, every prompt gets the
     frequencies that it has alone: the long ones beyond ``original_max_position_embeddings``.
     """
-    parameters = _parameters(model.config)[0]
-    rope_type = parameters.get("rope_type")
+    rope_type = _parameters(model.config)[0].get("rope_type")
     if rope_type not in (_DYNAMIC, _LONGROPE):
         return
     rotary: Any = model.get_submodule("model.rotary_emb")
@@ -116,8 +121,8 @@ def fix_frequencies(model: PreTrainedModel, length: int) -> None:
         for buffer in (rotary.inv_freq, rotary.original_inv_freq):
             buffer.copy_(fixed)
         return
-    original = int(parameters[_ORIGINAL])
-    if length > original:
+    original = longrope_limit(model.config)
+    if original is not None and length > original:
         tables = (frequencies(original)[0], frequencies(original + 1)[0])
         # accelerate keeps the forward of a split model's module under this name.
         name = "_old_forward" if "_hf_hook" in vars(rotary) else "forward"
