@@ -63,7 +63,7 @@ def from_options(
             metavar="FILE.toml",
             is_eager=True,
             callback=_read_config,
-            help="File of options, by their names here: result-ttl = 600.",
+            help='File of options, by their names here: log-level = "debug".',
         )
         kind = Annotated[Path | None, info]
         parameters.append(inspect.Parameter("config", _KEYWORD, default=None, annotation=kind))

@@ -1,6 +1,5 @@
 """The overlays as `kubectl kustomize` renders them, with secrets as `secrets.sh` makes them."""
 
-import inspect
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import typer
 import yaml
 from reltrace_scheduler.__main__ import app as scheduler_app
 from reltrace_worker.__main__ import app as worker_app
-from reltrace_worker.__main__ import worker
+from reltrace_worker.config import Settings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -37,7 +36,7 @@ VARIABLES = {
     "worker": _variables(worker_app) | BESIDE_OPTIONS["worker"],
 }
 
-DRAIN_GRACE: float = inspect.signature(worker).parameters["drain_grace"].default
+DRAIN_GRACE: float = Settings.drain_grace
 
 Object = dict[str, Any]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import reltrace
@@ -101,7 +102,10 @@ def test_either_scheduler_may_die(cluster: Cluster) -> None:
             traces = [first, *stream]
             assert sorted(trace.id for trace in traces) == list(range(300))
             for trace in traces:
-                assert (trace.relevance == undisturbed[trace.id].relevance).all()
+                # Not to the bit: the prompts share other passes than before.
+                wanted = undisturbed[trace.id].relevance
+                atol = 1e-5 * np.abs(wanted).max()
+                np.testing.assert_allclose(trace.relevance, wanted, rtol=1e-4, atol=atol)
             # Whichever the worker was with, it is with the other one now.
             wait_until(lambda: operator.status().workers, "the worker is there", 20)
             processes[turn] = cluster.scheduler(addresses[turn])

