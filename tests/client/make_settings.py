@@ -11,4 +11,4 @@ def make_settings(**given: Any) -> Settings:
     """Settings with the defaults of `evaluate`."""
     settings = {"rules": ["gradient"], "site": "embed", "points": 10, "seed": 0}
     settings |= {"measure": "logprob", "replace": "zero", "keep": "special"}
-    return Settings.of(**settings | given)
+    return Settings(**settings | given)

@@ -13,7 +13,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from e2e.conftest import Process
+from e2e.conftest import Process, address_in
 
 ROOT = Path(__file__).parents[2]
 PROJECTS = ("proto", "client", "scheduler", "worker")
@@ -112,36 +112,21 @@ def test_the_service_runs_from_wheels_without_lxt(wheels: dict[str, Path], tmp_p
         [str(commands / "python"), "-c", "import reltrace_worker; print(reltrace_worker.__file__)"]
     )
     assert Path(where.strip()).is_relative_to(tmp_path)
-    started = subprocess.Popen(
-        [
-            commands / "reltrace",
-            "up",
-            "--model",
-            "demo",
-            "--port",
-            "0",
-            "--data",
-            tmp_path / "data",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=(tmp_path / "errors").open("w"),
-        text=True,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )
+    reltrace = str(commands / "reltrace")
+    options = ["--model", "demo", "--port", "0", "--data", str(tmp_path / "data")]
+    with (tmp_path / "errors").open("w") as errors:
+        started = subprocess.Popen(
+            [reltrace, "up", *options],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )
     service = Process(started, tmp_path / "errors")
     try:
-        address = service.first_line().partition(" ready at ")[2].split()[0]
+        server = ["--server", address_in(service.first_line())]
         for rule in ("attnlrp", "cp_lrp", "gradient"):
-            command = [
-                str(commands / "reltrace"),
-                "trace",
-                PROMPT,
-                "--rule",
-                rule,
-                "--server",
-                address,
-            ]
-            trace = json.loads(run([*command, "--json", "-"]))
-            assert trace["provenance"]["rule"] == rule
+            printed = run([reltrace, "trace", PROMPT, "--rule", rule, *server, "--json", "-"])
+            assert json.loads(printed)["provenance"]["rule"] == rule
     finally:
         assert service.stop() == 0, service.errors.read_text()

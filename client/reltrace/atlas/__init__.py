@@ -1,1 +1,1 @@
-"""The strongest places of neurons and heads in a corpus: made by workers, merged and read here."""
+"""Atlases: the strongest examples of neurons and heads in a corpus, computed by workers."""

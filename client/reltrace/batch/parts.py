@@ -43,15 +43,20 @@ def is_name(name: str) -> bool:
 
 def header_bytes(trace: Trace) -> int:
     """Return how many bytes a trace takes in the header of a safetensors file, at most."""
-    location = location_of(trace)
-    described = {**describe(trace), **location}
+    about, tensors = _split(trace)
     # Many traces share one.
-    del described["provenance"]
-    # JSON within JSON.
-    about = json.dumps(json.dumps(described))
-    names = [] if location else list(tensors_of(trace))
-    # Each name is there twice: of the tensor, and in the order of the sites.
-    return len(about) + _ENTRY_BYTES * (1 + len(names)) + 2 * sum(map(len, names))
+    del about["provenance"]
+    # It is JSON within JSON: quotes and backslashes are escaped once more.
+    text = json.dumps(about)
+    escaped = len(text) + text.count('"') + text.count("\\") + 2
+    return escaped + sum(_ENTRY_BYTES + len(name) for name in ("", *tensors))
+
+
+def _split(trace: Trace) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return a trace as JSON, with the order of its tensors, and these unless they are stored."""
+    location = location_of(trace)
+    tensors = {} if location else tensors_of(trace)
+    return {**describe(trace), **location, "order": list(tensors)}, tensors
 
 
 def write_part(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
@@ -76,14 +81,11 @@ def _write_safetensors(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> Non
     about = []
     tensors: dict[str, Array] = {}
     for row, (index, trace) in enumerate(rows):
-        location = location_of(trace)
-        described = {"index": index, **describe(trace), **location}
+        described, arrays = _split(trace)
         # The same for thousands of traces.
         provenance = json.dumps(described.pop("provenance"), sort_keys=True)
         described["provenance"] = provenances.setdefault(provenance, len(provenances))
-        arrays = {} if location else tensors_of(trace)
-        described["order"] = list(arrays)
-        about.append(described)
+        about.append({"index": index, **described})
         tensors |= {f"{row}/{name}": array for name, array in arrays.items()}
     metadata = {
         "format": _FORMAT,
@@ -119,10 +121,7 @@ def _write_parquet(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> None:
     pyarrow, parquet = pyarrow_modules()
     columns: dict[str, list[Any]] = {}
     for index, trace in rows:
-        location = location_of(trace)
-        described = describe(trace) | location
-        arrays = {} if location else tensors_of(trace)
-        described["order"] = list(arrays)
+        described, arrays = _split(trace)
         described["dtypes"] = [array.dtype.str for array in arrays.values()]
         row: dict[str, Any] = {
             "index": index,

@@ -20,7 +20,7 @@ _MAX_JOBS = 10_000
 @command(quarantined, "list")
 def list_quarantined(
     connection: Connection,
-    limit: int = option(100, "At most so many.", min=1),
+    limit: int = option(100, "Show at most N jobs.", min=1),
     as_json: bool = AS_JSON,
 ) -> None:
     """List them, the latest first."""
@@ -31,13 +31,13 @@ def list_quarantined(
         for job in jobs
     ]
     columns = ("job", "tenant", "model", "lost", "input")
-    print_found(jobs, as_json, columns, rows, empty="no quarantined jobs")
+    print_found(jobs, as_json, columns, rows, ("lost",), empty="no quarantined jobs")
 
 
 @command(quarantined)
 def show(
     connection: Connection,
-    job: str = argument(..., "Its id.", metavar="JOB"),
+    job: str = argument(..., "Id of the job.", metavar="JOB"),
     as_json: bool = AS_JSON,
 ) -> None:
     """Show one with its input, and the workers that it lost."""
@@ -60,8 +60,8 @@ def show(
 @command(quarantined)
 def requeue(
     connection: Connection,
-    jobs: list[str] | None = argument(None, "Their ids.", metavar="JOB...", show_default=False),
-    everything: bool = option(False, "All of them.", "--all"),
+    jobs: list[str] | None = argument(None, "Ids of jobs.", metavar="JOB...", show_default=False),
+    everything: bool = option(False, "Requeue all of them.", "--all"),
     as_json: bool = AS_JSON,
 ) -> None:
     """Queue them once more, each as a new job of its tenant."""
@@ -95,7 +95,8 @@ def list_tenants(connection: Connection, as_json: bool = AS_JSON) -> None:
         for one in found
     ]  # fmt: skip
     columns = ("tenant", "weight", "jobs", "of", "bytes", "of")
-    print_found(found, as_json, columns, rows, empty="no tenants")
+    right = ("weight", "jobs", "of", "bytes")
+    print_found(found, as_json, columns, rows, right, empty="no tenants")
 
 
 def _limit(value: float | None, style: str) -> str:
@@ -105,7 +106,7 @@ def _limit(value: float | None, style: str) -> str:
 @command(tenants, "set")
 def set_tenant(
     connection: Connection,
-    tenant: str = argument(..., "Its name.", metavar="TENANT"),
+    tenant: str = argument(..., "Name of the tenant.", metavar="TENANT"),
     weight: float | None = option(None, "Its share against other tenants that have queued jobs."),
     max_jobs: int | None = option(None, "Bound on its jobs.", min=0),
     max_bytes: int | None = option(

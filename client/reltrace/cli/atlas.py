@@ -57,7 +57,9 @@ def build(
         'What is explained at the end of each prompt: "max", a token\'s text, or id:N.',
         show_default="its own next tokens, at all positions",
     ),
-    positions: int | None = option(None, "Draw so many positions of each prompt instead."),
+    positions: int | None = option(
+        None, "Explain N positions of each prompt, drawn at random, instead."
+    ),
     seed: int = SEED,
     keep_special: bool = option(False, "Count first and special tokens, too.", "--keep-special"),
     add_special_tokens: bool = SPECIAL_TOKENS,
@@ -144,7 +146,7 @@ def find(
     text: str = argument(..., "In a context, or in a label that was imported."),
     site: SiteName = SITE,
     measure: MeasureName = MEASURE,
-    k: int = option(20, "At most so many.", "-k", "--most"),
+    k: int = option(20, "Show at most N.", "-k", "--most"),
     as_json: bool = AS_JSON,
 ) -> None:
     """List the neurons or heads whose contexts have a text."""
@@ -175,7 +177,7 @@ def export_labels(
     folder: Path = FOLDER,
     out: Path = argument(..., "A file of lines of JSON.", metavar="OUT"),
     site: SiteName = SITE,
-    most: int | None = option(None, "At most so many, by relevance mass."),
+    most: int | None = option(None, "Export at most N, those with most relevance mass."),
 ) -> None:
     """Write labels with their contexts, for a person or a language model to improve."""
     count = reltrace.load_atlas(folder).export_labels(out, site=site, most=most)

@@ -25,7 +25,7 @@ from reltrace.cli.output import AS_JSON, QUIET, print_json
 from reltrace.types.errors import invalid
 
 _INTERRUPTED, _TERMINATED = 130, 143
-# Of a log that is no terminal.
+# If standard error is not a terminal.
 _SECONDS_BETWEEN_LINES = 30.0
 
 

@@ -121,7 +121,7 @@ def evaluate(
 def _target(text: str, contrast: str | None, logprob: bool) -> Target | str | int:
     target = target_of(text)
     if contrast is None and not logprob:
-        # Of several tokens, perhaps.
+        # The text may have several tokens, which a Target does not allow.
         return target
     subtracted = None if contrast is None else target_of(contrast, "contrast")
     return Target(target, contrast=subtracted, logprob=logprob)

@@ -29,7 +29,7 @@ _DIRECTION = re.compile(r"(\d+)\+(.+)")
 # The first bytes of .npz files.
 _ZIP_MAGIC = b"PK"
 
-# A direction has a number for each feature of the residual stream: no model has more.
+# Numbers of a direction, one for each feature of the residual stream.
 _MAX_DIRECTION = 1 << 20
 
 
@@ -45,7 +45,7 @@ def generate(
         metavar="LAYER:NEURON=VALUE",
         show_default=False,
     ),
-    max_new_tokens: int = option(64, "At most so many tokens."),
+    max_new_tokens: int = option(64, "Write at most N tokens."),
     temperature: float = option(0.0, "0: always the likeliest token."),
     top_p: float = option(
         0.0, "Draw from the likeliest that have this much probability together; 0: from all."

@@ -83,7 +83,7 @@ def with_option_groups(function: Callable[..., None]) -> Callable[..., None]:
         function(**values)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
-    # typer reads the signature first, and then annotations that contradict it.
+    # typer would prefer these annotations to those of the signature.
     command.__annotations__ = {}
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         list(parameters.values())

@@ -108,10 +108,12 @@ class FileOptions:
     """How a file of prompts is read."""
 
     input_format: InputName | None = option(
-        None, "Of the prompts.", show_default="by the ending; of standard input: jsonl"
+        None, "Format of the prompts.", show_default="by the ending; of standard input: jsonl"
     )
     column: str | None = COLUMN
-    id_column: str | None = option(None, "Column of their ids.", show_default="id, if there is one")
+    id_column: str | None = option(
+        None, "Column of the ids of prompts.", show_default="id, if there is one"
+    )
 
     def format_of(self, path: Path | None, *further: str) -> InputFormat:
         """Return how to read a file, or standard input; `further` columns as well."""

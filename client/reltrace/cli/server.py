@@ -121,7 +121,7 @@ def _workers(connected: Sequence[Worker]) -> Table:
 @command(workers)
 def drain(
     connection: Connection,
-    ids: list[str] = argument(..., "Their ids.", metavar="WORKER..."),
+    ids: list[str] = argument(..., "Ids of workers.", metavar="WORKER..."),
 ) -> None:
     """Have workers leave: they hand back jobs that have not begun, finish the others, and exit."""
     with connection.client() as client:

@@ -69,7 +69,7 @@ def trace(
         continuation,
         logprob,
     )
-    # Not by keyword: a type checker gives up on so many arguments in two overloads.
+    # Any: a type checker gives up on so many arguments in two overloads.
     arguments: dict[str, Any] = {**text, **options.arguments(), "timeout": timeout}
     with connection.client() as client:
         found = client.trace(target=wanted, **arguments)
@@ -102,7 +102,7 @@ def _labels(folder: Path, options: TraceOptions) -> reltrace.Atlas:
 def _show(trace: Trace, labels: reltrace.Atlas | None) -> None:
     console = Console()
     if trace.provenance.reduction in ("feature", "topk"):
-        # No value belongs to a token alone.
+        # There is no value per token.
         terminal.show_entries(trace, console, atlas=labels)
         return
     terminal.show(trace, console)

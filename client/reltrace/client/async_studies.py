@@ -204,7 +204,7 @@ class AsyncStudies:
         -----
         A prompt costs a trace per rule, and at most ``2 * points`` forward passes per rule.
         """
-        settings = Settings.of(
+        settings = Settings(
             rules=rules,
             site=site,
             measure=measure,

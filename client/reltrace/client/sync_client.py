@@ -482,7 +482,7 @@ class Studies:
         -----
         A prompt costs a trace per rule, and at most ``2 * points`` forward passes per rule.
         """
-        settings = Settings.of(
+        settings = Settings(
             rules=rules,
             site=site,
             measure=measure,

@@ -143,15 +143,15 @@ class Evaluator:
         """Return the measured curves of those prompts that did not fail."""
         by_number = await self._trace(prompts)
         items: list[dict[str, Any]] = []
-        slots: list[tuple[int, tuple[int, ...]]] = []
+        jobs: list[tuple[int, tuple[int, ...]]] = []
         for number, curves in by_number.items():
             for off in curves.required():
-                items.append({"id": len(slots), **curves.item(off, token_id)})
-                slots.append((number, off))
-        left = Counter(number for number, _ in slots)
+                items.append({"id": len(jobs), **curves.item(off, token_id)})
+                jobs.append((number, off))
+        left = Counter(number for number, _ in jobs)
         async with aclosing(self._trace_many(items)) as results:
             async for result in results:
-                number, off = slots[result.id]
+                number, off = jobs[result.id]
                 left[number] -= 1
                 if isinstance(result, Failure):
                     self._fail(by_number[number].prompt, result.reason)
@@ -163,34 +163,29 @@ class Evaluator:
 
     async def _trace(self, prompts: Sequence[Prompt]) -> dict[int, Curves]:
         """Trace prompts by all rules; return their curves, not measured yet, by number."""
-        reduce = "token" if self._settings.site == "embed" else "feature"
+        site = self._settings.site
+        reduce = "token" if site == "embed" else "feature"
+        jobs = [(prompt, rule) for prompt in prompts for rule in self._rules]
         items = [
-            {
-                **prompt.item,
-                "id": place * len(self._rules) + which,
-                "rule": rule,
-                "sites": (self._settings.site,),
-                "reduce": reduce,
-            }
-            for place, prompt in enumerate(prompts)
-            for which, rule in enumerate(self._rules)
+            {**prompt.item, "id": number, "rule": rule, "sites": (site,), "reduce": reduce}
+            for number, (prompt, rule) in enumerate(jobs)
         ]
-        traces: list[dict[str, Trace]] = [{} for _ in prompts]
+        traces: dict[int, dict[str, Trace]] = {prompt.number: {} for prompt in prompts}
         async with aclosing(self._trace_many(items)) as results:
             async for result in results:
-                place, which = divmod(result.id, len(self._rules))
+                prompt, rule = jobs[result.id]
                 if isinstance(result, Failure):
-                    _raise_if_shared(result.reason, prompts[place])
-                    self._fail(prompts[place], result.reason)
+                    _raise_if_shared(result.reason, prompt)
+                    self._fail(prompt, result.reason)
                 else:
-                    traces[place][self._rules[which]] = result
+                    traces[prompt.number][rule] = result
         found = {}
-        for prompt, by_rule in zip(prompts, traces, strict=True):
+        for prompt in prompts:
             if prompt.number in self._failures:
                 continue
-            ordered = {rule: by_rule[rule] for rule in self._rules}
+            by_rule = {rule: traces[prompt.number][rule] for rule in self._rules}
             try:
-                found[prompt.number] = Curves.of(prompt, ordered, self._settings)
+                found[prompt.number] = Curves.of(prompt, by_rule, self._settings)
             except TraceError as error:
                 self._fail(prompt, error)
         return found

@@ -27,15 +27,15 @@ MEASURES = {
 """What can be measured, and its name in texts."""
 
 _KEEP = ("special", "none")
-_MOST_NEURONS = 4096
-_MOST_ID = 2**32 - 1
+_MAX_NEURONS = 4096
+_MAX_ID = 2**32 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The checked arguments of `Client.evaluate`, which documents them."""
+    """The arguments of `Client.evaluate`, which documents them; raises InvalidArgument."""
 
-    rules: tuple[str, ...]
+    rules: Sequence[str]
     site: str
     measure: str
     replace: str | int
@@ -43,19 +43,8 @@ class Settings:
     points: int
     seed: int
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        rules: Any,
-        site: object,
-        measure: object,
-        replace: object,
-        keep: object,
-        points: object,
-        seed: object,
-    ) -> Settings:
-        """Check the arguments; raise InvalidArgument for one that is wrong."""
+    def __post_init__(self) -> None:
+        rules = self.rules
         if (
             isinstance(rules, str)
             or not isinstance(rules, Sequence)
@@ -66,17 +55,14 @@ class Settings:
             raise invalid("rules", f"must be names of rules, each once, not {rules!r}")
         if set(rules) == {RANDOM}:
             raise invalid("rules", "needs one beside random, whose traces resolve the target")
-        site = _one_of(site, "site", SITES)
-        return cls(
-            tuple(rules),
-            site,
-            _one_of(measure, "measure", tuple(MEASURES)),
-            _replacement(replace, site),
-            _one_of(keep, "keep", _KEEP),
-            # Of a single step both ends are the same in every order.
-            whole_number(points, "points", 2, 100),
-            whole_number(seed, "seed", most=2**63 - 1),
-        )
+        for name, allowed in (("site", SITES), ("measure", MEASURES), ("keep", _KEEP)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise invalid(name, f"must be one of {', '.join(allowed)}, not {value!r}")
+        _check_replacement(self.replace, self.site)
+        # Of a single step both ends are the same in every order.
+        whole_number(self.points, "points", 2, 100)
+        whole_number(self.seed, "seed", most=2**63 - 1)
 
     @property
     def token(self) -> str | int | None:
@@ -91,7 +77,7 @@ class Settings:
         """
         if self.site == "embed":
             return shares(self.points)
-        most = max(1, min(neurons // 2, _MOST_NEURONS))
+        most = max(1, min(neurons // 2, _MAX_NEURONS))
         return np.unique(np.round(np.expm1(np.linspace(0.0, np.log1p(most), self.points + 1))))
 
     def kept(self, trace: Trace) -> frozenset[int]:
@@ -99,20 +85,14 @@ class Settings:
         return frozenset() if self.keep == "none" else frozenset((0, *trace.special_positions))
 
 
-def _one_of(value: object, argument: str, allowed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise invalid(argument, f"must be one of {', '.join(allowed)}, not {value!r}")
-    return value
-
-
-def _replacement(value: Any, site: str) -> str | int:
+def _check_replacement(value: Any, site: str) -> None:
     if site == "neuron" and value != "zero":
         raise invalid("replace", f"must be zero where neurons are switched off, not {value!r}")
-    if not isinstance(value, str):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise invalid("replace", f"must be zero, mean, or a token's text or id, not {value!r}")
-        return whole_number(value, "replace", most=_MOST_ID)
-    check_text(value, "replace")
-    if value == "max":
-        raise invalid("replace", "a token whose text is max is given by its id")
-    return value
+    if isinstance(value, str):
+        check_text(value, "replace")
+        if value == "max":
+            raise invalid("replace", "a token whose text is max is given by its id")
+    elif isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise invalid("replace", f"must be zero, mean, or a token's text or id, not {value!r}")
+    else:
+        whole_number(value, "replace", most=_MAX_ID)

@@ -17,7 +17,7 @@ from reltrace.types.errors import DeadlineExceeded, TraceError, invalid
 log = logging.getLogger("reltrace")
 
 _MAX_RETRY_DELAY = 60.0
-# Seconds without an answer after which the log is told.
+# Seconds without an answer before it is logged.
 _LOG_AFTER = 3.0
 
 # How a call ends whose server goes away. The server may have done what it was asked for.

@@ -24,7 +24,7 @@ class AtlasShard:
         Of the sites "neuron" and "head": "strongest", int64 [L, 4, k, F], keys in the order of
         `LISTS`: bits of a positive float32 above, below them the complement of
         ``prompt << 16 | token``, 0 where there is none; "beside", float32 of the same shape, the
-        activation at places of relevance and the relevance at those of activation; "high" and
+        activation in lists of relevance and the reverse; "high" and
         "low", int64 [L, 3, F], sums in the order of `SUMS`: ``high * 2**32 + low`` units of 2**-40;
         "histogram", int32 [L, 2, F, bins], in the order of `MEASURES`. Of the site "corpus":
         "token_ids", int32 [T], "lengths", int32 [P], 0 where a prompt was left out, and, where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from reltrace_proto.v1 import types_pb2
@@ -112,7 +112,7 @@ class Arguments:
     messages: Messages | None = None
     add_special_tokens: bool = True
     model: str | None = None
-    sites: str | Sequence[str] = field(default=("resid",))
+    sites: str | Sequence[str] = ("resid",)
     reduce: str = "token"
     target: Any = "max"
     rule: str = "attnlrp"

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from reltrace.atlas.atlas import Atlas
 
 _SEARCHED = LISTS[:2]
-# Tokens that stand out, of one neuron or head.
-_WORDS = 8
+# Salient tokens that are shown of a neuron or head.
+_SALIENT_TOKENS = 8
 
 
 def atlas_page(atlas: Atlas, *, most: int, contexts: int) -> str:
@@ -32,6 +32,7 @@ def atlas_page(atlas: Atlas, *, most: int, contexts: int) -> str:
         "sites": sites,
         "snippets": texts.snippets,
         "words": list(texts.words),
+        "contexts": contexts,
         "colours": COLOURS,
     }
     foot = (
@@ -67,7 +68,7 @@ def _site(atlas: Atlas, site: str, most: int, contexts: int, texts: _Snippets) -
 
 
 def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) -> list[Any]:
-    """Return what the script calls by name, in its order."""
+    """Return the fields of a neuron or head in the order in which the script reads them."""
     return [
         feature.layer,
         feature.index,
@@ -81,23 +82,21 @@ def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) ->
         ],
         [
             [visible_token(one.token).strip(), one.role, one.count, one.of]
-            for one in feature.salient_tokens[:_WORDS]
+            for one in feature.salient_tokens[:_SALIENT_TOKENS]
         ],
+        # All of the lists that are searched: the page counts as `Atlas.find` does.
         [
-            [texts.place(context) for context in feature.contexts.first(name, contexts)]
+            [texts.place(one) for one in feature.contexts.first(name, contexts)]
+            if name not in _SEARCHED
+            else [texts.place(one) for one in feature.contexts[name]]
             for name in LISTS
-        ],
-        # Those that are not shown, of the lists that are searched: it counts as the command does.
-        [
-            [texts.place(context) for context in feature.contexts[name][contexts:]]
-            for name in _SEARCHED
         ],
         [feature.contexts.sizes[name] for name in LISTS],
     ]
 
 
 def _short(value: float, digits: int = 5) -> float:
-    """Return a number with the digits that are shown: half of the page would be the others."""
+    """Return a number with the digits that are shown; all digits would double the page."""
     return float(f"{value:.{digits}g}")
 
 
@@ -129,10 +128,10 @@ class _Snippets:
                     context.prompt,
                     int(window.start > 0),
                     int(window.stop < len(context.tokens)),
-                    # Those that only number a part of a character: nobody searches for them.
+                    # Words that are only the number of a part of a character: not searched.
                     [at for at, one in enumerate(words) if one.number > 1],
                 ]
             )
-        # What is found is sorted by sums of relevance: all digits that a float32 has.
+        # Search results are sorted by sums of relevance: all digits of a float32.
         values = _short(context.relevance, 8), _short(context.activation)
         return *values, number, context.position - window.start

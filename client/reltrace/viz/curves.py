@@ -26,7 +26,7 @@ def write_curves(evaluation: Evaluation, path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     colours = [f"C{number}" for number in range(len(evaluation.rules))]
-    # Where the area is taken: what is seen between two curves is what is counted.
+    # The axis on which the area between two curves is computed.
     axis = on_axis(evaluation.site, evaluation.at)
     for colour, (rule, score) in zip(colours, evaluation.rules.items(), strict=True):
         left.plot(axis, score.most, color=colour, label=rule)

@@ -15,8 +15,8 @@ from reltrace.types.trace import Trace
 from reltrace.viz.colours import layer_numbers
 from reltrace.viz.words import Segment, Words, describe_target, segments
 
-# Of more tokens than the first, so many rows are drawn.
-_MOST_TOKENS, _MOST_ROWS = 600, 120
+# A prompt with more tokens is drawn in fewer rows than tokens.
+_MAX_TOKENS, _POOLED_ROWS = 600, 120
 
 # Inches. Past the largest height, rows get thinner and labels rarer.
 _ROW = 0.26
@@ -43,7 +43,7 @@ class Heatmap:
     """The value at which the colour scale ends on both sides of zero."""
     rows: list[str]
     segments: list[Segment]
-    """In rows."""
+    """Turns of a conversation, counted in rows."""
     columns: list[str]
     title: str
     scale: str
@@ -53,8 +53,8 @@ class Heatmap:
 def heatmap(trace: Trace, site: str, *, normalize: bool) -> Heatmap:
     """Return the heatmap of a site.
 
-    Of more than 600 tokens the strongest of some in a row are shown, in at most 120 rows: a token's
-    own would be thinner than what is seen.
+    A prompt of more than 600 tokens has at most 120 rows, each of which shows the strongest of
+    several tokens: a row per token would be too thin to be seen.
 
     Raises
     ------
@@ -71,8 +71,8 @@ def heatmap(trace: Trace, site: str, *, normalize: bool) -> Heatmap:
     divided = "each layer divided by its largest |R|" if layered else "divided by the largest |R|"
     names, turns = Words.of(trace).names, segments(trace)
     scale = f"site {site}, {divided if normalize else 'raw relevance'}"
-    if len(shown) > _MOST_TOKENS:
-        step = -(-len(shown) // _MOST_ROWS)
+    if len(shown) > _MAX_TOKENS:
+        step = -(-len(shown) // _POOLED_ROWS)
         shown, strongest = _pooled(shown, step)
         starts = range(0, len(names), step)
         names = [
@@ -99,10 +99,10 @@ def heatmap(trace: Trace, site: str, *, normalize: bool) -> Heatmap:
 
 
 def _pooled(values: NDArray[np.float32], step: int) -> tuple[NDArray[np.float32], list[int]]:
-    """Return, of every `step` rows, each column's largest |value|, and the row with the largest."""
+    """Return the largest |value| of every `step` rows in each column, and the strongest rows."""
     rows, columns = values.shape
     count = -(-rows // step)
-    # What is not finite is larger than anything, and shown as such; what fills up is smaller.
+    # Values that are not finite count as largest, so that they are seen; padding as smallest.
     size = np.full((count * step, columns), -1, np.float32)
     size[:rows] = np.where(np.isfinite(values), np.abs(values), np.inf)
     size = size.reshape(count, step, columns)

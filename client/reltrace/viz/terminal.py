@@ -16,12 +16,7 @@ from reltrace.types.neurons import Labels, has_labels, labelled
 from reltrace.types.token_text import printable, quoted
 from reltrace.types.top_entries import Entry
 from reltrace.types.trace import Trace
-from reltrace.viz.colours import (
-    colour,
-    ink,
-    scaled,
-    token_values,
-)
+from reltrace.viz.colours import colour, ink, scaled, token_values
 from reltrace.viz.words import Words, describe_target, entry_table, next_tokens, segments
 
 _LEGEND_CELLS = 25
@@ -121,13 +116,13 @@ def _legend(largest: float) -> Text:
 
 
 def _table(trace: Trace, values: NDArray[np.float32]) -> Table:
-    with_roles = ["role"] * bool(trace.turns)
-    table = Table("position", *with_roles, "token", "relevance", box=None, pad_edge=False)
+    columns = ["position", *["role"] * bool(trace.turns), "token", "relevance"]
+    table = Table(*columns, box=None, pad_edge=False)
     table.columns[0].justify = table.columns[-1].justify = "right"
     names = Words.of(trace).names
     for part in segments(trace):
         for position in range(part.first, part.stop):
-            cells = [Text(part.role)] * bool(trace.turns)
-            token, value = Text(quoted(names[position])), values[position]
-            table.add_row(str(position), *cells, token, f"{value:+.4g}")
+            role = [Text(part.role)] * bool(trace.turns)
+            token = Text(quoted(names[position]))
+            table.add_row(str(position), *role, token, f"{values[position]:+.4g}")
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -248,6 +248,14 @@ def test_what_all_items_share_is_checked_at_once(client: reltrace.Client) -> Non
         client.trace_many("one prompt")
     with pytest.raises(reltrace.InvalidArgument, match=r"^timeout: "):
         client.trace_many(prompts(2), timeout=-1)
+
+
+def test_async_items_of_the_synchronous_client(client: reltrace.Client) -> None:
+    async def source() -> AsyncIterator[str]:
+        for prompt in prompts(5):
+            yield prompt
+
+    assert [trace.id for trace in client.trace_many(source(), ordered=True)] == list(range(5))
 
 
 def test_no_items(client: reltrace.Client) -> None:

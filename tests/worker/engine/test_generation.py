@@ -20,6 +20,7 @@ from reltrace_worker.types.jobs import (
     TraceRequest,
 )
 from reltrace_worker.types.results import GeneratedText, JobResult
+from transformers import AutoModelForCausalLM
 
 RECIPES = ["grouped", "tied", "llama3_rope", "deep", *FAMILY_RECIPES]
 
@@ -70,6 +71,27 @@ def test_log_probabilities_are_those_of_a_forward_pass_over_the_whole(
         for place, (token, logprob) in enumerate(zip(ours.token_ids, ours.logprobs, strict=True)):
             before = len(job.token_ids) + place - 1
             assert logprob == pytest.approx(float(logprobs[before, token]), abs=2e-4)
+
+
+def test_texts_that_outgrow_the_short_frequencies_of_longrope(checkpoints: Checkpoints) -> None:
+    """
+    Given a model whose rotary frequencies change for prompts of more than 40 tokens
+    If texts reach and pass that length, beside one that does not
+    I expect at each step what transformers computes of all tokens so far, without a cache.
+    """
+    loaded = checkpoints.loaded("phi3")
+    prompts = [tuple(range(20, 20 + length)) for length in (12, 33, 39, 40, 41)]
+    spec = Sampling(max_new_tokens=12)
+    batch = prepare(loaded, *(GenerateRequest(prompt, spec) for prompt in prompts))
+    model = AutoModelForCausalLM.from_pretrained(checkpoints.folder("phi3")).to(loaded.device)
+    for prompt, ours in zip(prompts, written(loaded, batch), strict=True):
+        ids = [*prompt]
+        for token, logprob in zip(ours.token_ids, ours.logprobs, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids], device=loaded.device)).logits[0, -1]
+            assert token == int(logits.argmax())
+            assert logprob == pytest.approx(float(logits.log_softmax(-1)[token]), abs=2e-4)
+            ids.append(token)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -16,8 +16,8 @@ from reltrace_worker.lrp.attention import (
     Kernel,
     Packing,
     kernel_for,
+    packed_attention,
     positions,
-    sdpa_attention,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,7 +39,7 @@ def test_it_equals_attention_under_a_block_causal_mask(
     states = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
     start = torch.randn((1, n, heads, size), generator=generator)
 
-    output, weights = sdpa_attention(
+    output, weights = packed_attention(
         torch.nn.Identity(), *states, None, packing=packing, sliding_window=window, scaling=0.3
     )
     assert weights is None
@@ -63,15 +63,19 @@ def test_a_mask_or_dropout_is_refused() -> None:
     state = torch.zeros(1, 1, 2, 4)
     packing = Packing((2,))
     with pytest.raises(ValueError, match="neither a mask nor dropout"):
-        sdpa_attention(torch.nn.Identity(), state, state, state, torch.zeros(2, 2), packing=packing)
+        packed_attention(
+            torch.nn.Identity(), state, state, state, torch.zeros(2, 2), packing=packing
+        )
     with pytest.raises(ValueError, match="neither a mask nor dropout"):
-        sdpa_attention(torch.nn.Identity(), state, state, state, None, packing=packing, dropout=0.1)
+        packed_attention(
+            torch.nn.Identity(), state, state, state, None, packing=packing, dropout=0.1
+        )
 
 
 def test_capped_scores_are_refused() -> None:
     state = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="does not cap"):
-        sdpa_attention(
+        packed_attention(
             torch.nn.Identity(), state, state, state, None, packing=Packing((2,)), softcap=50.0
         )
 
@@ -98,7 +102,7 @@ def test_a_window_needs_no_mask_over_a_long_prompt() -> None:
             return out
 
     with Sizes():
-        output, _ = sdpa_attention(
+        output, _ = packed_attention(
             torch.nn.Identity(), *states, None, packing=Packing((length,)), sliding_window=window
         )
         output.sum().backward()
@@ -200,22 +204,21 @@ def test_all_kernels_compute_the_same(
     packing, size = Packing(lengths), 8
     n = packing.tokens
     states = [torch.randn(1, h, n, size, requires_grad=True) for h in (heads[0], *heads[1:] * 2)]
-    outer = torch.randn(1, n, heads[0], size)
+    outer = torch.randn(n, heads[0], size)
 
-    def outcome(function: Any) -> tuple[torch.Tensor, ...]:
-        output, weights = function(None, *states, None, packing=packing, scaling=scaling)
-        assert weights is None
+    def outcome(kernel: Kernel) -> tuple[torch.Tensor, ...]:
+        output = kernel.function(*states, packing, scaling, None)
         assert output.shape == outer.shape
         return output, *torch.autograd.grad(output, states, outer)
 
-    wanted = outcome(sdpa_attention)
+    wanted = outcome(SDPA)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "varlen_attn", reference_varlen)
         patch.setattr(attention, "_VARLEN_HAS_GROUPS", True)
-        found = {kernel.name: outcome(kernel.function) for kernel in KERNELS}
+        found = {kernel.name: outcome(kernel) for kernel in KERNELS}
         patch.setattr(attention, "varlen_attn", reference_without_groups)
         patch.setattr(attention, "_VARLEN_HAS_GROUPS", False)
-        found["varlen of torch 2.11"] = outcome(VARLEN.function)
+        found["varlen of torch 2.11"] = outcome(VARLEN)
     for name, tensors in found.items():
         for ours, theirs in zip(tensors, wanted, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5), name
@@ -228,25 +231,8 @@ def test_a_window_is_the_same_in_sdpa_and_varlen(
     torch.manual_seed(1)
     monkeypatch.setattr(attention, "varlen_attn", reference_varlen)
     states = [torch.randn(1, 2, 16, 8) for _ in range(3)]
-    options: dict[str, Any] = {"packing": Packing((2, 7, 7)), "sliding_window": window}
-    plain, _ = sdpa_attention(torch.nn.Identity(), *states, None, **options)
-    varlen, _ = attention.varlen_attention(torch.nn.Identity(), *states, None, **options)
+    plain, varlen = (k.function(*states, Packing((2, 7, 7)), None, window) for k in KERNELS)
     assert torch.allclose(plain, varlen, atol=1e-5)
     if window == 1:
         # A token that sees itself alone takes its own value.
-        assert torch.allclose(varlen, states[2].transpose(1, 2), atol=1e-6)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"dropout": 0.1}, "neither a mask nor dropout"), ({"softcap": 30.0}, "cap the scores")],
-)
-def test_what_a_kernel_can_not_do_is_refused(
-    kernel: Kernel, options: dict[str, Any], message: str
-) -> None:
-    state = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(ValueError, match=message):
-        kernel.function(
-            torch.nn.Identity(), state, state, state, None, packing=Packing((2,)), **options
-        )
+        assert torch.allclose(varlen, states[2][0].transpose(0, 1), atol=1e-6)

@@ -78,11 +78,11 @@ def test_outputs_are_what_is_added_to_the_residual_stream(
 
     handles = [layer.register_forward_pre_hook(keep("input"))]
     for site in ("resid", "resid_mid", "attn_out", "mlp_out"):
-        tap = SITES[site].tap
-        assert tap is not None
-        place = tap(loaded.family)
-        module = place.module(layer)
-        if place.side.value == "input":
+        hook_point = SITES[site].hook_point
+        assert hook_point is not None
+        point = hook_point(loaded.family)
+        module = point.module(layer)
+        if point.is_input:
             handles.append(module.register_forward_pre_hook(keep(site)))
         else:
             handles.append(module.register_forward_hook(keep(site)))

@@ -201,7 +201,7 @@ def test_a_sharded_checkpoint_loads_and_a_missing_shard_is_named(
                     "factor": 2.0,
                 },
             ),
-            "original_max_position_embeddings in config.json is None; .* at least 1",
+            "original_max_position_embeddings in rope_parameters .* is None; it must be a number",
         ),
         (
             lambda f: set_config(f, quantization_config="x"),

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from reltrace_worker.engine.edits import EditedRows, EditHooks
 from reltrace_worker.engine.host_memory import is_out_of_memory, release
 from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.rope import longrope_limit
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import EngineError, PassFailedError
 from reltrace_worker.types.jobs import GenerateJob, Sampling
@@ -115,13 +116,17 @@ class DecodeBatch:
 
     def __init__(self, loaded: LoadedModel, sequences: Sequence[GeneratedSequence]) -> None:
         self._loaded = loaded
-        self._sequences = list(sequences)
         self._end_tokens = end_tokens(loaded)
+        self._longrope_limit = longrope_limit(loaded.model.config)
+        self._begin(sequences)
+
+    def _begin(self, sequences: Sequence[GeneratedSequence]) -> None:
+        self._sequences = list(sequences)
         tokens = [sequence.tokens for sequence in sequences]
         self._lengths = [len(ids) for ids in tokens]
         longest = max(self._lengths)
         pads = [longest - length for length in self._lengths]
-        device = loaded.device
+        device = self._loaded.device
         self._mask = torch.tensor(
             [[0] * pad + [1] * (longest - pad) for pad in pads], device=device
         )
@@ -129,9 +134,9 @@ class DecodeBatch:
             [[0] * pad + ids for pad, ids in zip(pads, tokens, strict=True)], device=device
         )
         self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        self._cache = DynamicCache(config=loaded.model.config)
+        self._cache = DynamicCache(config=self._loaded.model.config)
         self._edits = EditHooks(
-            loaded,
+            self._loaded,
             [
                 EditedRows(sequence.job.edits, row * longest + pad, range(longest - pad))
                 for row, (sequence, pad) in enumerate(zip(sequences, pads, strict=True))
@@ -140,14 +145,23 @@ class DecodeBatch:
 
     def decode(self, steps: int, on_token: Callable[[], None] | None = None) -> None:
         """Generate at most so many tokens of each sequence; call `on_token` after each step."""
-        with torch.no_grad(), self._edits.attached():
-            for _ in range(steps):
-                if all(sequence.finished for sequence in self._sequences):
-                    return
-                self._drop_finished()
+        for _ in range(steps):
+            if all(sequence.finished for sequence in self._sequences):
+                return
+            self._drop_finished()
+            if self._outgrows_longrope():
+                self._begin([sequence for sequence in self._sequences if not sequence.finished])
+            with torch.no_grad(), self._edits.attached():
                 self._append(self._logits())
-                if on_token is not None:
-                    on_token()
+            if on_token is not None:
+                on_token()
+
+    def _outgrows_longrope(self) -> bool:
+        """Whether a cache holds keys of a sequence that now has other rotary frequencies."""
+        limit = self._longrope_limit
+        return (
+            limit is not None and limit + 1 in self._lengths and bool(self._cache.get_seq_length())
+        )
 
     def _drop_finished(self) -> None:
         """Go on with the unfinished sequences alone, where they are half of the batch at most."""

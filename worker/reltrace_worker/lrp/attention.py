@@ -33,15 +33,10 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The layout of a pack: prompts one after another in one sequence of N tokens.
+    """The layout of a pack: prompts one after another in one sequence of N tokens."""
 
-    Parameters
-    ----------
-    lengths
-        Tokens of each prompt, in order. A run of prompts of equal length shares one SDPA call,
-        so a pack that is sorted by length needs the fewest calls.
-    """
-
+    # Tokens of each prompt. A run of prompts of equal length shares one SDPA call, so a pack that
+    # is sorted by length needs the fewest calls.
     lengths: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -69,54 +64,18 @@ def positions(packing: Packing, device: torch.device) -> torch.Tensor:
     return torch.cat([torch.arange(length) for length in packing.lengths])[None].to(device)
 
 
-def _check_supported(
-    attention_mask: torch.Tensor | None, dropout: float, softcap: float | None
-) -> None:
-    if attention_mask is not None or dropout != 0.0:
-        raise ValueError("packed attention takes neither a mask nor dropout")
-    if softcap is not None:
-        raise ValueError("packed attention does not cap the scores")
-
-
 def _repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:
     return states.repeat_interleave(times, dim=1)
 
 
-def sdpa_attention(
-    module: torch.nn.Module,
+def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
     packing: Packing,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each prompt of a pack, one SDPA call per run of equal lengths.
-
-    Parameters
-    ----------
-    query
-        [1, heads, N, head size].
-    key, value
-        [1, key-value heads, N, head size]; `heads` is a multiple of `key-value heads`.
-    attention_mask, dropout, softcap
-        Refused by a ValueError, unless they change nothing.
-    scaling
-        Factor of the scores; None: one over the root of the head size.
-    sliding_window
-        Tokens that a token sees, itself included; None: all before it.
-
-    Returns
-    -------
-    tuple
-        [1, N, heads, head size], and None for the attention weights.
-    """
-    _check_supported(attention_mask, dropout, softcap)
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
     group = query.shape[1] // key.shape[1]
     grouped = group > 1
     if grouped and query.device.type == "cuda":
@@ -130,12 +89,12 @@ def sdpa_attention(
     outputs = []
     for (prompts, length), *states in zip(runs, *parts, strict=True):
         q, k, v = (part.view(part.shape[0], prompts, length, -1).transpose(0, 1) for part in states)
-        if sliding_window is not None and length > sliding_window:
-            output = window_attention(q, k, v, sliding_window, scaling=scaling, grouped=grouped)
+        if window is not None and length > window:
+            output = window_attention(q, k, v, window, scaling=scaling, grouped=grouped)
         else:
             output = sdpa(q, k, v, is_causal=length > 1, scale=scaling, enable_gqa=grouped)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0), None
+    return torch.cat(outputs)
 
 
 varlen_attn: Callable[..., Any] = varlen.varlen_attn
@@ -149,29 +108,17 @@ def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> torch
     return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
 
 
-def varlen_attention(
-    module: torch.nn.Module,
+def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
     packing: Packing,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Compute :func:`sdpa_attention` in one flash kernel of variable length."""
-    _check_supported(attention_mask, dropout, softcap)
-    options: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1]:
-        if _VARLEN_HAS_GROUPS:
-            options["enable_gqa"] = True
-        else:
-            group = query.shape[1] // key.shape[1]
-            key, value = _repeat_heads(key, group), _repeat_heads(value, group)
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and not _VARLEN_HAS_GROUPS:
+        key, value = _repeat_heads(key, group), _repeat_heads(value, group)
     boundaries = _cumulative_lengths(packing.lengths, query.device)
     longest = max(packing.lengths)
     output = varlen_attn(
@@ -182,32 +129,28 @@ def varlen_attention(
         longest,
         scale=scaling,
         # Visible tokens to the left and to the right; (-1, 0) is plain causal attention.
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        **options,
+        window_size=(-1 if window is None else window - 1, 0),
+        **({"enable_gqa": True} if group > 1 and _VARLEN_HAS_GROUPS else {}),
     )
-    return with_deterministic_backward(output).unsqueeze(0), None
+    return with_deterministic_backward(output)
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A way to compute attention over a pack.
+    """A way to compute attention over a pack."""
 
-    Parameters
-    ----------
-    name
-        In a result's provenance.
-    padding
-        Rows of float32, as wide as all heads, that its backward pass allocates per prompt.
-    """
-
+    # In a result's provenance.
     name: str
-    function: AttentionFunction
+    # From query, key and value, [1, heads or key-value heads, N, head size], the packing, the
+    # factor of the scores and the sliding window to [N, heads, head size].
+    function: Callable[..., torch.Tensor]
+    # Rows of float32, as wide as all heads, that its backward pass allocates per prompt.
     padding: int = 0
 
 
-SDPA = Kernel("sdpa", sdpa_attention)
+SDPA = Kernel("sdpa", _sdpa)
 # dQ is summed up in blocks of 128 rows (mha_varlen_bwd in torch's flash_api.cpp).
-VARLEN = Kernel("varlen", varlen_attention, padding=128)
+VARLEN = Kernel("varlen", _varlen, padding=128)
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
@@ -225,11 +168,30 @@ def kernel_for(device: torch.device, dtype: torch.dtype, head_size: int) -> Kern
 
 
 def packed_attention(
-    module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute attention over a pack with the kernel for the query's device, dtype and size."""
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    packing: Packing,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each prompt of a pack, as transformers calls it.
+
+    `query` is [1, heads, N, head size], the output [1, N, heads, head size]. `sliding_window`
+    counts the tokens that a token sees, itself included.
+    """
+    if attention_mask is not None or dropout != 0.0:
+        raise ValueError("packed attention takes neither a mask nor dropout")
+    if softcap is not None:
+        raise ValueError("packed attention does not cap the scores")
     kernel = kernel_for(query.device, query.dtype, query.shape[-1])
-    return kernel.function(module, query, *args, **kwargs)
+    return kernel.function(query, key, value, packing, scaling, sliding_window)[None], None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -237,6 +199,6 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 
 def register_attention(name: str, function: AttentionFunction) -> None:
-    """Register an attention implementation, without a mask, with transformers."""
+    """Register an attention implementation that needs no mask with transformers."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, _no_mask)

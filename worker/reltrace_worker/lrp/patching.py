@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reltrace_worker.lrp.attention import (
-    AttentionFunction,
     Packing,
     packed_attention,
     positions,
@@ -72,16 +71,9 @@ def _method(module: nn.Module, name: str, function: Callable[..., Any]) -> Patch
 
 
 def single_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> AbstractContextManager[None]:
-    """Let a model compute one logit per row, instead of the whole vocabulary's, in float32.
+    """Let a model compute one logit per row, that of its token, in float32: logits are [1, P, 1].
 
     What a model does to its logits afterwards (a soft cap, a factor) is done to each by itself.
-
-    Parameters
-    ----------
-    model
-        Its output embeddings are a linear layer.
-    token_ids
-        The token of each of the P rows. Logits are [1, P, 1] then.
     """
 
     def forward(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
@@ -157,14 +149,11 @@ def verify_rule(model: PreTrainedModel, rule: Rule) -> None:
 
         return forward
 
-    def wrap_attention(kernel: AttentionFunction) -> AttentionFunction:
-        return counted(rule.wrap_attention(kernel))
-
     probe = replace(
         rule,
         name=f"{rule.name}_probe",
         patches={kind: (name, counted(f)) for kind, (name, f) in rule.patches.items()},
-        wrap_attention=wrap_attention,
+        wrap_attention=lambda kernel: counted(rule.wrap_attention(kernel)),
     )
     packing = Packing((1, 2))
     device = next(model.parameters()).device
@@ -198,7 +187,6 @@ def verify_rule(model: PreTrainedModel, rule: Rule) -> None:
         ]
     if faults:
         raise ModelError(
-            f"rule {rule.name!r} does not reach all of the model: "
+            f"rule {rule.name!r} does not reach all of the model ({len(faults)} faults): "
             + "; ".join(faults[:5])
-            + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         )

@@ -122,27 +122,15 @@ def _unchanged(kernel: AttentionFunction) -> AttentionFunction:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One way to propagate relevance.
-
-    Parameters
-    ----------
-    name
-        As jobs name it.
-    patches
-        What replaces methods of norms and gated MLPs.
-    wrap_attention
-        Wraps the attention kernel.
-    mlp_tensors
-        Tensors as wide as the MLP's neurons that a gated product keeps for its backward pass.
-    functions
-        Whose functions these are, for a result's provenance: "fused" for those of this package,
-        "lxt" for LXT's, "" where nothing is replaced.
-    """
+    """One way to propagate relevance."""
 
     name: str
     patches: Patches = field(default_factory=dict)
     wrap_attention: Callable[[AttentionFunction], AttentionFunction] = _unchanged
+    # Tensors as wide as the MLP's neurons that a gated product keeps for its backward pass.
     mlp_tensors: int = 2
+    # Whose functions these are, for a result's provenance: "fused" for those of this package,
+    # "lxt" for LXT's, "" where nothing is replaced.
     functions: str = "fused"
 
 

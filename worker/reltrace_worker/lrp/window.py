@@ -46,24 +46,9 @@ def window_attention(
 ) -> torch.Tensor:
     """Causal attention in which query i sees the keys i - window + 1 to i.
 
-    Queries are cut into blocks of `window` tokens. A block sees keys of itself and of the block
-    before it only, under one mask of [window, 2 * window].
-
-    Parameters
-    ----------
-    query
-        [P prompts, heads, T, head size], T > `window`.
-    key, value
-        [P, key-value heads, T, head size].
-    scaling
-        Factor of the scores; None: one over the root of the head size.
-    grouped
-        There are fewer key-value heads than heads.
-
-    Returns
-    -------
-    torch.Tensor
-        [P, heads, T, head size].
+    `query` is [P prompts, heads, T, head size] with T > `window`, `key` and `value` have fewer
+    heads if `grouped`. Queries are cut into blocks of `window` tokens: a block sees keys of itself
+    and of the block before it only, under one mask of [window, 2 * window].
     """
     prompts, heads, length, size = query.shape
     # In the first block every earlier key is inside the window: plain causal attention.

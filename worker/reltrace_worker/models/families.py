@@ -35,47 +35,31 @@ from reltrace_worker.types.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The modules of a model family.
+    """The modules of a model family."""
 
-    Parameters
-    ----------
-    model_type
-        ``model_type`` in a checkpoint's config.
-    causal_lm, norm, gated_mlp, attention
-        Its classes. Every norm, gated MLP and attention of a model is an instance of these.
-    layers
-        Path of the list of decoder layers in the model.
-    attention_out, mlp_out
-        Paths, inside a decoder layer, of the modules whose output is added to the residual stream.
-    mid_reader
-        Path of the module that reads the residual stream between attention and MLP.
-    head_reader
-        Path of the module whose input is the concatenated attention heads.
-    neuron_reader
-        Path of the module whose input is the neurons of the MLP.
-    activation
-        Attribute of the gated MLP.
-    norms_per_layer
-        Norms in a decoder layer, those of queries and keys included.
-    """
-
+    # In a checkpoint's config.
     model_type: str
     causal_lm: type[Any]
+    # Every norm, gated MLP and attention of a model is an instance of these.
     norm: type[nn.Module]
     gated_mlp: type[nn.Module]
     attention: type[nn.Module]
-    layers: str = "model.layers"
+    # Paths in a decoder layer: of the modules whose output is added to the residual stream, of the
+    # one that reads the stream between attention and MLP, and of those whose input is the
+    # concatenated heads and the neurons.
     attention_out: str = "self_attn"
     mlp_out: str = "mlp"
     mid_reader: str = "post_attention_layernorm"
     head_reader: str = "self_attn.o_proj"
     neuron_reader: str = "mlp.down_proj"
+    # Attribute of the gated MLP.
     activation: str = "act_fn"
+    # Those of queries and keys included.
     norms_per_layer: int = 2
 
     def decoder_layers(self, model: nn.Module) -> list[nn.Module]:
         """Return the decoder layers of `model` in order."""
-        layers = model.get_submodule(self.layers)
+        layers = model.get_submodule("model.layers")
         assert isinstance(layers, nn.ModuleList)
         return list(layers)
 
@@ -157,19 +141,11 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """The text model inside a checkpoint that takes images too.
+    """The text model inside a checkpoint that takes images too."""
 
-    Parameters
-    ----------
-    model_type
-        Of the text model: a key of ``FAMILIES``.
-    prefix
-        Of the names of the text model's weights.
-    others
-        Prefixes of the weights that are left out.
-    """
-
+    # A key of FAMILIES.
     model_type: str
+    # How the names of the text model's weights begin, and those of the others.
     prefix: str
     others: tuple[str, ...]
 

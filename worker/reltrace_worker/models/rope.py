@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from reltrace_worker.types.errors import ModelError
 
 # transformers chooses the frequencies of these types by the longest position of a forward pass: in
 # a pack, a result would depend on its neighbours.
 _DYNAMIC, _LONGROPE = "dynamic", "longrope"
-# Fields that transformers computes with, but does not check, or only warns of.
-_NUMBERS = frozenset(
-    {
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "factor",
-        "high_freq_factor",
-        "low_freq_factor",
-        "mscale",
-        "mscale_all_dim",
-        "original_max_position_embeddings",
-        "partial_rotary_factor",
-        "rope_theta",
-    }
-)
+_ORIGINAL = "original_max_position_embeddings"
+# transformers computes with these fields, but does not check them, or only warns.
+_TYPES = get_type_hints(RopeParameters)
+_NUMBERS = {field for field, kind in _TYPES.items() if kind in (float | None, int | None)}
 
 
 def check_config(config: Any) -> None:
@@ -50,16 +38,13 @@ def check_config(config: Any) -> None:
                 f"rope type {rope_type!r} is not supported in a model whose layers have different "
                 "rotary embeddings: its frequencies depend on the longest prompt of a pass"
             )
+        # For the others transformers has a default of its own in the place of null.
+        needed = {_LONGROPE: {"factor", _ORIGINAL}, "default": set()}.get(rope_type, {"factor"})
         for field in _NUMBERS & rope.keys():
-            # transformers has a default of its own for null, but not for the factor.
-            missing = rope[field] is None and (field != "factor" or rope_type == "default")
-            if not missing and not isinstance(rope[field], int | float):
-                raise ModelError(
-                    f"{field} in rope_parameters (or rope_scaling) of config.json is "
-                    f"{rope[field]!r}; it must be a number"
-                )
-        if rope_type == _LONGROPE:
-            _check_longrope(rope)
+            if rope[field] is not None or field in needed:
+                _check_type(rope, field, int | float, "a number")
+        for field in ("short_factor", "long_factor") if rope_type == _LONGROPE else ():
+            _check_type(rope, field, list, "a list of numbers")
     if getattr(config, "use_bidirectional_attention", None):
         raise ModelError(
             "use_bidirectional_attention is not supported: a token's logits would depend on what "
@@ -67,19 +52,11 @@ def check_config(config: Any) -> None:
         )
 
 
-def _check_longrope(rope: dict[str, Any]) -> None:
-    for field in ("short_factor", "long_factor"):
-        factors = rope.get(field)
-        if not isinstance(factors, list) or not all(isinstance(x, int | float) for x in factors):
-            raise ModelError(
-                f"{field} in rope_parameters (or rope_scaling) of config.json is {factors!r}; it "
-                "must be a list of numbers"
-            )
-    original = rope.get("original_max_position_embeddings")
-    if not original or original < 1:
+def _check_type(rope: dict[str, Any], field: str, kind: Any, name: str) -> None:
+    if not isinstance(rope.get(field), kind):
         raise ModelError(
-            f"original_max_position_embeddings in config.json is {original!r}; rope type "
-            "'longrope' needs a number of at least 1"
+            f"{field} in rope_parameters (or rope_scaling) of config.json is {rope.get(field)!r}; "
+            f"it must be {name}"
         )
 
 
@@ -106,7 +83,7 @@ def context_length(config: Any, requested: int | None = None) -> int:
     ropes = _parameters(config)
     if len(ropes) == 1 and ropes[0].get("rope_type") in ("linear", "yarn", _DYNAMIC):
         if ropes[0]["rope_type"] == "yarn":
-            longest = ropes[0].get("original_max_position_embeddings") or longest
+            longest = ropes[0].get(_ORIGINAL) or longest
         longest *= ropes[0].get("factor") or 1.0
     if requested is not None and not 1 <= requested <= longest:
         raise ModelError(
@@ -116,20 +93,20 @@ def context_length(config: Any, requested: int | None = None) -> int:
     return int(longest) if requested is None else requested
 
 
+def longrope_limit(config: Any) -> int | None:
+    """Return the length beyond which a prompt has the long frequencies of longrope."""
+    rope = _parameters(config)[0]
+    return int(rope[_ORIGINAL]) if rope.get("rope_type") == _LONGROPE else None
+
+
 def fix_frequencies(model: PreTrainedModel, length: int) -> None:
-    """Let the frequencies of rotary embeddings not depend on the other prompts of a pass.
+    """Make the frequencies of rotary embeddings independent of the other prompts of a pass.
 
-    Dynamic ones get those of prompts of one length, as in vLLM. Of longrope, every prompt gets the
+    Dynamic ones get those of prompts of one length, the context's, as in vLLM; up to
+    ``max_position_embeddings`` these are the unscaled ones. Of longrope, every prompt gets the
     frequencies that it has alone: the long ones beyond ``original_max_position_embeddings``.
-
-    Parameters
-    ----------
-    length
-        The context length in tokens. Up to ``max_position_embeddings`` the frequencies of dynamic
-        embeddings are the unscaled ones.
     """
-    parameters = _parameters(model.config)[0]
-    rope_type = parameters.get("rope_type")
+    rope_type = _parameters(model.config)[0].get("rope_type")
     if rope_type not in (_DYNAMIC, _LONGROPE):
         return
     rotary: Any = model.get_submodule("model.rotary_emb")
@@ -144,8 +121,8 @@ def fix_frequencies(model: PreTrainedModel, length: int) -> None:
         for buffer in (rotary.inv_freq, rotary.original_inv_freq):
             buffer.copy_(fixed)
         return
-    original = int(parameters["original_max_position_embeddings"])
-    if length > original:
+    original = longrope_limit(model.config)
+    if original is not None and length > original:
         tables = (frequencies(original)[0], frequencies(original + 1)[0])
         # accelerate keeps the forward of a split model's module under this name.
         name = "_old_forward" if "_hf_hook" in vars(rotary) else "forward"

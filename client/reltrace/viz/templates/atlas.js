@@ -1,32 +1,29 @@
 const CHUNK = 300;
-const LISTS = [
-  ["relevance+", "for the prediction"], ["relevance-", "against it"],
-  ["activation+", "activation +"], ["activation-", "activation \u2212"],
-];
+const LISTS = ["for the prediction", "against it", "activation +", "activation \u2212"];
 
-// A snippet: indices of its words, what was explained (null: the next word), number of the prompt, whether it is cut at either
-// end, and the places of words that only number a part of a character.
+// A snippet: indices of its words, the explained token (null: the next word), number of the prompt, whether it is cut at the
+// beginning and at the end, and positions of words that are only the number of a part of a character.
 const snippets = data.snippets.map(([words, target, prompt, before, after, parts]) =>
   ({words: words.map(word => data.words[word]), target, prompt, before, after, parts}));
-// However it is capitalised: of \u00df and the like, only this makes one of all forms.
+// Case folding: lower case first, for letters such as \u00df whose upper case has several letters.
 const fold = text => text.toLowerCase().toUpperCase();
-// What is searched for, as the words of snippets are: white space as it is shown there, what is not seen written out.
-function written(char) {
+// `printable` makes the same of a query as Python's `printable` of the words: visible white space, escaped control characters.
+function escaped(char) {
   const code = char.codePointAt(0), [letter, digits] = code < 0x100 ? ["x", 2] : code < 0x10000 ? ["u", 4] : ["U", 8];
   return `\\${letter}${code.toString(16).padStart(digits, "0")}`;
 }
 const printable = text => text.replace(/\n/g, "\u21b5").replace(/\t/g, "\u2192").replace(/\r/g, "\\r").replace(/\p{Zs}/gu, " ")
-  .replace(/[\p{C}\p{Zl}\p{Zp}]/gu, char => "\u200c\u200d".includes(char) ? char : written(char));
+  .replace(/[\p{C}\p{Zl}\p{Zp}]/gu, char => "\u200c\u200d".includes(char) ? char : escaped(char));
 for (const one of snippets) {
   one.folded = one.words.map((word, at) => one.parts.includes(at) ? "" : fold(word));
   one.text = one.folded.join("");
 }
-// What is explained where a word is strong.
+// The token that is explained where a word is strong.
 const explained = (snippet, at) => snippet.target ?? (snippet.words[at + 1] ?? "").trim();
 for (const [name, site] of Object.entries(data.sites)) {
   site.name = name;
-  site.features = site.features.map(([layer, index, label, by, mass, means, quantiles, words, lists, further, sizes], rank) =>
-    ({site: name, layer, index, label, by, mass, means, quantiles, words, lists, further, sizes, rank, count: 0, of: 0, strength: 0}));
+  site.features = site.features.map(([layer, index, label, by, mass, means, quantiles, words, lists, sizes], rank) =>
+    ({site: name, layer, index, label, by, mass, means, quantiles, words, lists, sizes, rank, count: 0, of: 0, strength: 0}));
   site.most = Math.max(0, ...site.features.map(one => one.mass));
 }
 
@@ -39,8 +36,8 @@ const percent = share => `${Number((100 * share).toPrecision(2))} %`;
 
 // -- what is listed
 
-// Contexts by relevance are searched, as `reltrace atlas find` does: a context has a text that begins at the token
-// that is strong, or before it, or that is in what is explained; of a neuron or head the list counts that has it more often.
+// The search of `Atlas.find`, in the contexts by relevance. A context matches if the text begins at the strong token or before
+// it, or is in the explained token; a neuron or head counts the matches of its list with more of them.
 function matches() {
   const wanted = fold(printable(state.query));
   const place = /^\s*(\d+)\s*[\/: ]\s*(\d+)\s*$/.exec(state.query);
@@ -48,20 +45,20 @@ function matches() {
   const having = ([, , snippet, at]) => first[snippet] <= at || fold(explained(snippets[snippet], at)).includes(wanted);
   return state.site.features.filter(one => {
     if (state.layer !== "" && one.layer !== Number(state.layer)) return false;
-    Object.assign(one, {count: 0, of: 0, strength: 0, given: false});
+    Object.assign(one, {count: 0, of: 0, strength: 0, imported: false});
     if (!wanted) return true;
     for (const list of [0, 1]) {
-      const found = [...one.lists[list], ...one.further[list]].filter(having);
+      const found = one.lists[list].filter(having);
       const strength = found.reduce((sum, [relevance]) => sum + Math.abs(relevance), 0);
       if (found.length > one.count || (found.length === one.count && strength >= one.strength))
         Object.assign(one, {count: found.length, of: one.sizes[list], strength});
     }
     const named = fold(printable(one.label)).includes(wanted);
-    one.given = named && one.by !== "log-odds";
+    one.imported = named && one.by !== "log-odds";
     return named || one.count > 0 || (place && one.layer === Number(place[1]) && one.index === Number(place[2]));
   });
 }
-// The word in which a text begins first.
+// Index of the first word in which the text begins.
 function beginning(snippet, wanted) {
   const start = snippet.text.indexOf(wanted);
   if (start < 0) return Infinity;
@@ -72,7 +69,7 @@ const ORDERS = {
   mass: (a, b) => a.rank - b.rank,
   layer: (a, b) => a.layer - b.layer || a.index - b.index,
   label: (a, b) => (a.label === "") - (b.label === "") || bare(a.label).localeCompare(bare(b.label)) || a.rank - b.rank,
-  count: (a, b) => b.given - a.given || b.count - a.count || b.strength - a.strength || a.layer - b.layer || a.index - b.index,
+  count: (a, b) => b.imported - a.imported || b.count - a.count || b.strength - a.strength || a.layer - b.layer || a.index - b.index,
 };
 const bare = label => label.replace(/^[\u2192\u2026] /, "");
 function list() {
@@ -88,7 +85,7 @@ function list() {
   drawMore();
   $("list").scrollTop = 0;
   $("nothing").hidden = state.shown.length > 0;
-  // What is not in the list would be taken for a part of what was found.
+  // A neuron that is not in the list must not look like a search result.
   if (state.chosen && !state.shown.includes(state.chosen)) {
     state.chosen = null;
     history.replaceState(null, "", location.href.split("#")[0]);
@@ -152,30 +149,30 @@ function showDetail() {
     element(item, "small", `in ${count} of ${of}`);
   }
   const tabs = element(detail, "div", "", "tabs");
-  LISTS.forEach(([, title], index) => {
-    const shown = one.lists[index].length, all = one.sizes[index];
+  LISTS.forEach((title, index) => {
+    const shown = Math.min(data.contexts, one.lists[index].length), all = one.sizes[index];
     const tab = element(tabs, "button", `${title} (${shown < all ? `${shown} of ${all}` : shown})`);
     tab.type = "button";
     tab.setAttribute("aria-pressed", index === state.list);
     tab.addEventListener("click", () => { state.list = index; showDetail(); });
   });
-  const table = element(detail, "table", "", "contexts");
-  const contexts = one.lists[state.list], measure = state.list < 2 ? 0 : 1;
+  const contexts = one.lists[state.list].slice(0, data.contexts), measure = state.list < 2 ? 0 : 1;
   const most = Math.max(...contexts.map(values => Math.abs(values[measure])), 0) || 1;
-  if (contexts.length) {
-    const head = element(table, "tr");
-    for (const name of ["relevance", "activation", ""]) element(head, "th", name).scope = "col";
+  if (!contexts.length) {
+    element(detail, "p", "There is none in this corpus.");
+    return;
   }
+  const table = element(detail, "table", "", "contexts"), head = element(table, "tr");
+  for (const name of ["relevance", "activation", ""]) element(head, "th", name).scope = "col";
   for (const [relevance, activation, snippet, at] of contexts) {
     const line = element(table, "tr");
     for (const value of [relevance, activation]) element(line, "td", number(value), "number");
     context(element(line, "td", "", "text"), snippets[snippet], at, [relevance, activation][measure] / most);
   }
-  if (!one.lists[state.list].length) element(detail, "p", "There is none in this corpus.");
 }
-// The text of a context: the token that is strong in colour, what was searched for marked.
+// The text of a context: the strong token in colour, matches of the search marked.
 function context(cell, snippet, at, share) {
-  // In its own direction: what is explained stays behind it.
+  // Isolated: the explained token stays at the end, also of a text from right to left.
   const line = element(cell, "bdi");
   if (snippet.before) line.append("\u2026 ");
   const wanted = fold(printable(state.query)), text = snippet.text;
@@ -186,7 +183,7 @@ function context(cell, snippet, at, share) {
     const from = place;
     place += snippet.folded[index].length;
     const found = starts.some(start => start < place && start + wanted.length > from);
-    // The space before a word stays outside: a line may end there.
+    // The space before a word is outside of its element, so that a line may break there.
     const space = word.length - word.trimStart().length;
     line.append(word.slice(0, space));
     const part = element(line, found ? "mark" : "span", word.slice(space) || "\u2423");
@@ -206,13 +203,13 @@ $("controls").addEventListener("submit", event => event.preventDefault());
 $("search").addEventListener("input", event => {
   const before = state.query;
   state.query = event.target.value.trim();
-  // Who begins to search wants to see who has it most; who sorted otherwise since, keeps that.
+  // A new search is sorted by matches; an order that was chosen since then is kept.
   if (!before && state.query) state.sort = $("sort").value = "count";
   if (before && !state.query && state.sort === "count") state.sort = $("sort").value = "mass";
   list();
 });
 $("controls").addEventListener("change", event => {
-  // The search box says so too when it is left: a list made anew would take the row from under a click.
+  // Leaving the search box is a change, too: a new list would replace the row that is being clicked.
   if (event.target.id === "search") return;
   if (event.target.name === "site") use(event.target.value);
   if (event.target.id === "layer") state.layer = event.target.value;
@@ -223,7 +220,7 @@ $("rows").addEventListener("click", event => {
   const line = event.target.closest("tr");
   if (!line) return;
   choose(state.shown[line.sectionRowIndex], false);
-  // Where the list stands above it, and not beside it, what was chosen may be out of sight.
+  // In a narrow window the details are below the list, perhaps out of sight.
   if ($("detail").getBoundingClientRect().top > 0.8 * innerHeight) $("detail").scrollIntoView();
 });
 $("list").addEventListener("scroll", () => {

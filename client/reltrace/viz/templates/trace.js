@@ -75,8 +75,8 @@ const turns = data.segments.filter(({role}) => role);
 // On the left of the tokens: the roles of the turns.
 const BAND = turns.length ? 20 : 0;
 let gutter = 0, requested = false;
-const left = column => gutter + column * COLUMN - map.scrollLeft;
-const top_ = token => HEAD + token * ROW - map.scrollTop;
+const xOf = column => gutter + column * COLUMN - map.scrollLeft;
+const yOf = token => HEAD + token * ROW - map.scrollTop;
 function layout() {
   pen.font = FONT;
   const longest = data.tokens.reduce((most, token) => Math.max(most, pen.measureText(token).width), 0);
@@ -114,9 +114,9 @@ function draw() {
     for (let column = firstColumn; column < lastColumn; column++) {
       const share = value(token, column) / state.scales[column];
       const rgb = masked(token) ? [235, 235, 235] : colour(share);
-      fill(css(rgb), left(column), top_(token), COLUMN - 1, ROW - 1);
+      fill(css(rgb), xOf(column), yOf(token), COLUMN - 1, ROW - 1);
       // A dash for the sign: for those who do not see the difference of the colours, and in print.
-      if (!masked(token) && share < -0.1) fill(ink(rgb), left(column) + COLUMN / 2 - 4, top_(token) + ROW / 2 - 1, 7, 1);
+      if (!masked(token) && share < -0.1) fill(ink(rgb), xOf(column) + COLUMN / 2 - 4, yOf(token) + ROW / 2 - 1, 7, 1);
     }
   }
   mark(state.chosen, "#1a56c4");
@@ -125,15 +125,15 @@ function draw() {
   fill("#fff", 0, 0, width, HEAD);
   Object.assign(pen, {fillStyle: "#333", textAlign: "right"});
   for (let token = firstRow; token < lastRow; token++) {
-    if (top_(token) > HEAD - ROW / 2) pen.fillText(shortened(data.tokens[token]), gutter - 7, top_(token) + ROW / 2);
+    if (yOf(token) > HEAD - ROW / 2) pen.fillText(shortened(data.tokens[token]), gutter - 7, yOf(token) + ROW / 2);
   }
   pen.textAlign = "center";
   const widest = Math.max(...columns.map(name => pen.measureText(name).width));
   const every = layered ? Math.max(1, Math.ceil((widest + 6) / COLUMN)) : 1;
   for (let column = firstColumn; column < lastColumn; column++) {
-    if (column % every === 0 && left(column) >= gutter - COLUMN / 2) pen.fillText(columns[column], left(column) + COLUMN / 2, HEAD / 2);
+    if (column % every === 0 && xOf(column) >= gutter - COLUMN / 2) pen.fillText(columns[column], xOf(column) + COLUMN / 2, HEAD / 2);
   }
-  for (const {first, stop, role} of turns) drawTurn(Math.max(HEAD, top_(first)), Math.min(height, top_(stop)), role);
+  for (const {first, stop, role} of turns) drawTurn(Math.max(HEAD, yOf(first)), Math.min(height, yOf(stop)), role);
 }
 function drawTurn(from, to, role) {
   if (to <= from) return;
@@ -151,7 +151,7 @@ function mark(place, style) {
   const [column, columns] = place.column < 0 ? [0, state.site.columns.length] : [place.column, 1];
   const [token, rows] = place.token < 0 ? [0, tokens] : [place.token, 1];
   Object.assign(pen, {strokeStyle: style, lineWidth: 2});
-  pen.strokeRect(left(column), top_(token), columns * COLUMN - 1, rows * ROW - 1);
+  pen.strokeRect(xOf(column), yOf(token), columns * COLUMN - 1, rows * ROW - 1);
 }
 function shortened(word) {
   const room = gutter - BAND - 14;
