@@ -31,7 +31,7 @@ def list_quarantined(
         for job in jobs
     ]
     columns = ("job", "tenant", "model", "lost", "input")
-    print_found(jobs, as_json, columns, rows, empty="no quarantined jobs")
+    print_found(jobs, as_json, columns, rows, ("lost",), empty="no quarantined jobs")
 
 
 @command(quarantined)
@@ -95,7 +95,8 @@ def list_tenants(connection: Connection, as_json: bool = AS_JSON) -> None:
         for one in found
     ]  # fmt: skip
     columns = ("tenant", "weight", "jobs", "of", "bytes", "of")
-    print_found(found, as_json, columns, rows, empty="no tenants")
+    right = ("weight", "jobs", "of", "bytes")
+    print_found(found, as_json, columns, rows, right, empty="no tenants")
 
 
 def _limit(value: float | None, style: str) -> str:

@@ -142,7 +142,7 @@ def _while_valid(behaviour: Behaviour, tokens: Tokens, token: str) -> Behaviour:
         generation = tokens.generation
         async with aclosing(behaviour(request, context)) as responses:
             async for response in responses:
-                tokens.look()
+                tokens.refresh()
                 if tokens.generation != generation:
                     generation = tokens.generation
                     tokens.find(token)

@@ -245,31 +245,22 @@ def _children(options: UpOptions, port: int, report: Callable[[str], None]) -> l
         # Each worker would use all cores, and all would be slow.
         environment.setdefault("RELTRACE_THREADS", str(max(1, (os.cpu_count() or 1) // total)))
     address = f"{HOST}:{port}"
-
-    def child(name: str, package: str, *arguments: str, **variables: str) -> Child:
-        return Child(
-            name,
-            # -P: a file of the folder that `up` is started in must not pass for a module.
-            [sys.executable, "-P", "-m", package, *arguments],
-            environment=environment | variables,
-            logs=logs,
-            report=report,
-            fatal_prefix=f"{package.replace('_', '-')}:",
-        )
-
-    scheduler, worker = "reltrace_scheduler", "reltrace_worker"
+    scheduler, variables = ["--listen", address], {}
     if options.redis is None:
-        data = ("--data", str(options.folder))
-        children = [child("scheduler", scheduler, "--listen", address, *data)]
+        scheduler += ["--data", str(options.folder)]
     else:
         # Not an argument, which every user of the machine can read: the URL may hold a password.
-        redis = options.redis
-        children = [child("scheduler", scheduler, "--listen", address, RELTRACE_REDIS=redis)]
-    dtype = () if options.dtype is None else ("--dtype", options.dtype)
+        variables["RELTRACE_REDIS"] = options.redis
+    children = [
+        Child("scheduler", "reltrace_scheduler", scheduler, environment | variables, logs, report)
+    ]
+    dtype = [] if options.dtype is None else ["--dtype", options.dtype]
     models = [model for model in options.models for _ in range(options.workers)]
     for number, model in enumerate(models, start=1):
-        arguments = ("--scheduler", address, "--model", model, *dtype)
-        children.append(child(f"worker-{number}", worker, *arguments))
+        worker = ["--scheduler", address, "--model", model, *dtype]
+        children.append(
+            Child(f"worker-{number}", "reltrace_worker", worker, environment, logs, report)
+        )
     report(
         f"starting a scheduler on {address} and {total} worker{'s' if total > 1 else ''} "
         f"({', '.join(options.models)}); logs in {logs}"
