@@ -7,8 +7,6 @@ from pathlib import Path
 from reltrace_proto.options import option
 from reltrace_proto.telemetry import LogFormat
 
-from reltrace_scheduler.errors import StartError
-
 
 class Fsync(StrEnum):
     """When the embedded Redis writes its file to the disk (Redis' `appendfsync`)."""
@@ -142,11 +140,3 @@ class Settings:
     def heartbeat(self) -> float:
         """Seconds between a worker's heartbeats: two may be missed."""
         return self.lease / 3
-
-
-def host_and_port(option: str, address: str) -> tuple[str, int]:
-    """Split HOST:PORT; raises StartError, naming the option, if it is something else."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise StartError(f"{option} {address}: must be HOST:PORT, such as 127.0.0.1:8080")
-    return host.strip("[]"), int(port)

@@ -14,12 +14,12 @@ from typing import Any
 import structlog
 from aiohttp import web
 from redis.exceptions import RedisError
+from reltrace_proto.net import host_and_port
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_scheduler import __version__
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import Role
-from reltrace_scheduler.config import host_and_port
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
 from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.store import Store
