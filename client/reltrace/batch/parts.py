@@ -46,10 +46,10 @@ def header_bytes(trace: Trace) -> int:
     about, tensors = _split(trace)
     # Many traces share one.
     del about["provenance"]
-    # JSON within JSON; the names in it are its "order".
-    return len(json.dumps(json.dumps(about))) + sum(
-        _ENTRY_BYTES + len(name) for name in ("", *tensors)
-    )
+    # It is JSON within JSON: quotes and backslashes are escaped once more.
+    text = json.dumps(about)
+    escaped = len(text) + text.count('"') + text.count("\\") + 2
+    return escaped + sum(_ENTRY_BYTES + len(name) for name in ("", *tensors))
 
 
 def _split(trace: Trace) -> tuple[dict[str, Any], dict[str, Array]]:
