@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -184,11 +184,7 @@ class Assembler:
         provenance = decode.provenance(header.provenance)
         layers = tuple(header.layers)
         times = decode.timings(timings)
-        by_trace: Sequence[Mapping[str, Mapping[str, Array]]] = (
-            self._received(len(header.targets), layers)
-            if self._manifest is None
-            else self._stored(self._manifest, len(header.targets), layers)
-        )
+        by_trace = self._arrays(len(header.targets), layers)
         return [
             Trace(
                 tokens=list(prompt.tokens),
@@ -209,45 +205,40 @@ class Assembler:
             for target, arrays in zip(header.targets, by_trace, strict=True)
         ]
 
-    def _received(self, traces: int, layers: tuple[int, ...]) -> list[dict[str, dict[str, Array]]]:
-        by_trace: list[dict[str, dict[str, Array]]] = [
+    def _arrays(
+        self, traces: int, layers: tuple[int, ...]
+    ) -> Sequence[Mapping[str, Mapping[str, Array]]]:
+        """Return the arrays of each trace; those that a manifest names are not read yet."""
+        if self._manifest is not None:
+            stored: list[list[types_pb2.StoredTensor]] = [[] for _ in range(traces)]
+            shapes = [(wire.trace, wire.site, tuple(wire.shape)) for wire in self._manifest.tensors]
+            self._check_shapes(shapes, traces, layers)
+            for wire in self._manifest.tensors:
+                stored[wire.trace].append(wire)
+            locations = (decode.stored_location(self._manifest, some) for some in stored)
+            return [StoredArrays(location, self.job.sites) for location in locations]
+        received: list[dict[str, dict[str, Array]]] = [
             {site: {} for site in self.job.sites} for _ in range(traces)
         ]
+        shapes = [(trace, site, t.shape) for (trace, site, _), t in self._tensors.items()]
+        self._check_shapes(shapes, traces, layers)
         for (trace, site, part), tensor in self._tensors.items():
-            self._check_requested(trace, site, traces)
-            by_trace[trace][site][part] = tensor.array(site)
-        for trace, sites in enumerate(by_trace):
-            for site, parts in sites.items():
-                _check_site(trace, site, [array.shape for array in parts.values()], layers)
-        return by_trace
+            received[trace][site][part] = tensor.array(site)
+        return received
 
-    def _stored(
-        self, manifest: types_pb2.Manifest, traces: int, layers: tuple[int, ...]
-    ) -> list[StoredArrays]:
-        """Return the tensors that a manifest names; they are not read yet."""
-        by_trace: list[list[types_pb2.StoredTensor]] = [[] for _ in range(traces)]
-        for wire in manifest.tensors:
-            self._check_requested(wire.trace, wire.site, traces)
-            by_trace[wire.trace].append(wire)
-        for trace, tensors in enumerate(by_trace):
-            for site in self.job.sites:
-                shapes = [tuple(tensor.shape) for tensor in tensors if tensor.site == site]
-                _check_site(trace, site, shapes, layers)
-        return [
-            StoredArrays(decode.stored_location(manifest, tensors), self.job.sites)
-            for tensors in by_trace
-        ]
-
-    def _check_requested(self, trace: int, site: str, traces: int) -> None:
-        if trace >= traces or site not in self.job.sites:
-            raise ProtocolError(f"a tensor of trace {trace}, site {site!r} was not asked for")
-
-
-def _check_site(
-    trace: int, site: str, shapes: Sequence[tuple[int, ...]], layers: tuple[int, ...]
-) -> None:
-    if not shapes:
-        raise ProtocolError(f"trace {trace} came back without site {site!r}")
-    rows = {shape[:1] for shape in shapes}
-    if layers and site not in SITES_WITHOUT_LAYERS and rows != {(len(layers),)}:
-        raise ProtocolError(f"site {site!r} does not have {len(layers)} layers")
+    def _check_shapes(
+        self,
+        shapes: Iterable[tuple[int, str, tuple[int, ...]]],
+        traces: int,
+        layers: tuple[int, ...],
+    ) -> None:
+        """Check that the tensors, each of a trace and a site, are all that were asked for."""
+        missing = {(trace, site): None for trace in range(traces) for site in self.job.sites}
+        for trace, site, shape in shapes:
+            if trace >= traces or site not in self.job.sites:
+                raise ProtocolError(f"a tensor of trace {trace}, site {site!r} was not asked for")
+            if layers and site not in SITES_WITHOUT_LAYERS and shape[:1] != (len(layers),):
+                raise ProtocolError(f"site {site!r} does not have {len(layers)} layers")
+            missing.pop((trace, site), None)
+        for trace, site in missing:
+            raise ProtocolError(f"trace {trace} came back without site {site!r}")

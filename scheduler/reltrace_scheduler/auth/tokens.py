@@ -30,11 +30,10 @@ _PREFIX = "rlt_"
 """Lets scanners for leaked secrets know one."""
 
 _SECRET_BYTES = 32
-_LOOK_EVERY = 1.0
-"""Seconds between looks at the file."""
+_REFRESH_EVERY = 1.0
+"""Seconds between checks of the file."""
 
 _MAX_FILE_BYTES = 4 << 20
-_MAX_ENTRIES = 10_000
 
 _FIELDS = ("name", "role", "sha256", "tenant")
 
@@ -101,8 +100,6 @@ def parse(text: str) -> tuple[Entry, ...]:
         raise TokenError(f"{min(content)!r}: only [[token]] tables are allowed")
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise TokenError("token: must be [[token]] tables")
-    if len(tables) > _MAX_ENTRIES:
-        raise TokenError(f"holds {len(tables)} tokens; at most {_MAX_ENTRIES} are allowed")
     entries: dict[str, Entry] = {}
     for number, table in enumerate(tables, start=1):
         try:
@@ -149,15 +146,13 @@ class Tokens:
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._clock = clock
-        self._looked_at = clock()
+        self._checked_at = clock()
         self.generation = 0
         """Rises when the file has been read again."""
         try:
             self._file = FileValue(self._read, [path], self._log_failure)
-        except OSError as error:
-            raise StartError(f"--tokens {path}: {error.strerror}") from error
-        except TokenError as error:
-            raise StartError(f"--tokens {path}: {error}") from error
+        except (OSError, TokenError) as error:
+            raise StartError(f"--tokens {path}: {_reason(error)}") from error
         if not self._file.value:
             raise StartError(
                 f"--tokens {path}: holds no token; "
@@ -166,7 +161,7 @@ class Tokens:
 
     def find(self, token: str) -> Identity:
         """Return who presents a token; raises UnauthenticatedError."""
-        self.look()
+        self.refresh()
         # How long the lookup takes tells something of a hash, from which no token follows.
         found = self._file.value.get(hashlib.sha256(token.encode()).hexdigest())
         if found is None:
@@ -175,19 +170,18 @@ class Tokens:
             )
         return found
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Read the file again if it has changed; at most once a second."""
         now = self._clock()
-        if now - self._looked_at < _LOOK_EVERY:
+        if now - self._checked_at < _REFRESH_EVERY:
             return
-        self._looked_at = now
+        self._checked_at = now
         if self._file.refresh():
             self.generation += 1
             log.info("tokens.read", file=str(self._path), tokens=len(self._file.value))
 
     def _log_failure(self, error: OSError | ValueError) -> None:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        log.error("tokens.unreadable", file=str(self._path), error=reason, kept="old tokens")
+        log.error("tokens.unreadable", file=str(self._path), error=_reason(error), kept="old")
 
     def _read(self) -> dict[str, Identity]:
         with self._path.open("rb") as file:
@@ -198,3 +192,7 @@ class Tokens:
             return {entry.sha256: entry.identity for entry in parse(content.decode())}
         except UnicodeDecodeError:
             raise TokenError("is not UTF-8") from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror or "" if isinstance(error, OSError) else str(error)

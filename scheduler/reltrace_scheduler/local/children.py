@@ -5,6 +5,7 @@ import codecs
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -55,28 +56,24 @@ class Log:
 
 
 class Child:
-    """One child process, started again whenever it ends; its log file has its name.
-
-    An error line that begins with `fatal_prefix`, before the service has been up, ends the
-    attempts: trying again would end the same way.
-    """
+    """One of our commands as a child process, started again whenever it ends."""
 
     def __init__(
         self,
         name: str,
-        command: Sequence[str],
-        *,
+        package: str,
+        arguments: Sequence[str],
         environment: Mapping[str, str],
         logs: Path,
         report: Callable[[str], None],
-        fatal_prefix: str,
     ) -> None:
         self.name = name
         self.was_ready = False
-        self._command = tuple(command)
+        # -P: a file of the folder that `up` is started in must not pass for a module.
+        self._command = [sys.executable, "-P", "-m", package, *arguments]
+        self._error_prefix = f"{package.replace('_', '-')}:"
         self._environment = environment
         self._report = report
-        self._fatal_prefix = fatal_prefix
         self._log = Log(logs / f"{name}.log")
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
@@ -101,7 +98,8 @@ class Child:
     def _count_early_death(self, code: int) -> None:
         self._early_deaths += 1
         tail = self._log.tail()
-        final = code == 2 or bool(tail and tail[-1].startswith(self._fatal_prefix))
+        # Wrong usage, or a one-line error of the command itself: it would end the same way again.
+        final = code == 2 or bool(tail and tail[-1].startswith(self._error_prefix))
         if final or self._early_deaths >= _MAX_EARLY_DEATHS:
             times = "" if self._early_deaths == 1 else f" {self._early_deaths} times"
             lines = "".join(f"\n  {line}" for line in tail)

@@ -33,7 +33,7 @@ _MAY_PASS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 # What `up` decides for its children: the same settings, meant for a scheduler, worker or client
 # that is started by hand, must not reach them. All others do. Everything stays on this machine,
-# where nobody needs TLS or a token.
+# where neither TLS nor a token is needed.
 _DECIDED = {
     f"RELTRACE_{name}"
     for name in (
@@ -147,16 +147,16 @@ async def _supervise(
 ) -> None:
     stop = asyncio.Event()
 
-    def asked_to_stop() -> None:
+    def on_signal() -> None:
         if stop.is_set():
-            # Asked twice: somebody is in a hurry.
+            # The second signal: do not wait any longer.
             for child in children:
                 child.kill()
         stop.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, asked_to_stop)
+        loop.add_signal_handler(number, on_signal)
     running = [asyncio.create_task(child.keep_running()) for child in children]
     stopped = asyncio.create_task(stop.wait())
     serving = asyncio.create_task(_wait_until_served(options, f"{HOST}:{port}", report))
@@ -245,31 +245,22 @@ def _children(options: UpOptions, port: int, report: Callable[[str], None]) -> l
         # Each worker would use all cores, and all would be slow.
         environment.setdefault("RELTRACE_THREADS", str(max(1, (os.cpu_count() or 1) // total)))
     address = f"{HOST}:{port}"
-
-    def child(name: str, package: str, *arguments: str, **variables: str) -> Child:
-        return Child(
-            name,
-            # -P: a file of the folder that `up` is started in must not pass for a module.
-            [sys.executable, "-P", "-m", package, *arguments],
-            environment=environment | variables,
-            logs=logs,
-            report=report,
-            fatal_prefix=f"{package.replace('_', '-')}:",
-        )
-
-    scheduler, worker = "reltrace_scheduler", "reltrace_worker"
+    scheduler, variables = ["--listen", address], {}
     if options.redis is None:
-        data = ("--data", str(options.folder))
-        children = [child("scheduler", scheduler, "--listen", address, *data)]
+        scheduler += ["--data", str(options.folder)]
     else:
         # Not an argument, which every user of the machine can read: the URL may hold a password.
-        redis = options.redis
-        children = [child("scheduler", scheduler, "--listen", address, RELTRACE_REDIS=redis)]
-    dtype = () if options.dtype is None else ("--dtype", options.dtype)
+        variables["RELTRACE_REDIS"] = options.redis
+    children = [
+        Child("scheduler", "reltrace_scheduler", scheduler, environment | variables, logs, report)
+    ]
+    dtype = [] if options.dtype is None else ["--dtype", options.dtype]
     models = [model for model in options.models for _ in range(options.workers)]
     for number, model in enumerate(models, start=1):
-        arguments = ("--scheduler", address, "--model", model, *dtype)
-        children.append(child(f"worker-{number}", worker, *arguments))
+        worker = ["--scheduler", address, "--model", model, *dtype]
+        children.append(
+            Child(f"worker-{number}", "reltrace_worker", worker, environment, logs, report)
+        )
     report(
         f"starting a scheduler on {address} and {total} worker{'s' if total > 1 else ''} "
         f"({', '.join(options.models)}); logs in {logs}"
@@ -293,7 +284,7 @@ def _check_names(models: Sequence[str]) -> None:
 
 
 def _free_port(port: int) -> int:
-    """Return `port` if nobody listens on it; for 0, one that is free."""
+    """Return `port` if it is free; for 0, any free one."""
     # The scheduler's gRPC would share the port (SO_REUSEPORT) and get every other call.
     try:
         with socket.create_server((HOST, port)) as probe:
