@@ -76,6 +76,14 @@ def parse_addresses(text: str) -> tuple[str, ...]:
     return addresses
 
 
+def host_and_port(option: str, address: str) -> tuple[str, int]:
+    """Split the HOST:PORT to listen on; port 0 is any free one."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise SettingError(f"{option} {address}", "must be HOST:PORT, such as 127.0.0.1:8080")
+    return host.strip("[]"), int(port)
+
+
 def is_loopback(address: str) -> bool:
     """Return whether only this machine can be at an address. "localhost" is the only known name."""
     if address.startswith("unix:"):

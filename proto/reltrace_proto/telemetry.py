@@ -1,8 +1,8 @@
-"""Log lines by structlog, and spans of jobs for OpenTelemetry.
+"""Log lines by structlog, metrics for Prometheus, and spans of jobs for OpenTelemetry.
 
 A job carries the span of the client's that it belongs to, as ``traceparent`` of the W3C's Trace
 Context. Scheduler and worker add what they did for it once it is over, with the times at which it
-was done, so that no span is kept open. Both packages are optional: see the extras of this
+was done, so that no span is kept open. The packages are optional: see the extras of this
 distribution.
 """
 
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from reltrace_proto.net import SettingError
+from reltrace_proto.net import SettingError, host_and_port
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
+    from prometheus_client import CollectorRegistry
     from structlog.types import EventDict, Processor
 
     from reltrace_proto.v1 import types_pb2
@@ -57,6 +58,24 @@ def configure_logs(level: str, form: LogFormat, **fields: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+@contextmanager
+def serving_metrics(listen: str, registry: "CollectorRegistry") -> Iterator[str]:
+    """Serve metrics over HTTP on ``HOST:PORT`` until the block ends; gives the bound address."""
+    from prometheus_client import start_http_server
+
+    host, port = host_and_port("--metrics", listen)
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise SettingError(f"--metrics {listen}", error.strerror or str(error)) from error
+    try:
+        yield f"{host}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 class Spans:

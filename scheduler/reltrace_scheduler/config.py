@@ -7,8 +7,6 @@ from pathlib import Path
 from reltrace_proto.options import option
 from reltrace_proto.telemetry import LogFormat
 
-from reltrace_scheduler.errors import StartError
-
 
 class Fsync(StrEnum):
     """When the embedded Redis writes its file to the disk (Redis' `appendfsync`)."""
@@ -47,7 +45,7 @@ class Settings:
     )
     lease: float = option(30.0, "Seconds without a heartbeat after which a lease is lost.", min=0.5)
     result_ttl: float = option(
-        3600.0, "Seconds that results are kept that nobody has fetched.", min=1
+        3600.0, "Seconds that results are kept if they are not fetched.", min=1
     )
     max_lost_leases: int = option(3, "Lost leases after which a job is quarantined.", min=1)
     max_jobs: int = option(100_000, "Jobs that may be queued or leased at a time.", min=1)
@@ -81,7 +79,7 @@ class Settings:
     tokens: Path | None = option(
         None,
         "File of the tokens that callers need, as `reltrace-scheduler token` writes it. Without "
-        "it, everybody may do everything.",
+        "it, every caller may do everything.",
     )
     tls_cert: Path | None = option(
         None, "PEM file of the server's certificate.", env="LISTEN_TLS_CERT"
@@ -142,11 +140,3 @@ class Settings:
     def heartbeat(self) -> float:
         """Seconds between a worker's heartbeats: two may be missed."""
         return self.lease / 3
-
-
-def host_and_port(option: str, address: str) -> tuple[str, int]:
-    """Split HOST:PORT; raises StartError, naming the option, if it is something else."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise StartError(f"{option} {address}: must be HOST:PORT, such as 127.0.0.1:8080")
-    return host.strip("[]"), int(port)

@@ -13,6 +13,7 @@ from reltrace_proto.net import (
     FileValue,
     SettingError,
     TlsOptions,
+    host_and_port,
     is_loopback,
     parse_addresses,
     token_from_environment,
@@ -53,6 +54,14 @@ def test_addresses(text: str, addresses: list[str]) -> None:
 def test_malformed_addresses(text: str) -> None:
     with pytest.raises(SettingError, match='address: must be "HOST:PORT"'):
         parse_addresses(text)
+
+
+def test_an_address_to_listen_on() -> None:
+    assert host_and_port("--web", "127.0.0.1:0") == ("127.0.0.1", 0)
+    assert host_and_port("--web", "[::1]:80") == ("::1", 80)
+    for address in ("nowhere", "127.0.0.1:x", ":1"):
+        with pytest.raises(SettingError, match=f"--web {address}: must be HOST:PORT"):
+            host_and_port("--web", address)
 
 
 def test_too_many_addresses() -> None:

@@ -76,7 +76,6 @@ class PrefetchLimit:
                 await self._notify()
 
     async def measured(self, size: int) -> None:
-        """Take the size of a result, in bytes."""
         self._slots = min(_MAX_PREFETCH, max(_MIN_PREFETCH, _PREFETCH_BYTES // max(size, 1)))
         await self._notify()
 
@@ -169,7 +168,6 @@ class SliceJobs:
 
 
 async def free_shards(connection: Connection, submissions: Iterable[Submission]) -> None:
-    """Free results on the server."""
     await asyncio.gather(
         *(acknowledge(connection, one.id, len(one.job_ids)) for one in submissions)
     )

@@ -36,8 +36,6 @@ _PARQUET_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A prompt of a file."""
-
     index: int  # among the prompts, from 0
     line: int  # of the file, or row of a Parquet file, from 1
     id: str | int  # as the file names it, else `index`
@@ -48,8 +46,6 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class InputFormat:
-    """How a file of prompts is read."""
-
     name: str  # one of `FORMATS`
     # Of CSV and Parquet; default: "prompt", else "messages", whose cells are conversations (in CSV
     # as JSON), and "id" if there is such a column.
@@ -210,7 +206,6 @@ def _from_openai(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _target(value: Any) -> Any:
-    """Return the `target` argument of a JSON value."""
     if isinstance(value, list):
         return [_target(part) for part in value]
     if not isinstance(value, dict):
@@ -282,8 +277,6 @@ _READERS: dict[str, Callable[[BinaryIO, InputFormat], Iterator[Item]]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """Names of the columns that are read."""
-
     prompt: str
     id: str | None
     also: tuple[str, ...]
@@ -319,7 +312,6 @@ def _from_row(index: int, line: int, row: Mapping[str, Any], names: _Columns) ->
 
 
 def _input(cell: object, column: str) -> dict[str, Any]:
-    """Return the argument of a cell of CSV or Parquet."""
     if column != "messages":
         if isinstance(cell, str):
             return {"prompt": cell}
@@ -342,11 +334,9 @@ class Fingerprint:
         self._hash = hashlib.blake2b(digest_size=16)
 
     def add(self, item: Item) -> None:
-        """Add the next prompt."""
         self._hash.update(len(item.content).to_bytes(8, "little"))
         self._hash.update(item.content)
         self.count += 1
 
     def digest(self) -> str:
-        """Return the digest of the prompts that were added."""
         return self._hash.copy().hexdigest()

@@ -97,7 +97,6 @@ class Evaluation:
         return f"Evaluation({self.title}{failed}{area}{warned})"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows."""
         from reltrace.viz.notebook import evaluation_html
 
         return evaluation_html(self)

@@ -34,11 +34,8 @@ class Source:
 
     shard: Shard
     route: str
-
-    @property
-    def channel(self) -> str:
-        """Signalled when jobs are queued."""
-        return self.shard.key("wake", self.route)
+    channel: str
+    """Signalled when jobs are queued."""
 
 
 class EmptyQueueCache:
@@ -88,8 +85,11 @@ class Leasing:
         self._empty = empty
         self._worker = worker
         self.held: dict[Lease, QueueName] = {}
-        self.sources = tuple(Source(s, route) for s in store.shards.all for route in worker.routes)
-        self._maybe_nonempty = set(self.sources)
+        self.sources = tuple(
+            Source(shard, route, shard.key("wake", route))
+            for shard in store.shards.all
+            for route in worker.routes
+        )
         self._next = 0
         self._credit = 0
         # Classes of jobs that may be held beside others. The class of a lease from before a lost
@@ -115,14 +115,6 @@ class Leasing:
         """Forget leases that are over; return their queues."""
         return [self.held.pop(lease, UNKNOWN) for lease in leases]
 
-    def wake(self, channels: set[str]) -> None:
-        """Ask the sources of these channels again."""
-        self._maybe_nonempty |= {s for s in self.sources if s.channel in channels}
-
-    def wake_all(self) -> None:
-        """Ask all sources again: a signal may have been missed."""
-        self._maybe_nonempty = set(self.sources)
-
     async def lease(self) -> Sequence[LeasedJob]:
         """Lease queued jobs of one source, as many as there is room for; empty: nothing to do."""
         for source in self._sources_in_turn():
@@ -130,7 +122,6 @@ class Leasing:
                 break
             async with self._empty.limit(source):
                 if self._empty.is_empty(source):
-                    self._maybe_nonempty.discard(source)
                     continue
                 signals = self._empty.count(source)
                 leased = await self._queue.lease(
@@ -145,7 +136,6 @@ class Leasing:
                 )
                 if leased.empty:
                     self._empty.note_empty(source, signals)
-                    self._maybe_nonempty.discard(source)
             self._isolated_source = source if leased.isolated else None
             if leased.isolated:
                 break
@@ -164,7 +154,7 @@ class Leasing:
             return []
         self._next = (self._next + 1) % len(self.sources)
         rotated = self.sources[self._next :] + self.sources[: self._next]
-        return [source for source in rotated if source in self._maybe_nonempty]
+        return [source for source in rotated if not self._empty.is_empty(source)]
 
     def _held_outside(self, shard: Shard) -> int:
         if len(self._shards.all) == 1:

@@ -11,7 +11,7 @@ from reltrace_scheduler.keys import QueueName
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.recent import RecentJob
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.records import Condemned, Lease, LostLease, TerminalResult
+from reltrace_scheduler.records import Lease, LostLease, QuarantineCandidate, TerminalResult
 
 _SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
 
@@ -29,7 +29,7 @@ def overdue(job_id: str) -> TerminalResult:
     return _result(job_id, None, "FAILED", error)
 
 
-def quarantined(job: Condemned) -> TerminalResult:
+def quarantined(job: QuarantineCandidate) -> TerminalResult:
     history = "; ".join(f"attempt {lost.attempt} on {lost.worker}" for lost in job.lost)
     message = f"lost its worker {len(job.lost)} times and is quarantined: {history}"
     error = _error(code_pb2.ABORTED, message)

@@ -111,7 +111,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                     async for message in _messages(self._new_drafts(positions)):
                         yield message
                     # What came since the last read has been signalled.
-                    await signal.wait(_POLL)
+                    await signal.wait_and_clear(_POLL)
 
     async def _new_drafts(self, positions: dict[str, str]) -> AsyncIterator[StoredDraft]:
         """Yield what came after the positions, by job, and move them on."""

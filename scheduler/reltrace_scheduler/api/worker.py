@@ -67,21 +67,20 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                     # where there was room before, a bound on what it holds (its share, or that
                     # of batch) kept jobs from it, and now it holds less.
                     if not request.HasField("results") or leasing.has_room:
-                        wake.event.set()
+                        wake.set()
                 await responses.put(None)
 
             async def dispatch() -> None:
                 while True:
-                    leasing.wake(wake.take())
                     if leases := await session.lease():
                         await responses.put(leases)
-                    elif not await wake.wait(POLL):
-                        leasing.wake_all()
+                    else:
+                        await wake.wait_and_clear(POLL)
 
             async def revoke() -> None:
                 while True:
                     # After a missed signal, the next heartbeat tells the worker.
-                    if await revoked.wait(heartbeat):
+                    if await revoked.wait_and_clear(heartbeat):
                         for response in await session.check():
                             await responses.put(response)
 

@@ -5,13 +5,12 @@ import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
+from reltrace_proto.telemetry import serving_metrics
 
-from reltrace_scheduler.config import host_and_port
-from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.gauges import ClusterState, Gauges
 from reltrace_scheduler.tasks import end
 
@@ -106,22 +105,17 @@ def _family(
 
 @contextlib.asynccontextmanager
 async def exporting(listen: str, counts: Counts, gauges: Gauges) -> AsyncIterator[None]:
-    """Serve the metrics over HTTP at HOST:PORT until the block ends."""
-    host, port = host_and_port("--metrics", listen)
+    """Serve the metrics over HTTP until the block ends; see `serving_metrics`."""
     collector = ClusterCollector()
     counts.registry.register(collector)
-    try:
-        server, thread = start_http_server(port, host, counts.registry)
-    except OSError as error:
-        raise StartError(f"--metrics {listen}: {error.strerror or error}") from error
-    reading = asyncio.create_task(_read_state(collector, gauges))
-    try:
-        yield
-    finally:
-        await end([reading])
-        await asyncio.to_thread(server.shutdown)
-        server.server_close()
-        thread.join()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(serving_metrics(listen, counts.registry))
+        reading = asyncio.create_task(_read_state(collector, gauges))
+        try:
+            yield
+        finally:
+            await end([reading])
+            await asyncio.to_thread(stack.close)
 
 
 async def _read_state(collector: ClusterCollector, gauges: Gauges) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import structlog
@@ -17,31 +17,17 @@ _RETRY = 0.2
 """Seconds before connecting again."""
 
 
-class Listener:
-    """The channels that were signalled since they were last taken."""
+class Listener(asyncio.Event):
+    """Set when one of its channels is signalled."""
 
-    def __init__(self, channels: Collection[str]) -> None:
-        self.channels = frozenset(channels)
-        self.event = asyncio.Event()
-        self._signalled: set[str] = set()
-
-    def signal(self, channels: Collection[str]) -> None:
-        self._signalled |= set(channels)
-        self.event.set()
-
-    def take(self) -> set[str]:
-        """Return the channels that were signalled, and forget them."""
-        signalled, self._signalled = self._signalled, set()
-        return signalled
-
-    async def wait(self, timeout: float) -> bool:
+    async def wait_and_clear(self, timeout: float) -> bool:
         """Wait for a signal, but at most `timeout` seconds; return whether one came."""
         try:
             async with asyncio.timeout(timeout):
-                await self.event.wait()
+                await self.wait()
         except TimeoutError:
             return False
-        self.event.clear()
+        self.clear()
         return True
 
 
@@ -68,13 +54,13 @@ class Signals:
     @contextmanager
     def listen(self, *channels: str) -> Iterator[Listener]:
         """Give a listener that is signalled whenever one of the channels is."""
-        listener = Listener(channels)
-        for channel in listener.channels:
+        listener = Listener()
+        for channel in channels:
             self._listeners[channel].add(listener)
         try:
             yield listener
         finally:
-            for channel in listener.channels:
+            for channel in channels:
                 self._listeners[channel].discard(listener)
                 if not self._listeners[channel]:
                     del self._listeners[channel]
@@ -94,11 +80,11 @@ class Signals:
             await pubsub.psubscribe(*CHANNELS)
             self._connections += 1
             for listener in set().union(*self._listeners.values()):
-                listener.signal(listener.channels)
+                listener.set()
             while True:
                 message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=10.0)
                 channel = message["channel"].decode() if message else ""
                 if channel in self._listeners:
                     self._counts[channel] += 1
                     for listener in self._listeners[channel]:
-                        listener.signal([channel])
+                        listener.set()

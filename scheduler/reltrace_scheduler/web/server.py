@@ -14,12 +14,12 @@ from typing import Any
 import structlog
 from aiohttp import web
 from redis.exceptions import RedisError
+from reltrace_proto.net import host_and_port
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_scheduler import __version__
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import Role
-from reltrace_scheduler.config import host_and_port
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
 from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.store import Store
@@ -33,7 +33,7 @@ _STATE_SECONDS = 0.5
 """However many pages are open, Redis is read twice a second."""
 
 _HEADERS = {
-    # Nothing from elsewhere, and nobody frames it.
+    # Nothing is loaded from elsewhere, and no page frames it.
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; img-src data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",

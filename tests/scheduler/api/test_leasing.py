@@ -47,23 +47,23 @@ class Workers:
 
     async def submit(self, route: str, count: int, **options: object) -> list[str]:
         jobs = [NewJob(route, b"spec") for _ in range(count)]
-        self._heard.take()
+        self._heard.clear()
         submission = await self.store.queue.submit(jobs, tenant="t", **options)  # type: ignore[arg-type]
         # Until then, a queue that was found empty is not asked again.
-        assert await self._heard.wait(10)
+        assert await self._heard.wait_and_clear(10)
         return list(submission.job_ids)
 
     async def lose(self, worker: str) -> None:
         """Let all leases of a worker run out, and be found lost."""
         requeued = 0
-        self._heard.take()
+        self._heard.clear()
         while not requeued:
             for shard in self.store.shards.all:
                 maintenance = Maintenance(shard, self.store.settings)
                 await maintenance.watchdog_tick()
                 for name in await shard.queues():
                     requeued += (await maintenance.reap(name))[0]
-        assert await self._heard.wait(10)
+        assert await self._heard.wait_and_clear(10)
 
 
 async def everything(leasing: Leasing) -> list[LeasedJob]:
@@ -71,7 +71,6 @@ async def everything(leasing: Leasing) -> list[LeasedJob]:
     found: list[LeasedJob] = []
     while jobs := await leasing.lease():
         found += jobs
-        leasing.wake_all()
     return found
 
 
@@ -82,7 +81,7 @@ async def workers(store: Redis, settings: Settings) -> AsyncIterator[Workers]:
     channels = [shard.key("wake", route) for shard in queue.shards.all for route in ROUTES]
     listening = asyncio.create_task(signals.run())
     with signals.listen(*channels) as heard:
-        assert await heard.wait(10)
+        assert await heard.wait_and_clear(10)
         yield Workers(queue, signals, heard)
     await end([listening])
 
@@ -130,15 +129,14 @@ async def test_batch_leaves_room_for_what_somebody_waits_for(workers: Workers) -
     leased = await everything(worker)
     assert 250 <= len(leased) <= 300
     await workers.submit("b", 5)
-    worker.wake_all()
     assert {job.queue.queue_class for job in await worker.lease()} == {Priority.INTERACTIVE}
 
 
-async def test_suspects_are_held_alone_whatever_else_waits(workers: Workers) -> None:
+async def test_isolated_jobs_are_held_alone_whatever_else_waits(workers: Workers) -> None:
     """
     Given jobs of one shard whose worker fell silent, and others in all shards
     If a worker asks for all it can get
-    I expect it to hold suspects and nothing else, or none of them, at every moment.
+    I expect it to hold isolated jobs and nothing else, or none of them, at every moment.
     """
     lost = await workers.submit("a", 3, idempotency_key="lost")
     assert len(await everything(await workers.connect("silent"))) == 3
@@ -151,7 +149,6 @@ async def test_suspects_are_held_alone_whatever_else_waits(workers: Workers) -> 
     worker = await workers.connect("w")
     seen: list[str] = []
     for _ in range(100):
-        worker.wake_all()
         jobs = await worker.lease()
         held = {queue.queue_class for queue in worker.held.values()}
         assert held in (set(), {"isolate_group"}, {Priority.INTERACTIVE}), held

@@ -12,13 +12,13 @@ import grpc
 import pytest
 import redis.asyncio
 from prometheus_client.parser import text_string_to_metric_families
+from reltrace_proto.net import SettingError
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2, worker_pb2
 from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import Role
 from reltrace_scheduler.auth.tokens import Tokens, append, make
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.connection import Connection
 from scheduler.fake_worker import FakeWorker
@@ -210,7 +210,7 @@ async def test_methods_that_do_not_exist_make_no_labels(
 @pytest.mark.parametrize("listen", ["nowhere", "127.0.0.1:x", ":1"])
 async def test_an_address_that_is_none(redis_url: str, settings: Settings, listen: str) -> None:
     client = redis.asyncio.Redis.from_url(redis_url)
-    with pytest.raises(StartError, match=r"--metrics .*: must be HOST:PORT"):
+    with pytest.raises(SettingError, match=r"--metrics .*: must be HOST:PORT"):
         async with serving(Connection(client, "test"), replace(settings, metrics=listen)):
             pass
     await client.aclose()
@@ -222,7 +222,7 @@ async def test_an_address_that_is_taken(redis_url: str, settings: Settings) -> N
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(StartError, match=r"--metrics .*: Address already in use"):
+        with pytest.raises(SettingError, match=r"--metrics .*: Address already in use"):
             async with serving(Connection(client, "test"), replace(settings, metrics=listen)):
                 pass
     await client.aclose()

@@ -14,6 +14,7 @@ import grpc
 import pytest
 import redis.asyncio
 from playwright.async_api import Browser, async_playwright
+from reltrace_proto.net import SettingError
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2, worker_pb2
 from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.auth.access import Access
@@ -148,7 +149,7 @@ async def test_it_is_not_shown_to_strangers(store: redis.asyncio.Redis, settings
         ("nowhere", "--web nowhere: must be HOST:PORT"),
         ("127.0.0.1:x", "must be HOST:PORT"),
     ]:
-        with pytest.raises(StartError, match=said):
+        with pytest.raises((StartError, SettingError), match=said):
             async with serving_page(listen, Store(store, settings), Access()):
                 pass
 

@@ -110,8 +110,3 @@ def test_checkpointing_keeps_one_layers_graph_at_a_time(checkpoints: Checkpoints
 
     off, on = most_alive(Engine(loaded, "off")), most_alive(Engine(loaded, "on"))
     assert on < 2 * off / loaded.shape.layers
-
-
-def test_an_unknown_setting_is_refused(checkpoints: Checkpoints) -> None:
-    with pytest.raises(ValueError, match="'auto', 'on' or 'off', not 'maybe'"):
-        Engine(checkpoints.loaded("grouped"), "maybe")  # type: ignore[arg-type]

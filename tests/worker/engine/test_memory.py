@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from reference.checkpoints import RECIPES, save_checkpoint
+from reference.checkpoints import FAMILY_RECIPES, RECIPES, save_checkpoint
 from reference.loaded import DEVICE, PROMPTS, Checkpoints, prepare, run
 from reference.peak import peak_bytes
 from reltrace_worker.engine import SITES, Engine
@@ -25,6 +25,7 @@ from reltrace_worker.engine.host_memory import is_out_of_memory
 from reltrace_worker.engine.memory import MemoryPlan
 from reltrace_worker.engine.passes import segment_length, trace_checkpointed, trace_keeping
 from reltrace_worker.lrp import RULES
+from reltrace_worker.lrp.lxt_rules import lxt_rules
 from reltrace_worker.models import LoadedModel, load_model
 from reltrace_worker.types.errors import EngineError
 from reltrace_worker.types.jobs import Edit, TargetRequest, TraceJob, TraceRequest
@@ -254,7 +255,7 @@ def test_what_one_job_asks_for_is_in_the_plan(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("recipe", ["grouped", "qwen2", "qwen3", "gemma3_softcap"])
+@pytest.mark.parametrize("recipe", ["grouped", *FAMILY_RECIPES])
 def test_no_rule_of_no_family_needs_more_than_planned(
     checkpoints: Checkpoints, recipe: str, dtype: str
 ) -> None:
@@ -266,6 +267,18 @@ def test_no_rule_of_no_family_needs_more_than_planned(
         for checkpointing in (False, True):
             planned = need(loaded, jobs, checkpointing)
             assert peak(loaded, jobs, checkpointing) <= 1.02 * planned, (rule, checkpointing)
+
+
+@pytest.mark.parametrize("rule", ["attnlrp", "cp_lrp"])
+def test_what_lxts_functions_keep_is_in_the_plan(checkpoints: Checkpoints, rule: str) -> None:
+    loaded = checkpoints.loaded("grouped")
+    rules = lxt_rules(loaded.family)
+    jobs = prepare(loaded, *[TraceRequest(LONG, rule=rule)] * 3)
+    for checkpointing in (False, True):
+        planned = MemoryPlan(loaded, rules=rules).trace_bytes(jobs, checkpointing)
+        engine = Engine(loaded, "on" if checkpointing else "off", rules=rules)
+        allocated = peak_bytes(loaded, lambda engine=engine: run(engine, jobs))
+        assert allocated <= 1.02 * planned, checkpointing
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "laplace", "relu"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reference.loaded import Checkpoints
 from reltrace_worker.engine import Engine
 from reltrace_worker.lrp import linear
+from reltrace_worker.lrp.patching import instance_forward
 from reltrace_worker.models import load_model
 from reltrace_worker.types.jobs import (
     Target,
@@ -112,6 +113,12 @@ def test_layers_come_back_also_after_an_exception() -> None:
     with pytest.raises(KeyError, match="True"), linear.through_onednn([module, module]):
         raise KeyError("forward" in vars(module))
     assert vars(module) == before
+
+
+def test_a_forward_that_a_rule_has_replaced_stays() -> None:
+    module = layer(4, 4)
+    with instance_forward(module, lambda x: x + 1), linear.through_onednn([module]):
+        assert module(torch.tensor(1)) == 2
 
 
 @needs_onednn

@@ -9,11 +9,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from reference.loaded import Checkpoints, prepare
+from reltrace_proto.net import SettingError
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
 from reltrace_worker.models.placement import device_memory
 from reltrace_worker.observability.metrics import (
-    MetricsError,
     PassStats,
     WorkerCollector,
     exporting,
@@ -90,7 +90,7 @@ def test_time_is_told_by_phase(checkpoints: Checkpoints, checkpointing: str) -> 
 def test_an_address_that_is_none(listen: str) -> None:
     collector = WorkerCollector({"m": PassStats()}, dict)
     with (
-        pytest.raises(MetricsError, match=r"--metrics .*: must be HOST:PORT"),
+        pytest.raises(SettingError, match=r"--metrics .*: must be HOST:PORT"),
         exporting(listen, collector),
     ):
         pass
@@ -102,7 +102,7 @@ def test_an_address_that_is_taken() -> None:
         taken.listen()
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         with (
-            pytest.raises(MetricsError, match=r"Address already in use"),
+            pytest.raises(SettingError, match=r"Address already in use"),
             exporting(listen, WorkerCollector({"m": PassStats()}, dict)),
         ):
             pass

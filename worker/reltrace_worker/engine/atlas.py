@@ -66,17 +66,7 @@ class AtlasRecorder(SiteHooks):
 
 
 class Atlas:
-    """The atlas of a corpus that is being made, pass by pass.
-
-    Attributes
-    ----------
-    sites
-        What the passes so far have found, by site.
-    targets
-        What is traced of each prompt, by its number.
-    checkpointing
-        A pass recomputed its layers.
-    """
+    """The atlas of a corpus that is being made, pass by pass."""
 
     @staticmethod
     def table_bytes(shape: ModelShape, k: int) -> int:
@@ -90,7 +80,9 @@ class Atlas:
             site: SiteAtlas.empty(shape.layers, SITES[site].features(shape), job.k, loaded.device)
             for site in ATLAS_SITES
         }
+        # What is traced of each prompt, by its number.
         self.targets: dict[int, ResolvedTarget] = {}
+        # A pass recomputed its layers.
         self.checkpointing = False
         self._cancelled = False
         self._passes = _passes(job.prompts)

@@ -36,10 +36,7 @@ def prepare_atlas(
 
     `prepare` checks and tokenizes one prompt; `special` are the tokenizer's special tokens.
 
-    Raises
-    ------
-    InvalidJob
-        What the prompts share is wrong, or none of them can be traced.
+    Raises `InvalidJob`: what the prompts share is wrong, or none of them can be traced.
     """
     _check_shared(request)
     atlas = AtlasJob(
@@ -92,10 +89,7 @@ def _check_shared(request: AtlasRequest) -> None:
 def _with_targets(job: TraceJob, request: AtlasRequest, atlas: AtlasJob) -> TraceJob:
     """Return a prompt of an atlas with its targets.
 
-    Raises
-    ------
-    InvalidJob
-        It is too long, or has no next token to trace.
+    Raises `InvalidJob`: it is too long, or has no next token to trace.
     """
     ids = job.token_ids
     if len(ids) > MAX_PROMPT_TOKENS:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from typing import Literal
 
 import torch
 
@@ -36,7 +35,6 @@ from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TraceJob
 from reltrace_worker.types.results import JobResult, Outcome
 
 Checkpointing = Literal["auto", "on", "off"]
-_CHECKPOINTING = ("auto", "on", "off")
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Largest token budget per pass: beyond, a pass gets longer and not faster per token."""
@@ -50,38 +48,17 @@ DECODE_STEPS = 16
 """Tokens that a generation goes on by before another pass has its turn."""
 
 
-# Rules patch the model's instances: one pass at a time, whichever engine runs it.
-_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
-
-
-def _lock_of(model: object) -> threading.RLock:
-    with _LOCKS_LOCK:
-        return _LOCKS.setdefault(model, threading.RLock())
-
-
 class Engine:
     """Runs batches of jobs on one loaded model.
 
-    Between calls the model is the one that was loaded. Calls from several threads, also to several
-    engines on one model, wait for each other. Every call that runs a pass may raise
-    `DeviceLostError`: the device does not work any more for this process.
+    Between calls the model is the one that was loaded. Calls from several threads wait for each
+    other. Every call that runs a pass may raise `DeviceLostError`: the device does not work any
+    more for this process.
 
-    Parameters
-    ----------
-    checkpointing
-        ``"on"``: keep only the input of each segment of layers in the forward and recompute the
-        layers in the backward. ``"off"``: keep everything, one forward pass less. ``"auto"``:
-        off where the pass fits into memory, else on. The numbers are the same.
-    memory_bytes
-        Bytes that a pass may use; None: what is free on CUDA, half of what is free on a CPU.
-    rules
-        The rules, by the names by which jobs ask for them.
-
-    Attributes
-    ----------
-    seconds
-        Time of all passes, by phase; checkpointing's second forward counts as backward.
+    `checkpointing` is ``"on"``: keep only the input of each segment of layers in the forward and
+    recompute the layers in the backward; ``"off"``: keep everything, one forward pass less;
+    ``"auto"``: off where the pass fits into memory, else on. The numbers are the same. A pass may
+    use `memory_bytes`; None: what is free on CUDA, half of what is free on a CPU.
     """
 
     def __init__(
@@ -92,16 +69,16 @@ class Engine:
         *,
         rules: Mapping[str, Rule] = RULES,
     ) -> None:
-        if checkpointing not in _CHECKPOINTING:
-            raise ValueError(f"checkpointing is 'auto', 'on' or 'off', not {checkpointing!r}")
         self._loaded = loaded
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._checkpointing = checkpointing
         self.rules = rules
         self._memory = MemoryPlan(loaded, memory_bytes, rules)
         self._trimmer = Trimmer()
-        self._lock = _lock_of(loaded.model)
+        # Rules patch the model's instances: one pass at a time.
+        self._lock = threading.Lock()
         self._linears = linear_layers(loaded.model)
+        # Time of all passes, by phase; checkpointing's second forward counts as backward.
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @property
@@ -133,10 +110,8 @@ class Engine:
         last one by one with checkpointing. An outcome is an error where the job's own numbers are
         not finite, or where it alone does not fit into memory.
 
-        Raises
-        ------
-        PassFailedError
-            The pass itself failed, not for memory; no job has a result.
+        Raises `PassFailedError`: the pass itself failed, not for memory; no job has a
+        result.
         """
         with self._exclusive():
             return self._run(list(jobs))
@@ -144,10 +119,7 @@ class Engine:
     def begin(self, jobs: Sequence[Job]) -> Generation | Atlas:
         """Begin a job that takes many passes: a generation of several jobs, or one atlas.
 
-        Raises
-        ------
-        EngineError
-            The tables of an atlas do not fit into memory.
+        Raises `EngineError`: the tables of an atlas do not fit into memory.
         """
         atlases = [job for job in jobs if isinstance(job, AtlasJob)]
         if not atlases:
@@ -167,11 +139,8 @@ class Engine:
     ) -> None:
         """Generate up to `steps` tokens of each job, or run the next pass of an atlas.
 
-        Raises
-        ------
-        EngineError
-            The numbers of an atlas are not finite, or its pass does not fit into memory. The pass
-            is not made smaller, for then its numbers would be others.
+        Raises `EngineError`: the numbers of an atlas are not finite, or its pass does not
+        fit into memory. The pass is not made smaller, for then its numbers would be others.
         """
         with self._exclusive():
             if isinstance(task, Atlas):

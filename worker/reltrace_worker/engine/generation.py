@@ -280,10 +280,7 @@ class Generation:
     def decode(self, steps: int, on_token: Callable[[], None] | None = None) -> None:
         """Generate at most so many further tokens of each job; call `on_token` after each.
 
-        Raises
-        ------
-        torch.AcceleratorError
-            The device does not work any more for this process.
+        Raises `torch.AcceleratorError`: the device does not work any more for this process.
         """
         failure: EngineError | None = None
         part = [job for job in self._parts[0] if job in self._open] if self._parts else []

@@ -19,18 +19,10 @@ class SiteHooks(ABC):
     """Sees the tensors of some sites, with their gradients. Set `target` before a backward pass.
 
     `layers` are the decoder layers of each site by name, any for a site without layers.
-
-    Attributes
-    ----------
-    target
-        Index of the running backward pass: of the target, in each job.
-    bottom
-        The lowest decoder layer through which gradients must flow: at its input they can stop.
-        0 where the embeddings are asked for; the number of layers where only the output of the
-        last layer is, or nothing.
     """
 
     def __init__(self, loaded: LoadedModel, layers: Mapping[str, frozenset[int]]) -> None:
+        # Index of the running backward pass: of the target, in each job.
         self.target = 0
         self._layers = loaded.family.decoder_layers(loaded.model)
         self._points: list[tuple[Site, HookPoint, frozenset[int]]] = [
@@ -38,6 +30,7 @@ class SiteHooks(ABC):
             for name, wanted in layers.items()
             if (point := SITES[name].hook_point) is not None
         ]
+        # The lowest decoder layer through which gradients must flow: at its input they can stop.
         self.bottom = 0
         if "embed" not in layers:
             self.bottom = min(

@@ -62,10 +62,8 @@ class JobPreparer:
     def prepare(self, request: Request) -> Job | TokenizedPrompt:
         """Check and tokenize a request.
 
-        Raises
-        ------
-        InvalidJob
-            Carries every fault, each with the path of the field and what is allowed.
+        Raises `InvalidJob`: carries every fault, each with the path of the field and what
+        is allowed.
         """
         match request:
             case TraceRequest():

@@ -151,10 +151,7 @@ class RelevanceRecorder(SiteHooks):
     def tensors(self, index: int) -> tuple[SiteTensor, ...]:
         """Return the tensors of the job with this index in the batch, trace by trace.
 
-        Raises
-        ------
-        EngineError
-            Relevance is not finite; names the site and the layer.
+        Raises `EngineError`: relevance is not finite; names the site and the layer.
         """
         job = self._batch.jobs[index]
         tensors = []

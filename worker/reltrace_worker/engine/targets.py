@@ -24,13 +24,8 @@ _MUCH_LIKELIER = math.log(10)
 """Between two logits at one position: ten times the probability."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """The likeliest next tokens at one position, the likeliest first."""
-
-    token_ids: tuple[int, ...]
-    logits: tuple[float, ...]
-    probabilities: tuple[float, ...]
+Likeliest = list[tuple[int, float, float]]
+"""Id, logit and probability of the likeliest next tokens at one position, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +42,11 @@ class Scalar:
     value: torch.Tensor
     # Logit of the first token, float32 [], without a graph.
     logit: torch.Tensor
-    candidates: Candidates | None = None
+    candidates: Likeliest | None = None
 
 
 class Readout:
-    """The logits that the targets of a batch need, and the scalars made of them.
-
-    Attributes
-    ----------
-    rows
-        The P packed rows whose logits are read.
-    only
-        Of each row, the id of the one token whose logit is read; None: the whole vocabulary.
-    """
+    """The logits that the targets of a batch need, and the scalars made of them."""
 
     def __init__(self, batch: PackedBatch) -> None:
         starts = batch.packing.starts
@@ -71,6 +58,7 @@ class Readout:
         terms = [
             (starts[j] + t.position, t) for j, _, target in self._targets for t in target.terms
         ]
+        # Of each row, the id of the one token whose logit is read; None: the whole vocabulary.
         self.only: list[int] | None = None
         # Of each target: the row whose candidates are returned.
         self._candidate_rows: list[int | None] = [None] * len(self._targets)
@@ -81,6 +69,7 @@ class Readout:
             assert len(self.only) == len(self.rows)
             self._term_rows = list(range(len(terms)))
             return
+        # The P packed rows whose logits are read.
         self.rows = sorted({row for row, _ in terms})
         index = {row: i for i, row in enumerate(self.rows)}
         self._term_rows = [index[row] for row, _ in terms]
@@ -131,10 +120,10 @@ class Readout:
         return scalars
 
 
-def _candidates(logits: torch.Tensor, rows: Collection[int]) -> dict[int, Candidates]:
+def _candidates(logits: torch.Tensor, rows: Collection[int]) -> dict[int, Likeliest]:
     """Return the likeliest tokens of some rows of logits, [P, vocabulary]."""
     ordered = sorted(rows)
-    candidates: dict[int, Candidates] = {}
+    candidates: dict[int, Likeliest] = {}
     for some in [ordered[at : at + _ROWS_AT_ONCE] for at in range(0, len(ordered), _ROWS_AT_ONCE)]:
         values = logits[torch.tensor(some, device=logits.device)].float()
         top, ids = values.topk(min(CANDIDATES, values.shape[-1]))
@@ -144,18 +133,14 @@ def _candidates(logits: torch.Tensor, rows: Collection[int]) -> dict[int, Candid
         for row, columns in zip(some, copied, strict=True):
             # Of equal logits the lowest token id first, as argmax has it.
             best = sorted(zip(*columns, strict=True), key=lambda c: (-c[1], c[0]))
-            found_ids, found_logits, shares = zip(*best, strict=True)
-            candidates[row] = Candidates(tuple(map(int, found_ids)), found_logits, shares)
+            candidates[row] = [(int(token), logit, share) for token, logit, share in best]
     return candidates
 
 
 def resolve(vocabulary: Vocabulary, scalar: Scalar) -> ResolvedTarget:
     """Return the result of a target.
 
-    Raises
-    ------
-    EngineError
-        Its scalar is not finite, or always zero.
+    Raises `EngineError`: its scalar is not finite, or always zero.
     """
     target, ids = scalar.target, scalar.target.continuation_ids
     value = float(scalar.value)
@@ -170,22 +155,20 @@ def resolve(vocabulary: Vocabulary, scalar: Scalar) -> ResolvedTarget:
             "itself: the difference is always zero"
         )
     text = vocabulary.text
-    candidates: tuple[Candidate, ...] = ()
-    likeliest = scalar.candidates
+    candidates = scalar.candidates or []
     # Where some logit is not finite there is no probability either.
-    if likeliest is not None and all(map(math.isfinite, likeliest.probabilities)):
-        columns = (likeliest.token_ids, likeliest.logits, likeliest.probabilities)
-        candidates = tuple(
-            Candidate(token, text(token), logit, probability)
-            for token, logit, probability in zip(*columns, strict=True)
-        )
+    if not all(math.isfinite(probability) for _, _, probability in candidates):
+        candidates = []
     return ResolvedTarget(
         target,
         token_id=scalar.token_ids[0],
         token=text(scalar.token_ids[0]) if len(ids) < 2 else vocabulary.joined(ids),
         contrast="" if target.contrast_id is None else text(target.contrast_id),
         logit=value,
-        candidates=candidates,
+        candidates=tuple(
+            Candidate(token, text(token), logit, probability)
+            for token, logit, probability in candidates
+        ),
     )
 
 
@@ -210,10 +193,10 @@ def _other_spelling(
         return ""
     name = vocabulary.text(token)
     other = vocabulary.find(name[1:] if name.startswith(" ") else f" {name}")
-    if other not in scalar.candidates.token_ids or (position, other) in traced:
+    logits = {candidate: logit for candidate, logit, _ in scalar.candidates}
+    if other is None or other not in logits or (position, other) in traced:
         return ""
-    logit = float(scalar.logit)
-    likely = scalar.candidates.logits[scalar.candidates.token_ids.index(other)]
+    logit, likely = float(scalar.logit), logits[other]
     if likely - logit < _MUCH_LIKELIER:
         return ""
     return (

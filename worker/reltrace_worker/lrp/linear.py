@@ -74,5 +74,9 @@ def linear_layers(model: nn.Module) -> tuple[nn.Linear, ...]:
 
 
 def through_onednn(layers: Iterable[nn.Linear]) -> AbstractContextManager[None]:
-    """Compute the products of `linear_layers` by oneDNN until the block ends."""
-    return patched((layer, "forward", MethodType(_forward, layer)) for layer in layers)
+    """Compute the products of `linear_layers` by oneDNN until the block ends.
+
+    A layer whose forward a rule has replaced keeps that.
+    """
+    free = (layer for layer in layers if "forward" not in vars(layer))
+    return patched((layer, "forward", MethodType(_forward, layer)) for layer in free)

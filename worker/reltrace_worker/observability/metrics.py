@@ -4,15 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-
-from reltrace_worker.types.errors import WorkerError
-
-
-class MetricsError(WorkerError):
-    """The address for metrics can not be served."""
+from reltrace_proto.telemetry import serving_metrics
 
 
 @dataclass(slots=True)
@@ -83,23 +78,9 @@ class WorkerCollector(Collector):
 
 @contextmanager
 def exporting(listen: str, collector: Collector) -> Iterator[str]:
-    """Serve metrics over HTTP on ``HOST:PORT`` until the block ends; gives the bound address.
-
-    Port 0 is any free one. Raises `MetricsError` where the address can not be bound.
-    """
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal():
-        raise MetricsError(f"--metrics {listen}: must be HOST:PORT, such as 127.0.0.1:9465")
+    """Serve metrics of the collector and of this process; see `serving_metrics`."""
     registry = CollectorRegistry()
     registry.register(collector)
     ProcessCollector(registry=registry)
-    try:
-        server, thread = start_http_server(int(port), host.strip("[]"), registry)
-    except OSError as error:
-        raise MetricsError(f"--metrics {listen}: {error.strerror or error}") from error
-    try:
-        yield f"{host}:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving_metrics(listen, registry) as address:
+        yield address

@@ -1,6 +1,7 @@
 """Writes what a worker announces, and everything of a result but its tensors."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import chain
 
 from reltrace_proto.v1 import types_pb2
@@ -86,13 +87,8 @@ def atlas_header(
 
 
 def generated_text(text: GeneratedText) -> types_pb2.Generated:
-    return types_pb2.Generated(
-        token_ids=text.token_ids,
-        tokens=text.tokens,
-        text=text.text,
-        logprobs=text.logprobs,
-        stopped=text.stopped,
-    )
+    # The fields have the same names.
+    return types_pb2.Generated(**asdict(text))
 
 
 def _resolved(resolved: ResolvedTarget) -> types_pb2.ResolvedTarget:

