@@ -1,4 +1,4 @@
-"""From the messages of a job's result to the types that callers see."""
+"""Translates the messages of a job's result to the types of the SDK."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokens(header: types_pb2.TraceHeader | None) -> Tokens:
         # Faster than `np.array`, which looks for a type first.
         offsets=np.fromiter(header.offsets, np.int64, len(header.offsets)).reshape(-1, 2),
         text=header.text,
-        # Nearly always empty: the generator alone would take microseconds of every small job.
+        # Nearly always empty; a generator would take microseconds of every small job.
         turns=tuple(Turn(turn.role, turn.first, turn.stop) for turn in header.turns)
         if header.turns
         else (),
@@ -64,7 +64,7 @@ def resolved_target(wire: types_pb2.ResolvedTarget) -> ResolvedTarget:
 
 
 def provenance(wire: types_pb2.Provenance) -> Provenance:
-    # Thousands of results in a row have the same one, and share what is made of it.
+    # Thousands of results in a row have the same one, which is translated once.
     return _provenance(wire.SerializeToString())
 
 
