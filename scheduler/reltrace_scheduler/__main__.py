@@ -127,7 +127,7 @@ async def _run(
         connection = await connect(await embedded.start() if embedded else address or "")
         try:
             if embedded is not None:
-                # No other scheduler uses this store: nobody is connected yet.
+                # No other scheduler uses this store, so no worker is connected.
                 await Store(connection.redis, settings).registry.forget_all()
             async with serving(connection, settings, access, spans) as bound:
                 print(f"reltrace-scheduler is listening on {bound}", flush=True)
@@ -141,18 +141,18 @@ async def _run(
 
 async def _until_over(embedded: EmbeddedRedis | None) -> None:
     """Wait for SIGINT or SIGTERM, or for the end of the embedded Redis."""
-    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(number, asked.set)
-    tasks: list[asyncio.Task[object]] = [asyncio.create_task(asked.wait())]
+            loop.add_signal_handler(number, stop.set)
+    tasks: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait())]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.ended()))
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
     if tasks[0] not in done:
-        # Whoever started this scheduler starts it again, and the file has every job.
+        # A supervisor starts the scheduler again, and the file has every job.
         raise StartError(f"the embedded Redis ended by itself with code {tasks[1].result()}")
 
 

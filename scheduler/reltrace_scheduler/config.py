@@ -45,7 +45,7 @@ class Settings:
     )
     lease: float = option(30.0, "Seconds without a heartbeat after which a lease is lost.", min=0.5)
     result_ttl: float = option(
-        3600.0, "Seconds that results are kept that nobody has fetched.", min=1
+        3600.0, "Seconds that results are kept if they are not fetched.", min=1
     )
     max_lost_leases: int = option(3, "Lost leases after which a job is quarantined.", min=1)
     max_jobs: int = option(100_000, "Jobs that may be queued or leased at a time.", min=1)
@@ -79,7 +79,7 @@ class Settings:
     tokens: Path | None = option(
         None,
         "File of the tokens that callers need, as `reltrace-scheduler token` writes it. Without "
-        "it, everybody may do everything.",
+        "it, every caller may do everything.",
     )
     tls_cert: Path | None = option(
         None, "PEM file of the server's certificate.", env="LISTEN_TLS_CERT"

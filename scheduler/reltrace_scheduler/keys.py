@@ -68,9 +68,9 @@ key                             type    holds
 ``sample_result:<job>``         string  ``ResultChunk`` of some recent jobs (shard 0 only)
 ==============================  ======  =========================================================
 
-Channels (hints only: whoever misses one polls): ``wake:<model>`` when jobs were queued,
+Channels (hints only: listeners poll as well): ``wake:<model>`` when jobs were queued,
 ``done:<sub>`` when jobs of a submission ended or have a draft, ``revoked:<worker>`` when jobs of a
-worker were ended by somebody else, or it was told to drain.
+worker were ended by others, or it was told to drain.
 
 Without a shard: ``reltrace:shards``, a string, says how many shards there are, and
 ``reltrace:cluster`` names this queue among others; ``reltrace:rate:<what>:<identity>`` is a
@@ -80,7 +80,7 @@ Times are milliseconds by Redis' own clock; those of workers are seconds. ``<mod
 route: the name of a model, or ``NAME@REVISION`` for jobs that ask for a revision.
 
 The classes of queues: ``interactive`` and ``batch`` are the priorities; ``isolate_group`` and
-``isolate_single`` hold jobs whose worker fell silent (see `lease.lua`).
+``isolate_single`` hold jobs whose worker lost its leases (see `lease.lua`).
 """
 
 import re

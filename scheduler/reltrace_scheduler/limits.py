@@ -20,7 +20,7 @@ MAX_EDITS_PER_JOB = 256
 MAX_EDITED_FEATURES = 65536
 # A norm squares what flows through it, which has to stay within float32.
 MAX_EDIT = 1e9
-# Redis counts milliseconds; nobody waits longer than a month.
+# Redis counts milliseconds; a month is longer than any job takes.
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 31 * 24 * 3600
 
 MAX_WORKER_MODELS = 32

@@ -122,7 +122,7 @@ class LostLease:
 
 
 @dataclass(frozen=True, slots=True)
-class Condemned:
+class QuarantineCandidate:
     """A job that lost too many leases and is to be quarantined."""
 
     job_id: str

@@ -111,12 +111,14 @@ def test_logs_are_for_machines(component: str) -> None:
 
 
 def test_what_is_optional_is_there_if_a_variable_asks_for_it(component: str) -> None:
-    wanted = tomllib.loads((ROOT / SCRIPTS[component]).read_text())["project"]
     (install,) = [
         rest for word, rest in stages(component)[0] if word == "RUN" and "/wheels/*.whl" in rest
     ]
-    extras = wanted["optional-dependencies"]
-    for requirement in extras["otel"] + extras["s3"]:
+    shared, own = (
+        tomllib.loads((ROOT / file).read_text())["project"]["optional-dependencies"]
+        for file in ("proto/pyproject.toml", SCRIPTS[component])
+    )
+    for requirement in shared["otel"] + own["s3"]:
         assert requirement.partition(">=")[0] in install.split()
 
 

@@ -23,9 +23,9 @@ def test_run_writes_pictures_and_json(address: str, tmp_path: Path) -> None:
     png, page, data = tmp_path / "a.png", tmp_path / "a.html", tmp_path / "a.json"
     server = ("--server", address, "--model", DEMO_MODEL)
 
-    first = reltrace("run", PROMPT, *server, "--plot", str(png), "--json", str(data))
+    first = reltrace("trace", PROMPT, *server, "--plot", str(png), "--json", str(data))
     sites = ("--site", "embed", "--site", "resid")
-    second = reltrace("run", PROMPT, *server, "--plot", str(page), *sites)
+    second = reltrace("trace", PROMPT, *server, "--plot", str(page), *sites)
 
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "dogs" in first.stdout
@@ -38,7 +38,7 @@ def test_run_writes_pictures_and_json(address: str, tmp_path: Path) -> None:
 
 
 def test_json_on_standard_output_is_all_there_is(address: str) -> None:
-    done = reltrace("run", PROMPT, "--server", address, "--model", DEMO_MODEL, "--json", "-")
+    done = reltrace("trace", PROMPT, "--server", address, "--model", DEMO_MODEL, "--json", "-")
     assert json.loads(done.stdout)["provenance"]["model"] == DEMO_MODEL
 
 
@@ -52,7 +52,7 @@ def test_models_and_status(address: str, command: str) -> None:
 
 
 def test_an_error_is_one_line(address: str) -> None:
-    done = reltrace("run", PROMPT, "--server", address, "--model", "none")
+    done = reltrace("trace", PROMPT, "--server", address, "--model", "none")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert DEMO_MODEL in done.stderr

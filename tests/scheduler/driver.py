@@ -12,12 +12,12 @@ from reltrace_scheduler.queue.results import Results
 from reltrace_scheduler.queue.shards import Shard
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import (
-    Condemned,
     Lease,
     LeasedJob,
     NewChunk,
     NewJob,
     Priority,
+    QuarantineCandidate,
     Submission,
 )
 
@@ -88,22 +88,24 @@ class Driver:
     async def commit(self, worker: str, chunks: Sequence[NewChunk]) -> list[int]:
         return await self.queue.commit(worker, chunks)
 
-    async def reap(self) -> tuple[int, list[Condemned]]:
+    async def reap(self) -> tuple[int, list[QuarantineCandidate]]:
         total, found = 0, []
         for name in await self.shard.queues():
-            requeued, condemned = await self.maintenance.reap(name)
-            total, found = total + requeued, found + condemned
+            requeued, candidates = await self.maintenance.reap(name)
+            total, found = total + requeued, found + candidates
         return total, found
 
-    async def reap_until(self, *, requeued: int = 0, condemned: int = 0) -> list[Condemned]:
+    async def reap_until(
+        self, *, requeued: int = 0, candidates: int = 0
+    ) -> list[QuarantineCandidate]:
         """Reap until so much was found: leases run out on Redis' clock, not on ours."""
         total, found = 0, []
         async with asyncio.timeout(10):
-            while total < requeued or len(found) < condemned:
+            while total < requeued or len(found) < candidates:
                 count, lost = await self.reap()
                 total, found = total + count, found + lost
                 await asyncio.sleep(0.02)
-        assert (total, len(found)) == (requeued, condemned)
+        assert (total, len(found)) == (requeued, candidates)
         return found
 
     async def depth(self) -> tuple[int, int]:

@@ -56,7 +56,6 @@ class Atlas:
         )
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows."""
         from reltrace.viz.notebook import atlas_html
 
         return atlas_html(self)

@@ -95,7 +95,6 @@ class _Builder:
         self._unwritten: list[Submission] = []
 
     async def run(self, source: Iterator[Slice]) -> None:
-        """Submit slices, some at a time, and merge their results."""
         watch = asyncio.create_task(self._pins.watch())
         running: set[asyncio.Task[None]] = set()
         done: set[asyncio.Task[None]] = set()

@@ -53,7 +53,6 @@ class CorpusSlice:
                 raise ValueError(f"the atlas has no {what} {found[wrong][0]}")
 
     def length(self, index: int) -> int:
-        """Return how many tokens a prompt has; 0 if it was left out."""
         return int(self._lengths[index])
 
     def token_ids(self, index: int, start: int = 0, stop: int | None = None) -> Array:

@@ -184,7 +184,6 @@ class Feature:
         return f"Feature({self.site} {self.index} of layer {self.layer}, {called})"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows."""
         from reltrace.viz.notebook import feature_html
 
         return feature_html(self)

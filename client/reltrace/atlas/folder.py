@@ -35,7 +35,6 @@ class AtlasFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether there is an atlas."""
         return (self.path / ATLAS).exists()
 
     def read(self) -> State:
@@ -97,7 +96,6 @@ class AtlasFolder:
         self._lock.enter_context(lock_folder(self.path, busy))
 
     def unlock(self) -> None:
-        """Let others build here."""
         self._lock.close()
 
     def begin_build(self) -> str:
@@ -119,7 +117,6 @@ class AtlasFolder:
 
 
 def damaged(path: Path, why: object) -> InvalidArgument:
-    """Return the error of a damaged file."""
     return invalid("atlas", f"{path} is damaged: {why}")
 
 

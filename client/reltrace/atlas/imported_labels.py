@@ -59,7 +59,6 @@ class ImportedLabels:
                 self._labels.update(self._read(lines, str(self._path)))
 
     def get(self, key: Key) -> ImportedLabel | None:
-        """Return the label of a feature, if there is one."""
         return self._labels.get(key)
 
     def matching(self, text: str) -> set[Key]:
@@ -158,7 +157,6 @@ def _text(record: dict[str, Any], name: str, default: str | None = None) -> str:
 
 
 def described(feature: Feature) -> dict[str, Any]:
-    """Return a feature and its label for `Atlas.export_labels`."""
     return {
         "site": feature.site,
         "layer": feature.layer,

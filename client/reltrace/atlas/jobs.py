@@ -76,7 +76,6 @@ class PrefetchLimit:
                 await self._notify()
 
     async def measured(self, size: int) -> None:
-        """Take the size of a result, in bytes."""
         self._slots = min(_MAX_PREFETCH, max(_MIN_PREFETCH, _PREFETCH_BYTES // max(size, 1)))
         await self._notify()
 
@@ -160,7 +159,7 @@ class SliceJobs:
         if isinstance(result.outcome, AtlasShard):
             return BuiltShard(result.outcome, result.bytes, accepted)
         assert isinstance(result.outcome, TraceError)
-        await acknowledge(self._connection, accepted)
+        await acknowledge(self._connection, accepted.id, len(jobs))
         return result.outcome
 
     def _key(self, number: int, digest: str, attempt: int) -> str:
@@ -169,5 +168,6 @@ class SliceJobs:
 
 
 async def free_shards(connection: Connection, submissions: Iterable[Submission]) -> None:
-    """Free results on the server."""
-    await asyncio.gather(*(acknowledge(connection, accepted) for accepted in submissions))
+    await asyncio.gather(
+        *(acknowledge(connection, one.id, len(one.job_ids)) for one in submissions)
+    )

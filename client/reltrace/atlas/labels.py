@@ -112,7 +112,6 @@ def label_tokens(found: Sequence[SalientToken]) -> list[SalientToken]:
 
 
 def is_word(token: str) -> bool:
-    """Tell whether a token has a letter or a digit."""
     return any(char.isalnum() for char in token)
 
 

@@ -20,8 +20,6 @@ those of positive x."""
 
 @dataclass(eq=False)
 class MergedSite:
-    """The merged lists, sums and histograms of the features of one site."""
-
     values: Array  # float32 [L, 4, k, F]: |x| of the strongest examples, by `LISTS`; 0: none
     beside: Array  # float32 [L, 4, k, F]: the activation in lists of relevance, and the reverse
     prompts: Array  # int64 [L, 4, k, F]: number of the prompt in the corpus; -1: none
@@ -32,7 +30,6 @@ class MergedSite:
 
     @classmethod
     def empty(cls, strongest: tuple[int, ...], bins: int) -> MergedSite:
-        """Return the merged results of no slice."""
         layers, _, _, features = strongest
         return cls(
             values=np.zeros(strongest, np.float32),

@@ -35,7 +35,6 @@ class AtlasSettings:
     add_special_tokens: bool = True
 
     def check(self) -> None:
-        """Raise InvalidArgument for one that is wrong."""
         whole_number(self.k, "k", 1, 64)
         whole_number(self.slice, "slice", 1, 1 << 16)
         whole_number(self.seed, "seed", 0, (1 << 64) - 1)

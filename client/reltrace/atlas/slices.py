@@ -51,7 +51,6 @@ class Slice:
 
     @property
     def digest(self) -> str:
-        """Identifies the prompts."""
         whole = hashlib.sha256()
         for prompt in self.prompts:
             data = prompt.encode() if isinstance(prompt, str) else _chat_bytes(prompt)

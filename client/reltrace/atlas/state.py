@@ -103,7 +103,6 @@ class State:
                     raise ValueError(f"site {site!r} names prompts that the corpus does not have")
 
     def add(self, number: int, digest: str, shard: AtlasShard) -> None:
-        """Merge a slice."""
         first = int(first_prompts(number, self.about["slice"])[-1])
         for site in SITES:
             arrays = shard.arrays[site]

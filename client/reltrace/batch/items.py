@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +36,6 @@ _PARQUET_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A prompt of a file."""
-
     index: int  # among the prompts, from 0
     line: int  # of the file, or row of a Parquet file, from 1
     id: str | int  # as the file names it, else `index`
@@ -48,8 +46,6 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class InputFormat:
-    """How a file of prompts is read."""
-
     name: str  # one of `FORMATS`
     # Of CSV and Parquet; default: "prompt", else "messages", whose cells are conversations (in CSV
     # as JSON), and "id" if there is such a column.
@@ -79,8 +75,8 @@ class InputFormat:
                 what = "standard input" if path is None else f"{path.name!r}"
                 raise invalid(
                     "input-format",
-                    f"of {what} can not be told; endings are {', '.join(_SUFFIXES)} (and .gz), "
-                    f"formats {', '.join(FORMATS)}",
+                    f"of {what} is not known; give one of {', '.join(FORMATS)}, or a file name "
+                    f"that ends in {', '.join(_SUFFIXES)} (and .gz)",
                 )
         if name not in FORMATS:
             raise invalid("input-format", f"must be one of {', '.join(FORMATS)}, not {name!r}")
@@ -210,7 +206,6 @@ def _from_openai(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _target(value: Any) -> Any:
-    """Return the `target` argument of a JSON value."""
     if isinstance(value, list):
         return [_target(part) for part in value]
     if not isinstance(value, dict):
@@ -282,22 +277,22 @@ _READERS: dict[str, Callable[[BinaryIO, InputFormat], Iterator[Item]]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """Names of the columns that are read."""
-
     prompt: str
     id: str | None
     also: tuple[str, ...]
 
     @classmethod
-    def of(cls, there: list[str] | Any, input_format: InputFormat) -> _Columns:
+    def of(cls, columns: Sequence[str], input_format: InputFormat) -> _Columns:
         column, id_column = input_format.column, input_format.id_column
         if column is None:
-            column = "messages" if "messages" in there and "prompt" not in there else "prompt"
+            column = "messages" if "messages" in columns and "prompt" not in columns else "prompt"
         for field_name, name in (("column", column), ("id-column", id_column)):
-            if name is not None and name not in there:
-                raise invalid(field_name, f"{name!r} is not in the file; it has {', '.join(there)}")
-        also = tuple(name for name in input_format.also if name in there)
-        return cls(column, id_column or ("id" if "id" in there else None), also)
+            if name is not None and name not in columns:
+                raise invalid(
+                    field_name, f"{name!r} is not in the file; it has {', '.join(columns)}"
+                )
+        also = tuple(name for name in input_format.also if name in columns)
+        return cls(column, id_column or ("id" if "id" in columns else None), also)
 
     def all(self) -> list[str]:
         return [self.prompt, *([] if self.id is None else [self.id]), *self.also]
@@ -319,7 +314,6 @@ def _from_row(index: int, line: int, row: Mapping[str, Any], names: _Columns) ->
 
 
 def _input(cell: object, column: str) -> dict[str, Any]:
-    """Return the argument of a cell of CSV or Parquet."""
     if column != "messages":
         if isinstance(cell, str):
             return {"prompt": cell}
@@ -342,11 +336,9 @@ class Fingerprint:
         self._hash = hashlib.blake2b(digest_size=16)
 
     def add(self, item: Item) -> None:
-        """Add the next prompt."""
         self._hash.update(len(item.content).to_bytes(8, "little"))
         self._hash.update(item.content)
         self.count += 1
 
     def digest(self) -> str:
-        """Return the digest of the prompts that were added."""
         return self._hash.copy().hexdigest()

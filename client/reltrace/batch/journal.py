@@ -77,18 +77,15 @@ class Failed:
 
     @property
     def size(self) -> int:
-        """Bytes of memory that it takes, about."""
         return _FAILURE_BYTES + len(self.to_line())
 
     @classmethod
     def of(cls, index: int, line: int, name: str | int, error: TraceError) -> Failed:
-        """Describe an error."""
         violations = [asdict(violation) for violation in error.violations]
         kind = InvalidArgument if isinstance(error, InvalidArgument) else type(error)
         return cls(index, line, name, kind.__name__, str(error), violations)
 
     def to_line(self) -> bytes:
-        """Return it as a line of JSON."""
         text = json.dumps(asdict(self), ensure_ascii=False)
         # A message may quote a lone surrogate of the input, which UTF-8 can not encode.
         return text.encode(errors="backslashreplace") + b"\n"
@@ -115,7 +112,6 @@ class Journal:
             self._database.executescript(_SCHEMA)
 
     def close(self) -> None:
-        """Close the file."""
         self._database.close()
 
     def commit(

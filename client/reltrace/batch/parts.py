@@ -32,12 +32,10 @@ _ENTRY_BYTES = 160
 
 
 def name_of(number: int, part_format: str) -> str:
-    """Return the name of a file."""
     return f"part-{number:06d}.{part_format}"
 
 
 def is_name(name: str) -> bool:
-    """Tell whether `name_of` returns such a name."""
     return _NAME.fullmatch(name) is not None
 
 

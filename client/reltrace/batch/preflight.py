@@ -58,11 +58,8 @@ def find_fault(arguments: Mapping[str, Any], settings: Settings) -> InvalidArgum
         sites = arguments.get("sites", settings.sites)
         sites = [sites] if isinstance(sites, str) else sites
         # Their order may differ; repeated names are refused elsewhere.
-        if not isinstance(sites, list) or any(
-            site not in other
-            for some, other in ((sites, settings.sites), (settings.sites, sites))
-            for site in some
-        ):
+        names = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
+        if not names or set(sites) != set(settings.sites):
             required["sites"] = settings.sites
     for name, value in required.items():
         if name in arguments and arguments[name] != value:

@@ -23,8 +23,6 @@ _COMMIT_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A prompt and its traces, at least one."""
-
     index: int  # among the prompts, from 0
     line: int  # of the file, from 1
     traces: tuple[Trace, ...]

@@ -114,7 +114,7 @@ def warn(*messages: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value, or dataclasses, as one line of JSON; times in ISO 8601."""
-    typer.echo(json.dumps(value, default=_jsonable, allow_nan=False))
+    typer.echo(json.dumps(value, default=_jsonable))
 
 
 def _jsonable(value: Any) -> Any:

@@ -21,8 +21,6 @@ from reltrace.types.trace import Trace
 
 @dataclass(slots=True)
 class Curves:
-    """The curves of one prompt."""
-
     prompt: Prompt
     settings: Settings
     trace: Trace  # by the first rule; all rules have the same target
@@ -123,7 +121,6 @@ class Curves:
         self.values[off] = exp(value) if self.settings.measure == "probability" else value
 
     def curve(self, rule: str, most: bool) -> Floats:
-        """Return what was measured at each point."""
         return np.array([self.values[off] for off in self.off(rule, most)])
 
     def _neurons_off(self, off: Sequence[int]) -> list[Edit]:

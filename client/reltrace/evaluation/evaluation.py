@@ -97,7 +97,6 @@ class Evaluation:
         return f"Evaluation({self.title}{failed}{area}{warned})"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows."""
         from reltrace.viz.notebook import evaluation_html
 
         return evaluation_html(self)
@@ -158,10 +157,10 @@ class Evaluation:
         write_curves(self, path)
 
     def best(self) -> tuple[str, ...]:
-        """Return the rule with the largest area, and those that can not be told from it.
+        """Return the rule with the largest area, and those that do not clearly differ from it.
 
         Prompt by prompt, the area of a rule is subtracted from that of the largest; where the 95 %
-        interval of the mean difference has 0 in it, they can not be told apart. (Of a single prompt
+        interval of the mean difference has 0 in it, they do not clearly differ. (Of a single prompt
         there is no interval, and no rule can.)
 
         Returns

@@ -19,8 +19,6 @@ _ALLOWED = ("id", *_INPUTS, "target", "answer")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt."""
-
     number: int  # from 0
     id: str | int  # the given one, else `number`
     item: Mapping[str, Any]  # arguments of `trace`: the input, and perhaps a target

@@ -34,7 +34,6 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float] | Floats) -> Mean:
-        """Return the mean of values."""
         found = np.asarray(values, np.float64)
         count = len(found)
         if not count:
@@ -50,11 +49,6 @@ class Mean:
 def strongest_first(scores: Floats) -> NDArray[np.int64]:
     """Return indices by falling score; of equal ones, the lower index first."""
     return np.argsort(-scores, kind="stable")
-
-
-def shares(points: int) -> Floats:
-    """Return `points` equal steps from 0 to 1."""
-    return np.linspace(0.0, 1.0, points + 1)
 
 
 def on_axis(site: str, at: Floats) -> Floats:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from reltrace.evaluation.scores import Floats, shares
+from reltrace.evaluation.scores import Floats
 from reltrace.types.checks import check_text, whole_number
 from reltrace.types.errors import invalid
 from reltrace.types.trace import Trace
@@ -76,7 +76,7 @@ class Settings:
         orders switch off the same ones, and the curves meet again.
         """
         if self.site == "embed":
-            return shares(self.points)
+            return np.linspace(0.0, 1.0, self.points + 1)
         most = max(1, min(neurons // 2, _MAX_NEURONS))
         return np.unique(np.round(np.expm1(np.linspace(0.0, np.log1p(most), self.points + 1))))
 

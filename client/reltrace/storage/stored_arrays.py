@@ -32,8 +32,6 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredLocation:
-    """Where the tensors of a trace are."""
-
     url: str  # of a safetensors file, which may hold the tensors of other jobs too
     offset: int  # of the job's bytes
     length: int

@@ -49,7 +49,6 @@ def describe(trace: Trace) -> dict[str, Any]:
 
 
 def to_dict(trace: Trace) -> dict[str, Any]:
-    """Return a trace as plain lists and numbers. See `Trace.to_dict`."""
     about = describe(trace)
     about["target"]["candidates"] = [one._asdict() for one in trace.target.candidates]
     relevance = {
@@ -122,7 +121,6 @@ def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
 
 
 def save(trace: Trace, path: Path) -> Path:
-    """Write a trace. See `Trace.save`."""
     tensors = tensors_of(trace)
     # In the file tensors are sorted by size and name.
     about = {**describe(trace), "order": list(tensors)}
@@ -135,7 +133,6 @@ def save(trace: Trace, path: Path) -> Path:
 
 
 def load(path: Path) -> Trace:
-    """Read a trace. See `Trace.load`."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

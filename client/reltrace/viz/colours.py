@@ -58,11 +58,6 @@ def token_values(trace: Trace, site: str | None = None) -> TokenValues:
     A reader wants to see the relevance of the input: "embed"; in the residual stream the lowest
     layer, which is nearest to it (later layers have moved it to the last token); of the sites that
     add to the stream, the sum over layers.
-
-    Raises
-    ------
-    InvalidArgument
-        If the trace has no value per token.
     """
     if site is None:
         if not trace.sites:

@@ -16,22 +16,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 def check_path(
     path: str | os.PathLike[str], *, pages: bool = True, with_labels: bool = False
 ) -> Path:
-    """Return the path of a plot if it can be written.
-
-    Parameters
-    ----------
-    pages : bool
-        Whether the plot may be a page.
-    with_labels : bool
-        Whether it has labels of an atlas, which only a page can show.
-
-    Raises
-    ------
-    InvalidArgument
-        If the ending of the path is another one, or its folder does not exist.
-    MissingDependency
-        If it is a picture and matplotlib is not installed.
-    """
+    """Return the path of a plot if it can be written; labels of an atlas need a page."""
     path = Path(path)
     ending = path.suffix.lower()
     if ending not in (*_PICTURES, *(_PAGES if pages else ())):

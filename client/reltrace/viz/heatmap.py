@@ -55,11 +55,6 @@ def heatmap(trace: Trace, site: str, *, normalize: bool) -> Heatmap:
 
     A prompt of more than 600 tokens has at most 120 rows, each of which shows the strongest of
     several tokens: a row per token would be too thin to be seen.
-
-    Raises
-    ------
-    InvalidArgument
-        If the trace has no value per token.
     """
     values = trace.by_token(site).astype(np.float32)
     layered = site not in SITES_WITHOUT_LAYERS
@@ -116,11 +111,6 @@ def write_heatmap(trace: Trace, path: Path, *, site: str, normalize: bool) -> No
 
     Layers from left to right, tokens from top to bottom, blue over white to red with white at
     zero, as in the example of LXT's documentation (page "Latent Feature Attribution").
-
-    Raises
-    ------
-    InvalidArgument
-        If the trace has no value per token.
     """
     # Not pyplot: it keeps every figure, and picks a window system.
     from matplotlib import colormaps

@@ -15,17 +15,7 @@ def template(name: str) -> Template:
 
 
 def page(name: str, *, title: str, about: str, data: Any) -> str:
-    """Return a page that is one file, which loads nothing.
-
-    Parameters
-    ----------
-    name : str
-        Of its template, its script and its style.
-    title, about : str
-        The heading and the foot.
-    data : object
-        What the script reads, for JSON.
-    """
+    """Return a page that loads nothing: template, script and style of a name, and data as JSON."""
     return template(f"{name}.html").render(name=name, title=title, about=about, data=data)
 
 

@@ -29,11 +29,6 @@ def show(trace: Trace, console: Console) -> None:
     """Print the target, the coloured tokens and a legend; see `token_values` for what is shown.
 
     Without colours (a pipe, NO_COLOR) it prints a table of the values instead.
-
-    Raises
-    ------
-    InvalidArgument
-        If the trace has no value per token.
     """
     shown = token_values(trace)
     _print_target(trace, console, f": {shown.title}")

@@ -24,13 +24,7 @@ _FEATURES = {"head": "head", "neuron": "neuron"}
 
 
 def trace_page(trace: Trace, *, site: str, normalize: bool, atlas: Labels | None = None) -> str:
-    """Return the page of a trace.
-
-    Raises
-    ------
-    InvalidArgument
-        If the trace has no value per token, or the atlas is of another model.
-    """
+    """Return the page of a trace."""
     if trace.provenance.reduction == "feature":
         raise invalid(
             "reduce", '"feature" leaves no value per token; use "token", "topk" or "full"'

@@ -38,11 +38,11 @@ def _faults(edit: types_pb2.Edit, model: types_pb2.ModelInfo) -> Iterator[Violat
     width = {"head": model.heads, "neuron": model.intermediate_size}.get(
         edit.site, model.hidden_size
     )
-    beyond = next((i for i, feature in enumerate(edit.features) if feature >= width), None)
-    if beyond is not None:
+    bad = next((i for i, feature in enumerate(edit.features) if feature >= width), None)
+    if bad is not None:
         yield Violation(
-            f"features[{beyond}]",
-            f"{edit.features[beyond]} is not in 0..{width - 1} of {edit.site}",
+            f"features[{bad}]",
+            f"{edit.features[bad]} is not in 0..{width - 1} of {edit.site}",
         )
     match edit.WhichOneof("change"):
         case "value" | "scale" as change:
@@ -65,14 +65,14 @@ def _direction_faults(edit: types_pb2.Edit, width: int) -> Iterator[Violation]:
         yield Violation("direction", "is not for heads: use value or scale")
     elif len(edit.direction) != 4 * width:
         values, rest = divmod(len(edit.direction), 4)
-        given = f"{len(edit.direction)} bytes" if rest else f"{values} values"
+        size = f"{len(edit.direction)} bytes" if rest else f"{values} values"
         yield Violation(
-            "direction", f"has {given}; {edit.site} has {width} features, each a float32"
+            "direction", f"has {size}; {edit.site} has {width} features, each a float32"
         )
     else:
         numbers = (number for (number,) in struct.iter_unpack("<f", edit.direction))
-        beyond = next((n for n in numbers if not abs(n) <= MAX_EDIT), None)
-        if beyond is not None:
-            yield Violation("direction", f"has a number that is {beyond:g}; {_ALLOWED}")
+        bad = next((n for n in numbers if not abs(n) <= MAX_EDIT), None)
+        if bad is not None:
+            yield Violation("direction", f"has a number that is {bad:g}; {_ALLOWED}")
     if edit.features:
         yield Violation("features", "is not for a direction, which has a value for every one")

@@ -154,7 +154,7 @@ def _while_valid(behaviour: Behaviour, tokens: Tokens, token: str) -> Behaviour:
 def _parser(
     parse: Callable[[bytes], Message], *, limited: bool
 ) -> Callable[[bytes], Message | InvalidRequestError]:
-    """Return a parser that gives an error of ours: gRPC's own is a bare INTERNAL."""
+    """Return a parser that gives an error that explains: gRPC's own is a bare INTERNAL."""
     # Stubs give the bound `FromString` of the message class.
     message: Any = parse.__self__  # type: ignore[attr-defined]
 
@@ -194,7 +194,7 @@ async def _abort(
         log.warning("redis.away", method=method, error=str(error))
         error = UnavailableError("the job store can not be reached at present; try again")
     elif not isinstance(error, SchedulerError):
-        # A fault of ours: the caller learns that, the log learns what.
+        # The caller is not told what went wrong inside; the log says it.
         log.exception("rpc.failed", method=method, exc_info=error)
         error = SchedulerError("internal error in the scheduler; its log says more")
     status = status_of(error)

@@ -190,11 +190,13 @@ def _corpus_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Itera
 def _generation_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator[Violation]:
     if not spec.HasField("generation"):
         return
-    asked = spec.generation
+    generation = spec.generation
     most = min(limits.MAX_NEW_TOKENS, model.context_length)
-    yield from _range_faults("generation.max_new_tokens", asked.max_new_tokens, 1, most)
-    yield from _range_faults("generation.temperature", asked.temperature, 0, limits.MAX_TEMPERATURE)
-    yield from _range_faults("generation.top_p", asked.top_p, 0, 1)
+    yield from _range_faults("generation.max_new_tokens", generation.max_new_tokens, 1, most)
+    yield from _range_faults(
+        "generation.temperature", generation.temperature, 0, limits.MAX_TEMPERATURE
+    )
+    yield from _range_faults("generation.top_p", generation.top_p, 0, 1)
     yield from _exclusion_faults(spec, "generation")
 
 

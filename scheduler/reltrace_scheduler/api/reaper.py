@@ -59,12 +59,12 @@ class Reaper:
         await shard.watchdog_tick()
         for name in await shard.shard.queues():
             queue = QueueName.parse(name)
-            requeued, condemned = await shard.reap(name)
-            self._counts.lost.labels(queue.route).inc(requeued + len(condemned))
+            requeued, candidates = await shard.reap(name)
+            self._counts.lost.labels(queue.route).inc(requeued + len(candidates))
             if requeued:
                 log.warning("leases.lost", queue=str(queue), jobs=requeued)
-            await end(self._store, self._counts, [quarantined(job) for job in condemned])
-            for job in condemned:
+            await end(self._store, self._counts, [quarantined(job) for job in candidates])
+            for job in candidates:
                 log.error(
                     "job.quarantined",
                     job=job.job_id,
@@ -90,7 +90,7 @@ class Reaper:
             results = [stalled(job_id) for job_id in submission.job_ids]
             ended = await end(self._store, self._counts, results)
             await shard.expire_now(submission.id)
-            log.warning("submission.abandoned", submission=submission.id, jobs=ended)
+            log.warning("submission.stalled", submission=submission.id, jobs=ended)
 
     async def _forget_workers(self) -> None:
         # Late enough for a worker to come back under its name after a lost connection.

@@ -77,7 +77,7 @@ async def serving(
 ) -> AsyncIterator[str]:
     """Serve until the block ends; gives the address that clients use.
 
-    By default everybody on this machine may do everything.
+    By default every caller on this machine may do everything.
     """
     listen, metrics, web = settings.listen, settings.metrics, settings.web
     access, spans = access or Access(), spans or Spans()

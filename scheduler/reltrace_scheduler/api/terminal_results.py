@@ -9,9 +9,8 @@ from reltrace_proto.v1 import types_pb2
 
 from reltrace_scheduler.keys import QueueName
 from reltrace_scheduler.observability.metrics import Counts
-from reltrace_scheduler.queue.recent import RecentJob
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.records import Condemned, Lease, LostLease, TerminalResult
+from reltrace_scheduler.records import Lease, LostLease, QuarantineCandidate, TerminalResult
 
 _SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
 
@@ -29,7 +28,7 @@ def overdue(job_id: str) -> TerminalResult:
     return _result(job_id, None, "FAILED", error)
 
 
-def quarantined(job: Condemned) -> TerminalResult:
+def quarantined(job: QuarantineCandidate) -> TerminalResult:
     history = "; ".join(f"attempt {lost.attempt} on {lost.worker}" for lost in job.lost)
     message = f"lost its worker {len(job.lost)} times and is quarantined: {history}"
     error = _error(code_pb2.ABORTED, message)
@@ -68,21 +67,21 @@ async def note_ended(
 
 def _recent_job(
     chunk: types_pb2.ResultChunk, queue: QueueName, worker: str
-) -> tuple[RecentJob, bytes]:
+) -> tuple[dict[str, object], bytes]:
     """Return what is shown of a job, with its last chunk if that is its whole result."""
     end = chunk.end
-    job = RecentJob(
-        job=chunk.job_id,
-        tenant=queue.tenant,
-        model=queue.route,
-        worker=end.lost_leases[-1].worker_id if end.lost_leases else worker,
-        state=state_name(end.state),
-        at=time.time(),
-        text="".join(chunk.header.tokens[:_SHOWN_TOKENS])[:_SHOWN_TEXT],
-        error=end.error.message,
-    )
+    shown = {
+        "job": chunk.job_id,
+        "tenant": queue.tenant,
+        "model": queue.route,
+        "worker": end.lost_leases[-1].worker_id if end.lost_leases else worker,
+        "state": state_name(end.state),
+        "at": time.time(),
+        "text": "".join(chunk.header.tokens[:_SHOWN_TOKENS])[:_SHOWN_TEXT],
+        "error": end.error.message,
+    }
     whole = end.state == types_pb2.JOB_STATE_SUCCEEDED and chunk.number == 1 and chunk.tensors
-    return job, chunk.SerializeToString() if whole else b""
+    return shown, chunk.SerializeToString() if whole else b""
 
 
 def state_name(state: types_pb2.JobState.ValueType) -> str:

@@ -15,7 +15,7 @@ class Access:
     """Who may call."""
 
     tokens: Tokens | None = None
-    """None: everybody may do everything."""
+    """None: every caller may do everything."""
     tls: ServerTls | None = None
     """None: plaintext."""
     rates: Rates = UNLIMITED
@@ -29,6 +29,6 @@ class Access:
         if missing and not self.insecure and not is_loopback(listen):
             raise StartError(
                 f"{option} {listen}: other machines can reach this address; add "
-                f"{' and '.join(missing)}, listen on 127.0.0.1, or say --insecure if nobody else "
-                "can reach this network"
+                f"{' and '.join(missing)}, listen on 127.0.0.1, or say --insecure if no "
+                "stranger can reach this network"
             )

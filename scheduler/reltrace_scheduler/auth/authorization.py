@@ -1,4 +1,4 @@
-"""Who calls by which token, and what the role of that token allows."""
+"""Finds the caller of a method by its token, and checks its role."""
 
 from typing import Any
 

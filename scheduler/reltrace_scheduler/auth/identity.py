@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 DEFAULT_TENANT = "default"
-"""The tenant of every caller where nobody needs a token."""
+"""The tenant of every caller where no tokens are set."""
 
 TENANT_NAME = r"[A-Za-z0-9_.-]{1,64}"
 """A regular expression. A colon would run into the names of keys."""
@@ -37,7 +37,7 @@ class Identity:
 
 
 LOCAL = Identity("local", DEFAULT_TENANT, frozenset(Role))
-"""Every caller, where nobody needs a token."""
+"""Every caller, where no tokens are set."""
 
 _current: ContextVar[Identity] = ContextVar("identity", default=LOCAL)
 

@@ -43,9 +43,10 @@ def up(context: typer.Context, options: service.UpOptions) -> None:
 
 
 def _report(line: str) -> None:
-    """Tell people, if anybody reads: the service is kept running, and ended in order, either way.
+    """Write a line to standard error, and go on if that fails.
 
-    Whoever read may be gone (a closed terminal, `2>&1 | head`), or its disk full.
+    The reader may be gone (a closed terminal, `2>&1 | head`), or its disk full; the service still
+    has to be kept running, and ended in order.
     """
     # Not `print`: what its buffer could not write would be an error once more, at exit.
     with suppress(OSError, ValueError):

@@ -126,7 +126,7 @@ class EmbeddedRedis:
         A server that was killed in the middle of a write finds half a command at the end of its
         file and cuts it off, but not the transaction that the command belonged to: what was written
         next would, at the start after, be read as a part of that, and half of it be run or lost
-        (https://github.com/valkey-io/valkey/pull/4342). Nobody writes yet; so now is the time.
+        (https://github.com/valkey-io/valkey/pull/4342). No client is connected yet.
         """
         client.bgrewriteaof()
 

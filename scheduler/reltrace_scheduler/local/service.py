@@ -33,7 +33,7 @@ _MAY_PASS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 # What `up` decides for its children: the same settings, meant for a scheduler, worker or client
 # that is started by hand, must not reach them. All others do. Everything stays on this machine,
-# where nobody needs TLS or a token.
+# where neither TLS nor a token is needed.
 _DECIDED = {
     f"RELTRACE_{name}"
     for name in (
@@ -147,16 +147,16 @@ async def _supervise(
 ) -> None:
     stop = asyncio.Event()
 
-    def asked_to_stop() -> None:
+    def on_signal() -> None:
         if stop.is_set():
-            # Asked twice: somebody is in a hurry.
+            # The second signal: do not wait any longer.
             for child in children:
                 child.kill()
         stop.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, asked_to_stop)
+        loop.add_signal_handler(number, on_signal)
     running = [asyncio.create_task(child.keep_running()) for child in children]
     stopped = asyncio.create_task(stop.wait())
     serving = asyncio.create_task(_wait_until_served(options, f"{HOST}:{port}", report))
@@ -284,7 +284,7 @@ def _check_names(models: Sequence[str]) -> None:
 
 
 def _free_port(port: int) -> int:
-    """Return `port` if nobody listens on it; for 0, one that is free."""
+    """Return `port` if it is free; for 0, any free one."""
     # The scheduler's gRPC would share the port (SO_REUSEPORT) and get every other call.
     try:
         with socket.create_server((HOST, port)) as probe:

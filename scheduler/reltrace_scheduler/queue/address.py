@@ -1,4 +1,4 @@
-"""Where Redis is and how to get in, without the password in a text that somebody reads."""
+"""The address of Redis and its password, which no message shows."""
 
 import os
 from dataclasses import dataclass

@@ -49,13 +49,13 @@ async def connect(address: str | RedisAddress) -> Connection:
     if isinstance(address, str):
         address = RedisAddress(address)
     shown = address.shown
-    # One quick try again: a longer wait belongs to the caller, who is told.
+    # One quick retry; how long to wait beyond that is the caller's decision.
     client = _client(Redis, address, Retry(ExponentialBackoff(cap=0.2, base=0.05), 1))
     try:
         info = await client.info("server")
         if info.get("redis_mode") == "cluster":
             await client.aclose()
-            # While a replica takes over, its slots are nobody's for some seconds.
+            # While a replica takes over, no node serves its slots for some seconds.
             retry = Retry(ExponentialBackoff(cap=1.0, base=0.1), 5)
             client = _client(RedisCluster, address, retry)
             await client.initialize()

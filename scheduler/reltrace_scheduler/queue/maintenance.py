@@ -5,7 +5,7 @@ from typing import Any
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.queue.quarantine import parse_history
 from reltrace_scheduler.queue.shards import Shard, milliseconds
-from reltrace_scheduler.records import Condemned, Submission
+from reltrace_scheduler.records import QuarantineCandidate, Submission
 
 _AT_ONCE = 500
 """Jobs that one script moves: bounds how long it holds Redis."""
@@ -33,13 +33,13 @@ class Maintenance:
         """
         await self.shard.run("watchdog_tick", [], milliseconds(self._settings.lease))
 
-    async def reap(self, queue: bytes) -> tuple[int, list[Condemned]]:
+    async def reap(self, queue: bytes) -> tuple[int, list[QuarantineCandidate]]:
         """Take over the leases of one queue that were lost; return how many jobs are queued again.
 
         And the jobs that lost too many leases. The reaper holds these, and the caller quarantines
         them with `JobQueue.end`.
         """
-        cursor, requeued, condemned = b"0-0", 0, []
+        cursor, requeued, candidates = b"0-0", 0, []
         while True:
             cursor, count, jobs = await self.shard.run(
                 "reap",
@@ -51,12 +51,12 @@ class Maintenance:
                 _AT_ONCE,
             )
             requeued += int(count)
-            condemned += [
-                Condemned(job.decode(), int(attempt), parse_history(history))
+            candidates += [
+                QuarantineCandidate(job.decode(), int(attempt), parse_history(history))
                 for job, attempt, history in jobs
             ]
             if cursor == b"0-0":
-                return requeued, condemned
+                return requeued, candidates
 
     async def promote(self) -> int:
         """Queue jobs again whose delay after a failed attempt is over; return how many."""

@@ -33,7 +33,7 @@ _STATE_SECONDS = 0.5
 """However many pages are open, Redis is read twice a second."""
 
 _HEADERS = {
-    # Nothing from elsewhere, and nobody frames it.
+    # Nothing is loaded from elsewhere, and no page frames it.
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; img-src data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reltrace.evaluation.scores import Mean, area, on_axis, shares, strongest_first, tokens_at
+from reltrace.evaluation.scores import Mean, area, on_axis, strongest_first, tokens_at
 
 
 def test_strongest_first_keeps_the_order_of_equals() -> None:
@@ -15,7 +15,7 @@ def test_strongest_first_keeps_the_order_of_equals() -> None:
 
 @given(st.integers(1, 500), st.integers(1, 100))
 def test_a_curve_begins_with_nothing_and_ends_with_everything(tokens: int, points: int) -> None:
-    counts = [tokens_at(share, tokens) for share in shares(points)]
+    counts = [tokens_at(share, tokens) for share in np.linspace(0, 1, points + 1)]
     assert counts[0] == 0
     assert counts[-1] == tokens
     assert counts == sorted(counts)

@@ -132,11 +132,11 @@ async def test_batch_leaves_room_for_what_somebody_waits_for(workers: Workers) -
     assert {job.queue.queue_class for job in await worker.lease()} == {Priority.INTERACTIVE}
 
 
-async def test_suspects_are_held_alone_whatever_else_waits(workers: Workers) -> None:
+async def test_isolated_jobs_are_held_alone_whatever_else_waits(workers: Workers) -> None:
     """
     Given jobs of one shard whose worker fell silent, and others in all shards
     If a worker asks for all it can get
-    I expect it to hold suspects and nothing else, or none of them, at every moment.
+    I expect it to hold isolated jobs and nothing else, or none of them, at every moment.
     """
     lost = await workers.submit("a", 3, idempotency_key="lost")
     assert len(await everything(await workers.connect("silent"))) == 3

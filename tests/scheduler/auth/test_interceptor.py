@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+import redis
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -21,7 +22,7 @@ from reltrace_proto.v1 import (
     worker_pb2,
 )
 from reltrace_scheduler.auth.access import Access
-from reltrace_scheduler.auth.rates import Rates
+from reltrace_scheduler.auth.rates import RateLimiter, Rates
 from reltrace_scheduler.auth.tokens import Tokens, parse
 from reltrace_scheduler.limits import MAX_REQUEST_BYTES
 from scheduler.auth.conftest import Serve
@@ -246,6 +247,23 @@ async def test_too_many_jobs_of_one_identity(serve: Serve) -> None:
         # Only submissions count.
         jobs = trace_pb2.GetJobsRequest(job_ids=submission.job_ids)
         assert len((await client.GetJobs(jobs, timeout=DEADLINE)).jobs) == 40
+
+
+async def test_while_redis_is_away_nothing_passes_a_rate(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a rate that can not be counted, I expect "try again", as for every other call."""
+
+    async def away(*arguments: object) -> None:
+        raise redis.exceptions.ConnectionError("gone")
+
+    monkeypatch.setattr(RateLimiter, "take", away)
+    access = Access(rates=Rates(requests=1.0))
+    async with serve(access) as address, grpc.aio.insecure_channel(address) as channel:
+        client = trace_pb2_grpc.TraceServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError, match="try again") as caught:
+            await client.ListModels(trace_pb2.ListModelsRequest(), timeout=DEADLINE)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_what_is_too_long_is_refused_before_it_is_parsed(serve: Serve) -> None:

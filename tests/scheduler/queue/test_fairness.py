@@ -139,7 +139,7 @@ async def test_a_submission_nobody_reads_waits_and_goes_on(
     assert len(await driver.lease("w", 50)) == 38
 
 
-async def test_parked_jobs_can_be_ended(driver: Driver, store: redis.asyncio.Redis) -> None:
+async def test_backpressured_jobs_can_be_ended(driver: Driver, store: redis.asyncio.Redis) -> None:
     submission = await driver.submit(jobs(3))
     (job,) = await driver.lease("w", 1)
     await driver.commit("w", [end(job, bytes(2000))])
@@ -233,7 +233,7 @@ async def test_whoever_keeps_its_queue_nearly_empty_gains_nothing_by_it(
     assert shares["steady"] >= 120
 
 
-async def test_turns_of_those_who_left_are_forgotten(
+async def test_virtual_times_of_tenants_without_jobs_are_forgotten(
     driver: Driver, store: redis.asyncio.Redis
 ) -> None:
     for tenant in ("a", "b", "c"):

@@ -20,7 +20,7 @@ async def lose(driver: Driver, worker: str, count: int = 1) -> list:
     return leased
 
 
-async def test_the_third_lost_lease_condemns_a_job(driver: Driver) -> None:
+async def test_the_third_lost_lease_quarantines_a_job(driver: Driver) -> None:
     await driver.submit(jobs(1))
     for attempt in (1, 2):
         (job,) = await driver.lease(f"w{attempt}", 1)
@@ -28,20 +28,20 @@ async def test_the_third_lost_lease_condemns_a_job(driver: Driver) -> None:
         await driver.reap_until(requeued=1)
     (job,) = await driver.lease("w3", 1)
 
-    (condemned,) = await driver.reap_until(condemned=1)
+    (candidate,) = await driver.reap_until(candidates=1)
 
-    assert (condemned.job_id, condemned.attempt) == (job.job_id, 3)
-    assert [(x.attempt, x.worker) for x in condemned.lost] == [(1, "w1"), (2, "w2"), (3, "w3")]
-    assert condemned.lost[0].lost_at < condemned.lost[2].lost_at
+    assert (candidate.job_id, candidate.attempt) == (job.job_id, 3)
+    assert [(x.attempt, x.worker) for x in candidate.lost] == [(1, "w1"), (2, "w2"), (3, "w3")]
+    assert candidate.lost[0].lost_at < candidate.lost[2].lost_at
     assert await driver.commit("w3", [end(job)]) == [LOST]
 
     # If the reaper dies before it has written the end, the next one finds the job again.
-    (again,) = await driver.reap_until(condemned=1)
-    assert again == condemned
-    assert await driver.queue.end([quarantined(condemned)]) == [
+    (again,) = await driver.reap_until(candidates=1)
+    assert again == candidate
+    assert await driver.queue.end([quarantined(candidate)]) == [
         QueueName("isolate_single", "t", "m")
     ]
-    assert await driver.queue.end([quarantined(condemned)]) == [None]
+    assert await driver.queue.end([quarantined(candidate)]) == [None]
     (record,) = await driver.queue.jobs([job.job_id], tenant="t")
     assert record is not None
     assert record.state == "QUARANTINED"
@@ -53,12 +53,12 @@ async def test_a_quarantined_job_can_be_looked_at(driver: Driver) -> None:
     for worker in ("a", "b"):
         await lose(driver, worker)
     await driver.lease("c", 1)
-    (condemned,) = await driver.reap_until(condemned=1)
-    await driver.queue.end([quarantined(condemned)])
+    (candidate,) = await driver.reap_until(candidates=1)
+    await driver.queue.end([quarantined(candidate)])
 
     (job,) = await driver.store.quarantine.latest(10)
 
-    assert (job.tenant, job.spec, job.lost) == ("t", b"deadly", condemned.lost)
+    assert (job.tenant, job.spec, job.lost) == ("t", b"deadly", candidate.lost)
     await driver.store.quarantine.forget(job.job_id)
     assert await driver.store.quarantine.latest(10) == []
 
@@ -66,8 +66,8 @@ async def test_a_quarantined_job_can_be_looked_at(driver: Driver) -> None:
 async def test_what_was_leased_beside_a_deadly_job_survives(driver: Driver) -> None:
     """Every worker that holds the deadly job falls silent, with all that it holds."""
     await driver.submit([NewJob("m", b"deadly"), *jobs(40)])
-    ended, condemned, worker = 0, [], 0
-    while ended < 40 or not condemned:
+    ended, candidates, worker = 0, [], 0
+    while ended < 40 or not candidates:
         worker += 1
         assert worker < 200, "the others do not go on"
         leased = await driver.lease(f"w{worker}", 50)
@@ -76,29 +76,31 @@ async def test_what_was_leased_beside_a_deadly_job_survives(driver: Driver) -> N
             while lost < len(leased):
                 requeued, found = await driver.reap()
                 lost += requeued + len(found)
-                condemned += found
+                candidates += found
         else:
             ended += len(leased)
             await driver.commit(f"w{worker}", [end(job) for job in leased])
-    assert len(condemned) == 1
-    assert [x.attempt for x in condemned[0].lost] == [1, 2, 3]
+    assert len(candidates) == 1
+    assert [x.attempt for x in candidates[0].lost] == [1, 2, 3]
 
 
-async def test_a_suspect_is_leased_to_an_empty_hand_only(driver: Driver) -> None:
+async def test_an_isolated_job_is_leased_only_to_a_worker_that_holds_nothing(
+    driver: Driver,
+) -> None:
     await driver.submit(jobs(1, "suspect"))
     await lose(driver, "lost")
     await driver.submit(jobs(3))
     busy = await driver.lease("w", 0)
-    (suspect,) = await driver.lease("w", 5)
-    assert (busy, suspect.queue.queue_class) == ([], "isolate_group")
+    (isolated,) = await driver.lease("w", 5)
+    assert (busy, isolated.queue.queue_class) == ([], "isolate_group")
 
     # Nothing beside it, until it has ended.
     assert await driver.lease("w", 5) == []
-    await driver.commit("w", [end(suspect)])
+    await driver.commit("w", [end(isolated)])
     assert len(await driver.lease("w", 5)) == 3
 
 
-async def test_suspects_and_others_take_turns(driver: Driver) -> None:
+async def test_isolated_jobs_and_others_take_turns(driver: Driver) -> None:
     await driver.submit(jobs(20, "suspect"))
     await lose(driver, "lost", 20)
     await driver.submit(jobs(4))
@@ -109,7 +111,7 @@ async def test_suspects_and_others_take_turns(driver: Driver) -> None:
     assert classes == [("isolate_group", 16), ("interactive", 4), ("isolate_group", 4)]
 
 
-async def test_a_worker_finishes_what_it_holds_before_a_suspect(driver: Driver) -> None:
+async def test_a_worker_finishes_what_it_holds_before_an_isolated_job(driver: Driver) -> None:
     await driver.submit(jobs(3))
     await driver.lease("lost", 1)
     await driver.reap_until(requeued=1)
@@ -125,8 +127,8 @@ async def test_a_worker_finishes_what_it_holds_before_a_suspect(driver: Driver) 
 
     assert await driver.lease("w", 5) == []
     await driver.commit("w", [end(held)])
-    (suspect,) = await driver.lease("w", 5)
-    assert suspect.queue.queue_class == "isolate_group"
+    (isolated,) = await driver.lease("w", 5)
+    assert isolated.queue.queue_class == "isolate_group"
 
 
 async def test_cancelling_ends_queued_and_leased_jobs(
@@ -256,7 +258,7 @@ async def test_a_listing_of_large_quarantined_jobs_is_short(
     await driver.submit([NewJob("m", bytes(15 << 20))] * 4)
     leased = [await driver.lease(f"w{number}", 1) for number in range(4)]
     assert all(leased)
-    condemned = await driver.reap_until(condemned=4)
-    await driver.queue.end([quarantined(job) for job in condemned])
+    candidates = await driver.reap_until(candidates=4)
+    await driver.queue.end([quarantined(job) for job in candidates])
     assert len(await driver.store.quarantine.latest(100)) == 2
     assert len(await driver.store.quarantine.latest(1)) == 1

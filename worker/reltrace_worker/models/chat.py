@@ -35,13 +35,7 @@ class RenderedChat:
 
 
 def render(tokenizer: Any, chat: Chat) -> RenderedChat:
-    """Turn a conversation into text.
-
-    Raises
-    ------
-    InvalidJob
-        There is no template, or it does not take these messages.
-    """
+    """Turn a conversation into text; InvalidJob where the template does not take it."""
     if not chat.messages:
         raise _error("are none; give at least one message with role and content")
     if not tokenizer.chat_template:

@@ -28,10 +28,7 @@ _TRAINING_STATE = ("rng_state", "optimizer", "scheduler", "scaler", "training_ar
 def check_folder(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     """Return the config and the weight files of a folder, as transformers takes them.
 
-    Raises
-    ------
-    ModelError
-        A file is missing, or it is not clear which weights are meant.
+    Where a file is missing, or it is not clear which weights are meant, the folder is refused.
     """
     shards = _shards(folder)
     if (folder / ADAPTER).is_file():
@@ -77,13 +74,7 @@ def index_shards(folder: Path) -> list[str]:
 
 
 def quantization(config: dict[str, Any]) -> str | None:
-    """Return how the weights of a checkpoint are quantized; None: they are not.
-
-    Raises
-    ------
-    ModelError
-        They are, in a way that can not be undone while they load.
-    """
+    """Return how weights are quantized that can be dequantized as they load; None: they are not."""
     text_config = _object(config, "text_config") or {}
     settings = _object(config, "quantization_config")
     if settings is None:

@@ -26,13 +26,7 @@ class GgufTensor:
 
 
 def read_header(data: mmap) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    """Return the metadata and the tensors of a file, by name.
-
-    Raises
-    ------
-    ValueError, KeyError
-        It is not GGUF, or is cut short.
-    """
+    """Return metadata and tensors by name; ValueError or KeyError if the file is no whole GGUF."""
     if data[:4] != b"GGUF":
         raise ValueError("it does not begin with the letters GGUF")
     reader = _Reader(data, 4)

@@ -20,23 +20,14 @@ _DIGEST_LENGTH = len("sha256:") + 12
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint on this machine.
-
-    Parameters
-    ----------
-    path
-        A folder, or a GGUF file.
-    name
-        Hub id, name of the folder, or name of the file without its ending.
-    commit
-        Of a hub model.
-    digest
-        Of a GGUF file: how the digest of its contents must begin.
-    """
+    """A checkpoint on this machine: a folder, or a GGUF file."""
 
     path: Path
+    # Hub id, name of the folder, or name of the file without its ending.
     name: str
+    # Of a hub model.
     commit: str | None = None
+    # Of a GGUF file: how the digest of its contents must begin.
     digest: str | None = None
 
     @property
@@ -60,10 +51,7 @@ class Source:
 
 
 def find_source(source: str, revision: str | None) -> Source:
-    """Find a checkpoint; see :func:`reltrace_worker.models.loading.load_model`.
-
-    One of the hub is downloaded, unless it is in the cache.
-    """
+    """Find a checkpoint; one of the hub is downloaded, unless it is in the cache."""
     path = Path(source).expanduser()
     if source and path.is_file():
         if path.suffix.lower() != ".gguf":

@@ -5,7 +5,7 @@
 -- jobs over its weight (weighted fair queueing; start-time rule of Goyal, Vin & Cheng, 1997). A
 -- tenant is skipped while its unread results reach its bound.
 --
--- A job that was leased when its worker fell silent may be what killed it. Such jobs are isolated:
+-- A job whose lease was lost may be what killed its worker. Such jobs are isolated:
 -- leased to a worker that holds nothing else, first in groups (class isolate_group), after the
 -- second loss one by one (isolate_single), so that no other job is quarantined because of them.
 -- Between two groups of them a worker takes other jobs.

@@ -26,7 +26,7 @@ if redis.call("EXISTS", KEYS[1]) == 0 then
     return {"0-0", 0, {}}
 end
 local reply = redis.call("XAUTOCLAIM", KEYS[1], GROUP, REAPER, lease, cursor, "COUNT", count)
-local requeued, condemned = 0, {}
+local requeued, candidates = 0, {}
 for _, entry in ipairs(reply[2]) do
     -- Redis 6.2 lists deleted entries as nil; none of ours is deleted while pending.
     local job = entry and read_job(entry[2][2])
@@ -42,7 +42,7 @@ for _, entry in ipairs(reply[2]) do
             discard_chunks(job)
             append(released_jobs, job.worker, job.id)
             redis.call("HSET", job.key, "worker", REAPER)
-            condemned[#condemned + 1] = {job.id, job.attempt, history}
+            candidates[#candidates + 1] = {job.id, job.attempt, history}
         else
             release(job, lost == 1 and "isolate_group" or "isolate_single")
             requeued = requeued + 1
@@ -64,4 +64,4 @@ if redis.call("XLEN", KEYS[1]) == 0 then
     redis.call("HDEL", key.virtual_time, "large:" .. name)
     deactivate(class, tenant, model)
 end
-return {reply[1], requeued, condemned}
+return {reply[1], requeued, candidates}

@@ -37,23 +37,21 @@ for i = 0, count - 1 do
     bytes = bytes + #ARGV[first + 3 * i + 2]
 end
 
--- Unread results take memory as jobs do.
-local function check(name, max_jobs, max_bytes)
+-- Returns the reply where a bound would be passed. Unread results take memory as jobs do.
+local function check(name, whose, max_jobs, max_bytes)
     local load = redis.call("HMGET", name, "jobs", "bytes", "results", "max_jobs", "max_bytes")
     local jobs, used = tonumber(load[1] or 0), tonumber(load[2] or 0) + tonumber(load[3] or 0)
     max_jobs = math.ceil(tonumber(load[4] or max_jobs) / shards)
     max_bytes = math.ceil(tonumber(load[5] or max_bytes) / shards)
-    local full = jobs + count > max_jobs or used + bytes > max_bytes
-    return full, jobs, used, max_jobs, max_bytes
+    if jobs + count > max_jobs or used + bytes > max_bytes then
+        return {"full", whose, jobs, used, max_jobs, max_bytes}
+    end
 end
 
-local full, jobs, used, max_jobs, max_bytes = check(KEYS[3], ARGV[9], ARGV[10])
+local full = check(KEYS[3], "of the tenant", ARGV[9], ARGV[10])
+    or check(key.load, "in all", ARGV[7], ARGV[8])
 if full then
-    return {"full", "of the tenant", jobs, used, max_jobs, max_bytes}
-end
-full, jobs, used, max_jobs, max_bytes = check(key.load, ARGV[7], ARGV[8])
-if full then
-    return {"full", "in all", jobs, used, max_jobs, max_bytes}
+    return full
 end
 
 local time = now()

@@ -1,4 +1,4 @@
-"""The `reltrace` command against a server."""
+"""`reltrace trace`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
-from typing import Any
 
 import pytest
 import reltrace
-import typer
 from cli.conftest import Run
 from fake_labels import FakeLabels
 from fake_server import FakeServer
-from reltrace.cli import app
-from typer.testing import CliRunner
 
 PROMPT = "My cats love to play with my"
 
@@ -40,31 +35,6 @@ def test_trace_passes_its_options_on(command: Run, server: FakeServer) -> None:
     assert spec.targets[0].token.text == "cats"
     command("trace", PROMPT, "--target", "id:17")
     assert server.requests[1].jobs[0].targets[0].token.id == 17
-
-
-def test_only_a_connection_comes_from_the_environment(
-    command: Run, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """
-    Given variables that are named like options of a batch
-    I expect them to have no effect: one that is forgotten would leave prompts out.
-    """
-    for name, value in (("LIMIT", "1"), ("TARGET", "cats"), ("LAYER", "1"), ("RULE", "gradient")):
-        monkeypatch.setenv(f"RELTRACE_{name}", value)
-    source = tmp_path / "in.txt"
-    source.write_text("one\ntwo\n")
-    assert command("batch", str(source), str(tmp_path / "out"))[0] == 0
-    specs = [spec for request in server.requests for spec in request.jobs]
-    assert [spec.prompt for spec in specs] == ["one", "two"]
-    assert (specs[0].rule, list(specs[0].layers), specs[0].targets[0].token.text) == (
-        "attnlrp", [], "",
-    )  # fmt: skip
-
-
-def test_run_is_the_old_name_of_trace(command: Run, server: FakeServer) -> None:
-    assert command("run", PROMPT)[0] == 0
-    assert server.requests[0].jobs[0].prompt == PROMPT
-    assert " run " not in command("--help")[1]
 
 
 def test_trace_prints_json_and_nothing_else(command: Run, tmp_path: Path) -> None:
@@ -148,17 +118,6 @@ def test_a_conversation_that_is_none(command: Run, tmp_path: Path) -> None:
     assert (code, err.strip().endswith("can not be read: No such file or directory")) == (1, True)
     for arguments in (["a", "--chat", str(path)], ["a", "--input-ids", "3"], []):
         assert command("trace", *arguments)[0] == 2
-
-
-def test_tokens_are_shown(command: Run, server: FakeServer) -> None:
-    code, out, _ = command("tokenize", "My cats", "--no-add-special-tokens", "--model", "fake")
-    assert code == 0
-    assert re.search(r"^ *1 +1 +' cats' +3:7 *$", out, re.MULTILINE)
-    spec = server.requests[0].jobs[0]
-    assert (spec.tokenize_only, spec.add_special_tokens, spec.model) == (True, False, "fake")
-    found = json.loads(command("tokenize", "My cats", "--json")[1])
-    assert found["tokens"] == ["<s>", "My", "cats"]
-    assert found["offsets"] == [[0, 3], [4, 6], [7, 11]]
 
 
 def test_trace_saves_a_trace(command: Run, tmp_path: Path) -> None:
@@ -248,35 +207,6 @@ def test_errors_are_one_line(command: Run, arguments: list[str], message: str) -
     assert err.count("\n") == 1
 
 
-def test_usage_errors_exit_with_2(command: Run) -> None:
-    assert command("trace")[0] == 2
-    assert command("trace", PROMPT, "--timeout", "soon")[0] == 2
-    assert command("fly")[0] == 2
-
-
-def test_models(command: Run) -> None:
-    code, out, _ = command("models")
-    assert code == 0
-    assert "1,234,567" in out
-    assert "fake@r1: sites embed, resid; rules attnlrp; reductions token\n" in out
-    (model,) = json.loads(command("models", "--json")[1])
-    assert (model["name"], model["workers"]) == ("fake", 2)
-
-
-def test_status(command: Run) -> None:
-    code, out, _ = command("status")
-    assert code == 0
-    assert "Redis 7.2, 1.0 MB; ended: 5 succeeded" in out
-    assert "1 worker" in out
-    state: Any = json.loads(command("status", "--json")[1])
-    assert state["queues"] == [{"model": "fake", "queued": 3, "leased": 1}]
-    assert state["workers"][0]["connected_at"] == "2023-11-14T22:13:20+00:00"
-
-
-def test_version(command: Run) -> None:
-    assert command("--version") == (0, f"reltrace {reltrace.__version__}\n", "")
-
-
 def test_ctrl_c_ends_a_call(server: FakeServer) -> None:
     import signal
     import threading
@@ -306,30 +236,3 @@ def test_ctrl_c_ends_a_call(server: FakeServer) -> None:
             ended.set()
             process.kill()
     assert (out, process.returncode) == ("interrupted\n", 0)
-
-
-def test_commands_of_other_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """
-    Given a distribution that declares the command `up`
-    I expect it among the commands, and without one a sentence that says what to install.
-    """
-
-    def up(port: int = 1) -> None:
-        print("on port", port)
-
-    def load(entry: EntryPoint) -> Any:
-        return up
-
-    monkeypatch.setattr(EntryPoint, "load", load)
-    for installed in (True, False):
-        entries = EntryPoints([EntryPoint("up", "somewhere:up", "reltrace.commands")] * installed)
-        monkeypatch.setattr(app, "entry_points", lambda group, found=entries: found)
-        made = typer.Typer()
-        made.callback()(lambda: None)
-        app.add_installed_commands(made)
-        done = CliRunner().invoke(made, ["up", "--port", "7"])
-        if installed:
-            assert done.output == "on port 7\n"
-        else:
-            assert isinstance(done.exception, reltrace.MissingDependency)
-            assert "pip install reltrace-scheduler" in str(done.exception)

@@ -1,4 +1,4 @@
-"""Commands for those who look after a server."""
+"""Commands for operators."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 from cli.conftest import Run
-from fake_server import FakeServer, Submission
+from fake_server import FakeServer
 from reltrace_proto.v1 import admin_pb2, types_pb2
 
 
@@ -17,36 +17,6 @@ def quarantined(server: FakeServer) -> None:
         job = admin_pb2.QuarantinedJob(job_id=name, tenant="team-a", spec=spec)
         job.lost_leases.add(attempt=2, worker_id="gpu-1").lost_at.FromSeconds(1_700_000_000)
         server.quarantined.append(job)
-
-
-def test_workers(command: Run) -> None:
-    code, out, _ = command("workers")
-    assert code == 0
-    assert "w1" in out
-    assert "fake-2" in out
-    (worker,) = json.loads(command("workers", "--json")[1])
-    assert (worker["id"], worker["model"], worker["leased"]) == ("w1", "fake", 1)
-
-
-def test_workers_are_drained(command: Run, server: FakeServer) -> None:
-    assert command("workers", "drain", "w1") == (0, "1 worker told to leave\n", "")
-    assert server.drained == ["w1"]
-    assert "(drains)" in command("workers")[1]
-    assert command("workers", "drain")[0] == 2
-    code, out, err = command("workers", "drain", "w7")
-    assert (code, out) == (1, "")
-    assert "no worker 'w7' is connected" in err
-
-
-def test_cancel(command: Run, server: FakeServer) -> None:
-    server.submissions["s0"] = Submission("s0", "key", ["s0-0"], [types_pb2.JobSpec(prompt="a")])
-    assert command("cancel", "s0-0", "s7-1") == (0, "cancelled 1 job\n", "")
-    assert server.cancelled == ["s0-0"]
-    assert command("cancel", "s0-0") == (1, "cancelled 0 jobs\n", "")
-    assert command("cancel", "s0-0", "--json") == (1, '{"cancelled": 0}\n', "")
-    assert command("cancel", "a b")[2].startswith("reltrace: ids[0]: must be ")
-    assert command("cancel", "s9") == (1, "", "reltrace: the submission is not known here\n")
-    assert command("cancel")[0] == 2
 
 
 @pytest.mark.usefixtures("quarantined")
