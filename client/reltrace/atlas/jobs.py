@@ -159,7 +159,7 @@ class SliceJobs:
         if isinstance(result.outcome, AtlasShard):
             return BuiltShard(result.outcome, result.bytes, accepted)
         assert isinstance(result.outcome, TraceError)
-        await acknowledge(self._connection, accepted)
+        await acknowledge(self._connection, accepted.id, len(jobs))
         return result.outcome
 
     def _key(self, number: int, digest: str, attempt: int) -> str:
@@ -168,4 +168,6 @@ class SliceJobs:
 
 
 async def free_shards(connection: Connection, submissions: Iterable[Submission]) -> None:
-    await asyncio.gather(*(acknowledge(connection, accepted) for accepted in submissions))
+    await asyncio.gather(
+        *(acknowledge(connection, one.id, len(one.job_ids)) for one in submissions)
+    )

@@ -176,7 +176,7 @@ class Run:
             for result in results:
                 writer.put(self._with_id(result))
                 self._new += 1
-                self._progress.result(isinstance(result, Failure))
+                self._progress.count(result)
 
     def _with_id(self, result: Trace | list[Trace] | Failure) -> Traced | Failed:
         """Return a result with the id that the prompt has in the file."""
@@ -212,7 +212,7 @@ class Run:
                 # Recorded once: the input does not change.
                 writer.put(Failed.of(item.index, item.line, item.id, fault))
                 self._new += 1
-                self._progress.result(failed=True)
+                self._progress.add(1, failed=1)
 
     def _revision(self, item: Item) -> dict[str, str]:
         """Return the batch's revision for a prompt that names the same model without one."""

@@ -6,16 +6,15 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from reltrace.transport.assemble import Outcome
+from reltrace.transport.assemble import JobResult, Outcome
 from reltrace.transport.connection import Connection
-from reltrace.transport.cursor import JobResult
 from reltrace.transport.results import stream_results
 from reltrace.transport.retry import Deadline
 from reltrace.transport.submit import Rejected, submit
 from reltrace.types.errors import TraceError
 from reltrace.types.request import Job, Priority, wire_priority
 
-# Seconds that the server has to end a stream whose last result is here.
+# Seconds that the server has to end a stream whose last result was received.
 _STREAM_END_TIMEOUT = 5.0
 
 
@@ -43,7 +42,7 @@ async def run_jobs(
                 raise result.outcome
     finally:
         if len(outcomes) == len(jobs):
-            # Nobody waits for the end of the stream and the acknowledgement.
+            # The caller does not wait for the end of the stream and the acknowledgement.
             connection.finish_in_background(_read_to_end(results))
         else:
             await results.aclose()
@@ -57,5 +56,5 @@ async def _read_to_end(results: AsyncGenerator[JobResult, None]) -> None:
                 async for _ in results:
                     pass
         except (TraceError, TimeoutError):
-            # The results are with the caller; unacknowledged, they expire on the server.
+            # The caller has the results; unacknowledged, they expire on the server.
             return

@@ -1,4 +1,4 @@
-"""Which revision of a model a run asks for: the one that it began with, to its end."""
+"""Pins a run to the revision of a model with which it began."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def route_of(model: info.Model) -> str:
 
 
 def named(models: Sequence[info.Model], name: str) -> list[info.Model]:
-    """Return the models that NAME, NAME@REVISION, or "" for the only one, may mean."""
+    """Return the models that a name may mean: NAME, NAME@REVISION, or "" for the only model."""
     if not name:
         return [model for model in models if model.workers] or list(models)
     return [model for model in models if name in (model.name, route_of(model))]
 
 
 def only(models: Sequence[info.Model], name: str) -> info.Model | None:
-    """Return the model that a name means; None: the server will say what is wrong with it.
+    """Return the model that a name means, or None if the server has to reject the name.
 
     Raises
     ------
@@ -55,17 +55,17 @@ def only(models: Sequence[info.Model], name: str) -> info.Model | None:
 
 
 class Pins:
-    """The revisions that a run asks for. Upgrades while it runs change nothing in it."""
+    """The revisions that a run asks for, which an upgrade of the workers does not change."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._routes: dict[str, str] = {}
 
     async def route(self, name: str, deadline: Deadline) -> str:
-        """Return NAME@REVISION for a name as on the wire; from the first call on the same.
+        """Return NAME@REVISION for a name as on the wire, the same in every call.
 
-        A name that the server does not list is returned as it is. If the server has had no worker
-        so far, its first one is waited for.
+        A name that the server does not list is returned as it is. If no worker has connected to
+        the server so far, the first one is waited for.
         """
         if name not in self._routes:
             model = only(await self._wait_for_models(deadline), name)
@@ -73,7 +73,7 @@ class Pins:
                 return name
             route = route_of(model)
             if name != route:
-                # Another call, or the only model's own name, may have been first.
+                # Another call, or another name of this model, may have pinned it.
                 route = self._routes.setdefault(model.name, route)
             self._routes[name] = route
         return self._routes[name]
@@ -95,8 +95,8 @@ class Pins:
     async def watch(self) -> None:
         """Check at intervals that the revisions are still served; never returns.
 
-        Raises `ModelNotFound` if one has gone for the client's `retry_timeout`, while another
-        revision of its model is served. If none is, jobs wait for a worker that may be starting.
+        Raises `ModelNotFound` if one has not been served for the client's `retry_timeout` while
+        another revision of its model is. If none is, jobs wait for a worker that may be starting.
         """
         gone_since: dict[str, float] = {}
         while True:

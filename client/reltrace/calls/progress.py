@@ -1,4 +1,4 @@
-"""The bar of `progress=True` and of `reltrace batch`, in a terminal, a notebook or a log."""
+"""The progress bar of `progress=True` and `reltrace batch`, in a terminal, a notebook or a log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Self
 from reltrace.types.failure import Failure
 
 # Seconds. A pass of the model gives many results at once: those that come within `_BURST` count as
-# one moment, and a rate is told once two moments are `_MIN_SPAN` apart.
+# one moment, and the rate is known once two moments are `_MIN_SPAN` apart.
 _WINDOW = 60.0
 _BURST = 0.5
 _MIN_SPAN = 2.0
@@ -21,8 +21,8 @@ _MIN_SPAN = 2.0
 class Rate:
     """Results per second over the last minute, or between the last two moments.
 
-    The first moment is not counted: what was before it was spent on other jobs, or on the start
-    of a worker.
+    The time before the first moment does not count: it was spent on other jobs, or on the start of
+    a worker.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -42,7 +42,7 @@ class Rate:
             self._moments.popleft()
 
     def per_second(self) -> float | None:
-        """Return the rate; None: not known yet."""
+        """Return the rate, or None while it is not known."""
         if not self._moments:
             return None
         (first, before), (last, after) = self._moments[0], self._moments[-1]
@@ -52,8 +52,8 @@ class Rate:
 class Progress:
     """Counts results on a tqdm bar, with their rate, and how many failed; from any thread.
 
-    The bar's end is the length of `items`, or else `total`; it is updated at most every `interval`
-    seconds.
+    The bar ends at the length of `items` if it has one, else at `total`; it is drawn at most every
+    `interval` seconds.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Progress:
         self.close()
 
     def begin(self, done: int) -> None:
-        """Show the bar, with the number of results that are there already."""
+        """Show the bar, which starts at the number of results that exist already."""
         if self._shown:
             self._bar = _bar_class()(
                 total=self._total,
@@ -108,25 +108,23 @@ class Progress:
 
     def count(self, result: object) -> None:
         """Count one result."""
-        self.result(failed=isinstance(result, Failure))
-
-    def result(self, failed: bool) -> None:
-        self.add(1, failed=int(failed))
+        self.add(1, failed=isinstance(result, Failure))
 
 
 def _bar_class() -> Any:
-    """Return a class of bars: widgets in a notebook that has them, else text."""
+    """Return tqdm's class of bars for this environment, a notebook or a terminal, with `Rate`."""
     from tqdm import TqdmWarning
 
     with warnings.catch_warnings():
-        # The warning that a notebook has no ipywidgets, so that the bar is text.
+        # Without ipywidgets, tqdm warns in a notebook that it draws the bar as text.
         warnings.simplefilter("ignore", TqdmWarning)
         from tqdm.auto import tqdm
 
     class Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
-        """Shows the recent rate and the time left by it; "?" while it is not known.
+        """Shows the recent rate and the time left at that rate; "?" while it is not known.
 
-        tqdm's own rate begins when the bar is shown: if jobs wait at first, it is far too low.
+        tqdm measures its own rate from when the bar is shown: if jobs wait at first, it is far too
+        low.
         """
 
         def __init__(self, **options: Any) -> None:
@@ -136,7 +134,7 @@ def _bar_class() -> Any:
 
         @property
         def format_dict(self) -> dict[str, Any]:
-            # At the end None, for which tqdm shows the rate of the whole run.
+            # With None, tqdm shows the rate of the whole run.
             rate = None if self.closing else self.recent.per_second() or 0
             return {**super().format_dict, "rate": rate}
 

@@ -1,4 +1,4 @@
-"""Where the items of `trace_many` come from: lists, iterators that may block, async iterators."""
+"""Sources of the items of `trace_many`: lists, iterators that may block, async iterators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from reltrace.types.errors import invalid
 
-# Seconds that a partial submission waits for a source that is about to give more.
+# Seconds that a partial submission waits for the next item of a source.
 _LINGER = 0.002
 
 
@@ -27,7 +27,7 @@ def open_source(items: object, argument: str = "items") -> Source:
 
 
 def check_iterable(items: object, argument: str, kinds: UnionType | type = Iterable) -> None:
-    """Raise InvalidArgument if it is none of such a kind, or a single item."""
+    """Raise InvalidArgument if `items` is a single item, or not of these kinds."""
     kind = type(items).__name__
     if isinstance(items, str | bytes | Mapping):
         raise invalid(argument, f"must be an iterable of {argument}, not one {kind}")
@@ -36,7 +36,7 @@ def check_iterable(items: object, argument: str, kinds: UnionType | type = Itera
 
 
 class Source:
-    """Items that something else pulls, no further ahead than asked for."""
+    """Items that a task or a thread pulls, no more of them than `take` asks for."""
 
     def __init__(self) -> None:
         self._items: deque[Any] = deque()
@@ -44,22 +44,22 @@ class Source:
         self._error: Exception | None = None
         self._ended = False
         self._closed = False
-        # How many more may be pulled, and whether one is being pulled.
+        # How many more items may be pulled, and whether one is being pulled now.
         self._allowed = 0
         self._pulling = False
 
     async def take(self, limit: int, wait: bool) -> list[Any] | None:
-        """Return up to `limit` items; None: there are no more.
+        """Return up to `limit` items; None at the end.
 
-        With `wait` false, an empty list means that the source would block.
-        An exception that the source raises comes out here, after its items.
+        With `wait` false, an empty list means that the source would block. An exception of the
+        source is raised after its items have been returned.
         """
         self._allow(limit)
-        # Cleared before the look at the items: what arrives after the look sets it again.
+        # Cleared before the items are checked: one that arrives after the check sets it again.
         self._arrived.clear()
         if not self._items and not self._ended:
             try:
-                # Not wait_for: that of Python 3.11 loses a cancellation that comes with an item.
+                # Not wait_for: in Python 3.11 it loses a cancellation that comes with an item.
                 async with asyncio.timeout(None if wait else _LINGER):
                     await self._arrived.wait()
             except TimeoutError:
@@ -77,11 +77,11 @@ class Source:
         self._closed = True
 
     def _allow(self, limit: int) -> None:
-        """Let items be pulled until `limit` are here."""
+        """Allow items to be pulled until there are `limit`."""
         self._allowed = max(0, limit - len(self._items) - self._pulling)
 
-    def _broke_off(self, cause: BaseException) -> None:
-        """Note what ended the source: SystemExit and the like must not pass as its regular end."""
+    def _failed(self, cause: BaseException) -> None:
+        """Keep the error of the source; SystemExit and the like must not look like its end."""
         if not isinstance(cause, Exception):
             error = RuntimeError(f"the items ended with {cause!r}")
             error.__cause__ = cause
@@ -90,7 +90,7 @@ class Source:
 
 
 class _Ready(Source):
-    """A list or tuple: never blocks."""
+    """A list or tuple, which never blocks."""
 
     def __init__(self, items: Sequence[Any]) -> None:
         super().__init__()
@@ -134,10 +134,10 @@ class _Async(Source):
         except asyncio.CancelledError as error:
             if self._closed:
                 raise
-            # What the source waited for was cancelled.
-            self._broke_off(error)
+            # Not by `close`: something that the source waited for was cancelled.
+            self._failed(error)
         except Exception as error:
-            self._broke_off(error)
+            self._failed(error)
         finally:
             self._ended = True
             self._arrived.set()
@@ -150,7 +150,7 @@ class _Async(Source):
 
 
 class _Blocking(Source):
-    """Any other iterable, pulled in a thread of its own: `next` may block as long as it likes."""
+    """Any other iterable, pulled in a thread of its own, since `next` may block."""
 
     def __init__(self, items: Iterable[Any]) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class _Blocking(Source):
 
     def _allow(self, limit: int) -> None:
         if self._thread is None:
-            # A daemon: nothing can end a `next` that blocks for ever, such as on a terminal.
+            # A daemon, since a `next` that blocks, such as on a terminal, can not be interrupted.
             self._thread = threading.Thread(
                 target=self._pull,
                 args=(asyncio.get_running_loop(),),
@@ -179,14 +179,14 @@ class _Blocking(Source):
                     item = next(self._iterator)
                 except StopIteration:
                     return
-                # Together: between the two, `_allow` would count the item twice or not at all.
+                # Both at once: in between, `_allow` would count the item twice or not at all.
                 with self._changed:
                     self._items.append(item)
                     self._pulling = False
                 if not self._arrived.is_set():
                     self._wake(loop)
         except BaseException as error:
-            self._broke_off(error)
+            self._failed(error)
         finally:
             self._ended = True
             self._wake(loop)

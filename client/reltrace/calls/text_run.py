@@ -1,4 +1,4 @@
-"""Texts that are read while they are generated."""
+"""Streams texts while they are generated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Text:
 
 
 class DraftMerger:
-    """Merges the drafts of one text, of which any may be missing or repeated, into pieces."""
+    """Merges the drafts of one text into pieces. Any draft may be missing or repeated."""
 
     def __init__(self, *, steered: bool) -> None:
         self._steered = steered
@@ -43,11 +43,11 @@ class DraftMerger:
         """Take a draft; return what it adds to the pieces."""
         if draft.attempt < self._attempt:
             return None
-        # The text is sent from its beginning by another attempt, and over another connection.
+        # Another attempt, or another connection, sends the text from its beginning.
         if draft.attempt > self._attempt or draft.first == 0:
             self._attempt, self._received = draft.attempt, _Text()
         received = self._received
-        # What is missing comes when the text is sent again, or with the result.
+        # The missing tokens come when the text is sent again, or with the result.
         if draft.first != len(received.token_ids):
             return None
         received.text += draft.text
@@ -76,9 +76,9 @@ class DraftMerger:
 
 
 class TextRun:
-    """Generates a text, or a steered one and the same without steering, and gives out pieces.
+    """Generates a text, or a steered and an unsteered one, and returns pieces of them.
 
-    Pieces that nobody has taken are at most the tokens of the texts.
+    There are at most as many pieces as tokens, so that those which wait need no bound.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class TextRun:
 
     @property
     def result(self) -> Generation | None:
-        """The whole, once all pieces were taken; None before."""
+        """The complete generation once all pieces were taken; None before."""
         if 0 not in self._results or self._pieces:
             return None
         return Generation.combined([text for _, text in sorted(self._results.items())])
 
     async def take(self) -> list[TextPiece]:
-        """Return the next piece; none: the texts are complete."""
+        """Return the next piece; an empty list at the end."""
         if self._reading is None:
             self._reading = asyncio.create_task(self._read())
         while True:
@@ -116,13 +116,13 @@ class TextRun:
             self._changed.clear()
 
     async def close(self) -> None:
-        """Read no further; what has not been generated is cancelled."""
+        """Stop reading, and cancel the jobs that have not ended."""
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
 
     async def _read(self) -> None:
-        # The first text is the one that was asked for, the second, if any, is not steered.
+        # Of two jobs the first is steered, the second is the same without steering.
         steered = len(self._jobs) > 1
         mergers = [DraftMerger(steered=steered and index == 0) for index in range(len(self._jobs))]
         try:

@@ -1,4 +1,4 @@
-"""Work in threads whose end a cancelled caller waits for, so that nothing is left half done."""
+"""Threads whose end a cancelled caller waits for, so that their work is not left half done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ async def shielded_to_thread(function: Callable[[Unpack[Ts]], T], *arguments: *T
 
 
 async def gather_shielded(work: Iterable[asyncio.Future[Any]]) -> None:
-    """Wait until all of it has ended, however; a cancellation is raised only then."""
+    """Wait until all work has ended, also with errors; raise a cancellation only then."""
     pending, cancelled = set(work), None
     while pending:
         try:

@@ -1,10 +1,10 @@
-"""Many items through the service: batches in, results out, a bounded number in between."""
+"""Traces many items: submits them in batches, a bounded number at a time, and reads results."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Container, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from reltrace.calls.pinning import Pins
 from reltrace.calls.source import open_source
 from reltrace.transport.connection import Connection
+from reltrace.transport.pending import Submission
 from reltrace.transport.results import stream_results
 from reltrace.transport.retry import Deadline
 from reltrace.transport.submit import Rejected, submit
@@ -26,46 +27,38 @@ Result: TypeAlias = Trace | list[Trace] | Failure
 # A submission is one message, one stream and one acknowledgement for all of its jobs.
 _BATCH_JOBS = 256
 _BATCH_BYTES = 1024 * 1024
-# With as many in flight as may be, the next submission waits so long for more jobs: each costs the
-# server as much as dozens of jobs. No longer, for the next result in order may be among them.
+# With the limit in flight, a submission waits so many seconds for more jobs, since it costs the
+# server as much as dozens of jobs. Not longer, since the next result in order may be one of them.
 _LINGER = 0.02
-# A source that trickles makes small submissions: past this many, they grow instead.
+# A slow source makes small submissions; with this many of them in flight, the next one grows.
 _MAX_SUBMISSIONS = 64
-# Finished results that nobody has taken: past this, streams are not read on.
+# Streams pause while results that nobody has taken have more bytes than this.
 _MAX_UNREAD_BYTES = 256 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A job with the index of its item."""
-
-    index: int
-    job: Job
-    bytes: int
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Jobs of the next submission."""
+    """Jobs of the next submission, by the index of their item."""
 
-    items: list[_Item] = field(default_factory=list)
+    jobs: dict[int, Job] = field(default_factory=dict)
     bytes: int = 0
 
-    def fits(self, item: _Item) -> bool:
-        return not self.items or (
-            len(self.items) < _BATCH_JOBS and self.bytes + item.bytes <= _BATCH_BYTES
-        )
-
-    def add(self, item: _Item) -> None:
-        self.items.append(item)
-        self.bytes += item.bytes
+    def add(self, index: int, job: Job) -> bool:
+        """Add a job; return False if there is no room for it."""
+        size = job.spec.ByteSize()
+        full = len(self.jobs) >= _BATCH_JOBS or self.bytes + size > _BATCH_BYTES
+        if self.jobs and full:
+            return False
+        self.jobs[index] = job
+        self.bytes += size
+        return True
 
 
 class TraceManyRun:
-    """One `trace_many`: pulls items, submits them in batches, hands results out.
+    """One call of `trace_many`: pulls items, submits them in batches, and returns results.
 
-    Raises `InvalidArgument` if an argument is wrong that all items share. `pins` are those of a
-    larger run that this one is part of.
+    Raises `InvalidArgument` if an argument is wrong that all items share. `pins` are given if this
+    is part of a larger run.
     """
 
     def __init__(
@@ -95,7 +88,7 @@ class TraceManyRun:
         self._submissions: set[asyncio.Task[None]] = set()
         self._fatal: BaseException | None = None
         self._source_error: Exception | None = None
-        # Results with their sizes: ready to be taken, and, in order, waiting for earlier ones.
+        # Results with their sizes: those to be taken, and, if ordered, those that came early.
         self._ready: deque[tuple[Result, int]] = deque()
         self._early: dict[int, tuple[Result, int]] = {}
         self._next_index = 0
@@ -107,9 +100,9 @@ class TraceManyRun:
         self._result_taken = asyncio.Event()
 
     async def take(self) -> list[Result]:
-        """Return the results that are there, at least one; none: all items are done.
+        """Return the results that have arrived, at least one; an empty list at the end.
 
-        The results of the call before count as taken from now on. An exception of the source is
+        The results of the previous call count as taken from now on. An exception of the source is
         raised after all results of its items.
         """
         if self._feeder is None:
@@ -128,12 +121,12 @@ class TraceManyRun:
                 return []
             self._result_ready.clear()
             try:
-                # Not wait_for: that of Python 3.11 loses a cancellation that comes with the news.
+                # Not wait_for: in Python 3.11 it loses a cancellation that comes with the event.
                 async with asyncio.timeout(self._deadline.remaining()):
                     await self._result_ready.wait()
             except TimeoutError:
                 raise self._deadline.error() from None
-        # A part of what may be in flight: the rest goes on while the caller works on these.
+        # Only a part of the limit: the rest stays in flight while the caller works on these.
         count = min(len(self._ready), max(1, self._limit // 8))
         taken = [self._ready.popleft() for _ in range(count)]
         self._taken = count
@@ -141,7 +134,7 @@ class TraceManyRun:
         return [result for result, _ in taken]
 
     async def close(self) -> None:
-        """Stop: nothing is pulled, submitted or read any more."""
+        """Stop pulling, submitting and reading."""
         tasks = [*self._submissions, *filter(None, (self._feeder, self._watch))]
         for task in tasks:
             task.cancel()
@@ -165,11 +158,11 @@ class TraceManyRun:
         while True:
             free = self._limit - self._in_flight
             if free <= 0:
-                if not await self._wait_taken(_LINGER if batch.items else None):
+                if not await self._wait_taken(_LINGER if batch.jobs else None):
                     batch = await self._flush(batch)
                 continue
             try:
-                items = await self._source.take(min(free, _BATCH_JOBS), wait=not batch.items)
+                items = await self._source.take(min(free, _BATCH_JOBS), wait=not batch.jobs)
             except Exception as error:
                 self._source_error = error
                 items = None
@@ -180,105 +173,106 @@ class TraceManyRun:
                 continue
             self._in_flight += len(items)
             for item in items:
-                prepared = self._prepare(index, item)
-                index += 1
-                if prepared is None:
-                    continue
-                if not batch.fits(prepared):
+                job = self._job(index, item)
+                if job is not None and not batch.add(index, job):
                     batch = await self._flush(batch)
-                batch.add(prepared)
-            if len(batch.items) >= _BATCH_JOBS:
+                    batch.add(index, job)
+                index += 1
+            if len(batch.jobs) >= _BATCH_JOBS:
                 batch = await self._flush(batch)
 
     async def _wait_taken(self, patience: float | None) -> bool:
-        """Wait until something of what is on its way has been taken; return whether it was."""
+        """Wait until the caller has taken a result; return False if none was taken in time."""
         self._result_taken.clear()
         if self._in_flight < self._limit:
             return True
         try:
-            # See `take`: `close` cancels once, and a feeder that missed it would go on for ever.
+            # Not wait_for, as in `take`: a feeder that lost its cancellation would never end.
             async with asyncio.timeout(patience):
                 await self._result_taken.wait()
         except TimeoutError:
             return False
         return True
 
-    def _prepare(self, index: int, item: object) -> _Item | None:
+    def _job(self, index: int, item: object) -> Job | None:
+        """Return the job of an item; None if the item is invalid, which is a result."""
         item_id: str | int = index
         try:
             if isinstance(item, Mapping):
                 item_id = check_id(item.get("id", index), "id")
-            job = self._jobs.job(item, item_id)
+            return self._jobs.job(item, item_id)
         except TraceError as error:
-            self._emit(index, Failure(item_id, error), 0)
+            self._emit(index, Failure(item_id, error))
             return None
-        return _Item(index, job, job.spec.ByteSize())
 
     async def _flush(self, batch: _Batch) -> _Batch:
-        if batch.items:
+        if batch.jobs:
             await self._slots.acquire()
-            task = self._start(self._run(batch.items))
+            task = self._start(self._run(batch.jobs))
             self._submissions.add(task)
             task.add_done_callback(lambda _: self._slots.release())
         return _Batch()
 
-    async def _run(self, items: list[_Item]) -> None:
+    async def _run(self, batch: dict[int, Job]) -> None:
         """Submit the jobs of one batch, without those that are rejected, and read their results."""
-        items = [item for item in items if await self._pin_revision(item)]
-        while items:
-            jobs = [item.job for item in items]
+        jobs = {index: job for index, job in batch.items() if await self._pin_revision(index, job)}
+        answer: Submission | Rejected
+        while jobs:
+            indices = list(jobs)
             try:
-                answer = await submit(self._connection, jobs, self._deadline, self._priority)
+                answer = await submit(
+                    self._connection, list(jobs.values()), self._deadline, self._priority
+                )
             except InvalidArgument as error:
-                # About the submission as a whole: no job of it can be told from the others.
-                answer = Rejected(dict.fromkeys(range(len(items)), error))
+                # The submission as a whole is at fault, so every job of it fails.
+                answer = Rejected(dict.fromkeys(range(len(jobs)), error))
             if not isinstance(answer, Rejected):
-                break
-            for index, rejection in answer.errors.items():
-                self._fail(items[index], rejection)
-            items = [item for i, item in enumerate(items) if i not in answer.errors]
-        else:
-            return
-        waiting = {item.index for item in items}
+                await self._read(answer, jobs)
+                return
+            for position, rejection in answer.errors.items():
+                self._fail(indices[position], jobs.pop(indices[position]), rejection)
+
+    async def _read(self, submission: Submission, jobs: dict[int, Job]) -> None:
+        """Read the results of a submission."""
+        indices = list(jobs)
+        waiting = dict(jobs)
         stream = stream_results(
             self._connection,
-            answer,
-            jobs,
+            submission,
+            list(jobs.values()),
             self._deadline,
             throttle=lambda: self._throttle(waiting),
         )
         try:
             async with aclosing(stream):
                 async for result in stream:
-                    item = items[result.index]
-                    waiting.discard(item.index)
+                    index = indices[result.index]
+                    job = waiting.pop(index)
                     if isinstance(result.outcome, TraceError):
-                        self._fail(item, result.outcome)
+                        self._fail(index, job, result.outcome)
                         continue
                     traces = result.outcome
                     assert isinstance(traces, list)
-                    self._emit(item.index, traces if item.job.several else traces[0], result.bytes)
+                    self._emit(index, traces if job.several else traces[0], result.bytes)
         except NotFound as error:
             # The results expired, or the server lost its store: these jobs fail, not the run.
-            for item in items:
-                if item.index in waiting:
-                    self._fail(item, error)
+            for index, job in waiting.items():
+                self._fail(index, job, error)
 
-    async def _pin_revision(self, item: _Item) -> bool:
+    async def _pin_revision(self, index: int, job: Job) -> bool:
         """Have a job ask for the run's revision of its model; return whether it can."""
-        spec = item.job.spec
         try:
-            spec.model = await self._pins.route(spec.model, self._deadline)
+            job.spec.model = await self._pins.route(job.spec.model, self._deadline)
         except InvalidArgument as error:
-            self._fail(item, error)
+            self._fail(index, job, error)
             return False
         return True
 
-    async def _throttle(self, waiting: set[int]) -> None:
-        """Wait until results may be read on.
+    async def _throttle(self, waiting: Container[int]) -> None:
+        """Wait until further results may be read, by the stream of the `waiting` items.
 
-        The stream that brings the next result in order is held up only while there are results
-        to be taken: once they are gone, it is what all others wait for.
+        If results are ordered, the stream that brings the next one waits only while there are
+        results to be taken: without them, all other streams wait for it.
         """
         while self._unread_bytes > _MAX_UNREAD_BYTES and not (
             self._ordered and not self._ready and self._next_index in waiting
@@ -286,18 +280,18 @@ class TraceManyRun:
             self._result_taken.clear()
             await self._result_taken.wait()
 
-    def _fail(self, item: _Item, error: TraceError) -> None:
-        assert item.job.id is not None
-        self._emit(item.index, Failure(item.job.id, error), 0)
+    def _fail(self, index: int, job: Job, error: TraceError) -> None:
+        assert job.id is not None
+        self._emit(index, Failure(job.id, error))
 
-    def _emit(self, index: int, result: Result, size: int) -> None:
+    def _emit(self, index: int, result: Result, size: int = 0) -> None:
         self._unread_bytes += size
         if self._ordered:
             self._early[index] = (result, size)
             while (early := self._early.pop(self._next_index, None)) is not None:
                 self._ready.append(early)
                 self._next_index += 1
-            # The stream that brings the next one may be among those that wait.
+            # The stream that brings the next result may be waiting in `_throttle`.
             self._result_taken.set()
         else:
             self._ready.append((result, size))

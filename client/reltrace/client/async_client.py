@@ -6,13 +6,13 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Seq
 from types import TracebackType
 from typing import Any, Self, TypeAlias, Unpack, overload
 
+from reltrace.calls.iteration import iterate
 from reltrace.calls.jobs import run_jobs
 from reltrace.calls.progress import Progress
 from reltrace.calls.trace_many import TraceManyRun
 from reltrace.client.async_generate import AsyncGenerate
 from reltrace.client.async_queries import AsyncQueries
 from reltrace.client.async_studies import AsyncStudies
-from reltrace.client.iteration import iterate
 from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
 from reltrace.transport.settings import Tls, Token, credentials

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
+from reltrace.calls.iteration import iterate
 from reltrace.calls.jobs import run_jobs
 from reltrace.calls.progress import Progress
 from reltrace.calls.text_run import TextRun
-from reltrace.client.iteration import iterate
 from reltrace.transport.connection import Connection
 from reltrace.types.edit import EditLike
 from reltrace.types.generation import GenerateArguments, Generation, TextPiece

@@ -11,8 +11,8 @@ from collections.abc import Coroutine, Generator
 from concurrent import futures
 from typing import Any, Generic, TypeVar
 
+from reltrace.calls.iteration import Run
 from reltrace.calls.progress import Progress
-from reltrace.client.iteration import Run
 from reltrace.transport.connection import Connection
 from reltrace.types.errors import TraceError
 

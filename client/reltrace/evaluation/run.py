@@ -9,7 +9,9 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+from reltrace.calls.iteration import iterate
 from reltrace.calls.pinning import Pins
+from reltrace.calls.progress import Progress
 from reltrace.calls.source import Source, open_source
 from reltrace.calls.trace_many import TraceManyRun
 from reltrace.evaluation.curves import Curves
@@ -118,7 +120,7 @@ class Evaluator:
             raise
         return some
 
-    async def _trace_many(self, items: list[dict[str, Any]]) -> AsyncGenerator[Any, None]:
+    def _trace_many(self, items: list[dict[str, Any]]) -> AsyncGenerator[Any, None]:
         run = TraceManyRun(
             self._connection,
             items,
@@ -127,12 +129,7 @@ class Evaluator:
             deadline=self._deadline,
             pins=self._pins,
         )
-        try:
-            while results := await run.take():
-                for result in results:
-                    yield result
-        finally:
-            await run.close()
+        return iterate(run, Progress(items, shown=False))
 
     def _fail(self, prompt: Prompt, error: TraceError) -> None:
         if prompt.number not in self._failures:

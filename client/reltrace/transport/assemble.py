@@ -1,4 +1,4 @@
-"""Puts the chunks of one job together: traces, generated text, tokens or a part of an atlas."""
+"""Assembles the chunks of jobs: traces, generated text, tokens or a shard of an atlas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
-from reltrace_proto.v1 import types_pb2
+from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace.storage.stored_arrays import StoredArrays
 from reltrace.transport import decode
@@ -29,49 +29,44 @@ Outcome: TypeAlias = list[Trace] | Generation | Tokens | AtlasShard | TraceError
 _MAX_TENSOR_BYTES = 16 * 1024**3
 
 
-@dataclass(slots=True)
 class _Tensor:
-    """A tensor that is filled, in order, from its pieces."""
+    """A tensor that is filled, in order, from its pieces; the first one announces it."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    buffer: Array
-    filled: int = 0
-
-    @classmethod
-    def announced_by(cls, piece: types_pb2.TensorPiece) -> _Tensor:
-        dtype = scalar_name(piece.dtype)
-        if dtype not in NUMPY_TYPES:
-            raise ProtocolError(f"site {piece.site!r}: number format {piece.dtype} is unknown")
-        shape = tuple(piece.shape)
-        size = math.prod(shape) * NUMPY_TYPES[dtype].itemsize
+    def __init__(self, first: types_pb2.TensorPiece) -> None:
+        self.trace, self.site, self.part = first.trace, first.site, first.part
+        self.shape, self.dtype = tuple(first.shape), scalar_name(first.dtype)
+        if self.dtype not in NUMPY_TYPES:
+            raise ProtocolError(f"site {self.site!r}: number format {first.dtype} is unknown")
+        size = math.prod(self.shape) * NUMPY_TYPES[self.dtype].itemsize
         if size > _MAX_TENSOR_BYTES:
-            raise ProtocolError(f"site {piece.site!r}: a tensor of {size} bytes is announced")
-        return cls(dtype, shape, np.empty(size, np.uint8))
+            raise ProtocolError(f"site {self.site!r}: a tensor of {size} bytes is announced")
+        self.filled = 0
+        self._buffer = np.empty(size, np.uint8)
 
     def add(self, piece: types_pb2.TensorPiece) -> None:
         shape, dtype = tuple(piece.shape), scalar_name(piece.dtype)
         if (shape, dtype) != (self.shape, self.dtype):
             raise ProtocolError(
-                f"site {piece.site!r}: a piece of shape {shape} and format {dtype} follows one of "
+                f"site {self.site!r}: a piece of shape {shape} and format {dtype} follows one of "
                 f"{self.shape} and {self.dtype}"
             )
         data = piece.data  # Every access to the field copies it.
         end = self.filled + len(data)
-        if piece.offset != self.filled or end > len(self.buffer):
+        if piece.offset != self.filled or end > len(self._buffer):
             raise ProtocolError(
-                f"site {piece.site!r}: a piece of {len(data)} bytes at {piece.offset} does not "
-                f"follow the {self.filled} bytes of {len(self.buffer)} that are there"
+                f"site {self.site!r}: a piece of {len(data)} bytes at {piece.offset} does not "
+                f"follow the {self.filled} bytes of {len(self._buffer)} that are there"
             )
-        self.buffer[self.filled : end] = np.frombuffer(data, np.uint8)
+        self._buffer[self.filled : end] = np.frombuffer(data, np.uint8)
         self.filled = end
 
-    def array(self, site: str) -> Array:
-        if self.filled != len(self.buffer):
+    def array(self) -> Array:
+        if self.filled != len(self._buffer):
             raise ProtocolError(
-                f"site {site!r}: the job ended after {self.filled} of {len(self.buffer)} bytes"
+                f"site {self.site!r}: the job ended after {self.filled} of "
+                f"{len(self._buffer)} bytes"
             )
-        values: Array = self.buffer.view(NUMPY_TYPES[self.dtype]).reshape(self.shape)
+        values: Array = self._buffer.view(NUMPY_TYPES[self.dtype]).reshape(self.shape)
         return widened(values, self.dtype)
 
 
@@ -113,7 +108,7 @@ class Assembler:
         for piece in chunk.tensors:
             key = (piece.trace, piece.site, piece.part)
             if key not in self._tensors:
-                self._tensors[key] = _Tensor.announced_by(piece)
+                self._tensors[key] = _Tensor(piece)
             self._tensors[key].add(piece)
         if not chunk.HasField("end"):
             return None
@@ -161,10 +156,7 @@ class Assembler:
             skipped[int(number[1])] = fault.description
         arrays: Mapping[str, Mapping[str, Array]]
         if self._manifest is None:
-            received: dict[str, dict[str, Array]] = {}
-            for (_, site, part), tensor in self._tensors.items():
-                received.setdefault(site, {})[part] = tensor.array(site)
-            arrays = received
+            arrays = _by_site(self._tensors.values())
         else:
             arrays = StoredArrays(decode.stored_location(self._manifest, self._manifest.tensors))
         return AtlasShard(
@@ -209,36 +201,106 @@ class Assembler:
         self, traces: int, layers: tuple[int, ...]
     ) -> Sequence[Mapping[str, Mapping[str, Array]]]:
         """Return the arrays of each trace; those that a manifest names are not read yet."""
-        if self._manifest is not None:
-            stored: list[list[types_pb2.StoredTensor]] = [[] for _ in range(traces)]
-            shapes = [(wire.trace, wire.site, tuple(wire.shape)) for wire in self._manifest.tensors]
-            self._check_shapes(shapes, traces, layers)
-            for wire in self._manifest.tensors:
-                stored[wire.trace].append(wire)
-            locations = (decode.stored_location(self._manifest, some) for some in stored)
-            return [StoredArrays(location, self.job.sites) for location in locations]
-        received: list[dict[str, dict[str, Array]]] = [
-            {site: {} for site in self.job.sites} for _ in range(traces)
+        sites, manifest = self.job.sites, self._manifest
+        if manifest is None:
+            self._check_shapes(self._tensors.values(), traces, layers)
+            sent: list[list[_Tensor]] = [[] for _ in range(traces)]
+            for tensor in self._tensors.values():
+                sent[tensor.trace].append(tensor)
+            return [_by_site(tensors, sites) for tensors in sent]
+        self._check_shapes(manifest.tensors, traces, layers)
+        stored: list[list[types_pb2.StoredTensor]] = [[] for _ in range(traces)]
+        for wire in manifest.tensors:
+            stored[wire.trace].append(wire)
+        return [
+            StoredArrays(decode.stored_location(manifest, tensors), sites) for tensors in stored
         ]
-        shapes = [(trace, site, t.shape) for (trace, site, _), t in self._tensors.items()]
-        self._check_shapes(shapes, traces, layers)
-        for (trace, site, part), tensor in self._tensors.items():
-            received[trace][site][part] = tensor.array(site)
-        return received
 
     def _check_shapes(
         self,
-        shapes: Iterable[tuple[int, str, tuple[int, ...]]],
+        tensors: Iterable[_Tensor | types_pb2.StoredTensor],
         traces: int,
         layers: tuple[int, ...],
     ) -> None:
-        """Check that the tensors, each of a trace and a site, are all that were asked for."""
+        """Check that the tensors are those of every trace and site that was asked for."""
         missing = {(trace, site): None for trace in range(traces) for site in self.job.sites}
-        for trace, site, shape in shapes:
+        for tensor in tensors:
+            trace, site = tensor.trace, tensor.site
             if trace >= traces or site not in self.job.sites:
                 raise ProtocolError(f"a tensor of trace {trace}, site {site!r} was not asked for")
-            if layers and site not in SITES_WITHOUT_LAYERS and shape[:1] != (len(layers),):
+            if (
+                layers
+                and site not in SITES_WITHOUT_LAYERS
+                and tuple(tensor.shape[:1]) != (len(layers),)
+            ):
                 raise ProtocolError(f"site {site!r} does not have {len(layers)} layers")
             missing.pop((trace, site), None)
         for trace, site in missing:
             raise ProtocolError(f"trace {trace} came back without site {site!r}")
+
+
+def _by_site(tensors: Iterable[_Tensor], sites: Iterable[str] = ()) -> dict[str, dict[str, Array]]:
+    """Return arrays by site, in the order of `sites`, and part."""
+    arrays: dict[str, dict[str, Array]] = {site: {} for site in sites}
+    for tensor in tensors:
+        arrays.setdefault(tensor.site, {})[tensor.part] = tensor.array()
+    return arrays
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """A job that ended: its index in the submission, its outcome, and the bytes of its tensors."""
+
+    index: int
+    outcome: Outcome
+    bytes: int
+
+
+class ResultCursor:
+    """The position in the results of a submission, and the job that is being received.
+
+    `last_entry` is the number of the last entry of the stream that was received completely.
+    """
+
+    def __init__(self, job_ids: Sequence[str], jobs: Sequence[Job]) -> None:
+        self._positions = {job_id: index for index, job_id in enumerate(job_ids)}
+        self._jobs = jobs
+        self._current: Assembler | None = None
+        self._current_id = ""
+        self.last_entry = 0
+
+    @property
+    def chunks_seen(self) -> int:
+        """Number of chunks that were received of the entry after the last one."""
+        return 0 if self._current is None else self._current.chunks
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Ids of the jobs that have not ended."""
+        return list(self._positions)
+
+    def index_of(self, job_id: str) -> int | None:
+        """Return the index of a job in the submission, or None if it has ended."""
+        return self._positions.get(job_id)
+
+    def take(self, event: trace_pb2.ResultEvent) -> JobResult | None:
+        """Take the next chunk; return the result of the job that ends with it."""
+        chunk = event.chunk
+        index = self._positions.get(chunk.job_id)
+        if index is None or event.entry <= self.last_entry:
+            raise ProtocolError(
+                f"entry {event.entry} has results of job {chunk.job_id!r}, which were not asked for"
+            )
+        if self._current is None:
+            self._current = Assembler(self._jobs[index])
+            self._current_id = chunk.job_id
+        elif self._current_id != chunk.job_id:
+            raise ProtocolError(f"chunks of job {chunk.job_id!r} came inside another entry")
+        outcome = self._current.add(chunk)
+        if outcome is None:
+            return None
+        size = self._current.bytes
+        self._current = None
+        self.last_entry = event.entry
+        del self._positions[chunk.job_id]
+        return JobResult(index, outcome, size)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from reltrace_proto.v1 import trace_pb2
 
-from reltrace.transport.caller import Caller, Method, Request, Response
 from reltrace.transport.retry import TRANSIENT, Deadline
-from reltrace.transport.servers import Server
+from reltrace.transport.servers import Method, Request, Response, Server
 from reltrace.transport.status import RpcStatus
 from reltrace.types.errors import TraceError
+
+if TYPE_CHECKING:
+    from reltrace.transport.connection import Connection
 
 # Seconds for which cancelling is tried while no server answers.
 _CANCEL_TIMEOUT = 60.0
@@ -56,8 +59,8 @@ class PendingSubmissions:
         hold for this process: what is left there if the process is killed.
     """
 
-    def __init__(self, caller: Caller) -> None:
-        self._caller = caller
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self.record: Callable[[Mapping[str, int]], None] | None = None
         self._on_server: dict[str, int] = {}
         self._pending: set[Submission] = set()
@@ -119,8 +122,7 @@ class PendingSubmissions:
         self._pending.discard(submission)
         if not submission.sent:
             return None
-        task = asyncio.create_task(self._cancel(submission))
-        self._caller.keep(task)
+        task = self._connection.run_in_background(self._cancel(submission))
         if not unreachable:
             self._cancelling.add(task)
             task.add_done_callback(self._cancelling.discard)
@@ -156,7 +158,7 @@ class PendingSubmissions:
     async def _call(
         self, method: Callable[[Server], Method[Request, Response]], request: Request
     ) -> Response | RpcStatus:
-        return await self._caller.try_call(
+        return await self._connection.try_call(
             method,
             request,
             Deadline(None),

@@ -11,9 +11,8 @@ import grpc.aio
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace.storage.stored_arrays import StoredArrays, read_together
-from reltrace.transport.assemble import Outcome
+from reltrace.transport.assemble import JobResult, ResultCursor
 from reltrace.transport.connection import Connection
-from reltrace.transport.cursor import JobResult, ResultCursor
 from reltrace.transport.pending import Submission
 from reltrace.transport.retry import Deadline
 from reltrace.transport.status import RpcStatus
@@ -26,6 +25,7 @@ from reltrace.types.errors import (
     TraceError,
 )
 from reltrace.types.request import Job
+from reltrace.types.trace import Trace
 
 # Results are freed on the server in steps of this size, and at the end.
 _ACKNOWLEDGE_BYTES = 4 * 1024 * 1024
@@ -50,12 +50,12 @@ async def stream_results(
     Parameters
     ----------
     throttle : callable, optional
-        Awaited before each message is read: how the reader slows the server down.
+        Awaited before each message is read, so that the reader can slow the server down.
     on_draft : callable, optional
         Called with what a job has generated since its last draft, and the index of the job. A
         draft may be missing.
     acknowledged : bool
-        False: leave the results on the server; the caller has `acknowledge` free them.
+        False: leave the results on the server; the caller frees them by `acknowledge`.
 
     Raises
     ------
@@ -92,7 +92,7 @@ async def stream_results(
                     for event in response.events:
                         if (result := cursor.take(event)) is None:
                             continue
-                        result = await _completed(result, jobs[result.index], deadline, throttle)
+                        result = await _fetch_stored(result, jobs[result.index], deadline, throttle)
                         if acknowledger is not None:
                             acknowledger.note(cursor.last_entry, result.bytes)
                         yield result
@@ -101,9 +101,7 @@ async def stream_results(
             except grpc.aio.AioRpcError as error:
                 status = RpcStatus.of(error)
                 expired = status.code is grpc.StatusCode.NOT_FOUND
-                connection.failed(server, status)
-                if not connection.outdated(status, metadata):
-                    await retries.after(status)
+                await connection.wait_to_retry(retries, status, server, metadata)
                 continue
             except asyncio.CancelledError:
                 connection.check_open()
@@ -124,65 +122,60 @@ async def stream_results(
                 acknowledger.send()
 
 
-async def acknowledge(connection: Connection, submission: Submission) -> None:
-    """Free all results of a submission on the server. If it does not answer, they expire."""
-    await _acknowledge(connection, submission.id, len(submission.job_ids))
+async def acknowledge(connection: Connection, submission_id: str, through_entry: int) -> None:
+    """Free results on the server, up to an entry of the stream."""
+    request = trace_pb2.AcknowledgeResultsRequest(
+        submission_id=submission_id, through_entry=through_entry
+    )
+    try:
+        await connection.call(
+            lambda server: server.traces.AcknowledgeResults, request, Deadline(None)
+        )
+    except TraceError:
+        # The results are here; what is not acknowledged expires on the server by itself.
+        return
 
 
-async def _completed(
+async def _fetch_stored(
     result: JobResult,
     job: Job,
     deadline: Deadline,
     throttle: Callable[[], Awaitable[None]] | None,
 ) -> JobResult:
-    """Return a result with the tensors that the server does not keep for the caller."""
-    if deadline.timeout is not None and isinstance(result.outcome, DeadlineExceeded):
+    """Return a result with the tensors that a store keeps only until it is acknowledged."""
+    outcome = result.outcome
+    if deadline.timeout is not None and isinstance(outcome, DeadlineExceeded):
         # The server was the first to see that the caller's time is over.
         raise deadline.error()
-    stored = _temporarily_stored(result, job)
-    if not stored:
+    parts: Sequence[Trace | AtlasShard]
+    if isinstance(outcome, AtlasShard):
+        parts = [outcome]
+    else:
+        parts = outcome if isinstance(outcome, list) else ()
+    stored = [part.arrays for part in parts if isinstance(part.arrays, StoredArrays)]
+    if not stored or job.spec.output_uri:
         return result
     # One message may name far more bytes than a message can hold.
     if throttle is not None:
         await throttle()
-    return await _fetched(result, stored, deadline)
-
-
-def _temporarily_stored(result: JobResult, job: Job) -> list[StoredArrays]:
-    """Return the tensors that a store keeps only until their result is acknowledged."""
-    outcome = result.outcome
-    if isinstance(outcome, AtlasShard):
-        return [outcome.arrays] if isinstance(outcome.arrays, StoredArrays) else []
-    if not isinstance(outcome, list) or job.spec.output_uri:
-        return []
-    return [trace.arrays for trace in outcome if isinstance(trace.arrays, StoredArrays)]
-
-
-async def _fetched(
-    result: JobResult, stored: Sequence[StoredArrays], deadline: Deadline
-) -> JobResult:
-    """Return a result with its tensors read, as if they had been sent."""
-    outcome = result.outcome
-    assert isinstance(outcome, list | AtlasShard)
-    # A part of an atlas is only read from: it is not copied, so that it is not held twice.
+    # The arrays of an atlas are only read: they are not copied, so that memory has them once.
     copy = not isinstance(outcome, AtlasShard)
     try:
         async with asyncio.timeout(deadline.remaining()):
             arrays = await asyncio.to_thread(read_together, stored, copy)
     except (StoreUnreadable, MissingDependency) as error:
-        error.job_id = None if isinstance(outcome, AtlasShard) else outcome[0].job_id
+        error.job_id = outcome[0].job_id if isinstance(outcome, list) else None
         return replace(result, outcome=error)
     except TimeoutError:
         raise deadline.error() from None
     size = sum(
-        array.nbytes for sites in arrays for parts in sites.values() for array in parts.values()
+        array.nbytes for sites in arrays for site in sites.values() for array in site.values()
     )
-    found: Outcome
     if isinstance(outcome, AtlasShard):
-        found = replace(outcome, arrays=arrays[0])
-    else:
-        found = [replace(trace, arrays=own) for trace, own in zip(outcome, arrays, strict=True)]
-    return replace(result, outcome=found, bytes=size)
+        return replace(result, outcome=replace(outcome, arrays=arrays[0]), bytes=size)
+    assert isinstance(outcome, list)
+    traces = [replace(trace, arrays=own) for trace, own in zip(outcome, arrays, strict=True)]
+    return replace(result, outcome=traces, bytes=size)
 
 
 class _Acknowledger:
@@ -204,18 +197,5 @@ class _Acknowledger:
         if self._through:
             self._unfreed = 0
             self._connection.finish_in_background(
-                _acknowledge(self._connection, self._id, self._through)
+                acknowledge(self._connection, self._id, self._through)
             )
-
-
-async def _acknowledge(connection: Connection, submission_id: str, through: int) -> None:
-    request = trace_pb2.AcknowledgeResultsRequest(
-        submission_id=submission_id, through_entry=through
-    )
-    try:
-        await connection.call(
-            lambda server: server.traces.AcknowledgeResults, request, Deadline(None)
-        )
-    except TraceError:
-        # The results are here; what is not acknowledged expires on the server by itself.
-        return

@@ -1,13 +1,14 @@
-"""The servers of a client, each with its channel; a call goes to the next that is reachable."""
+"""The servers of a client, each with its channel; a call goes to the next reachable one."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
 
 import grpc.aio
-from reltrace_proto.net import ChannelOptions, Credentials
+from reltrace_proto.net import ChannelOptions, Credentials, Metadata
 from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc
 
 _RECONNECT: ChannelOptions = (
@@ -18,12 +19,25 @@ _RECONNECT: ChannelOptions = (
 _FIRST_AVOIDANCE, _MAX_AVOIDANCE = 0.5, 15.0
 
 
+Request = TypeVar("Request", contravariant=True)
+Response = TypeVar("Response", covariant=True)
+
+
+class Method(Protocol[Request, Response]):
+    """A unary call of a stub."""
+
+    def __call__(
+        self, request: Request, /, *, timeout: float, metadata: Metadata
+    ) -> Awaitable[Response]: ...
+
+
 class Server:
     """One address, its channel and its stubs."""
 
-    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
+    def __init__(self, address: str, channel: grpc.aio.Channel, clock: Callable[[], float]) -> None:
         self.address = address
         self.channel = channel
+        self._clock = clock
         self.traces: trace_pb2_grpc.TraceServiceAsyncStub = trace_pb2_grpc.TraceServiceStub(channel)
         self.admin: admin_pb2_grpc.AdminServiceAsyncStub = admin_pb2_grpc.AdminServiceStub(channel)
         self.avoided_until = 0.0
@@ -33,14 +47,14 @@ class Server:
         self.avoided_until = 0.0
         self._failures = 0
 
-    def failed(self, now: float) -> None:
+    def failed(self) -> None:
         avoidance = min(_MAX_AVOIDANCE, _FIRST_AVOIDANCE * 2.0 ** min(self._failures, 10))
-        self.avoided_until = now + avoidance
+        self.avoided_until = self._clock() + avoidance
         self._failures += 1
 
 
 class Servers:
-    """The servers in turn, from a random one on, so that many clients spread over them."""
+    """Chooses servers in turn, beginning with a random one, so that clients spread over them."""
 
     def __init__(
         self,
@@ -59,7 +73,7 @@ class Servers:
         """Return the server for the next call; opens the channels on the running event loop."""
         if not self._servers:
             self._servers = [
-                Server(address, self._credentials.open_channel(address, _RECONNECT))
+                Server(address, self._credentials.open_channel(address, _RECONNECT), self._clock)
                 for address in self._addresses
             ]
         count = len(self._servers)
@@ -72,9 +86,6 @@ class Servers:
         )
         self._next = (self._servers.index(chosen) + 1) % count
         return chosen
-
-    def failed(self, server: Server) -> None:
-        server.failed(self._clock())
 
     async def close(self) -> None:
         servers, self._servers = self._servers, []

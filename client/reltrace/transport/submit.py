@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import grpc
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
-from reltrace.transport.caller import Method
 from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
 from reltrace.transport.retry import TRANSIENT, Deadline
-from reltrace.transport.servers import Server
+from reltrace.transport.servers import Method, Server
 from reltrace.transport.status import RpcStatus, from_rejection, from_status
 from reltrace.types.errors import ProtocolError, TraceError
 from reltrace.types.request import Job

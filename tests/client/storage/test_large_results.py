@@ -13,7 +13,7 @@ from fake_results import LAYERS, relevance_of
 from fake_server import FakeServer
 from reltrace.storage import stored_arrays as stored
 from reltrace.storage.stored_arrays import StoredArrays
-from reltrace.transport.cursor import JobResult
+from reltrace.transport.assemble import JobResult
 from reltrace.transport.pending import Submission
 from reltrace.transport.results import stream_results
 from reltrace.transport.retry import Deadline

@@ -138,7 +138,7 @@ def test_a_server_that_failed_is_left_alone_for_a_while() -> None:
     assert asked(3) == first
     for _ in range(2):
         failing = next(s for s in (servers.choose() for _ in range(3)) if s.address == "b")
-        servers.failed(failing)
+        failing.failed()
         assert "b" not in asked(6)
         # 0.5 s, then twice that.
         now += 1.01
@@ -148,7 +148,7 @@ def test_a_server_that_failed_is_left_alone_for_a_while() -> None:
         now += 0.01
         for server in [servers.choose() for _ in range(3)]:
             if server.address == host and server.avoided_until <= now:
-                servers.failed(server)
+                server.failed()
     assert asked(1) == ["c"]
 
 

@@ -1,4 +1,4 @@
-"""Iterators over runs that give their results in batches."""
+"""An iterator over a run that returns its results in batches."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Run(Protocol[T]):
     """A run of jobs on the event loop."""
 
     async def take(self) -> list[T]:
-        """Return further results; none: all have been taken."""
+        """Return further results; an empty list at the end."""
         ...
 
     async def close(self) -> None:
-        """Stop; what has not ended is cancelled."""
+        """Stop, and cancel the jobs that have not ended."""
         ...
 
 
