@@ -17,7 +17,7 @@ from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
 from reltrace.transport.settings import Tls, Token, credentials
 from reltrace.types.edit import EditLike
-from reltrace.types.failure import Failure
+from reltrace.types.errors import Failure
 from reltrace.types.prompt import Messages
 from reltrace.types.request import (
     Arguments,

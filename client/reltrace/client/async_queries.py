@@ -6,10 +6,9 @@ from reltrace_proto.v1 import admin_pb2, trace_pb2
 
 from reltrace.transport.connection import Connection
 from reltrace.types import server_info
-from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
-from reltrace.types.checks import check_strings, whole_number
+from reltrace.types.checks import check_job_ids, check_strings, portions, split_ids, whole_number
 from reltrace.types.errors import invalid
-from reltrace.types.job_ids import check_job_ids, portions, split_ids
+from reltrace.types.server_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
 
 
 class AsyncAdmin:

@@ -29,13 +29,10 @@ from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
 from reltrace.transport.settings import Tls, Token, credentials
 from reltrace.types import server_info
-from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
-from reltrace.types.checks import check_strings, whole_number
+from reltrace.types.checks import check_job_ids, check_strings, portions, split_ids, whole_number
 from reltrace.types.edit import EditLike
-from reltrace.types.errors import invalid
-from reltrace.types.failure import Failure
-from reltrace.types.generation import GenerateArguments, Generation, TextPiece
-from reltrace.types.job_ids import check_job_ids, portions, split_ids
+from reltrace.types.errors import Failure, invalid
+from reltrace.types.generation import Generation, TextPiece, generation_jobs
 from reltrace.types.prompt import Messages
 from reltrace.types.request import (
     Arguments,
@@ -45,6 +42,7 @@ from reltrace.types.request import (
     TraceOptions,
     tokenize_job,
 )
+from reltrace.types.server_info import QuarantinedJob, Requeued, Tenant, quarantined_job, tenant
 from reltrace.types.target import TargetLike
 from reltrace.types.tokens import Tokens
 from reltrace.types.trace import Trace
@@ -505,10 +503,10 @@ class Studies:
 
 
 class TextStream(Iterator[TextPiece]):
-    """The pieces of a text while it is generated: an iterator.
+    """An iterator over the pieces of a text while it is generated.
 
-    Steered and unsteered text come mixed, as they are generated. If it is closed, or no longer
-    referred to, before the end, the rest is cancelled on the server.
+    Pieces of steered and unsteered text are mixed. If the iterator is closed, or no longer
+    referred to, before its end, the jobs are cancelled on the server.
     """
 
     def __init__(self, run: TextRun, loop: LoopThread) -> None:
@@ -520,17 +518,17 @@ class TextStream(Iterator[TextPiece]):
         return next(self._pieces)
 
     def close(self) -> None:
-        """Read no further; what has not been generated is cancelled."""
+        """Stop reading, and cancel the jobs that have not ended."""
         self._pieces.close()
 
     @property
     def result(self) -> Generation | None:
-        """The whole, once all pieces were taken; None before."""
+        """The complete generation once all pieces were taken; None before."""
         return self._run.result
 
     @property
     def job_ids(self) -> tuple[str, ...]:
-        """The job, and that of the text without steering; none until the first piece is there."""
+        """Ids of the job and of the one without steering; empty before the first piece."""
         return self._run.job_ids
 
 
@@ -598,7 +596,7 @@ class Generate:
         TraceError
             As `trace` does.
         """
-        arguments = GenerateArguments(
+        jobs = generation_jobs(
             prompt,
             input_ids,
             messages,
@@ -610,7 +608,7 @@ class Generate:
             seed,
             model,
         )
-        texts = self._loop.run(run_jobs(self._connection, arguments.jobs(), priority, timeout))
+        texts = self._loop.run(run_jobs(self._connection, jobs, priority, timeout))
         return Generation.combined(texts)
 
     def generate_stream(
@@ -643,7 +641,7 @@ class Generate:
         >>> for piece in client.generate_stream("My cats love to play with my"):
         ...     print(piece.text, end="", flush=True)
         """
-        arguments = GenerateArguments(
+        jobs = generation_jobs(
             prompt,
             input_ids,
             messages,
@@ -654,8 +652,8 @@ class Generate:
             top_p,
             seed,
             model,
+            stream=True,
         )
-        jobs = arguments.jobs(stream=True)
         return TextStream(TextRun(self._connection, jobs, priority, timeout), self._loop)
 
 

@@ -23,9 +23,9 @@ from reltrace.types.tokens import Tokens
 from reltrace.types.trace import Trace
 
 Outcome: TypeAlias = list[Trace] | Generation | Tokens | AtlasShard | TraceError
-"""What a job gives: one trace per target, or what else was asked for, or why there is nothing."""
+"""The result of a job: one trace per target, another type for other jobs, or an error."""
 
-# The largest trace to be expected, all neurons of a 70B model over 2000 tokens, has half of it.
+# Twice the largest trace to be expected: all neurons of a 70B model for 2000 tokens.
 _MAX_TENSOR_BYTES = 16 * 1024**3
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeGuard
 
 from reltrace.types.errors import invalid
+
+_ID = re.compile(r"[^\s-]+(-\d+)?")
+_IDS_PER_REQUEST = 1000
 
 
 def whole_number(value: object, argument: str, least: int = 0, most: int | None = None) -> int:
@@ -99,3 +103,28 @@ def check_same_settings(before: Mapping[str, Any], asked: Mapping[str, Any], hol
             "out",
             f"{holder} with other settings ({'; '.join(changed)}); use the same, or another folder",
         )
+
+
+def check_job_ids(ids: Sequence[str]) -> None:
+    """Raise InvalidArgument if one of them is not the id of a job, such as "1f2e-0"."""
+    for index, one in enumerate(ids):
+        if not _is_job_or_submission(one) or "-" not in one:
+            raise invalid(f"ids[{index}]", f"must be a job id, not {one!r}")
+
+
+def split_ids(ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the ids of submissions, such as "1f2e", and those of jobs."""
+    for index, one in enumerate(ids):
+        if not _is_job_or_submission(one):
+            raise invalid(f"ids[{index}]", f"must be a job's or submission's id, not {one!r}")
+    return [one for one in ids if "-" not in one], [one for one in ids if "-" in one]
+
+
+def portions(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Return ids in portions of what one request may hold."""
+    for start in range(0, len(ids), _IDS_PER_REQUEST):
+        yield ids[start : start + _IDS_PER_REQUEST]
+
+
+def _is_job_or_submission(one: object) -> bool:
+    return isinstance(one, str) and _ID.fullmatch(one) is not None

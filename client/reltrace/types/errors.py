@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 
 from reltrace_proto.v1 import types_pb2
 
@@ -125,6 +126,41 @@ class ProtocolError(TraceError):
 
 class MissingDependency(TraceError, ImportError):
     """An optional library is not installed; the message says how to install it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An item of `trace_many` that failed.
+
+    Attributes
+    ----------
+    id : str or int
+        The item's id: the given one, else its index.
+    reason : TraceError
+        Why it failed.
+    error : TraceError
+        `reason` with the item's id in front of its message, to be raised.
+    """
+
+    id: str | int
+    reason: TraceError
+    error: TraceError = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "error", with_item(self.reason, self.id))
+
+    @property
+    def job_id(self) -> str | None:
+        """Id of the job that failed, as in the server's logs; None if there was none."""
+        return self.error.job_id
+
+    def __str__(self) -> str:
+        return f"{type(self.error).__name__}: {self.error}"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the kind of error and its message, which names the item."""
+        kind, message = type(self.error).__name__, escape(str(self.error))
+        return f"<div><strong>{kind}</strong>: <code>{message}</code></div>"
 
 
 def invalid(field: str, description: str) -> InvalidArgument:

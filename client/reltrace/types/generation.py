@@ -124,37 +124,35 @@ class TextPiece:
     again: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateArguments:
-    """The arguments of `generate`."""
+def generation_jobs(
+    prompt: str | None,
+    input_ids: Sequence[int] | None,
+    messages: Messages | None,
+    add_special_tokens: bool,
+    steer: EditLike | Sequence[EditLike],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    model: str | None,
+    *,
+    stream: bool = False,
+) -> list[Job]:
+    """Check the arguments of `generate`; return its job, and one without steering if there is any.
 
-    prompt: str | None
-    input_ids: Sequence[int] | None
-    messages: Messages | None
-    add_special_tokens: bool
-    steer: EditLike | Sequence[EditLike]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    model: str | None
-
-    def jobs(self, *, stream: bool = False) -> list[Job]:
-        """Check the arguments; return the job, and the same without steering if there is any.
-
-        With `stream`, the worker sends drafts of the text while it is generated.
-        """
-        edits = edits_to_wire(self.steer, "steer")
-        wire = types_pb2.Generation(
-            max_new_tokens=whole_number(self.max_new_tokens, "max_new_tokens", 1, _MOST_NEW_TOKENS),
-            temperature=number(self.temperature, "temperature", 0, _MOST_TEMPERATURE),
-            top_p=number(self.top_p, "top_p", 0, 1),
-            seed=whole_number(self.seed, "seed", most=_LARGEST_SEED),
-            stream=stream,
-        )
-        jobs = []
-        for wanted in (edits, []) if edits else ([],):
-            spec = types_pb2.JobSpec(model=model_name(self.model), generation=wire, edits=wanted)
-            set_input(spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
-            jobs.append(Job(spec))
-        return jobs
+    With `stream`, the worker sends drafts of the text while it is generated.
+    """
+    edits = edits_to_wire(steer, "steer")
+    wire = types_pb2.Generation(
+        max_new_tokens=whole_number(max_new_tokens, "max_new_tokens", 1, _MOST_NEW_TOKENS),
+        temperature=number(temperature, "temperature", 0, _MOST_TEMPERATURE),
+        top_p=number(top_p, "top_p", 0, 1),
+        seed=whole_number(seed, "seed", most=_LARGEST_SEED),
+        stream=stream,
+    )
+    jobs = []
+    for wanted in (edits, []) if edits else ([],):
+        spec = types_pb2.JobSpec(model=model_name(model), generation=wire, edits=wanted)
+        set_input(spec, prompt, input_ids, messages, add_special_tokens)
+        jobs.append(Job(spec))
+    return jobs

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 from reltrace_proto.v1 import types_pb2
 
 from reltrace.types import target
-from reltrace.types.checks import check_text, one_of, whole_number
+from reltrace.types.checks import check_text, flag, one_of, whole_number
 from reltrace.types.edit import EditLike, edits_to_wire
 from reltrace.types.errors import invalid
 from reltrace.types.prompt import Messages, set_input
@@ -139,12 +139,15 @@ class Arguments:
             )
         return replace(self, **given)
 
-    def check_shared(self) -> None:
-        """Check everything but the prompt: what `trace_many` shares between items."""
-        replace(self, prompt="shared").job()
-
     def job(self) -> Job:
         """Check the arguments and build the job."""
+        job = self.template()
+        set_input(job.spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
+        return job
+
+    def template(self) -> Job:
+        """Check everything but the input, and build a job without one."""
+        flag(self.add_special_tokens, "add_special_tokens")
         spec = types_pb2.JobSpec(
             model=model_name(self.model),
             reduction=_name(self.reduce, "reduce"),
@@ -162,7 +165,6 @@ class Arguments:
             spec.output_uri = _uri(self.output_uri)
         spec.edits.extend(edits_to_wire(self.edits))
         spec.forward_only = not sites
-        set_input(spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
         return Job(spec, sites, target.is_several(self.target), self.target)
 
 
@@ -185,13 +187,15 @@ _ITEM_KEYS = frozenset({"id", "prompt", "input_ids", "messages", "model"})
 
 
 class JobMaker:
-    """Builds the jobs of many items. The arguments that they share are checked and built once."""
+    """Builds the jobs of many items, whose shared arguments it checks only once.
+
+    Raises `InvalidArgument` if one of these is wrong.
+    """
 
     def __init__(self, defaults: Arguments) -> None:
         self._defaults = defaults
-        # The job of the latest model, without an input.
-        self._model: object = None
-        self._shared: Job | None = None
+        self._model: object = defaults.model
+        self._template = defaults.template()
 
     def job(self, item: object, name: str | int | None = None) -> Job:
         """Check an item and build its job, whose traces get this id."""
@@ -204,16 +208,13 @@ class JobMaker:
             model = item.get("model", defaults.model)
         else:
             return replace(defaults.with_item(item).job(), id=name)
-        shared = self._shared
-        if shared is None or model != self._model:
-            shared = replace(defaults, prompt="shared", model=model).job()
-            shared.spec.ClearField("prompt")
-            shared.spec.ClearField("add_special_tokens")
-            self._shared, self._model = shared, model
+        if model != self._model:
+            self._template, self._model = replace(defaults, model=model).template(), model
+        template = self._template
         spec = types_pb2.JobSpec()
-        spec.CopyFrom(shared.spec)
+        spec.CopyFrom(template.spec)
         set_input(spec, *inputs, defaults.add_special_tokens)
-        return Job(spec, shared.sites, shared.several, shared.target, id=name)
+        return Job(spec, template.sites, template.several, template.target, id=name)
 
 
 def model_name(model: object) -> str:

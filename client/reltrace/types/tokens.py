@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -92,14 +91,3 @@ class FirstTokenShare(NamedTuple):
 
     total: float
     layers: NDArray[np.float64]
-
-
-def no_offsets() -> NDArray[np.int64]:
-    """Return the offsets of a trace that has none: shape [0, 2]."""
-    return np.empty((0, 2), np.int64)
-
-
-def offsets_of(numbers: Collection[int]) -> NDArray[np.int64]:
-    """Return offsets from the flat sequence of first and stop of each token."""
-    # Faster than `np.array`, which looks for a type first.
-    return np.fromiter(numbers, np.int64, len(numbers)).reshape(-1, 2)

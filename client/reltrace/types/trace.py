@@ -16,7 +16,7 @@ from reltrace.types.arrays import SITES_WITHOUT_LAYERS, Array
 from reltrace.types.errors import InvalidArgument, invalid
 from reltrace.types.neurons import Labels, StrongHead, StrongNeuron
 from reltrace.types.provenance import Provenance, ResolvedTarget, Timings
-from reltrace.types.tokens import FirstTokenShare, Turn, no_offsets
+from reltrace.types.tokens import FirstTokenShare, Turn
 from reltrace.types.top_entries import Entry
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Trace:
     timings: Timings | None = None
     job_id: str | None = None
     text: str = ""
-    offsets: NDArray[np.int64] = field(default_factory=no_offsets)
+    offsets: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
     turns: tuple[Turn, ...] = ()
     hints: tuple[str, ...] = ()
     special_positions: tuple[int, ...] = ()
