@@ -160,8 +160,8 @@ class Evaluation:
         """Return the rule with the largest area, and those that do not clearly differ from it.
 
         Prompt by prompt, the area of a rule is subtracted from that of the largest; where the 95 %
-        interval of the mean difference has 0 in it, they do not clearly differ. (Of a single prompt
-        there is no interval, and no rule can.)
+        interval of the mean difference has 0 in it, they do not clearly differ. (A single prompt
+        has no interval.)
 
         Returns
         -------
