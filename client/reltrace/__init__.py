@@ -28,11 +28,11 @@ from reltrace.client.async_client import AsyncClient
 from reltrace.client.async_generate import AsyncTextStream
 from reltrace.client.sync_client import Client, TextStream
 from reltrace.evaluation.evaluation import Evaluation, RuleScore
-from reltrace.types.admin_info import QuarantinedJob, Requeued, Tenant
 from reltrace.types.edit import Edit, Steer
 from reltrace.types.errors import (
     Cancelled,
     DeadlineExceeded,
+    Failure,
     InvalidArgument,
     JobFailed,
     LostLease,
@@ -48,11 +48,19 @@ from reltrace.types.errors import (
     Unavailable,
     Violation,
 )
-from reltrace.types.failure import Failure
 from reltrace.types.generation import Generation, TextPiece
 from reltrace.types.neurons import StrongHead, StrongNeuron
 from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget, Timings
-from reltrace.types.server_info import JobStatus, Model, Queue, Status, Worker
+from reltrace.types.server_info import (
+    JobStatus,
+    Model,
+    QuarantinedJob,
+    Queue,
+    Requeued,
+    Status,
+    Tenant,
+    Worker,
+)
 from reltrace.types.target import Target
 from reltrace.types.tokens import FirstTokenShare, Tokens, Turn
 from reltrace.types.top_entries import Entry

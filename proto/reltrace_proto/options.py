@@ -84,6 +84,12 @@ def from_options(
     return decorate
 
 
+def is_on_command_line(context: typer.Context, name: str) -> bool:
+    """Tell whether an option was given where every user of the machine can read it."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     settings = dict(field.metadata["option"])
     settings["envvar"] = f"{_PREFIX}{settings['envvar'] or field.name.upper()}"

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 import uvloop
 from reltrace_proto.net import SettingError
-from reltrace_proto.options import from_options
+from reltrace_proto.options import from_options, is_on_command_line
 from reltrace_proto.telemetry import Spans, configure_logs, exporting_spans
 
 from reltrace_scheduler.api.result_store import check_url
@@ -60,9 +60,7 @@ def scheduler(context: typer.Context, settings: Settings) -> None:
 
 
 def _redis_address(context: typer.Context, settings: Settings) -> RedisAddress | None:
-    source = context.get_parameter_source("redis")
-    on_command_line = source is not None and source.name == "COMMANDLINE"
-    address = redis_address(settings, on_command_line=on_command_line)
+    address = redis_address(settings, on_command_line=is_on_command_line(context, "redis"))
     if (address is None) == (settings.data is None):
         raise typer.BadParameter(
             "name either a Redis by --redis or --redis-url-file, or a folder by --data"

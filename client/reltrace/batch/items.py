@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,8 +75,8 @@ class InputFormat:
                 what = "standard input" if path is None else f"{path.name!r}"
                 raise invalid(
                     "input-format",
-                    f"of {what} can not be told; endings are {', '.join(_SUFFIXES)} (and .gz), "
-                    f"formats {', '.join(FORMATS)}",
+                    f"of {what} is not known; give one of {', '.join(FORMATS)}, or a file name "
+                    f"that ends in {', '.join(_SUFFIXES)} (and .gz)",
                 )
         if name not in FORMATS:
             raise invalid("input-format", f"must be one of {', '.join(FORMATS)}, not {name!r}")
@@ -282,15 +282,17 @@ class _Columns:
     also: tuple[str, ...]
 
     @classmethod
-    def of(cls, there: list[str] | Any, input_format: InputFormat) -> _Columns:
+    def of(cls, columns: Sequence[str], input_format: InputFormat) -> _Columns:
         column, id_column = input_format.column, input_format.id_column
         if column is None:
-            column = "messages" if "messages" in there and "prompt" not in there else "prompt"
+            column = "messages" if "messages" in columns and "prompt" not in columns else "prompt"
         for field_name, name in (("column", column), ("id-column", id_column)):
-            if name is not None and name not in there:
-                raise invalid(field_name, f"{name!r} is not in the file; it has {', '.join(there)}")
-        also = tuple(name for name in input_format.also if name in there)
-        return cls(column, id_column or ("id" if "id" in there else None), also)
+            if name is not None and name not in columns:
+                raise invalid(
+                    field_name, f"{name!r} is not in the file; it has {', '.join(columns)}"
+                )
+        also = tuple(name for name in input_format.also if name in columns)
+        return cls(column, id_column or ("id" if "id" in columns else None), also)
 
     def all(self) -> list[str]:
         return [self.prompt, *([] if self.id is None else [self.id]), *self.also]

@@ -21,8 +21,7 @@ from reltrace.calls.progress import Progress
 from reltrace.client.recording import recording
 from reltrace.client.sync_client import Client
 from reltrace.storage.atomic_files import with_filename
-from reltrace.types.errors import invalid
-from reltrace.types.failure import Failure
+from reltrace.types.errors import Failure, invalid
 from reltrace.types.trace import Trace
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sized
 from typing import Any, Self
 
-from reltrace.types.failure import Failure
+from reltrace.types.errors import Failure
 
 # Seconds. A pass of the model gives many results at once: those that come within `_BURST` count as
 # one moment, and the rate is known once two moments are `_MIN_SPAN` apart.

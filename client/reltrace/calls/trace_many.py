@@ -17,8 +17,7 @@ from reltrace.transport.results import stream_results
 from reltrace.transport.retry import Deadline
 from reltrace.transport.submit import Rejected, submit
 from reltrace.types.checks import check_id, whole_number
-from reltrace.types.errors import InvalidArgument, NotFound, TraceError
-from reltrace.types.failure import Failure
+from reltrace.types.errors import Failure, InvalidArgument, NotFound, TraceError
 from reltrace.types.request import Arguments, Job, JobMaker, Priority, wire_priority
 from reltrace.types.trace import Trace
 
@@ -73,7 +72,6 @@ class TraceManyRun:
         priority: Priority = "interactive",
         pins: Pins | None = None,
     ) -> None:
-        defaults.check_shared()
         self._connection = connection
         self._source = open_source(items)
         self._jobs = JobMaker(defaults)

@@ -7,8 +7,8 @@ import typer
 from reltrace.cli.connection import Connection, connection_group
 from reltrace.cli.option_groups import argument, command, option
 from reltrace.cli.output import AS_JSON, print_found, print_json, write
-from reltrace.types.admin_info import QuarantinedJob
 from reltrace.types.errors import NotFound
+from reltrace.types.server_info import QuarantinedJob
 
 quarantined = connection_group("Jobs that lost too many workers.")
 tenants = connection_group("The tenants: their jobs and their limits.")

@@ -10,16 +10,16 @@ from reltrace.calls.progress import Progress
 from reltrace.calls.text_run import TextRun
 from reltrace.transport.connection import Connection
 from reltrace.types.edit import EditLike
-from reltrace.types.generation import GenerateArguments, Generation, TextPiece
+from reltrace.types.generation import Generation, TextPiece, generation_jobs
 from reltrace.types.prompt import Messages
 from reltrace.types.request import Priority
 
 
 class AsyncTextStream(AsyncIterator[TextPiece]):
-    """The pieces of a text while it is generated: an iterator.
+    """An iterator over the pieces of a text while it is generated.
 
-    Steered and unsteered text come mixed, as they are generated. If it is closed, or no longer
-    referred to, before the end, the rest is cancelled on the server.
+    Pieces of steered and unsteered text are mixed. If the iterator is closed, or no longer
+    referred to, before its end, the jobs are cancelled on the server.
     """
 
     def __init__(self, run: TextRun) -> None:
@@ -30,17 +30,17 @@ class AsyncTextStream(AsyncIterator[TextPiece]):
         return await anext(self._pieces)
 
     async def aclose(self) -> None:
-        """Read no further; what has not been generated is cancelled."""
+        """Stop reading, and cancel the jobs that have not ended."""
         await self._pieces.aclose()
 
     @property
     def result(self) -> Generation | None:
-        """The whole, once all pieces were taken; None before."""
+        """The complete generation once all pieces were taken; None before."""
         return self._run.result
 
     @property
     def job_ids(self) -> tuple[str, ...]:
-        """The job, and that of the text without steering; none until the first piece is there."""
+        """Ids of the job and of the one without steering; empty before the first piece."""
         return self._run.job_ids
 
 
@@ -107,11 +107,11 @@ class AsyncGenerate:
         TraceError
             As `trace` does.
         """
-        arguments = GenerateArguments(
+        jobs = generation_jobs(
             prompt, input_ids, messages, add_special_tokens, steer,
             max_new_tokens, temperature, top_p, seed, model,
         )  # fmt: skip
-        texts = await run_jobs(self._connection, arguments.jobs(), priority, timeout)
+        texts = await run_jobs(self._connection, jobs, priority, timeout)
         return Generation.combined(texts)
 
     def generate_stream(
@@ -144,9 +144,8 @@ class AsyncGenerate:
         >>> async for piece in client.generate_stream("My cats love to play with my"):
         ...     print(piece.text, end="", flush=True)
         """
-        arguments = GenerateArguments(
+        jobs = generation_jobs(
             prompt, input_ids, messages, add_special_tokens, steer,
-            max_new_tokens, temperature, top_p, seed, model,
+            max_new_tokens, temperature, top_p, seed, model, stream=True,
         )  # fmt: skip
-        jobs = arguments.jobs(stream=True)
         return AsyncTextStream(TextRun(self._connection, jobs, priority, timeout))

@@ -157,11 +157,11 @@ class Evaluation:
         write_curves(self, path)
 
     def best(self) -> tuple[str, ...]:
-        """Return the rule with the largest area, and those that can not be told from it.
+        """Return the rule with the largest area, and those that do not clearly differ from it.
 
         Prompt by prompt, the area of a rule is subtracted from that of the largest; where the 95 %
-        interval of the mean difference has 0 in it, they can not be told apart. (Of a single prompt
-        there is no interval, and no rule can.)
+        interval of the mean difference has 0 in it, they do not clearly differ. (A single prompt
+        has no interval.)
 
         Returns
         -------

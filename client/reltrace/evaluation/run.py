@@ -21,8 +21,7 @@ from reltrace.evaluation.settings import RANDOM, Settings
 from reltrace.evaluation.tally import Tally
 from reltrace.transport.connection import Connection
 from reltrace.transport.retry import Deadline
-from reltrace.types.errors import TraceError, Violation, invalid
-from reltrace.types.failure import Failure
+from reltrace.types.errors import Failure, TraceError, Violation, invalid
 from reltrace.types.request import Arguments, Priority, wire_priority
 from reltrace.types.target import Target
 from reltrace.types.trace import Trace
@@ -58,7 +57,7 @@ class Evaluator:
         self._settings = settings
         check_target(arguments.target, "target")
         self._arguments = replace(arguments, target=as_continuation(arguments.target))
-        self._arguments.check_shared()
+        self._arguments.template()
         wire_priority(priority)
         self._priority = priority
         self._deadline = deadline

@@ -1,1 +1,1 @@
-"""The way to the servers: addresses, security, calls, submissions and their results."""
+"""Connections to servers: addresses, security, calls, submissions and their results."""

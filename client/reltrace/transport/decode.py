@@ -1,17 +1,18 @@
-"""From the messages of a job's result to the types that callers see."""
+"""Translates the messages of a job's result to the types of the SDK."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
 
+import numpy as np
 from reltrace_proto.v1 import types_pb2
 
 from reltrace.storage.stored_arrays import StoredLocation, StoredTensor
 from reltrace.types.arrays import scalar_name
 from reltrace.types.errors import ProtocolError
 from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget, Timings
-from reltrace.types.tokens import Tokens, Turn, offsets_of
+from reltrace.types.tokens import Tokens, Turn
 
 
 def tokens(header: types_pb2.TraceHeader | None) -> Tokens:
@@ -25,9 +26,10 @@ def tokens(header: types_pb2.TraceHeader | None) -> Tokens:
     return Tokens(
         token_ids=list(header.token_ids),
         tokens=list(header.tokens),
-        offsets=offsets_of(header.offsets),
+        # Faster than `np.array`, which looks for a type first.
+        offsets=np.fromiter(header.offsets, np.int64, len(header.offsets)).reshape(-1, 2),
         text=header.text,
-        # Nearly always empty: the generator alone would take microseconds of every small job.
+        # Nearly always empty; a generator would take microseconds of every small job.
         turns=tuple(Turn(turn.role, turn.first, turn.stop) for turn in header.turns)
         if header.turns
         else (),
@@ -62,7 +64,7 @@ def resolved_target(wire: types_pb2.ResolvedTarget) -> ResolvedTarget:
 
 
 def provenance(wire: types_pb2.Provenance) -> Provenance:
-    # Thousands of results in a row have the same one, and share what is made of it.
+    # Thousands of results in a row have the same one, which is translated once.
     return _provenance(wire.SerializeToString())
 
 

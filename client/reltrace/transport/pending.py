@@ -1,4 +1,4 @@
-"""Submissions that are cancelled on the server when nobody waits for their results any more."""
+"""Submissions that are cancelled on the server if their caller stops waiting for results."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 # Seconds for which cancelling is tried while no server answers.
 _CANCEL_TIMEOUT = 60.0
-# Seconds that a caller is kept; what is not done by then goes on in the background.
+# Seconds that a caller waits for the cancellation, which then goes on in the background.
 _ABANDON_WAIT = 1.0
 _CLOSE_WAIT = 2.0
 
 
 @dataclass(eq=False)
 class Submission:
-    """A submission whose results somebody waits for.
+    """A submission whose results a caller waits for.
 
     Attributes
     ----------
     request : SubmitJobsRequest
-        Sent again under its key, it tells the id of a submission whose answer was not seen.
+        Sent again under its key, it returns the id of a submission whose answer was lost.
     sent : bool
         The server may have accepted it.
     id : str
-        As the server answered; "" before.
+        From the server's answer; "" before.
     job_ids : sequence of str
-        Ids of the jobs, as the server answered.
+        Ids of the jobs, from the server's answer.
     deduplicated : bool
-        The server had it before, under the same key: its results may be there, or gone.
+        The server had it before, under the same key: its results may still exist, or not.
     """
 
     request: trace_pb2.SubmitJobsRequest
@@ -55,8 +55,8 @@ class PendingSubmissions:
     Attributes
     ----------
     record : callable or None
-        Called, whenever it changes, with the number of jobs of each submission that the server may
-        hold for this process: what is left there if the process is killed.
+        Called with the number of jobs of each submission that the server may hold for this process,
+        whenever it changes: they remain there if the process is killed.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -64,11 +64,11 @@ class PendingSubmissions:
         self.record: Callable[[Mapping[str, int]], None] | None = None
         self._on_server: dict[str, int] = {}
         self._pending: set[Submission] = set()
-        # Of servers that answered when the submission was abandoned: closing waits for these.
+        # Tasks that `close` waits for: the server answered when the submission was abandoned.
         self._cancelling: set[asyncio.Task[None]] = set()
 
     def add(self, request: trace_pb2.SubmitJobsRequest) -> Submission:
-        """Note a submission before it is sent."""
+        """Add a submission before it is sent."""
         submission = Submission(request)
         self._pending.add(submission)
         return submission
@@ -79,20 +79,20 @@ class PendingSubmissions:
         self._add_on_server({submission.id: len(submission.request.jobs)})
 
     def finished(self, submission: Submission) -> None:
-        """Note that nothing of a submission is left on the server."""
+        """Remove a submission of which nothing is left on the server."""
         self._pending.discard(submission)
         self._remove_from_server(submission.id)
 
     async def cancel_recorded(self, recorded: Mapping[str, int]) -> None:
-        """Cancel what a process that was killed left on the server, as its `record` was told."""
+        """Cancel the submissions of a process that was killed, which its `record` received."""
         self._add_on_server(recorded)
         await asyncio.gather(*(self._cancel_and_free(*item) for item in recorded.items()))
 
     async def abandon(self, submission: Submission, *, unreachable: bool) -> None:
-        """Cancel a submission on the server, and wait a little until that is done.
+        """Cancel a submission on the server, and wait a little for that.
 
-        Where the server is unreachable at present, this is left to the background. A submission
-        may be abandoned twice.
+        If the server is unreachable, it is cancelled in the background. A submission may be
+        abandoned twice.
         """
         task = self._start_cancelling(submission, unreachable=unreachable)
         if task is not None and not unreachable:
@@ -131,11 +131,16 @@ class PendingSubmissions:
     async def _cancel(self, submission: Submission) -> None:
         try:
             async with asyncio.timeout(_CANCEL_TIMEOUT):
-                submission_id = submission.id or await self._submitted_id(submission)
+                if not submission.id:
+                    # Submitted again under its key, which adds no job, for the id in the answer.
+                    answer = await self._call(
+                        lambda server: server.traces.SubmitJobs, submission.request
+                    )
+                    submission.id = "" if isinstance(answer, RpcStatus) else answer.submission_id
         except (TraceError, TimeoutError):
             return
-        if submission_id:
-            await self._cancel_and_free(submission_id, len(submission.request.jobs))
+        if submission.id:
+            await self._cancel_and_free(submission.id, len(submission.request.jobs))
 
     async def _cancel_and_free(self, submission_id: str, jobs: int) -> None:
         cancel = trace_pb2.CancelJobsRequest(submission_id=submission_id)
@@ -146,14 +151,9 @@ class PendingSubmissions:
                 await self._call(lambda server: server.traces.CancelJobs, cancel)
                 await self._call(lambda server: server.traces.AcknowledgeResults, free)
         except (TraceError, TimeoutError):
-            # The caller has left for a reason of its own, which this must not hide.
+            # The caller gets the error for which it stopped waiting, not this one.
             return
         self._remove_from_server(submission_id)
-
-    async def _submitted_id(self, submission: Submission) -> str:
-        """Submit once more, which adds nothing if the jobs were accepted; return the id."""
-        answer = await self._call(lambda server: server.traces.SubmitJobs, submission.request)
-        return "" if isinstance(answer, RpcStatus) else answer.submission_id
 
     async def _call(
         self, method: Callable[[Server], Method[Request, Response]], request: Request

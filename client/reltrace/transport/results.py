@@ -1,4 +1,4 @@
-"""Reads the results of a submission to the end, whatever the network does."""
+"""Reads the results of a submission, over lost connections and other servers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from reltrace.types.errors import (
 from reltrace.types.request import Job
 from reltrace.types.trace import Trace
 
-# Results are freed on the server in steps of this size, and at the end.
+# Results are freed on the server whenever so many bytes were received, and at the end.
 _ACKNOWLEDGE_BYTES = 4 * 1024 * 1024
 
 
@@ -43,17 +43,17 @@ async def stream_results(
 ) -> AsyncGenerator[JobResult, None]:
     """Yield the results of a submission as its jobs end, each once, and acknowledge them.
 
-    A connection that is lost is made again, to another server if there are several, and reading
-    goes on after the last chunk seen. If reading ends early, by an error or by the caller, the
-    jobs that have not ended are cancelled on the server.
+    A lost connection is replaced, by one to another server if there are several, and reading goes
+    on after the last chunk received. If reading ends early, by an error or by the caller, the jobs
+    that have not ended are cancelled on the server.
 
     Parameters
     ----------
     throttle : callable, optional
         Awaited before each message is read, so that the reader can slow the server down.
     on_draft : callable, optional
-        Called with what a job has generated since its last draft, and the index of the job. A
-        draft may be missing.
+        Called with the index of a job and what it generated since its last draft. A draft may be
+        missing.
     acknowledged : bool
         False: leave the results on the server; the caller frees them by `acknowledge`.
 
@@ -81,7 +81,7 @@ async def stream_results(
             )
             try:
                 async for response in call:
-                    # A job that closing cancelled must not look like a result.
+                    # `close` cancels jobs, which must not look like a result of theirs.
                     connection.check_open()
                     retries.succeeded()
                     server.succeeded()
@@ -132,7 +132,7 @@ async def acknowledge(connection: Connection, submission_id: str, through_entry:
             lambda server: server.traces.AcknowledgeResults, request, Deadline(None)
         )
     except TraceError:
-        # The results are here; what is not acknowledged expires on the server by itself.
+        # The results were received; without an acknowledgement they expire on the server.
         return
 
 
@@ -145,7 +145,7 @@ async def _fetch_stored(
     """Return a result with the tensors that a store keeps only until it is acknowledged."""
     outcome = result.outcome
     if deadline.timeout is not None and isinstance(outcome, DeadlineExceeded):
-        # The server was the first to see that the caller's time is over.
+        # The server ended the job before the caller's own timeout did.
         raise deadline.error()
     parts: Sequence[Trace | AtlasShard]
     if isinstance(outcome, AtlasShard):
@@ -179,7 +179,7 @@ async def _fetch_stored(
 
 
 class _Acknowledger:
-    """Frees results on the server that have been yielded here, in the background."""
+    """Frees results that have been yielded on the server, in the background."""
 
     def __init__(self, connection: Connection, submission_id: str) -> None:
         self._connection = connection

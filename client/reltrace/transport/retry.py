@@ -1,4 +1,4 @@
-"""When a failed call is repeated, and for how long."""
+"""Deadlines, and when and how long a failed call is repeated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_RETRY_DELAY = 60.0
 # Seconds without an answer before it is logged.
 _LOG_AFTER = 3.0
 
-# How a call ends whose server goes away. The server may have done what it was asked for.
+# How a call ends if its server stops. The server may have done what it was asked for.
 TRANSIENT = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
@@ -33,12 +33,12 @@ def is_number(value: object) -> bool:
 
 
 class Deadline:
-    """The end of a caller's time, `timeout` seconds from now; None: no end.
+    """The end of a call, `timeout` seconds from now; None: no end.
 
     Attributes
     ----------
     cause : TraceError or None
-        Why the server does not answer at present; part of the error when the time is over.
+        Why no server answers at present, for the message of the error.
     """
 
     def __init__(self, timeout: float | None) -> None:
@@ -46,13 +46,13 @@ class Deadline:
             raise invalid("timeout", f"must be a number of seconds above 0, not {timeout!r}")
         self.timeout = timeout
         self.cause: TraceError | None = None
-        # gRPC takes an infinite timeout for one that is over.
+        # For gRPC an infinite timeout is over at once.
         endless = timeout is None or timeout == math.inf
         self._end = None if endless else time.monotonic() + (timeout or 0)
 
     @property
     def unreachable(self) -> bool:
-        """Whether the server does not answer at present."""
+        """Whether no server answers at present."""
         return self.cause is not None
 
     def remaining(self) -> float | None:
@@ -69,7 +69,7 @@ class Deadline:
 
 
 class OutageLog:
-    """Logs once that no server answers, however many calls wait, and once that one does again."""
+    """Logs once, for all calls, that no server answers, and once that one answers again."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -87,11 +87,11 @@ class OutageLog:
 
 
 class Retries:
-    """Decides after each failed call of one piece of work whether to call again, and waits.
+    """Decides after each failed call whether to repeat it, and waits before that.
 
-    UNAVAILABLE, a call that the server drops, and one without an answer are repeated, with rising
-    and jittered delays, for `patience` seconds since the last success; RESOURCE_EXHAUSTED when
-    the server says when.
+    Calls that end as `TRANSIENT` are repeated with rising, jittered delays for `patience` seconds
+    since the last success, calls that end as RESOURCE_EXHAUSTED after the delay that the server
+    asks for.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Retries:
         Raises
         ------
         TraceError
-            The error of `status`, if it is not to be repeated, or not any more.
+            The error of `status`, if the call is not repeated, or not any longer.
         """
         self._deadline.check()
         if status.code is grpc.StatusCode.RESOURCE_EXHAUSTED and status.retry_after is not None:
@@ -144,7 +144,7 @@ class Retries:
         cause = self._deadline.cause = from_status(unavailable, self._address)
         left = self._failing_since + self._patience - now
         if left <= 0:
-            # A server that speaks TLS closes a plaintext connection without another word.
+            # A server with TLS closes a plaintext connection without saying why.
             tls = " Does it ask for TLS?" if "Socket closed" in status.message else ""
             raise type(cause)(
                 f"{cause} (tried for {self._patience:g} s; is it running?{tls} `reltrace up` "

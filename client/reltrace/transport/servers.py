@@ -79,7 +79,7 @@ class Servers:
         count = len(self._servers)
         now = self._clock()
         in_turn = [self._servers[(self._next + step) % count] for step in range(count)]
-        # If all are avoided, the one whose avoidance ends first.
+        # If all are avoided, the one that is avoided for the shortest time.
         chosen = next(
             (server for server in in_turn if server.avoided_until <= now),
             min(in_turn, key=lambda server: server.avoided_until),

@@ -29,7 +29,7 @@ _FALSE = ("", "0", "false", "no", "off")
 
 
 def server_addresses(address: str | None) -> tuple[str, tuple[str, ...]]:
-    """Return the address to use (see `Client`) and the servers that it names."""
+    """Return the address, given or from the environment, and the servers that it names."""
     if address is None:
         address = os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
     if not isinstance(address, str):
@@ -39,7 +39,7 @@ def server_addresses(address: str | None) -> tuple[str, tuple[str, ...]]:
 
 
 def credentials(token: Token, tls: Tls, insecure: bool | None) -> Credentials:
-    """Return what is shown to servers; see `Client` for the arguments."""
+    """Return the credentials that arguments of `Client` and the environment name."""
     if token is None:
         token = token_from_environment()
     if not isinstance(token, str | Path):
@@ -59,7 +59,7 @@ def credentials(token: Token, tls: Tls, insecure: bool | None) -> Credentials:
 
 @contextmanager
 def as_invalid_argument() -> Iterator[None]:
-    """Turn the errors of `reltrace_proto.net` into the client's own."""
+    """Raise errors of `reltrace_proto.net` as InvalidArgument."""
     try:
         yield
     except SettingError as error:
@@ -67,7 +67,7 @@ def as_invalid_argument() -> Iterator[None]:
 
 
 def flag(variable: str) -> bool:
-    """Return whether an environment variable says yes."""
+    """Return whether an environment variable is set to true."""
     value = os.environ.get(variable, "").lower()
     if value not in _TRUE + _FALSE:
         raise invalid(variable, f"must be 1 or 0, not {value!r}")

@@ -1,4 +1,4 @@
-"""The one place where statuses of gRPC and of jobs become errors."""
+"""Translates statuses of gRPC and of jobs to errors."""
 
 from __future__ import annotations
 
@@ -111,31 +111,31 @@ def from_status(status: RpcStatus, address: str) -> TraceError:
             return TraceError(f"the server at {address} failed ({code.name}): {message}")
 
 
-def from_rejection(
-    code: grpc.StatusCode, violations: Iterable[Violation], rename: Callable[[str], str]
+def job_error(
+    kind: type[TraceError],
+    violations: Iterable[Violation | types_pb2.FieldViolation],
+    rename: Callable[[str], str],
+    message: str = "",
+    job_id: str | None = None,
 ) -> TraceError:
-    """Return the error for one job of a request that was rejected with a code.
+    """Return the error for one job.
 
-    `violations` name fields as on the wire, inside the job; `rename` gives the caller's names.
+    `violations` name fields of the job as on the wire; `rename` returns the caller's names.
     """
     named = tuple(Violation(rename(v.field), v.description) for v in violations)
-    unknown_model = code is grpc.StatusCode.NOT_FOUND and any(v.field == "model" for v in named)
-    kind = ModelNotFound if unknown_model else InvalidArgument
-    return kind("; ".join(map(str, named)), violations=named)
+    if kind is NotFound and any(violation.field == "model" for violation in named):
+        kind = ModelNotFound
+    message = "; ".join(map(str, named)) or message or "the job failed without a reason"
+    return kind(message, violations=named, job_id=job_id)
 
 
 def from_job_end(end: types_pb2.JobEnd, rename: Callable[[str], str], job_id: str) -> TraceError:
     """Return the error for a job that ended without success."""
-    error = end.error
-    named = tuple(Violation(rename(v.field), v.description) for v in error.violations)
-    message = "; ".join(map(str, named)) or error.message or "the job failed without a reason"
-    kind = _BY_STATE.get(end.state) or _BY_CODE.get(error.code, JobFailed)
-    if kind is NotFound and any(violation.field == "model" for violation in named):
-        kind = ModelNotFound
-    found = kind(message, violations=named, job_id=job_id)
-    if isinstance(found, Quarantined):
-        found.lost_leases = lost_leases(end.lost_leases)
-    return found
+    kind = _BY_STATE.get(end.state) or _BY_CODE.get(end.error.code, JobFailed)
+    error = job_error(kind, end.error.violations, rename, end.error.message, job_id)
+    if isinstance(error, Quarantined):
+        error.lost_leases = lost_leases(end.lost_leases)
+    return error
 
 
 _BY_STATE: dict[int, type[TraceError]] = {

@@ -1,4 +1,4 @@
-"""Submits jobs: once, however often the call has to be repeated."""
+"""Submits jobs, only once even if the call has to be repeated."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
 from reltrace.transport.retry import TRANSIENT, Deadline
 from reltrace.transport.servers import Method, Server
-from reltrace.transport.status import RpcStatus, from_rejection, from_status
-from reltrace.types.errors import ProtocolError, TraceError
+from reltrace.transport.status import RpcStatus, from_status, job_error
+from reltrace.types.errors import InvalidArgument, NotFound, ProtocolError, TraceError
 from reltrace.types.request import Job
 
-# Seconds by which the server's timeout is longer than the caller's own, which ends a call first:
-# it is for callers that were killed.
+# Seconds by which the server's timeout is longer than the caller's, which ends a call first: the
+# server's timeout is for callers that were killed.
 _SERVER_GRACE = 1
 _MAX_SERVER_TIMEOUT = 31 * 24 * 3600
 
@@ -29,7 +29,7 @@ _REJECTIONS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The jobs for which a submission was not accepted, by index, with their errors."""
+    """A submission that was not accepted: the errors of the jobs at fault, by index."""
 
     errors: dict[int, TraceError]
 
@@ -41,15 +41,15 @@ async def submit(
     priority: types_pb2.Priority.ValueType,
     key: str | None = None,
 ) -> Submission | Rejected:
-    """Submit jobs; repeated under one idempotency key until there is an answer.
+    """Submit jobs, repeatedly under one idempotency key until there is an answer.
 
-    If the caller leaves early, the submission is cancelled on the server, also if its answer was
-    not seen. A `key` is given for jobs that may have been submitted before; default: a new one.
+    If the call is cancelled or fails, the submission is cancelled on the server, even if its answer
+    was not received. `key` is that of jobs that may have been submitted before; default: a new one.
 
     Raises
     ------
     TraceError
-        If the server can not be reached, or refuses for a reason that is no single job's.
+        If the server can not be reached, or refuses for a reason other than single jobs.
     """
     _set_server_timeout(jobs, deadline)
     _set_trace_parent(jobs)
@@ -107,13 +107,14 @@ def _set_trace_parent(jobs: Sequence[Job]) -> None:
 
 
 def _rejected(status: RpcStatus, jobs: Sequence[Job], address: str) -> Rejected:
+    kind = NotFound if status.code is grpc.StatusCode.NOT_FOUND else InvalidArgument
     errors: dict[int, TraceError] = {}
     for index, violations in status.by_job().items():
         if index >= len(jobs):
             raise ProtocolError(f"job {index} of {len(jobs)} was rejected")
-        errors[index] = from_rejection(status.code, violations, jobs[index].rename)
+        errors[index] = job_error(kind, violations, jobs[index].rename)
         if any(violation.field == "model" for violation in violations):
-            # Every other job for this model has the same fault: no need to submit them once more.
+            # Every other job for this model has the same fault and need not be submitted again.
             for other, job in enumerate(jobs):
                 if job.spec.model == jobs[index].spec.model:
                     errors.setdefault(other, errors[index])

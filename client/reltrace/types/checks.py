@@ -1,13 +1,17 @@
-"""Checks of arguments: each error names the argument, what is allowed and what was given."""
+"""Checks of arguments. Errors name the argument, what is allowed and what was passed."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeGuard
 
 from reltrace.types.errors import invalid
+
+_ID = re.compile(r"[^\s-]+(-\d+)?")
+_IDS_PER_REQUEST = 1000
 
 
 def whole_number(value: object, argument: str, least: int = 0, most: int | None = None) -> int:
@@ -32,14 +36,14 @@ def number(value: object, argument: str, least: float, most: float) -> float:
 
 
 def one_of(value: object, argument: str, allowed: Mapping[str, Any]) -> Any:
-    """Return what a mapping has for a name."""
+    """Return the value of a name in a mapping of the allowed names."""
     if not isinstance(value, str) or value not in allowed:
         raise invalid(argument, f"must be one of {', '.join(allowed)}, not {value!r}")
     return allowed[value]
 
 
 def flag(value: object, argument: str) -> bool:
-    """Return a bool."""
+    """Return a bool unchanged."""
     if not isinstance(value, bool):
         raise invalid(argument, f"must be True or False, not {value!r}")
     return value
@@ -72,12 +76,12 @@ def check_strings(values: Sequence[object], argument: str) -> None:
 
 
 def is_id(value: object) -> TypeGuard[str | int]:
-    """Tell whether this may be the id of an item."""
+    """Tell whether a value may be the id of an item."""
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def check_id(value: object, argument: str) -> str | int:
-    """Return the id of an item: a number, or a text that can be encoded, as files hold it."""
+    """Return the id of an item: a whole number, or a text that can be encoded as UTF-8."""
     if not is_id(value):
         raise invalid(argument, f"must be text or a whole number, not {value!r}")
     if isinstance(value, str):
@@ -86,8 +90,8 @@ def check_id(value: object, argument: str) -> str | int:
 
 
 def check_same_settings(before: Mapping[str, Any], asked: Mapping[str, Any], holder: str) -> None:
-    """Raise InvalidArgument if `out` holds what was made with other settings; name these."""
-    # Older versions did not save it: there was no choice.
+    """Raise InvalidArgument for settings that differ from those of the folder `out`."""
+    # Older versions always added special tokens and did not save the setting.
     before = {"add_special_tokens": True, **before}
     changed = [
         f"{name} was {before.get(name)!r} and is {value!r}"
@@ -99,3 +103,28 @@ def check_same_settings(before: Mapping[str, Any], asked: Mapping[str, Any], hol
             "out",
             f"{holder} with other settings ({'; '.join(changed)}); use the same, or another folder",
         )
+
+
+def check_job_ids(ids: Sequence[str]) -> None:
+    """Raise InvalidArgument if one of them is not the id of a job, such as "1f2e-0"."""
+    for index, one in enumerate(ids):
+        if not _is_job_or_submission(one) or "-" not in one:
+            raise invalid(f"ids[{index}]", f"must be a job id, not {one!r}")
+
+
+def split_ids(ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the ids of submissions, such as "1f2e", and those of jobs."""
+    for index, one in enumerate(ids):
+        if not _is_job_or_submission(one):
+            raise invalid(f"ids[{index}]", f"must be a job's or submission's id, not {one!r}")
+    return [one for one in ids if "-" not in one], [one for one in ids if "-" in one]
+
+
+def portions(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Return ids in portions of what one request may hold."""
+    for start in range(0, len(ids), _IDS_PER_REQUEST):
+        yield ids[start : start + _IDS_PER_REQUEST]
+
+
+def _is_job_or_submission(one: object) -> bool:
+    return isinstance(one, str) and _ID.fullmatch(one) is not None

@@ -1,11 +1,12 @@
-"""Every error that a caller can meet."""
+"""All errors that callers get."""
 # ruff: noqa: N818 - the names follow gRPC's status codes, which people search for
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 
 from reltrace_proto.v1 import types_pb2
 
@@ -61,19 +62,19 @@ class NotFound(TraceError):
 
 
 class Unavailable(TraceError):
-    """The server can not be reached, or is not ready, and stayed so."""
+    """No server could be reached, or was ready, for the client's `retry_timeout`."""
 
 
 class DeadlineExceeded(TraceError, TimeoutError):
-    """The `timeout` that was given is over."""
+    """The call did not finish within its `timeout`."""
 
 
 class ResourceExhausted(TraceError):
-    """The server has no room for the request, and no time after which to try again."""
+    """The server can not accept the request, and does not say when to try again."""
 
 
 class PermissionDenied(TraceError):
-    """The server refuses this caller, or this call to it."""
+    """The server does not accept the caller's token, or does not allow it this call."""
 
 
 class Cancelled(TraceError):
@@ -86,12 +87,12 @@ class JobFailed(TraceError):
 
 @dataclass(frozen=True, slots=True)
 class LostLease:
-    """A worker that died, or stopped sending heartbeats, while it had the job.
+    """A worker that died, or stopped sending heartbeats, while it held the lease of a job.
 
     Attributes
     ----------
     attempt : int
-        Which attempt at the job it was, counted from 1.
+        Number of the attempt, counted from 1.
     worker : str
         The worker's id.
     lost_at : datetime.datetime or None
@@ -104,27 +105,62 @@ class LostLease:
 
 
 class Quarantined(JobFailed):
-    """The job lost its worker too often and was quarantined.
+    """The job was quarantined because too many workers lost it.
 
     Attributes
     ----------
     lost_leases : tuple of LostLease
-        The workers that it lost.
+        The workers that lost it.
     """
 
     lost_leases: tuple[LostLease, ...] = ()
 
 
 class StoreUnreadable(TraceError):
-    """The tensors are in a store that can not be read from here, or that lost them."""
+    """The store of the tensors can not be read from here, or no longer has them."""
 
 
 class ProtocolError(TraceError):
-    """The server's answer contradicts the protocol: a bug, or versions that do not fit."""
+    """The server's answer violates the protocol, by a bug or because versions are incompatible."""
 
 
 class MissingDependency(TraceError, ImportError):
     """An optional library is not installed; the message says how to install it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An item of `trace_many` that failed.
+
+    Attributes
+    ----------
+    id : str or int
+        The item's id: the given one, else its index.
+    reason : TraceError
+        Why it failed.
+    error : TraceError
+        `reason` with the item's id in front of its message, to be raised.
+    """
+
+    id: str | int
+    reason: TraceError
+    error: TraceError = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "error", with_item(self.reason, self.id))
+
+    @property
+    def job_id(self) -> str | None:
+        """Id of the job that failed, as in the server's logs; None if there was none."""
+        return self.error.job_id
+
+    def __str__(self) -> str:
+        return f"{type(self.error).__name__}: {self.error}"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the kind of error and its message, which names the item."""
+        kind, message = type(self.error).__name__, escape(str(self.error))
+        return f"<div><strong>{kind}</strong>: <code>{message}</code></div>"
 
 
 def invalid(field: str, description: str) -> InvalidArgument:

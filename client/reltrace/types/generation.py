@@ -35,16 +35,16 @@ class Generation:
         Log-probability of each under the model (steered, if it was), without temperature and
         top_p.
     stopped : bool
-        It ended with a token that ends texts, and not at `max_new_tokens`.
+        Whether the text ended with an end-of-text token, not at `max_new_tokens`.
     prompt_tokens, prompt_token_ids, prompt_text, hints
         The prompt as the model read it, as in `Tokens`. `prompt_text` is empty if an older version
         made the text.
     provenance : Provenance
         Model and versions.
     unsteered : Generation or None
-        What the same call gives without steering; None if nothing was steered.
+        The text of the same call without steering; None if nothing was steered.
     timings : Timings or None
-        Where the job's time went.
+        How long the job was queued and computed.
     job_id : str or None
         The job's id in the server's logs.
     """
@@ -65,7 +65,7 @@ class Generation:
 
     @classmethod
     def combined(cls, texts: Sequence[object]) -> Generation:
-        """Return the first of one or two texts; the second is what was written unsteered."""
+        """Return the first of one or two generations, with the second as its `unsteered`."""
         generations = [text for text in texts if isinstance(text, Generation)]
         return replace(generations[0], unsteered=generations[1] if generations[1:] else None)
 
@@ -106,15 +106,15 @@ class TextPiece:
     Attributes
     ----------
     text : str
-        Decoded: the pieces of a text together are its `Generation.text`. Empty while a character
-        is not complete.
+        The decoded text; empty while a character is incomplete. All pieces of a text make up its
+        `Generation.text`.
     tokens, token_ids : tuple of str, tuple of int
         The new tokens.
     steered : bool
-        Whether it is of the steered text, or of the other.
+        Whether the piece belongs to the steered text.
     again : bool
-        The text begins anew with this piece: a worker was lost, and another one generated
-        something else.
+        The text starts again with this piece, because a worker was lost and another one generated
+        a different text.
     """
 
     text: str
@@ -124,37 +124,35 @@ class TextPiece:
     again: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateArguments:
-    """The arguments of `generate`."""
+def generation_jobs(
+    prompt: str | None,
+    input_ids: Sequence[int] | None,
+    messages: Messages | None,
+    add_special_tokens: bool,
+    steer: EditLike | Sequence[EditLike],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    model: str | None,
+    *,
+    stream: bool = False,
+) -> list[Job]:
+    """Check the arguments of `generate`; return its job, and one without steering if there is any.
 
-    prompt: str | None
-    input_ids: Sequence[int] | None
-    messages: Messages | None
-    add_special_tokens: bool
-    steer: EditLike | Sequence[EditLike]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    model: str | None
-
-    def jobs(self, *, stream: bool = False) -> list[Job]:
-        """Check the arguments; return the job, and the same without steering if there is any.
-
-        With `stream`, the worker sends drafts of the text while it is generated.
-        """
-        edits = edits_to_wire(self.steer, "steer")
-        wire = types_pb2.Generation(
-            max_new_tokens=whole_number(self.max_new_tokens, "max_new_tokens", 1, _MOST_NEW_TOKENS),
-            temperature=number(self.temperature, "temperature", 0, _MOST_TEMPERATURE),
-            top_p=number(self.top_p, "top_p", 0, 1),
-            seed=whole_number(self.seed, "seed", most=_LARGEST_SEED),
-            stream=stream,
-        )
-        jobs = []
-        for wanted in (edits, []) if edits else ([],):
-            spec = types_pb2.JobSpec(model=model_name(self.model), generation=wire, edits=wanted)
-            set_input(spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
-            jobs.append(Job(spec))
-        return jobs
+    With `stream`, the worker sends drafts of the text while it is generated.
+    """
+    edits = edits_to_wire(steer, "steer")
+    wire = types_pb2.Generation(
+        max_new_tokens=whole_number(max_new_tokens, "max_new_tokens", 1, _MOST_NEW_TOKENS),
+        temperature=number(temperature, "temperature", 0, _MOST_TEMPERATURE),
+        top_p=number(top_p, "top_p", 0, 1),
+        seed=whole_number(seed, "seed", most=_LARGEST_SEED),
+        stream=stream,
+    )
+    jobs = []
+    for wanted in (edits, []) if edits else ([],):
+        spec = types_pb2.JobSpec(model=model_name(model), generation=wire, edits=wanted)
+        set_input(spec, prompt, input_ids, messages, add_special_tokens)
+        jobs.append(Job(spec))
+    return jobs

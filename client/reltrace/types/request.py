@@ -1,4 +1,4 @@
-"""From the arguments of `trace` to a job on the wire."""
+"""Checks the arguments of `trace` and translates them to a job of the wire."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 from reltrace_proto.v1 import types_pb2
 
 from reltrace.types import target
-from reltrace.types.checks import check_text, one_of, whole_number
+from reltrace.types.checks import check_text, flag, one_of, whole_number
 from reltrace.types.edit import EditLike, edits_to_wire
 from reltrace.types.errors import invalid
 from reltrace.types.prompt import Messages, set_input
@@ -39,18 +39,27 @@ _MAX_LAYER = 2**32 - 1
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job, checked, with what is needed to answer its caller.
+    """A job whose arguments were checked, with what its result and its errors need.
 
-    The caller asked for a list of traces if `several`. Its `target` argument, and the number of the
-    `first` prompt of a slice of a corpus, name their parts in errors. Traces carry the `id`.
+    Attributes
+    ----------
+    target : object
+        The caller's argument, whose parts errors name.
+    first : int
+        Of a slice of a corpus, the number of its first prompt.
+    id : str or int or None
+        The id of its traces.
     """
 
     spec: types_pb2.JobSpec
-    sites: tuple[str, ...] = ()
-    several: bool = False
     target: object = None
     first: int = 0
     id: str | int | None = None
+
+    @property
+    def several(self) -> bool:
+        """Whether the caller asked for a list of traces."""
+        return target.is_several(self.target)
 
     def rename(self, wire_field: str) -> str:
         """Return the caller's name of a field of the job."""
@@ -72,7 +81,7 @@ class Job:
 
 
 class SharedOptions(TypedDict, total=False):
-    """Arguments of `trace` and `trace_many` that do not decide what they return."""
+    """Arguments of `trace` and `trace_many` that do not change the type of the result."""
 
     add_special_tokens: bool
     model: str | None
@@ -88,14 +97,14 @@ class SharedOptions(TypedDict, total=False):
 
 
 class TraceOptions(SharedOptions, total=False):
-    """Those of `trace`."""
+    """Further ones of `trace`."""
 
     messages: Messages | None
     input_ids: Sequence[int] | None
 
 
 class TraceManyOptions(SharedOptions, total=False):
-    """Those of `trace_many`."""
+    """Further ones of `trace_many`."""
 
     ordered: bool
     progress: bool
@@ -105,7 +114,7 @@ class TraceManyOptions(SharedOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The arguments of `trace`."""
+    """The arguments of `trace` that describe a job."""
 
     prompt: str | None = None
     input_ids: Sequence[int] | None = None
@@ -139,12 +148,15 @@ class Arguments:
             )
         return replace(self, **given)
 
-    def check_shared(self) -> None:
-        """Check everything but the prompt: what `trace_many` shares between items."""
-        replace(self, prompt="shared").job()
-
     def job(self) -> Job:
         """Check the arguments and build the job."""
+        job = self.template()
+        set_input(job.spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
+        return job
+
+    def template(self) -> Job:
+        """Check everything but the input, and build a job without one."""
+        flag(self.add_special_tokens, "add_special_tokens")
         spec = types_pb2.JobSpec(
             model=model_name(self.model),
             reduction=_name(self.reduce, "reduce"),
@@ -152,8 +164,7 @@ class Arguments:
             targets=target.to_wire(self.target),
         )
         spec.dtype = one_of(self.dtype, "dtype", DTYPES)
-        sites = _sites(self.sites)
-        spec.sites.extend(sites)
+        spec.sites.extend(_sites(self.sites))
         if self.layers is not None:
             spec.layers.extend(_layers(self.layers))
         if self.top_k is not None or self.reduce == "topk":
@@ -161,9 +172,8 @@ class Arguments:
         if self.output_uri is not None:
             spec.output_uri = _uri(self.output_uri)
         spec.edits.extend(edits_to_wire(self.edits))
-        spec.forward_only = not sites
-        set_input(spec, self.prompt, self.input_ids, self.messages, self.add_special_tokens)
-        return Job(spec, sites, target.is_several(self.target), self.target)
+        spec.forward_only = not spec.sites
+        return Job(spec, self.target)
 
 
 def tokenize_job(
@@ -185,13 +195,15 @@ _ITEM_KEYS = frozenset({"id", "prompt", "input_ids", "messages", "model"})
 
 
 class JobMaker:
-    """Builds the jobs of many items. The arguments that they share are checked and built once."""
+    """Builds the jobs of many items, whose shared arguments it checks only once.
+
+    Raises `InvalidArgument` if one of these is wrong.
+    """
 
     def __init__(self, defaults: Arguments) -> None:
         self._defaults = defaults
-        # The job of the latest model, without an input.
-        self._model: object = None
-        self._shared: Job | None = None
+        self._model: object = defaults.model
+        self._template = defaults.template()
 
     def job(self, item: object, name: str | int | None = None) -> Job:
         """Check an item and build its job, whose traces get this id."""
@@ -204,16 +216,13 @@ class JobMaker:
             model = item.get("model", defaults.model)
         else:
             return replace(defaults.with_item(item).job(), id=name)
-        shared = self._shared
-        if shared is None or model != self._model:
-            shared = replace(defaults, prompt="shared", model=model).job()
-            shared.spec.ClearField("prompt")
-            shared.spec.ClearField("add_special_tokens")
-            self._shared, self._model = shared, model
+        if model != self._model:
+            self._template, self._model = replace(defaults, model=model).template(), model
+        template = self._template
         spec = types_pb2.JobSpec()
-        spec.CopyFrom(shared.spec)
+        spec.CopyFrom(template.spec)
         set_input(spec, *inputs, defaults.add_special_tokens)
-        return Job(spec, shared.sites, shared.several, shared.target, id=name)
+        return Job(spec, template.target, id=name)
 
 
 def model_name(model: object) -> str:
@@ -235,12 +244,12 @@ def _uri(value: object) -> str:
     return uri.rstrip("/")
 
 
-def _sites(sites: object) -> tuple[str, ...]:
+def _sites(sites: object) -> list[str]:
     if isinstance(sites, str):
         sites = (sites,)
     if not isinstance(sites, Sequence):
         raise invalid("sites", f"must be a name or a sequence of names, not {sites!r}")
-    names = tuple(_name(site, f"sites[{index}]") for index, site in enumerate(sites))
+    names = [_name(site, f"sites[{index}]") for index, site in enumerate(sites)]
     for index, name in enumerate(names):
         if name in names[:index]:
             raise invalid(f"sites[{index}]", f"repeats {name!r}")

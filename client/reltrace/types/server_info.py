@@ -1,4 +1,4 @@
-"""What a server says about itself: models, queues, workers."""
+"""The state of a server: models, queues, workers, jobs, tenants."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from reltrace_proto.v1 import admin_pb2, trace_pb2, types_pb2
 
 from reltrace.types.arrays import scalar_name
+from reltrace.types.errors import LostLease, lost_leases
 
 T = TypeVar("T")
 
@@ -23,9 +24,9 @@ class Model:
     Attributes
     ----------
     name, revision, architecture : str
-        Its identity; `trace(model=...)` takes the name.
+        `trace(model=...)` takes the name.
     layers, hidden_size, heads, intermediate_size, vocab_size : int
-        Its shape.
+        Sizes of the model.
     context_length : int
         Longest prompt in tokens.
     parameters : int
@@ -64,7 +65,7 @@ class Queue:
     model : str
         The model.
     queued, leased : int
-        Jobs in the queue, and jobs that a worker has.
+        Number of jobs in the queue, and of jobs that a worker has leased.
     """
 
     model: str
@@ -87,11 +88,11 @@ class Worker:
     leased : int
         Jobs it holds.
     connected_at, seen_at : datetime.datetime or None
-        In UTC.
+        When it connected, and when the server last heard from it, in UTC.
     further_models : tuple of str
-        Other models that it has loaded, and serves in turn.
+        Other models that it has loaded, which it serves alternately.
     draining : bool
-        It finishes the jobs that it has begun, and then ends.
+        Whether it takes no further jobs, and ends when it has finished those that it began.
     """
 
     id: str
@@ -114,12 +115,12 @@ class JobStatus:
     id : str
         The job's id.
     state : {"queued", "leased", "succeeded", "failed", "cancelled", "quarantined"} or None
-        None: unknown to the server, because its result was read or has expired, or because there
-        never was such a job.
+        None if the server does not know the job: its result was read or has expired, or it never
+        existed.
     attempt : int
         How many times it was leased to a worker.
     worker : str
-        The latest of these workers.
+        The worker that leased it last.
     """
 
     id: str
@@ -135,17 +136,17 @@ class Status:
     Attributes
     ----------
     version : str
-        Of the scheduler.
+        Version of the scheduler.
     queues : tuple of Queue
         One per model.
     workers : tuple of Worker
-        The connected ones.
+        The connected workers.
     ended : mapping of str to int
-        Jobs that ended since the store was made, by state.
+        Number of jobs that ended since the store was created, by state.
     redis_version : str
-        Of the store.
+        Version of the store, Redis.
     redis_memory_bytes : int
-        Memory that the store uses.
+        Memory that it uses.
     """
 
     version: str
@@ -154,6 +155,72 @@ class Status:
     ended: Mapping[str, int]
     redis_version: str
     redis_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantinedJob:
+    """A job that was quarantined because it lost its worker too often.
+
+    Attributes
+    ----------
+    id, tenant : str
+        The job's id, and its tenant.
+    model : str
+        The model that it asked for.
+    prompt : str or None
+        Its text; None if token ids were submitted.
+    input_ids : tuple of int
+        Its token ids; empty if a text was submitted.
+    lost_leases : tuple of LostLease
+        The workers that it lost.
+    """
+
+    id: str
+    tenant: str
+    model: str
+    prompt: str | None
+    input_ids: tuple[int, ...]
+    lost_leases: tuple[LostLease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """A quarantined job that was queued again.
+
+    Attributes
+    ----------
+    quarantined_id : str
+        Its id in quarantine.
+    id : str
+        Its new id.
+    """
+
+    quarantined_id: str
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A tenant, which owns jobs.
+
+    Attributes
+    ----------
+    name : str
+        Its name.
+    weight : float or None
+        Its share of the workers relative to other tenants with queued jobs; None: 1.
+    max_jobs, max_bytes : int or None
+        Bounds on `jobs` and `bytes`; None: the server's default.
+    jobs, bytes : int
+        Number of its jobs that have not ended, and bytes of these and of its unread results.
+    """
+
+    name: str
+    weight: float | None
+    max_jobs: int | None
+    max_bytes: int | None
+    jobs: int
+    bytes: int
 
 
 def model(wire: types_pb2.ModelInfo, workers: int) -> Model:
@@ -203,6 +270,30 @@ def worker(wire: admin_pb2.WorkerStatus) -> Worker:
         connected_at=_time(wire.connected_at),
         seen_at=_time(wire.seen_at),
         further_models=tuple(model.name for model in wire.further_models),
+    )
+
+
+def quarantined_job(wire: admin_pb2.QuarantinedJob) -> QuarantinedJob:
+    """Translate a quarantined job."""
+    return QuarantinedJob(
+        id=wire.job_id,
+        tenant=wire.tenant,
+        model=wire.spec.model,
+        prompt=wire.spec.prompt if wire.spec.HasField("prompt") else None,
+        input_ids=tuple(wire.spec.input_ids.ids),
+        lost_leases=lost_leases(wire.lost_leases),
+    )
+
+
+def tenant(wire: admin_pb2.Tenant) -> Tenant:
+    """Translate a tenant."""
+    return Tenant(
+        name=wire.tenant,
+        weight=wire.weight if wire.HasField("weight") else None,
+        max_jobs=wire.max_jobs if wire.HasField("max_jobs") else None,
+        max_bytes=wire.max_bytes if wire.HasField("max_bytes") else None,
+        jobs=wire.jobs,
+        bytes=wire.bytes,
     )
 
 

@@ -8,10 +8,8 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
+from redis import exceptions as redis_errors
 from redis.asyncio import Redis
-from redis.exceptions import BusyLoadingError, ReadOnlyError
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 from reltrace_proto.v1 import admin_pb2, trace_pb2, worker_pb2
 
 from reltrace_scheduler.api.status import status_of
@@ -46,7 +44,12 @@ _METHODS: dict[str, str] = {
 }
 _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
 
-_REDIS_AWAY = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError)
+_REDIS_AWAY = (
+    redis_errors.ConnectionError,
+    redis_errors.TimeoutError,
+    redis_errors.BusyLoadingError,
+    redis_errors.ReadOnlyError,
+)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):

@@ -9,7 +9,6 @@ from reltrace_proto.v1 import types_pb2
 
 from reltrace_scheduler.keys import QueueName
 from reltrace_scheduler.observability.metrics import Counts
-from reltrace_scheduler.queue.recent import RecentJob
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import Lease, LostLease, QuarantineCandidate, TerminalResult
 
@@ -68,21 +67,21 @@ async def note_ended(
 
 def _recent_job(
     chunk: types_pb2.ResultChunk, queue: QueueName, worker: str
-) -> tuple[RecentJob, bytes]:
+) -> tuple[dict[str, object], bytes]:
     """Return what is shown of a job, with its last chunk if that is its whole result."""
     end = chunk.end
-    job = RecentJob(
-        job=chunk.job_id,
-        tenant=queue.tenant,
-        model=queue.route,
-        worker=end.lost_leases[-1].worker_id if end.lost_leases else worker,
-        state=state_name(end.state),
-        at=time.time(),
-        text="".join(chunk.header.tokens[:_SHOWN_TOKENS])[:_SHOWN_TEXT],
-        error=end.error.message,
-    )
+    shown = {
+        "job": chunk.job_id,
+        "tenant": queue.tenant,
+        "model": queue.route,
+        "worker": end.lost_leases[-1].worker_id if end.lost_leases else worker,
+        "state": state_name(end.state),
+        "at": time.time(),
+        "text": "".join(chunk.header.tokens[:_SHOWN_TOKENS])[:_SHOWN_TEXT],
+        "error": end.error.message,
+    }
     whole = end.state == types_pb2.JOB_STATE_SUCCEEDED and chunk.number == 1 and chunk.tensors
-    return job, chunk.SerializeToString() if whole else b""
+    return shown, chunk.SerializeToString() if whole else b""
 
 
 def state_name(state: types_pb2.JobState.ValueType) -> str:

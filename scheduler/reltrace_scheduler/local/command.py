@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict
 
 import typer
-from reltrace_proto.options import from_options
+from reltrace_proto.options import from_options, is_on_command_line
 
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local import service
@@ -25,13 +25,8 @@ def up(context: typer.Context, options: service.UpOptions) -> None:
     def announce(ready: service.Ready) -> None:
         print(json.dumps(asdict(ready)) if options.json else ready, flush=True)
 
-    source = context.get_parameter_source("redis")
     try:
-        if (
-            options.redis is not None
-            and (source is not None and source.name == "COMMANDLINE")
-            and has_password(options.redis)
-        ):
+        if is_on_command_line(context, "redis") and has_password(options.redis or ""):
             raise StartError(
                 "--redis: every user of this machine can read a password on the command line; put "
                 "the URL into RELTRACE_REDIS, or the password into RELTRACE_REDIS_PASSWORD"

@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -22,23 +21,6 @@ _SAMPLE_TTL = 300
 """Seconds: with the bounds above, at most 20 MB per scheduler."""
 
 
-@dataclass(frozen=True, slots=True)
-class RecentJob:
-    """A job that ended."""
-
-    job: str
-    tenant: str
-    model: str
-    worker: str
-    """That had it last; empty: none."""
-    state: str
-    at: float
-    """Unix time in seconds."""
-    text: str
-    """Beginning of the prompt."""
-    error: str
-
-
 class RecentJobs:
     """Notes a few of the jobs that end, if a page shows them (`enabled`)."""
 
@@ -53,24 +35,25 @@ class RecentJobs:
         }
         self._samples = _Rate(_SAMPLES_PER_SECOND)
 
-    async def note(self, jobs: Sequence[tuple[RecentJob, bytes]]) -> None:
-        """Note jobs with their serialized ``ResultChunk`` (empty: nothing to show).
+    async def note(self, jobs: Sequence[tuple[Mapping[str, Any], bytes]]) -> None:
+        """Note what is shown of jobs, and their serialized ``ResultChunk`` (empty: none).
 
-        Of too many the last ones. An error of Redis is logged: nothing depends on this.
+        Each has "job" and "state" at least. Of too many, the last ones are noted. An error of Redis
+        is logged: nothing depends on this.
         """
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for key, rate in self._rates.items():
                     ok = key == "recent_ok"
-                    new = [job for job in jobs if (job[0].state == "SUCCEEDED") == ok]
+                    new = [job for job in jobs if (job[0]["state"] == "SUCCEEDED") == ok]
                     if not (allowed := rate.take(len(new))):
                         continue
                     for job, chunk in new[-allowed:]:
                         sampled = 0 < len(chunk) <= _SAMPLE_BYTES and self._samples.take(1) == 1
                         if sampled:
-                            name = self._key("sample_result", job.job)
+                            name = self._key("sample_result", job["job"])
                             pipe.set(name, chunk, ex=_SAMPLE_TTL)
-                        pipe.lpush(self._key(key), json.dumps(asdict(job) | {"sampled": sampled}))
+                        pipe.lpush(self._key(key), json.dumps({**job, "sampled": sampled}))
                     pipe.ltrim(self._key(key), 0, _ROWS - 1)
                 await pipe.execute()
         except (RedisError, OSError) as error:
@@ -79,7 +62,7 @@ class RecentJobs:
     async def rows(self, *, ok: bool) -> list[dict[str, Any]]:
         """Return the jobs that succeeded last, or those that ended otherwise, the latest first.
 
-        Each has the fields of `RecentJob`, and ``sampled``: `sample_result` may have its result.
+        "sampled" says that `sample_result` may have the result.
         """
         key = self._key("recent_ok" if ok else "recent_failed")
         found: Any = await self._redis.lrange(key, 0, _ROWS - 1)

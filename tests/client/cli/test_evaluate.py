@@ -123,7 +123,7 @@ def test_what_can_not_be_read_is_one_line(command: Run, tmp_path: Path, server: 
     assert said == "input, line 2: line: is not UTF-8 at byte 2"
     assert one_line(command, str(tmp_path / "empty.txt")) == "prompts: is empty"
     assert one_line(command, "/dev/null", "--input-format", "text") == "prompts: is empty"
-    assert one_line(command, "/dev/null").startswith("input-format: of 'null' can not be told")
+    assert one_line(command, "/dev/null").startswith("input-format: of 'null' is not known")
     missing = str(tmp_path / "none.txt")
     assert one_line(command, missing) == f"input: there is no file {missing!r}"
     assert not server.requests

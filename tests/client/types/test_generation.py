@@ -7,19 +7,20 @@ import pytest
 import reltrace
 from reltrace import Steer
 from reltrace.cli.generate import steer_of
-from reltrace.types.generation import GenerateArguments
+from reltrace.types.generation import generation_jobs
+from reltrace.types.request import Job
 
 
-def writing(**given: object) -> GenerateArguments:
+def jobs_of(**given: object) -> list[Job]:
     defaults: dict[str, object] = {
         "prompt": "a", "input_ids": None, "messages": None, "add_special_tokens": True, "steer": (),
         "max_new_tokens": 5, "temperature": 0.0, "top_p": 0.0, "seed": 0, "model": None,
     }  # fmt: skip
-    return GenerateArguments(**{**defaults, **given})  # type: ignore[arg-type]
+    return generation_jobs(**{**defaults, **given})  # type: ignore[arg-type]
 
 
 def test_without_steering_there_is_one_job() -> None:
-    (job,) = writing(temperature=0.5, top_p=0.9, seed=7, model="m").jobs()
+    (job,) = jobs_of(temperature=0.5, top_p=0.9, seed=7, model="m")
     asked = job.spec.generation
     assert (asked.max_new_tokens, asked.seed, job.spec.model) == (5, 7, "m")
     assert (asked.temperature, asked.top_p) == pytest.approx((0.5, 0.9))
@@ -27,7 +28,7 @@ def test_without_steering_there_is_one_job() -> None:
 
 
 def test_what_is_steered_is_written_unsteered_as_well() -> None:
-    steered, plain = writing(steer=Steer(1, 2, value=3)).jobs()
+    steered, plain = jobs_of(steer=Steer(1, 2, value=3))
     assert len(steered.spec.edits) == 1
     assert not plain.spec.edits
     assert steered.spec.generation == plain.spec.generation
@@ -52,11 +53,11 @@ def test_what_is_steered_is_written_unsteered_as_well() -> None:
 )
 def test_what_can_not_be_is_named(given: dict[str, object], said: str) -> None:
     with pytest.raises(reltrace.InvalidArgument, match=said):
-        writing(**given).jobs()
+        jobs_of(**given)
 
 
 def test_the_server_s_fields_are_named_as_the_arguments_are() -> None:
-    steered, plain = writing(steer=Steer(9, 1, value=4)).jobs()
+    steered, plain = jobs_of(steer=Steer(9, 1, value=4))
     assert steered.rename("edits[0].layer") == "steer[0].layer"
     assert plain.rename("generation.max_new_tokens") == "max_new_tokens"
     assert plain.rename("input") == "prompt"

@@ -15,18 +15,13 @@ from reltrace_worker.types.jobs import TraceJob
 class PackedBatch:
     """Jobs of one rule that share a forward pass over N rows."""
 
-    # In the order of their rows: those of equal length next to each other.
+    # In the order of their rows.
     jobs: tuple[TraceJob, ...]
-    # Index of each job in the sequence that the batch was made from.
-    order: tuple[int, ...]
     packing: Packing
 
     @staticmethod
     def of(jobs: Sequence[TraceJob]) -> PackedBatch:
-        order = sorted(range(len(jobs)), key=lambda index: len(jobs[index].token_ids))
-        packed = tuple(jobs[index] for index in order)
-        lengths = tuple(len(job.token_ids) for job in packed)
-        return PackedBatch(packed, tuple(order), Packing(lengths))
+        return PackedBatch(tuple(jobs), Packing(tuple(len(job.token_ids) for job in jobs)))
 
     @property
     def backward_passes(self) -> int:

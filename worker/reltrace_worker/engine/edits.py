@@ -7,18 +7,17 @@ on nothing below it, so that nothing below it is relevant through it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from reltrace_worker.engine.batch import PackedBatch
-from reltrace_worker.engine.sites import SITES, HookPoint, Site
+from reltrace_worker.engine.sites import SITES, Site
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.types.jobs import Edit
 
@@ -98,35 +97,20 @@ class EditHooks:
 
         What is hooked later sees the edited tensors.
         """
-        layers = self._loaded.family.decoder_layers(self._loaded.model)
-        handles: list[RemovableHandle] = []
-        try:
+        family = self._loaded.family
+        layers = family.decoder_layers(self._loaded.model)
+        with ExitStack() as stack:
             for site, layer in self._edits:
                 hook_point = SITES[site].hook_point
                 if hook_point is not None:
-                    point = hook_point(self._loaded.family)
-                    handles.append(self._hook(point, layers[layer], site, layer))
+                    point = hook_point(family)
+                    hook = partial(self._edit, point.in_place, site, layer)
+                    stack.callback(point.register(layers[layer], hook).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, point: HookPoint, decoder: nn.Module, site: str, layer: int) -> RemovableHandle:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            edited = self._apply(args[0], site, layer)
-            if point.in_place and edited is not args[0]:
-                edited = args[0].copy_(edited)
-            return (edited, *args[1:])
-
-        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (self._apply(output[0], site, layer), *output[1:])
-            return self._apply(output, site, layer)
-
-        module = point.module(decoder)
-        if point.is_input:
-            return module.register_forward_pre_hook(before)
-        return module.register_forward_hook(after)
+    def _edit(self, in_place: bool, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        edited = self._apply(value, site, layer)
+        return value.copy_(edited) if in_place and edited is not value else edited
 
     def _apply(self, value: torch.Tensor, site: str, layer: int) -> torch.Tensor:
         """Make the edits of one tensor, [1, N, width] or, one row a job, [N, 1, width]."""

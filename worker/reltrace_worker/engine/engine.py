@@ -113,8 +113,11 @@ class Engine:
         Raises `PassFailedError`: the pass itself failed, not for memory; no job has a
         result.
         """
+        # Equal lengths next to each other: they share calls of the attention kernel.
+        order = sorted(range(len(jobs)), key=lambda index: jobs[index].total_tokens)
         with self._exclusive():
-            return self._run(list(jobs))
+            outcomes = dict(zip(order, self._run([jobs[i] for i in order]), strict=True))
+        return [outcomes[index] for index in range(len(jobs))]
 
     def begin(self, jobs: Sequence[Job]) -> Generation | Atlas:
         """Begin a job that takes many passes: a generation of several jobs, or one atlas.
@@ -167,7 +170,7 @@ class Engine:
             self.seconds[phase] += seconds
 
     def _run(self, jobs: list[TraceJob]) -> list[Outcome]:
-        """Run jobs together if they fit, else in halves, at last alone and checkpointed."""
+        """Run jobs, sorted by length, together if they fit, else in halves, at last alone."""
         alone = len(jobs) == 1
         modes = {"on": [True], "auto": [False, True], "off": [False, True] if alone else [False]}
         for checkpointing in modes[self._checkpointing]:
@@ -180,13 +183,8 @@ class Engine:
                 break
         if alone:
             return [self._memory.too_large(jobs)]
-        ordered = sorted(range(len(jobs)), key=lambda index: len(jobs[index].token_ids))
-        half = len(ordered) // 2
-        found: dict[int, Outcome] = {}
-        for indices in (ordered[:half], ordered[half:]):
-            outcomes = self._run([jobs[index] for index in indices])
-            found.update(zip(indices, outcomes, strict=True))
-        return [found[index] for index in range(len(jobs))]
+        half = len(jobs) // 2
+        return [*self._run(jobs[:half]), *self._run(jobs[half:])]
 
     def _with_second_tries(self, jobs: list[TraceJob], outcomes: list[Outcome]) -> list[Outcome]:
         """Run what is not finite once more, alone: it may be a neighbour's fault.
@@ -228,18 +226,16 @@ class Engine:
         by_job: list[list[Scalar]] = [[] for _ in jobs]
         for scalar in scalars:
             by_job[scalar.job].append(scalar)
-        outcomes: dict[int, Outcome] = {}
+        outcomes: list[Outcome] = []
         for index, of_job in enumerate(by_job):
             try:
-                outcomes[batch.order[index]] = JobResult(
-                    tuple(resolve(self._vocabulary, scalar) for scalar in of_job),
-                    recorder.tensors(index),
-                    checkpointing,
-                    hints=hints(self._vocabulary, of_job),
-                )
+                targets = tuple(resolve(self._vocabulary, scalar) for scalar in of_job)
+                tensors = recorder.tensors(index)
+                notes = hints(self._vocabulary, of_job)
+                outcomes.append(JobResult(targets, tensors, checkpointing, hints=notes))
             except EngineError as error:
-                outcomes[batch.order[index]] = error
-        return [outcomes[index] for index in range(len(jobs))]
+                outcomes.append(error)
+        return outcomes
 
     def _trace(
         self, batch: PackedBatch, hooks: SiteHooks, timer: PassTimer, checkpointing: bool
@@ -253,16 +249,18 @@ class Engine:
             return trace(self._loaded, batch, hooks, timer)
 
     def _advance_atlas(self, atlas: Atlas) -> None:
-        chosen = atlas.next_pass()
+        prompts = atlas.job.prompts
+        chosen = sorted(atlas.next_pass(), key=lambda index: prompts[index].total_tokens)
         if not chosen:
             return
-        jobs = [atlas.job.prompts[index] for index in chosen]
-        checkpointing = self._checkpointing == "on" or not self._memory.fits(jobs, False)
-        if not self._memory.fits(jobs, checkpointing):
+        jobs = [prompts[index] for index in chosen]
+        modes = [True] if self._checkpointing == "on" else [False, True]
+        checkpointing = next((mode for mode in modes if self._memory.fits(jobs, mode)), None)
+        if checkpointing is None:
             raise self._memory.too_large(jobs)
         atlas.checkpointing |= checkpointing
         batch = PackedBatch.of(jobs)
-        numbers = [atlas.job.numbers[chosen[index]] for index in batch.order]
+        numbers = [atlas.job.numbers[index] for index in chosen]
         recorder = AtlasRecorder(self._loaded, batch, atlas, numbers)
         with self._timed() as timer:
             scalars = self._trace(batch, recorder, timer, checkpointing)

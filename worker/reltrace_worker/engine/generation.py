@@ -256,12 +256,11 @@ class Generation:
         # Jobs that are decoded together: the first part is under way, the others wait.
         self._parts = deque([list(range(len(jobs)))])
         self._batch: DecodeBatch | None = None
-        self._outcomes: dict[int, Outcome] = {}
 
     @property
     def finished(self) -> bool:
         """All jobs have ended, and their outcomes were taken."""
-        return not self._open and not self._outcomes
+        return not self._open
 
     def cancel(self, job: int) -> None:
         """Generate no more for a job; it has no outcome."""
@@ -274,31 +273,30 @@ class Generation:
 
     def take_outcomes(self) -> dict[int, Outcome]:
         """Return the outcomes of the jobs that have ended since the last call."""
-        outcomes, self._outcomes = self._outcomes, {}
-        return outcomes
+        # Sorting copies the set at once: `cancel` is called on another thread.
+        ended = [job for job in sorted(self._open) if self._sequences[job].finished]
+        self._open.difference_update(ended)
+        return {job: self._sequences[job].outcome(self._vocabulary) for job in ended}
 
     def decode(self, steps: int, on_token: Callable[[], None] | None = None) -> None:
         """Generate at most so many further tokens of each job; call `on_token` after each.
 
         Raises `torch.AcceleratorError`: the device does not work any more for this process.
         """
-        failure: EngineError | None = None
-        part = [job for job in self._parts[0] if job in self._open] if self._parts else []
-        if part:
-            failure = self._try_decode(part, steps, on_token)
+        while not (part := self._unfinished()) and self._parts:
+            self._parts.popleft()
+            self._batch = None
+        failure = self._try_decode(part, steps, on_token) if part else None
         if failure is not None:
             self._batch = None
             # Out here the exception is gone, and with it the frames that held tensors.
             release(self._loaded.device)
-            self._parts.popleft()
-            self._split([job for job in part if not self._sequences[job].finished], failure)
-        for job in part:
-            if job in self._open and self._sequences[job].finished:
-                self._open.discard(job)
-                self._outcomes[job] = self._sequences[job].outcome(self._vocabulary)
-        while self._parts and not self._open.intersection(self._parts[0]):
-            self._parts.popleft()
-            self._batch = None
+            self._split(self._unfinished(), failure)
+
+    def _unfinished(self) -> list[int]:
+        """Return the jobs of the part that is under way which have not ended."""
+        part = self._parts[0] if self._parts else []
+        return [job for job in part if not self._sequences[job].finished]
 
     def _try_decode(
         self, part: Sequence[int], steps: int, on_token: Callable[[], None] | None
@@ -322,12 +320,13 @@ class Generation:
             return PassFailedError(f"generation failed: {type(error).__name__}: {error}")
         return None
 
-    def _split(self, part: list[int], failure: EngineError) -> None:
-        if len(part) == 1:
-            self._outcomes[part[0]] = failure
-            self._open.discard(part[0])
+    def _split(self, jobs: list[int], failure: EngineError) -> None:
+        """Replace the first part by two halves of its jobs; a job alone has failed."""
+        self._parts.popleft()
+        if len(jobs) == 1:
+            self._sequences[jobs[0]].error = failure
             return
         # Alike in length: less is padded.
-        ordered = sorted(part, key=lambda job: len(self._sequences[job].tokens))
+        ordered = sorted(jobs, key=lambda job: len(self._sequences[job].tokens))
         half = len(ordered) // 2
         self._parts.extendleft([ordered[half:], ordered[:half]])

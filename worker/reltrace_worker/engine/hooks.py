@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from reltrace_worker.engine.sites import SITES, HookPoint, Site
 from reltrace_worker.models.loading import LoadedModel
@@ -65,41 +63,19 @@ class SiteHooks(ABC):
         Tensors that the layers compute inside the block, where these require a gradient, are
         recorded in every later backward pass through them.
         """
-        handles: list[RemovableHandle] = []
-        try:
+        with ExitStack() as stack:
             for index in range(first, stop):
                 for site, point, wanted in self._points:
                     if index in wanted:
-                        module = point.module(self._layers[index])
-                        handles.append(self._hook(module, point.is_input, site.name, index))
+                        hook = partial(self._watch, site.name, index)
+                        stack.callback(point.register(self._layers[index], hook).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, module: nn.Module, is_input: bool, site: str, layer: int) -> RemovableHandle:
-        def watch(tensor: torch.Tensor) -> None:
-            # Detached: a hook that held the tensor itself would hold its own graph alive.
-            value = tensor.detach()
+    def _watch(self, site: str, layer: int, tensor: torch.Tensor) -> None:
+        # Detached: a hook that held the tensor itself would hold its own graph alive.
+        value = tensor.detach()
 
-            def on_gradient(gradient: torch.Tensor) -> None:
-                self.record(site, layer, value, gradient)
+        def on_gradient(gradient: torch.Tensor) -> None:
+            self.record(site, layer, value, gradient)
 
-            tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            watch(args[0])
-
-        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            watch(first_output(output))
-
-        if is_input:
-            return module.register_forward_pre_hook(before)
-        return module.register_forward_hook(after)
-
-
-def first_output(output: Any) -> torch.Tensor:
-    """Return the tensor that a module gives, alone or first in a tuple."""
-    tensor = output[0] if isinstance(output, tuple) else output
-    assert isinstance(tensor, torch.Tensor)
-    return tensor
+        tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]

@@ -22,7 +22,8 @@ from torch import nn
 
 from reltrace_worker.engine.batch import PackedBatch
 from reltrace_worker.engine.edits import EditHooks
-from reltrace_worker.engine.hooks import SiteHooks, first_output
+from reltrace_worker.engine.hooks import SiteHooks
+from reltrace_worker.engine.sites import first_output
 from reltrace_worker.engine.targets import Readout, Scalar
 from reltrace_worker.lrp.patching import instance_forward, single_logits
 from reltrace_worker.models.loading import LoadedModel, ModelShape

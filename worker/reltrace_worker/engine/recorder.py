@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from reltrace_worker.engine.batch import PackedBatch
 from reltrace_worker.engine.hooks import SiteHooks
 from reltrace_worker.engine.reductions import REDUCTIONS, JobRows, Reduction, Sizes
 from reltrace_worker.engine.sites import SITES, Site
-from reltrace_worker.models.loading import LoadedModel, ModelShape
+from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.types.errors import EngineError
 from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import SiteTensor
@@ -25,57 +26,88 @@ def relevance_of(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 class _Group:
     """What jobs of a batch must have in common to share the buffers of one site."""
 
-    site: str
-    reduction: str
+    site: Site
+    reduction: Reduction
     layers: tuple[int, ...]
     k: int
     # A job of many targets must not multiply the buffers of its neighbours.
     backward_passes: int
 
     @staticmethod
-    def of(job: TraceJob, site: str, layers: int) -> _Group:
-        wanted = job.layers or tuple(range(layers))
-        wanted = wanted if SITES[site].per_layer else (0,)
-        return _Group(site, job.reduction, wanted, job.k, len(job.targets))
+    def of(job: TraceJob, site: Site, layers: int) -> _Group:
+        wanted = (job.layers or tuple(range(layers))) if site.per_layer else (0,)
+        return _Group(site, REDUCTIONS[job.reduction], wanted, job.k, len(job.targets))
 
 
-@dataclass(slots=True)
 class _Buffers:
-    """The reduced relevance of one site, of the jobs of one group."""
+    """The reduced relevance of one site, of the jobs of one group, by their index in the batch."""
 
-    site: Site
-    reduction: Reduction
-    backward_passes: int
-    # Index in the buffers of each layer that was asked for.
-    layers: dict[int, int]
-    # Rows of each job, by its index in the batch, among the rows of the group.
-    jobs: dict[int, JobRows]
-    sizes: Sizes
-    # Rows of the group in the batch, on the device; None: all.
-    rows: torch.Tensor | None
-    # One per part of the reduction, on the CPU: [passes, layers asked for, *reduced layer].
-    parts: tuple[torch.Tensor, ...]
-    written: int = 0
-
-    def record(
-        self,
-        target: int,
-        layer: int,
-        value: torch.Tensor,
-        gradient: torch.Tensor,
-        shape: ModelShape,
+    def __init__(
+        self, loaded: LoadedModel, batch: PackedBatch, group: _Group, indices: Sequence[int]
     ) -> None:
-        if target >= self.backward_passes or layer not in self.layers:
+        self.group = group
+        self._shape = loaded.shape
+        self._written = 0
+        # Index in the buffers of each layer that was asked for.
+        self._layers = {layer: index for index, layer in enumerate(group.layers)}
+        # Rows of each job among the rows of the group.
+        self.jobs: dict[int, JobRows] = {}
+        starts, lengths = batch.packing.starts, batch.packing.lengths
+        start = 0
+        for position, job in enumerate(indices):
+            self.jobs[job] = JobRows(position, start, start + lengths[job])
+            start += lengths[job]
+        # Rows of the group in the batch, on the device; None: all.
+        self._rows: torch.Tensor | None = None
+        if len(indices) < len(batch.jobs):
+            rows = [torch.arange(starts[j], starts[j] + lengths[j]) for j in indices]
+            self._rows = torch.cat(rows).to(loaded.device)
+        self._sizes = Sizes(start, len(indices), group.site.features(loaded.shape), group.k)
+        # One per part of the reduction, on the CPU: [passes, layers asked for, *reduced layer].
+        self._parts = [
+            torch.empty(
+                (group.backward_passes, len(group.layers), *group.reduction.shape(self._sizes)),
+                dtype=dtype,
+                # Pinned, a copy from the GPU does not stop the queue of kernels.
+                pin_memory=loaded.device.type == "cuda",
+            )
+            for _, dtype in group.reduction.parts
+        ]
+
+    def record(self, target: int, layer: int, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        if target >= self.group.backward_passes or layer not in self._layers:
             return
-        if self.rows is not None:
+        if self._rows is not None:
             # A copy only where the layer is on another device than the embeddings.
-            rows = self.rows.to(value.device)
+            rows = self._rows.to(value.device)
             value, gradient = value[rows], gradient[rows]
-        relevance = self.site.fold(relevance_of(value, gradient), shape)
-        reduced = self.reduction.reduce(relevance, tuple(self.jobs.values()), self.sizes)
-        for buffer, part in zip(self.parts, reduced, strict=True):
-            buffer[target, self.layers[layer]].copy_(part, non_blocking=True)
-        self.written += 1
+        relevance = self.group.site.fold(relevance_of(value, gradient), self._shape)
+        jobs = tuple(self.jobs.values())
+        reduced = self.group.reduction.reduce(relevance, jobs, self._sizes)
+        for buffer, part in zip(self._parts, reduced, strict=True):
+            buffer[target, self._layers[layer]].copy_(part, non_blocking=True)
+        self._written += 1
+
+    def check_complete(self) -> None:
+        expected = self.group.backward_passes * len(self._layers)
+        if self._written != expected:
+            raise EngineError(
+                f"site {self.group.site.name!r} recorded {self._written} tensors instead of "
+                f"{expected}"
+            )
+
+    def tensors(self, trace: int, job: int) -> list[SiteTensor]:
+        """Return the parts of one trace of a job. Raises `EngineError`: they are not finite."""
+        site, reduction = self.group.site, self.group.reduction
+        tensors = []
+        for (part, _), buffer in zip(reduction.parts, self._parts, strict=True):
+            layers = reduction.select(buffer[trace], self.jobs[job], self._sizes)
+            _check_finite(site, layers, self.group.layers)
+            values = layers if site.per_layer else layers[0]
+            # A copy even of a whole buffer: pinned memory does not leave the engine.
+            values = values.clone(memory_format=torch.contiguous_format)
+            tensors.append(SiteTensor(trace, site.name, part, values))
+        return tensors
 
 
 class RelevanceRecorder(SiteHooks):
@@ -86,67 +118,32 @@ class RelevanceRecorder(SiteHooks):
 
     def __init__(self, loaded: LoadedModel, batch: PackedBatch) -> None:
         self._batch = batch
-        self._shape = loaded.shape
-        self._device = loaded.device
         self._devices = loaded.devices
-        layers = len(loaded.family.decoder_layers(loaded.model))
         groups: dict[_Group, list[int]] = {}
         for index, job in enumerate(batch.jobs):
             for site in job.sites:
-                groups.setdefault(_Group.of(job, site, layers), []).append(index)
+                group = _Group.of(job, SITES[site], loaded.shape.layers)
+                groups.setdefault(group, []).append(index)
         self._buffers: dict[str, list[_Buffers]] = {}
+        layers: dict[str, frozenset[int]] = {}
         for group, jobs in groups.items():
-            self._buffers.setdefault(group.site, []).append(self._allocate(group, jobs))
-        super().__init__(
-            loaded,
-            {
-                site: frozenset(layer for buffers in of_site for layer in buffers.layers)
-                for site, of_site in self._buffers.items()
-            },
-        )
-
-    def _allocate(self, group: _Group, indices: list[int]) -> _Buffers:
-        site, reduction = SITES[group.site], REDUCTIONS[group.reduction]
-        packing = self._batch.packing
-        jobs, start = {}, 0
-        for position, job in enumerate(indices):
-            stop = start + packing.lengths[job]
-            jobs[job] = JobRows(position, start, stop)
-            start = stop
-        rows = None
-        if len(indices) < len(self._batch.jobs):
-            starts, lengths = packing.starts, packing.lengths
-            rows = torch.cat([torch.arange(starts[j], starts[j] + lengths[j]) for j in indices])
-            rows = rows.to(self._device)
-        sizes = Sizes(start, len(indices), site.features(self._shape), group.k)
-        parts = tuple(
-            torch.empty(
-                (group.backward_passes, len(group.layers), *reduction.shape(sizes)),
-                dtype=dtype,
-                # Pinned, a copy from the GPU does not stop the queue of kernels.
-                pin_memory=self._device.type == "cuda",
-            )
-            for _, dtype in reduction.parts
-        )
-        layers = {layer: index for index, layer in enumerate(group.layers)}
-        return _Buffers(site, reduction, group.backward_passes, layers, jobs, sizes, rows, parts)
+            site = group.site.name
+            self._buffers.setdefault(site, []).append(_Buffers(loaded, batch, group, jobs))
+            layers[site] = layers.get(site, frozenset()) | frozenset(group.layers)
+        super().__init__(loaded, layers)
 
     def record(self, site: str, layer: int, value: torch.Tensor, gradient: torch.Tensor) -> None:
         for buffers in self._buffers.get(site, ()):
-            buffers.record(self.target, layer, value[0], gradient[0], self._shape)
+            buffers.record(self.target, layer, value[0], gradient[0])
 
     def finish(self) -> None:
         """Wait for the copies from the device, and check that every tensor has arrived."""
         for device in self._devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        for site, of_site in self._buffers.items():
+        for of_site in self._buffers.values():
             for buffers in of_site:
-                expected = buffers.backward_passes * len(buffers.layers)
-                if buffers.written != expected:
-                    raise EngineError(
-                        f"site {site!r} recorded {buffers.written} tensors instead of {expected}"
-                    )
+                buffers.check_complete()
 
     def tensors(self, index: int) -> tuple[SiteTensor, ...]:
         """Return the tensors of the job with this index in the batch, trace by trace.
@@ -154,19 +151,11 @@ class RelevanceRecorder(SiteHooks):
         Raises `EngineError`: relevance is not finite; names the site and the layer.
         """
         job = self._batch.jobs[index]
-        tensors = []
+        tensors: list[SiteTensor] = []
         for trace in range(len(job.targets)):
             for site in job.sites:
                 (buffers,) = (b for b in self._buffers[site] if index in b.jobs)
-                for (part, _), buffer in zip(buffers.reduction.parts, buffers.parts, strict=True):
-                    layers = buffers.reduction.select(
-                        buffer[trace], buffers.jobs[index], buffers.sizes
-                    )
-                    _check_finite(buffers.site, layers, tuple(buffers.layers))
-                    values = layers if buffers.site.per_layer else layers[0]
-                    # A copy even of a whole buffer: pinned memory does not leave the engine.
-                    values = values.clone(memory_format=torch.contiguous_format)
-                    tensors.append(SiteTensor(trace, site, part, values))
+                tensors += buffers.tensors(trace, index)
         return tuple(tensors)
 
 

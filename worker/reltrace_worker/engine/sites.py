@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from reltrace_worker.models.families import Family
 from reltrace_worker.models.loading import ModelShape
@@ -27,8 +29,32 @@ class HookPoint:
         """The layer hands it to the next: its gradient needs no backward through the layer."""
         return self.path == "" and not self.is_input
 
-    def module(self, layer: nn.Module) -> nn.Module:
-        return layer.get_submodule(self.path)
+    def register(
+        self, layer: nn.Module, hook: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> RemovableHandle:
+        """Call `hook` with the tensor in every forward pass; what it returns replaces it."""
+        module = layer.get_submodule(self.path)
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            changed = hook(args[0])
+            return None if changed is None else (changed, *args[1:])
+
+        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            changed = hook(first_output(output))
+            if changed is not None and isinstance(output, tuple):
+                return (changed, *output[1:])
+            return changed
+
+        if self.is_input:
+            return module.register_forward_pre_hook(before)
+        return module.register_forward_hook(after)
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """Return the tensor that a module gives, alone or first in a tuple."""
+    tensor = output[0] if isinstance(output, tuple) else output
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
 
 
 def _one_column(feature: int, _: ModelShape, __: int) -> range:

@@ -35,8 +35,7 @@ _VERSIONS = {name: version(name) for name in ("torch", "transformers", "reltrace
 class EndedJobs:
     """Jobs that have ended with a pass, and the seconds that it took."""
 
-    batch: Sequence[QueuedJob]
-    outcomes: Sequence[Outcome]
+    jobs: Sequence[tuple[QueuedJob, Outcome]]
     seconds: float
     # As in JobRunner.
     full_pass_jobs: int
@@ -117,7 +116,7 @@ class ResultEncoder:
         """Return an iterator of chunks per job, or why there is none."""
         encoded: list[Chunks | FailedAttempt] = []
         shards: dict[str, list[EncodedResult]] = {}
-        for job, outcome in zip(ended.batch, ended.outcomes, strict=True):
+        for job, outcome in ended.jobs:
             try:
                 result = self._encode(job, outcome, ended.seconds)
                 if not isinstance(result, EncodedResult):

@@ -181,10 +181,10 @@ class Runner:
         if not isinstance(batch[0].job, TraceJob):
             return self._begin(batch, full_pass_jobs)
         started = time.perf_counter()
-        outcomes = self._trace(batch)
+        ended = list(zip(batch, self._trace(batch), strict=True))
         seconds = time.perf_counter() - started
         self._queue.measured(batch, seconds)
-        return self._account(batch, outcomes, seconds, full_pass_jobs)
+        return self._account(ended, seconds, full_pass_jobs)
 
     def _trace(self, batch: Sequence[QueuedJob]) -> list[Outcome]:
         try:
@@ -208,7 +208,7 @@ class Runner:
             raise
         except Exception as error:
             log.warning("task.failed", jobs=len(batch), error=str(error))
-            return self._account(batch, [_failure(error)] * len(batch), 0.0, full_pass_jobs)
+            return self._account([(job, _failure(error)) for job in batch], 0.0, full_pass_jobs)
         running = RunningTask(dict(enumerate(batch)), task, batch[0].job.batch_key, full_pass_jobs)
         self._queue.begin(running)
         return self._advance(running)
@@ -237,14 +237,8 @@ class Runner:
         if not ended:
             return None
         spent, running.charged = running.seconds - running.charged, running.seconds
-        return self._account(
-            [job for job, _ in ended],
-            [outcome for _, outcome in ended],
-            running.seconds,
-            running.full_pass_jobs,
-            spent=spent,
-            finished=finished,
-        )
+        full_pass_jobs = running.full_pass_jobs
+        return self._account(ended, running.seconds, full_pass_jobs, spent=spent, finished=finished)
 
     def _drafting(self, running: RunningTask, task: Generation) -> Callable[[], None] | None:
         """Return what notes the texts that somebody reads along with; None: there is none."""
@@ -264,8 +258,7 @@ class Runner:
 
     def _account(
         self,
-        batch: Sequence[QueuedJob],
-        outcomes: Sequence[Outcome],
+        ended: Sequence[tuple[QueuedJob, Outcome]],
         seconds: float,
         full_pass_jobs: int,
         *,
@@ -276,9 +269,9 @@ class Runner:
 
         Those of a task are charged with the `spent` part of its time; it may not be `finished`.
         """
-        self._drafts.forget(job.key for job in batch)
+        self._drafts.forget(job.key for job, _ in ended)
         tenant_tokens: Counter[str] = Counter()
-        for job, outcome in zip(batch, outcomes, strict=True):
+        for job, outcome in ended:
             tenant_tokens[job.lease.tenant] += _tokens(job, outcome)
         tokens = tenant_tokens.total()
         self.stats.charge_tenants(seconds if spent is None else spent, tenant_tokens)
@@ -287,10 +280,10 @@ class Runner:
             self.stats.passes += 1
             # A longer prompt is a pass of its own.
             self.stats.capacity += max(tokens, self._queue.capacity)
-        failed = sum(isinstance(outcome, EngineError) for outcome in outcomes)
+        failed = sum(isinstance(outcome, EngineError) for _, outcome in ended)
         self.stats.failed += failed
-        self.stats.jobs += len(batch) - failed
-        for job in batch:
+        self.stats.jobs += len(ended) - failed
+        for job, _ in ended:
             self._spans.record(
                 "reltrace.pass",
                 job.lease.spec.traceparent,
@@ -301,11 +294,11 @@ class Runner:
                 model=self._model.name,
                 rule=job.job.rule,
                 tokens=job.job.total_tokens,
-                jobs_in_pass=len(batch),
+                jobs_in_pass=len(ended),
                 tokens_in_pass=tokens,
             )
-        log.debug("pass.done", jobs=len(batch), tokens=tokens, seconds=round(seconds, 4))
-        return EndedJobs(batch, outcomes, seconds, full_pass_jobs)
+        log.debug("pass.done", jobs=len(ended), tokens=tokens, seconds=round(seconds, 4))
+        return EndedJobs(ended, seconds, full_pass_jobs)
 
 
 def _failure(error: Exception) -> EngineError:

@@ -31,23 +31,15 @@ function keep(values, value) {
   if (values.length > KEPT) values.shift();
 }
 
-function curve(values) {
-  const most = Math.max(...values, 1e-9);
-  const points = values.map((value, index) => `${(100 * index) / (KEPT - 1)},${38 - (36 * value) / most}`);
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "0 0 100 40");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("aria-hidden", "true");
-  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-  path.setAttribute("d", `M${points.join("L")}`);
-  svg.append(path);
-  return svg;
-}
-
 function card(title, value, values = []) {
   const made = make("div", make("b", value), "card");
   made.append(make("span", title));
-  if (values.length > 1) made.append(curve(values));
+  if (values.length > 1) {
+    const most = Math.max(...values, 1e-9);
+    const points = values.map((value, index) => `${(100 * index) / (KEPT - 1)},${38 - (36 * value) / most}`);
+    const path = `<path d="M${points.join("L")}"/>`;
+    made.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 100 40" preserveAspectRatio="none" aria-hidden="true">${path}</svg>`);
+  }
   return made;
 }
 
