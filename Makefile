@@ -78,7 +78,7 @@ bench: $(VENV)/.setup-dev $(RIVALS)/.setup ## measure speed and memory, as tests
 	@$(BIN)/python tests/bench/tensors.py
 
 gpu: $(VENV)/.setup-dev ## the engine's tests on the first GPU, and its speed there (minutes)
-	@RELTRACE_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 tests/worker/engine tests/worker/rules tests/worker/model
+	@RELTRACE_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 tests/worker/engine tests/worker/lrp tests/worker/models
 	@$(BIN)/python tests/bench/engine.py --device cuda --dtype bfloat16 --shape 8b --prompts 120 --example-every 5 --only example --only forward
 
 fleet: $(VENV)/.setup-dev ## 500 simulated workers, two schedulers, 100,000 jobs (minutes)

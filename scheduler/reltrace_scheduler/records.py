@@ -29,11 +29,10 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What was accepted, now or when the idempotency key was first used."""
-
     id: str
     jobs: int
     deduplicated: bool = False
+    """It was accepted before, under the same idempotency key."""
 
     @property
     def job_ids(self) -> list[str]:
@@ -42,7 +41,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a submission is."""
+    """How many jobs of a submission have ended."""
 
     tenant: str
     jobs: int
@@ -51,7 +50,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Names a lease: the worker is known from the session."""
+    """A lease of the worker whose session it is."""
 
     job_id: str
     attempt: int
@@ -59,8 +58,6 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class LeasedJob:
-    """A job that a worker now holds."""
-
     job_id: str
     attempt: int
     spec: bytes
@@ -71,7 +68,7 @@ class LeasedJob:
 
 @dataclass(frozen=True, slots=True)
 class Leased:
-    """What a worker that asked for jobs of a route got."""
+    """The reply to a worker that asked for jobs of a route."""
 
     jobs: tuple[LeasedJob, ...]
     empty: bool
@@ -97,8 +94,9 @@ class StoredChunk:
     """A chunk of a result, as a client reads it."""
 
     entry: int
-    number: int
+    """The number of its result in the submission."""
     data: bytes
+    """A serialized ``ResultChunk``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,7 @@ class LostLease:
 
 @dataclass(frozen=True, slots=True)
 class QuarantineCandidate:
-    """A job that lost too many leases and is to be quarantined."""
+    """A job that has lost too many leases, before it is quarantined."""
 
     job_id: str
     attempt: int
@@ -132,8 +130,6 @@ class QuarantineCandidate:
 
 @dataclass(frozen=True, slots=True)
 class QuarantinedJob:
-    """A job that was quarantined."""
-
     job_id: str
     tenant: str
     spec: bytes
@@ -142,11 +138,11 @@ class QuarantinedJob:
 
 @dataclass(frozen=True, slots=True)
 class TerminalResult:
-    """The end of a job that no worker ends."""
+    """The result of a job that the scheduler ends."""
 
     job_id: str
     attempt: int | None
-    """Only if it is at this attempt; None: at any."""
+    """The job is ended only if it is at this attempt; None: at any."""
     state: str
     data: bytes
     """A serialized ``ResultChunk``: its whole result."""
@@ -154,8 +150,6 @@ class TerminalResult:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """State of a job."""
-
     job_id: str
     state: str
     attempt: int
@@ -164,7 +158,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds and share of a tenant; None: the default, or left as it is."""
+    """The share and the bounds of a tenant; None: the default, or unchanged."""
 
     weight: float | None = None
     max_jobs: int | None = None
@@ -173,14 +167,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class TenantRecord:
-    """A tenant: its limits and what it holds."""
-
     tenant: str
     limits: Limits
     jobs: int
-    """Queued and leased."""
+    """How many are queued or leased."""
     bytes: int
-    """Of their specifications, and of unread results."""
+    """Size of their specifications and of unread results."""
 
 
 @dataclass(frozen=True, slots=True)

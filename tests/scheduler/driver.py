@@ -5,7 +5,7 @@ from typing import Self
 
 from redis.asyncio import Redis
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.queue.gauges import Gauges
+from reltrace_scheduler.queue.gauges import read_queues
 from reltrace_scheduler.queue.job_queue import JobQueue
 from reltrace_scheduler.queue.maintenance import Maintenance
 from reltrace_scheduler.queue.results import Results
@@ -110,5 +110,5 @@ class Driver:
 
     async def depth(self) -> tuple[int, int]:
         """Queued and leased jobs."""
-        gauges = [g for g in await Gauges(self.store).queues() if g.model == MODEL]
+        gauges = [g for g in await read_queues(self.store) if g.model == MODEL]
         return sum(g.queued for g in gauges), sum(g.leased for g in gauges)

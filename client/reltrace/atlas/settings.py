@@ -83,7 +83,7 @@ class AtlasSettings:
                 f"{len(prompts)} prompts make a job of {spec.ByteSize()} bytes; the limit is "
                 f"{MAX_JOB_BYTES}: take fewer at a time",
             )
-        return Job(spec, (), False, self.target, first)
+        return Job(spec, self.target, first)
 
     def about(self) -> dict[str, Any]:
         """Return what must be the same for all slices of a folder, as JSON holds it."""

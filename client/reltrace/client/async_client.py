@@ -41,19 +41,19 @@ Items: TypeAlias = Iterable[Item] | AsyncIterable[Item]
 class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
     """A client of a reltrace server for asyncio code.
 
-    The methods of `Client`, awaitable; `trace_many` is an async iterator. A client belongs to
-    the event loop on which it is first used.
+    It has the methods of `Client`, awaitable; `trace_many` is an async iterator.
+    It belongs to the event loop on which it is first used.
 
     Parameters
     ----------
     address : str, optional
-        "host:port" of the server; several with commas between, or "dns:///name:port" for every
-        address behind a name: calls are spread over them, and go on with the others when one
-        dies. Default: environment variable RELTRACE_SERVER, else "127.0.0.1:50051".
+        "host:port" of the server; several separated by commas, or "dns:///name:port" for all
+        addresses of a name: calls are spread over them, and over the others if one dies. Default:
+        environment variable RELTRACE_SERVER, else "127.0.0.1:50051".
     token : str or Path, optional
-        The token that a server asks for: the token itself, or a Path of a file that holds it,
-        which is read again when it changes. Default: the file that environment variable
-        RELTRACE_TOKEN_FILE names, else what RELTRACE_TOKEN holds, else none; "": none.
+        The token that a server requires, or the Path of a file that holds it, which is read again
+        when it changes. Default: the file that environment variable RELTRACE_TOKEN_FILE names,
+        else the value of RELTRACE_TOKEN, else none; "": none.
     tls : bool or TlsOptions, optional
         Whether to use TLS, and how. Default: TLS if one of the environment variables RELTRACE_TLS,
         RELTRACE_TLS_CA, RELTRACE_TLS_CERT, RELTRACE_TLS_KEY and RELTRACE_TLS_NAME is set; with
@@ -62,8 +62,8 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
         Send the token in plaintext to another machine. Default: environment variable
         RELTRACE_INSECURE, else no.
     retry_timeout : float, default 30
-        Seconds to keep calling when no server can be reached or is ready, both at the first call
-        and after a connection was lost.
+        Seconds to keep calling when no server can be reached or is ready, at the first call or
+        after a connection was lost. After that calls raise `Unavailable`.
 
     Raises
     ------
@@ -107,8 +107,8 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
     async def close(self) -> None:
         """Close the connection.
 
-        Calls that are open end with a `TraceError`, and their jobs on the server are cancelled.
-        In a process that was forked from the client's own, the synchronous client does nothing.
+        Open calls end with a `TraceError`, and their jobs are cancelled on the server. In a process
+        that was forked from the client's own, the synchronous client does nothing.
         """
         await self._connection.close()
 
@@ -150,20 +150,20 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
         prompt : str
             Text, encoded by the model's tokenizer.
         messages : sequence of mapping
-            A conversation instead of `prompt`, each message with "role" and "content" (a text, or a
-            list of text parts in OpenAI's form, which are concatenated). The model's own chat
-            template makes a text of it that ends with the start of the assistant's next turn.
+            A conversation instead of `prompt`: messages with "role" and "content" (a text, or a
+            list of text parts in OpenAI's form, which are concatenated). The model's chat template
+            turns it into a text that ends with the start of the assistant's next turn.
         input_ids : sequence of int
             Token ids instead of `prompt`, used as they are.
         add_special_tokens : bool, default True
-            Put the tokenizer's first token (BOS) in front of `prompt`, unless the text begins with
-            it. An EOS is never appended.
+            Put the tokenizer's BOS token in front of `prompt`, unless the text begins with it. An
+            EOS token is never appended.
         model : str, optional
             Name of a served model (see `models`); default: the only one.
         sites : str or sequence of str, default ("resid",)
             Where relevance is read: "embed" (input embeddings), "resid" (output of each decoder
-            layer), and any other site that the model's workers serve. Empty: no backward pass is
-            run, and the result has the logit of its target but no relevance.
+            layer), or another site that the model's workers serve. Empty: there is no backward
+            pass, and the result has the logit of its target but no relevance.
         reduce : str, default "token"
             What is summed before the result is sent: "token" leaves one value per token,
             "feature" one per feature, "full" everything; "topk" keeps the `top_k` largest |R| of
@@ -207,8 +207,8 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
 
         Notes
         -----
-        While the server's queue is full, the call waits for as long as the server asks. If it ends
-        early (its `timeout` is over, or Ctrl-C), its job is cancelled on the server.
+        While the server's queue is full, the call waits. If it ends early (by `timeout` or Ctrl-C),
+        its job is cancelled on the server.
         """
         job = Arguments(
             prompt, input_ids, messages, add_special_tokens, model, sites, reduce, target, rule,
@@ -247,17 +247,17 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> AsyncIterator[Any]:
-        """Trace many prompts; results come as they finish.
+        """Trace many prompts, and yield results as they finish.
 
         Parameters
         ----------
         items : iterable
             Prompts, or mappings of the arguments of `trace` (without `timeout`) plus an
-            optional "id" (str or int; default: the item's index). Ids are not checked to be
-            different. Pulled as needed, in a thread of its own unless it is a list, tuple or async
-            iterable, so that it may block.
+            optional "id" (str or int; default: the item's index), which need not be unique. Pulled
+            as needed, in a thread of its own unless it is a list, tuple or async iterable, so that
+            it may block.
         ordered : bool, default False
-            Give results in the order of the items instead of as they finish.
+            Yield results in the order of the items.
         progress : bool, default False
             Show a tqdm bar.
         add_special_tokens, model, sites, reduce, target, rule, dtype, layers, top_k, edits
@@ -276,26 +276,24 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
         Yields
         ------
         Trace, list of Trace, or Failure
-            One per item, with its `id` (the given one, else the item's index). A list where the
-            item's target is a list or has ``each=True``, each trace with the item's id. An item
-            that is invalid or fails gives a `Failure` and does not disturb the others.
+            One per item, with the item's `id`. A list if the item's target is a list or has
+            ``each=True``. An item that is invalid or fails yields a `Failure` and does not affect
+            the others.
 
         Raises
         ------
         InvalidArgument
             At once, if an argument is wrong that all items share.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
         DeadlineExceeded
             If `timeout` is over.
         Exception
-            What `items` raises, after the results of the items before it.
+            An exception of `items`, after the results of the items before it.
 
         Notes
         -----
         If the loop ends early, by `break`, `timeout`, an error or Ctrl-C, no further items are
-        pulled, and jobs that have not ended are cancelled on the server. Results are acknowledged,
-        and so freed on the server, once they are here.
+        pulled, and jobs that have not ended are cancelled on the server. Results are freed on the
+        server once they were received.
         """
         defaults = Arguments(
             None, None, None, add_special_tokens, model, sites, reduce, target, rule,

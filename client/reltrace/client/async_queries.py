@@ -14,8 +14,8 @@ from reltrace.types.server_info import QuarantinedJob, Requeued, Tenant, quarant
 class AsyncAdmin:
     """The operator's calls.
 
-    A server that asks for tokens answers them for the role "operator" only; anybody else gets
-    `PermissionDenied`. All of them raise `Unavailable` if no server can be reached.
+    A server that requires tokens answers only those of the role "operator"; other callers get
+    `PermissionDenied`.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -36,7 +36,7 @@ class AsyncAdmin:
         return [quarantined_job(job) for job in answer.jobs]
 
     async def requeue(self, *job_ids: str) -> list[Requeued]:
-        """Queue quarantined jobs once more, as jobs of their tenant.
+        """Queue quarantined jobs again, as jobs of their tenant.
 
         Parameters
         ----------
@@ -46,7 +46,7 @@ class AsyncAdmin:
         Raises
         ------
         NotFound
-            If one of them is no quarantined job; then none is queued.
+            If one of them is not a quarantined job; then none is queued.
         """
         check_strings(job_ids, "job_ids")
         answer = await self._connection.call(
@@ -65,7 +65,7 @@ class AsyncAdmin:
     async def drain(self, *worker_ids: str) -> None:
         """Drain workers: they return jobs that have not begun, finish the others, and end.
 
-        Returns at once. A supervisor may start such a worker again, as a new one.
+        Returns at once. A supervisor may start a new worker in the place of a drained one.
 
         Parameters
         ----------
@@ -105,11 +105,11 @@ class AsyncAdmin:
         name : str
             The tenant.
         weight : float, optional
-            Its share of the workers against other tenants that wait, 0.01 to 100.
+            Its share of the workers relative to other tenants with queued jobs, 0.01 to 100.
         max_jobs : int, optional
             Bound on its jobs that have not ended.
         max_bytes : int, optional
-            Bound on the bytes of these, and of results that nobody has read.
+            Bound on the bytes of these jobs and of unread results.
 
         Returns
         -------
@@ -126,9 +126,7 @@ class AsyncAdmin:
                 tenant=name, weight=weight, max_jobs=max_jobs, max_bytes=max_bytes
             )
         except (TypeError, ValueError) as error:
-            raise invalid(
-                "tenant", f"its name, share or bounds are no such values: {error}"
-            ) from None
+            raise invalid("tenant", f"name, weight or a bound is not valid: {error}") from None
         answer = await self._connection.call(lambda server: server.admin.SetTenant, request)
         return tenant(answer.tenant)
 
@@ -144,26 +142,14 @@ class AsyncQueries:
         return AsyncAdmin(self._connection)
 
     async def models(self) -> list[server_info.Model]:
-        """Return the models that can be traced, with the workers that serve them.
-
-        Raises
-        ------
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        """
+        """Return the models that can be traced, with the workers that serve them."""
         answer = await self._connection.call(
             lambda server: server.traces.ListModels, trace_pb2.ListModelsRequest()
         )
         return server_info.models(answer)
 
     async def status(self) -> server_info.Status:
-        """Return the state of the server: queues, workers, ended jobs, store.
-
-        Raises
-        ------
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        """
+        """Return the state of the server: queues, workers, ended jobs, store."""
         answer = await self._connection.call(
             lambda server: server.admin.GetStatus, admin_pb2.GetStatusRequest()
         )
@@ -180,9 +166,7 @@ class AsyncQueries:
         Raises
         ------
         InvalidArgument
-            If one of them is no job id.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
+            If one of them is not a job id.
         """
         check_job_ids(job_ids)
         found: list[server_info.JobStatus] = []
@@ -194,9 +178,9 @@ class AsyncQueries:
         return found
 
     async def cancel(self, *ids: str) -> int:
-        """Cancel jobs: one that waits never runs, one that runs is dropped before its next pass.
+        """Cancel jobs: queued ones never run, running ones are dropped before their next pass.
 
-        Calls that wait for their results raise `Cancelled`. Jobs that have ended stay as they are.
+        Calls that wait for their results raise `Cancelled`. Jobs that have ended do not change.
 
         Parameters
         ----------
@@ -206,16 +190,14 @@ class AsyncQueries:
         Returns
         -------
         int
-            How many jobs this call ended.
+            Number of jobs that this call ended.
 
         Raises
         ------
         InvalidArgument
-            If one of them is no such id.
+            If one of them is not such an id.
         NotFound
             If the server does not know a submission.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
         """
         submissions, jobs = split_ids(ids)
         requests = [trace_pb2.CancelJobsRequest(submission_id=one) for one in submissions]

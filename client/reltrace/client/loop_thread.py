@@ -18,18 +18,14 @@ from reltrace.types.errors import TraceError
 
 T = TypeVar("T")
 
-# Seconds. A signal that arrives just before a thread falls asleep on a lock does not wake it.
+# Seconds. A signal that arrives just before a thread waits on a lock does not end the wait.
 _SIGNAL_CHECK_INTERVAL = 0.2
-# Seconds that a caller who was interrupted, and the end of the process, wait for the server to be
-# told.
+# Seconds that an interrupted caller, and the end of the process, wait until jobs are cancelled.
 _CLEANUP_TIMEOUT = 2.0
 
 
 class _Call(Generic[T]):
-    """A coroutine that can be cancelled whether it has begun or not.
-
-    An interruption may come before there is a future that could be cancelled.
-    """
+    """A coroutine that can be cancelled before it has begun, when it has no task yet."""
 
     def __init__(self, work: Coroutine[Any, Any, T]) -> None:
         self._work = work
@@ -65,15 +61,15 @@ class LoopThread:
         atexit.register(self.end)
 
     def is_here(self) -> bool:
-        """Tell whether the loop runs in this process, and not in the one it was forked from."""
+        """Tell whether the loop runs in this process, which may have been forked since."""
         return self._pid == os.getpid()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for it, from any other thread.
 
-        An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine, which has
-        `_CLEANUP_TIMEOUT` to end in order; a second interruption ends that wait. It is noticed
-        within `_SIGNAL_CHECK_INTERVAL`, whichever thread the system gave the signal to.
+        An interruption of the waiting thread, such as Ctrl-C, cancels the coroutine and waits
+        `_CLEANUP_TIMEOUT` for its end; a second interruption ends that wait. It is noticed within
+        `_SIGNAL_CHECK_INTERVAL`, whichever thread received the signal.
 
         Raises
         ------
@@ -101,7 +97,7 @@ class LoopThread:
                 try:
                     return future.result(_SIGNAL_CHECK_INTERVAL)
                 except TimeoutError:
-                    # Ours, or the coroutine's own: that one is raised again.
+                    # Of this wait, or raised by the coroutine, whose result raises it again.
                     if future.done():
                         return future.result()
         except BaseException:
@@ -112,11 +108,11 @@ class LoopThread:
             raise
 
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run what closes something: from any thread, also while the process ends.
+        """Run a coroutine that closes something, from any thread, also while the process ends.
 
         A generator that is no longer referred to may be closed on the loop's own thread, which
-        can not wait for itself, or after the loop has ended. In a forked child nothing is done:
-        what there is to close is its parent's.
+        can not wait for itself, or after the loop has ended. In a forked child nothing is done,
+        since the connection belongs to the parent.
         """
         if self._ended or not self.is_here():
             work.close()
@@ -143,7 +139,7 @@ class LoopThread:
         self._connections.add(connection)
 
     def end(self) -> None:
-        """Close all connections, for at most `_CLEANUP_TIMEOUT`; nothing runs here after that."""
+        """Close all connections within `_CLEANUP_TIMEOUT`; the loop runs nothing after that."""
         if not self.is_here():
             return
         if connections := tuple(self._connections):

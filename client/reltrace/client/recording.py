@@ -1,4 +1,4 @@
-"""A record of the jobs that the server holds for a client, so that a killed run leaves none."""
+"""Records the jobs that the server holds for a client, so that the next run can cancel them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def recording(
     previous: Mapping[str, int],
     record: Callable[[Mapping[str, int]], None],
 ) -> Iterator[None]:
-    """Call `record` with the submissions of a client meanwhile; see `PendingSubmissions.record`.
+    """Call `record` with the submissions of a client; see `PendingSubmissions.record`.
 
-    The `previous` record, of a process that was killed, is cancelled before anything else.
+    The submissions of the `previous` record, of a process that was killed, are cancelled first.
     """
     pending = client._connection.pending
     pending.record = record

@@ -51,8 +51,8 @@ from reltrace.types.trace import Trace
 class Admin:
     """The operator's calls.
 
-    A server that asks for tokens answers them for the role "operator" only; anybody else gets
-    `PermissionDenied`. All of them raise `Unavailable` if no server can be reached.
+    A server that requires tokens answers only those of the role "operator"; other callers get
+    `PermissionDenied`.
     """
 
     def __init__(self, connection: Connection, loop: LoopThread) -> None:
@@ -78,7 +78,7 @@ class Admin:
         return [quarantined_job(job) for job in answer.jobs]
 
     def requeue(self, *job_ids: str) -> list[Requeued]:
-        """Queue quarantined jobs once more, as jobs of their tenant.
+        """Queue quarantined jobs again, as jobs of their tenant.
 
         Parameters
         ----------
@@ -88,7 +88,7 @@ class Admin:
         Raises
         ------
         NotFound
-            If one of them is no quarantined job; then none is queued.
+            If one of them is not a quarantined job; then none is queued.
         """
         check_strings(job_ids, "job_ids")
         answer = self._loop.run(
@@ -111,7 +111,7 @@ class Admin:
     def drain(self, *worker_ids: str) -> None:
         """Drain workers: they return jobs that have not begun, finish the others, and end.
 
-        Returns at once. A supervisor may start such a worker again, as a new one.
+        Returns at once. A supervisor may start a new worker in the place of a drained one.
 
         Parameters
         ----------
@@ -155,11 +155,11 @@ class Admin:
         name : str
             The tenant.
         weight : float, optional
-            Its share of the workers against other tenants that wait, 0.01 to 100.
+            Its share of the workers relative to other tenants with queued jobs, 0.01 to 100.
         max_jobs : int, optional
             Bound on its jobs that have not ended.
         max_bytes : int, optional
-            Bound on the bytes of these, and of results that nobody has read.
+            Bound on the bytes of these jobs and of unread results.
 
         Returns
         -------
@@ -176,9 +176,7 @@ class Admin:
                 tenant=name, weight=weight, max_jobs=max_jobs, max_bytes=max_bytes
             )
         except (TypeError, ValueError) as error:
-            raise invalid(
-                "tenant", f"its name, share or bounds are no such values: {error}"
-            ) from None
+            raise invalid("tenant", f"name, weight or a bound is not valid: {error}") from None
         answer = self._loop.run(
             self._connection.call(lambda server: server.admin.SetTenant, request)
         )
@@ -197,13 +195,7 @@ class Queries:
         return Admin(self._connection, self._loop)
 
     def models(self) -> list[server_info.Model]:
-        """Return the models that can be traced, with the workers that serve them.
-
-        Raises
-        ------
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        """
+        """Return the models that can be traced, with the workers that serve them."""
         answer = self._loop.run(
             self._connection.call(
                 lambda server: server.traces.ListModels, trace_pb2.ListModelsRequest()
@@ -212,13 +204,7 @@ class Queries:
         return server_info.models(answer)
 
     def status(self) -> server_info.Status:
-        """Return the state of the server: queues, workers, ended jobs, store.
-
-        Raises
-        ------
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
-        """
+        """Return the state of the server: queues, workers, ended jobs, store."""
         answer = self._loop.run(
             self._connection.call(
                 lambda server: server.admin.GetStatus, admin_pb2.GetStatusRequest()
@@ -237,9 +223,7 @@ class Queries:
         Raises
         ------
         InvalidArgument
-            If one of them is no job id.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
+            If one of them is not a job id.
         """
         check_job_ids(job_ids)
         found: list[server_info.JobStatus] = []
@@ -253,9 +237,9 @@ class Queries:
         return found
 
     def cancel(self, *ids: str) -> int:
-        """Cancel jobs: one that waits never runs, one that runs is dropped before its next pass.
+        """Cancel jobs: queued ones never run, running ones are dropped before their next pass.
 
-        Calls that wait for their results raise `Cancelled`. Jobs that have ended stay as they are.
+        Calls that wait for their results raise `Cancelled`. Jobs that have ended do not change.
 
         Parameters
         ----------
@@ -265,16 +249,14 @@ class Queries:
         Returns
         -------
         int
-            How many jobs this call ended.
+            Number of jobs that this call ended.
 
         Raises
         ------
         InvalidArgument
-            If one of them is no such id.
+            If one of them is not such an id.
         NotFound
             If the server does not know a submission.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
         """
         submissions, jobs = split_ids(ids)
         requests = [trace_pb2.CancelJobsRequest(submission_id=one) for one in submissions]
@@ -313,23 +295,24 @@ class Studies:
     ) -> Atlas:
         """Build an atlas: the strongest examples of every neuron and every head in a corpus.
 
-        For each of them it holds the k tokens at which its relevance, and its activation, are
-        largest, positive and negative apart, with counts, means and histograms. By default every
-        prompt explains its own next tokens: the logits at all of its positions together, in one
-        backward pass, so that the relevance at a token is its part in all that follows. The first
-        token of a prompt, on which unused attention rests, and special tokens are left out.
+        For each of them the atlas holds the k tokens with the largest relevance and the k with the
+        largest activation, separately for positive and negative values, with counts, means and
+        histograms. By default every prompt explains its own next tokens: the logits at all of its
+        positions together, in one backward pass, so that the relevance of a token is its
+        contribution to all that follows. The first token of a prompt, to which heads give
+        attention that they do not need elsewhere, and special tokens are left out.
 
         Workers take the corpus in slices and merge on their device; results are merged into `out`.
-        The atlas is the same, bit for bit, for any number of workers of a kind. A call that was
-        interrupted, by SIGKILL too, may be repeated with the same arguments: it does what is
-        missing, and reads what the server has kept of the interrupted call.
+        The atlas is the same, bit for bit, for any number of workers of the same kind. A call that
+        was interrupted, also by SIGKILL, may be repeated with the same arguments: it computes what
+        is missing, and reads the results of the interrupted call that the server still has.
 
         Parameters
         ----------
         prompts : iterable of str or mapping
-            The corpus, at least one prompt: texts, or mappings with "prompt" or "messages" as in
+            The corpus of at least one prompt: texts, or mappings with "prompt" or "messages" as in
             `trace`, and optionally an "id", which is not kept. Pulled as needed. A prompt that can
-            not be traced is left out and noted.
+            not be traced is left out and recorded.
         out : path
             Folder; created if it does not exist.
         model : str, optional
@@ -350,9 +333,9 @@ class Studies:
         k : int, default 16
             Examples in each list, 1 to 64.
         slice : int, default 1024
-            Most prompts that a worker takes at a time, 1 to 65536. Less work is lost with a worker
-            if it is small, fewer bytes are sent if it is large. The first slices have 16 prompts,
-            later ones at most a quarter of all prompts before them.
+            Largest number of prompts that a worker takes at a time, 1 to 65536. With a small one, a
+            worker that dies loses less work; with a large one, fewer bytes are sent. The first
+            slices have 16 prompts, later ones at most a quarter of all prompts before them.
         priority : {"interactive", "batch"}
             Of all jobs.
         progress : bool, default False
@@ -370,7 +353,7 @@ class Studies:
         ModelNotFound
             If no worker serves the model.
         JobFailed
-            If a slice can not be made, for example because the model's numbers are not finite.
+            If a slice fails, for example because the model's numbers are not finite.
         """
         settings = AtlasSettings(
             model,
@@ -405,51 +388,50 @@ class Studies:
         progress: bool = False,
         timeout: float | None = None,
     ) -> Evaluation:
-        """Measure how well the relevance of each rule tells what predictions rest on.
+        """Measure how well the relevance of each rule identifies what predictions depend on.
 
-        Tokens or neurons are switched off step by step, the most relevant first, then the least
-        relevant first, and the target is measured. If relevance is right, the measure falls at
-        once in the first order and stays in the second: the area between the two curves is the
-        score of the rule. A random order has an area of 0 on average.
+        Tokens or neurons are switched off step by step, once with the most relevant and once with
+        the least relevant first, and the target is measured. If relevance is right, the measure
+        falls early in the first order and late in the second: the area between the two curves is
+        the score of the rule. A random order has an area of 0 on average.
 
         The curves are straight from point to point, as `Evaluation.plot` draws them, on an axis of
         length 1, so that the area is in units of the measure. For tokens the axis is their share.
-        For neurons, of which a few among thousands matter, n of them are at log(1 + n); the axis
-        ends at half of the neurons, past which both orders switch off the same ones, or at 4,096.
+        For neurons, of which a few among thousands matter, it is log(1 + n) for n neurons; it ends
+        at half of the neurons, where both orders begin to share neurons, or at 4,096.
 
         Parameters
         ----------
         prompts : iterable
             Prompts, or mappings with "prompt", "messages" or "input_ids" and, optionally, "id",
-            "add_special_tokens", "target" and "answer": what the prediction is known to rest on, as
-            a text in the prompt that consists of whole tokens, apart from white space, or as
-            positions of tokens (a list or 1-d array; repetitions count once). The
-            default id is the index of the prompt; ids must differ. Pulled as needed, in a thread of
-            its own unless it is a list or tuple.
+            "add_special_tokens", "target" and "answer": what the prediction is known to depend on,
+            as a text in the prompt that consists of whole tokens, apart from white space, or as
+            positions of tokens (a list or 1-d array; repetitions count once). The default id is the
+            index of the prompt; ids must differ. Pulled as in `trace_many`.
         rules : sequence of str
             Rules that the model's workers serve, and "random".
         site : {"embed", "neuron"}
-            What is switched off: tokens, by replacing their input embeddings, from none to all
-            that are not kept; or neurons, set to 0 at these tokens, from none to half of them, at
-            most 4,096.
+            What is switched off: tokens, by replacing their input embeddings, up to all that are
+            not kept; or neurons, which are set to 0 at these tokens, up to half of them, at most
+            4,096.
         target : str, int or Target, default "max"
-            As in `trace`, except for a text: it is the continuation of the prompt, of one token or
-            several, explained and measured as one (`Target(continuation=...)`). The token that
-            "max" resolves to stays the target while things are switched off.
+            As in `trace`, except that a text is the continuation of the prompt, of one or several
+            tokens, explained and measured as one (`Target(continuation=...)`). The token to which
+            "max" resolves remains the target while tokens or neurons are switched off.
         measure : {"logprob", "probability", "logit"}
-            What is measured of the target; what is explained depends on `target` alone. A logit may
-            rise when tokens are switched off, together with those of all other tokens.
+            What is measured of the target; what is explained depends only on `target`. A logit may
+            rise when tokens are switched off, together with the logits of all other tokens.
         replace : str or int, default "zero"
             What replaces tokens: "zero" (zeros as input embeddings), "mean" (the mean over the
-            vocabulary), or a token by any other text or its id. For neurons only "zero".
+            vocabulary), or another token, by its text or id. For neurons only "zero".
         keep : {"special", "none"}
-            Tokens that are never switched off, nor their neurons: the first one and the tokenizer's
-            special tokens, on which models rest unused attention; or none.
+            Tokens that are never switched off, nor their neurons: "special" for the first one and
+            the tokenizer's special tokens, to which models give unused attention.
         model : str, optional
             Name of a served model; default: the only one.
         points : int, default 10
-            Steps of a curve, 2 to 100, of equal length on its axis. As many as a prompt has tokens
-            switch them off one by one; fewer flatten its curves.
+            Steps of a curve, 2 to 100, of equal length on its axis. With as many as a prompt has
+            tokens, they are switched off one by one; fewer steps flatten its curves.
         seed : int, default 0
             Seed of the random order, from 0.
         priority : {"interactive", "batch"}
@@ -463,18 +445,17 @@ class Studies:
         -------
         Evaluation
             Scores by rule, with 95 % confidence intervals over prompts. Prompts that can not be
-            evaluated are left out and noted in its `failures`; reasons not to trust the scores
+            evaluated are left out and listed in its `failures`; reasons not to trust the scores
             are in its `warnings`.
 
         Raises
         ------
         InvalidArgument
-            If an argument is wrong, a rule or target is not one of the model's, or there is no
-            prompt.
+            If an argument is wrong, the model has no such rule or target, or there is no prompt.
         TraceError
             As `trace` does.
         Exception
-            What `prompts` raises.
+            An exception of `prompts`.
 
         Notes
         -----
@@ -567,18 +548,18 @@ class Generate:
         add_special_tokens : bool, default True
             As in `trace`.
         steer : Steer, Edit or a sequence of these, optional
-            Applied in this order at every token, of the prompt and of the generated text. A text
-            without them is generated as well, in the same batch.
+            Applied in this order at every token, of the prompt and of the generated text. The text
+            without them is generated too, in the same batch.
         max_new_tokens : int, default 64
             Most tokens to generate, 1 to 1024.
         temperature : float, default 0
-            0: always the token with the largest logit; else tokens are sampled from the logits
-            divided by it.
+            0: always the token with the largest logit; otherwise tokens are sampled from the logits
+            divided by this.
         top_p : float, default 0
             Sample from the likeliest tokens whose probabilities add up to this; 0: from all.
         seed : int, default 0
-            Seed of the sampling. The same seed gives the same text, unless the model's numbers are
-            rounded differently in another batch, which often decides a sample in bfloat16.
+            Seed of the sampling. The same seed gives the same text, unless numbers are rounded
+            differently in another batch, which often changes a sample in bfloat16.
         model : str, optional
             Name of a served model; default: the only one.
         priority : {"interactive", "batch"}
@@ -660,19 +641,19 @@ class Generate:
 class Client(Generate, Queries, Studies):
     """A client of a reltrace server.
 
-    The methods of `Client`, awaitable; `trace_many` is an async iterator. A client belongs to
-    the event loop on which it is first used.
+    It is a context manager, and may be used in a notebook.
+    It may be used from several threads at once.
 
     Parameters
     ----------
     address : str, optional
-        "host:port" of the server; several with commas between, or "dns:///name:port" for every
-        address behind a name: calls are spread over them, and go on with the others when one
-        dies. Default: environment variable RELTRACE_SERVER, else "127.0.0.1:50051".
+        "host:port" of the server; several separated by commas, or "dns:///name:port" for all
+        addresses of a name: calls are spread over them, and over the others if one dies. Default:
+        environment variable RELTRACE_SERVER, else "127.0.0.1:50051".
     token : str or Path, optional
-        The token that a server asks for: the token itself, or a Path of a file that holds it,
-        which is read again when it changes. Default: the file that environment variable
-        RELTRACE_TOKEN_FILE names, else what RELTRACE_TOKEN holds, else none; "": none.
+        The token that a server requires, or the Path of a file that holds it, which is read again
+        when it changes. Default: the file that environment variable RELTRACE_TOKEN_FILE names,
+        else the value of RELTRACE_TOKEN, else none; "": none.
     tls : bool or TlsOptions, optional
         Whether to use TLS, and how. Default: TLS if one of the environment variables RELTRACE_TLS,
         RELTRACE_TLS_CA, RELTRACE_TLS_CERT, RELTRACE_TLS_KEY and RELTRACE_TLS_NAME is set; with
@@ -681,8 +662,8 @@ class Client(Generate, Queries, Studies):
         Send the token in plaintext to another machine. Default: environment variable
         RELTRACE_INSECURE, else no.
     retry_timeout : float, default 30
-        Seconds to keep calling when no server can be reached or is ready, both at the first call
-        and after a connection was lost.
+        Seconds to keep calling when no server can be reached or is ready, at the first call or
+        after a connection was lost. After that calls raise `Unavailable`.
 
     Raises
     ------
@@ -728,8 +709,8 @@ class Client(Generate, Queries, Studies):
     def close(self) -> None:
         """Close the connection.
 
-        Calls that are open end with a `TraceError`, and their jobs on the server are cancelled.
-        In a process that was forked from the client's own, the synchronous client does nothing.
+        Open calls end with a `TraceError`, and their jobs are cancelled on the server. In a process
+        that was forked from the client's own, the synchronous client does nothing.
         """
         self._loop.finish(self._connection.close())
 
@@ -773,20 +754,20 @@ class Client(Generate, Queries, Studies):
         prompt : str
             Text, encoded by the model's tokenizer.
         messages : sequence of mapping
-            A conversation instead of `prompt`, each message with "role" and "content" (a text, or a
-            list of text parts in OpenAI's form, which are concatenated). The model's own chat
-            template makes a text of it that ends with the start of the assistant's next turn.
+            A conversation instead of `prompt`: messages with "role" and "content" (a text, or a
+            list of text parts in OpenAI's form, which are concatenated). The model's chat template
+            turns it into a text that ends with the start of the assistant's next turn.
         input_ids : sequence of int
             Token ids instead of `prompt`, used as they are.
         add_special_tokens : bool, default True
-            Put the tokenizer's first token (BOS) in front of `prompt`, unless the text begins with
-            it. An EOS is never appended.
+            Put the tokenizer's BOS token in front of `prompt`, unless the text begins with it. An
+            EOS token is never appended.
         model : str, optional
             Name of a served model (see `models`); default: the only one.
         sites : str or sequence of str, default ("resid",)
             Where relevance is read: "embed" (input embeddings), "resid" (output of each decoder
-            layer), and any other site that the model's workers serve. Empty: no backward pass is
-            run, and the result has the logit of its target but no relevance.
+            layer), or another site that the model's workers serve. Empty: there is no backward
+            pass, and the result has the logit of its target but no relevance.
         reduce : str, default "token"
             What is summed before the result is sent: "token" leaves one value per token,
             "feature" one per feature, "full" everything; "topk" keeps the `top_k` largest |R| of
@@ -830,8 +811,8 @@ class Client(Generate, Queries, Studies):
 
         Notes
         -----
-        While the server's queue is full, the call waits for as long as the server asks. If it ends
-        early (its `timeout` is over, or Ctrl-C), its job is cancelled on the server.
+        While the server's queue is full, the call waits. If it ends early (by `timeout` or Ctrl-C),
+        its job is cancelled on the server.
         """
         job = Arguments(
             prompt,
@@ -884,17 +865,17 @@ class Client(Generate, Queries, Studies):
         priority: Priority = "interactive",
         timeout: float | None = None,
     ) -> Iterator[Any]:
-        """Trace many prompts; results come as they finish.
+        """Trace many prompts, and yield results as they finish.
 
         Parameters
         ----------
         items : iterable
             Prompts, or mappings of the arguments of `trace` (without `timeout`) plus an
-            optional "id" (str or int; default: the item's index). Ids are not checked to be
-            different. Pulled as needed, in a thread of its own unless it is a list, tuple or async
-            iterable, so that it may block.
+            optional "id" (str or int; default: the item's index), which need not be unique. Pulled
+            as needed, in a thread of its own unless it is a list, tuple or async iterable, so that
+            it may block.
         ordered : bool, default False
-            Give results in the order of the items instead of as they finish.
+            Yield results in the order of the items.
         progress : bool, default False
             Show a tqdm bar.
         add_special_tokens, model, sites, reduce, target, rule, dtype, layers, top_k, edits
@@ -913,26 +894,24 @@ class Client(Generate, Queries, Studies):
         Yields
         ------
         Trace, list of Trace, or Failure
-            One per item, with its `id` (the given one, else the item's index). A list where the
-            item's target is a list or has ``each=True``, each trace with the item's id. An item
-            that is invalid or fails gives a `Failure` and does not disturb the others.
+            One per item, with the item's `id`. A list if the item's target is a list or has
+            ``each=True``. An item that is invalid or fails yields a `Failure` and does not affect
+            the others.
 
         Raises
         ------
         InvalidArgument
             At once, if an argument is wrong that all items share.
-        Unavailable
-            If the server can not be reached for `retry_timeout` seconds.
         DeadlineExceeded
             If `timeout` is over.
         Exception
-            What `items` raises, after the results of the items before it.
+            An exception of `items`, after the results of the items before it.
 
         Notes
         -----
         If the loop ends early, by `break`, `timeout`, an error or Ctrl-C, no further items are
-        pulled, and jobs that have not ended are cancelled on the server. Results are acknowledged,
-        and so freed on the server, once they are here.
+        pulled, and jobs that have not ended are cancelled on the server. Results are freed on the
+        server once they were received.
         """
         defaults = Arguments(
             None,

@@ -201,14 +201,14 @@ class Assembler:
         self, traces: int, layers: tuple[int, ...]
     ) -> Sequence[Mapping[str, Mapping[str, Array]]]:
         """Return the arrays of each trace; those that a manifest names are not read yet."""
-        sites, manifest = self.job.sites, self._manifest
+        sites, manifest = tuple(self.job.spec.sites), self._manifest
         if manifest is None:
-            self._check_shapes(self._tensors.values(), traces, layers)
+            _check_tensors(self._tensors.values(), traces, sites, layers)
             sent: list[list[_Tensor]] = [[] for _ in range(traces)]
             for tensor in self._tensors.values():
                 sent[tensor.trace].append(tensor)
             return [_by_site(tensors, sites) for tensors in sent]
-        self._check_shapes(manifest.tensors, traces, layers)
+        _check_tensors(manifest.tensors, traces, sites, layers)
         stored: list[list[types_pb2.StoredTensor]] = [[] for _ in range(traces)]
         for wire in manifest.tensors:
             stored[wire.trace].append(wire)
@@ -216,27 +216,25 @@ class Assembler:
             StoredArrays(decode.stored_location(manifest, tensors), sites) for tensors in stored
         ]
 
-    def _check_shapes(
-        self,
-        tensors: Iterable[_Tensor | types_pb2.StoredTensor],
-        traces: int,
-        layers: tuple[int, ...],
-    ) -> None:
-        """Check that the tensors are those of every trace and site that was asked for."""
-        missing = {(trace, site): None for trace in range(traces) for site in self.job.sites}
-        for tensor in tensors:
-            trace, site = tensor.trace, tensor.site
-            if trace >= traces or site not in self.job.sites:
-                raise ProtocolError(f"a tensor of trace {trace}, site {site!r} was not asked for")
-            if (
-                layers
-                and site not in SITES_WITHOUT_LAYERS
-                and tuple(tensor.shape[:1]) != (len(layers),)
-            ):
-                raise ProtocolError(f"site {site!r} does not have {len(layers)} layers")
-            missing.pop((trace, site), None)
-        for trace, site in missing:
-            raise ProtocolError(f"trace {trace} came back without site {site!r}")
+
+def _check_tensors(
+    tensors: Iterable[_Tensor | types_pb2.StoredTensor],
+    traces: int,
+    sites: tuple[str, ...],
+    layers: tuple[int, ...],
+) -> None:
+    """Check that the tensors are those of every trace and site that was asked for."""
+    missing = {(trace, site): None for trace in range(traces) for site in sites}
+    for tensor in tensors:
+        trace, site = tensor.trace, tensor.site
+        if trace >= traces or site not in sites:
+            raise ProtocolError(f"a tensor of trace {trace}, site {site!r} was not asked for")
+        layered = bool(layers) and site not in SITES_WITHOUT_LAYERS
+        if layered and tuple(tensor.shape[:1]) != (len(layers),):
+            raise ProtocolError(f"site {site!r} does not have {len(layers)} layers")
+        missing.pop((trace, site), None)
+    for trace, site in missing:
+        raise ProtocolError(f"trace {trace} came back without site {site!r}")
 
 
 def _by_site(tensors: Iterable[_Tensor], sites: Iterable[str] = ()) -> dict[str, dict[str, Array]]:

@@ -1,4 +1,4 @@
-"""The atlas of a slice of a corpus, as a worker gives it."""
+"""The atlas of a slice of a corpus, as a worker returns it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUMS = (*MEASURES, "relevance mass")
 
 @dataclass(frozen=True, eq=False)
 class AtlasShard:
-    """One slice.
+    """The atlas of one slice.
 
     Attributes
     ----------
@@ -31,13 +31,13 @@ class AtlasShard:
         prompts do not explain their own next tokens, "targets", int32 [P], the token that is
         explained; -1: left out.
     vocabulary : dict of int to str
-        Texts of the tokens of the prompts, and of those that are explained.
+        Texts of the prompts' tokens and of the explained tokens, by id.
     special : frozenset of int
-        Those of them that are special tokens of the tokenizer.
+        Ids among these that are special tokens of the tokenizer.
     skipped : dict of int to str
-        Prompts that were left out, by their number in the slice, and why.
+        Why prompts were left out, by their number in the slice.
     provenance : Provenance
-        What made it.
+        Model, rule and versions.
     """
 
     arrays: Mapping[str, Mapping[str, Array]]

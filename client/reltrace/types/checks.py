@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, what is allowed and what was given."""
+"""Checks of arguments. Errors name the argument, what is allowed and what was passed."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def number(value: object, argument: str, least: float, most: float) -> float:
 
 
 def one_of(value: object, argument: str, allowed: Mapping[str, Any]) -> Any:
-    """Return what a mapping has for a name."""
+    """Return the value of a name in a mapping of the allowed names."""
     if not isinstance(value, str) or value not in allowed:
         raise invalid(argument, f"must be one of {', '.join(allowed)}, not {value!r}")
     return allowed[value]
 
 
 def flag(value: object, argument: str) -> bool:
-    """Return a bool."""
+    """Return a bool unchanged."""
     if not isinstance(value, bool):
         raise invalid(argument, f"must be True or False, not {value!r}")
     return value
@@ -76,12 +76,12 @@ def check_strings(values: Sequence[object], argument: str) -> None:
 
 
 def is_id(value: object) -> TypeGuard[str | int]:
-    """Tell whether this may be the id of an item."""
+    """Tell whether a value may be the id of an item."""
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def check_id(value: object, argument: str) -> str | int:
-    """Return the id of an item: a number, or a text that can be encoded, as files hold it."""
+    """Return the id of an item: a whole number, or a text that can be encoded as UTF-8."""
     if not is_id(value):
         raise invalid(argument, f"must be text or a whole number, not {value!r}")
     if isinstance(value, str):
@@ -90,8 +90,8 @@ def check_id(value: object, argument: str) -> str | int:
 
 
 def check_same_settings(before: Mapping[str, Any], asked: Mapping[str, Any], holder: str) -> None:
-    """Raise InvalidArgument if `out` holds what was made with other settings; name these."""
-    # Older versions did not save it: there was no choice.
+    """Raise InvalidArgument for settings that differ from those of the folder `out`."""
+    # Older versions always added special tokens and did not save the setting.
     before = {"add_special_tokens": True, **before}
     changed = [
         f"{name} was {before.get(name)!r} and is {value!r}"

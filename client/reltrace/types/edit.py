@@ -21,27 +21,29 @@ _CHANGES = ("value", "scale", "direction", "mean")
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A change at a site, made in every forward pass of a job; one of the last four is given.
+    """A change of activations at a site, made in every forward pass of a job.
+
+    Exactly one of `value`, `scale`, `direction` and `mean` is given.
 
     Attributes
     ----------
     site : str
-        Where: "neuron", "resid", "embed", "head", or what else the model's workers serve.
+        "neuron", "resid", "embed", "head", or another site that the model's workers serve.
     layer : int
         Decoder layer, counted from 0; 0 for "embed".
     features : int or sequence of int, optional
-        Neurons, heads or dimensions that are changed; default: all.
+        Indices of the neurons, heads or dimensions that are changed; default: all.
     positions : int or sequence of int, optional
-        Tokens at which they are changed, from the end of the prompt if negative; default: all,
-        generated tokens too.
+        Positions of the tokens at which they are changed, from the end of the prompt if negative;
+        default: all, including generated tokens.
     value : float, optional
-        Set to this, -1e9 to 1e9; of a head, every value that it is made of.
+        Set them to this value, -1e9 to 1e9; for a head, all values of its output.
     scale : float, optional
-        Multiply by this: 0 switches off.
+        Multiply them by this; 0 switches them off.
     direction : array of float, optional
-        Add this vector, a value for every feature of the site; not for "head".
+        Add this vector, which has one value per feature of the site; not for "head".
     mean : True, optional
-        Set to the mean of the input embeddings over the vocabulary; for "embed", without features.
+        Set to the mean of the input embeddings over the vocabulary; only for "embed", all features.
 
     Raises
     ------
@@ -101,16 +103,15 @@ class Steer:
     layer : int
         Decoder layer, counted from 0.
     neuron : int, optional
-        Of its MLP.
+        Index of the neuron in the layer's MLP.
     value : float, optional
         Set the neuron to this.
     scale : float, optional
-        Multiply the neuron by this, 0 switches it off; or add `direction` times this.
+        Multiply the neuron by this (0 switches it off), or `direction` before it is added.
     direction : array of float, optional
-        Instead of a neuron: added to the output of the layer, one value per dimension.
+        Vector that is added to the output of the layer, instead of a neuron that is changed.
     positions : int or sequence of int, optional
-        Only at these tokens of the prompt, from its end if negative; default: all, generated
-        tokens too.
+        As in `Edit`.
 
     Raises
     ------
@@ -129,7 +130,7 @@ class Steer:
         self.edit()
 
     def edit(self) -> Edit:
-        """Return the edit that this stands for."""
+        """Return the equivalent edit."""
         if (self.neuron is None) == (self.direction is None):
             raise invalid("neuron", "give either a neuron or a direction")
         if self.neuron is not None:
@@ -180,7 +181,7 @@ def _numbers(value: object, argument: str, least: int, most: int) -> list[int]:
 
 
 def finite(value: object, argument: str) -> float:
-    """Return a number that an edit may have, or raise InvalidArgument naming the argument."""
+    """Return a number that is in the range of edits."""
     return number(value, argument, -_LARGEST_VALUE, _LARGEST_VALUE)
 
 

@@ -1,9 +1,10 @@
-"""Every error that a caller can meet."""
+"""All errors that callers get."""
 # ruff: noqa: N818 - the names follow gRPC's status codes, which people search for
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -62,19 +63,19 @@ class NotFound(TraceError):
 
 
 class Unavailable(TraceError):
-    """The server can not be reached, or is not ready, and stayed so."""
+    """No server could be reached, or was ready, for the client's `retry_timeout`."""
 
 
 class DeadlineExceeded(TraceError, TimeoutError):
-    """The `timeout` that was given is over."""
+    """The call did not finish within its `timeout`."""
 
 
 class ResourceExhausted(TraceError):
-    """The server has no room for the request, and no time after which to try again."""
+    """The server can not accept the request, and does not say when to try again."""
 
 
 class PermissionDenied(TraceError):
-    """The server refuses this caller, or this call to it."""
+    """The server does not accept the caller's token, or does not allow it this call."""
 
 
 class Cancelled(TraceError):
@@ -87,12 +88,12 @@ class JobFailed(TraceError):
 
 @dataclass(frozen=True, slots=True)
 class LostLease:
-    """A worker that died, or stopped sending heartbeats, while it had the job.
+    """A worker that died, or stopped sending heartbeats, while it held the lease of a job.
 
     Attributes
     ----------
     attempt : int
-        Which attempt at the job it was, counted from 1.
+        Number of the attempt, counted from 1.
     worker : str
         The worker's id.
     lost_at : datetime.datetime or None
@@ -105,23 +106,23 @@ class LostLease:
 
 
 class Quarantined(JobFailed):
-    """The job lost its worker too often and was quarantined.
+    """The job was quarantined because too many workers lost it.
 
     Attributes
     ----------
     lost_leases : tuple of LostLease
-        The workers that it lost.
+        The workers that lost it.
     """
 
     lost_leases: tuple[LostLease, ...] = ()
 
 
 class StoreUnreadable(TraceError):
-    """The tensors are in a store that can not be read from here, or that lost them."""
+    """The store of the tensors can not be read from here, or no longer has them."""
 
 
 class ProtocolError(TraceError):
-    """The server's answer contradicts the protocol: a bug, or versions that do not fit."""
+    """The server's answer violates the protocol, by a bug or because versions are incompatible."""
 
 
 class MissingDependency(TraceError, ImportError):
@@ -171,10 +172,8 @@ def invalid(field: str, description: str) -> InvalidArgument:
 
 def with_item(error: TraceError, item: str | int) -> TraceError:
     """Return `error` with the id of the `trace_many` item in front of its message."""
-    message = f"item {item!r}: {error}"
-    other = type(error)(message, violations=error.violations, job_id=error.job_id)
-    if isinstance(other, Quarantined) and isinstance(error, Quarantined):
-        other.lost_leases = error.lost_leases
+    other = copy(error)
+    other.args = (f"item {item!r}: {error}",)
     other.__cause__ = error.__cause__
     return other
 

@@ -35,16 +35,16 @@ class Generation:
         Log-probability of each under the model (steered, if it was), without temperature and
         top_p.
     stopped : bool
-        It ended with a token that ends texts, and not at `max_new_tokens`.
+        Whether the text ended with an end-of-text token, not at `max_new_tokens`.
     prompt_tokens, prompt_token_ids, prompt_text, hints
         The prompt as the model read it, as in `Tokens`. `prompt_text` is empty if an older version
         made the text.
     provenance : Provenance
         Model and versions.
     unsteered : Generation or None
-        What the same call gives without steering; None if nothing was steered.
+        The text of the same call without steering; None if nothing was steered.
     timings : Timings or None
-        Where the job's time went.
+        How long the job was queued and computed.
     job_id : str or None
         The job's id in the server's logs.
     """
@@ -65,7 +65,7 @@ class Generation:
 
     @classmethod
     def combined(cls, texts: Sequence[object]) -> Generation:
-        """Return the first of one or two texts; the second is what was written unsteered."""
+        """Return the first of one or two generations, with the second as its `unsteered`."""
         generations = [text for text in texts if isinstance(text, Generation)]
         return replace(generations[0], unsteered=generations[1] if generations[1:] else None)
 
@@ -106,15 +106,15 @@ class TextPiece:
     Attributes
     ----------
     text : str
-        Decoded: the pieces of a text together are its `Generation.text`. Empty while a character
-        is not complete.
+        The decoded text; empty while a character is incomplete. All pieces of a text make up its
+        `Generation.text`.
     tokens, token_ids : tuple of str, tuple of int
         The new tokens.
     steered : bool
-        Whether it is of the steered text, or of the other.
+        Whether the piece belongs to the steered text.
     again : bool
-        The text begins anew with this piece: a worker was lost, and another one generated
-        something else.
+        The text starts again with this piece, because a worker was lost and another one generated
+        a different text.
     """
 
     text: str

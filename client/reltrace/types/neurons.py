@@ -20,11 +20,11 @@ _REDUCE = 'reduce="topk", "feature" or "full"'
 
 @runtime_checkable
 class Labels(Protocol):
-    """What is needed of an atlas: `reltrace.Atlas` has it, and so may labels from elsewhere."""
+    """Labels of neurons and heads, such as a `reltrace.Atlas`."""
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """With "made_by": name and revision of the model whose neurons and heads are labelled."""
+        """Properties; "made_by" has the name and revision of the labelled model."""
         ...
 
     def label(self, layer: int, index: int, site: str = "neuron") -> str:
@@ -97,7 +97,7 @@ def labelled(trace: Trace, site: str, k: int, atlas: Labels | None) -> list[tupl
     Raises
     ------
     InvalidArgument
-        If the trace has none, `k` is no number of them, or the atlas is not of its model.
+        If the trace has no such site, `k` is not from 1 on, or the atlas is of another model.
     """
     if site not in trace.arrays:
         sites = f"there are {', '.join(trace.sites)}" if trace.sites else "no site was requested"

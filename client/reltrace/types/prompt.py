@@ -15,7 +15,7 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """The messages of a conversation, the oldest first: each with "role" and "content", a text or a
 list of parts `{"type": "text", "text": "..."}`, whose texts are concatenated."""
 
-# The server takes requests of 16 MiB, of which the job is not all.
+# The server takes requests of 16 MiB, which hold a little more than the job.
 MAX_JOB_BYTES = 16 * 1024 * 1024 - 4096
 
 
@@ -26,7 +26,7 @@ def set_input(
     messages: object = None,
     add_special_tokens: object = True,
 ) -> None:
-    """Set the input of a job, of which exactly one form is given, and check the job's size."""
+    """Set the input of a job, given in exactly one of three forms, and check the job's size."""
     inputs = {"prompt": prompt, "messages": messages, "input_ids": input_ids}
     given = [name for name, value in inputs.items() if value is not None]
     if not given:
@@ -43,7 +43,7 @@ def set_input(
     else:
         check_text(prompt, "prompt")
         spec.prompt = prompt
-        # The default is not sent: servers of older versions do not know the field.
+        # The default is not sent, since servers of older versions do not know the field.
         if not add_special_tokens:
             spec.add_special_tokens = False
     size = spec.ByteSize()
@@ -74,7 +74,7 @@ def chat_to_wire(messages: object, argument: str = "messages") -> types_pb2.Chat
 
 
 def _content(message: Mapping[str, Any], name: str) -> str:
-    """Return the content of a message: a text, or the texts of its parts put together."""
+    """Return the content of a message: its text, or the texts of its parts, concatenated."""
     parts = message.get("content")
     if isinstance(parts, str | bytes) or not isinstance(parts, Sequence):
         return _text(message, "content", name)

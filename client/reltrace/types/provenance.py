@@ -1,4 +1,4 @@
-"""The target of a trace, and what computed it."""
+"""The resolved target of a trace, and the model and versions that computed it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ResolvedTarget:
     contrast_id : int or None
         Its id.
     logprob : bool
-        `logit` is a log-probability.
+        Whether `logit` is a log-probability.
     continuation_ids : tuple of int
         The response tokens whose logits were summed.
     candidates : tuple of Candidate
@@ -69,7 +69,7 @@ class ResolvedTarget:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What computed the numbers of a trace.
+    """The model, rule and versions that computed a trace.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ class Provenance:
     rule : str
         The propagation rule, such as "attnlrp".
     reduction : str
-        What was summed before the result was sent: "token", "feature", ...
+        The reduction of the result: "token", "feature", ...
     dtype : str
         Number format of the model's weights and activations.
     attention : str
@@ -90,8 +90,8 @@ class Provenance:
     versions : mapping of str to str
         Versions of torch, transformers and the worker; and of lxt, where its functions ran.
     rule_functions : str
-        Whose functions the rule ran: "fused" (the worker's own) or "lxt". Empty where no function
-        of the model was replaced (rule "gradient").
+        Which functions the rule used: "fused" (the worker's) or "lxt"; empty if it replaced no
+        function of the model (rule "gradient").
     """
 
     model: str
@@ -108,14 +108,14 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where a job's time went.
+    """How long a job was queued and computed.
 
     Attributes
     ----------
     queued : float
         Seconds from acceptance to the lease of the attempt that succeeded.
     engine : float
-        Seconds of the pass that the job was part of, with all jobs it was packed with.
+        Seconds of the pass that computed the job, together with all jobs packed with it.
     """
 
     queued: float

@@ -1,4 +1,4 @@
-"""From the arguments of `trace` to a job on the wire."""
+"""Checks the arguments of `trace` and translates them to a job of the wire."""
 
 from __future__ import annotations
 
@@ -39,18 +39,27 @@ _MAX_LAYER = 2**32 - 1
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job, checked, with what is needed to answer its caller.
+    """A job whose arguments were checked, with what its result and its errors need.
 
-    The caller asked for a list of traces if `several`. Its `target` argument, and the number of the
-    `first` prompt of a slice of a corpus, name their parts in errors. Traces carry the `id`.
+    Attributes
+    ----------
+    target : object
+        The caller's argument, whose parts errors name.
+    first : int
+        Of a slice of a corpus, the number of its first prompt.
+    id : str or int or None
+        The id of its traces.
     """
 
     spec: types_pb2.JobSpec
-    sites: tuple[str, ...] = ()
-    several: bool = False
     target: object = None
     first: int = 0
     id: str | int | None = None
+
+    @property
+    def several(self) -> bool:
+        """Whether the caller asked for a list of traces."""
+        return target.is_several(self.target)
 
     def rename(self, wire_field: str) -> str:
         """Return the caller's name of a field of the job."""
@@ -72,7 +81,7 @@ class Job:
 
 
 class SharedOptions(TypedDict, total=False):
-    """Arguments of `trace` and `trace_many` that do not decide what they return."""
+    """Arguments of `trace` and `trace_many` that do not change the type of the result."""
 
     add_special_tokens: bool
     model: str | None
@@ -88,14 +97,14 @@ class SharedOptions(TypedDict, total=False):
 
 
 class TraceOptions(SharedOptions, total=False):
-    """Those of `trace`."""
+    """Further ones of `trace`."""
 
     messages: Messages | None
     input_ids: Sequence[int] | None
 
 
 class TraceManyOptions(SharedOptions, total=False):
-    """Those of `trace_many`."""
+    """Further ones of `trace_many`."""
 
     ordered: bool
     progress: bool
@@ -105,7 +114,7 @@ class TraceManyOptions(SharedOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The arguments of `trace`."""
+    """The arguments of `trace` that describe a job."""
 
     prompt: str | None = None
     input_ids: Sequence[int] | None = None
@@ -155,8 +164,7 @@ class Arguments:
             targets=target.to_wire(self.target),
         )
         spec.dtype = one_of(self.dtype, "dtype", DTYPES)
-        sites = _sites(self.sites)
-        spec.sites.extend(sites)
+        spec.sites.extend(_sites(self.sites))
         if self.layers is not None:
             spec.layers.extend(_layers(self.layers))
         if self.top_k is not None or self.reduce == "topk":
@@ -164,8 +172,8 @@ class Arguments:
         if self.output_uri is not None:
             spec.output_uri = _uri(self.output_uri)
         spec.edits.extend(edits_to_wire(self.edits))
-        spec.forward_only = not sites
-        return Job(spec, sites, target.is_several(self.target), self.target)
+        spec.forward_only = not spec.sites
+        return Job(spec, self.target)
 
 
 def tokenize_job(
@@ -214,7 +222,7 @@ class JobMaker:
         spec = types_pb2.JobSpec()
         spec.CopyFrom(template.spec)
         set_input(spec, *inputs, defaults.add_special_tokens)
-        return Job(spec, template.sites, template.several, template.target, id=name)
+        return Job(spec, template.target, id=name)
 
 
 def model_name(model: object) -> str:
@@ -236,12 +244,12 @@ def _uri(value: object) -> str:
     return uri.rstrip("/")
 
 
-def _sites(sites: object) -> tuple[str, ...]:
+def _sites(sites: object) -> list[str]:
     if isinstance(sites, str):
         sites = (sites,)
     if not isinstance(sites, Sequence):
         raise invalid("sites", f"must be a name or a sequence of names, not {sites!r}")
-    names = tuple(_name(site, f"sites[{index}]") for index, site in enumerate(sites))
+    names = [_name(site, f"sites[{index}]") for index, site in enumerate(sites)]
     for index, name in enumerate(names):
         if name in names[:index]:
             raise invalid(f"sites[{index}]", f"repeats {name!r}")

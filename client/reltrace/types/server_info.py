@@ -24,9 +24,9 @@ class Model:
     Attributes
     ----------
     name, revision, architecture : str
-        Its identity; `trace(model=...)` takes the name.
+        `trace(model=...)` takes the name.
     layers, hidden_size, heads, intermediate_size, vocab_size : int
-        Its shape.
+        Sizes of the model.
     context_length : int
         Longest prompt in tokens.
     parameters : int
@@ -65,7 +65,7 @@ class Queue:
     model : str
         The model.
     queued, leased : int
-        Jobs in the queue, and jobs that a worker has.
+        Number of jobs in the queue, and of jobs that a worker has leased.
     """
 
     model: str
@@ -88,11 +88,11 @@ class Worker:
     leased : int
         Jobs it holds.
     connected_at, seen_at : datetime.datetime or None
-        In UTC.
+        When it connected, and when the server last heard from it, in UTC.
     further_models : tuple of str
-        Other models that it has loaded, and serves in turn.
+        Other models that it has loaded, which it serves alternately.
     draining : bool
-        It finishes the jobs that it has begun, and then ends.
+        Whether it takes no further jobs, and ends when it has finished those that it began.
     """
 
     id: str
@@ -115,12 +115,12 @@ class JobStatus:
     id : str
         The job's id.
     state : {"queued", "leased", "succeeded", "failed", "cancelled", "quarantined"} or None
-        None: unknown to the server, because its result was read or has expired, or because there
-        never was such a job.
+        None if the server does not know the job: its result was read or has expired, or it never
+        existed.
     attempt : int
         How many times it was leased to a worker.
     worker : str
-        The latest of these workers.
+        The worker that leased it last.
     """
 
     id: str
@@ -136,17 +136,17 @@ class Status:
     Attributes
     ----------
     version : str
-        Of the scheduler.
+        Version of the scheduler.
     queues : tuple of Queue
         One per model.
     workers : tuple of Worker
-        The connected ones.
+        The connected workers.
     ended : mapping of str to int
-        Jobs that ended since the store was made, by state.
+        Number of jobs that ended since the store was created, by state.
     redis_version : str
-        Of the store.
+        Version of the store, Redis.
     redis_memory_bytes : int
-        Memory that the store uses.
+        Memory that it uses.
     """
 
     version: str
@@ -185,12 +185,12 @@ class QuarantinedJob:
 
 @dataclass(frozen=True, slots=True)
 class Requeued:
-    """A quarantined job that is queued once more.
+    """A quarantined job that was queued again.
 
     Attributes
     ----------
     quarantined_id : str
-        The id that it had.
+        Its id in quarantine.
     id : str
         Its new id.
     """
@@ -201,18 +201,18 @@ class Requeued:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A tenant, to which jobs belong.
+    """A tenant, which owns jobs.
 
     Attributes
     ----------
     name : str
-        The tenant.
+        Its name.
     weight : float or None
-        Its share of the workers in proportion to other tenants with queued jobs; None: 1.
+        Its share of the workers relative to other tenants with queued jobs; None: 1.
     max_jobs, max_bytes : int or None
         Bounds on `jobs` and `bytes`; None: the server's default.
     jobs, bytes : int
-        Its jobs that have not ended, and the bytes of these and of unread results.
+        Number of its jobs that have not ended, and bytes of these and of its unread results.
     """
 
     name: str

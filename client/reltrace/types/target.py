@@ -1,4 +1,4 @@
-"""Targets, and their translation to the wire."""
+"""Targets and their translation to the wire."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def _set(target: Target, name: str, value: object) -> None:
 
 
 def token_ids(ids: Any, field: str) -> tuple[int, ...]:
-    """Return token ids as ints; takes lists, tuples, and 1-d arrays of whole numbers."""
+    """Return token ids as ints, from a list, a tuple or a 1-d array of whole numbers."""
     if hasattr(ids, "tolist"):
         ids = ids.tolist()
     if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
         raise invalid(field, f"must be a sequence of token ids, not {type(ids).__name__}")
     if not ids:
         raise invalid(field, "must not be empty")
-    # The common case, at a hundredth of the cost.
+    # The common case: a hundred times faster than checking the numbers one by one.
     if all(type(number) is int for number in ids) and min(ids) >= 0 and max(ids) <= _MAX_ID:
         return tuple(ids)
     return tuple(
@@ -151,13 +151,13 @@ def _token_to_wire(token: str | int) -> types_pb2.TokenRef:
 
 
 def caller_field(wire_field: str, target: object) -> str:
-    """Return the caller's name of the field "targets[i]..." for the `target` that was passed."""
+    """Return the caller's name of the wire field "targets[i]...", given the `target` argument."""
     head, _, inside = wire_field.partition(".")
     index = int(head[len("targets[") : -1]) if head.startswith("targets[") else 0
     several = isinstance(target, list | tuple)
     parts: Sequence[object] = target if isinstance(target, list | tuple) else (target,)
     name = f"target[{index}]" if several else "target"
-    # A plain text or id has no fields of its own: the whole argument is at fault.
+    # A text or an id has no fields, so that the whole argument is at fault.
     if inside and index < len(parts) and isinstance(parts[index], Target):
         return f"{name}.{inside.split('.')[0]}"
     return name

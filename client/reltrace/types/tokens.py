@@ -34,19 +34,18 @@ class Tokens:
     Attributes
     ----------
     token_ids : list of int
-        Ids of the tokens. T of them.
+        Ids of the T tokens.
     tokens : list of str
         The tokens, named as in `Trace.tokens`.
     offsets : ndarray of int64, shape [T, 2]
         First and stop of each token's characters in `text`. Tokens that share a character have
         the same span; a token without text has an empty one.
     text : str
-        The text, special tokens included; of a conversation, what the model's chat template makes
-        of it.
+        The text with special tokens; for a conversation, the output of the model's chat template.
     turns : tuple of Turn
-        Of a conversation.
+        The turns of a conversation.
     hints : tuple of str
-        Sentences about anything unexpected in how the prompt was read.
+        Warnings about how the prompt was read, in sentences.
     special_positions : tuple of int
         Positions of the tokenizer's special tokens.
     """
@@ -84,9 +83,9 @@ class FirstTokenShare(NamedTuple):
     Attributes
     ----------
     total : float
-        Of the sum of |R| over all layers and tokens.
+        Share of the sum of |R| over all layers and tokens.
     layers : ndarray of float64, shape [L]
-        Of each layer's own sum; one value at a site without layers.
+        Share of each layer's sum; one value at a site without layers.
     """
 
     total: float

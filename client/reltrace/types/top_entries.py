@@ -47,7 +47,7 @@ class Entry:
 
 
 class Columns(NamedTuple):
-    """Values of a site, with numbers of layers, positions and features; None: summed over."""
+    """Values of a site with their layers, positions and features; None where summed over."""
 
     values: Array
     layers: Array | None
@@ -62,7 +62,7 @@ def values_of(trace: Trace, site: str) -> Array:
 
 
 def columns(trace: Trace, site: str, rows: Array) -> Columns:
-    """Return some of the values of `values_of`."""
+    """Return the values of `values_of` at some of its indices."""
     parts = trace.parts(site)
     is_topk = set(parts) == {"values", "token", "feature"}
     values = parts["values"] if is_topk else parts[""]
@@ -81,7 +81,7 @@ def columns(trace: Trace, site: str, rows: Array) -> Columns:
         summed_over_tokens = trace.provenance.reduction == "feature"
         positions, features = (None, index[0]) if summed_over_tokens else (index[0], None)
     else:
-        raise invalid("site", f"{site!r} has a form that no known reduction leaves")
+        raise invalid("site", f"{site!r} has a shape that no known reduction produces")
     return Columns(values.ravel()[rows], layers, positions, features)
 
 
@@ -89,11 +89,11 @@ def strongest(trace: Trace, k: int, site: str) -> list[Entry]:
     """Return the entries with the largest absolute values. See `Trace.top`."""
     k = whole_number(k, "k", 1)
     size = np.abs(values_of(trace, site), dtype=np.float32)
-    # Values that are not finite come last.
+    # Values that are not finite are sorted last.
     size[~np.isfinite(size)] = -1
     k = min(k, len(size))
     rows = np.argpartition(-size, k - 1)[:k] if k else np.empty(0, int)
-    # Of equal ones the first in the tensor comes first.
+    # Equal values keep their order in the tensor.
     rows = rows[np.lexsort((rows, -size[rows]))]
     found = columns(trace, site, rows)
     entries = []

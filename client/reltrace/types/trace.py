@@ -42,9 +42,9 @@ class Trace:
     token_ids : list of int
         Their ids.
     target : ResolvedTarget
-        What was traced.
+        The target as the worker resolved it.
     provenance : Provenance
-        Model, rule and versions that made the numbers.
+        The model, rule and versions that computed the trace.
     arrays : mapping of str to mapping of str to ndarray
         The tensors by site and part; a site that is one tensor has the one part "". Use
         ``trace[site]``.
@@ -54,7 +54,7 @@ class Trace:
         Numbers of the decoder layers along the layer axis of the sites, counted from 0. Empty if
         an older version made the trace.
     timings : Timings or None
-        Where the job's time went; not saved, so None after `load`.
+        How long the job was queued and computed; not saved, so None after `load`.
     job_id : str or None
         The job's id in the server's logs; not saved either.
     text, offsets, turns, hints, special_positions
@@ -157,7 +157,7 @@ class Trace:
             If the reduction summed over the tokens.
         """
         site = self._site(site)
-        # The shape alone does not tell: there may be as many tokens as features.
+        # The shape does not tell, since there may be as many tokens as features.
         if self.provenance.reduction not in _PER_TOKEN:
             raise self._no_value_per_token()
         values = self[site]
@@ -171,8 +171,8 @@ class Trace:
     def first_token_share(self, site: str | None = None) -> FirstTokenShare:
         """Return the share of |R| at the first token.
 
-        Attention that is not needed elsewhere rests on it, so that it may carry much relevance
-        that says little of the prompt: NUMBERS.md says what to do then.
+        Heads attend to the first token where they need no other, so that it may have much relevance
+        that says little about the prompt: NUMBERS.md says what to do then.
 
         Parameters
         ----------
@@ -213,8 +213,8 @@ class Trace:
         Parameters
         ----------
         path : path
-            The ending says what is written: .png, .svg or .pdf (needs ``reltrace[plot]``), or
-            .html for a self-contained page with hover values.
+            Its suffix selects the format: .png, .svg or .pdf (needs ``reltrace[plot]``), or .html
+            for a self-contained page that shows values on hovering.
         site : str, optional
             One of `sites`; default as in `relevance`.
         normalize : bool, default True
@@ -230,7 +230,7 @@ class Trace:
         Raises
         ------
         InvalidArgument
-            If the ending is none of these, the trace has no value per token, or the atlas is of
+            If the suffix is another one, the trace has no value per token, or the atlas is of
             another model or revision.
         MissingDependency
             If matplotlib is needed and missing.
@@ -354,7 +354,7 @@ class Trace:
         return site
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows."""
+        """Return the HTML that a notebook shows."""
         from reltrace.viz.notebook import trace_html
 
         return trace_html(self)

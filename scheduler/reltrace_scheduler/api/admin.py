@@ -15,8 +15,7 @@ from reltrace_scheduler.api.terminal_results import lost_leases
 from reltrace_scheduler.api.validation import check_job_ids
 from reltrace_scheduler.auth.identity import TENANT_NAME, TENANT_RULE
 from reltrace_scheduler.errors import NotFoundError, Violation, invalid
-from reltrace_scheduler.queue.connection import memory_used
-from reltrace_scheduler.queue.gauges import Gauges
+from reltrace_scheduler.queue.gauges import read_cluster
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import Limits, NewJob, TenantRecord, WorkerRecord
 
@@ -39,10 +38,10 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def GetStatus(  # noqa: N802
         self, request: admin_pb2.GetStatusRequest, context: Context
     ) -> admin_pb2.GetStatusResponse:
+        cluster = await read_cluster(self._store)
         # A route that names a revision is shown only where it has jobs.
-        models = [route for route in await self._store.registry.models() if "@" not in route]
-        queues = {model: admin_pb2.QueueStatus(model=model) for model in models}
-        for gauge in await Gauges(self._store).queues():
+        queues = {model: admin_pb2.QueueStatus(model=model) for model in cluster.workers}
+        for gauge in cluster.queues:
             queue = queues.setdefault(gauge.model, admin_pb2.QueueStatus(model=gauge.model))
             queue.queued += gauge.queued
             queue.leased += gauge.leased
@@ -50,9 +49,9 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             version=__version__,
             queues=[queue for _, queue in sorted(queues.items())],
             workers=await self._workers(),
-            ended=await self._store.queue.ended(),
+            ended=cluster.ended,
             redis_version=self._redis_version,
-            redis_memory_bytes=await memory_used(self._store.redis),
+            redis_memory_bytes=cluster.memory,
         )
 
     async def _workers(self) -> list[admin_pb2.WorkerStatus]:

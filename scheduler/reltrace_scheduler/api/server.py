@@ -35,7 +35,6 @@ from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.limits import MAX_TRANSPORT_BYTES
 from reltrace_scheduler.observability.metrics import Counts, exporting
 from reltrace_scheduler.queue.connection import Connection
-from reltrace_scheduler.queue.gauges import Gauges
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.tasks import end
@@ -104,7 +103,7 @@ async def serving(
         )
     except RuntimeError as error:
         raise StartError(f"--listen {listen}: the address can not be used") from error
-    exporter = exporting(metrics, counts, Gauges(store)) if metrics else contextlib.nullcontext()
+    exporter = exporting(metrics, counts, store) if metrics else contextlib.nullcontext()
     page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
     work = [signals.run(), Reaper(store, counts).run(), _report_health(connection, status)]

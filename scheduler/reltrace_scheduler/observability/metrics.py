@@ -11,7 +11,8 @@ from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 from reltrace_proto.telemetry import serving_metrics
 
-from reltrace_scheduler.queue.gauges import ClusterState, Gauges
+from reltrace_scheduler.queue.gauges import ClusterState, read_cluster
+from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.tasks import end
 
 log = structlog.get_logger()
@@ -104,13 +105,13 @@ def _family(
 
 
 @contextlib.asynccontextmanager
-async def exporting(listen: str, counts: Counts, gauges: Gauges) -> AsyncIterator[None]:
+async def exporting(listen: str, counts: Counts, store: Store) -> AsyncIterator[None]:
     """Serve the metrics over HTTP until the block ends; see `serving_metrics`."""
     collector = ClusterCollector()
     counts.registry.register(collector)
     with contextlib.ExitStack() as stack:
         stack.enter_context(serving_metrics(listen, counts.registry))
-        reading = asyncio.create_task(_read_state(collector, gauges))
+        reading = asyncio.create_task(_read_state(collector, store))
         try:
             yield
         finally:
@@ -118,11 +119,11 @@ async def exporting(listen: str, counts: Counts, gauges: Gauges) -> AsyncIterato
             await asyncio.to_thread(stack.close)
 
 
-async def _read_state(collector: ClusterCollector, gauges: Gauges) -> None:
+async def _read_state(collector: ClusterCollector, store: Store) -> None:
     while True:
         try:
             async with asyncio.timeout(_PERIOD):
-                collector.state = await gauges.read()
+                collector.state = await read_cluster(store)
         except (RedisError, OSError, TimeoutError) as error:
             if collector.state is not None:
                 log.warning("metrics.stale", error=str(error))

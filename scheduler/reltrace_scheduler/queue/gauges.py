@@ -1,7 +1,7 @@
 """The state of the whole cluster, read for monitoring."""
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reltrace_scheduler.keys import GROUP, QueueName
@@ -12,8 +12,6 @@ from reltrace_scheduler.queue.store import Store
 
 @dataclass(frozen=True, slots=True)
 class QueueGauge:
-    """One queue."""
-
     priority: str
     """Or the class of isolated jobs: "isolate_group" or "isolate_single"."""
     tenant: str
@@ -21,52 +19,47 @@ class QueueGauge:
     queued: int
     leased: int
     oldest: float
-    """Seconds that the first queued job has been in this queue; 0: none is queued."""
+    """Seconds since the first queued job entered this queue; 0: none is queued."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """What is the same whichever scheduler is asked."""
+    """The state that all schedulers share."""
 
-    queues: tuple[QueueGauge, ...] = ()
+    queues: tuple[QueueGauge, ...]
     """Those that hold jobs."""
-    workers: dict[str, int] = field(default_factory=dict)
+    workers: dict[str, int]
     """Connected workers by model."""
-    ended: dict[str, int] = field(default_factory=dict)
+    ended: dict[str, int]
     """Jobs that ended since the queue was made, by state."""
-    memory: int = 0
+    memory: int
     """Bytes that Redis uses."""
 
 
-class Gauges:
-    """Reads the state of the cluster: a few commands per queue that holds jobs."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    async def read(self) -> ClusterState:
-        registry = self._store.registry
-        # A route that names a revision has the workers of its model.
-        names = [route for route in await registry.models() if "@" not in route]
-        alive = time.time() - self._store.settings.lease
-        return ClusterState(
-            queues=await self.queues(),
-            workers=dict.fromkeys(names, 0) | await registry.serving(names, seen_since=alive),
-            ended=await self._store.queue.ended(),
-            memory=await memory_used(self._store.redis),
-        )
-
-    async def queues(self) -> tuple[QueueGauge, ...]:
-        """Return every queue that exists, summed over the shards."""
-        queues: dict[QueueName, QueueGauge] = {}
-        for shard in self._store.shards.all:
-            for name, found in (await _read_queues(shard)).items():
-                before = queues.get(name)
-                queues[name] = found if before is None else _sum(before, found)
-        return tuple(queues.values())
+async def read_cluster(store: Store) -> ClusterState:
+    """Read the state of the cluster: a few commands per queue that holds jobs."""
+    # A route that names a revision has the workers of its model.
+    names = [route for route in await store.registry.models() if "@" not in route]
+    alive = time.time() - store.settings.lease
+    return ClusterState(
+        queues=await read_queues(store),
+        workers=dict.fromkeys(names, 0) | await store.registry.serving(names, seen_since=alive),
+        ended=await store.queue.ended(),
+        memory=await memory_used(store.redis),
+    )
 
 
-async def _read_queues(shard: Shard) -> dict[QueueName, QueueGauge]:
+async def read_queues(store: Store) -> tuple[QueueGauge, ...]:
+    """Read every queue that exists, summed over the shards."""
+    queues: dict[QueueName, QueueGauge] = {}
+    for shard in store.shards.all:
+        for name, found in (await _read_shard(shard)).items():
+            before = queues.get(name)
+            queues[name] = found if before is None else _sum(before, found)
+    return tuple(queues.values())
+
+
+async def _read_shard(shard: Shard) -> dict[QueueName, QueueGauge]:
     names = [QueueName.parse(name) for name in await shard.queues()]
     async with shard.redis.pipeline(transaction=False) as pipe:
         for name in names:

@@ -56,7 +56,7 @@ class Results:
                     async for chunk in self._read_list(entry, fields[b"l"], skip):
                         yield chunk
                 elif skip == 0:
-                    yield StoredChunk(entry, 1, fields[b"c"])
+                    yield StoredChunk(entry, fields[b"c"])
                 after_entry = entry
             if len(page) < _PAGE:
                 return
@@ -67,7 +67,7 @@ class Results:
             data: Any = await self._redis.lindex(key.decode(), number)
             if data is None:
                 return
-            yield StoredChunk(entry, number + 1, data)
+            yield StoredChunk(entry, data)
 
     async def acknowledge(self, submission: str, through_entry: int) -> int:
         """Free results up to and including an entry; return how many there were."""

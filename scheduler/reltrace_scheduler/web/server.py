@@ -21,7 +21,7 @@ from reltrace_scheduler import __version__
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import Role
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
-from reltrace_scheduler.queue.gauges import Gauges
+from reltrace_scheduler.queue.gauges import read_cluster
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import WorkerRecord
 
@@ -126,7 +126,6 @@ class _Page:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._gauges = Gauges(store)
         self._state: dict[str, Any] = {}
         self._read_at = float("-inf")
 
@@ -144,7 +143,7 @@ class _Page:
 
     async def _read(self) -> dict[str, Any]:
         now = time.time()
-        cluster = await self._gauges.read()
+        cluster = await read_cluster(self._store)
         workers = await self._store.registry.workers(seen_since=now - self._store.settings.lease)
         return {
             "version": __version__,

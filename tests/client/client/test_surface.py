@@ -80,6 +80,12 @@ def test_the_synchronous_client_is_generated_from_the_asynchronous_one() -> None
     assert generate.TARGET.read_text() == generate.generated()
 
 
+def test_the_synchronous_client_is_not_described_as_the_asynchronous_one() -> None:
+    described = reltrace.Client.__doc__ or ""
+    assert "await" not in described
+    assert "event loop" not in described
+
+
 def test_importing_works_where_there_is_no_fcntl() -> None:
     """As on Windows."""
     absent = ["fcntl", "termios", "resource", "pwd", "grp"]

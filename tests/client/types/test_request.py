@@ -126,7 +126,7 @@ def test_special_tokens_are_named_where_they_are_not_the_default() -> None:
 
 
 def test_a_site_may_be_one_name() -> None:
-    assert Arguments("a", sites="embed").job().sites == ("embed",)
+    assert Arguments("a", sites="embed").job().spec.sites == ["embed"]
 
 
 def test_layers_and_k_arrive_in_order() -> None:

@@ -175,7 +175,7 @@ async def test_redis_away(exported: Exported, monkeypatch: pytest.MonkeyPatch) -
     async def away(self: object) -> None:
         raise redis.exceptions.ConnectionError("gone")
 
-    monkeypatch.setattr("reltrace_scheduler.queue.gauges.Gauges.read", away)
+    monkeypatch.setattr("reltrace_scheduler.observability.metrics.read_cluster", away)
     await exported.wait("reltrace_redis_up", 0)
     assert await exported.value("reltrace_redis_memory_bytes") is None
 

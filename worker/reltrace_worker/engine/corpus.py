@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 
+from reltrace_worker.engine.checks import check_name
 from reltrace_worker.lrp import RULES
 from reltrace_worker.types.errors import Faults, InvalidJob, Violation
 from reltrace_worker.types.jobs import (
@@ -72,13 +73,12 @@ def prepare_atlas(
 
 def _check_shared(request: AtlasRequest) -> None:
     faults = Faults()
-    if not 1 <= (count := len(request.prompts)) <= MAX_PROMPTS:
-        faults.add("corpus.prompts", f"are {count}; allowed: 1 to {MAX_PROMPTS}")
-    if not 1 <= request.k <= MAX_PLACES:
-        faults.add("top_k", f"is {request.k}; of an atlas, allowed: 1 to {MAX_PLACES}")
-    if request.rule not in RULES:
-        allowed = ", ".join(RULES)
-        faults.add("rule", f"rule {request.rule!r} is unknown; allowed: {allowed}")
+    count, k = len(request.prompts), request.k
+    what = f"are {count}; allowed: 1 to {MAX_PROMPTS}"
+    faults.require(1 <= count <= MAX_PROMPTS, "corpus.prompts", what)
+    what = f"is {k}; of an atlas, allowed: 1 to {MAX_PLACES}"
+    faults.require(1 <= k <= MAX_PLACES, "top_k", what)
+    check_name("rule", request.rule, RULES, "rule", faults)
     if len(request.targets) != 1 or request.targets[0].continuation is not None:
         faults.add("targets", "of an atlas: one, and no continuation")
     elif request.positions and request.targets != (TargetRequest(),):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import overload
 
+from reltrace_worker.engine.checks import check_edits, check_layer, check_name, check_position
 from reltrace_worker.engine.corpus import prepare_atlas
-from reltrace_worker.engine.edit_checks import check_edits
 from reltrace_worker.engine.reductions import REDUCTIONS
 from reltrace_worker.engine.sites import SITES
 from reltrace_worker.lrp import RULES
@@ -111,49 +110,39 @@ class JobPreparer:
         return GenerateJob(reading.prompt, request.sampling, edits)
 
     def _check_sampling(self, sampling: Sampling, prompt_length: int, faults: Faults) -> None:
-        most = sampling.max_new_tokens
+        most, context = sampling.max_new_tokens, self._context_length
         if not 1 <= most <= MAX_NEW_TOKENS:
             faults.add("generation.max_new_tokens", f"is {most}; allowed: 1 to {MAX_NEW_TOKENS}")
-        elif prompt_length and prompt_length + most > self._context_length >= prompt_length:
-            faults.add(
-                "generation.max_new_tokens",
+        elif prompt_length and prompt_length + most > context >= prompt_length:
+            what = (
                 f"is {most} after a prompt of {prompt_length} tokens; the model's context holds "
-                f"{self._context_length} together",
+                f"{context} together"
             )
-        if not 0 <= sampling.temperature <= MAX_TEMPERATURE:
-            faults.add(
-                "generation.temperature",
-                f"is {sampling.temperature}; allowed: 0 to {MAX_TEMPERATURE:.0f}",
-            )
-        if not 0 <= sampling.top_p <= 1:
-            faults.add("generation.top_p", f"is {sampling.top_p}; allowed: 0 to 1")
+            faults.add("generation.max_new_tokens", what)
+        temperature, top_p = sampling.temperature, sampling.top_p
+        what = f"is {temperature}; allowed: 0 to {MAX_TEMPERATURE:.0f}"
+        faults.require(0 <= temperature <= MAX_TEMPERATURE, "generation.temperature", what)
+        faults.require(0 <= top_p <= 1, "generation.top_p", f"is {top_p}; allowed: 0 to 1")
 
     def _check_names(self, request: TraceRequest, faults: Faults) -> None:
         for index, site in enumerate(request.sites):
-            if site not in SITES:
-                faults.add(f"sites[{index}]", unknown("site", site, SITES))
-            elif site in request.sites[:index]:
-                faults.add(f"sites[{index}]", f"site {site!r} is named twice")
-        if request.reduction not in REDUCTIONS:
-            faults.add("reduction", unknown("reduction", request.reduction, REDUCTIONS))
-        if request.rule not in RULES:
-            faults.add("rule", unknown("rule", request.rule, RULES))
+            if check_name("site", site, SITES, f"sites[{index}]", faults):
+                once = site not in request.sites[:index]
+                faults.require(once, f"sites[{index}]", f"site {site!r} is named twice")
+        check_name("reduction", request.reduction, REDUCTIONS, "reduction", faults)
+        check_name("rule", request.rule, RULES, "rule", faults)
 
     def _check_layers(self, request: TraceRequest, faults: Faults) -> None:
         for index, layer in enumerate(request.layers):
-            if not 0 <= layer < self._shape.layers:
-                faults.add(
-                    f"layers[{index}]",
-                    f"layer {layer} does not exist; allowed: 0 to {self._shape.layers - 1}",
-                )
-            elif layer in request.layers[:index]:
-                faults.add(f"layers[{index}]", f"layer {layer} is named twice")
-        if request.reduction == "topk" and not 1 <= request.k <= MAX_TOP_K:
-            faults.add(
-                "top_k", f"is {request.k}; with the reduction 'topk', allowed: 1 to {MAX_TOP_K}"
-            )
-        elif request.reduction != "topk" and request.k:
-            faults.add("top_k", f"is for the reduction 'topk', not {request.reduction!r}")
+            check_layer(layer, self._shape.layers, f"layers[{index}]", faults)
+            once = layer not in request.layers[:index]
+            faults.require(once, f"layers[{index}]", f"layer {layer} is named twice")
+        if request.reduction == "topk":
+            what = f"is {request.k}; with the reduction 'topk', allowed: 1 to {MAX_TOP_K}"
+            faults.require(1 <= request.k <= MAX_TOP_K, "top_k", what)
+        else:
+            what = f"is for the reduction 'topk', not {request.reduction!r}"
+            faults.require(not request.k, "top_k", what)
 
     def _targets(
         self, target: TargetRequest, field: str, reading: Reading, faults: Faults
@@ -163,14 +152,9 @@ class JobPreparer:
             return _continuation_targets(target, field, reading, faults)
         if target.each:
             faults.add(f"{field}.each", "is for a continuation, and there is none")
-        position, prompt_length = target.position, reading.length
-        if prompt_length and not -prompt_length <= position < prompt_length:
-            faults.add(
-                f"{field}.position",
-                f"position {position} is outside the prompt of {prompt_length} tokens; allowed: "
-                f"{-prompt_length} to {prompt_length - 1}",
-            )
-        absolute = position % prompt_length if prompt_length else 0
+        position = target.position
+        check_position(position, reading.length, f"{field}.position", faults)
+        absolute = position % reading.length if reading.length else 0
         token_id = self._prompts.token(
             target.token,
             f"{field}.token",
@@ -205,8 +189,3 @@ def _continuation_targets(
         Target((term,), None, target.logprob, (token,))
         for term, token in zip(terms, reading.continuation, strict=True)
     ]
-
-
-def unknown(kind: str, name: str, known: Collection[str]) -> str:
-    """Return the message about a name that is not in a table."""
-    return f"{kind} {name!r} is unknown; allowed: {', '.join(known)}"

@@ -5,8 +5,8 @@ Transformers", ICML 2024. CP-LRP: Ali et al., "XAI for Transformers: Better Expl
 Conservative Propagation", ICML 2022. The tables have the form of LXT's own (``attnLRP`` and
 ``cp_LRP`` in ``lxt/efficient/models/*.py``).
 
-To add a rule, add a row to ``RULES``. To add modules of a further model family, add their classes
-to the tables; where they compute in a way that none of the functions does, with a new function.
+To add a rule, add a row to ``RULES``. Norms and gated MLPs of a model family compute as LLaMA's,
+unless an entry gives their class another function.
 """
 
 from __future__ import annotations
@@ -17,14 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
-from transformers.models.olmo2.modeling_olmo2 import Olmo2MLP, Olmo2RMSNorm
-from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
-from transformers.models.smollm3.modeling_smollm3 import SmolLM3MLP, SmolLM3RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from reltrace_worker.lrp.attention import AttentionFunction
 from reltrace_worker.lrp.ops import (
@@ -33,6 +28,7 @@ from reltrace_worker.lrp.ops import (
     rms_norm,
     scale_gradients,
 )
+from reltrace_worker.models.families import FAMILIES
 
 Forward = Callable[[Any, torch.Tensor], torch.Tensor]
 """From a module and its input to its output."""
@@ -57,12 +53,7 @@ def _gemma3_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 _NORMS: Patches = {
-    LlamaRMSNorm: ("forward", _llama_norm),
-    MistralRMSNorm: ("forward", _llama_norm),
-    Qwen2RMSNorm: ("forward", _llama_norm),
-    Qwen3RMSNorm: ("forward", _llama_norm),
-    Phi3RMSNorm: ("forward", _llama_norm),
-    SmolLM3RMSNorm: ("forward", _llama_norm),
+    **{family.norm: ("forward", _llama_norm) for family in FAMILIES.values()},
     Olmo2RMSNorm: ("forward", _olmo2_norm),
     Gemma3RMSNorm: ("forward", _gemma3_norm),
 }
@@ -79,13 +70,7 @@ def _gated_mlps(product: GatedProduct) -> Patches:
         return module.down_proj(neurons)  # type: ignore[no-any-return]
 
     return {
-        LlamaMLP: ("forward", llama_mlp),
-        MistralMLP: ("forward", llama_mlp),
-        Qwen2MLP: ("forward", llama_mlp),
-        Qwen3MLP: ("forward", llama_mlp),
-        Olmo2MLP: ("forward", llama_mlp),
-        SmolLM3MLP: ("forward", llama_mlp),
-        Gemma3MLP: ("forward", llama_mlp),
+        **{family.gated_mlp: ("forward", llama_mlp) for family in FAMILIES.values()},
         Phi3MLP: ("forward", phi3_mlp),
     }
 

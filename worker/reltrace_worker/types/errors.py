@@ -39,6 +39,10 @@ class Faults:
     def add(self, field: str, description: str) -> None:
         self.found.append(Violation(field, description))
 
+    def require(self, fulfilled: bool, field: str, description: str) -> None:
+        if not fulfilled:
+            self.add(field, description)
+
     def raise_any(self) -> None:
         if self.found:
             raise InvalidJob(self.found)

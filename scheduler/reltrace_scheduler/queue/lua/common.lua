@@ -81,6 +81,14 @@ local function read_job(id)
     }
 end
 
+-- Reads job:<job>; nil where it is not leased to this worker under this attempt.
+local function read_leased(id, worker, attempt)
+    local job = read_job(id)
+    if job and job.state == "LEASED" and job.worker == worker and job.attempt == attempt then
+        return job
+    end
+end
+
 -- Entries to delete by queue, and jobs that are not leased any more by worker.
 local removed_entries, released_jobs = {}, {}
 

@@ -14,15 +14,15 @@ local outcome, submissions_with_drafts = {}, {}
 
 for i = 6, #ARGV, 3 do
     local id, attempt, draft = ARGV[i], ARGV[i + 1], ARGV[i + 2]
-    local job = redis.call("HMGET", prefix.job .. id, "state", "worker", "attempt", "drafted")
-    local bytes = tonumber(job[4] or 0) + #draft + overhead
-    local keep = job[1] == "LEASED" and job[2] == worker and job[3] == attempt and bytes <= most
+    local job = read_leased(id, worker, attempt)
+    local bytes = #draft + overhead + (job and job.drafted or 0)
+    local keep = job and bytes <= most
     if keep then
         local drafts = prefix.draft .. id
         -- By attempt and bytes, not by time: a reader's position holds for the next attempt.
         redis.call("XADD", drafts, attempt .. "-" .. bytes, "d", draft)
         redis.call("PEXPIRE", drafts, ttl)
-        redis.call("HSET", prefix.job .. id, "drafted", bytes)
+        redis.call("HSET", job.key, "drafted", bytes)
         submissions_with_drafts[submission_id(id)] = true
     end
     outcome[#outcome + 1] = keep and 1 or 0

@@ -15,9 +15,9 @@ local worker, delay, max_failures = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]
 local outcome = {}
 
 for i = 5, #ARGV, 2 do
-    local job = read_job(ARGV[i])
+    local job = read_leased(ARGV[i], worker, ARGV[i + 1])
     local code = 0
-    if job and job.state == "LEASED" and job.worker == worker and job.attempt == ARGV[i + 1] then
+    if job then
         local failures = delay and redis.call("HINCRBY", job.key, "failures", 1) or 0
         code = failures > max_failures and -1 or 1
         if code == 1 and delay then

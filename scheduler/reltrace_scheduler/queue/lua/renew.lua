@@ -10,13 +10,11 @@ local worker, renew = ARGV[2], ARGV[3] == "1"
 local outcome, held = {}, {}
 
 for i = 4, #ARGV, 2 do
-    local job = redis.call("HMGET", prefix.job .. ARGV[i],
-        "state", "worker", "attempt", "queue", "entry")
-    local is_held = job[1] == "LEASED" and job[2] == worker and job[3] == ARGV[i + 1]
-    if is_held and renew then
-        append(held, job[4], job[5])
+    local job = read_leased(ARGV[i], worker, ARGV[i + 1])
+    if job and renew then
+        append(held, job.queue, job.entry)
     end
-    outcome[#outcome + 1] = is_held and 1 or 0
+    outcome[#outcome + 1] = job and 1 or 0
 end
 for queue, entries in pairs(held) do
     call_many({"XCLAIM", prefix.queue .. queue, GROUP, worker, 0}, entries, "JUSTID")
