@@ -22,7 +22,7 @@ _HOW = "set RELTRACE_TOKEN, or RELTRACE_TOKEN_FILE to a file that holds the toke
 
 
 def authorize(tokens: Tokens, method: str, metadata: Any) -> tuple[str, Identity]:
-    """Return the token that a call presents, and whose it is; its role allows the method."""
+    """Return the token that a call presents and its identity, whose role allows the method."""
     try:
         token = _bearer(metadata)
         identity = tokens.find(token)

@@ -8,10 +8,10 @@ DEFAULT_TENANT = "default"
 """The tenant of every caller where no tokens are set."""
 
 TENANT_NAME = r"[A-Za-z0-9_.-]{1,64}"
-"""A regular expression. A colon would run into the names of keys."""
+"""A regular expression; no colon, which separates the parts of a key in Redis."""
 
 TENANT_RULE = "must be 1 to 64 letters, digits, or any of _.-"
-"""The same for a person."""
+"""`TENANT_NAME` in words, for messages."""
 
 
 class Role(StrEnum):
@@ -27,10 +27,8 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A caller."""
-
     name: str
-    """Of its token, in the log."""
+    """Of its token; the log shows it."""
     tenant: str
     """Whose jobs it may submit, read and cancel."""
     roles: frozenset[Role]

@@ -27,7 +27,7 @@ from reltrace_scheduler.errors import StartError, UnauthenticatedError
 log = structlog.get_logger()
 
 _PREFIX = "rlt_"
-"""Lets scanners for leaked secrets know one."""
+"""Lets scanners for leaked secrets recognize a token."""
 
 _SECRET_BYTES = 32
 _REFRESH_EVERY = 1.0
@@ -85,7 +85,7 @@ class Entry:
 def make(name: str, role: Role, tenant: str = DEFAULT_TENANT) -> tuple[str, Entry]:
     """Make a token of 256 random bits, which is kept nowhere, and the entry that is kept."""
     token = _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
-    # One round is enough: no dictionary holds 256 random bits.
+    # A plain hash is enough: 256 random bits can not be guessed.
     return token, Entry(name, role, tenant, hashlib.sha256(token.encode()).hexdigest())
 
 
@@ -162,7 +162,7 @@ class Tokens:
     def find(self, token: str) -> Identity:
         """Return who presents a token; raises UnauthenticatedError."""
         self.refresh()
-        # How long the lookup takes tells something of a hash, from which no token follows.
+        # The time of the lookup may reveal a part of a hash; no token can be derived from that.
         found = self._file.value.get(hashlib.sha256(token.encode()).hexdigest())
         if found is None:
             raise UnauthenticatedError(
