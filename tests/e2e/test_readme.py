@@ -154,11 +154,11 @@ def test_a_command_is_watched_as_printed(command: str, folder: Path) -> None:
 def test_a_worker_is_drained_as_printed(command: str, folder: Path) -> None:
     """
     Given the worker of `reltrace up`
-    If it is told to leave
+    If it is drained
     I expect it to, and `up` to start another.
     """
     (before,) = json.loads(shell("reltrace workers --json", folder))
-    assert "told to leave" in shell(command.replace("WORKER...", before["id"]), folder)
+    assert "told to drain" in shell(command.replace("WORKER...", before["id"]), folder)
 
     def another() -> bool:
         workers = json.loads(shell("reltrace workers --json", folder))

@@ -24,16 +24,9 @@ from reltrace.types.server_info import Model
 MANIFEST = "manifest.json"
 ERRORS = "errors.jsonl"
 SUBMISSIONS = "submissions.json"
-STDIN = "stdin"
 _FORMAT = "reltrace-batch-2"
 # Seconds to wait for another machine that writes the manifest.
 _MANIFEST_TIMEOUT = 30.0
-
-TRACE_ARGUMENTS = (
-    "model", "sites", "reduce", "target", "rule", "dtype", "layers", "top_k", "output_uri",
-    "add_special_tokens",
-)  # fmt: skip
-"""The settings that are arguments of `trace`."""
 
 _SAME_PROVENANCE = ("model", "revision", "rule", "reduction", "dtype")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from reltrace.batch import parts
 from reltrace.batch.folder import ERRORS, BatchFolder, ProvenanceMismatch
+from reltrace.batch.items import Item
 from reltrace.batch.journal import Failed, Journal
 from reltrace.storage.atomic_files import replace_file, with_filename
 from reltrace.storage.stored_arrays import StoredArrays
@@ -23,10 +24,8 @@ _COMMIT_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    index: int  # among the prompts, from 0
-    line: int  # of the file, from 1
+    item: Item
     traces: tuple[Trace, ...]
-    own_model: bool = False  # the prompt names its model itself
     header_bytes: int = field(init=False)  # in the header of a safetensors file
     size: int = field(init=False)  # in bytes
 
@@ -137,9 +136,7 @@ class Writer:
 
     def _collect(self, result: Traced | Failed) -> None:
         if isinstance(result, Traced) and (error := self._refusal(result)) is not None:
-            name = result.traces[0].id
-            assert name is not None
-            result = Failed.of(result.index, result.line, name, error)
+            result = Failed.of(result.item, error)
         if self._bytes + result.size > _COMMIT_BYTES:
             self._commit()
         if not (self._traced or self._failed):
@@ -170,7 +167,7 @@ class Writer:
             for trace in result.traces:
                 self._folder.check_provenance(trace.provenance)
         except ProvenanceMismatch as error:
-            if not result.own_model:
+            if "model" not in result.item.arguments:
                 raise
             return invalid("model", f"this prompt has its own: {error}")
         return None
@@ -179,13 +176,14 @@ class Writer:
         """Make the collected results durable: first the file of traces, then the journal."""
         if not (self._traced or self._failed):
             return
-        traced = sorted(self._traced, key=lambda one: one.index)
+        traced = sorted(self._traced, key=lambda one: one.item.index)
         part = self._next_part if traced else None
         if traced:
             path = self._folder.path / parts.name_of(self._next_part, self._format)
-            parts.write_part(path, [(one.index, trace) for one in traced for trace in one.traces])
+            rows = [(one.item.index, trace) for one in traced for trace in one.traces]
+            parts.write_part(path, rows)
             self._next_part += 1
-        counts = [(one.index, len(one.traces)) for one in traced]
+        counts = [(one.item.index, len(one.traces)) for one in traced]
         self._journal.commit(part, counts, self._failed, *self._input_read())
         if self._failed:
             path = self._folder.path / ERRORS

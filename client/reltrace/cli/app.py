@@ -12,8 +12,7 @@ import typer
 import reltrace
 from reltrace.cli import admin, atlas, server
 from reltrace.cli.batch import batch
-from reltrace.cli.config import config
-from reltrace.cli.connection import Connection
+from reltrace.cli.connection import Connection, config
 from reltrace.cli.evaluate import evaluate
 from reltrace.cli.generate import generate
 from reltrace.cli.option_groups import command, option, with_option_groups
@@ -65,12 +64,12 @@ def _up_is_missing() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command; an error of ours is one line and exit code 1."""
+    """Run the command; a TraceError or OSError is one line and exit code 1."""
     add_installed_commands(app)
     try:
         app()
     except BrokenPipeError:
-        # The reader has enough (`reltrace models | head -1`); nothing is flushed at exit.
+        # The reader of a pipe has ended (`reltrace models | head -1`): nothing is flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (TraceError, OSError) as error:

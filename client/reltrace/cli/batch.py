@@ -25,7 +25,6 @@ from reltrace.cli.output import AS_JSON, QUIET, print_json
 from reltrace.types.errors import invalid
 
 _INTERRUPTED, _TERMINATED = 130, 143
-# If standard error is not a terminal.
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -66,7 +65,7 @@ def batch(
     """Trace a file of prompts. The same command again continues an interrupted run.
 
     Exit code: 0 if every prompt has its trace, 1 if some failed (OUT_DIR/errors.jsonl says which
-    and why) or the run broke off, 130 or 143 if it was interrupted.
+    and why) or the run ended early, 130 or 143 if it was interrupted.
     """
     path = file_of(source)
     if part_format == "parquet":
@@ -83,10 +82,9 @@ def batch(
         part_traces=part_traces,
         part_seconds=part_seconds,
     )
-    target = target_of(trace.target)
     settings = Settings(
         **trace.arguments(),
-        target=target,
+        target=target_of(trace.target),
         format=part_format,
         input_format=input_format.name,
         column=reading.column,
@@ -97,14 +95,22 @@ def batch(
     # With the usual timeout: a wrong address is reported soon.
     with connection.client() as client:
         check_served(settings, client.models())
+    bar = Progress(
+        None,
+        shown=not quiet,
+        unit="prompt",
+        total=_total(path, input_format, limit, part),
+        # A log gets a line now and then.
+        interval=0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
+    )
     with (
         connection.client(retry_timeout) as client,
-        closing(_bar(_total(path, input_format, limit, part), quiet)) as bar,
+        closing(bar),
         _reporting_signals(out),
         _logging_beside_the_bar(),
     ):
         run = Run(client, settings, input_format, options, sys.stdin.buffer, bar)
-        summary = run.run(target)
+        summary = run.run()
     _report(summary, out, as_json)
     if summary.failed:
         raise typer.Exit(1)
@@ -131,27 +137,19 @@ def _total(
     return max(0, count - number + machines) // machines
 
 
-class _Stop(BaseException):
-    """SIGTERM."""
-
-
 @contextmanager
 def _reporting_signals(out: Path) -> Iterator[None]:
     """On Ctrl-C and SIGTERM say that nothing is lost, and how to continue."""
-
-    def stop(*_: object) -> None:
-        raise _Stop
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     try:
         yield
-    except (KeyboardInterrupt, _Stop) as error:
+    except (KeyboardInterrupt, SystemExit) as error:
         typer.echo(
             f"reltrace: interrupted; the results so far are in {out}, and the same command "
             "continues from there",
             err=True,
         )
-        code = _TERMINATED if isinstance(error, _Stop) else _INTERRUPTED
+        code = _TERMINATED if isinstance(error, SystemExit) else _INTERRUPTED
         raise typer.Exit(code) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -173,12 +171,6 @@ def _logging_beside_the_bar() -> Iterator[None]:
         yield
     finally:
         logging.getLogger("reltrace").removeHandler(handler)
-
-
-def _bar(total: int | None, quiet: bool) -> Progress:
-    """Return a bar on standard error; in a log, a line now and then."""
-    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-    return Progress(None, shown=not quiet, unit="prompt", total=total, interval=interval)
 
 
 def _report(summary: Summary, out: Path, as_json: bool) -> None:

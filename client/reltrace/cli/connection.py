@@ -14,6 +14,7 @@ from reltrace_proto.net import TlsOptions
 
 import reltrace
 from reltrace.cli.option_groups import option, option_group, with_option_groups
+from reltrace.cli.output import AS_JSON, print_found
 from reltrace.transport.settings import DEFAULT_ADDRESS, flag
 from reltrace.types.errors import InvalidArgument, invalid
 
@@ -88,6 +89,22 @@ def connection_group(text: str) -> typer.Typer:
 
 def _options_before(connection: Connection) -> None:
     pass
+
+
+def config(connection: Connection, as_json: bool = AS_JSON) -> None:
+    """Show the connection settings in effect and where each comes from."""
+    found = resolve(connection)
+    rows = [
+        (name, "****" if name == "token" else str(value), source)
+        for name, (value, source) in found.values.items()
+    ]
+    settings = {name: {"value": value, "source": source} for name, value, source in rows}
+    if not as_json:
+        missing = "" if found.file.exists() else " (does not exist)"
+        typer.echo(f"configuration file: {found.file}{missing}")
+        typer.echo(f"profile: {found.profile or 'none'}")
+    summary = {"file": str(found.file), "profile": found.profile, "settings": settings}
+    print_found(summary, as_json, ("setting", "value", "source"), rows)
 
 
 class Setting(NamedTuple):

@@ -21,13 +21,10 @@ from reltrace.cli.options import MODEL, SEED, SPECIAL_TOKENS, PromptOptions
 from reltrace.cli.output import AS_JSON, print_json, safe, warn, write
 from reltrace.client.sync_client import TextStream
 from reltrace.types.edit import Steer
-from reltrace.types.errors import TraceError, invalid
+from reltrace.types.errors import invalid
 
 _NEURON = re.compile(r"(\d+):(\d+)(=|\*)(\S+)")
 _DIRECTION = re.compile(r"(\d+)\+(.+)")
-
-# The first bytes of .npz files.
-_ZIP_MAGIC = b"PK"
 
 # Numbers of a direction, one for each feature of the residual stream.
 _MAX_DIRECTION = 1 << 20
@@ -66,7 +63,7 @@ def generate(
         "model": model,
     }
     with connection.client() as client:
-        # A file or a pipe must not get a text that begins again after it has begun.
+        # A text that is being written may start again, which a file or a pipe can not take back.
         if sys.stdout.isatty() and not as_json:
             stream = client.generate_stream(**arguments)
             (_show_both_texts if steer else _show_text)(stream)
@@ -84,7 +81,7 @@ def generate(
 
 
 def _show_text(stream: TextStream) -> None:
-    """Print a text while it is written; one that begins again does so on a new line."""
+    """Print a text while it is written; if it starts again, on a new line."""
     begun = False
     try:
         for piece in stream:
@@ -143,17 +140,14 @@ def _number(text: str) -> float | None:
 
 
 def _vector(path: Path) -> NDArray[Any]:
+    if path.suffix == ".npz":
+        raise invalid("steer", f"{path} holds several arrays (.npz); a direction is one")
     try:
-        with path.open("rb") as file:
-            if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
-                raise invalid("steer", f"{path} holds several arrays (.npz); a direction is one")
         # Mapped: a header that announces more than the file has does not take memory.
-        found: NDArray[Any] = np.load(path, mmap_mode="r")
+        found = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise invalid("steer", f"{path} can not be read: {error.strerror or error}") from None
-    except TraceError:
-        raise
-    except (ValueError, EOFError, OverflowError, MemoryError) as error:
+    except (ValueError, OverflowError, MemoryError) as error:
         raise invalid("steer", f"{path} was not written by numpy.save: {error}") from None
     if found.size > _MAX_DIRECTION:
         raise invalid("steer", f"{path} has {found.size} numbers; allowed: {_MAX_DIRECTION}")

@@ -1,4 +1,4 @@
-"""What commands print: tables, lines of JSON, texts of others, and views that are drawn again."""
+"""What commands print: tables, JSON, text of models and servers, and views that are refreshed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from typing import Any
@@ -20,40 +21,40 @@ from rich.text import Text
 from reltrace.cli.option_groups import option, option_group
 from reltrace.types.token_text import JOINERS
 
-AS_JSON = option(False, "Print JSON for machines.", "--json")
+AS_JSON = option(False, "Print JSON.", "--json")
 QUIET = option(False, "Show no progress.", "--quiet")
 
 
 @option_group
 class Watch:
-    """The options of a view that may be drawn again and again."""
+    """The options of a view that may be refreshed."""
 
-    watch: bool = option(False, "Show it again and again, until Ctrl-C.", "--watch", "-w")
+    watch: bool = option(False, "Refresh the view until Ctrl-C.", "--watch", "-w")
     every: float = option(1.0, "With --watch: seconds between two views.", min=0.1)
 
 
 def show(
-    look: Callable[[], tuple[Any, RenderableType]], watch: Watch, *, as_json: bool = False
+    fetch: Callable[[], tuple[Any, RenderableType]], watch: Watch, *, as_json: bool = False
 ) -> None:
-    """Show a view, once or until Ctrl-C."""
-    if not watch.watch:
-        value, drawn = look()
+    """Print what `fetch` returns, the value as JSON or else the view; once or until Ctrl-C."""
+    live = Live(auto_refresh=False, console=Console()) if watch.watch and not as_json else None
+
+    def show_once() -> None:
+        value, view = fetch()
         if as_json:
             print_json(value)
+        elif live is None:
+            Console().print(view)
         else:
-            Console().print(drawn)
+            live.update(view, refresh=True)
+
+    if not watch.watch:
+        show_once()
         return
-    try:
-        if as_json:
-            while True:
-                print_json(look()[0])
-                time.sleep(watch.every)
-        with Live(look()[1], auto_refresh=False, console=Console()) as live:
-            while True:
-                time.sleep(watch.every)
-                live.update(look()[1], refresh=True)
-    except KeyboardInterrupt:
-        return
+    with suppress(KeyboardInterrupt), live or nullcontext():
+        while True:
+            show_once()
+            time.sleep(watch.every)
 
 
 def table(
@@ -62,7 +63,7 @@ def table(
     right: Collection[str] = (),
     **style: Any,
 ) -> Table:
-    """Return a table whose cells are no markup and hold no control characters."""
+    """Return a table; its cells are text, not markup, with control characters escaped."""
     made = Table(**style)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -101,8 +102,8 @@ def safe(text: str) -> str:
 
 
 def write(text: str, *, end: str = "\n") -> None:
-    """Print a text of others; a file or a pipe gets it as it is."""
-    # Not typer.echo, which takes control characters away.
+    """Print a text of a model or server: escaped on a terminal, unchanged to a file or a pipe."""
+    # Not typer.echo, which removes control characters.
     print(safe(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -40,31 +39,25 @@ def models(connection: Connection, as_json: bool = AS_JSON) -> None:
 
 
 def status(connection: Connection, watch: Watch, as_json: bool = AS_JSON) -> None:
-    """Show the queues and the store of the server, and how many workers it has."""
-    rate = JobRate()
+    """Show the server's queues, its Redis, and how many workers are connected."""
+    last: tuple[float, int] | None = None
     with connection.client() as client:
 
-        def look() -> tuple[Any, RenderableType]:
+        def fetch() -> tuple[Status, RenderableType]:
+            nonlocal last
             state = client.status()
-            per_second = rate.update(time.monotonic(), sum(state.ended.values()))
-            return state, Group(*_status(state, client.address, per_second))
+            now = (time.monotonic(), sum(state.ended.values()))
+            rate = None if last is None else jobs_per_second(last, now)
+            last = now
+            return state, Group(*_status(state, client.address, rate))
 
-        show(look, watch, as_json=as_json)
+        show(fetch, watch, as_json=as_json)
 
 
-class JobRate:
-    """How many jobs end per second, between two views."""
-
-    def __init__(self) -> None:
-        self._last: tuple[float, int] | None = None
-
-    def update(self, now: float, ended: int) -> float | None:
-        """Take how many jobs have ended; return the rate since the last call, if there was one."""
-        last, self._last = self._last, (now, ended)
-        if last is None:
-            return None
-        # A server that was restarted may count from zero again.
-        return max(0, ended - last[1]) / max(now - last[0], 1e-9)
+def jobs_per_second(before: tuple[float, int], now: tuple[float, int]) -> float:
+    """Return the rate between two views, each the seconds of a clock and the jobs ended so far."""
+    # A server that was restarted may count from zero again.
+    return max(0, now[1] - before[1]) / max(now[0] - before[0], 1e-9)
 
 
 def _status(state: Status, address: str, rate: float | None) -> Iterator[RenderableType]:
@@ -95,22 +88,22 @@ workers = typer.Typer()
 def list_workers(
     context: typer.Context, connection: Connection, watch: Watch, as_json: bool = AS_JSON
 ) -> None:
-    """List the workers that are connected; `drain` has some of them leave."""
+    """List the connected workers; `drain` stops some of them."""
     if context.invoked_subcommand is not None:
         return
     with connection.client() as client:
 
-        def look() -> tuple[Any, RenderableType]:
+        def fetch() -> tuple[Sequence[Worker], RenderableType]:
             connected = client.admin.workers()
             return connected, _workers(connected) if connected else Text("no workers")
 
-        show(look, watch, as_json=as_json)
+        show(fetch, watch, as_json=as_json)
 
 
 def _workers(connected: Sequence[Worker]) -> Table:
     now = datetime.now(UTC)
     rows = [
-        (f"{one.id}{' (drains)' * one.draining}", "\n".join((one.model, *one.further_models)),
+        (f"{one.id}{' (draining)' * one.draining}", "\n".join((one.model, *one.further_models)),
          one.device, one.version, one.leased, _ago(one.connected_at, now), _ago(one.seen_at, now))
         for one in connected
     ]  # fmt: skip
@@ -123,10 +116,10 @@ def drain(
     connection: Connection,
     ids: list[str] = argument(..., "Ids of workers.", metavar="WORKER..."),
 ) -> None:
-    """Have workers leave: they hand back jobs that have not begun, finish the others, and exit."""
+    """Drain workers: they return the jobs that have not begun, finish the others, and exit."""
     with connection.client() as client:
         client.admin.drain(*ids)
-    typer.echo(f"{_counted(len(ids), 'worker')} told to leave")
+    typer.echo(f"{_counted(len(ids), 'worker')} told to drain")
 
 
 def cancel(

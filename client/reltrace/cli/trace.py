@@ -17,7 +17,6 @@ from reltrace.cli.output import warn
 from reltrace.types.errors import invalid
 from reltrace.types.neurons import has_labels
 from reltrace.types.target import Target
-from reltrace.types.trace import Trace
 from reltrace.viz import terminal
 from reltrace.viz.files import check_path
 
@@ -77,7 +76,7 @@ def trace(
     if json_file == "-":
         print(json.dumps(found.to_dict(), allow_nan=False))
     else:
-        _show(found, labels)
+        terminal.show(found, Console(), labels)
         if json_file is not None:
             Path(json_file).write_text(json.dumps(found.to_dict(), allow_nan=False) + "\n")
     if save is not None:
@@ -97,15 +96,3 @@ def _labels(folder: Path, options: TraceOptions) -> reltrace.Atlas:
             "--reduce full, or topk and --top-k",
         )
     return reltrace.load_atlas(folder)
-
-
-def _show(trace: Trace, labels: reltrace.Atlas | None) -> None:
-    console = Console()
-    if trace.provenance.reduction in ("feature", "topk"):
-        # There is no value per token.
-        terminal.show_entries(trace, console, atlas=labels)
-        return
-    terminal.show(trace, console)
-    if labels is not None:
-        for site in filter(has_labels, trace.sites):
-            terminal.show_labelled(trace, console, site, labels)

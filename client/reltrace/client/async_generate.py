@@ -78,18 +78,18 @@ class AsyncGenerate:
         add_special_tokens : bool, default True
             As in `trace`.
         steer : Steer, Edit or a sequence of these, optional
-            Applied in this order at every token, of the prompt and of the generated text. A text
-            without them is generated as well, in the same batch.
+            Applied in this order at every token, of the prompt and of the generated text. The text
+            without them is generated too, in the same batch.
         max_new_tokens : int, default 64
             Most tokens to generate, 1 to 1024.
         temperature : float, default 0
-            0: always the token with the largest logit; else tokens are sampled from the logits
-            divided by it.
+            0: always the token with the largest logit; otherwise tokens are sampled from the logits
+            divided by this.
         top_p : float, default 0
             Sample from the likeliest tokens whose probabilities add up to this; 0: from all.
         seed : int, default 0
-            Seed of the sampling. The same seed gives the same text, unless the model's numbers are
-            rounded differently in another batch, which often decides a sample in bfloat16.
+            Seed of the sampling. The same seed gives the same text, unless numbers are rounded
+            differently in another batch, which often changes a sample in bfloat16.
         model : str, optional
             Name of a served model; default: the only one.
         priority : {"interactive", "batch"}

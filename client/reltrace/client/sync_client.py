@@ -295,23 +295,24 @@ class Studies:
     ) -> Atlas:
         """Build an atlas: the strongest examples of every neuron and every head in a corpus.
 
-        For each of them it holds the k tokens at which its relevance, and its activation, are
-        largest, positive and negative apart, with counts, means and histograms. By default every
-        prompt explains its own next tokens: the logits at all of its positions together, in one
-        backward pass, so that the relevance at a token is its part in all that follows. The first
-        token of a prompt, on which unused attention rests, and special tokens are left out.
+        For each of them the atlas holds the k tokens with the largest relevance and the k with the
+        largest activation, separately for positive and negative values, with counts, means and
+        histograms. By default every prompt explains its own next tokens: the logits at all of its
+        positions together, in one backward pass, so that the relevance of a token is its
+        contribution to all that follows. The first token of a prompt, to which heads give
+        attention that they do not need elsewhere, and special tokens are left out.
 
         Workers take the corpus in slices and merge on their device; results are merged into `out`.
-        The atlas is the same, bit for bit, for any number of workers of a kind. A call that was
-        interrupted, by SIGKILL too, may be repeated with the same arguments: it does what is
-        missing, and reads what the server has kept of the interrupted call.
+        The atlas is the same, bit for bit, for any number of workers of the same kind. A call that
+        was interrupted, also by SIGKILL, may be repeated with the same arguments: it computes what
+        is missing, and reads the results of the interrupted call that the server still has.
 
         Parameters
         ----------
         prompts : iterable of str or mapping
-            The corpus, at least one prompt: texts, or mappings with "prompt" or "messages" as in
+            The corpus of at least one prompt: texts, or mappings with "prompt" or "messages" as in
             `trace`, and optionally an "id", which is not kept. Pulled as needed. A prompt that can
-            not be traced is left out and noted.
+            not be traced is left out and recorded.
         out : path
             Folder; created if it does not exist.
         model : str, optional
@@ -332,9 +333,9 @@ class Studies:
         k : int, default 16
             Examples in each list, 1 to 64.
         slice : int, default 1024
-            Most prompts that a worker takes at a time, 1 to 65536. Less work is lost with a worker
-            if it is small, fewer bytes are sent if it is large. The first slices have 16 prompts,
-            later ones at most a quarter of all prompts before them.
+            Largest number of prompts that a worker takes at a time, 1 to 65536. With a small one, a
+            worker that dies loses less work; with a large one, fewer bytes are sent. The first
+            slices have 16 prompts, later ones at most a quarter of all prompts before them.
         priority : {"interactive", "batch"}
             Of all jobs.
         progress : bool, default False
@@ -352,7 +353,7 @@ class Studies:
         ModelNotFound
             If no worker serves the model.
         JobFailed
-            If a slice can not be made, for example because the model's numbers are not finite.
+            If a slice fails, for example because the model's numbers are not finite.
         """
         settings = AtlasSettings(
             model,
@@ -387,51 +388,50 @@ class Studies:
         progress: bool = False,
         timeout: float | None = None,
     ) -> Evaluation:
-        """Measure how well the relevance of each rule tells what predictions rest on.
+        """Measure how well the relevance of each rule identifies what predictions depend on.
 
-        Tokens or neurons are switched off step by step, the most relevant first, then the least
-        relevant first, and the target is measured. If relevance is right, the measure falls at
-        once in the first order and stays in the second: the area between the two curves is the
-        score of the rule. A random order has an area of 0 on average.
+        Tokens or neurons are switched off step by step, once with the most relevant and once with
+        the least relevant first, and the target is measured. If relevance is right, the measure
+        falls early in the first order and late in the second: the area between the two curves is
+        the score of the rule. A random order has an area of 0 on average.
 
         The curves are straight from point to point, as `Evaluation.plot` draws them, on an axis of
         length 1, so that the area is in units of the measure. For tokens the axis is their share.
-        For neurons, of which a few among thousands matter, n of them are at log(1 + n); the axis
-        ends at half of the neurons, past which both orders switch off the same ones, or at 4,096.
+        For neurons, of which a few among thousands matter, it is log(1 + n) for n neurons; it ends
+        at half of the neurons, where both orders begin to share neurons, or at 4,096.
 
         Parameters
         ----------
         prompts : iterable
             Prompts, or mappings with "prompt", "messages" or "input_ids" and, optionally, "id",
-            "add_special_tokens", "target" and "answer": what the prediction is known to rest on, as
-            a text in the prompt that consists of whole tokens, apart from white space, or as
-            positions of tokens (a list or 1-d array; repetitions count once). The
-            default id is the index of the prompt; ids must differ. Pulled as needed, in a thread of
-            its own unless it is a list or tuple.
+            "add_special_tokens", "target" and "answer": what the prediction is known to depend on,
+            as a text in the prompt that consists of whole tokens, apart from white space, or as
+            positions of tokens (a list or 1-d array; repetitions count once). The default id is the
+            index of the prompt; ids must differ. Pulled as in `trace_many`.
         rules : sequence of str
             Rules that the model's workers serve, and "random".
         site : {"embed", "neuron"}
-            What is switched off: tokens, by replacing their input embeddings, from none to all
-            that are not kept; or neurons, set to 0 at these tokens, from none to half of them, at
-            most 4,096.
+            What is switched off: tokens, by replacing their input embeddings, up to all that are
+            not kept; or neurons, which are set to 0 at these tokens, up to half of them, at most
+            4,096.
         target : str, int or Target, default "max"
-            As in `trace`, except for a text: it is the continuation of the prompt, of one token or
-            several, explained and measured as one (`Target(continuation=...)`). The token that
-            "max" resolves to stays the target while things are switched off.
+            As in `trace`, except that a text is the continuation of the prompt, of one or several
+            tokens, explained and measured as one (`Target(continuation=...)`). The token to which
+            "max" resolves remains the target while tokens or neurons are switched off.
         measure : {"logprob", "probability", "logit"}
-            What is measured of the target; what is explained depends on `target` alone. A logit may
-            rise when tokens are switched off, together with those of all other tokens.
+            What is measured of the target; what is explained depends only on `target`. A logit may
+            rise when tokens are switched off, together with the logits of all other tokens.
         replace : str or int, default "zero"
             What replaces tokens: "zero" (zeros as input embeddings), "mean" (the mean over the
-            vocabulary), or a token by any other text or its id. For neurons only "zero".
+            vocabulary), or another token, by its text or id. For neurons only "zero".
         keep : {"special", "none"}
-            Tokens that are never switched off, nor their neurons: the first one and the tokenizer's
-            special tokens, on which models rest unused attention; or none.
+            Tokens that are never switched off, nor their neurons: "special" for the first one and
+            the tokenizer's special tokens, to which models give unused attention.
         model : str, optional
             Name of a served model; default: the only one.
         points : int, default 10
-            Steps of a curve, 2 to 100, of equal length on its axis. As many as a prompt has tokens
-            switch them off one by one; fewer flatten its curves.
+            Steps of a curve, 2 to 100, of equal length on its axis. With as many as a prompt has
+            tokens, they are switched off one by one; fewer steps flatten its curves.
         seed : int, default 0
             Seed of the random order, from 0.
         priority : {"interactive", "batch"}
@@ -445,18 +445,17 @@ class Studies:
         -------
         Evaluation
             Scores by rule, with 95 % confidence intervals over prompts. Prompts that can not be
-            evaluated are left out and noted in its `failures`; reasons not to trust the scores
+            evaluated are left out and listed in its `failures`; reasons not to trust the scores
             are in its `warnings`.
 
         Raises
         ------
         InvalidArgument
-            If an argument is wrong, a rule or target is not one of the model's, or there is no
-            prompt.
+            If an argument is wrong, the model has no such rule or target, or there is no prompt.
         TraceError
             As `trace` does.
         Exception
-            What `prompts` raises.
+            An exception of `prompts`.
 
         Notes
         -----
@@ -549,18 +548,18 @@ class Generate:
         add_special_tokens : bool, default True
             As in `trace`.
         steer : Steer, Edit or a sequence of these, optional
-            Applied in this order at every token, of the prompt and of the generated text. A text
-            without them is generated as well, in the same batch.
+            Applied in this order at every token, of the prompt and of the generated text. The text
+            without them is generated too, in the same batch.
         max_new_tokens : int, default 64
             Most tokens to generate, 1 to 1024.
         temperature : float, default 0
-            0: always the token with the largest logit; else tokens are sampled from the logits
-            divided by it.
+            0: always the token with the largest logit; otherwise tokens are sampled from the logits
+            divided by this.
         top_p : float, default 0
             Sample from the likeliest tokens whose probabilities add up to this; 0: from all.
         seed : int, default 0
-            Seed of the sampling. The same seed gives the same text, unless the model's numbers are
-            rounded differently in another batch, which often decides a sample in bfloat16.
+            Seed of the sampling. The same seed gives the same text, unless numbers are rounded
+            differently in another batch, which often changes a sample in bfloat16.
         model : str, optional
             Name of a served model; default: the only one.
         priority : {"interactive", "batch"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -40,9 +39,8 @@ class Connection:
             raise invalid("retry_timeout", f"must be 0 or more seconds, not {retry_timeout!r}")
         self.retry_timeout = retry_timeout
         self.pending = PendingSubmissions(self)
-        self._random = random.Random()
         self._credentials = credentials
-        self._servers = Servers(addresses, credentials, self._random)
+        self._servers = Servers(addresses, credentials)
         self._outage = OutageLog(self.address)
         self._closed = False
         self._background: set[asyncio.Task[None]] = set()
@@ -67,7 +65,7 @@ class Connection:
         return self._credentials.metadata()
 
     def retries(self, deadline: Deadline) -> Retries:
-        return Retries(self.retry_timeout, self.address, deadline, self._random, self._outage)
+        return Retries(self.retry_timeout, self.address, deadline, self._outage)
 
     async def wait_to_retry(
         self, retries: Retries, status: RpcStatus, server: Server, metadata: Metadata

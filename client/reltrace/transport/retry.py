@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 import time
+from random import SystemRandom
 
 import grpc
 
@@ -15,6 +15,8 @@ from reltrace.transport.status import RpcStatus, from_status
 from reltrace.types.errors import DeadlineExceeded, TraceError, invalid
 
 log = logging.getLogger("reltrace")
+# Not the module's generator, which the caller may have seeded.
+_random = SystemRandom()
 
 _MAX_RETRY_DELAY = 60.0
 # Seconds without an answer before it is logged.
@@ -95,17 +97,11 @@ class Retries:
     """
 
     def __init__(
-        self,
-        patience: float,
-        address: str,
-        deadline: Deadline,
-        random_source: random.Random,
-        outage: OutageLog,
+        self, patience: float, address: str, deadline: Deadline, outage: OutageLog
     ) -> None:
         self._patience = patience
         self._address = address
         self._deadline = deadline
-        self._random = random_source
         self._outage = outage
         self._failing_since: float | None = None
         self._failures = 0
@@ -154,4 +150,4 @@ class Retries:
             self._outage.failing(cause, left)
         ceiling = min(2.0, 0.05 * 2 ** min(self._failures, 10))
         self._failures += 1
-        return min(self._random.uniform(ceiling / 2, ceiling), left)
+        return min(_random.uniform(ceiling / 2, ceiling), left)

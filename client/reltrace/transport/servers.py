@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
+from random import SystemRandom
+from time import monotonic
 from typing import Protocol, TypeVar
 
 import grpc.aio
@@ -34,10 +34,9 @@ class Method(Protocol[Request, Response]):
 class Server:
     """One address, its channel and its stubs."""
 
-    def __init__(self, address: str, channel: grpc.aio.Channel, clock: Callable[[], float]) -> None:
+    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
         self.address = address
         self.channel = channel
-        self._clock = clock
         self.traces: trace_pb2_grpc.TraceServiceAsyncStub = trace_pb2_grpc.TraceServiceStub(channel)
         self.admin: admin_pb2_grpc.AdminServiceAsyncStub = admin_pb2_grpc.AdminServiceStub(channel)
         self.avoided_until = 0.0
@@ -49,35 +48,29 @@ class Server:
 
     def failed(self) -> None:
         avoidance = min(_MAX_AVOIDANCE, _FIRST_AVOIDANCE * 2.0 ** min(self._failures, 10))
-        self.avoided_until = self._clock() + avoidance
+        self.avoided_until = monotonic() + avoidance
         self._failures += 1
 
 
 class Servers:
     """Chooses servers in turn, beginning with a random one, so that clients spread over them."""
 
-    def __init__(
-        self,
-        addresses: Sequence[str],
-        credentials: Credentials,
-        random_source: random.Random,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, addresses: Sequence[str], credentials: Credentials) -> None:
         self._addresses = addresses
         self._credentials = credentials
-        self._clock = clock
-        self._next = random_source.randrange(len(addresses))
+        # Not the module's generator, which the caller may have seeded.
+        self._next = SystemRandom().randrange(len(addresses))
         self._servers: list[Server] = []
 
     def choose(self) -> Server:
         """Return the server for the next call; opens the channels on the running event loop."""
         if not self._servers:
             self._servers = [
-                Server(address, self._credentials.open_channel(address, _RECONNECT), self._clock)
+                Server(address, self._credentials.open_channel(address, _RECONNECT))
                 for address in self._addresses
             ]
         count = len(self._servers)
-        now = self._clock()
+        now = monotonic()
         in_turn = [self._servers[(self._next + step) % count] for step in range(count)]
         # If all are avoided, the one that is avoided for the shortest time.
         chosen = next(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -171,10 +172,8 @@ def invalid(field: str, description: str) -> InvalidArgument:
 
 def with_item(error: TraceError, item: str | int) -> TraceError:
     """Return `error` with the id of the `trace_many` item in front of its message."""
-    message = f"item {item!r}: {error}"
-    other = type(error)(message, violations=error.violations, job_id=error.job_id)
-    if isinstance(other, Quarantined) and isinstance(error, Quarantined):
-        other.lost_leases = error.lost_leases
+    other = copy(error)
+    other.args = (f"item {item!r}: {error}",)
     other.__cause__ = error.__cause__
     return other
 

@@ -1,4 +1,4 @@
-"""Tokens as people read them: white space, bytes and invisible characters of any tokenizer."""
+"""Readable texts of the tokens of any tokenizer: white space, bytes, invisible characters."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _WHITE_SPACE = str.maketrans(
     {"\u2581": " ", _BYTE_LEVEL_SPACE: " ", "\u010a": "\n", "\u0109": "\t"}
 )
 
-# How SentencePiece writes a byte that no piece has, and workers the bytes of a token that is not
-# made of whole characters.
+# How SentencePiece writes a byte without a piece of its own, and how workers write the bytes of a
+# token that does not consist of whole characters.
 _HEX_BYTES = re.compile(r"<0x((?:[0-9A-F]{2})+)>")
 
 # "<s>", "<|begin_of_text|>", "[CLS]", and single bytes: "<0x0A>".
@@ -27,24 +27,24 @@ _SPECIAL = re.compile(r"<[^<>\s]{1,40}>|\[[A-Z]{2,10}\]")
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 _WHITE_SPACE_SIGNS = {"\n": "↵", "\t": "→"}
 
-# Most tokens in a row of which each shares a character with the next.
+# Largest number of tokens that share one character, or a chain of them.
 _MAX_SHARING = 8
 
-# As many token texts as a few large vocabularies have.
+# The size of a few large vocabularies.
 _CACHE_SIZE = 1 << 18
 
 
 class TokenText(NamedTuple):
-    """The text of a token among those that share its characters.
+    """The readable text of a token, which may share characters with its neighbours.
 
     Attributes
     ----------
     text : str
-        Its own text, or the whole text that several tokens share.
+        The token's text, or the text of all tokens that share its characters.
     number : int
-        Which of these tokens it is, counted from 1.
+        Number of the token among these, counted from 1.
     shown : str
-        The text for the first of them; their number, such as ₂, for the others.
+        The text for the first of these tokens; the number, such as ₂, for the others.
     """
 
     text: str
@@ -53,7 +53,7 @@ class TokenText(NamedTuple):
 
     @classmethod
     def of(cls, text: str, number: int = 1) -> TokenText:
-        """Return it with what is shown for its number."""
+        """Return it with `shown` filled in."""
         return cls(text, number, text if number == 1 else str(number).translate(_SUBSCRIPTS))
 
 
@@ -70,8 +70,8 @@ def readable_all(tokens: Sequence[str], part: slice = slice(None)) -> list[str]:
 def readable_alone(token: str) -> str:
     """Return a token's text where its neighbours are not known.
 
-    The bytes of a partial character are escaped if the token is surely byte-level; a token such
-    as "é" may be a letter.
+    The bytes of a partial character are escaped if the token is certainly byte-level; one such as
+    "é" may be a letter.
     """
     return escaped_bytes(token) if _BYTE_LEVEL_SPACE in token else readable(token)
 
@@ -88,7 +88,7 @@ def is_partial_character(token: str) -> bool:
 
 
 def is_special(token: str) -> bool:
-    """Tell whether a token looks like one that stands for no text."""
+    """Tell whether a token looks like a special token, which has no text."""
     return _SPECIAL.fullmatch(token) is not None
 
 
@@ -123,13 +123,13 @@ def visible_token(token: str) -> str:
 def token_texts(tokens: Sequence[str], part: slice = slice(None)) -> list[TokenText]:
     """Return the texts of the tokens of a text, or of a part of it.
 
-    Tokens that share a character are joined (see `join_partial_characters`). A tokenizer that does
-    not mark white space leaves words without a gap: they get a space.
+    Tokens that share a character are joined (see `join_partial_characters`). If the tokenizer does
+    not mark white space, a space is appended to every token.
 
     Parameters
     ----------
     tokens : sequence of str
-        Tokens of the whole text, which tells whether white space is marked.
+        Tokens of the whole text, from which it is known whether white space is marked.
     part : slice
         The tokens to return.
     """
@@ -138,7 +138,7 @@ def token_texts(tokens: Sequence[str], part: slice = slice(None)) -> list[TokenT
     before = max(0, start - _MAX_SHARING + 1)
     found = join_partial_characters(tokens[before : stop + _MAX_SHARING - 1])
     found = found[start - before : stop - before]
-    # Nearly always one of the first tokens tells.
+    # Nearly always one of the first tokens has a space.
     if any(" " in one.text for one in found) or any(" " in readable(token) for token in tokens):
         return found
     return [one._replace(shown=f"{one.shown} ") for one in found]
@@ -187,8 +187,8 @@ _BYTES = _byte_alphabet()
 def _decoded(token: str) -> tuple[str, bytes | None]:
     """Return a token's text, and its bytes if they are not whole characters.
 
-    Whether such a token is a byte-level partial character or a SentencePiece letter such as "é",
-    only its neighbours tell.
+    Such a token may be a byte-level partial character, or a SentencePiece letter such as "é": that
+    depends on its neighbours.
     """
     if match := _HEX_BYTES.fullmatch(token):
         data = bytes.fromhex(match[1])

@@ -52,17 +52,16 @@ class TokenValues(NamedTuple):
     site: str
 
 
-def token_values(trace: Trace, site: str | None = None) -> TokenValues:
-    """Return the values that colour the text of the tokens; by default of "embed", else "resid".
+def token_values(trace: Trace) -> TokenValues:
+    """Return the values that colour the text of the tokens.
 
     A reader wants to see the relevance of the input: "embed"; in the residual stream the lowest
     layer, which is nearest to it (later layers have moved it to the last token); of the sites that
     add to the stream, the sum over layers.
     """
-    if site is None:
-        if not trace.sites:
-            raise invalid("site", "is not there: no site was requested")
-        site = next((name for name in ("embed", "resid") if name in trace.sites), trace.sites[0])
+    if not trace.sites:
+        raise invalid("site", "is not there: no site was requested")
+    site = next((name for name in ("embed", "resid") if name in trace.sites), trace.sites[0])
     values = trace.by_token(site).astype(np.float32)
     if site in SITES_WITHOUT_LAYERS:
         return TokenValues(values, f"site {site}", site)

@@ -9,7 +9,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 
-@cache
 def template(name: str) -> Template:
     return _environment().get_template(name)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 from rich.color import Color
@@ -14,9 +12,8 @@ from rich.text import Text
 
 from reltrace.types.neurons import Labels, has_labels, labelled
 from reltrace.types.token_text import printable, quoted
-from reltrace.types.top_entries import Entry
 from reltrace.types.trace import Trace
-from reltrace.viz.colours import colour, ink, scaled, token_values
+from reltrace.viz.colours import TokenValues, colour, ink, scaled, token_values
 from reltrace.viz.words import Words, describe_target, entry_table, next_tokens, segments
 
 _LEGEND_CELLS = 25
@@ -25,13 +22,26 @@ _LEGEND_CELLS = 25
 _HIGH_SHARE, _FEW_TOKENS = 0.5, 4
 
 
-def show(trace: Trace, console: Console) -> None:
-    """Print the target, the coloured tokens and a legend; see `token_values` for what is shown.
+def show(trace: Trace, console: Console, atlas: Labels | None = None) -> None:
+    """Print the target and the coloured tokens; the strongest entries if tokens have no values.
 
-    Without colours (a pipe, NO_COLOR) it prints a table of the values instead.
+    Without colours (a pipe, NO_COLOR) it prints a table of the values instead. With an atlas it
+    prints the strongest neurons and heads with their labels, too.
     """
-    shown = token_values(trace)
-    _print_target(trace, console, f": {shown.title}")
+    has_token_values = trace.provenance.reduction not in ("feature", "topk")
+    shown = token_values(trace) if has_token_values else None
+    behind = "" if shown is None else f": {shown.title}"
+    console.print(Text.assemble("Relevance of ", (describe_target(trace), "bold"), behind))
+    if likeliest := next_tokens(trace):
+        console.print(Text(f"Likeliest next: {likeliest}"))
+    if shown is not None:
+        _show_tokens(trace, console, shown)
+    for site in trace.sites:
+        if shown is None or (atlas is not None and has_labels(site)):
+            show_strongest(trace, console, site, atlas)
+
+
+def _show_tokens(trace: Trace, console: Console, shown: TokenValues) -> None:
     share = trace.first_token_share(shown.site).total
     if share >= _HIGH_SHARE and len(trace.tokens) > _FEW_TOKENS:
         console.print(
@@ -50,48 +60,24 @@ def show(trace: Trace, console: Console) -> None:
             text.append(words[position], _style(float(shares[position])))
     console.print(text, soft_wrap=True)
     finite = np.abs(shown.values[np.isfinite(shown.values)])
-    console.print(_legend(float(finite.max()) if finite.size else 0.0))
+    console.print(_legend(float(finite.max(initial=0))))
 
 
-def show_entries(
-    trace: Trace, console: Console, count: int = 10, atlas: Labels | None = None
+def show_strongest(
+    trace: Trace, console: Console, site: str, atlas: Labels | None = None, count: int = 10
 ) -> None:
-    """Print the strongest entries of each site, for reductions that leave no value per token."""
-    _print_target(trace, console)
-    for site in trace.sites:
-        if atlas is not None and has_labels(site):
-            show_labelled(trace, console, site, atlas, count)
-        else:
-            console.print(f"strongest entries of site {site}")
-            _print_entries(trace, console, trace.top(count, site))
-
-
-def show_labelled(
-    trace: Trace, console: Console, site: str, atlas: Labels, count: int = 10
-) -> None:
-    """Print the strongest neurons or heads with their labels."""
+    """Print the strongest entries of a site, with their labels if the atlas has labels for it."""
     console.print(f"strongest entries of site {site}")
-    found = labelled(trace, site, count, atlas)
-    labels = [label for _, label in found]
-    _print_entries(trace, console, [entry for entry, _ in found], labels)
-
-
-def _print_target(trace: Trace, console: Console, behind: str = "") -> None:
-    console.print(Text.assemble("Relevance of ", (describe_target(trace), "bold"), behind))
-    if likeliest := next_tokens(trace):
-        console.print(Text(f"Likeliest next: {likeliest}"))
-
-
-def _print_entries(
-    trace: Trace, console: Console, entries: Sequence[Entry], labels: Sequence[str] | None = None
-) -> None:
+    entries, labels = trace.top(count, site), None
+    if atlas is not None and has_labels(site):
+        labels = [printable(label) for _, label in labelled(trace, site, count, atlas)]
     titles, rows = entry_table(entries, [quoted(name) for name in Words.of(trace).names])
     titles[-1] = "relevance"
     table = Table(*titles, box=None, pad_edge=False)
     table.columns[-1].justify = "right"
     if labels is not None:
         table.add_column("label")
-        rows = [[*row, printable(label)] for row, label in zip(rows, labels, strict=True)]
+        rows = [[*row, label] for row, label in zip(rows, labels, strict=True)]
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

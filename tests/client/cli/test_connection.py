@@ -160,7 +160,7 @@ def test_a_file_that_is_not_there(
     monkeypatch.delenv("RELTRACE_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "empty"))
     assert shown(command) == {"server": ("127.0.0.1:50051", "default")}
-    assert "(there is none)" in command("config")[1].replace("\n", " ")
+    assert "(does not exist)" in command("config")[1].replace("\n", " ")
 
 
 @pytest.mark.usefixtures("config")

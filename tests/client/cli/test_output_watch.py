@@ -16,7 +16,7 @@ import pytest
 from cli.conftest import Run
 from fake_server import FakeServer
 from reltrace.cli import output
-from reltrace.cli.server import JobRate
+from reltrace.cli.server import jobs_per_second
 from rich.text import Text
 
 # Python's own handler: a test run that ignores SIGINT would hand that down.
@@ -68,7 +68,7 @@ def test_machines_get_a_line_at_every_look(server: FakeServer, command: str, val
     ("command", "change", "words"),
     [
         ("status", ("succeeded", 123_456), ["ended: 5 succeeded", "123,456 succeeded", "/s)"]),
-        ("workers", ("drained", ["w1"]), ["w1", "w1 (drains)"]),
+        ("workers", ("drained", ["w1"]), ["w1", "w1 (draining)"]),
     ],
 )
 def test_people_see_what_changes(
@@ -123,11 +123,9 @@ def test_what_is_watched_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_rate_is_that_since_the_look_before() -> None:
-    rate = JobRate()
-    assert rate.update(10.0, 5) is None
-    assert rate.update(12.0, 45) == 20.0
+    assert jobs_per_second((10.0, 5), (12.0, 45)) == 20.0
     # A server that forgot its counts.
-    assert rate.update(14.0, 0) == 0.0
+    assert jobs_per_second((12.0, 45), (14.0, 0)) == 0.0
 
 
 def test_a_period_that_is_none(command: Run) -> None:

@@ -20,9 +20,9 @@ def test_workers(command: Run) -> None:
 
 
 def test_workers_are_drained(command: Run, server: FakeServer) -> None:
-    assert command("workers", "drain", "w1") == (0, "1 worker told to leave\n", "")
+    assert command("workers", "drain", "w1") == (0, "1 worker told to drain\n", "")
     assert server.drained == ["w1"]
-    assert "(drains)" in command("workers")[1]
+    assert "(draining)" in command("workers")[1]
     assert command("workers", "drain")[0] == 2
     code, out, err = command("workers", "drain", "w7")
     assert (code, out) == (1, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import reltrace
 from calls.test_trace_many import check, prompts
 from fake_server import FakeServer
 from nameserver import nameserver
+from reltrace.transport import servers as module
 from reltrace.transport.servers import Servers
 from reltrace_proto.net import Credentials
 
@@ -121,14 +121,15 @@ def test_every_address_behind_a_name_is_used() -> None:
                 assert client.models()
 
 
-def test_a_server_that_failed_is_left_alone_for_a_while() -> None:
+def test_a_server_that_failed_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
+    monkeypatch.setattr(module, "monotonic", lambda: now)
 
     class Unopened(Credentials):
         def open_channel(self, address: object, options: object = ()) -> grpc.aio.Channel:
             return grpc.insecure_channel("127.0.0.1:1")
 
-    servers = Servers(("a", "b", "c"), Unopened(), random.Random(0), lambda: now)
+    servers = Servers(("a", "b", "c"), Unopened())
 
     def asked(count: int) -> list[str]:
         return [servers.choose().address for _ in range(count)]

@@ -8,10 +8,15 @@ from reltrace.viz import colours
 
 
 def test_what_colours_the_text() -> None:
-    trace = make_trace({"attn_out": (3, 5), "resid": (3, 5), "embed": (5,)})
+    shapes = {"attn_out": (3, 5), "resid": (3, 5), "embed": (5,)}
+    trace = make_trace(shapes)
     np.testing.assert_array_equal(colours.token_values(trace).values, trace["embed"])
-    np.testing.assert_array_equal(colours.token_values(trace, "resid").values, trace["resid"][0])
-    summed = colours.token_values(trace, "attn_out")
+    del shapes["embed"]
+    trace = make_trace(shapes)
+    np.testing.assert_array_equal(colours.token_values(trace).values, trace["resid"][0])
+    del shapes["resid"]
+    trace = make_trace(shapes)
+    summed = colours.token_values(trace)
     np.testing.assert_array_equal(summed.values, trace["attn_out"].sum(axis=0))
     assert summed.title == "site attn_out, sum over layers"
 

@@ -51,7 +51,7 @@ def test_layers_have_their_numbers(tmp_path: Path) -> None:
     trace = make_trace({"resid": (2, 5)}, layers=(7, 3))
     assert heatmap(trace, "resid", normalize=True).columns == ["7", "3"]
     assert heatmap(make_trace({"resid": (2, 5)}), "resid", normalize=True).columns == ["0", "1"]
-    text = colours.token_values(trace, "resid")
+    text = colours.token_values(trace)
     assert text.title == "site resid, layer 3"
     np.testing.assert_array_equal(text.values, trace.relevance[1])
     assert page_data(trace.plot(tmp_path / "a.html"))["sites"][0]["columns"] == ["7", "3"]

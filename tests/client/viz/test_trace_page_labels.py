@@ -84,7 +84,7 @@ def test_a_label_in_the_terminal() -> None:
     layer, neuron = map(int, np.unravel_index(np.abs(trace["neuron"]).argmax(), (2, 4)))
     labels = FakeLabels({("neuron", layer, neuron): "[red]\x1b[31m\n"})
     file = io.StringIO()
-    terminal.show_entries(trace, Console(file=file, width=100), atlas=labels)
+    terminal.show(trace, Console(file=file, width=100), atlas=labels)
     head, first = file.getvalue().partition("site neuron\n")[2].splitlines()[:2]
     assert head.split() == ["layer", "feature", "relevance", "label"]
     assert first.split() == [

@@ -55,7 +55,7 @@ def test_no_picture_shows_bytes(trace: reltrace.Trace, tmp_path: Path) -> None:
     console = Console(file=file, width=100)
     terminal.show(trace, console)
     terminal.show(trace, Console(file=file, force_terminal=True, color_system="truecolor"))
-    terminal.show_entries(trace, console, count=50)
+    terminal.show_strongest(trace, console, "resid", count=50)
     page = trace.plot(tmp_path / "trace.html").read_text()
     for text in (file.getvalue(), page, trace._repr_html_()):
         assert " café" in text

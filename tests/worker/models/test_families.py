@@ -11,6 +11,7 @@ from reference.checkpoints import FAMILY_RECIPES, RECIPES
 from reference.gradient import gradient_times_input
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import SITES, Engine
+from reltrace_worker.engine.sites import HookPoint
 from reltrace_worker.lrp import RULES, verify_rule
 from reltrace_worker.models import FAMILIES, LoadedModel
 from reltrace_worker.models.families import family_of
@@ -70,22 +71,16 @@ def test_outputs_are_what_is_added_to_the_residual_stream(
     (layer, *_) = loaded.family.decoder_layers(loaded.model)
 
     def keep(site: str) -> Any:
-        def hook(_: Any, args: Any, output: Any = None) -> None:
-            tensor = args[0] if output is None else output
-            seen[site] = tensor[0] if isinstance(tensor, tuple) else tensor
+        def hook(tensor: torch.Tensor) -> None:
+            seen[site] = tensor
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(keep("input"))]
+    handles = [HookPoint("", is_input=True).register(layer, keep("input"))]
     for site in ("resid", "resid_mid", "attn_out", "mlp_out"):
         hook_point = SITES[site].hook_point
         assert hook_point is not None
-        point = hook_point(loaded.family)
-        module = point.module(layer)
-        if point.is_input:
-            handles.append(module.register_forward_pre_hook(keep(site)))
-        else:
-            handles.append(module.register_forward_hook(keep(site)))
+        handles.append(hook_point(loaded.family).register(layer, keep(site)))
     loaded.model(input_ids=torch.tensor([[3, 14, 15, 92]], device=loaded.device))
     for handle in handles:
         handle.remove()

@@ -90,7 +90,7 @@ const TABLES = {
     ["oldest", "n", (queue) => (queue.queued ? age(queue.oldest) : "")],
   ],
   workers: [
-    ["worker", "id", (worker) => (worker.draining ? `${worker.id} (drains)` : worker.id)],
+    ["worker", "id", (worker) => (worker.draining ? `${worker.id} (draining)` : worker.id)],
     ["models", "", (worker) => worker.models.map((model) => model.slice(0, 60)).join(", ")],
     ["device", "", (worker) => worker.device],
     ["version", "", (worker) => worker.version],
