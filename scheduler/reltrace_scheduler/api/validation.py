@@ -133,5 +133,5 @@ def _without(spec: types_pb2.JobSpec, *fields: str) -> types_pb2.JobSpec:
     copy = types_pb2.JobSpec()
     copy.CopyFrom(spec)
     for name in fields:
-        copy.ClearField(name)
+        copy.ClearField(name)  # type: ignore[arg-type]
     return copy

@@ -19,7 +19,7 @@ from reltrace_scheduler.errors import invalid
 from reltrace_scheduler.keys import QueueName, submission_of
 from reltrace_scheduler.limits import MAX_NEW_TOKENS
 from reltrace_scheduler.observability.metrics import Counts
-from reltrace_scheduler.queue.job_queue import LOST, STORED
+from reltrace_scheduler.queue.job_queue import LOST, OUT_OF_ORDER
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import Lease, NewChunk, Priority, WorkerRecord
 
@@ -212,7 +212,7 @@ class Session:
         chunks = [_new_chunk(index, chunk) for index, chunk in enumerate(results.chunks)]
         outcome = await self._queue.commit(self.worker_id, chunks)
         for index, code in enumerate(outcome):
-            if code not in (LOST, STORED):
+            if code == OUT_OF_ORDER:
                 field = f"results.chunks[{index}].chunk.number"
                 raise invalid(field, f"{chunks[index].number} is out of order")
         lost: set[Lease] = set()

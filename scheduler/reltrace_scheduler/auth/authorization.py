@@ -47,9 +47,8 @@ def _check_role(identity: Identity, method: str) -> None:
     service, _, name = method.removeprefix("/").partition("/")
     # A service that is not listed is for operators only.
     needed = _NEEDS.get(service, Role.OPERATOR)
-    if needed not in identity.roles:
-        has = Role.OPERATOR if Role.OPERATOR in identity.roles else min(identity.roles)
+    if not identity.role.includes(needed):
         raise ForbiddenError(
-            f"{name} needs a token of the role {needed}, and {identity.name!r} has the role {has}: "
-            "ask the operator for one"
+            f"{name} needs a token of the role {needed}, and {identity.name!r} has the role "
+            f"{identity.role}: ask the operator for one"
         )

@@ -22,7 +22,11 @@ class Role(StrEnum):
     WORKER = "worker"
     """Lease jobs of every tenant and store their results."""
     OPERATOR = "operator"
-    """See all tenants, and act on workers, tenants and quarantined jobs."""
+    """What a client may; see all tenants, and act on workers, tenants and quarantined jobs."""
+
+    def includes(self, other: "Role") -> bool:
+        """Return whether this role may do everything that the other one may."""
+        return other is self or (self is Role.OPERATOR and other is Role.CLIENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +35,10 @@ class Identity:
     """Of its token; the log shows it."""
     tenant: str
     """Whose jobs it may submit, read and cancel."""
-    roles: frozenset[Role]
+    role: Role
 
 
-LOCAL = Identity("local", DEFAULT_TENANT, frozenset(Role))
+LOCAL = Identity("local", DEFAULT_TENANT, Role.OPERATOR)
 """Every caller, where no tokens are set."""
 
 _current: ContextVar[Identity] = ContextVar("identity", default=LOCAL)

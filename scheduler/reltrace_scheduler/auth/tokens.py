@@ -37,13 +37,6 @@ _MAX_FILE_BYTES = 4 << 20
 
 _FIELDS = ("name", "role", "sha256", "tenant")
 
-_MAY = {
-    Role.CLIENT: frozenset({Role.CLIENT}),
-    Role.WORKER: frozenset({Role.WORKER}),
-    # An operator may also do what a client does, for its own tenant.
-    Role.OPERATOR: frozenset({Role.OPERATOR, Role.CLIENT}),
-}
-
 
 class TokenError(ValueError):
     """An entry or a file of tokens is not as it must be; the message says where."""
@@ -71,7 +64,7 @@ class Entry:
 
     @property
     def identity(self) -> Identity:
-        return Identity(self.name, self.tenant, _MAY[self.role])
+        return Identity(self.name, self.tenant, self.role)
 
     def to_toml(self) -> str:
         # All values are of characters that TOML takes as they are.

@@ -116,7 +116,7 @@ def _is_operator(access: Access, authorization: str) -> bool:
     kind, _, encoded = authorization.partition(" ")
     try:
         token = base64.b64decode(encoded, validate=True).decode().partition(":")[2]
-        return kind.lower() == "basic" and Role.OPERATOR in access.tokens.find(token).roles
+        return kind.lower() == "basic" and access.tokens.find(token).role is Role.OPERATOR
     except (ValueError, UnauthenticatedError):
         return False
 
