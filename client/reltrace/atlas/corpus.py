@@ -139,11 +139,11 @@ class Corpus:
         texts = self._state.vocabulary
         return tuple(map(texts.__getitem__, found.token_ids(index).tolist()))
 
-    def tokens_around(self, prompt: int, position: int) -> tuple[str, ...]:
-        """Return the tokens of a prompt, which must have this position."""
+    def context(self, prompt: int, position: int) -> tuple[tuple[str, ...], str]:
+        """Return the tokens of a prompt, and the one that is explained at a position; "": none."""
         tokens: tuple[str, ...] = self.tokens(prompt)
         self._check(prompt, position, len(tokens))
-        return tokens
+        return tokens, self._state.vocabulary.get(self.target_id(prompt, position), "")
 
     def ids_up_to(self, prompt: int, position: int, before: int) -> list[int]:
         """Return the ids of up to `before` tokens before a position, and of the token there."""
@@ -173,10 +173,6 @@ class Corpus:
         """Return the token that is explained at a position; -1 where there is none."""
         slice_, index = self._find(prompt)
         return slice_.target(index, position)
-
-    def target(self, prompt: int, position: int) -> str:
-        """Return its text; "" where there is none."""
-        return self._state.vocabulary.get(self.target_id(prompt, position), "")
 
     def _find(self, prompt: int) -> tuple[CorpusSlice, int]:
         """Return the slice of a prompt, and the prompt's index in it."""
