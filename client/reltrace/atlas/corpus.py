@@ -158,13 +158,13 @@ class Corpus:
         The explained token is -1 where prompts explain their own next tokens.
         """
         in_slice = np.searchsorted(self._slice_starts, numbers, "right") - 1
-        for some in np.split(numbers, np.flatnonzero(np.diff(in_slice)) + 1):
-            if not len(some):
+        for group in np.split(numbers, np.flatnonzero(np.diff(in_slice)) + 1):
+            if not len(group):
                 continue
-            slice_, last = self._find(int(some[-1]))
-            first = int(some[-1]) - last
+            slice_, last = self._find(int(group[-1]))
+            first = int(group[-1]) - last
             ids, starts, stops = slice_.all_ids()
-            for prompt in some.tolist():
+            for prompt in group.tolist():
                 index = prompt - first
                 target = -1 if self._state.next_tokens else slice_.target(index, 0)
                 yield prompt, ids[starts[index] : stops[index]].tolist(), target
