@@ -15,6 +15,10 @@ class Violation:
     field: str
     description: str
 
+    def within(self, path: str) -> "Violation":
+        """Return the same fault of a message that contains this one as its field `path`."""
+        return Violation(f"{path}.{self.field}", self.description)
+
 
 class SchedulerError(Exception):
     """Base of all errors that have a gRPC status; the message says what to do about it."""

@@ -266,13 +266,7 @@ def test_a_slice_that_was_handed_in_before_is_read_if_it_is_there(
             settings = module.AtlasSettings(None, "attnlrp", "max", 2, 9, "batch")
             job, other = settings.job(CORPUS[:3]), settings.job(CORPUS[3:5])
             first, second, third, elsewhere = (
-                SliceJobs(
-                    client._connection,
-                    identity,
-                    settings.about(),
-                    "batch",
-                    Pins(client._connection),
-                )
+                SliceJobs(client._connection, identity, settings, Pins(client._connection))
                 for identity in (*["one folder"] * 3, "another folder")
             )
             made = await come(first, 0, job)

@@ -74,9 +74,9 @@ pipeline_tag: text-generation
 
 # {DEMO_MODEL}
 
-A LLaMA with {facts.parameters:,} weights that has learned one thing: to find the word that comes
-next earlier in the prompt. It ships with reltrace so that a relevance trace of a
-trained model can be seen, and tested, without a download.
+A LLaMA with {facts.parameters:,} weights, trained for one task: the word that comes next occurs
+earlier in the prompt, and the model has to find it. It ships with reltrace so that a trained
+model can be traced and tested without a download.
 
 | | |
 |---|---|
@@ -97,7 +97,7 @@ writes this folder, card and figures included. {facts.steps:,} steps of {facts.b
 of wall-clock time on {facts.threads} CPU thread{"s" if facts.threads > 1 else ""}.
 
 The first {facts.rehearsal_steps:,} steps, and a quarter of the texts after them, are rehearsals:
-bare pairs of words that are repeated in another order. The seed fixes texts and first weights;
+pairs of words that are repeated in another order. The seed fixes texts and initial weights;
 another processor or another version of torch rounds differently and gives a slightly different
 model.
 
@@ -127,12 +127,12 @@ to the word that decides the answer, "{shown.example.answer}".
 
 ## Limits
 
-It knows the words and templates of its corpus and nothing about the world. Only the family "pets"
-has two words in the prompt that could be the answer, so that the question decides; the prompts of
-the other families state one fact, and the answer is the only word of its kind in them. Of two facts
-of those families ("Ida lives in Bern and Tom lives in Rome. To visit Ida, ...") it was never taught
-to choose the right one. A word that it does not know falls apart into bytes that it never saw in
-training; other sentences and longer prompts give arbitrary answers. The figures say how well
+It knows only the words and templates of its corpus. Only the family "pets" has two words in the
+prompt that could be the answer, so that the question decides; the prompts of the other families
+state one fact, and the answer is the only word of its kind in them. It was not trained to choose
+between two facts of those families ("Ida lives in Bern and Tom lives in Rome. To visit Ida,
+..."). A word that it does not know is split into bytes that it never saw in training; other
+sentences and longer prompts give arbitrary answers. The figures say how well
 relevance points to the answer in these sentences, not how well it does in other models or texts.
 """
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reltrace_worker.engine import REDUCTIONS, SITES, Engine
-from reltrace_worker.lrp import RULES
-from reltrace_worker.models import JobPreparer, LoadedModel
+from reltrace_worker.engine import Engine, JobPreparer
+from reltrace_worker.models import LoadedModel
 from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import JobSpec
+from reltrace_worker.types.jobs import TraceRequest
 
 from demo_model.corpus import Example
 
@@ -81,11 +80,13 @@ def measure(
         A pass failed, or its numbers are not finite.
     """
     engine = Engine(loaded, checkpointing="off")
-    preparer = JobPreparer(loaded, sites=SITES, reductions=REDUCTIONS, rules=RULES)
+    preparer = JobPreparer(loaded)
     outcomes: list[Outcome] = []
     for start in range(0, len(examples), _BATCH):
         batch = examples[start : start + _BATCH]
-        jobs = [preparer.prepare(JobSpec(e.prompt, sites=("embed",), rule=rule)) for e in batch]
+        jobs = [
+            preparer.prepare(TraceRequest(e.prompt, sites=("embed",), rule=rule)) for e in batch
+        ]
         for example, result in zip(batch, engine.run(jobs), strict=True):
             if isinstance(result, EngineError):
                 raise result

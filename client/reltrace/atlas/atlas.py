@@ -20,7 +20,7 @@ from reltrace.atlas.merged import MergedSite
 from reltrace.atlas.search import FeatureMatch, Search, ranked
 from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import LISTS, MEASURES, SITES, SUMS
-from reltrace.types.checks import whole_number
+from reltrace.types.checks import check_name, whole_number
 from reltrace.types.errors import invalid
 
 _CACHED_LABELS = 1 << 16
@@ -210,8 +210,7 @@ class Atlas:
         """
         if not isinstance(text, str) or not text.strip():
             raise invalid("text", "must not be empty")
-        if measure not in MEASURES:
-            raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
+        check_name(measure, "measure", MEASURES)
         whole_number(k, "k", 1)
         self._of(site)
         search = Search(self._corpus, self._state, text)
@@ -349,8 +348,7 @@ class Atlas:
         return label_of(self._salient(key))
 
     def _of(self, site: str) -> MergedSite:
-        if site not in SITES:
-            raise invalid("site", f"must be one of {', '.join(SITES)}, not {site!r}")
+        check_name(site, "site", SITES)
         return self._state.sites[site]
 
     def _check(self, site: str, layer: int, index: int) -> None:

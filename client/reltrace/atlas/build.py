@@ -52,8 +52,7 @@ async def build(
     if first is None:
         raise invalid("prompts", "there are none: the corpus is empty")
     folder = AtlasFolder(out)
-    try:
-        await shielded_to_thread(folder.lock)
+    with folder.lock():
         # After it is locked: another process may have built here until then.
         exists = folder.exists
         state = await asyncio.to_thread(folder.read) if exists else State(settings.about())
@@ -62,8 +61,6 @@ async def build(
         builder = _Builder(connection, folder, identity, state, settings, progress)
         await builder.run(chain([first], source))
         await shielded_to_thread(folder.finish_build)
-    finally:
-        folder.unlock()
     return state
 
 
@@ -79,8 +76,7 @@ class _Builder:
     ) -> None:
         self._connection = connection
         self._pins = Pins(connection)
-        about, priority = settings.about(), settings.priority
-        self._jobs = SliceJobs(connection, identity, about, priority, self._pins)
+        self._jobs = SliceJobs(connection, identity, settings, self._pins)
         self._folder = folder
         self._state = state
         self._settings = settings

@@ -25,10 +25,10 @@ _CACHED_PROMPTS = 1024
 class CorpusSlice:
     """The prompts of one slice, read from its file as needed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known_tokens: Array) -> None:
         from safetensors import safe_open
 
-        # It is mapped, and closed when nobody refers to it any more.
+        # Memory-mapped; closed when it is garbage-collected.
         file: Any = safe_open(path, "np")
         self._file = file
         self._ids = file.get_slice("token_ids")
@@ -36,11 +36,12 @@ class CorpusSlice:
         self._ends = np.cumsum(self._lengths, dtype=np.int64)
         names: list[str] = file.keys()
         self._targets = file.get_tensor("targets") if "targets" in names else None
+        self._check(known_tokens)
 
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def check(self, known_tokens: Array) -> None:
+    def _check(self, known_tokens: Array) -> None:
         """Raise ValueError if the file is damaged. See `State.known_tokens`."""
         lengths, ids = self._lengths, self._file.get_tensor("token_ids")
         targets = np.full_like(lengths, -1) if self._targets is None else self._targets
@@ -88,19 +89,13 @@ def write_slice(folder: Path, number: int, shard: AtlasShard) -> None:
         write_tensors(file, shard.arrays["corpus"], {})
 
 
-def open_slice(folder: Path, number: int, known_tokens: Array | None) -> CorpusSlice:
-    """Open the tokens of a slice.
-
-    Raises InvalidArgument if they are missing, or, with `known_tokens`, damaged otherwise.
-    """
+def open_slice(folder: Path, number: int, known_tokens: Array) -> CorpusSlice:
+    """Open the tokens of a slice; raise InvalidArgument if they are missing or damaged."""
     path = _path(folder, number)
     try:
-        found = CorpusSlice(path)
-        if known_tokens is not None:
-            found.check(known_tokens)
-        return found
+        return CorpusSlice(path, known_tokens)
     except Exception as error:
-        # The library's error has no name of its own.
+        # Reading a damaged file may raise any error.
         raise damaged(path, error) from error
 
 
@@ -126,7 +121,6 @@ class Corpus:
         self._folder = folder
         self._state = state
         self._slice_starts = state.first_prompts()
-        self._checked: set[int] = set()
         self._slice = lru_cache(_OPEN_SLICES)(self._open)
         self.tokens = lru_cache(_CACHED_PROMPTS)(self._tokens)
         """Return the tokens of a prompt, a tuple of str; none where it was left out."""
@@ -194,11 +188,7 @@ class Corpus:
         raise invalid("number", f"the corpus has no prompt {prompt}")
 
     def _open(self, number: int) -> CorpusSlice:
-        # Checked once, though it may be opened several times.
-        known_tokens = None if number in self._checked else self._known_tokens
-        found = open_slice(self._folder, number, known_tokens)
-        self._checked.add(number)
-        return found
+        return open_slice(self._folder, number, self._known_tokens)
 
     def _check(self, prompt: int, position: int, length: int) -> None:
         if not 0 <= position < length:

@@ -9,7 +9,7 @@ from typing import Any
 from reltrace.atlas.merged import quantile
 from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import MEASURES
-from reltrace.types.checks import number
+from reltrace.types.checks import check_name, number
 from reltrace.types.edit import Steer, finite
 from reltrace.types.errors import invalid
 from reltrace.types.token_text import readable_all
@@ -235,6 +235,5 @@ class Feature:
             An argument is wrong.
         """
         share = number(share, "share", 0, 1)
-        if measure not in MEASURES:
-            raise invalid("measure", f"must be one of {', '.join(MEASURES)}, not {measure!r}")
+        check_name(measure, "measure", MEASURES)
         return quantile(self._histograms[measure], share)

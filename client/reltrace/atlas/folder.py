@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ class AtlasFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = ExitStack()
 
     @property
     def exists(self) -> bool:
@@ -46,7 +45,7 @@ class AtlasFolder:
             with safe_open(path, "np") as file:
                 metadata = (file.metadata() or {}).get("atlas")
                 if metadata is None:
-                    raise invalid("atlas", f"{path} is of safetensors, but holds no atlas")
+                    raise invalid("atlas", f"{path} is a safetensors file, but holds no atlas")
                 about = json.loads(metadata)
                 if about["format"] != _FORMAT:
                     raise invalid(
@@ -63,7 +62,7 @@ class AtlasFolder:
         except TraceError:
             raise
         except Exception as error:
-            # The library's error has no name of its own.
+            # Reading a damaged file may raise any error.
             raise damaged(path, error) from error
 
     def write(self, state: State) -> None:
@@ -87,16 +86,13 @@ class AtlasFolder:
         with replace_file(self.path / ATLAS) as file:
             write_tensors(file, arrays, {"atlas": json.dumps(about)})
 
-    def lock(self) -> None:
-        """Keep other processes from building here, until `unlock`.
+    def lock(self) -> AbstractContextManager[None]:
+        """Let one process at a time build here.
 
         Raises TraceError if another one does, or the folder can not be used.
         """
         busy = f"another process builds the atlas in {self.path}; stop it, or choose another folder"
-        self._lock.enter_context(lock_folder(self.path, busy))
-
-    def unlock(self) -> None:
-        self._lock.close()
+        return lock_folder(self.path, busy)
 
     def begin_build(self) -> str:
         """Note that the atlas is being built; return the identity of this build.

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
+from reltrace.atlas.settings import AtlasSettings
 from reltrace.calls.pinning import Pins
 from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
@@ -22,7 +22,7 @@ from reltrace.transport.retry import Deadline
 from reltrace.transport.submit import Rejected, submit
 from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import InvalidArgument, NotFound, TraceError
-from reltrace.types.request import Job, Priority, wire_priority
+from reltrace.types.request import Job, wire_priority
 
 _KEY_FIELD = "idempotency_key"
 
@@ -36,24 +36,19 @@ class BuiltShard:
     """The result of a slice, and its submission, which stays on the server until `free_shards`."""
 
     shard: AtlasShard
-    size: int
     submission: Submission
 
 
 class PrefetchLimit:
-    """Two results at a time, and up to eight if so many fit 256 MiB.
-
-    All results of an atlas are of about one size, which the first one tells.
-    """
+    """Two results in memory at a time, and up to eight if so many fit 256 MiB."""
 
     def __init__(self) -> None:
-        self._slots = _MIN_PREFETCH
-        self._taken = 0
-        self._changed = asyncio.Condition()
+        self._slots = asyncio.Semaphore(_MIN_PREFETCH)
+        self._measured = False
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-        """Return what waits for a slot, at its first call; the slot is free again at the end.
+        """Return a function that waits for a slot at its first call; the slot is free at the end.
 
         A slice that waits for its worker takes none: results that are ready can be read.
         """
@@ -61,27 +56,23 @@ class PrefetchLimit:
 
         async def take() -> None:
             nonlocal taken
-            if taken:
-                return
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._taken < self._slots)
-                self._taken += 1
+            if not taken:
+                await self._slots.acquire()
                 taken = True
 
         try:
             yield take
         finally:
             if taken:
-                self._taken -= 1
-                await self._notify()
+                self._slots.release()
 
-    async def measured(self, size: int) -> None:
-        self._slots = min(_MAX_PREFETCH, max(_MIN_PREFETCH, _PREFETCH_BYTES // max(size, 1)))
-        await self._notify()
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def measure(self, size: int) -> None:
+        """Set the limit by the first result, in bytes: all of an atlas are of about one size."""
+        if self._measured:
+            return
+        self._measured = True
+        for _ in range(min(_MAX_PREFETCH, _PREFETCH_BYTES // max(size, 1)) - _MIN_PREFETCH):
+            self._slots.release()
 
 
 class SliceJobs:
@@ -96,13 +87,13 @@ class SliceJobs:
         self,
         connection: Connection,
         identity: str,
-        about: Mapping[str, Any],
-        priority: Priority,
+        settings: AtlasSettings,
         pins: Pins,
     ) -> None:
         self._connection = connection
-        self._about = json.dumps([identity, about, priority], sort_keys=True)
-        self._priority = wire_priority(priority)
+        shared = [identity, settings.about(), settings.priority]
+        self._shared_key = json.dumps(shared, sort_keys=True)
+        self._priority = wire_priority(settings.priority)
         self._pins = pins
         self._limit = PrefetchLimit()
 
@@ -116,21 +107,21 @@ class SliceJobs:
         jobs, deadline = [job], Deadline(None)
         job.spec.model = await self._pins.route(job.spec.model, deadline)
         for attempt in count():
-            key = self._key(number, digest, attempt)
+            content = f"{self._shared_key} {number} {digest} {attempt}"
+            key = f"atlas-{hashlib.sha256(content.encode()).hexdigest()}"
             try:
                 answer = await submit(self._connection, jobs, deadline, self._priority, key)
             except InvalidArgument as error:
                 if any(violation.field == _KEY_FIELD for violation in error.violations):
-                    # The key is of another job: for what was the default model then, say.
+                    # The key belongs to another job, such as for an earlier default model.
                     continue
                 raise
             if isinstance(answer, Rejected):
                 raise answer.errors[0]
             async with self._limit.slot() as take_slot:
                 found = await self._read(answer, jobs, deadline, take_slot)
-                if isinstance(found, BuiltShard):
-                    await self._limit.measured(found.size)
-                    yield found
+                if isinstance(found, AtlasShard):
+                    yield BuiltShard(found, answer)
                     return
             if not answer.deduplicated:
                 raise found
@@ -143,7 +134,7 @@ class SliceJobs:
         jobs: list[Job],
         deadline: Deadline,
         take_slot: Callable[[], Awaitable[None]],
-    ) -> BuiltShard | TraceError:
+    ) -> AtlasShard | TraceError:
         """Return the result of a slice, or why there is none.
 
         A slot is taken before more than its first message is read.
@@ -157,14 +148,11 @@ class SliceJobs:
         except NotFound as error:
             return error
         if isinstance(result.outcome, AtlasShard):
-            return BuiltShard(result.outcome, result.bytes, accepted)
+            self._limit.measure(result.bytes)
+            return result.outcome
         assert isinstance(result.outcome, TraceError)
         await acknowledge(self._connection, accepted.id, len(jobs))
         return result.outcome
-
-    def _key(self, number: int, digest: str, attempt: int) -> str:
-        what = f"{self._about} {number} {digest} {attempt}"
-        return f"atlas-{hashlib.sha256(what.encode()).hexdigest()}"
 
 
 async def free_shards(connection: Connection, submissions: Iterable[Submission]) -> None:

@@ -128,19 +128,13 @@ class Search:
         prompts, tokens = merged.prompts[:, number], merged.tokens[:, number].astype(np.int64)
         exists = prompts >= 0
         first = prompts << _TOKEN_BITS
-        found = exists & (
-            self._any(first + np.maximum(tokens - BEFORE, 0), first + tokens)
-            | np.isin(first + tokens if self._state.next_tokens else first, self._targets)
-        )
+        # Occurrences that begin before the window of a context, and before its end.
+        before = np.searchsorted(self._starts, first + np.maximum(tokens - BEFORE, 0))
+        until = np.searchsorted(self._starts, first + tokens, "right")
+        explained = first + tokens if self._state.next_tokens else first
+        found = exists & ((until > before) | np.isin(explained, self._targets))
         strength = np.where(found, values, 0).sum(1)
         return Hits(which, found.sum(1), exists.sum(1), strength, found.argmax(1))
-
-    def _any(self, low: Array, high: Array) -> Array:
-        """Tell of each pair of tokens whether the text begins between them, both included."""
-        result: Array = np.searchsorted(self._starts, high, "right") > np.searchsorted(
-            self._starts, low, "left"
-        )
-        return result
 
 
 def folded(text: str) -> str:

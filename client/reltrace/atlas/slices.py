@@ -53,16 +53,14 @@ class Slice:
     def digest(self) -> str:
         whole = hashlib.sha256()
         for prompt in self.prompts:
-            data = prompt.encode() if isinstance(prompt, str) else _chat_bytes(prompt)
+            if isinstance(prompt, str):
+                data = prompt.encode()
+            else:
+                messages = [[message.role, message.content] for message in prompt.messages]
+                # No text in UTF-8 has this byte.
+                data = b"\xff" + json.dumps(messages).encode()
             whole.update(len(data).to_bytes(8, "little") + data)
         return whole.hexdigest()
-
-
-def _chat_bytes(chat: types_pb2.Chat) -> bytes:
-    """Return bytes that differ between conversations, and from those of any text."""
-    messages = [[message.role, message.content] for message in chat.messages]
-    # No text in UTF-8 has this byte.
-    return b"\xff" + json.dumps(messages).encode()
 
 
 def slices(prompts: Iterable[str | Mapping[str, Any]], largest: int) -> Iterator[Slice]:

@@ -21,8 +21,7 @@ from reltrace.types.request import Arguments
 from reltrace.types.target import Target
 
 InputName: TypeAlias = Literal["jsonl", "text", "csv", "parquet"]
-FORMATS = get_args(InputName)
-_SUFFIXES = {
+_SUFFIXES: dict[str, InputName] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".txt": "text",
@@ -46,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class InputFormat:
-    name: str  # one of `FORMATS`
+    name: InputName
     # Of CSV and Parquet; default: "prompt", else "messages", whose cells are conversations (in CSV
     # as JSON), and "id" if there is such a column.
     column: str | None = None
@@ -59,27 +58,25 @@ class InputFormat:
     def of(
         cls,
         path: Path | None,
-        name: str | None,
+        name: InputName | None,
         column: str | None,
         id_column: str | None,
         also: tuple[str, ...] = (),
     ) -> InputFormat:
-        """Return the format of a file (None: standard input), by `name` or else by its suffix.
+        """Return the format of a file, by `name` or else by its suffix; None: standard input.
 
-        Raises InvalidArgument if neither tells, or the options do not fit the format.
+        The default of standard input is JSON lines. Raises InvalidArgument if the suffix names no
+        format, or the options do not fit the format.
         """
         compressed = path is not None and path.suffix.lower() == ".gz"
+        name = name or ("jsonl" if path is None else format_of(path))
         if name is None:
-            name = None if path is None else format_of(path)
-            if name is None:
-                what = "standard input" if path is None else f"{path.name!r}"
-                raise invalid(
-                    "input-format",
-                    f"of {what} is not known; give one of {', '.join(FORMATS)}, or a file name "
-                    f"that ends in {', '.join(_SUFFIXES)} (and .gz)",
-                )
-        if name not in FORMATS:
-            raise invalid("input-format", f"must be one of {', '.join(FORMATS)}, not {name!r}")
+            assert path is not None
+            raise invalid(
+                "input-format",
+                f"of {path.name!r} is not known; give one of {', '.join(get_args(InputName))}, or "
+                f"a file name that ends in {', '.join(_SUFFIXES)} (and .gz)",
+            )
         for field_name, value in (("column", column), ("id-column", id_column)):
             if value is not None and name not in ("csv", "parquet"):
                 raise invalid(field_name, f"is for csv and parquet; {name} has no columns")
@@ -88,7 +85,7 @@ class InputFormat:
         return cls(name, column, id_column, compressed, also)
 
 
-def format_of(path: Path) -> str | None:
+def format_of(path: Path) -> InputName | None:
     """Return the format that the suffix of a file names, before a .gz; None: it names none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from reltrace.batch.items import Item
 from reltrace.types.arrays import Array
 from reltrace.types.errors import InvalidArgument, TraceError, invalid
 
 NAME = "journal.sqlite"
 
-# States of a prompt. One that failed for a fault of its own is refused: another try ends the same.
+# States of a prompt. It is refused if it failed because it is invalid: a retry would fail again.
 TRACED, FAILED, REFUSED = 1, 2, 3
 
 _SCHEMA = """
@@ -80,10 +81,10 @@ class Failed:
         return _FAILURE_BYTES + len(self.to_line())
 
     @classmethod
-    def of(cls, index: int, line: int, name: str | int, error: TraceError) -> Failed:
+    def of(cls, item: Item, error: TraceError) -> Failed:
         violations = [asdict(violation) for violation in error.violations]
         kind = InvalidArgument if isinstance(error, InvalidArgument) else type(error)
-        return cls(index, line, name, kind.__name__, str(error), violations)
+        return cls(item.index, item.line, item.id, kind.__name__, str(error), violations)
 
     def to_line(self) -> bytes:
         text = json.dumps(asdict(self), ensure_ascii=False)

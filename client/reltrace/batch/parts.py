@@ -12,7 +12,7 @@ import numpy as np
 
 from reltrace.storage.atomic_files import replace_file
 from reltrace.storage.tensor_files import write_tensors
-from reltrace.storage.trace_files import describe, location_of, restore, tensors_of
+from reltrace.storage.trace_files import restore, split
 from reltrace.types.arrays import Array
 from reltrace.types.errors import MissingDependency, invalid
 from reltrace.types.trace import Trace
@@ -41,20 +41,13 @@ def is_name(name: str) -> bool:
 
 def header_bytes(trace: Trace) -> int:
     """Return how many bytes a trace takes in the header of a safetensors file, at most."""
-    about, tensors = _split(trace)
+    about, tensors = split(trace, copy_stored=False)
     # Many traces share one.
     del about["provenance"]
     # It is JSON within JSON: quotes and backslashes are escaped once more.
     text = json.dumps(about)
     escaped = len(text) + text.count('"') + text.count("\\") + 2
     return escaped + sum(_ENTRY_BYTES + len(name) for name in ("", *tensors))
-
-
-def _split(trace: Trace) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Return a trace as JSON, with the order of its tensors, and these unless they are stored."""
-    location = location_of(trace)
-    tensors = {} if location else tensors_of(trace)
-    return {**describe(trace), **location, "order": list(tensors)}, tensors
 
 
 def write_part(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
@@ -79,7 +72,7 @@ def _write_safetensors(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> Non
     about = []
     tensors: dict[str, Array] = {}
     for row, (index, trace) in enumerate(rows):
-        described, arrays = _split(trace)
+        described, arrays = split(trace, copy_stored=False)
         # The same for thousands of traces.
         provenance = json.dumps(described.pop("provenance"), sort_keys=True)
         described["provenance"] = provenances.setdefault(provenance, len(provenances))
@@ -97,7 +90,7 @@ def _open_safetensors(path: Path) -> Callable[[int], Trace]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        # It is mapped, and closed when nobody refers to it any more.
+        # Memory-mapped; closed when it is garbage-collected.
         file: Any = safe_open(path, "numpy")
         metadata: dict[str, str] = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
@@ -119,7 +112,7 @@ def _write_parquet(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> None:
     pyarrow, parquet = pyarrow_modules()
     columns: dict[str, list[Any]] = {}
     for index, trace in rows:
-        described, arrays = _split(trace)
+        described, arrays = split(trace, copy_stored=False)
         described["dtypes"] = [array.dtype.str for array in arrays.values()]
         row: dict[str, Any] = {
             "index": index,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from reltrace.batch import parts
-from reltrace.batch.folder import STDIN, TRACE_ARGUMENTS, BatchFolder, Settings
+from reltrace.batch.folder import BatchFolder, Settings
 from reltrace.batch.items import Fingerprint, InputFormat, Item, read_items
 from reltrace.batch.journal import FAILED, REFUSED, TRACED, Failed, Journal
 from reltrace.batch.preflight import find_fault
@@ -22,12 +22,20 @@ from reltrace.client.recording import recording
 from reltrace.client.sync_client import Client
 from reltrace.storage.atomic_files import with_filename
 from reltrace.types.errors import Failure, invalid
-from reltrace.types.trace import Trace
+
+# Standard input is copied to this file of the folder: it is read twice.
+_STDIN = "stdin"
+
+# The settings that are arguments of `trace`.
+_TRACE_ARGUMENTS = (
+    "model", "sites", "reduce", "target", "rule", "dtype", "layers", "top_k", "output_uri",
+    "add_special_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a batch is run; none of it decides a number."""
+    """Options that do not change the numbers of a batch."""
 
     source: Path | None  # None: standard input
     out: Path
@@ -41,11 +49,9 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Prompts that are traced and failed, by this run or before; how many are new, and the time."""
-
-    traced: int
-    failed: int
-    new: int
+    traced: int  # prompts that have traces, of this run or an earlier one
+    failed: int  # prompts that failed, likewise
+    new: int  # results of this run
     seconds: float
 
 
@@ -68,19 +74,19 @@ class Run:
         self._stdin = stdin
         self._progress = progress
         self._folder = BatchFolder(options.out, options.shard)
-        # Of each prompt, by earlier runs.
+        # The state of each prompt, by earlier runs.
         self._states = bytearray()
         # With the revision, once traces have been made.
         self._model = settings.model
         # Shared by the thread that reads prompts and the one that writes.
         self._lock = threading.Lock()
         self._fingerprint = Fingerprint()
-        # Id, line and `Traced.own_model` of prompts on the server.
-        self._in_flight: dict[int, tuple[str | int, int, bool]] = {}
+        # Prompts on the server, by their index.
+        self._in_flight: dict[int, Item] = {}
         self._new = 0
 
-    def run(self, target: Any) -> Summary:
-        """Trace what is missing; `target` is that of prompts that have none of their own.
+    def run(self) -> Summary:
+        """Trace the prompts that have no result yet.
 
         Raises
         ------
@@ -94,7 +100,11 @@ class Run:
         with self._folder.lock():
             self._folder.open(settings, str(options.source or "-"))
             with closing(Journal(self._folder.path)) as journal:
-                self._recover(journal)
+                # What earlier runs committed; files that they left unfinished are removed.
+                self._states = journal.states()
+                names = {parts.name_of(number, settings.format) for number in journal.parts()}
+                self._folder.remove_uncommitted(names)
+                write_errors(self._folder, journal)
                 source = options.source or self._copy_stdin()
                 self._check_input(source, *journal.input())
                 self._model = self._folder.route(self._client.models(), settings.model)
@@ -107,10 +117,10 @@ class Run:
                     max_traces=options.part_traces,
                     max_seconds=options.part_seconds,
                 )
-                left, record = self._folder.submissions(), self._folder.record_submissions
+                previous = self._folder.submissions()
                 try:
-                    with recording(self._client, left, record):
-                        self._trace(source, writer, target)
+                    with recording(self._client, previous, self._folder.record_submissions):
+                        self._trace(source, writer)
                 finally:
                     writer.close()
                 write_errors(self._folder, journal)
@@ -118,16 +128,8 @@ class Run:
         failed = states.count(FAILED) + states.count(REFUSED)
         return Summary(states.count(TRACED), failed, self._new, time.monotonic() - began)
 
-    def _recover(self, journal: Journal) -> None:
-        """Read what earlier runs committed, and remove files that they left unfinished."""
-        self._states = journal.states()
-        names = {parts.name_of(number, self._settings.format) for number in journal.parts()}
-        self._folder.remove_uncommitted(names)
-        write_errors(self._folder, journal)
-
     def _copy_stdin(self) -> Path:
-        """Copy standard input to a file: it is read twice."""
-        path = self._folder.path / STDIN
+        path = self._folder.path / _STDIN
         with with_filename(path), path.open("wb") as file:
             shutil.copyfileobj(self._stdin, file)
         return path
@@ -161,32 +163,28 @@ class Run:
                 "use another folder",
             )
 
-    def _trace(self, source: Path, writer: Writer, target: Any) -> None:
-        settings = self._settings
-        arguments = {name: getattr(settings, name) for name in TRACE_ARGUMENTS}
+    def _trace(self, source: Path, writer: Writer) -> None:
+        arguments = {name: getattr(self._settings, name) for name in _TRACE_ARGUMENTS}
         results = self._client.trace_many(
             self._missing(source, writer),
-            **{**arguments, "model": self._model, "target": target},
+            **{**arguments, "model": self._model},
             max_in_flight=self._options.max_in_flight,
             priority="batch",
         )
         # Closing it cancels what is still on the server.
         with closing(cast(Generator[Any, None, None], results)):
             for result in results:
-                writer.put(self._with_id(result))
+                index = result[0].id if isinstance(result, list) else result.id
+                with self._lock:
+                    item = self._in_flight.pop(index)
+                if isinstance(result, Failure):
+                    writer.put(Failed.of(item, result.reason))
+                else:
+                    traces = result if isinstance(result, list) else [result]
+                    # With the id that the prompt has in the file.
+                    writer.put(Traced(item, tuple(replace(one, id=item.id) for one in traces)))
                 self._new += 1
                 self._progress.count(result)
-
-    def _with_id(self, result: Trace | list[Trace] | Failure) -> Traced | Failed:
-        """Return a result with the id that the prompt has in the file."""
-        index = result[0].id if isinstance(result, list) else result.id
-        assert isinstance(index, int)
-        with self._lock:
-            name, line, own_model = self._in_flight.pop(index)
-        if isinstance(result, Failure):
-            return Failed.of(index, line, name, result.reason)
-        traces = result if isinstance(result, list) else [result]
-        return Traced(index, line, tuple(replace(trace, id=name) for trace in traces), own_model)
 
     def _missing(self, source: Path, writer: Writer) -> Iterator[dict[str, Any]]:
         """Yield the prompts of this machine's shard that have no result yet, as jobs."""
@@ -203,21 +201,18 @@ class Run:
                 continue
             fault = item.fault or find_fault(item.arguments, self._settings)
             if fault is None:
-                own_model = "model" in item.arguments
+                arguments = {**item.arguments, "id": item.index}
+                if self._model and arguments.get("model") == self._model.partition("@")[0]:
+                    # It names the batch's model without the revision.
+                    arguments["model"] = self._model
                 with self._lock:
-                    self._in_flight[item.index] = (item.id, item.line, own_model)
-                yield {**item.arguments, **self._revision(item), "id": item.index}
+                    self._in_flight[item.index] = item
+                yield arguments
             elif not state:
                 # Recorded once: the input does not change.
-                writer.put(Failed.of(item.index, item.line, item.id, fault))
+                writer.put(Failed.of(item, fault))
                 self._new += 1
                 self._progress.add(1, failed=1)
-
-    def _revision(self, item: Item) -> dict[str, str]:
-        """Return the batch's revision for a prompt that names the same model without one."""
-        if self._model and item.arguments.get("model") == self._model.partition("@")[0]:
-            return {"model": self._model}
-        return {}
 
     def _input_read(self) -> tuple[int, str]:
         with self._lock:

@@ -6,10 +6,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from reltrace.batch import parts
 from reltrace.batch.folder import ERRORS, BatchFolder, ProvenanceMismatch
+from reltrace.batch.items import Item
 from reltrace.batch.journal import Failed, Journal
 from reltrace.storage.atomic_files import replace_file, with_filename
 from reltrace.storage.stored_arrays import StoredArrays
@@ -21,19 +23,20 @@ _QUEUE_BYTES = 64 * 1024 * 1024
 _COMMIT_BYTES = 64 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Traced:
-    index: int  # among the prompts, from 0
-    line: int  # of the file, from 1
+    item: Item
     traces: tuple[Trace, ...]
-    own_model: bool = False  # the prompt names its model itself
-    header_bytes: int = field(init=False)  # in the header of a safetensors file
-    size: int = field(init=False)  # in bytes
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "header_bytes", sum(map(parts.header_bytes, self.traces)))
-        arrays = sum(map(_array_bytes, self.traces))
-        object.__setattr__(self, "size", self.header_bytes + arrays)
+    @cached_property
+    def header_bytes(self) -> int:
+        """In the header of a safetensors file."""
+        return sum(map(parts.header_bytes, self.traces))
+
+    @cached_property
+    def size(self) -> int:
+        """In bytes, about."""
+        return self.header_bytes + sum(map(_array_bytes, self.traces))
 
 
 def _array_bytes(trace: Trace) -> int:
@@ -85,15 +88,17 @@ class Writer:
 
         Raises the error of an earlier commit.
         """
+        # Before the lock: it encodes the result.
+        size = result.size
         with self._changed:
             self._changed.wait_for(
                 lambda: self._error or not self._queue_bytes
-                or self._queue_bytes + result.size <= _QUEUE_BYTES
+                or self._queue_bytes + size <= _QUEUE_BYTES
             )  # fmt: skip
             if self._error is not None:
                 raise self._error
             self._queue.append(result)
-            self._queue_bytes += result.size
+            self._queue_bytes += size
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -137,9 +142,7 @@ class Writer:
 
     def _collect(self, result: Traced | Failed) -> None:
         if isinstance(result, Traced) and (error := self._refusal(result)) is not None:
-            name = result.traces[0].id
-            assert name is not None
-            result = Failed.of(result.index, result.line, name, error)
+            result = Failed.of(result.item, error)
         if self._bytes + result.size > _COMMIT_BYTES:
             self._commit()
         if not (self._traced or self._failed):
@@ -163,29 +166,30 @@ class Writer:
             return invalid(
                 "target" if several else "prompt",
                 f"the tokens and ids of its {len(result.traces)} traces take {result.header_bytes} "
-                f"bytes, and the head of a safetensors file at most {parts.MAX_HEADER_BYTES}; "
+                f"bytes; a safetensors file has room for {parts.MAX_HEADER_BYTES} in its header: "
                 f"{'trace fewer targets of it, or ' if several else ''}use --format parquet",
             )
         try:
             for trace in result.traces:
                 self._folder.check_provenance(trace.provenance)
         except ProvenanceMismatch as error:
-            if not result.own_model:
+            if "model" not in result.item.arguments:
                 raise
-            return invalid("model", f"this prompt has its own: {error}")
+            return invalid("model", f"this prompt names another: {error}")
         return None
 
     def _commit(self) -> None:
         """Make the collected results durable: first the file of traces, then the journal."""
         if not (self._traced or self._failed):
             return
-        traced = sorted(self._traced, key=lambda one: one.index)
+        traced = sorted(self._traced, key=lambda one: one.item.index)
         part = self._next_part if traced else None
         if traced:
             path = self._folder.path / parts.name_of(self._next_part, self._format)
-            parts.write_part(path, [(one.index, trace) for one in traced for trace in one.traces])
+            rows = [(one.item.index, trace) for one in traced for trace in one.traces]
+            parts.write_part(path, rows)
             self._next_part += 1
-        counts = [(one.index, len(one.traces)) for one in traced]
+        counts = [(one.item.index, len(one.traces)) for one in traced]
         self._journal.commit(part, counts, self._failed, *self._input_read())
         if self._failed:
             path = self._folder.path / ERRORS

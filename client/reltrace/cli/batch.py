@@ -86,10 +86,9 @@ def batch(
         part_traces=part_traces,
         part_seconds=part_seconds,
     )
-    target = target_of(trace.target)
     settings = Settings(
         **trace.arguments(),
-        target=target,
+        target=target_of(trace.target),
         format=part_format,
         input_format=input_format.name,
         column=reading.column,
@@ -115,7 +114,7 @@ def batch(
         _logging_beside_the_bar(),
     ):
         run = Run(client, settings, input_format, options, sys.stdin.buffer, bar)
-        summary = run.run(target)
+        summary = run.run()
     _report(summary, out, as_json)
     if summary.failed:
         raise typer.Exit(1)

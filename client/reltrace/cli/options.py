@@ -117,8 +117,7 @@ class FileOptions:
 
     def format_of(self, path: Path | None, *further: str) -> InputFormat:
         """Return how to read a file, or standard input; `further` columns as well."""
-        name = self.input_format or ("jsonl" if path is None else None)
-        return InputFormat.of(path, name, self.column, self.id_column, further)
+        return InputFormat.of(path, self.input_format, self.column, self.id_column, further)
 
 
 def file_of(source: str, field: str = "input") -> Path | None:

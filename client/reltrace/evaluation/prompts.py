@@ -36,13 +36,12 @@ class Prompt:
         if unknown:
             raise invalid(field, f"has {unknown[0]!r}; allowed: {', '.join(_ALLOWED)}")
         name = check_id(given.get("id", number), f"{field}.id")
-        check_target(given.get("target"), f"{field}.target")
+        item = {key: given[key] for key in _INPUTS if key in given}
+        if "target" in given:
+            item["target"] = single_target(given["target"], f"{field}.target")
         answer = given.get("answer")
         if answer is not None and not isinstance(answer, str):
             answer = _positions(answer, f"{field}.answer")
-        item = {key: given[key] for key in _INPUTS if key in given}
-        if "target" in given:
-            item["target"] = as_continuation(given["target"])
         return cls(number, name, item, answer)
 
     def answer_positions(self, trace: Trace, count: int) -> list[int]:
@@ -73,16 +72,15 @@ class Prompt:
         raise invalid("answer", f"{self.answer!r} is not made of whole tokens of the prompt")
 
 
-def check_target(target: object, field: str) -> None:
-    """Raise InvalidArgument if a target can not be measured as one value."""
+def single_target(target: Any, field: str) -> Any:
+    """Return a target, as a continuation if it is a text: it may be of several tokens.
+
+    Raises InvalidArgument if it can not be measured as one value.
+    """
     if is_several(target):
         raise invalid(field, "must be one, not several")
     if isinstance(target, str):
         check_text(target, field)
-
-
-def as_continuation(target: Any) -> Any:
-    """Return a target that is a text as a continuation: it may be of several tokens."""
     found = Target(target) if isinstance(target, str) else target
     if (
         isinstance(found, Target)

@@ -16,7 +16,7 @@ from reltrace.calls.source import Source, open_source
 from reltrace.calls.trace_many import TraceManyRun
 from reltrace.evaluation.curves import Curves
 from reltrace.evaluation.evaluation import Evaluation
-from reltrace.evaluation.prompts import Prompt, as_continuation, check_target
+from reltrace.evaluation.prompts import Prompt, single_target
 from reltrace.evaluation.settings import RANDOM, Settings
 from reltrace.evaluation.tally import Tally
 from reltrace.transport.connection import Connection
@@ -55,8 +55,7 @@ class Evaluator:
         self._connection = connection
         self._pins = Pins(connection)
         self._settings = settings
-        check_target(arguments.target, "target")
-        self._arguments = replace(arguments, target=as_continuation(arguments.target))
+        self._arguments = replace(arguments, target=single_target(arguments.target, "target"))
         self._arguments.template()
         wire_priority(priority)
         self._priority = priority

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from reltrace.evaluation.scores import Floats
-from reltrace.types.checks import check_text, whole_number
+from reltrace.types.checks import check_name, check_text, whole_number
 from reltrace.types.errors import invalid
 from reltrace.types.trace import Trace
 
@@ -56,9 +56,7 @@ class Settings:
         if set(rules) == {RANDOM}:
             raise invalid("rules", "needs one beside random, whose traces resolve the target")
         for name, allowed in (("site", SITES), ("measure", MEASURES), ("keep", _KEEP)):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in allowed:
-                raise invalid(name, f"must be one of {', '.join(allowed)}, not {value!r}")
+            check_name(getattr(self, name), name, allowed)
         _check_replacement(self.replace, self.site)
         # Of a single step both ends are the same in every order.
         whole_number(self.points, "points", 2, 100)

@@ -68,11 +68,18 @@ def _plain(values: Any) -> Any:
     return boxed.tolist()
 
 
-def location_of(trace: Trace) -> dict[str, Any]:
-    """Return what `restore` needs of a trace whose tensors stay in their store; else nothing."""
-    if not isinstance(trace.arrays, StoredArrays):
-        return {}
-    return {"stored": asdict(trace.arrays.location), "sites": list(trace.arrays)}
+def split(trace: Trace, *, copy_stored: bool) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return a trace as JSON, with the order of its tensors, and the tensors.
+
+    Of tensors that are in a store the location is enough, unless `copy_stored`.
+    """
+    about = describe(trace)
+    tensors: dict[str, Array] = {}
+    if isinstance(trace.arrays, StoredArrays) and not copy_stored:
+        about |= {"stored": asdict(trace.arrays.location), "sites": list(trace.arrays)}
+    else:
+        tensors = tensors_of(trace)
+    return {**about, "order": list(tensors)}, tensors
 
 
 def tensors_of(trace: Trace) -> dict[str, Array]:
@@ -85,7 +92,7 @@ def tensors_of(trace: Trace) -> dict[str, Array]:
 
 
 def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
-    """Return the trace of what `describe`, `tensors_of` and `location_of` returned.
+    """Return the trace that `split` took apart.
 
     Raises KeyError or TypeError if something is missing or of another form.
     """
@@ -121,9 +128,7 @@ def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
 
 
 def save(trace: Trace, path: Path) -> Path:
-    tensors = tensors_of(trace)
-    # In the file tensors are sorted by size and name.
-    about = {**describe(trace), "order": list(tensors)}
+    about, tensors = split(trace, copy_stored=True)
     metadata = {"format": _FORMAT, "trace": json.dumps(about)}
     # Of its own: several processes may save to one path.
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -35,10 +35,15 @@ def number(value: object, argument: str, least: float, most: float) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def one_of(value: object, argument: str, allowed: Mapping[str, Any]) -> Any:
-    """Return the value of a name in a mapping of the allowed names."""
+def check_name(value: object, argument: str, allowed: Collection[str]) -> None:
+    """Raise InvalidArgument if a value is not one of the allowed names."""
     if not isinstance(value, str) or value not in allowed:
         raise invalid(argument, f"must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def one_of(value: Any, argument: str, allowed: Mapping[str, Any]) -> Any:
+    """Return the value of a name in a mapping of the allowed names."""
+    check_name(value, argument, allowed)
     return allowed[value]
 
 

@@ -16,7 +16,7 @@ from reltrace_scheduler.api.status import status_of
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.authorization import authorize
 from reltrace_scheduler.auth.identity import act_as, current
-from reltrace_scheduler.auth.rates import UNLIMITED, RateLimiter
+from reltrace_scheduler.auth.rates import RateLimiter
 from reltrace_scheduler.auth.tokens import Tokens
 from reltrace_scheduler.errors import (
     InvalidRequestError,
@@ -57,7 +57,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, access: Access, redis: Redis, counts: Counts) -> None:
         self._tokens = access.tokens
-        self._limiter = None if access.rates == UNLIMITED else RateLimiter(redis, access.rates)
+        self._limiter = RateLimiter(redis, access.rates)
         self._counts = counts
 
     async def intercept_service(
@@ -76,8 +76,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 token, identity = authorize(self._tokens, method, metadata)
                 # gRPC finds the handler in the task that runs it.
                 act_as(identity)
-            if self._limiter is not None:
-                await self._limiter.take(current().name, "requests", 1)
+            await self._limiter.take(current().name, "requests", 1)
         except Exception as error:
             return self._refusal(error, method)
         handler = await continuation(handler_call_details)
@@ -113,7 +112,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             began = time.perf_counter()
             try:
                 request = _checked(request)
-                if self._limiter is not None and method == _SUBMIT:
+                if method == _SUBMIT:
                     await self._limiter.take(current().name, "jobs", len(request.jobs))
                 return await behaviour(request, context)
             except Exception as error:

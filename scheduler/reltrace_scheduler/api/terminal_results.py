@@ -1,4 +1,4 @@
-"""The results of jobs that no worker ends."""
+"""Ends jobs that no worker ends: cancelled, overdue, quarantined or failed too often."""
 
 import time
 from collections import Counter

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import grpc
 from reltrace_proto.net import Credentials
@@ -20,6 +19,7 @@ from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local.children import Child
 from reltrace_scheduler.local.lock import lock_folder
+from reltrace_scheduler.queue.address import without_secrets
 
 HOST = "127.0.0.1"
 
@@ -130,12 +130,7 @@ async def up(
     busy = f"another `reltrace up` uses {folder}; stop it, or choose another folder by --data"
     # Two stores on one append-only file would destroy it.
     with await lock_folder(folder, "up.lock", busy):
-        children = _children(options, port, report)
-        try:
-            await _supervise(options, port, children, announce, report)
-        finally:
-            for child in children:
-                child.close()
+        await _supervise(options, port, _children(options, port, report), announce, report)
 
 
 async def _supervise(
@@ -221,16 +216,13 @@ async def _wait_until_served(
 
 
 def _ready(options: UpOptions, port: int, models: Sequence[trace_pb2.ServedModel]) -> Ready:
-    store = f"data in {options.folder}"
-    if options.redis is not None:
-        parsed = urlsplit(options.redis)
-        tcp_port = f":{parsed.port}" if parsed.port else ""
-        store = f"Redis at {parsed.hostname or parsed.path}{tcp_port}"
+    redis = options.redis
+    where = f"data in {options.folder}" if redis is None else f"Redis at {without_secrets(redis)}"
     return Ready(
         address=f"{HOST}:{port}",
         models=tuple(model.model.name for model in models),
         workers=sum(model.workers for model in models),
-        store=store,
+        store=where,
         logs=str(options.folder / "logs"),
     )
 

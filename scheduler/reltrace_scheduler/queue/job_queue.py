@@ -24,7 +24,7 @@ from reltrace_scheduler.records import (
     TerminalResult,
 )
 
-LOST, STORED = 0, 1
+LOST, STORED, OUT_OF_ORDER = 0, 1, -1
 """Outcomes of `JobQueue.commit` per chunk."""
 
 _IDEMPOTENCY_TTL = 24 * 3600.0
@@ -171,7 +171,7 @@ class JobQueue:
         """Store chunks of results under their leases; return an outcome per chunk.
 
         `STORED` (now, or when it was sent before), `LOST` (the lease is not the worker's any more),
-        or -1 (a chunk before it is missing).
+        or `OUT_OF_ORDER` (a chunk before it is missing).
         """
         rows = [(c.lease.job_id, c.lease.attempt, c.number, c.end, c.data) for c in chunks]
         return await self._shards.run(

@@ -17,7 +17,7 @@ EXPIRE_AT_ONCE = 16
 
 
 class Maintenance:
-    """What schedulers do from time to time to each shard; any number of them may do it."""
+    """Maintenance of one shard; any number of schedulers may run it at the same time."""
 
     def __init__(self, shard: Shard, settings: Settings) -> None:
         self.shard = shard
@@ -26,7 +26,7 @@ class Maintenance:
         self._settings = settings
 
     async def watchdog_tick(self) -> None:
-        """Note that lost leases are being looked for, before each round of `reap`.
+        """Record that a scheduler looks for lost leases; called before each round of `reap`.
 
         After a gap (Redis or all schedulers were away for half a lease) no lease is taken to be
         lost for one lease's time: live workers could not renew theirs.
@@ -63,7 +63,7 @@ class Maintenance:
         return int(await self.shard.run("promote", [], _AT_ONCE))
 
     async def overdue(self) -> list[str]:
-        """Return jobs, at most some hundreds, whose timeout is over."""
+        """Return the first jobs whose timeout is over."""
         ids: Any = await self._redis.zrangebyscore(
             self._key("deadlines"), "-inf", await self.shard.now(), start=0, num=_OVERDUE_AT_ONCE
         )
@@ -85,7 +85,7 @@ class Maintenance:
     async def stalled_submissions(self) -> list[Submission]:
         """Return submissions of tenants that were throttled for as long as results are kept.
 
-        Those that have results and have not ended: nothing else lets them expire.
+        Only those that have results and have not ended: nothing else lets them expire.
         """
         since = await self.shard.now() - milliseconds(self._settings.result_ttl)
         tenants: Any = await self._redis.zrangebyscore(
@@ -94,7 +94,7 @@ class Maintenance:
         if not tenants:
             return []
         found: list[Submission] = []
-        # This scan is rare; an index of submissions would make each of them dearer.
+        # This scan is rare; an index of submissions would slow down each of them.
         pattern = self._key("submission", "*")
         names = [key.decode() async for key in self._redis.scan_iter(match=pattern, count=1000)]
         for start in range(0, len(names), _AT_ONCE):

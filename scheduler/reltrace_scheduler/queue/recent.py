@@ -38,8 +38,8 @@ class RecentJobs:
     async def note(self, jobs: Sequence[tuple[Mapping[str, Any], bytes]]) -> None:
         """Note what is shown of jobs, and their serialized ``ResultChunk`` (empty: none).
 
-        Each has "job" and "state" at least. Of too many, the last ones are noted. An error of Redis
-        is logged: nothing depends on this.
+        Each has "job" and "state" at least. Where they are too many, the last ones are noted. An
+        error of Redis is only logged: nothing depends on these notes.
         """
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -75,7 +75,7 @@ class RecentJobs:
 
 
 class _Rate:
-    """So many per second; a second's worth may come at once."""
+    """A limit per second; the number of one second may come at once."""
 
     def __init__(self, per_second: float) -> None:
         self._rate = per_second

@@ -112,9 +112,9 @@ class Shards:
         for index, row in enumerate(rows):
             indices[self.of(str(row[0]))].append(index)
         answers: list[Any] = [None] * len(rows)
-        for shard, places in indices.items():
-            for start in range(0, len(places), _AT_ONCE):
-                page = places[start : start + _AT_ONCE]
+        for shard, positions in indices.items():
+            for start in range(0, len(positions), _AT_ONCE):
+                page = positions[start : start + _AT_ONCE]
                 values = [value for index in page for value in rows[index]]
                 found = await shard.run(script, [], *args, *values)
                 for index, answer in zip(page, found, strict=True):

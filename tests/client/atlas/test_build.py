@@ -85,16 +85,14 @@ def sent_of(chat: types_pb2.Chat) -> list[dict[str, str]]:
 
 def test_one_process_at_a_time_builds_in_a_folder(client: reltrace.Client, tmp_path: Path) -> None:
     other = AtlasFolder(tmp_path)
-    other.lock()
-    identity = other.begin_build()
-    with pytest.raises(reltrace.TraceError, match="another process builds the atlas in"):
-        client.build_atlas(["a"], tmp_path)
-    other.unlock()
-    # Nothing of it is lost for who goes on.
+    with other.lock():
+        identity = other.begin_build()
+        with pytest.raises(reltrace.TraceError, match="another process builds the atlas in"):
+            client.build_atlas(["a"], tmp_path)
+    # The next build continues it.
     again = AtlasFolder(tmp_path)
-    again.lock()
-    assert again.begin_build() == identity
-    again.unlock()
+    with again.lock():
+        assert again.begin_build() == identity
 
 
 def test_a_folder_that_can_not_be_is_named(client: reltrace.Client, tmp_path: Path) -> None:
@@ -120,7 +118,7 @@ class FakeSliceJobs:
     @asynccontextmanager
     async def build(self, number: int, digest: str, job: object) -> AsyncIterator[BuiltShard]:
         self.asked.append(number)
-        yield BuiltShard(make_shard(number), 1, cast("Submission", f"slice {number}"))
+        yield BuiltShard(make_shard(number), cast("Submission", f"slice {number}"))
 
 
 @pytest.fixture

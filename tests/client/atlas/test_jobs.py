@@ -28,13 +28,7 @@ def atlas_chunk(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultCh
 
 async def make(server: FakeServer, identity: str = "one") -> BuiltShard:
     async with reltrace.AsyncClient(server.address) as client:
-        jobs = SliceJobs(
-            client._connection,
-            identity,
-            SETTINGS.about(),
-            SETTINGS.priority,
-            Pins(client._connection),
-        )
+        jobs = SliceJobs(client._connection, identity, SETTINGS, Pins(client._connection))
         async with jobs.build(0, "digest", JOB) as found:
             return found
 
@@ -116,15 +110,13 @@ async def test_of_parts_that_are_made_two_are_read_until_one_is_merged(
     I expect two to be read; the third is read once one of them is merged.
     """
     server.run = in_two_chunks
-    measured = PrefetchLimit.measured
-    # Their size is that of a large model's.
-    monkeypatch.setattr(PrefetchLimit, "measured", lambda limit, size: measured(limit, 613 << 20))
+    measure = PrefetchLimit.measure
+    # As large as those of a large model.
+    monkeypatch.setattr(PrefetchLimit, "measure", lambda limit, size: measure(limit, 613 << 20))
     read, merge = asyncio.Queue[int](), [asyncio.Event() for _ in range(3)]
 
     async with reltrace.AsyncClient(server.address) as client:
-        jobs = SliceJobs(
-            client._connection, "one", SETTINGS.about(), SETTINGS.priority, Pins(client._connection)
-        )
+        jobs = SliceJobs(client._connection, "one", SETTINGS, Pins(client._connection))
 
         async def merged(number: int) -> None:
             async with jobs.build(number, "digest", JOB):

@@ -30,7 +30,7 @@ async def slots_of(limit: PrefetchLimit, wanted: int) -> int:
 async def test_parts_are_held_that_fit_but_always_two(part: int | None, slots: int) -> None:
     limit = PrefetchLimit()
     if part is not None:
-        await limit.measured(part)
+        limit.measure(part)
     assert await slots_of(limit, 10) == slots
     # All have left: as many may come again.
     assert await slots_of(limit, 10) == slots

@@ -33,8 +33,8 @@ class Seen(Progress):
     def begin(self, done: int) -> None:
         self.done = done
 
-    def result(self, failed: bool) -> None:
-        self.results.append(failed)
+    def add(self, count: int, failed: int = 0) -> None:
+        self.results += [bool(failed)] * count
 
 
 @pytest.fixture
@@ -63,6 +63,6 @@ def batch(server: FakeServer, tmp_path: Path) -> Callable[..., Summary]:
             if checked:
                 check_served(settings, client.models())
             run = Run(client, settings, reading, options, stdin, progress or Seen())
-            return run.run(settings.target)
+            return run.run()
 
     return run

@@ -203,17 +203,19 @@ def test_the_ending_tells_the_format(path: str, expected: InputFormat) -> None:
     assert InputFormat.of(Path(path), None, None, None) == expected
 
 
+def test_standard_input_is_json_lines_by_default() -> None:
+    assert InputFormat.of(None, None, None, None) == InputFormat("jsonl")
+
+
 @pytest.mark.parametrize(
     ("path", "options", "message"),
     [
         ("a", {}, "input-format: of 'a' is not known"),
         ("a.gz", {}, "input-format: of 'a.gz' is not known"),
-        ("a.txt", {"name": "xml"}, "input-format: must be one of jsonl, text"),
         ("a.txt", {"column": "x"}, "column: is for csv and parquet; text has no columns"),
         ("a.jsonl", {"id_column": "x"}, "id-column: is for csv and parquet"),
         ("a.parquet.gz", {}, "parquet is read from a file that is not compressed"),
         (None, {"name": "parquet"}, "parquet is read from a file"),
-        (None, {}, "of standard input is not known"),
     ],
 )
 def test_a_format_that_does_not_fit(
