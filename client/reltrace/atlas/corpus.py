@@ -28,7 +28,7 @@ class CorpusSlice:
     def __init__(self, path: Path, known_tokens: Array) -> None:
         from safetensors import safe_open
 
-        # It is mapped, and closed when nobody refers to it any more.
+        # Memory-mapped; closed when it is garbage-collected.
         file: Any = safe_open(path, "np")
         self._file = file
         self._ids = file.get_slice("token_ids")
@@ -95,7 +95,7 @@ def open_slice(folder: Path, number: int, known_tokens: Array) -> CorpusSlice:
     try:
         return CorpusSlice(path, known_tokens)
     except Exception as error:
-        # The library's error has no name of its own.
+        # Reading a damaged file may raise any error.
         raise damaged(path, error) from error
 
 

@@ -35,7 +35,7 @@ _TRACE_ARGUMENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a batch is run; none of it decides a number."""
+    """Options that do not change the numbers of a batch."""
 
     source: Path | None  # None: standard input
     out: Path
@@ -49,11 +49,9 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Prompts that are traced and failed, by this run or before; how many are new, and the time."""
-
-    traced: int
-    failed: int
-    new: int
+    traced: int  # prompts that have traces, of this run or an earlier one
+    failed: int  # prompts that failed, likewise
+    new: int  # results of this run
     seconds: float
 
 
