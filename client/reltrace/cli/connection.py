@@ -72,7 +72,7 @@ class Connection:
         no_tls = found.values.get("tls") == Setting(False, "option")
         return reltrace.Client(
             found.get("server"),
-            # What is not set must not be looked up in the environment again.
+            # "", not None: the client must not look it up in the environment again.
             token=found.get("token_file") or found.get("token") or "",
             tls=files if not no_tls and (found.get("tls") or files != TlsOptions()) else False,
             insecure=bool(found.get("insecure")),
