@@ -156,7 +156,7 @@ def _while_valid(behaviour: Behaviour, tokens: Tokens, token: str) -> Behaviour:
 def _parser(
     parse: Callable[[bytes], Message], *, limited: bool
 ) -> Callable[[bytes], Message | InvalidRequestError]:
-    """Return a parser that gives an error that explains: gRPC's own is a bare INTERNAL."""
+    """Return a parser that explains what is wrong: gRPC's own error is a bare INTERNAL."""
     # Stubs give the bound `FromString` of the message class.
     message: Any = parse.__self__  # type: ignore[attr-defined]
 
