@@ -1,4 +1,4 @@
-"""The merged results of slices for one site: exact, in whatever order the slices come."""
+"""The merged results of slices for one site: exact in any order of the slices."""
 
 from __future__ import annotations
 

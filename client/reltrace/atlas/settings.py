@@ -44,7 +44,7 @@ class AtlasSettings:
         else:
             whole_number(self.positions, "positions", 1, _ALL_POSITIONS)
             if self.target is not None:
-                raise invalid("positions", "of each text's own next tokens exclude a target")
+                raise invalid("positions", "select next tokens to explain, and exclude a target")
         flag(self.add_special_tokens, "add_special_tokens")
         if is_several(self.target):
             raise invalid("target", "must be one, not several")

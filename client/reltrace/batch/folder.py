@@ -172,7 +172,7 @@ class BatchFolder:
             file.write(json.dumps(submissions).encode())
 
     def remove_uncommitted(self, parts: set[str]) -> None:
-        """Remove files that a crash left: unfinished ones, and all parts but the given ones.
+        """Remove files that a crash left: unfinished ones, and all parts but `parts`.
 
         Files that a batch does not write stay, whatever their names are.
         """

@@ -41,7 +41,7 @@ class Options:
     out: Path
     limit: int | None = None  # read only the first prompts
     shard: tuple[int, int] = (1, 1)  # number, from 1, and count of machines
-    retry_failed: bool = False  # also prompts that failed for a fault of their own
+    retry_failed: bool = False  # also prompts that failed because they are invalid
     max_in_flight: int = 1024
     part_traces: int = 1024  # traces in one file
     part_seconds: float = 10.0  # that a trace may wait for its commit

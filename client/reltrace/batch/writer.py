@@ -1,4 +1,4 @@
-"""Writes results to disk in a thread of its own, so that the network does not wait for a sync."""
+"""Writes results to disk in a separate thread, so that the network does not wait for a sync."""
 
 from __future__ import annotations
 
