@@ -319,7 +319,7 @@ async def test_a_build_goes_on_with_the_same_conversations_alone(
         {"messages": [*CHAT, *CHAT]},
         "a",
     ):
-        with pytest.raises(reltrace.InvalidArgument, match=r"prompts: are others .* from 0 on"):
+        with pytest.raises(reltrace.InvalidArgument, match=r"prompts: differ from .* from 0 on"):
             await built(tmp_path, [other, *PROMPTS[:3]])
     assert FakeSliceJobs.asked == []
 
