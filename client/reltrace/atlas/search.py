@@ -96,14 +96,14 @@ class Search:
         wanted, texts = folded(text), corpus.folded
         explained = {token for token, shown in texts.items() if wanted in shown}
         # In prompts with such tokens, characters that several tokens share are joined first.
-        parts = {token for token, text in state.vocabulary.items() if is_partial_character(text)}
+        partial = {token for token, text in state.vocabulary.items() if is_partial_character(text)}
         # Of tokens: prompt and position in one number.
         starts: list[int] = []
         # Of tokens whose next token has the text, or of prompts whose explained token has it.
         targets: list[int] = []
         for prompt, ids, target in corpus.prompts(named[named >= 0]):
             first = prompt << _TOKEN_BITS
-            if parts.isdisjoint(ids):
+            if partial.isdisjoint(ids):
                 shown = [texts[token] for token in ids]
             else:
                 shown = [
