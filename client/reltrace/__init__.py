@@ -71,7 +71,7 @@ if _TYPE_CHECKING:
 
 __version__ = _version("reltrace")
 
-# Who listens to "reltrace" hears of servers that are away; nobody else does.
+# Warnings about unreachable servers go only to applications that add a handler to "reltrace".
 _logging.getLogger("reltrace").addHandler(_logging.NullHandler())
 
 

@@ -1,4 +1,4 @@
-"""What one request may hold."""
+"""Bounds on what one request may contain."""
 
 MAX_REQUEST_BYTES = 16 << 20
 # Above our own limit, so that an over-long message gets an error that names it; what is
@@ -15,10 +15,10 @@ MAX_TARGETS_PER_JOB = 1024
 MAX_NEW_TOKENS = 1024
 MAX_TEMPERATURE = 100
 MAX_CORPUS_PROMPTS = 1 << 16
-MAX_ATLAS_PLACES = 64
+MAX_ATLAS_TOP_K = 64
 MAX_EDITS_PER_JOB = 256
 MAX_EDITED_FEATURES = 65536
-# A norm squares what flows through it, which has to stay within float32.
+# A norm squares its input, and the square has to stay within float32.
 MAX_EDIT = 1e9
 # Redis counts milliseconds; a month is longer than any job takes.
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 31 * 24 * 3600

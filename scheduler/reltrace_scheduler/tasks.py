@@ -1,11 +1,11 @@
-"""Ending background tasks for certain."""
+"""Cancels background tasks and waits for them."""
 
 import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-_AGAIN = 0.2
-"""Seconds."""
+_REPEAT = 0.2
+"""Seconds between cancellations."""
 
 
 async def end(tasks: Iterable["asyncio.Task[Any]"]) -> None:
@@ -18,4 +18,4 @@ async def end(tasks: Iterable["asyncio.Task[Any]"]) -> None:
     while pending:
         for task in pending:
             task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_AGAIN)
+        _, pending = await asyncio.wait(pending, timeout=_REPEAT)

@@ -293,7 +293,7 @@ def test_another_corpus_or_other_settings_are_refused(
         client.build_atlas(CORPUS[:20], tmp_path, slice=10, k=2)
         with pytest.raises(reltrace.InvalidArgument, match=r"out: .* other settings"):
             client.build_atlas(CORPUS[:20], tmp_path, slice=10, k=3)
-        with pytest.raises(reltrace.InvalidArgument, match=r"prompts: are others .* from 10 on"):
+        with pytest.raises(reltrace.InvalidArgument, match=r"prompts: differ from .* from 10 on"):
             client.build_atlas([*CORPUS[:10], *CORPUS[20:30]], tmp_path, slice=10, k=2)
         for fewer in (10, 0):
             with pytest.raises(

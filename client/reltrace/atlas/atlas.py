@@ -382,7 +382,6 @@ class Atlas:
             relevance, activation = sign * value, beside
             if not name.startswith("relevance"):
                 relevance, activation = activation, relevance
-            tokens = self._corpus.tokens_around(prompt, position)
-            target = self._corpus.target(prompt, position)
+            tokens, target = self._corpus.context(prompt, position)
             contexts.append(Context(relevance, activation, prompt, position, tokens, target))
         return contexts

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from reltrace.atlas.corpus import has_slice, write_slice
+from reltrace.atlas.corpus import open_slice, write_slice
 from reltrace.atlas.folder import AtlasFolder
 from reltrace.atlas.jobs import BuiltShard, SliceJobs, free_shards
 from reltrace.atlas.settings import AtlasSettings
@@ -21,7 +21,7 @@ from reltrace.calls.threads import gather_shielded, shielded_to_thread
 from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
 from reltrace.types.checks import check_same_settings
-from reltrace.types.errors import invalid
+from reltrace.types.errors import InvalidArgument, invalid
 
 _CONCURRENT_SLICES = 8
 """Submitted at a time: what a few workers run, and what comes after. `PrefetchLimit` bounds how
@@ -99,15 +99,15 @@ class _Builder:
             more = True
             while more or running:
                 while more and len(running) < _CONCURRENT_SLICES:
-                    following = await asyncio.to_thread(next, source, None)
-                    if following is None:
+                    slice_ = await asyncio.to_thread(next, source, None)
+                    if slice_ is None:
                         more = False
                         break
-                    seen, prompts = seen + 1, prompts + len(following.prompts)
-                    if await self._is_missing(following):
-                        running.add(asyncio.create_task(self._add(following)))
+                    seen, prompts = seen + 1, prompts + len(slice_.prompts)
+                    if await self._is_missing(slice_):
+                        running.add(asyncio.create_task(self._add(slice_)))
                     else:
-                        self._progress(len(following.prompts))
+                        self._progress(len(slice_.prompts))
                 if running:
                     done, running = await asyncio.wait(
                         {*running, watch},
@@ -128,18 +128,22 @@ class _Builder:
             await self._write()
         self._check_end(seen, prompts)
 
-    async def _is_missing(self, some: Slice) -> bool:
-        if some.number not in self._state.digests:
+    async def _is_missing(self, slice_: Slice) -> bool:
+        if slice_.number not in self._state.digests:
             return True
         async with self._lock:
-            return await asyncio.to_thread(self._lacks_corpus, some)
+            return await asyncio.to_thread(self._lacks_corpus, slice_)
 
-    def _lacks_corpus(self, some: Slice) -> bool:
-        """Tell whether the tokens of a slice that is merged are not in the folder."""
-        if self._state.digests[some.number] != some.digest:
-            raise invalid("prompts", f"are others than those of the atlas, from {some.first} on")
-        known_tokens = self._state.known_tokens()
-        return not has_slice(self._folder.path, some.number, len(some.prompts), known_tokens)
+    def _lacks_corpus(self, slice_: Slice) -> bool:
+        """Tell whether the folder lacks the tokens of a slice that is merged."""
+        if self._state.digests[slice_.number] != slice_.digest:
+            raise invalid("prompts", f"differ from those of the atlas, from {slice_.first} on")
+        try:
+            known_tokens = self._state.known_tokens()
+            found = open_slice(self._folder.path, slice_.number, known_tokens)
+        except InvalidArgument:
+            return True
+        return len(found) != len(slice_.prompts)
 
     def _check_end(self, seen: int, prompts: int) -> None:
         if further := [number for number in self._state.digests if number >= seen]:
@@ -151,19 +155,19 @@ class _Builder:
                 "another folder",
             )
 
-    async def _add(self, some: Slice) -> None:
-        job = self._settings.job(some.prompts, some.first)
+    async def _add(self, slice_: Slice) -> None:
+        job = self._settings.job(slice_.prompts, slice_.first)
         # The same revision as of the slices that are merged.
         made_by = "@".join(filter(None, self._state.about.get("made_by", ())))
         job.spec.model = made_by or job.spec.model
-        async with self._jobs.build(some.number, some.digest, job) as built, self._lock:
+        async with self._jobs.build(slice_.number, slice_.digest, job) as built, self._lock:
             if self._inconsistent:
                 # The error that caused this ends the build.
                 return
-            await shielded_to_thread(self._merge, some, built)
-        self._progress(len(some.prompts))
+            await shielded_to_thread(self._merge, slice_, built)
+        self._progress(len(slice_.prompts))
 
-    def _merge(self, some: Slice, built: BuiltShard) -> None:
+    def _merge(self, slice_: Slice, built: BuiltShard) -> None:
         provenance = built.shard.provenance
         made_by = (provenance.model, provenance.revision)
         known = self._state.about.setdefault("made_by", list(made_by))
@@ -171,11 +175,11 @@ class _Builder:
             raise invalid(
                 "model", f"{made_by} is not {tuple(known)}, which made the rest of the atlas"
             )
-        write_slice(self._folder.path, some.number, built.shard)
+        write_slice(self._folder.path, slice_.number, built.shard)
         # Of a slice that is merged already, only the corpus was missing.
-        if some.number not in self._state.digests:
+        if slice_.number not in self._state.digests:
             self._inconsistent = True
-            self._state.add(some.number, some.digest, built.shard)
+            self._state.add(slice_.number, slice_.digest, built.shard)
             self._inconsistent = False
         self._unwritten.append(built.submission)
 

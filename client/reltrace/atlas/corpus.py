@@ -15,7 +15,7 @@ from reltrace.storage.atomic_files import replace_file
 from reltrace.storage.tensor_files import write_tensors
 from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import AtlasShard
-from reltrace.types.errors import TraceError, invalid
+from reltrace.types.errors import invalid
 from reltrace.types.token_text import readable
 
 _OPEN_SLICES = 1024
@@ -28,7 +28,7 @@ class CorpusSlice:
     def __init__(self, path: Path, known_tokens: Array) -> None:
         from safetensors import safe_open
 
-        # It is mapped, and closed when nobody refers to it any more.
+        # Memory-mapped; closed when it is garbage-collected.
         file: Any = safe_open(path, "np")
         self._file = file
         self._ids = file.get_slice("token_ids")
@@ -58,12 +58,12 @@ class CorpusSlice:
 
     def token_ids(self, index: int, start: int = 0, stop: int | None = None) -> Array:
         """Return tokens of a prompt, by default all: int32 [T]."""
-        end, length = int(self._ends[index]), self.length(index)
-        first = end - length
-        stop = length if stop is None else stop
-        if start >= stop:
+        length = self.length(index)
+        first = int(self._ends[index]) - length
+        part = range(length)[start:stop]
+        if not part:
             return np.zeros(0, np.int32)
-        found: Array = self._ids[first + start : first + stop]
+        found: Array = self._ids[first + part.start : first + part.stop]
         return found
 
     def all_ids(self) -> tuple[Array, Array, Array]:
@@ -77,7 +77,7 @@ class CorpusSlice:
         """
         if self._targets is not None:
             return int(self._targets[index])
-        following = self.token_ids(index, position + 1, min(position + 2, self.length(index)))
+        following = self.token_ids(index, position + 1, position + 2)
         return int(following[0]) if len(following) else -1
 
 
@@ -95,16 +95,8 @@ def open_slice(folder: Path, number: int, known_tokens: Array) -> CorpusSlice:
     try:
         return CorpusSlice(path, known_tokens)
     except Exception as error:
-        # The library's error has no name of its own.
+        # Reading a damaged file may raise any error.
         raise damaged(path, error) from error
-
-
-def has_slice(folder: Path, number: int, prompts: int, known_tokens: Array) -> bool:
-    """Tell whether the tokens of a slice of so many prompts are there, and not damaged."""
-    try:
-        return len(open_slice(folder, number, known_tokens)) == prompts
-    except TraceError:
-        return False
 
 
 def _path(folder: Path, number: int) -> Path:
@@ -139,11 +131,11 @@ class Corpus:
         texts = self._state.vocabulary
         return tuple(map(texts.__getitem__, found.token_ids(index).tolist()))
 
-    def tokens_around(self, prompt: int, position: int) -> tuple[str, ...]:
-        """Return the tokens of a prompt, which must have this position."""
+    def context(self, prompt: int, position: int) -> tuple[tuple[str, ...], str]:
+        """Return the tokens of a prompt, and the one that is explained at a position; "": none."""
         tokens: tuple[str, ...] = self.tokens(prompt)
         self._check(prompt, position, len(tokens))
-        return tokens
+        return tokens, self._state.vocabulary.get(self.target_id(prompt, position), "")
 
     def ids_up_to(self, prompt: int, position: int, before: int) -> list[int]:
         """Return the ids of up to `before` tokens before a position, and of the token there."""
@@ -158,13 +150,13 @@ class Corpus:
         The explained token is -1 where prompts explain their own next tokens.
         """
         in_slice = np.searchsorted(self._slice_starts, numbers, "right") - 1
-        for some in np.split(numbers, np.flatnonzero(np.diff(in_slice)) + 1):
-            if not len(some):
+        for group in np.split(numbers, np.flatnonzero(np.diff(in_slice)) + 1):
+            if not len(group):
                 continue
-            slice_, last = self._find(int(some[-1]))
-            first = int(some[-1]) - last
+            slice_, last = self._find(int(group[-1]))
+            first = int(group[-1]) - last
             ids, starts, stops = slice_.all_ids()
-            for prompt in some.tolist():
+            for prompt in group.tolist():
                 index = prompt - first
                 target = -1 if self._state.next_tokens else slice_.target(index, 0)
                 yield prompt, ids[starts[index] : stops[index]].tolist(), target
@@ -173,10 +165,6 @@ class Corpus:
         """Return the token that is explained at a position; -1 where there is none."""
         slice_, index = self._find(prompt)
         return slice_.target(index, position)
-
-    def target(self, prompt: int, position: int) -> str:
-        """Return its text; "" where there is none."""
-        return self._state.vocabulary.get(self.target_id(prompt, position), "")
 
     def _find(self, prompt: int) -> tuple[CorpusSlice, int]:
         """Return the slice of a prompt, and the prompt's index in it."""

@@ -45,7 +45,7 @@ class AtlasFolder:
             with safe_open(path, "np") as file:
                 metadata = (file.metadata() or {}).get("atlas")
                 if metadata is None:
-                    raise invalid("atlas", f"{path} is of safetensors, but holds no atlas")
+                    raise invalid("atlas", f"{path} is a safetensors file, but holds no atlas")
                 about = json.loads(metadata)
                 if about["format"] != _FORMAT:
                     raise invalid(
@@ -62,7 +62,7 @@ class AtlasFolder:
         except TraceError:
             raise
         except Exception as error:
-            # The library's error has no name of its own.
+            # Reading a damaged file may raise any error.
             raise damaged(path, error) from error
 
     def write(self, state: State) -> None:

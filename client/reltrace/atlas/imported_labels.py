@@ -95,7 +95,7 @@ class ImportedLabels:
     def _read(self, lines: Iterable[bytes], source: str) -> Iterator[tuple[Key, ImportedLabel]]:
         for number, line in enumerate(lines, 1):
             if number == 1:
-                # Editors on Windows write one.
+                # Written by editors on Windows.
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue

@@ -113,7 +113,7 @@ class SliceJobs:
                 answer = await submit(self._connection, jobs, deadline, self._priority, key)
             except InvalidArgument as error:
                 if any(violation.field == _KEY_FIELD for violation in error.violations):
-                    # The key is of another job: for what was the default model then, say.
+                    # The key belongs to another job, such as for an earlier default model.
                     continue
                 raise
             if isinstance(answer, Rejected):

@@ -1,4 +1,4 @@
-"""The merged results of slices for one site: exact, in whatever order the slices come."""
+"""The merged results of slices for one site: exact in any order of the slices."""
 
 from __future__ import annotations
 
@@ -86,13 +86,11 @@ def quantile(histogram: Array, share: float) -> float:
     through = np.cumsum(histogram)
     # A share of 0 is the first bin that is not empty.
     bin_ = int(np.searchsorted(through, max(share * total, 1e-9), side="left"))
-    bin_ = min(bin_, len(histogram) - 1)
     zero = len(OCTAVES)
     if bin_ == zero:
         return 0.0
     before = int(through[bin_] - histogram[bin_])
-    inside = (share * total - before) / max(int(histogram[bin_]), 1)
-    inside = min(max(inside, 0.0), 1.0)
+    inside = (share * total - before) / int(histogram[bin_])
     octave = OCTAVES[abs(bin_ - zero) - 1]
     small, large = 2.0**octave, 2.0 ** (octave + 1)
     if bin_ > zero:

@@ -93,8 +93,8 @@ class Search:
     def __init__(self, corpus: Corpus, state: State, text: str) -> None:
         self._state = state
         named = np.unique(np.concatenate([m.prompts.ravel() for m in state.sites.values()]))
-        wanted, words = folded(text), corpus.folded
-        explained = {token for token, word in words.items() if wanted in word}
+        wanted, texts = folded(text), corpus.folded
+        explained = {token for token, shown in texts.items() if wanted in shown}
         # In prompts with such tokens, characters that several tokens share are joined first.
         parts = {token for token, text in state.vocabulary.items() if is_partial_character(text)}
         # Of tokens: prompt and position in one number.
@@ -104,7 +104,7 @@ class Search:
         for prompt, ids, target in corpus.prompts(named[named >= 0]):
             first = prompt << _TOKEN_BITS
             if parts.isdisjoint(ids):
-                shown = [words[token] for token in ids]
+                shown = [texts[token] for token in ids]
             else:
                 shown = [
                     one.text.casefold() if one.number == 1 else ""
@@ -142,17 +142,17 @@ def folded(text: str) -> str:
     return printable(text).casefold()
 
 
-def starts_of(wanted: str, words: Sequence[str]) -> list[int]:
+def starts_of(wanted: str, texts: Sequence[str]) -> list[int]:
     """Return the indices of the tokens in which a text begins; all texts are `folded`."""
-    text = "".join(words)
+    text = "".join(texts)
     if " " not in text:
         # As `readable_all` does.
-        words = [f"{word} " for word in words]
-        text = "".join(words)
+        texts = [f"{shown} " for shown in texts]
+        text = "".join(texts)
     at = text.find(wanted)
     if at < 0:
         return []
-    ends = list(accumulate(map(len, words)))
+    ends = list(accumulate(map(len, texts)))
     found: set[int] = set()
     while at >= 0:
         found.add(bisect_right(ends, at))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from reltrace_proto.v1 import types_pb2
@@ -44,7 +44,7 @@ class AtlasSettings:
         else:
             whole_number(self.positions, "positions", 1, _ALL_POSITIONS)
             if self.target is not None:
-                raise invalid("positions", "of each text's own next tokens exclude a target")
+                raise invalid("positions", "select next tokens to explain, and exclude a target")
         flag(self.add_special_tokens, "add_special_tokens")
         if is_several(self.target):
             raise invalid("target", "must be one, not several")
@@ -88,14 +88,6 @@ class AtlasSettings:
         if target is not None:
             # A token's id stays a number, to tell it from the text of the number.
             target = operator.index(target) if hasattr(target, "__index__") else str(target)
-        return {
-            "model": self.model or "",
-            "rule": self.rule,
-            "target": target,
-            "positions": self.positions,
-            "seed": self.seed,
-            "keep_special": self.keep_special,
-            "add_special_tokens": self.add_special_tokens,
-            "k": self.k,
-            "slice": self.slice,
-        }
+        about = asdict(self) | {"model": self.model or "", "target": target}
+        del about["priority"]
+        return about

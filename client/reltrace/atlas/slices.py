@@ -18,7 +18,7 @@ from reltrace.types.errors import invalid
 from reltrace.types.prompt import chat_to_wire
 
 _FIRST_SIZE = 16
-"""Prompts of the first slices: of a small model on two cores, some seconds."""
+"""Prompts of the first slices: seconds of work for a small model on two cores."""
 
 
 def sizes(largest: int) -> Iterator[int]:
@@ -67,11 +67,11 @@ def slices(prompts: Iterable[str | Mapping[str, Any]], largest: int) -> Iterator
     """Cut a corpus into slices; raises as `read_prompt`."""
     iterator, first = iter(prompts), 0
     for number, size in enumerate(sizes(largest)):
-        some = list(islice(iterator, size))
-        if not some:
+        values = list(islice(iterator, size))
+        if not values:
             return
         fields = (f"prompts[{index}]" for index in range(first, first + size))
-        yield Slice(number, first, list(map(read_prompt, some, fields)))
+        yield Slice(number, first, list(map(read_prompt, values, fields)))
         first += size
 
 

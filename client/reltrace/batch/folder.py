@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,20 +71,18 @@ class BatchFolder:
         number, count = shard
         self.root = root
         self.path = root if count == 1 else root / f"shard-{number}-of-{count}"
-        self._provenance: dict[str, Any] | None = None
+        # As in the manifest; None: not read yet.
+        self._provenance: Any = None
 
     def lock(self) -> AbstractContextManager[None]:
         """Let one process at a time write to `path`; raise TraceError if another one does."""
         return lock_folder(self.path, _busy(self.path))
 
-    @contextmanager
-    def _lock_manifest(self) -> Iterator[None]:
+    def _lock_manifest(self) -> AbstractContextManager[None]:
         if self.path == self.root:
             # Locked for the whole run.
-            yield
-            return
-        with lock_folder(self.root, _busy(self.root), timeout=_MANIFEST_TIMEOUT):
-            yield
+            return nullcontext()
+        return lock_folder(self.root, _busy(self.root), timeout=_MANIFEST_TIMEOUT)
 
     def open(self, settings: Settings, input_name: str) -> None:
         """Write the manifest, or check that there is one with the same settings.
@@ -115,7 +113,7 @@ class BatchFolder:
         """Return the name by which jobs ask for the model, whose name in the settings is `name`.
 
         It includes the revision: that of the traces that are there, else the one that is served.
-        Raises InvalidArgument if several are, ProvenanceMismatch if only others are.
+        Raises InvalidArgument if several revisions are served, ProvenanceMismatch if only others.
         """
         known = read_manifest(self.root)["provenance"]
         if known is None:
@@ -132,19 +130,17 @@ class BatchFolder:
         Versions and devices may differ.
         """
         if self._provenance is None:
-            self._provenance = self._recorded_provenance(provenance)
+            with self._lock_manifest():
+                manifest = read_manifest(self.root)
+                if manifest["provenance"] is None:
+                    versions = dict(provenance.versions)
+                    manifest["provenance"] = {**asdict(provenance), "versions": versions}
+                    self._write_manifest(manifest)
+            self._provenance = manifest["provenance"]
+        known = self._provenance
         for name in _SAME_PROVENANCE:
-            if self._provenance[name] != getattr(provenance, name):
-                raise _mismatch(self._provenance, name, getattr(provenance, name))
-
-    def _recorded_provenance(self, first: Provenance) -> dict[str, Any]:
-        with self._lock_manifest():
-            manifest = read_manifest(self.root)
-            if manifest["provenance"] is None:
-                manifest["provenance"] = {**asdict(first), "versions": dict(first.versions)}
-                self._write_manifest(manifest)
-            known: dict[str, Any] = manifest["provenance"]
-            return known
+            if known[name] != getattr(provenance, name):
+                raise _mismatch(known, name, getattr(provenance, name))
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         # A file name that is not UTF-8 has lone surrogates here.
@@ -153,19 +149,19 @@ class BatchFolder:
             file.write(text.encode(errors="backslashreplace"))
 
     def submissions(self) -> dict[str, int]:
-        """Return what a run that was killed may have left on the server."""
+        """Return the number of jobs of each submission that a killed run left on the server."""
         try:
             found: dict[str, int] = json.loads((self.path / SUBMISSIONS).read_bytes())
         except (FileNotFoundError, ValueError):
-            # It is not synced: a power failure may leave anything.
+            # The file is not synced: a power failure may leave any content.
             return {}
         return found
 
     def record_submissions(self, submissions: Mapping[str, int]) -> None:
         """Record how many jobs of each submission the server holds.
 
-        Twice per submission, so it is not synced. If a power failure loses it, no trace is lost:
-        jobs that nobody waits for run to their end.
+        It is called twice per submission, so the file is not synced. If a power failure loses it,
+        no trace is lost, but jobs of the killed run are not cancelled and run to their end.
         """
         path = self.path / SUBMISSIONS
         if not submissions:
@@ -175,7 +171,7 @@ class BatchFolder:
             file.write(json.dumps(submissions).encode())
 
     def remove_uncommitted(self, parts: set[str]) -> None:
-        """Remove files that a crash left: unfinished ones, and all parts but the given ones.
+        """Remove files that a crash left: unfinished ones, and all parts but `parts`.
 
         Files that a batch does not write stay, whatever their names are.
         """
@@ -211,6 +207,6 @@ def _busy(folder: Path) -> str:
 
 def _mismatch(known: dict[str, Any], name: str, found: str) -> ProvenanceMismatch:
     return ProvenanceMismatch(
-        f"the server's {name} is {found!r}; this batch was begun with {known[name]!r}, and mixes "
-        "nothing: use another folder"
+        f"the server's {name} is {found!r}, and this batch was begun with {known[name]!r}: use "
+        "another folder"
     )

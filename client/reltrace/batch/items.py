@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
@@ -168,10 +168,14 @@ def _from_json(index: int, line: int, content: bytes, also: tuple[str, ...]) -> 
     return Item(index, line, index if name is None else name, arguments, content=content)
 
 
+def _check_length(line: bytes) -> None:
+    if len(line) > _MAX_LINE_BYTES:
+        raise invalid("line", f"is longer than {_MAX_LINE_BYTES} bytes")
+
+
 def _json_object(content: bytes) -> dict[str, Any]:
     """Return the object of a line of JSON; a text stands for a prompt."""
-    if len(content) > _MAX_LINE_BYTES:
-        raise invalid("line", f"is longer than {_MAX_LINE_BYTES} bytes")
+    _check_length(content)
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -216,15 +220,15 @@ def _target(value: Any) -> Any:
 
 def _text(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     for index, (line, content) in enumerate(_lines(file)):
+        arguments, fault = {}, None
         try:
-            if len(content) > _MAX_LINE_BYTES:
-                raise invalid("line", f"is longer than {_MAX_LINE_BYTES} bytes")
-            yield Item(index, line, index, {"prompt": content.decode()}, content=content)
+            _check_length(content)
+            arguments = {"prompt": content.decode()}
         except UnicodeDecodeError as error:
             fault = invalid("line", f"is not UTF-8 at byte {error.start}")
-            yield Item(index, line, index, fault=fault, content=content)
         except InvalidArgument as error:
-            yield Item(index, line, index, fault=error, content=content)
+            fault = error
+        yield Item(index, line, index, arguments, fault, content)
 
 
 def _csv(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
@@ -233,10 +237,10 @@ def _csv(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     csv.field_size_limit(_MAX_LINE_BYTES)
     try:
         reader = csv.DictReader(text, strict=True)
-        names = _Columns.of(reader.fieldnames or [], input_format)
+        found = _with_columns(input_format, reader.fieldnames or [])
         line = reader.line_num + 1
         for index, row in enumerate(reader):
-            yield _from_row(index, line, row, names)
+            yield _from_row(index, line, row, found)
             line = reader.line_num + 1
     except csv.Error as error:
         raise invalid("input", f"the row at line {line} is not CSV: {error}") from error
@@ -248,11 +252,12 @@ def _csv(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
 
 def _parquet(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     parquet = _parquet_file(file)
-    names = _Columns.of(parquet.schema_arrow.names, input_format)
+    found = _with_columns(input_format, parquet.schema_arrow.names)
+    columns = [name for name in (found.column, found.id_column, *found.also) if name is not None]
     index = 0
-    for batch in parquet.iter_batches(_PARQUET_ROWS, columns=names.all()):
+    for batch in parquet.iter_batches(_PARQUET_ROWS, columns=columns):
         for row in batch.to_pylist():
-            yield _from_row(index, index + 1, row, names)
+            yield _from_row(index, index + 1, row, found)
             index += 1
 
 
@@ -272,39 +277,34 @@ _READERS: dict[str, Callable[[BinaryIO, InputFormat], Iterator[Item]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    prompt: str
-    id: str | None
-    also: tuple[str, ...]
+def _with_columns(input_format: InputFormat, columns: Sequence[str]) -> InputFormat:
+    """Return the format with the columns of a file that are read.
 
-    @classmethod
-    def of(cls, columns: Sequence[str], input_format: InputFormat) -> _Columns:
-        column, id_column = input_format.column, input_format.id_column
-        if column is None:
-            column = "messages" if "messages" in columns and "prompt" not in columns else "prompt"
-        for field_name, name in (("column", column), ("id-column", id_column)):
-            if name is not None and name not in columns:
-                raise invalid(
-                    field_name, f"{name!r} is not in the file; it has {', '.join(columns)}"
-                )
-        also = tuple(name for name in input_format.also if name in columns)
-        return cls(column, id_column or ("id" if "id" in columns else None), also)
-
-    def all(self) -> list[str]:
-        return [self.prompt, *([] if self.id is None else [self.id]), *self.also]
+    Raises InvalidArgument if the file lacks the column of the prompts, or the one given for ids.
+    """
+    column, id_column = input_format.column, input_format.id_column
+    if column is None:
+        column = "messages" if "messages" in columns and "prompt" not in columns else "prompt"
+    for field_name, name in (("column", column), ("id-column", id_column)):
+        if name is not None and name not in columns:
+            raise invalid(field_name, f"{name!r} is not in the file; it has {', '.join(columns)}")
+    if id_column is None and "id" in columns:
+        id_column = "id"
+    also = tuple(name for name in input_format.also if name in columns)
+    return replace(input_format, column=column, id_column=id_column, also=also)
 
 
-def _from_row(index: int, line: int, row: Mapping[str, Any], names: _Columns) -> Item:
-    prompt = row.get(names.prompt)
-    name = index if names.id is None else row.get(names.id)
+def _from_row(index: int, line: int, row: Mapping[str, Any], found: InputFormat) -> Item:
+    assert found.column is not None
+    prompt = row.get(found.column)
+    name = index if found.id_column is None else row.get(found.id_column)
     # An empty cell of CSV is what null is in JSON.
-    also = {key: row[key] for key in names.also if row.get(key) not in (None, "")}
+    also = {key: row[key] for key in found.also if row.get(key) not in (None, "")}
     content = repr((prompt, name, *also.items())).encode(errors="surrogatepass")
     if not is_id(name):
         name = index
     try:
-        arguments = {**_input(prompt, names.prompt), **also}
+        arguments = {**_input(prompt, found.column), **also}
     except InvalidArgument as error:
         return Item(index, line, name, fault=error, content=content)
     return Item(index, line, name, arguments, content=content)

@@ -22,7 +22,7 @@ from reltrace.types.errors import InvalidArgument, TraceError, invalid
 
 NAME = "journal.sqlite"
 
-# States of a prompt. One that failed for a fault of its own is refused: another try ends the same.
+# States of a prompt. It is refused if it failed because it is invalid: a retry would fail again.
 TRACED, FAILED, REFUSED = 1, 2, 3
 
 _SCHEMA = """

@@ -90,7 +90,7 @@ def _open_safetensors(path: Path) -> Callable[[int], Trace]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        # It is mapped, and closed when nobody refers to it any more.
+        # Memory-mapped; closed when it is garbage-collected.
         file: Any = safe_open(path, "numpy")
         metadata: dict[str, str] = file.metadata() or {}
         if metadata.get("format") != _FORMAT:

@@ -35,13 +35,13 @@ _TRACE_ARGUMENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a batch is run; none of it decides a number."""
+    """Options that do not change the numbers of a batch."""
 
     source: Path | None  # None: standard input
     out: Path
     limit: int | None = None  # read only the first prompts
     shard: tuple[int, int] = (1, 1)  # number, from 1, and count of machines
-    retry_failed: bool = False  # also prompts that failed for a fault of their own
+    retry_failed: bool = False  # also prompts that failed because they are invalid
     max_in_flight: int = 1024
     part_traces: int = 1024  # traces in one file
     part_seconds: float = 10.0  # that a trace may wait for its commit
@@ -49,11 +49,9 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Prompts that are traced and failed, by this run or before; how many are new, and the time."""
-
-    traced: int
-    failed: int
-    new: int
+    traced: int  # prompts that have traces, of this run or an earlier one
+    failed: int  # prompts that failed, likewise
+    new: int  # results of this run
     seconds: float
 
 

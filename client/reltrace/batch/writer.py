@@ -1,4 +1,4 @@
-"""Writes results to disk in a thread of its own, so that the network does not wait for a sync."""
+"""Writes results to disk in a separate thread, so that the network does not wait for a sync."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from reltrace.batch import parts
 from reltrace.batch.folder import ERRORS, BatchFolder, ProvenanceMismatch
@@ -22,17 +23,20 @@ _QUEUE_BYTES = 64 * 1024 * 1024
 _COMMIT_BYTES = 64 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Traced:
     item: Item
     traces: tuple[Trace, ...]
-    header_bytes: int = field(init=False)  # in the header of a safetensors file
-    size: int = field(init=False)  # in bytes
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "header_bytes", sum(map(parts.header_bytes, self.traces)))
-        arrays = sum(map(_array_bytes, self.traces))
-        object.__setattr__(self, "size", self.header_bytes + arrays)
+    @cached_property
+    def header_bytes(self) -> int:
+        """In the header of a safetensors file."""
+        return sum(map(parts.header_bytes, self.traces))
+
+    @cached_property
+    def size(self) -> int:
+        """In bytes, about."""
+        return self.header_bytes + sum(map(_array_bytes, self.traces))
 
 
 def _array_bytes(trace: Trace) -> int:
@@ -84,15 +88,17 @@ class Writer:
 
         Raises the error of an earlier commit.
         """
+        # Before the lock: it encodes the result.
+        size = result.size
         with self._changed:
             self._changed.wait_for(
                 lambda: self._error or not self._queue_bytes
-                or self._queue_bytes + result.size <= _QUEUE_BYTES
+                or self._queue_bytes + size <= _QUEUE_BYTES
             )  # fmt: skip
             if self._error is not None:
                 raise self._error
             self._queue.append(result)
-            self._queue_bytes += result.size
+            self._queue_bytes += size
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -160,7 +166,7 @@ class Writer:
             return invalid(
                 "target" if several else "prompt",
                 f"the tokens and ids of its {len(result.traces)} traces take {result.header_bytes} "
-                f"bytes, and the head of a safetensors file at most {parts.MAX_HEADER_BYTES}; "
+                f"bytes; a safetensors file has room for {parts.MAX_HEADER_BYTES} in its header: "
                 f"{'trace fewer targets of it, or ' if several else ''}use --format parquet",
             )
         try:
@@ -169,7 +175,7 @@ class Writer:
         except ProvenanceMismatch as error:
             if "model" not in result.item.arguments:
                 raise
-            return invalid("model", f"this prompt has its own: {error}")
+            return invalid("model", f"this prompt names another: {error}")
         return None
 
     def _commit(self) -> None:

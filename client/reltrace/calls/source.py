@@ -16,7 +16,7 @@ _LINGER = 0.002
 
 
 def open_source(items: object, argument: str = "items") -> Source:
-    """Return the source for an argument; raise InvalidArgument if it is no iterable of items."""
+    """Return the source for an argument; raise InvalidArgument if it is not one of items."""
     check_iterable(items, argument, Iterable | AsyncIterable)
     if isinstance(items, list | tuple):
         return _Ready(items)

@@ -10,8 +10,8 @@ from reltrace.cli.output import AS_JSON, print_found, print_json, write
 from reltrace.types.errors import NotFound
 from reltrace.types.server_info import QuarantinedJob
 
-quarantined = connection_group("Jobs that lost too many workers.")
-tenants = connection_group("The tenants: their jobs and their limits.")
+quarantined = connection_group("Jobs in quarantine: too many workers were lost while running them.")
+tenants = connection_group("Tenants: their usage and limits.")
 
 _INPUT_CHARACTERS = 60
 _MAX_JOBS = 10_000
@@ -23,7 +23,7 @@ def list_quarantined(
     limit: int = option(100, "Show at most N jobs.", min=1),
     as_json: bool = AS_JSON,
 ) -> None:
-    """List them, the latest first."""
+    """List quarantined jobs, the latest first."""
     with connection.client() as client:
         jobs = client.admin.quarantined_jobs(limit)
     rows = [
@@ -40,7 +40,7 @@ def show(
     job: str = argument(..., "Id of the job.", metavar="JOB"),
     as_json: bool = AS_JSON,
 ) -> None:
-    """Show one with its input, and the workers that it lost."""
+    """Show a quarantined job: its input and the workers that were lost."""
     with connection.client() as client:
         found = next(
             (one for one in client.admin.quarantined_jobs(_MAX_JOBS) if one.id == job), None
@@ -64,9 +64,9 @@ def requeue(
     everything: bool = option(False, "Requeue all of them.", "--all"),
     as_json: bool = AS_JSON,
 ) -> None:
-    """Queue them once more, each as a new job of its tenant."""
+    """Queue quarantined jobs again, each as a new job of its tenant."""
     if bool(jobs) == everything:
-        raise typer.BadParameter("name jobs, or say --all", param_hint="JOB...")
+        raise typer.BadParameter("give ids of jobs, or --all", param_hint="JOB...")
     with connection.client() as client:
         ids = jobs or [job.id for job in client.admin.quarantined_jobs(_MAX_JOBS)]
         requeued = client.admin.requeue(*ids) if ids else []
@@ -86,7 +86,7 @@ def _input(job: QuarantinedJob, most: int | None = None) -> str:
 
 @command(tenants, "list")
 def list_tenants(connection: Connection, as_json: bool = AS_JSON) -> None:
-    """List them, with what they hold and may hold."""
+    """List tenants with their usage and limits."""
     with connection.client() as client:
         found = client.admin.tenants()
     rows = [
@@ -107,14 +107,14 @@ def _limit(value: float | None, style: str) -> str:
 def set_tenant(
     connection: Connection,
     tenant: str = argument(..., "Name of the tenant.", metavar="TENANT"),
-    weight: float | None = option(None, "Its share against other tenants that have queued jobs."),
-    max_jobs: int | None = option(None, "Bound on its jobs.", min=0),
+    weight: float | None = option(None, "Its share, relative to other tenants with queued jobs."),
+    max_jobs: int | None = option(None, "Largest number of its jobs.", min=0),
     max_bytes: int | None = option(
-        None, "Bound on the bytes of its jobs and of its unread results.", min=0
+        None, "Largest size of its jobs and unread results together, in bytes.", min=0
     ),
     as_json: bool = AS_JSON,
 ) -> None:
-    """Set its share and bounds; what is left out stays as it is."""
+    """Set the weight and limits of a tenant; those that are not given stay unchanged."""
     with connection.client() as client:
         found = client.admin.set_tenant(
             tenant, weight=weight, max_jobs=max_jobs, max_bytes=max_bytes

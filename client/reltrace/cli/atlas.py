@@ -37,7 +37,7 @@ FOLDER = argument(..., "Folder of the atlas.", metavar="FOLDER")
 SiteName: TypeAlias = Literal["neuron", "head"]
 MeasureName: TypeAlias = Literal["relevance", "activation"]
 SITE = option("neuron", "Neurons or attention heads.")
-MEASURE = option("relevance", "The measure by which contexts are strong.")
+MEASURE = option("relevance", "Measure by which contexts are ranked.")
 
 
 @command(app)
@@ -49,7 +49,7 @@ def build(
         ".gz); any other, and standard input (-), has a prompt per line.",
         metavar="CORPUS",
     ),
-    out: Path = argument(..., "Folder; an atlas that is there is continued.", metavar="OUT"),
+    out: Path = argument(..., "Folder; an atlas that exists there is continued.", metavar="OUT"),
     model: str | None = MODEL,
     rule: str = RULE,
     target: str | None = option(
@@ -58,26 +58,28 @@ def build(
         show_default="its own next tokens, at all positions",
     ),
     positions: int | None = option(
-        None, "Explain N positions of each prompt, drawn at random, instead."
+        None, "Explain N random positions of each prompt instead of all."
     ),
     seed: int = SEED,
-    keep_special: bool = option(False, "Count first and special tokens, too.", "--keep-special"),
+    keep_special: bool = option(
+        False, "Also count the first token and special tokens.", "--keep-special"
+    ),
     add_special_tokens: bool = SPECIAL_TOKENS,
-    k: int = option(16, "Places of each list.", "--places"),
-    slice_: int = option(1024, "Most prompts of one job.", "--slice"),
+    k: int = option(16, "Contexts to keep in each list.", "--places"),
+    slice_: int = option(1024, "Largest number of prompts in one job.", "--slice"),
     column: str | None = COLUMN,
     quiet: bool = QUIET,
     as_json: bool = AS_JSON,
 ) -> None:
-    """Build an atlas, or what is missing of one."""
+    """Build an atlas, or complete one that was interrupted."""
     path = file_of(corpus, "corpus")
     name = "text" if path is None else format_of(path) or "text"
-    # A place in the corpus is named by its line, which the build does not know.
     input_format = InputFormat.of(path, name, column, None)
+    # Checked here, because only the file knows the line that an error must name.
     prompts = PromptFile(path, input_format, "corpus", read_prompt)
     with connection.client() as client:
         found = client.build_atlas(
-            # Only a file has a length.
+            # Standard input has no length, so that progress has no total.
             iter(prompts) if path is None else prompts,
             out,
             model=model,
@@ -107,7 +109,7 @@ def show(
     measure: MeasureName = MEASURE,
     as_json: bool = AS_JSON,
 ) -> None:
-    """Show the places where a neuron or head is strongest."""
+    """Show the contexts in which a neuron or head is strongest."""
     atlas = reltrace.load_atlas(folder)
     found = atlas.neuron(layer, index) if site == "neuron" else atlas.head(layer, index)
     names = [name for name in LISTS if name.startswith(measure)]
@@ -143,7 +145,7 @@ def show(
 @command(app)
 def find(
     folder: Path = FOLDER,
-    text: str = argument(..., "In a context, or in a label that was imported."),
+    text: str = argument(..., "Text to find in contexts and in imported labels."),
     site: SiteName = SITE,
     measure: MeasureName = MEASURE,
     k: int = option(20, "Show at most N.", "-k", "--most"),
@@ -165,19 +167,19 @@ def find(
 def page(
     folder: Path = FOLDER,
     out: Path = argument(..., "Ends in .html.", metavar="OUT"),
-    most: int = option(2000, "Neurons on it, by relevance mass."),
-    contexts: int = option(8, "Shown of each list; all are searched."),
+    most: int = option(2000, "Neurons on the page: those with most relevance mass."),
+    contexts: int = option(8, "Contexts shown of each list; the search covers all of them."),
 ) -> None:
-    """Write a page to browse, in one file."""
+    """Write a page for browsing the atlas, in one file."""
     typer.echo(reltrace.load_atlas(folder).save_page(out, most=most, contexts=contexts))
 
 
 @command(labels, "export")
 def export_labels(
     folder: Path = FOLDER,
-    out: Path = argument(..., "A file of lines of JSON.", metavar="OUT"),
+    out: Path = argument(..., "File to write, as JSON lines.", metavar="OUT"),
     site: SiteName = SITE,
-    most: int | None = option(None, "Export at most N, those with most relevance mass."),
+    most: int | None = option(None, "Export only the N with most relevance mass."),
 ) -> None:
     """Write labels with their contexts, for a person or a language model to improve."""
     count = reltrace.load_atlas(folder).export_labels(out, site=site, most=most)
@@ -187,7 +189,7 @@ def export_labels(
 @command(labels, "import")
 def import_labels(
     folder: Path = FOLDER,
-    source: Path = argument(..., "Lines of JSON with layer, index and label.", metavar="FILE"),
+    source: Path = argument(..., "File of JSON lines with layer, index and label.", metavar="FILE"),
 ) -> None:
     """Import the labels of a file, all or none; an empty label removes one."""
     count = reltrace.load_atlas(folder).import_labels(source)
@@ -195,12 +197,12 @@ def import_labels(
 
 
 def _known(value: float) -> float | None:
-    """Return a number; None for nan, which JSON does not have."""
+    """Return a number; None for NaN, which JSON does not have."""
     return value if value == value else None
 
 
 def _line(place: reltrace.Context, measure: str) -> Text:
-    """Return the tokens around a place, the strong one marked and in colour."""
+    """Return the tokens of a context, the strong one marked and in colour."""
     before, token, after = map(safe, place.parts())
     strong = "bold red" if place.value(measure) > 0 else "bold blue"
     return Text.assemble(before, (f"⟦{token}⟧", strong), after)

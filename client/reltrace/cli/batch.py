@@ -33,11 +33,11 @@ def batch(
     trace: TraceOptions,
     reading: FileOptions,
     source: str = argument(..., "File of prompts; -: standard input.", metavar="IN"),
-    out: Path = argument(..., "Folder of the traces; made if it is not there.", metavar="OUT_DIR"),
+    out: Path = argument(..., "Folder for the traces; created if missing.", metavar="OUT_DIR"),
     output_uri: str | None = option(
         None,
         "Folder, such as s3://bucket/run-1, that workers write tensors to instead of "
-        "sending them; OUT_DIR then says where they are. One that the server allows.",
+        "sending them; OUT_DIR then says where they are. The server must allow it.",
         metavar="URL",
         show_default=False,
     ),
@@ -49,13 +49,17 @@ def batch(
         metavar="I/N",
     ),
     retry_failed: bool = option(
-        False, "Try prompts again that failed for their own fault.", "--retry-failed"
+        False,
+        "Also try the prompts again that failed because of the prompt itself.",
+        "--retry-failed",
     ),
     max_in_flight: int = option(
-        1024, "Prompts that are submitted and not finished, at a time.", min=1
+        1024, "Largest number of prompts that are submitted and not finished.", min=1
     ),
     part_traces: int = option(1024, "Traces in one file.", min=1),
-    part_seconds: float = option(10.0, "Most seconds until a trace is on disk.", min=0.1),
+    part_seconds: float = option(
+        10.0, "Longest time in seconds until a trace is on disk.", min=0.1
+    ),
     retry_timeout: float = option(
         600.0, "Seconds to wait for a server that does not answer.", min=0
     ),
@@ -92,7 +96,7 @@ def batch(
         shards=part[1],
         output_uri=output_uri,
     )
-    # With the usual timeout: a wrong address is reported soon.
+    # With the default timeout, so that a wrong address is reported soon.
     with connection.client() as client:
         check_served(settings, client.models())
     bar = Progress(
@@ -128,7 +132,7 @@ def _shard(text: str | None) -> tuple[int, int]:
 def _total(
     path: Path | None, reading: InputFormat, limit: int | None, shard: tuple[int, int]
 ) -> int | None:
-    """Return how many prompts there are for this machine; None if only reading them tells."""
+    """Return the number of prompts for this machine; None if standard input has no limit."""
     if path is None:
         return limit
     count = len(PromptFile(path, reading))
@@ -164,7 +168,7 @@ class _BesideTheBar(logging.Handler):
 
 @contextmanager
 def _logging_beside_the_bar() -> Iterator[None]:
-    """Print what the client logs: otherwise a run that waits for a server looks stuck."""
+    """Print log messages without breaking the bar: a run that waits for a server says so."""
     handler = _BesideTheBar(logging.WARNING)
     logging.getLogger("reltrace").addHandler(handler)
     try:

@@ -20,11 +20,12 @@ from reltrace.types.errors import InvalidArgument, invalid
 
 _PANEL = "Connection (each is also a variable: RELTRACE_SERVER, ...)"
 
-_TOKENS = ("token", "token_file")
+_TOKENS = {"token", "token_file"}
 _FILES = ("token_file", "tls_ca", "tls_cert", "tls_key", "config")
 _SWITCHES = ("tls", "insecure")
+# A token file before a token: of one source, the first counts.
 _SETTINGS = (
-    "server", "token", "token_file", "tls", "tls_ca", "tls_cert", "tls_key", "tls_name", "insecure",
+    "server", "token_file", "token", "tls", "tls_ca", "tls_cert", "tls_key", "tls_name", "insecure",
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ class Connection:
         no_tls = found.values.get("tls") == Setting(False, "option")
         return reltrace.Client(
             found.get("server"),
-            # What is not set must not be looked up in the environment again.
+            # "", not None: the client must not look it up in the environment again.
             token=found.get("token_file") or found.get("token") or "",
             tls=files if not no_tls and (found.get("tls") or files != TlsOptions()) else False,
             insecure=bool(found.get("insecure")),
@@ -148,11 +149,10 @@ def resolve(options: Connection) -> Settings:
         layers.insert(1 if options.profile else 2, (f"profile {name}", profiles[name]))
     values: dict[str, Setting] = {}
     for source, layer in layers:
-        if "token" in values or "token_file" in values:
-            layer = {key: value for key, value in layer.items() if key not in _TOKENS}
         for key in _SETTINGS:
-            if layer.get(key) is not None:
-                values.setdefault(key, Setting(layer[key], source))
+            alternatives = _TOKENS if key in _TOKENS else {key}
+            if layer.get(key) is not None and not alternatives & values.keys():
+                values[key] = Setting(layer[key], source)
     values.setdefault("server", Setting(DEFAULT_ADDRESS, "default"))
     return Settings(file, name, values)
 
@@ -165,8 +165,6 @@ def _environment() -> dict[str, Any]:
             found[name] = flag(variable) if name in _SWITCHES else text
             if name in _FILES:
                 found[name] = Path(text)
-    if "token_file" in found:
-        found.pop("token", None)
     return found
 
 

@@ -55,12 +55,14 @@ def evaluate(
     ),
     contrast: str | None = CONTRAST,
     logprob: bool = LOGPROB,
-    measure: Measure = option("logprob", "What of the target is measured as tokens are replaced."),
+    measure: Measure = option(
+        "logprob", "Quantity of the target that is measured while tokens are replaced."
+    ),
     replace: str = option(
-        "zero", "What takes the place of tokens: zero, mean (of all embeddings), a token, or id:N."
+        "zero", "Replacement of tokens: zero, mean (of all embeddings), a token, or id:N."
     ),
     keep: Keep = option(
-        "special", "Tokens that stay: special (the first one and special ones) or none."
+        "special", "Tokens that are never replaced: special (the first and special ones) or none."
     ),
     points: int = option(10, "Steps of a curve.", min=2, max=100),
     seed: int = SEED,
@@ -70,11 +72,11 @@ def evaluate(
     quiet: bool = QUIET,
     as_json: bool = AS_JSON,
 ) -> None:
-    """Measure how well each rule tells what predictions rest on.
+    """Measure how faithfully each rule explains predictions.
 
     Exit code 1 if a prompt could not be evaluated.
     """
-    # Before anything is run: that may take long.
+    # Checked before the evaluation, which may take long.
     if plot is not None:
         check_path(plot, pages=False)
     path = file_of(source)
@@ -102,7 +104,7 @@ def evaluate(
     warn(*(f"prompt {key}: {error}" for key, error in found.failures.items()))
     if not as_json:
         console = Console()
-        # A table's own title is no wider than the table.
+        # Not the table's own title, which is no wider than the table.
         console.print(Text(found.title))
         titles, rows = table_of(found)
         drawn = table(titles, rows, right=titles[1:], caption=caption(found))

@@ -1,4 +1,4 @@
-"""`reltrace generate`: let a model write, and steer it."""
+"""`reltrace generate`: text of a model, also steered."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def generate(
     steer: list[str] | None = option(
         None,
         "Set a neuron, or multiply it (LAYER:NEURON*SCALE), or add a direction to the "
-        "residual stream (LAYER+FILE.npy or LAYER+FILE.npy*SCALE); may be repeated. The text "
-        "without it is shown beside.",
+        "residual stream (LAYER+FILE.npy or LAYER+FILE.npy*SCALE); may be repeated. The "
+        "text without steering is shown next to it.",
         metavar="LAYER:NEURON=VALUE",
         show_default=False,
     ),
     max_new_tokens: int = option(64, "Write at most N tokens."),
     temperature: float = option(0.0, "0: always the likeliest token."),
     top_p: float = option(
-        0.0, "Draw from the likeliest that have this much probability together; 0: from all."
+        0.0, "Sample from the likeliest tokens whose probabilities add up to this; 0: from all."
     ),
     seed: int = SEED,
     add_special_tokens: bool = SPECIAL_TOKENS,
     as_json: bool = AS_JSON,
 ) -> None:
-    """Let a model continue a prompt, as it is and steered."""
+    """Let a model continue a prompt, without and with steering."""
     arguments: dict[str, Any] = {
         **prompt.arguments(),
         "add_special_tokens": add_special_tokens,
@@ -88,7 +88,7 @@ def _show_text(stream: TextStream) -> None:
             write("\n" * piece.again + piece.text, end="")
             begun = True
     finally:
-        # The message of an error stands on a line of its own, too.
+        # Also before the message of an error.
         if begun:
             typer.echo()
 

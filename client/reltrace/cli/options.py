@@ -28,12 +28,12 @@ SPECIAL_TOKENS = option(
 )
 CONTRAST = option(None, "Subtract the logit of this token (a text, or id:N).")
 LOGPROB = option(False, "Log-probability of the target instead of its logit.", "--logprob")
-TIMEOUT = option(None, "Seconds for the whole call.")
+TIMEOUT = option(None, "Time limit of the whole call, in seconds.")
 LIMIT = option(None, "Only the first N prompts of the file.", min=1)
-SEED = option(0, "Seed of what is drawn at random.", min=0)
+SEED = option(0, "Seed of random choices.", min=0)
 COLUMN = option(
     None,
-    "Column of the prompts, in CSV and Parquet; that of conversations is called messages.",
+    "Column of the prompts, in CSV and Parquet; a column of conversations is called messages.",
     show_default="prompt, else messages",
 )
 

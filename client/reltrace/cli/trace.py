@@ -44,7 +44,7 @@ def trace(
     ),
     atlas: Path | None = option(
         None,
-        "Label the strongest neurons and heads, here and in an .html plot: an atlas of the model.",
+        "Atlas of the model, for labels of the strongest neurons and heads, also in an .html plot.",
         metavar="FOLDER",
     ),
     json_file: str | None = option(
@@ -59,7 +59,7 @@ def trace(
     text = prompt.arguments(input_ids)
     if plot is not None:
         check_path(plot, with_labels=atlas is not None)
-    # Before anything is traced: that may take long.
+    # Checked before the trace, which may take long.
     labels = None if atlas is None else _labels(atlas, options)
     wanted = Target(
         target_of(options.target),
@@ -88,7 +88,7 @@ def trace(
 
 
 def _labels(folder: Path, options: TraceOptions) -> reltrace.Atlas:
-    """Read an atlas, for a trace that has what it labels."""
+    """Read an atlas; raise InvalidArgument if the trace will have nothing that it labels."""
     if options.reduce == "token" or not any(map(has_labels, options.site or [])):
         raise invalid(
             "atlas",

@@ -111,7 +111,7 @@ class Evaluation:
             done = f"tokens replaced by {self.replace!r}"
         else:
             done = f"tokens set to {'0' if self.replace == 'zero' else 'the mean embedding'}"
-        # Of no prompt, no model has named itself.
+        # Without any evaluated prompt, the name of the model is not known.
         return f"{self.model and f'{self.model}: '}{count}, {done}, by {MEASURES[self.measure]}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,26 +20,26 @@ _ALLOWED = ("id", *_INPUTS, "target", "answer")
 @dataclass(frozen=True, slots=True)
 class Prompt:
     number: int  # from 0
-    id: str | int  # the given one, else `number`
+    id: str | int  # that of the mapping, else `number`
     item: Mapping[str, Any]  # arguments of `trace`: the input, and perhaps a target
     answer: str | tuple[int, ...] | None  # what the prediction rests on: a text, or positions
 
     @classmethod
-    def of(cls, number: int, given: object) -> Prompt:
+    def of(cls, number: int, value: object) -> Prompt:
         """Check a prompt as the caller gave it; raise InvalidArgument if it is wrong."""
-        if isinstance(given, str):
-            return cls(number, number, {"prompt": given}, None)
+        if isinstance(value, str):
+            return cls(number, number, {"prompt": value}, None)
         field = f"prompts[{number}]"
-        if not isinstance(given, Mapping):
-            raise invalid(field, f"must be text or a mapping, not {type(given).__name__}")
-        unknown = [key for key in given if key not in _ALLOWED]
+        if not isinstance(value, Mapping):
+            raise invalid(field, f"must be text or a mapping, not {type(value).__name__}")
+        unknown = [key for key in value if key not in _ALLOWED]
         if unknown:
             raise invalid(field, f"has {unknown[0]!r}; allowed: {', '.join(_ALLOWED)}")
-        name = check_id(given.get("id", number), f"{field}.id")
-        item = {key: given[key] for key in _INPUTS if key in given}
-        if "target" in given:
-            item["target"] = single_target(given["target"], f"{field}.target")
-        answer = given.get("answer")
+        name = check_id(value.get("id", number), f"{field}.id")
+        item = {key: value[key] for key in _INPUTS if key in value}
+        if "target" in value:
+            item["target"] = single_target(value["target"], f"{field}.target")
+        answer = value.get("answer")
         if answer is not None and not isinstance(answer, str):
             answer = _positions(answer, f"{field}.answer")
         return cls(number, name, item, answer)
@@ -92,12 +92,12 @@ def single_target(target: Any, field: str) -> Any:
     return target
 
 
-def _positions(given: object, field: str) -> tuple[int, ...]:
+def _positions(value: object, field: str) -> tuple[int, ...]:
     """Return positions in rising order, each once."""
-    listed = given.tolist() if isinstance(given, np.ndarray) else given
+    listed = value.tolist() if isinstance(value, np.ndarray) else value
     if isinstance(listed, bytes) or not isinstance(listed, Sequence):
         raise invalid(
-            field, f"must be a text or positions of tokens from 0, not {type(given).__name__}"
+            field, f"must be a text or positions of tokens from 0, not {type(value).__name__}"
         )
     found = {whole_number(one, f"{field}[{index}]") for index, one in enumerate(listed)}
     return tuple(sorted(found))

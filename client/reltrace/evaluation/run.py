@@ -66,7 +66,7 @@ class Evaluator:
         self._failures: dict[int, Failure] = {}
 
     async def run(self, prompts: object) -> Evaluation:
-        """Evaluate prompts, some dozens at a time; of a list all are checked first.
+        """Evaluate prompts, some dozens at a time; the prompts of a list are all checked first.
 
         Raises TraceError if something is wrong with all of them, such as the model.
         """
@@ -76,10 +76,10 @@ class Evaluator:
         count, tally = 0, Tally(self._settings)
         try:
             replacement = await self._replacement()
-            while given := await self._next(source):
-                some = self._checked(given, count)
-                count += len(some)
-                for curves in await self._measured(some, replacement[1]):
+            while values := await self._next(source):
+                checked = self._checked(values, count)
+                count += len(checked)
+                for curves in await self._measured(checked, replacement[1]):
                     tally.add(curves)
         finally:
             await source.close()
@@ -88,9 +88,9 @@ class Evaluator:
         failed = {one.id: one.reason for _, one in sorted(self._failures.items())}
         return tally.evaluation(replacement, failed)
 
-    def _checked(self, given: Sequence[Any], first: int) -> list[Prompt]:
+    def _checked(self, values: Sequence[Any], first: int) -> list[Prompt]:
         """Check prompts, of which the first has this number; their ids must be unique."""
-        prompts = [Prompt.of(number, one) for number, one in enumerate(given, first)]
+        prompts = [Prompt.of(number, one) for number, one in enumerate(values, first)]
         for prompt in prompts:
             earlier = self._ids.setdefault(prompt.id, prompt.number)
             if earlier != prompt.number:
@@ -103,20 +103,20 @@ class Evaluator:
 
     async def _next(self, source: Source) -> list[Any]:
         """Return the next prompts; none at the end."""
-        some: list[Any] = []
+        taken: list[Any] = []
         try:
             async with asyncio.timeout(self._deadline.remaining()) as limit:
-                while len(some) < _CONCURRENT_PROMPTS:
-                    more = await source.take(_CONCURRENT_PROMPTS - len(some), wait=True)
+                while len(taken) < _CONCURRENT_PROMPTS:
+                    more = await source.take(_CONCURRENT_PROMPTS - len(taken), wait=True)
                     if more is None:
                         break
-                    some += more
+                    taken += more
         except TimeoutError:
             # The source may raise one, too.
             if limit.expired():
                 raise self._deadline.error() from None
             raise
-        return some
+        return taken
 
     def _trace_many(self, items: list[dict[str, Any]]) -> AsyncGenerator[Any, None]:
         run = TraceManyRun(

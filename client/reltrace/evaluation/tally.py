@@ -103,14 +103,14 @@ class Tally:
             if rise.mean - np.nan_to_num(rise.margin) > 0
         ]:
             found.append(
-                f"the {measure} of the target rises as {off} go ({' and '.join(risen)}), whichever "
-                "they are: the areas say little of the rules"
+                f"the {measure} of the target rises as {off} are switched off, in any order "
+                f"({' and '.join(risen)}): the areas say little about the rules"
             )
         answer = Mean.of(self._without_answer)
         if answer.count and not answer.mean + np.nan_to_num(answer.margin) < 0:
             found.append(
                 f"without the tokens of the known answer the {measure} of the target does not "
-                f"clearly fall ({answer}): the areas say little of the rules"
+                f"clearly fall ({answer}): the areas say little about the rules"
             )
         if self._answers_kept:
             found.append(

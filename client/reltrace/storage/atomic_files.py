@@ -61,7 +61,7 @@ def with_filename(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None:
-            # The words of a library, not of the system.
+            # The message of a library, not of the operating system.
             raise OSError(f"{error}: {str(path)!r}") from error
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -1,7 +1,7 @@
 """Files of tensors in the safetensors format.
 
-The library that reads them could write them too, but a kill leaves its temporary file of any name
-behind, only the owner may read the file, and a full disk is an error of no type.
+The writer of the safetensors library is not used: when it is killed it leaves a temporary file with
+a random name, only the owner may read its files, and it reports a full disk as an untyped error.
 """
 
 from __future__ import annotations

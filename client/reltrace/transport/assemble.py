@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -110,92 +109,32 @@ class Assembler:
             if key not in self._tensors:
                 self._tensors[key] = _Tensor(piece)
             self._tensors[key].add(piece)
-        if not chunk.HasField("end"):
-            return None
-        if chunk.end.state != types_pb2.JOB_STATE_SUCCEEDED:
-            return from_job_end(chunk.end, self.job.rename, chunk.job_id)
-        if self.job.spec.HasField("generation"):
-            return self._generation(chunk.end.timings, chunk.job_id)
-        if self.job.spec.HasField("corpus"):
-            return self._atlas()
-        if self.job.spec.tokenize_only:
-            return decode.tokens(self._header)
-        return self._traces(chunk.end.timings, chunk.job_id)
+        return self._outcome(chunk.end, chunk.job_id) if chunk.HasField("end") else None
 
-    def _generation(self, timings: types_pb2.Timings, job_id: str) -> Generation:
-        header, generated = self._header, self._generated
-        if header is None or generated is None:
-            raise ProtocolError("a job succeeded without its generated text")
-        prompt = decode.tokens(header)
-        if not len(generated.token_ids) == len(generated.tokens) == len(generated.logprobs):
-            raise ProtocolError("generated token ids, tokens and logprobs differ in number")
-        return Generation(
-            text=generated.text,
-            tokens=list(generated.tokens),
-            token_ids=list(generated.token_ids),
-            logprobs=np.array(generated.logprobs, np.float32),
-            stopped=generated.stopped,
-            prompt_tokens=prompt.tokens,
-            prompt_token_ids=prompt.token_ids,
-            prompt_text=prompt.text,
-            hints=prompt.hints,
-            provenance=decode.provenance(header.provenance),
-            timings=decode.timings(timings),
-            job_id=job_id,
-        )
-
-    def _atlas(self) -> AtlasShard:
-        header = self._header
+    def _outcome(self, end: types_pb2.JobEnd, job_id: str) -> Outcome:
+        spec, header = self.job.spec, self._header
+        if end.state != types_pb2.JOB_STATE_SUCCEEDED:
+            return from_job_end(end, self.job.rename, job_id)
         if header is None:
-            raise ProtocolError("an atlas came without a header")
-        skipped = {}
-        for fault in header.skipped:
-            number = re.fullmatch(r"corpus\.prompts\[(\d+)\]", fault.field)
-            if number is None:
-                raise ProtocolError(f"an atlas leaves out {fault.field!r}")
-            skipped[int(number[1])] = fault.description
-        arrays: Mapping[str, Mapping[str, Array]]
-        if self._manifest is None:
-            arrays = _by_site(self._tensors.values())
-        else:
-            arrays = StoredArrays(decode.stored_location(self._manifest, self._manifest.tensors))
-        return AtlasShard(
-            arrays=arrays,
-            vocabulary=dict(zip(header.token_ids, header.tokens, strict=True)),
-            special=frozenset(header.token_ids[position] for position in header.special_positions),
-            skipped=skipped,
-            provenance=decode.provenance(header.provenance),
-        )
+            raise ProtocolError("a job succeeded without a header")
+        if spec.tokenize_only:
+            return decode.tokens(header)
+        if spec.HasField("generation"):
+            if self._generated is None:
+                raise ProtocolError("a job succeeded without its generated text")
+            return decode.generation(header, self._generated, end.timings, job_id)
+        if spec.HasField("corpus"):
+            return decode.atlas_shard(header, self._atlas_arrays())
+        targets = len(header.targets)
+        if not targets or (not self.job.several and targets != 1):
+            raise ProtocolError(f"a job came back with {targets} targets")
+        arrays = self._arrays(targets, tuple(header.layers))
+        return decode.traces(header, arrays, end.timings, job_id, self.job.id)
 
-    def _traces(self, timings: types_pb2.Timings, job_id: str) -> list[Trace]:
-        header = self._header
-        prompt = decode.tokens(header)
-        assert header is not None
-        if not header.targets or (not self.job.several and len(header.targets) != 1):
-            raise ProtocolError(f"a job came back with {len(header.targets)} targets")
-        provenance = decode.provenance(header.provenance)
-        layers = tuple(header.layers)
-        times = decode.timings(timings)
-        by_trace = self._arrays(len(header.targets), layers)
-        return [
-            Trace(
-                tokens=list(prompt.tokens),
-                token_ids=list(prompt.token_ids),
-                text=prompt.text,
-                offsets=prompt.offsets,
-                turns=prompt.turns,
-                hints=prompt.hints,
-                special_positions=prompt.special_positions,
-                target=decode.resolved_target(target),
-                provenance=provenance,
-                arrays=arrays,
-                id=self.job.id,
-                layers=layers,
-                timings=times,
-                job_id=job_id,
-            )
-            for target, arrays in zip(header.targets, by_trace, strict=True)
-        ]
+    def _atlas_arrays(self) -> Mapping[str, Mapping[str, Array]]:
+        if self._manifest is None:
+            return _by_site(self._tensors.values())
+        return StoredArrays(decode.stored_location(self._manifest, self._manifest.tensors))
 
     def _arrays(
         self, traces: int, layers: tuple[int, ...]

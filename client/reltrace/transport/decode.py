@@ -2,22 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 from reltrace_proto.v1 import types_pb2
 
 from reltrace.storage.stored_arrays import StoredLocation, StoredTensor
-from reltrace.types.arrays import scalar_name
+from reltrace.types.arrays import Array, scalar_name
+from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import ProtocolError
+from reltrace.types.generation import Generation
 from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget, Timings
 from reltrace.types.tokens import Tokens, Turn
+from reltrace.types.trace import Trace
 
 
-def tokens(header: types_pb2.TraceHeader | None) -> Tokens:
-    if header is None:
-        raise ProtocolError("a job succeeded without a header")
+def traces(
+    header: types_pb2.TraceHeader,
+    arrays: Sequence[Mapping[str, Mapping[str, Array]]],
+    times: types_pb2.Timings,
+    job_id: str,
+    item_id: str | int | None,
+) -> list[Trace]:
+    """Return one trace per target of the header, each with its arrays by site and part."""
+    prompt = tokens(header)
+    computed_by = provenance(header.provenance)
+    layers = tuple(header.layers)
+    took = timings(times)
+    return [
+        Trace(
+            tokens=list(prompt.tokens),
+            token_ids=list(prompt.token_ids),
+            text=prompt.text,
+            offsets=prompt.offsets,
+            turns=prompt.turns,
+            hints=prompt.hints,
+            special_positions=prompt.special_positions,
+            target=resolved_target(target),
+            provenance=computed_by,
+            arrays=by_site,
+            id=item_id,
+            layers=layers,
+            timings=took,
+            job_id=job_id,
+        )
+        for target, by_site in zip(header.targets, arrays, strict=True)
+    ]
+
+
+def generation(
+    header: types_pb2.TraceHeader,
+    wire: types_pb2.Generated,
+    times: types_pb2.Timings,
+    job_id: str,
+) -> Generation:
+    prompt = tokens(header)
+    if not len(wire.token_ids) == len(wire.tokens) == len(wire.logprobs):
+        raise ProtocolError("generated token ids, tokens and logprobs differ in number")
+    return Generation(
+        text=wire.text,
+        tokens=list(wire.tokens),
+        token_ids=list(wire.token_ids),
+        logprobs=np.array(wire.logprobs, np.float32),
+        stopped=wire.stopped,
+        prompt_tokens=prompt.tokens,
+        prompt_token_ids=prompt.token_ids,
+        prompt_text=prompt.text,
+        hints=prompt.hints,
+        provenance=provenance(header.provenance),
+        timings=timings(times),
+        job_id=job_id,
+    )
+
+
+def atlas_shard(
+    header: types_pb2.TraceHeader, arrays: Mapping[str, Mapping[str, Array]]
+) -> AtlasShard:
+    skipped = {}
+    for fault in header.skipped:
+        number = re.fullmatch(r"corpus\.prompts\[(\d+)\]", fault.field)
+        if number is None:
+            raise ProtocolError(f"an atlas leaves out {fault.field!r}")
+        skipped[int(number[1])] = fault.description
+    return AtlasShard(
+        arrays=arrays,
+        vocabulary=dict(zip(header.token_ids, header.tokens, strict=True)),
+        special=frozenset(header.token_ids[position] for position in header.special_positions),
+        skipped=skipped,
+        provenance=provenance(header.provenance),
+    )
+
+
+def tokens(header: types_pb2.TraceHeader) -> Tokens:
     # Workers of older versions send no offsets.
     if len(header.offsets) not in (0, 2 * len(header.tokens)):
         raise ProtocolError(

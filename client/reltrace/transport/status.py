@@ -97,7 +97,9 @@ def from_status(status: RpcStatus, address: str) -> TraceError:
         case grpc.StatusCode.NOT_FOUND:
             return NotFound(message, violations=status.violations)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return ResourceExhausted(f"the server at {address} has no room: {message}")
+            return ResourceExhausted(
+                f"the server at {address} can not accept the request: {message}"
+            )
         case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
             return PermissionDenied(f"the server at {address} refuses: {message}")
         case grpc.StatusCode.CANCELLED:

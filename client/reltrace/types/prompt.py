@@ -102,7 +102,7 @@ def _check_keys(given: Mapping[str, Any], allowed: Sequence[str], name: str, wha
     for key in given:
         if key not in allowed:
             raise invalid(
-                f"{name}.{key}", f"is no field of a {what}; allowed: {' and '.join(allowed)}"
+                f"{name}.{key}", f"is not a field of a {what}; allowed: {' and '.join(allowed)}"
             )
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from reltrace.atlas.atlas import Atlas
 from reltrace.atlas.examples import QUANTILES, Context, Feature
 from reltrace.types.atlas_shard import LISTS, MEASURES, SITES
 from reltrace.types.token_text import token_texts, visible_token
 from reltrace.viz.colours import COLOURS
 from reltrace.viz.templates import page
-
-if TYPE_CHECKING:
-    from reltrace.atlas.atlas import Atlas
 
 _SEARCHED = LISTS[:2]
 # Salient tokens that are shown of a neuron or head.
@@ -84,19 +82,18 @@ def _feature(atlas: Atlas, feature: Feature, contexts: int, texts: _Snippets) ->
             [visible_token(one.token).strip(), one.role, one.count, one.of]
             for one in feature.salient_tokens[:_SALIENT_TOKENS]
         ],
-        # All of the lists that are searched: the page counts as `Atlas.find` does.
-        [
-            [texts.place(one) for one in feature.contexts.first(name, contexts)]
-            if name not in _SEARCHED
-            else [texts.place(one) for one in feature.contexts[name]]
-            for name in LISTS
-        ],
+        [[texts.place(one) for one in _listed(feature, name, contexts)] for name in LISTS],
         [feature.contexts.sizes[name] for name in LISTS],
     ]
 
 
+def _listed(feature: Feature, name: str, count: int) -> Sequence[Context]:
+    # All contexts of the lists that are searched: the page counts as `Atlas.find` does.
+    return feature.contexts[name] if name in _SEARCHED else feature.contexts.first(name, count)
+
+
 def _short(value: float, digits: int = 5) -> float:
-    """Return a number with the digits that are shown; all digits would double the page."""
+    """Return a number with as many digits as are shown: all digits would double the page."""
     return float(f"{value:.{digits}g}")
 
 
@@ -105,7 +102,7 @@ def _number(value: float) -> float | None:
 
 
 class _Snippets:
-    """The texts around places, each once, and their words, each once."""
+    """The texts of contexts and their words, each stored once."""
 
     def __init__(self, *, next_tokens: bool) -> None:
         self._next_tokens = next_tokens

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from reltrace.evaluation.evaluation import Evaluation
 from reltrace.evaluation.scores import on_axis
 from reltrace.evaluation.settings import MEASURES
-
-if TYPE_CHECKING:
-    from reltrace.evaluation.evaluation import Evaluation
 
 _AXES = {
     "embed": "tokens replaced (share)",

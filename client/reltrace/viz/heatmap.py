@@ -39,13 +39,10 @@ class Heatmap:
 
     shown: NDArray[np.float32]
     """Values [rows, columns]: from -1 to 1 per layer, or raw."""
-    limit: float
-    """The value at which the colour scale ends on both sides of zero."""
     rows: list[str]
     segments: list[Segment]
     """Turns of a conversation, counted in rows."""
     columns: list[str]
-    title: str
     scale: str
     """What the colours show, and how many tokens a row has."""
 
@@ -79,18 +76,8 @@ def heatmap(trace: Trace, site: str, *, normalize: bool) -> Heatmap:
             for turn in turns if turn.role
         ]  # fmt: skip
         scale += f"; a row has the strongest of {step} tokens, and names it"
-    finite = np.abs(shown[np.isfinite(shown)])
-    limit = float(finite.max()) if finite.size else 0.0
     columns = [str(layer) for layer in layer_numbers(trace, raw.shape[1])] if layered else [site]
-    return Heatmap(
-        shown=shown,
-        limit=limit or 1.0,
-        rows=names,
-        segments=turns,
-        columns=columns,
-        title=f"Relevance of {describe_target(trace)}",
-        scale=scale,
-    )
+    return Heatmap(shown, names, turns, columns, scale)
 
 
 def _pooled(values: NDArray[np.float32], step: int) -> tuple[NDArray[np.float32], list[int]]:
@@ -120,14 +107,16 @@ def write_heatmap(trace: Trace, path: Path, *, site: str, normalize: bool) -> No
     rows, columns = table.shown.shape
     height = min(max(rows * _ROW + 1.4, _HEIGHTS[0]), _HEIGHTS[1])
     width = min(max(columns * _COLUMN + 3.5, _WIDTHS[0]), _WIDTHS[1])
+    # The colour scale ends here on both sides of zero.
+    limit = float(np.abs(table.shown[np.isfinite(table.shown)]).max(initial=0)) or 1.0
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(
         table.shown,
         # An odd number of colours: of 256, none is the white that zero must have.
         cmap=colormaps["bwr"].resampled(257),
-        vmin=-table.limit,
-        vmax=table.limit,
+        vmin=-limit,
+        vmax=limit,
         aspect="auto",
         interpolation="nearest",
     )
@@ -137,7 +126,7 @@ def write_heatmap(trace: Trace, path: Path, *, site: str, normalize: bool) -> No
     axes.set_yticks(range(0, rows, every), table.rows[::every])
     axes.set_xlabel("Layers")
     axes.set_ylabel("Tokens")
-    axes.set_title(f"{table.title}\n{table.scale}", fontsize="medium")
+    axes.set_title(f"Relevance of {describe_target(trace)}\n{table.scale}", fontsize="medium")
     families = _families()
     for text in (axes.title, *axes.get_yticklabels()):
         text.set_fontfamily(families)

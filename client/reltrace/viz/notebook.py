@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from markupsafe import Markup
 
@@ -57,12 +55,6 @@ def trace_html(trace: Trace) -> str:
     return _html("trace", describe_target(trace), next_tokens(trace), trace.hints, content, origin)
 
 
-class _Word(NamedTuple):
-    text: str
-    title: str = ""
-    style: str = ""
-
-
 def _text(trace: Trace) -> Markup:
     shown, words = token_values(trace), Words.of(trace)
     shares = scaled(shown.values)
@@ -73,11 +65,11 @@ def _text(trace: Trace) -> Markup:
         for position in range(segment.first, segment.stop):
             if _END_TOKENS <= position < count - _END_TOKENS:
                 if position == _END_TOKENS:
-                    spans.append(_Word(f" … {count - 2 * _END_TOKENS} tokens … "))
+                    spans.append((f" … {count - 2 * _END_TOKENS} tokens … ", "", ""))
                 continue
             style = _shade(float(shares[position])) + ";font-size:10px" * words.special[position]
             title = f"{position}: {shown.values[position]:+.4g}"
-            spans.append(_Word(words.texts[position], title, style))
+            spans.append((words.texts[position], title, style))
         turns.append((segment.role if spans else "", spans))
     return Markup(_html("text", turns, shown.title))
 

@@ -53,9 +53,11 @@ def _show_tokens(trace: Trace, console: Console, shown: TokenValues) -> None:
         return
     text, words, shares = Text(), Words.of(trace).texts, scaled(shown.values)
     for part in segments(trace):
-        # What the chat template puts around a turn is on lines of its own.
-        text.append(f"{chr(10) * (part.first > 0)}{part.role}: " if part.role else "", "bold")
-        text.append("\n" if trace.turns and not part.role and part.first else "")
+        # Each turn, and what the chat template puts between turns, begins on a new line.
+        if trace.turns and part.first:
+            text.append("\n")
+        if part.role:
+            text.append(f"{part.role}: ", "bold")
         for position in range(part.first, part.stop):
             text.append(words[position], _style(float(shares[position])))
     console.print(text, soft_wrap=True)

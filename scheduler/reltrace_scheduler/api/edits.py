@@ -24,8 +24,7 @@ def edit_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator
             f"name {features} features and positions; at most {MAX_EDITED_FEATURES} are allowed",
         )
     for index, edit in enumerate(spec.edits):
-        for fault in _faults(edit, model):
-            yield Violation(f"edits[{index}].{fault.field}", fault.description)
+        yield from (fault.within(f"edits[{index}]") for fault in _faults(edit, model))
 
 
 def _faults(edit: types_pb2.Edit, model: types_pb2.ModelInfo) -> Iterator[Violation]:

@@ -16,7 +16,7 @@ from reltrace_scheduler.api.status import status_of
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.authorization import authorize
 from reltrace_scheduler.auth.identity import act_as, current
-from reltrace_scheduler.auth.rates import UNLIMITED, RateLimiter
+from reltrace_scheduler.auth.rates import RateLimiter
 from reltrace_scheduler.auth.tokens import Tokens
 from reltrace_scheduler.errors import (
     InvalidRequestError,
@@ -36,10 +36,14 @@ _HANDLERS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
     (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
     (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
 }
-_METHODS: dict[str, str] = {
-    f"/{service.full_name}/{method.name}": method.name
-    for file in (admin_pb2, trace_pb2, worker_pb2)
+SERVICES = {
+    service.full_name: service
+    for file in (trace_pb2, worker_pb2, admin_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
+}
+_METHODS: dict[str, str] = {
+    f"/{name}/{method.name}": method.name
+    for name, service in SERVICES.items()
     for method in service.methods
 }
 _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
@@ -57,7 +61,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, access: Access, redis: Redis, counts: Counts) -> None:
         self._tokens = access.tokens
-        self._limiter = None if access.rates == UNLIMITED else RateLimiter(redis, access.rates)
+        self._limiter = RateLimiter(redis, access.rates)
         self._counts = counts
 
     async def intercept_service(
@@ -76,8 +80,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 token, identity = authorize(self._tokens, method, metadata)
                 # gRPC finds the handler in the task that runs it.
                 act_as(identity)
-            if self._limiter is not None:
-                await self._limiter.take(current().name, "requests", 1)
+            await self._limiter.take(current().name, "requests", 1)
         except Exception as error:
             return self._refusal(error, method)
         handler = await continuation(handler_call_details)
@@ -113,7 +116,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             began = time.perf_counter()
             try:
                 request = _checked(request)
-                if self._limiter is not None and method == _SUBMIT:
+                if method == _SUBMIT:
                     await self._limiter.take(current().name, "jobs", len(request.jobs))
                 return await behaviour(request, context)
             except Exception as error:
@@ -157,7 +160,7 @@ def _while_valid(behaviour: Behaviour, tokens: Tokens, token: str) -> Behaviour:
 def _parser(
     parse: Callable[[bytes], Message], *, limited: bool
 ) -> Callable[[bytes], Message | InvalidRequestError]:
-    """Return a parser that gives an error that explains: gRPC's own is a bare INTERNAL."""
+    """Return a parser that explains what is wrong: gRPC's own error is a bare INTERNAL."""
     # Stubs give the bound `FromString` of the message class.
     message: Any = parse.__self__  # type: ignore[attr-defined]
 

@@ -93,8 +93,7 @@ def settings_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iter
     count = len(spec.targets)
     yield from _range_faults("targets", count, 0, limits.MAX_TARGETS_PER_JOB, " targets")
     for index, target in enumerate(spec.targets):
-        for found in _target_faults(target, model):
-            yield Violation(f"targets[{index}].{found.field}", found.description)
+        yield from (fault.within(f"targets[{index}]") for fault in _target_faults(target, model))
 
 
 def _is_set(spec: types_pb2.JobSpec, name: str) -> bool:
@@ -181,7 +180,7 @@ def _corpus_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Itera
             yield Violation(field, f"takes the place of an empty prompt; there are {count} prompts")
         yield from _chat_faults(chat, f"{field}.messages")
     yield from _range_faults("corpus.prompts", count, 1, limits.MAX_CORPUS_PROMPTS, " prompts")
-    yield from _range_faults("top_k", spec.top_k, 1, limits.MAX_ATLAS_PLACES, " of an atlas")
+    yield from _range_faults("top_k", spec.top_k, 1, limits.MAX_ATLAS_TOP_K, " of an atlas")
     if len(spec.targets) > 1:
         yield Violation("targets", "has several; of an atlas there is one")
     yield from _exclusion_faults(spec, "corpus")

@@ -16,13 +16,13 @@ POLL = 1.0
 """Seconds between looks at a queue while no signal comes."""
 
 _CONCURRENT = 8
-"""Sessions that ask one source at a time: when it is empty, all that wait know it."""
+"""Sessions that ask one source at the same time; those that wait learn whether it is empty."""
 
 _AT_ONCE = 256
 _INTERACTIVE_SHARE = 4
 """One of so many leases that a worker holds is never batch."""
 _LEAST_BATCH = 48
-"""Fewer batch jobs are not leased to a worker that has others: a lease costs as much as dozens."""
+"""Batch jobs in one lease at least, if a worker has others: a call costs as much as dozens."""
 _MAX_CREDIT = 4096
 
 UNKNOWN = QueueName("", "", "")
@@ -39,10 +39,10 @@ class Source:
 
 
 class EmptyQueueCache:
-    """Which sources all sessions of a scheduler know to be empty.
+    """The sources that were empty a moment ago, for all sessions of a scheduler.
 
-    A signal wakes all sessions. Without this, hundreds of workers would ask Redis for what the
-    first of them took, and each of them once a second.
+    A signal wakes all sessions. Without this cache, hundreds of workers would ask Redis for jobs
+    that the first of them took, and each of them once a second.
     """
 
     def __init__(self, signals: Signals) -> None:
@@ -51,7 +51,6 @@ class EmptyQueueCache:
         self._limits: dict[Source, asyncio.Semaphore] = {}
 
     def limit(self, source: Source) -> asyncio.Semaphore:
-        """Return what is held while a source is asked."""
         return self._limits.setdefault(source, asyncio.Semaphore(_CONCURRENT))
 
     def count(self, source: Source) -> tuple[int, int]:
@@ -68,7 +67,7 @@ class EmptyQueueCache:
 
 
 class Leasing:
-    """Leases jobs to one worker, from all queues that it can serve in turn.
+    """Leases jobs to one worker, in turn from all queues that it can serve.
 
     Attributes
     ----------
@@ -100,11 +99,10 @@ class Leasing:
 
     @property
     def has_room(self) -> bool:
-        """Whether there is room for more jobs than it got, also of batch."""
+        """Whether the worker has room for more jobs than it was leased, batch jobs among them."""
         return self._credit > 0 and self._batch_room() > 0
 
     def add_credit(self, jobs: int) -> None:
-        """Note that the worker has room for so many further jobs."""
         self._credit = min(self._credit + jobs, _MAX_CREDIT)
 
     def stop(self) -> None:
@@ -148,7 +146,7 @@ class Leasing:
     def _sources_in_turn(self) -> list[Source]:
         """Return the sources to ask now, beginning with another one each time."""
         if self._isolated_source is not None:
-            # The jobs that it holds must end first, so none is added.
+            # The jobs that the worker holds must end first.
             return [] if self.held else [self._isolated_source]
         if self._holds_isolated():
             return []

@@ -15,7 +15,7 @@ _MAX_AGE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What is known of models at one moment.
+    """The models that are known at one moment.
 
     A route is a model's name, which stands for the revision that came last, or NAME@REVISION.
     """
@@ -45,7 +45,7 @@ class Models:
         return [route for route in self.workers if route.startswith(f"{name}@")]
 
     def info(self, route: str) -> types_pb2.ModelInfo:
-        """Return what is known of a model; of a name, its only revision that is served."""
+        """Return a model; for a name, its only served revision, or the one that came last."""
         revisions = self.revisions(route)
         return self.known[revisions[0] if len(revisions) == 1 else route]
 
@@ -55,7 +55,7 @@ def _names(routes: Iterable[str]) -> list[str]:
 
 
 class ModelCache:
-    """A short-lived copy of the registry, for checking submissions."""
+    """A copy of the registry's models that is at most a second old."""
 
     def __init__(self, registry: Registry, lease: float) -> None:
         self._registry = registry
@@ -66,10 +66,9 @@ class ModelCache:
         self._reading = asyncio.Lock()
 
     async def get(self, *routes: str) -> Models:
-        """Return what is known.
+        """Return the models, read again when the copy is old or lacks one of `routes`.
 
-        Read again when the copy is old, or lacks one of `routes`: a worker that has just
-        announced its model must not be told that it does not exist.
+        So that jobs for a model are accepted as soon as its worker has announced it.
         """
         asked_at = time.monotonic()
         if not self._is_fresh(routes):

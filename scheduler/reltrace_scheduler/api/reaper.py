@@ -17,16 +17,16 @@ from reltrace_scheduler.records import Submission
 log = structlog.get_logger()
 
 _MAX_PERIOD = 1.0
-"""Seconds: how late a timeout, or the end of a delay, may be noticed."""
+"""Seconds between looks for ended timeouts and delays."""
 
 
 class Reaper:
-    """Runs in every scheduler: each change is one atomic script, so they do not collide."""
+    """Runs in every scheduler: each change is one atomic script, so that they do not conflict."""
 
     def __init__(self, store: Store, counts: Counts) -> None:
         self._store = store
         self._counts = counts
-        self._shards = [Maintenance(shard, store.settings) for shard in store.shards.all]
+        self._maintenance = [Maintenance(shard, store.settings) for shard in store.shards.all]
 
     async def run(self) -> None:
         """Work until cancelled.
@@ -42,24 +42,26 @@ class Reaper:
                 due = time.monotonic() >= reap_at
                 if due:
                     reap_at = time.monotonic() + every
-                for shard in self._shards:
+                for maintenance in self._maintenance:
                     if due:
-                        await self._reap(shard)
-                        await self._end_stalled(shard, await shard.stalled_submissions())
-                    await shard.promote()
-                    await self._end_overdue(shard)
-                    await self._expire(shard)
+                        await self._reap(maintenance)
+                        await self._end_stalled(
+                            maintenance, await maintenance.stalled_submissions()
+                        )
+                    await maintenance.promote()
+                    await self._end_overdue(maintenance)
+                    await self._expire(maintenance)
                 if due:
                     await self._forget_workers()
             except (RedisError, OSError) as error:
                 log.warning("reaper.waits", error=str(error))
             await asyncio.sleep(period)
 
-    async def _reap(self, shard: Maintenance) -> None:
-        await shard.watchdog_tick()
-        for name in await shard.shard.queues():
+    async def _reap(self, maintenance: Maintenance) -> None:
+        await maintenance.watchdog_tick()
+        for name in await maintenance.shard.queues():
             queue = QueueName.parse(name)
-            requeued, candidates = await shard.reap(name)
+            requeued, candidates = await maintenance.reap(name)
             self._counts.lost.labels(queue.route).inc(requeued + len(candidates))
             if requeued:
                 log.warning("leases.lost", queue=str(queue), jobs=requeued)
@@ -72,24 +74,26 @@ class Reaper:
                     workers=[lost.worker for lost in job.lost],
                 )
 
-    async def _end_overdue(self, shard: Maintenance) -> None:
-        while jobs := await shard.overdue():
+    async def _end_overdue(self, maintenance: Maintenance) -> None:
+        while jobs := await maintenance.overdue():
             await end(self._store, self._counts, [overdue(job_id) for job_id in jobs])
             log.info("jobs.overdue", jobs=len(jobs))
 
-    async def _expire(self, shard: Maintenance) -> None:
+    async def _expire(self, maintenance: Maintenance) -> None:
         """Free expired results for a limited time; the rest follows in the next round."""
         until = time.monotonic() + _MAX_PERIOD
         freed = EXPIRE_AT_ONCE
         while freed == EXPIRE_AT_ONCE and time.monotonic() < until:
-            freed, waiting = await shard.expire()
-            await self._end_stalled(shard, waiting)
+            freed, waiting = await maintenance.expire()
+            await self._end_stalled(maintenance, waiting)
 
-    async def _end_stalled(self, shard: Maintenance, submissions: Sequence[Submission]) -> None:
+    async def _end_stalled(
+        self, maintenance: Maintenance, submissions: Sequence[Submission]
+    ) -> None:
         for submission in submissions:
             results = [stalled(job_id) for job_id in submission.job_ids]
             ended = await end(self._store, self._counts, results)
-            await shard.expire_now(submission.id)
+            await maintenance.expire_now(submission.id)
             log.warning("submission.stalled", submission=submission.id, jobs=ended)
 
     async def _forget_workers(self) -> None:

@@ -1,8 +1,6 @@
-"""Errors as `google.rpc.Status`, cut to what gRPC carries."""
+"""Errors as `google.rpc.Status`, shortened to a size that gRPC delivers."""
 
-from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from google.rpc.status_pb2 import Status
 
@@ -14,7 +12,7 @@ _MAX_MESSAGE, _MAX_DESCRIPTION, _MAX_DETAILS = 640, 1024, 4096
 
 
 def status_of(error: SchedulerError) -> Status:
-    """Return what is said of an error; of very many violations the first ones and their number."""
+    """Return an error as a status, with its first violations and the number of the others."""
     status = Status(code=error.code.value[0], message=_cut(error.message, _MAX_MESSAGE))
     if error.violations:
         bad, left = BadRequest(), _MAX_DETAILS
@@ -28,21 +26,15 @@ def status_of(error: SchedulerError) -> Status:
         if omitted := len(error.violations) - len(bad.field_violations):
             more = f"; and {omitted} faults more"
             status.message = _cut(error.message, _MAX_MESSAGE - len(more)) + more
-        _pack(status, bad)
+        status.details.add().Pack(bad)
     if error.retry_after is not None:
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after * 1e9))
-        _pack(status, RetryInfo(retry_delay=delay))
+        status.details.add().Pack(RetryInfo(retry_delay=delay))
     return status
 
 
 def _cut(text: str, most: int) -> str:
-    """Return a text of at most so many bytes, with its beginning."""
+    """Return the beginning of a text, at most so many bytes."""
     data = text.encode()
     return text if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
-
-
-def _pack(status: Status, detail: Message) -> None:
-    packed = Any()
-    packed.Pack(detail)
-    status.details.append(packed)

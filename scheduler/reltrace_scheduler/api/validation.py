@@ -17,6 +17,8 @@ from reltrace_scheduler.errors import (
 from reltrace_scheduler.limits import MAX_JOBS_PER_REQUEST, MAX_KEY
 from reltrace_scheduler.records import NewJob
 
+_INPUTS = ("prompt", "input_ids", "corpus", "chat")
+
 
 def check_submission(
     request: trace_pb2.SubmitJobsRequest, models: Models, output_uris: Sequence[str] = ()
@@ -41,13 +43,13 @@ def check_submission(
     checked: set[bytes] = set()
     for index, (spec, route) in enumerate(zip(request.jobs, routes, strict=True)):
         faults = list(input_faults(spec, infos[route]))
-        settings = _settings(spec)
+        settings = _without(spec, *_INPUTS).SerializeToString(deterministic=True)
         if settings not in checked:
             found = [*settings_faults(spec, infos[route]), *_output_faults(spec, output_uris)]
             faults += found
             if not found:
                 checked.add(settings)
-        violations += [Violation(f"jobs[{index}].{v.field}", v.description) for v in faults]
+        violations += [fault.within(f"jobs[{index}]") for fault in faults]
     if violations:
         raise InvalidRequestError(*violations)
     # Only now: this changes the jobs, and a request that is refused is looked at once more.
@@ -62,12 +64,7 @@ def check_job_ids(job_ids: Sequence[str]) -> None:
 
 def as_sent(spec: types_pb2.JobSpec) -> bytes:
     """Return a serialized job without its span: sent again, it may belong to another span."""
-    if not spec.traceparent:
-        return spec.SerializeToString()
-    without = types_pb2.JobSpec()
-    without.CopyFrom(spec)
-    without.ClearField("traceparent")
-    return without.SerializeToString()
+    return (_without(spec, "traceparent") if spec.traceparent else spec).SerializeToString()
 
 
 def _request_faults(request: trace_pb2.SubmitJobsRequest) -> Iterator[Violation]:
@@ -132,10 +129,9 @@ def _new_job(spec: types_pb2.JobSpec, route: str) -> NewJob:
     return NewJob(route, spec.SerializeToString(), timeout, sent)
 
 
-def _settings(spec: types_pb2.JobSpec) -> bytes:
-    """Everything of a job but its input."""
-    settings = types_pb2.JobSpec()
-    settings.CopyFrom(spec)
-    for name in ("prompt", "input_ids", "corpus", "chat"):
-        settings.ClearField(name)
-    return settings.SerializeToString(deterministic=True)
+def _without(spec: types_pb2.JobSpec, *fields: str) -> types_pb2.JobSpec:
+    copy = types_pb2.JobSpec()
+    copy.CopyFrom(spec)
+    for name in fields:
+        copy.ClearField(name)  # type: ignore[arg-type]
+    return copy

@@ -27,8 +27,6 @@ _HELLO_DEADLINE = 10.0
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
-    """Leases jobs to workers and stores what they send back."""
-
     def __init__(
         self, store: Store, models: ModelCache, signals: Signals, counts: Counts, spans: Spans
     ) -> None:
@@ -63,9 +61,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                         break
                     for response in await session.handle(request):
                         await responses.put(response)
-                    # There may be room now. The worker itself says what room results make; but
-                    # where there was room before, a bound on what it holds (its share, or that
-                    # of batch) kept jobs from it, and now it holds less.
+                    # The worker announces by `ready` how much room its results make. But if it
+                    # had room before, a bound on what it holds (its share, or that of batch jobs)
+                    # limited the last lease, and it holds less now.
                     if not request.HasField("results") or leasing.has_room:
                         wake.set()
                 await responses.put(None)
@@ -98,11 +96,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
 
 
 def _end_on_failure(task: "asyncio.Task[None]", responses: Responses) -> None:
-    """Let a failure reach the writer, which waits for responses."""
+    """Wake the writer, which waits for responses, when a task failed."""
     if task.cancelled() or task.exception() is None:
         return
     if responses.full():
-        # The stream is lost anyway; what this response leased is queued again.
+        # The stream ends anyway; jobs that this response leases are queued again.
         responses.get_nowait()
     responses.put_nowait(None)
 

@@ -19,7 +19,7 @@ from reltrace_scheduler.errors import invalid
 from reltrace_scheduler.keys import QueueName, submission_of
 from reltrace_scheduler.limits import MAX_NEW_TOKENS
 from reltrace_scheduler.observability.metrics import Counts
-from reltrace_scheduler.queue.job_queue import LOST, STORED
+from reltrace_scheduler.queue.job_queue import LOST, OUT_OF_ORDER
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import Lease, NewChunk, Priority, WorkerRecord
 
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 _DRAFT_BYTES = 1 << 18
 """More than a whole text needs with any vocabulary."""
 _MISSED = 2
-"""Heartbeats that may be late before a worker is leased nothing: less than a lease."""
+"""Heartbeats that a worker may miss before it is leased nothing: shorter than a lease."""
 
 _END_STATES = (types_pb2.JOB_STATE_SUCCEEDED, types_pb2.JOB_STATE_FAILED)
 
@@ -66,7 +66,7 @@ class Session:
         )
         self.leasing = Leasing(store, models, empty, self._record)
         self._reconciled = False
-        self._heard = time.monotonic()
+        self._last_message = time.monotonic()
         self._told_to_drain = False
         # A worker that leaves must not be leased jobs at the same moment.
         self._lock = asyncio.Lock()
@@ -97,8 +97,8 @@ class Session:
     async def lease(self) -> worker_pb2.WorkResponse | None:
         """Lease queued jobs, as many as the worker has room for; None: nothing to do."""
         async with self._lock:
-            # The first heartbeat names the leases from before; they must be known first.
-            ready = self._reconciled and not self._is_silent()
+            # Only after the first heartbeat, which names the leases from before this connection.
+            ready = self._reconciled and not self._misses_heartbeats()
             jobs = await self.leasing.lease() if ready else ()
         if not jobs:
             return None
@@ -132,8 +132,7 @@ class Session:
         return [*self._revoke(lost), *await self._drain()]
 
     async def handle(self, request: worker_pb2.WorkRequest) -> list[worker_pb2.WorkResponse]:
-        """Act on a message; return what to answer."""
-        self._heard = time.monotonic()
+        self._last_message = time.monotonic()
         match request.WhichOneof("message"):
             case "ready":
                 self.leasing.add_credit(request.ready.jobs)
@@ -150,12 +149,12 @@ class Session:
                 raise invalid(other or "message", "is not allowed here: hello is sent once, first")
         return []
 
-    def _is_silent(self) -> bool:
-        """Tell whether heartbeats are missing, though the connection may look alive.
+    def _misses_heartbeats(self) -> bool:
+        """Tell whether heartbeats are missing, even if the connection looks alive.
 
-        What such a worker was leased would be lost again, and counted against the job.
+        The leases of such a worker would be lost, which counts against their jobs.
         """
-        return time.monotonic() - self._heard > _MISSED * self._store.settings.heartbeat
+        return time.monotonic() - self._last_message > _MISSED * self._store.settings.heartbeat
 
     async def _drain(self) -> list[worker_pb2.WorkResponse]:
         """Note that the worker is alive; return what to tell it if it is to drain."""
@@ -212,7 +211,7 @@ class Session:
         chunks = [_new_chunk(index, chunk) for index, chunk in enumerate(results.chunks)]
         outcome = await self._queue.commit(self.worker_id, chunks)
         for index, code in enumerate(outcome):
-            if code not in (LOST, STORED):
+            if code == OUT_OF_ORDER:
                 field = f"results.chunks[{index}].chunk.number"
                 raise invalid(field, f"{chunks[index].number} is out of order")
         lost: set[Lease] = set()

@@ -1,10 +1,10 @@
-"""What guards the gRPC port, and what may be left unguarded."""
+"""How the gRPC port and the page are protected: tokens, TLS and rates."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from reltrace_proto.net import is_loopback
 
-from reltrace_scheduler.auth.rates import UNLIMITED, Rates
+from reltrace_scheduler.auth.rates import Rates
 from reltrace_scheduler.auth.tls import ServerTls
 from reltrace_scheduler.auth.tokens import Tokens
 from reltrace_scheduler.errors import StartError
@@ -12,15 +12,13 @@ from reltrace_scheduler.errors import StartError
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may call."""
-
     tokens: Tokens | None = None
     """None: every caller may do everything."""
     tls: ServerTls | None = None
     """None: plaintext."""
-    rates: Rates = UNLIMITED
+    rates: Rates = field(default_factory=Rates)
     insecure: bool = False
-    """Serve without TLS or tokens on other addresses than this machine's own."""
+    """Whether other machines may be served without TLS or without tokens."""
 
     def check(self, listen: str, option: str = "--listen") -> None:
         """Raise StartError if other machines could reach an address without TLS or tokens."""

@@ -22,7 +22,7 @@ _HOW = "set RELTRACE_TOKEN, or RELTRACE_TOKEN_FILE to a file that holds the toke
 
 
 def authorize(tokens: Tokens, method: str, metadata: Any) -> tuple[str, Identity]:
-    """Return the token that a call presents, and whose it is; its role allows the method."""
+    """Return the token that a call presents and its identity, whose role allows the method."""
     try:
         token = _bearer(metadata)
         identity = tokens.find(token)
@@ -47,9 +47,8 @@ def _check_role(identity: Identity, method: str) -> None:
     service, _, name = method.removeprefix("/").partition("/")
     # A service that is not listed is for operators only.
     needed = _NEEDS.get(service, Role.OPERATOR)
-    if needed not in identity.roles:
-        has = Role.OPERATOR if Role.OPERATOR in identity.roles else min(identity.roles)
+    if not identity.role.includes(needed):
         raise ForbiddenError(
-            f"{name} needs a token of the role {needed}, and {identity.name!r} has the role {has}: "
-            "ask the operator for one"
+            f"{name} needs a token of the role {needed}, and {identity.name!r} has the role "
+            f"{identity.role}: ask the operator for one"
         )

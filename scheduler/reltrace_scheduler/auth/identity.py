@@ -8,42 +8,40 @@ DEFAULT_TENANT = "default"
 """The tenant of every caller where no tokens are set."""
 
 TENANT_NAME = r"[A-Za-z0-9_.-]{1,64}"
-"""A regular expression. A colon would run into the names of keys."""
+"""A regular expression; no colon, which separates the parts of a key in Redis."""
 
 TENANT_RULE = "must be 1 to 64 letters, digits, or any of _.-"
-"""The same for a person."""
+"""`TENANT_NAME` in words, for messages."""
 
 
 class Role(StrEnum):
-    """What a caller may do."""
-
     CLIENT = "client"
     """Submit jobs, and read and cancel those of its tenant."""
     WORKER = "worker"
     """Lease jobs of every tenant and store their results."""
     OPERATOR = "operator"
-    """See all tenants, and act on workers, tenants and quarantined jobs."""
+    """What a client may; see all tenants, and act on workers, tenants and quarantined jobs."""
+
+    def includes(self, other: "Role") -> bool:
+        return other is self or (self is Role.OPERATOR and other is Role.CLIENT)
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A caller."""
-
     name: str
-    """Of its token, in the log."""
+    """Of its token; the log shows it."""
     tenant: str
     """Whose jobs it may submit, read and cancel."""
-    roles: frozenset[Role]
+    role: Role
 
 
-LOCAL = Identity("local", DEFAULT_TENANT, frozenset(Role))
+LOCAL = Identity("local", DEFAULT_TENANT, Role.OPERATOR)
 """Every caller, where no tokens are set."""
 
 _current: ContextVar[Identity] = ContextVar("identity", default=LOCAL)
 
 
 def current() -> Identity:
-    """Return the caller of the RPC that this task handles."""
     return _current.get()
 
 

@@ -1,4 +1,4 @@
-"""How fast a caller may call: token buckets in Redis, which all schedulers share."""
+"""Limits of calls and jobs per second: token buckets in Redis, which all schedulers share."""
 
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,12 +22,7 @@ class Rates:
     """Jobs in submissions."""
 
 
-UNLIMITED = Rates()
-
-
 class RateLimiter:
-    """Counts what identities do, and refuses what comes too fast."""
-
     def __init__(self, redis: Redis, rates: Rates) -> None:
         self._rates = {"requests": rates.requests, "jobs": rates.jobs}
         self._script = redis.register_script((files(__package__) / "rate.lua").read_text())
@@ -35,8 +30,8 @@ class RateLimiter:
     async def take(self, identity: str, what: str, units: int) -> None:
         """Take "requests" or "jobs" out of an identity's bucket, or raise TooFastError.
 
-        More units than a bucket holds are given once it is full, and leave it in debt: a
-        message of many jobs passes, and the ones after it wait.
+        More units than a bucket holds are taken once it is full, and later calls wait until it
+        has been refilled: a message of many jobs is accepted.
         """
         rate = self._rates[what]
         if rate is None:

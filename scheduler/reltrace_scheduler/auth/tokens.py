@@ -27,7 +27,7 @@ from reltrace_scheduler.errors import StartError, UnauthenticatedError
 log = structlog.get_logger()
 
 _PREFIX = "rlt_"
-"""Lets scanners for leaked secrets know one."""
+"""Lets scanners for leaked secrets recognize a token."""
 
 _SECRET_BYTES = 32
 _REFRESH_EVERY = 1.0
@@ -36,13 +36,6 @@ _REFRESH_EVERY = 1.0
 _MAX_FILE_BYTES = 4 << 20
 
 _FIELDS = ("name", "role", "sha256", "tenant")
-
-_MAY = {
-    Role.CLIENT: frozenset({Role.CLIENT}),
-    Role.WORKER: frozenset({Role.WORKER}),
-    # An operator may also do what a client does, for its own tenant.
-    Role.OPERATOR: frozenset({Role.OPERATOR, Role.CLIENT}),
-}
 
 
 class TokenError(ValueError):
@@ -71,7 +64,7 @@ class Entry:
 
     @property
     def identity(self) -> Identity:
-        return Identity(self.name, self.tenant, _MAY[self.role])
+        return Identity(self.name, self.tenant, self.role)
 
     def to_toml(self) -> str:
         # All values are of characters that TOML takes as they are.
@@ -85,7 +78,7 @@ class Entry:
 def make(name: str, role: Role, tenant: str = DEFAULT_TENANT) -> tuple[str, Entry]:
     """Make a token of 256 random bits, which is kept nowhere, and the entry that is kept."""
     token = _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
-    # One round is enough: no dictionary holds 256 random bits.
+    # A plain hash is enough: 256 random bits can not be guessed.
     return token, Entry(name, role, tenant, hashlib.sha256(token.encode()).hexdigest())
 
 
@@ -160,9 +153,8 @@ class Tokens:
             )
 
     def find(self, token: str) -> Identity:
-        """Return who presents a token; raises UnauthenticatedError."""
         self.refresh()
-        # How long the lookup takes tells something of a hash, from which no token follows.
+        # The time of the lookup may reveal a part of a hash; no token can be derived from that.
         found = self._file.value.get(hashlib.sha256(token.encode()).hexdigest())
         if found is None:
             raise UnauthenticatedError(

@@ -31,12 +31,13 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8")
+        self._file = RotatingFileHandler(
+            path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8", delay=True
+        )
         self._file.terminator = ""
         self.reset()
 
     def reset(self) -> None:
-        """Begin the tail anew, for a new process."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._tail = ""
 
@@ -47,11 +48,9 @@ class Log:
         self._tail = (self._tail + text)[-_TAIL_CHARACTERS:]
 
     def tail(self) -> list[str]:
-        """Return the last lines that were written."""
         return self._tail.splitlines()[-_TAIL_LINES:]
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -80,20 +79,24 @@ class Child:
         self._early_deaths = 0
 
     async def keep_running(self) -> None:
-        """Run the child until `stop`; raises StartError if it dies again and again at first."""
+        """Run the child until `stop`; raises StartError if it is never ready."""
         delay = _FIRST_DELAY
-        while not self._stopping:
-            began = time.monotonic()
-            code = await self._run_once()
-            if self._stopping:
-                return
-            if not self.was_ready:
-                self._count_early_death(code)
-            if time.monotonic() - began > _LONG_LIFE:
-                delay = _FIRST_DELAY
-            self._report(f"{self.name} {_ended(code)}; starting it again (log: {self._log.path})")
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, _LONGEST_DELAY)
+        try:
+            while not self._stopping:
+                began = time.monotonic()
+                code = await self._run_once()
+                if self._stopping:
+                    return
+                if not self.was_ready:
+                    self._count_early_death(code)
+                if time.monotonic() - began > _LONG_LIFE:
+                    delay = _FIRST_DELAY
+                problem = f"{self.name} {_ended(code)}"
+                self._report(f"{problem}; starting it again (log: {self._log.path})")
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _LONGEST_DELAY)
+        finally:
+            self._log.close()
 
     def _count_early_death(self, code: int) -> None:
         self._early_deaths += 1
@@ -165,13 +168,8 @@ class Child:
                 await process.wait()
 
     def kill(self) -> None:
-        """Send SIGKILL to the child and what it has started."""
         self._stopping = True
         self._signal(signal.SIGKILL, group=True)
-
-    def close(self) -> None:
-        """Close the log."""
-        self._log.close()
 
     def _signal(self, number: signal.Signals, *, group: bool = False) -> None:
         process = self._process

@@ -47,10 +47,3 @@ def _report(line: str) -> None:
     with suppress(OSError, ValueError):
         # ValueError: the stream has been closed.
         os.write(sys.stderr.fileno(), f"reltrace up: {line}\n".encode(errors="backslashreplace"))
-
-
-def main() -> None:
-    """Run the command without the `reltrace` command."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(up)
-    app()

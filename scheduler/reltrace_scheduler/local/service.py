@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import grpc
 from reltrace_proto.net import Credentials
@@ -20,6 +19,7 @@ from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local.children import Child
 from reltrace_scheduler.local.lock import lock_folder
+from reltrace_scheduler.queue.address import without_secrets
 
 HOST = "127.0.0.1"
 
@@ -46,8 +46,6 @@ _DECIDED = {
 
 @dataclass(frozen=True)
 class UpOptions:
-    """Options of `reltrace up`."""
-
     model: tuple[str, ...] = option(
         ("demo",),
         "Folder, GGUF file, or hub id (ID@REVISION) of a checkpoint; smollm2: "
@@ -76,18 +74,16 @@ class UpOptions:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """What is served, each once."""
         return tuple(dict.fromkeys(self.model))
 
     @property
     def folder(self) -> Path:
-        """Of the store and the logs."""
         return (self.data or default_data()).absolute()
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What has been started, and serves jobs."""
+    """What `up` has started."""
 
     address: str
     """Of the scheduler."""
@@ -130,12 +126,7 @@ async def up(
     busy = f"another `reltrace up` uses {folder}; stop it, or choose another folder by --data"
     # Two stores on one append-only file would destroy it.
     with await lock_folder(folder, "up.lock", busy):
-        children = _children(options, port, report)
-        try:
-            await _supervise(options, port, children, announce, report)
-        finally:
-            for child in children:
-                child.close()
+        await _supervise(options, port, _children(options, port, report), announce, report)
 
 
 async def _supervise(
@@ -189,7 +180,6 @@ async def _supervise(
 async def _wait_until_served(
     options: UpOptions, address: str, report: Callable[[str], None]
 ) -> list[trace_pb2.ServedModel]:
-    """Wait until every model has a worker."""
     began = reported = time.monotonic()
     wanted = len(options.models)
     reconnect = [("grpc.max_reconnect_backoff_ms", 1000)]
@@ -221,16 +211,13 @@ async def _wait_until_served(
 
 
 def _ready(options: UpOptions, port: int, models: Sequence[trace_pb2.ServedModel]) -> Ready:
-    store = f"data in {options.folder}"
-    if options.redis is not None:
-        parsed = urlsplit(options.redis)
-        tcp_port = f":{parsed.port}" if parsed.port else ""
-        store = f"Redis at {parsed.hostname or parsed.path}{tcp_port}"
+    redis = options.redis
+    where = f"data in {options.folder}" if redis is None else f"Redis at {without_secrets(redis)}"
     return Ready(
         address=f"{HOST}:{port}",
         models=tuple(model.model.name for model in models),
         workers=sum(model.workers for model in models),
-        store=store,
+        store=where,
         logs=str(options.folder / "logs"),
     )
 

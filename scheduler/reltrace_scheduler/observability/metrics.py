@@ -1,4 +1,4 @@
-"""What Prometheus reads of a scheduler; README.md lists the names."""
+"""The metrics of a scheduler for Prometheus; README.md lists their names."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ _QUEUE = ("model", "tenant", "priority")
 
 
 class Counts:
-    """What one scheduler counts (sum it over schedulers), and the registry of all metrics.
+    """The counters of one scheduler (sum them over schedulers), and the registry of all metrics.
 
     Labels are few by design: models, tenants and states, never jobs or workers.
     """
@@ -60,7 +60,7 @@ class Counts:
 
 
 class ClusterCollector(Collector):
-    """What every scheduler says alike of the cluster: take the maximum over schedulers."""
+    """Metrics of the whole cluster, the same at every scheduler: take the maximum over them."""
 
     def __init__(self) -> None:
         # None: Redis does not answer.
@@ -74,9 +74,9 @@ class ClusterCollector(Collector):
             return
         queues = [((queue.model, queue.tenant, queue.priority), queue) for queue in state.queues]
         for name, text, field in (
-            ("queue_jobs", "Jobs that wait.", "queued"),
-            ("leased_jobs", "Jobs at workers.", "leased"),
-            ("queue_oldest_seconds", "Age of the job that waits longest.", "oldest"),
+            ("queue_jobs", "Jobs that are queued.", "queued"),
+            ("leased_jobs", "Jobs that are leased.", "leased"),
+            ("queue_oldest_seconds", "Time since the oldest queued job came.", "oldest"),
         ):
             values = [(labels, getattr(queue, field)) for labels, queue in queues]
             yield _family(GaugeMetricFamily, name, text, _QUEUE, values)
@@ -84,7 +84,11 @@ class ClusterCollector(Collector):
         yield _family(GaugeMetricFamily, "workers", "Connected workers.", ("model",), workers)
         ended = [((name.lower(),), count) for name, count in state.ended.items()]
         yield _family(
-            CounterMetricFamily, "cluster_jobs_ended", "Jobs that ended, in all.", ("state",), ended
+            CounterMetricFamily,
+            "cluster_jobs_ended",
+            "Jobs that ended, by state.",
+            ("state",),
+            ended,
         )
         yield GaugeMetricFamily(
             "reltrace_redis_memory_bytes", "Memory that Redis uses.", state.memory

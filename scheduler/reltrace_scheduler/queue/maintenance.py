@@ -17,7 +17,7 @@ EXPIRE_AT_ONCE = 16
 
 
 class Maintenance:
-    """What schedulers do from time to time to each shard; any number of them may do it."""
+    """Maintenance of one shard; any number of schedulers may run it at the same time."""
 
     def __init__(self, shard: Shard, settings: Settings) -> None:
         self.shard = shard
@@ -26,7 +26,7 @@ class Maintenance:
         self._settings = settings
 
     async def watchdog_tick(self) -> None:
-        """Note that lost leases are being looked for, before each round of `reap`.
+        """Record that a scheduler looks for lost leases; called before each round of `reap`.
 
         After a gap (Redis or all schedulers were away for half a lease) no lease is taken to be
         lost for one lease's time: live workers could not renew theirs.
@@ -34,10 +34,10 @@ class Maintenance:
         await self.shard.run("watchdog_tick", [], milliseconds(self._settings.lease))
 
     async def reap(self, queue: bytes) -> tuple[int, list[QuarantineCandidate]]:
-        """Take over the leases of one queue that were lost; return how many jobs are queued again.
+        """Take over the lost leases of one queue.
 
-        And the jobs that lost too many leases. The reaper holds these, and the caller quarantines
-        them with `JobQueue.end`.
+        Returns how many jobs are queued again, and the jobs that lost too many leases: the reaper
+        holds these until the caller quarantines them by `JobQueue.end`.
         """
         cursor, requeued, candidates = b"0-0", 0, []
         while True:
@@ -63,17 +63,18 @@ class Maintenance:
         return int(await self.shard.run("promote", [], _AT_ONCE))
 
     async def overdue(self) -> list[str]:
-        """Return jobs, at most some hundreds, whose timeout is over."""
+        """Return the first jobs whose timeout is over."""
         ids: Any = await self._redis.zrangebyscore(
             self._key("deadlines"), "-inf", await self.shard.now(), start=0, num=_OVERDUE_AT_ONCE
         )
         return [job_id.decode() for job_id in ids]
 
     async def expire(self) -> tuple[int, list[Submission]]:
-        """Free results that nobody acknowledged in time; return of how many submissions.
+        """Free the results of submissions that nobody acknowledged in time.
 
-        Where these are `EXPIRE_AT_ONCE`, there may be more. And the submissions whose jobs have
-        waited as long until results are read: the caller ends the jobs, and calls `expire_now`.
+        Returns how many submissions were freed (there may be more if `EXPIRE_AT_ONCE` were), and
+        those whose jobs waited for as long until results are read: the caller ends their jobs, and
+        calls `expire_now`.
         """
         freed, *waiting = await self.shard.run("expire", [], EXPIRE_AT_ONCE)
         return int(freed), [Submission(name.decode(), int(jobs)) for name, jobs in waiting]
@@ -85,7 +86,7 @@ class Maintenance:
     async def stalled_submissions(self) -> list[Submission]:
         """Return submissions of tenants that were throttled for as long as results are kept.
 
-        Those that have results and have not ended: nothing else lets them expire.
+        Only those that have results and have not ended: nothing else lets them expire.
         """
         since = await self.shard.now() - milliseconds(self._settings.result_ttl)
         tenants: Any = await self._redis.zrangebyscore(
@@ -94,7 +95,7 @@ class Maintenance:
         if not tenants:
             return []
         found: list[Submission] = []
-        # This scan is rare; an index of submissions would make each of them dearer.
+        # This scan is rare; an index of submissions would slow down each of them.
         pattern = self._key("submission", "*")
         names = [key.decode() async for key in self._redis.scan_iter(match=pattern, count=1000)]
         for start in range(0, len(names), _AT_ONCE):

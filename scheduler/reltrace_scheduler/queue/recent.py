@@ -38,8 +38,8 @@ class RecentJobs:
     async def note(self, jobs: Sequence[tuple[Mapping[str, Any], bytes]]) -> None:
         """Note what is shown of jobs, and their serialized ``ResultChunk`` (empty: none).
 
-        Each has "job" and "state" at least. Of too many, the last ones are noted. An error of Redis
-        is logged: nothing depends on this.
+        Each has "job" and "state" at least. Where they are too many, the last ones are noted. An
+        error of Redis is only logged: nothing depends on these notes.
         """
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -69,13 +69,12 @@ class RecentJobs:
         return [json.loads(row) for row in found]
 
     async def sample_result(self, job_id: str) -> bytes | None:
-        """Return the serialized ``ResultChunk`` of a job, if it was kept."""
         found: Any = await self._redis.get(self._key("sample_result", job_id))
         return found if found is None else bytes(found)
 
 
 class _Rate:
-    """So many per second; a second's worth may come at once."""
+    """A limit per second; the number of one second may come at once."""
 
     def __init__(self, per_second: float) -> None:
         self._rate = per_second
@@ -83,7 +82,6 @@ class _Rate:
         self._at = time.monotonic()
 
     def take(self, wanted: int) -> int:
-        """Return how many of those wanted are allowed now."""
         now = time.monotonic()
         self._left = min(self._rate, self._left + (now - self._at) * self._rate)
         self._at = now

@@ -41,7 +41,7 @@ class Registry:
             await pipe.execute()
 
     async def forget_all(self) -> None:
-        """Forget every worker; those that live connect and are entered again."""
+        """Forget every worker; those that are alive connect and are entered again."""
         routes = await self.models()
         await self._redis.delete(
             self._key("workers"), *(self._key("serving", route) for route in routes)
@@ -100,7 +100,6 @@ class Registry:
         return {r: int(count) for r, count in zip(routes, counts, strict=True) if count}
 
     async def unseen(self, *, since: float) -> list[str]:
-        """Return the workers that were not seen since a Unix time."""
         found: Any = await self._redis.zrangebyscore(self._key("workers"), "-inf", f"({since!r}")
         return [worker_id.decode() for worker_id in found]
 
@@ -116,26 +115,21 @@ class Registry:
                     pipe.scard(shard.key("held", worker_id.decode()))
             rows: list[Any] = await pipe.execute()
         width = 1 + len(self._shards.all)
-        return [
-            _worker(worker_id.decode(), float(score), row, sum(held))
-            for (worker_id, score), row, held in zip(
-                seen,
-                rows[::width],
-                (rows[start + 1 : start + width] for start in range(0, len(rows), width)),
-                strict=True,
-            )
-            if row
-        ]
-
-
-def _worker(worker_id: str, seen_at: float, row: Any, leased: int) -> WorkerRecord:
-    return WorkerRecord(
-        worker_id=worker_id,
-        hello=row[b"hello"],
-        routes=tuple(row[b"routes"].decode().split("\n")),
-        connected_at=float(row[b"connected_at"]),
-        seen_at=seen_at,
-        epoch=row[b"epoch"].decode(),
-        leased=leased,
-        draining=b"draining" in row,
-    )
+        found: list[WorkerRecord] = []
+        for index, (worker_id, seen_at) in enumerate(seen):
+            row, *leased = rows[index * width : (index + 1) * width]
+            # Empty where the worker has been forgotten since.
+            if row:
+                found.append(
+                    WorkerRecord(
+                        worker_id=worker_id.decode(),
+                        hello=row[b"hello"],
+                        routes=tuple(row[b"routes"].decode().split("\n")),
+                        connected_at=float(row[b"connected_at"]),
+                        seen_at=seen_at,
+                        epoch=row[b"epoch"].decode(),
+                        leased=sum(leased),
+                        draining=b"draining" in row,
+                    )
+                )
+        return found

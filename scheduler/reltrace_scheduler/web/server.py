@@ -116,14 +116,12 @@ def _is_operator(access: Access, authorization: str) -> bool:
     kind, _, encoded = authorization.partition(" ")
     try:
         token = base64.b64decode(encoded, validate=True).decode().partition(":")[2]
-        return kind.lower() == "basic" and Role.OPERATOR in access.tokens.find(token).roles
+        return kind.lower() == "basic" and access.tokens.find(token).role is Role.OPERATOR
     except (ValueError, UnauthenticatedError):
         return False
 
 
 class _Page:
-    """What the page asks for."""
-
     def __init__(self, store: Store) -> None:
         self._store = store
         self._state: dict[str, Any] = {}
@@ -136,7 +134,7 @@ class _Page:
 
     async def state(self, request: web.Request) -> web.Response:
         if time.monotonic() - self._read_at > _STATE_SECONDS:
-            # Before: others that ask meanwhile get what was there.
+            # Set before the read: requests that come meanwhile get the former state.
             self._read_at = time.monotonic()
             self._state = await self._read()
         return web.json_response(self._state)

@@ -1,4 +1,4 @@
-"""What a build takes as a corpus, and how it goes on; with workers in the whole service's tests."""
+"""The corpus of a build, and how a build is continued; tests/e2e build with workers."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_folder_that_can_not_be_is_named(client: reltrace.Client, tmp_path: Pa
 
 
 class FakeSliceJobs:
-    """Gives parts that nobody made.
+    """Returns random shards without a server.
 
     Attributes
     ----------
@@ -319,7 +319,7 @@ async def test_a_build_goes_on_with_the_same_conversations_alone(
         {"messages": [*CHAT, *CHAT]},
         "a",
     ):
-        with pytest.raises(reltrace.InvalidArgument, match=r"prompts: are others .* from 0 on"):
+        with pytest.raises(reltrace.InvalidArgument, match=r"prompts: differ from .* from 0 on"):
             await built(tmp_path, [other, *PROMPTS[:3]])
     assert FakeSliceJobs.asked == []
 

@@ -216,7 +216,7 @@ def test_a_file_that_is_no_atlas_is_named(tmp_path: Path) -> None:
     """
     file = tmp_path / "atlas.safetensors"
     for content, message in (
-        (save({"x": np.zeros(1)}), "safetensors is of safetensors, but holds no atlas"),
+        (save({"x": np.zeros(1)}), "is a safetensors file, but holds no atlas"),
         (b"nothing", "atlas.safetensors is damaged: "),
         (save({"x": np.zeros(1)}, {"atlas": '{"format": 2}'}), "is of format 2, .* build it again"),
         (save({"x": np.zeros(1)}, {"atlas": '{"format": 3}'}), "is damaged: 'about'"),

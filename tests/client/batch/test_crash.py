@@ -20,7 +20,7 @@ from waiting import wait_until
 
 
 class Crash(BaseException):
-    """SIGKILL, as far as files can tell."""
+    """Stands for SIGKILL: the process changes no file any more."""
 
 
 # How SQLite makes a commit atomic is tested in test_journal.py.
@@ -34,7 +34,7 @@ def crash_at(number: int, monkeypatch: pytest.MonkeyPatch, *, before: bool) -> l
     def watched(change: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             calls[0] += 1
-            # Whoever is dead does nothing any more.
+            # A process that was killed changes nothing any more.
             if calls[0] > number or (before and calls[0] == number):
                 raise Crash
             done = change(*args, **options)
@@ -123,7 +123,7 @@ def test_what_describes_the_traces_fills_a_part_too(
     batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Given a small limit of what the head of a file may hold, and a prompt whose traces pass it
+    Given a small limit of the header of a file, and a prompt whose traces exceed it
     I expect files below the limit, and this prompt to fail alone.
     """
     monkeypatch.setattr(parts, "MAX_HEADER_BYTES", 20_000)
@@ -136,21 +136,21 @@ def test_what_describes_the_traces_fills_a_part_too(
     check(tmp_path / "out", LINES, without={7})
     (error,) = reltrace.load_batch(tmp_path / "out").errors
     assert re.fullmatch(
-        r"target: the tokens and ids of its 60 traces take \d+ bytes, and the head of a "
-        "safetensors file at most 20000; trace fewer targets of it, or use --format parquet",
+        r"target: the tokens and ids of its 60 traces take \d+ bytes; a safetensors file has room "
+        "for 20000 in its header: trace fewer targets of it, or use --format parquet",
         error.message,
     )
     files = sorted((tmp_path / "out").glob("part-*"))
     assert len(files) > 1
     for path in files:
-        assert head_of(path) < 20_000
-    assert max(map(head_of, files)) > 10_000
+        assert header_bytes_of(path) < 20_000
+    assert max(map(header_bytes_of, files)) > 10_000
     summary = batch(lines, out="parquet", input_format="jsonl", format="parquet")
     assert (summary.traced, summary.failed) == (40, 0)
 
 
-def head_of(path: Path) -> int:
-    """Return the size of the head of a safetensors file."""
+def header_bytes_of(path: Path) -> int:
+    """Return the size of the header of a safetensors file."""
     with path.open("rb") as file:
         return int.from_bytes(file.read(8), "little")
 

@@ -178,7 +178,7 @@ def test_an_own_model_that_is_not_the_folders_fails_alone(batch: Batch, tmp_path
         assert (summary.traced, summary.failed) == (4, 1)
     (error,) = reltrace.load_batch(tmp_path / "out").errors
     assert (error.index, error.line, error.error) == (4, 5, "InvalidArgument")
-    assert "model: this prompt has its own: the server's model is 'other'" in error.message
+    assert "model: this prompt names another: the server's model is 'other'" in error.message
 
 
 def test_lone_surrogates_fail_alone(batch: Batch, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_another_model_is_not_mixed_in(batch: Batch, server: FakeServer, tmp_pat
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
     manifest["provenance"]["revision"] = "r0"
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(reltrace.TraceError, match=r"revision is 'r1'; this batch was .* 'r0'"):
+    with pytest.raises(reltrace.TraceError, match=r"revision is 'r1', and this batch was .* 'r0'"):
         batch(LINES)
     assert len(reltrace.load_batch(tmp_path / "out")) == 10
 

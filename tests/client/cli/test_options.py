@@ -32,8 +32,8 @@ OPTIONS = [
 ]
 
 
-def test_no_option_is_a_variable_by_the_way() -> None:
-    """Those of a connection are read by `reltrace.cli.connection`, the others are none."""
+def test_options_are_not_read_from_environment_variables() -> None:
+    """Only connection settings have variables, which `reltrace.cli.connection` reads."""
     assert [(name, option.opts) for name, option in OPTIONS if option.envvar is not None] == []
 
 
@@ -84,7 +84,7 @@ def test_a_shell_completes_commands(shell: str) -> None:
     assert "models" not in done.stdout
 
 
-def test_a_reader_that_has_enough_causes_no_traceback() -> None:
+def test_a_closed_pipe_causes_no_traceback() -> None:
     reltrace = f"{sys.executable} -m reltrace batch --help | head -1"
     done = subprocess.run(reltrace, shell=True, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""

@@ -116,7 +116,7 @@ def test_a_full_queue_without_a_delay_is_an_error(
     server: FakeServer, client: reltrace.Client
 ) -> None:
     server.submit_errors.append(status_with(grpc.StatusCode.RESOURCE_EXHAUSTED, "too large"))
-    with pytest.raises(reltrace.ResourceExhausted, match="no room: too large"):
+    with pytest.raises(reltrace.ResourceExhausted, match="can not accept the request: too large"):
         client.trace(PROMPT)
 
 

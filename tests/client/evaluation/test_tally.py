@@ -73,7 +73,7 @@ def test_the_first_token_stays() -> None:
 
 def test_a_target_that_rises_as_tokens_go_is_warned_of() -> None:
     (warning,) = found(lambda off: 2.0 * len(off), measure="logit").warnings
-    assert warning.startswith("the logit of the target rises as tokens go (")
+    assert warning.startswith("the logit of the target rises as tokens are switched off, in any")
     assert "on the average of the curves and 10.000" in warning
     # In between, and not at the end; and the other way round.
     (warning,) = found(lambda off: 5.0 * (0 < len(off) < 5) - (len(off) == 5)).warnings
@@ -91,7 +91,7 @@ def test_a_rise_that_may_be_none_is_not_warned_of() -> None:
 
     assert found(rising, spread=0.9).warnings == ()
     (warning,) = found(rising, spread=0.1).warnings
-    assert "rises as tokens go" in warning
+    assert "rises as tokens are switched off" in warning
     # Of one prompt there is no interval.
     assert len(found(rising, prompts=1).warnings) == 1
 

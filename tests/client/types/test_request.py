@@ -52,10 +52,13 @@ IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
                 ([PART, IMAGE], r"\[1\]\.type: must be 'text', not 'image_url'"),
                 ([{"type": "text"}], r"\[0\]\.text: is missing"),
                 ([{**PART, "text": ["a"]}], r"\[0\]\.text: must be text, not list"),
-                ([{**PART, "x": 1}], r"\[0\]\.x: is no field of a part; allowed: type and text"),
+                ([{**PART, "x": 1}], r"\[0\]\.x: is not a field of a part; allowed: type and text"),
             )
         ),
-        ({"messages": [{**USER, "name": "x"}]}, r"messages\[0\]\.name: is no field of a message"),
+        (
+            {"messages": [{**USER, "name": "x"}]},
+            r"messages\[0\]\.name: is not a field of a message",
+        ),
         (
             {"messages": [{"role": "user", "content": "a\udfff"}]},
             r"messages\[0\]\.content: character 1 is a lone surrogate",

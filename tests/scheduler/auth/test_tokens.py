@@ -40,9 +40,9 @@ def test_a_token_is_found_by_its_hash_and_is_not_in_the_file(file: Path) -> None
     tokens = Tokens(file)
 
     found = tokens.find(alice)
-    assert (found.name, found.tenant, found.roles) == ("alice", "team-a", {Role.CLIENT})
-    assert tokens.find(worker).roles == {Role.WORKER}
-    assert tokens.find(root).roles == {Role.OPERATOR, Role.CLIENT}
+    assert (found.name, found.tenant, found.role) == ("alice", "team-a", Role.CLIENT)
+    assert tokens.find(worker).role is Role.WORKER
+    assert tokens.find(root).role is Role.OPERATOR
 
     content = file.read_text()
     assert not any(token in content for token in (alice, worker, root))

@@ -45,7 +45,7 @@ class Up:
         # Its children are stand-ins, not itself.
         program = (
             f"import sys; sys.path.remove({str(PARTS)!r}); {close}"
-            "from reltrace_scheduler.local.command import main; main()"
+            "from reltrace_scheduler.local.__main__ import app; app()"
         )
         command = [sys.executable, "-c", program]
         self.process = subprocess.Popen(
@@ -289,7 +289,7 @@ def test_what_the_parts_are_told(start: Callable[..., Up]) -> None:
         RELTRACE_LISTEN_TLS_CERT="/missing",
         RELTRACE_LEASE="7",
     )
-    assert up.ready().endswith("(model demo, Redis at 127.0.0.1:7)\n")
+    assert up.ready().endswith("(model demo, Redis at redis://user:***@127.0.0.1:7/0)\n")
     assert up.end()[0] == 0
     log = (up.data / "logs" / "scheduler.log").read_text()
     assert "redis redis://user:secret@127.0.0.1:7/0" in log

@@ -6,7 +6,7 @@ import redis.asyncio
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import IdempotencyError, QueueFullError, SupersededError
 from reltrace_scheduler.keys import GROUP, Keys
-from reltrace_scheduler.queue.job_queue import LOST, STORED
+from reltrace_scheduler.queue.job_queue import LOST, OUT_OF_ORDER, STORED
 from reltrace_scheduler.queue.results import Results
 from reltrace_scheduler.queue.shards import Shard
 from reltrace_scheduler.records import Lease, NewChunk, NewJob, Priority
@@ -106,7 +106,7 @@ async def test_a_result_sent_twice_is_stored_once(driver: Driver, results: Resul
 async def test_chunks_out_of_order_are_refused(driver: Driver) -> None:
     await driver.submit(jobs(1))
     (job,) = await driver.lease("w", 1)
-    assert await driver.commit("w", [end(job, number=2)]) == [-1]
+    assert await driver.commit("w", [end(job, number=2)]) == [OUT_OF_ORDER]
     assert (await driver.depth())[1] == 1
 
 

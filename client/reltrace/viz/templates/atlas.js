@@ -34,7 +34,7 @@ const state = {site: data.sites.neuron, layer: "", sort: "mass", query: "", chos
 const number = value => value === null ? "\u2013" : Number(value.toPrecision(4)).toString().replace("-", "\u2212");
 const percent = share => `${Number((100 * share).toPrecision(2))} %`;
 
-// -- what is listed
+// -- search and list
 
 // The search of `Atlas.find`, in the contexts by relevance. A context matches if the text begins at the strong token or before
 // it, or is in the explained token; a neuron or head counts the matches of its list with more of them.
@@ -114,7 +114,7 @@ function row(one) {
 }
 const key = one => `${one.site}-${one.layer}-${one.index}`;
 
-// -- one of them
+// -- details of a neuron or head
 
 function choose(one, scroll = true) {
   state.chosen = one;
@@ -197,7 +197,7 @@ function context(cell, snippet, at, share) {
   element(cell, "small", `   prompt ${snippet.prompt}`);
 }
 
-// -- what people do
+// -- controls and events
 
 $("controls").addEventListener("submit", event => event.preventDefault());
 $("search").addEventListener("input", event => {

@@ -1,17 +1,13 @@
 const ROW = 20, COLUMN = 26, HEAD = 22, FONT = "12px system-ui, sans-serif";
 const STRONGEST = 15;
 
-function decode(text) {
-  const view = new DataView(Uint8Array.from(atob(text), char => char.charCodeAt(0)).buffer);
-  return {count: view.byteLength / 4, int: i => view.getInt32(4 * i, true), float: i => view.getFloat32(4 * i, true)};
-}
+const decode = text => Uint8Array.from(atob(text), char => char.charCodeAt(0)).buffer;
 // Values by token and then by column; and the strongest features with their places.
 for (const site of data.sites) {
-  const values = decode(site.values), entries = decode(site.entries);
-  site.values = Float32Array.from({length: values.count}, (_, i) => values.float(i));
-  site.entries = Array.from({length: entries.count / 4}, (_, i) => ({
-    column: entries.int(4 * i), token: entries.int(4 * i + 1), feature: entries.int(4 * i + 2), value: entries.float(4 * i + 3),
-  }));
+  const entries = decode(site.entries), ints = new Int32Array(entries), floats = new Float32Array(entries);
+  site.values = new Float32Array(decode(site.values));
+  site.entries = Array.from({length: ints.length / 4}, (_, i) =>
+    ({column: ints[4 * i], token: ints[4 * i + 1], feature: ints[4 * i + 2], value: floats[4 * i + 3]}));
 }
 
 const tokens = data.tokens.length;
@@ -167,7 +163,7 @@ function placeAt({offsetX, offsetY}) {
   return column >= state.site.columns.length || token >= tokens || (column < 0 && token < 0) ? null : {token, column};
 }
 
-// -- what is said of a place
+// -- the line that describes a cell, and the tables of the strongest entries
 
 function describe(place) {
   if (!place) return "Point at a cell, or move with the arrow keys; click for what is strongest there.";
@@ -194,7 +190,7 @@ function choose(place) {
   paintText();
   showDetail();
 }
-// What people look for first.
+// The order of the tables.
 const RANK = {neuron: 0, head: 1, unit: 2};
 function showDetail() {
   const detail = $("detail"), place = state.chosen;
@@ -235,7 +231,7 @@ function showEntries(parent, site, entries) {
   }
 }
 
-// -- what people do
+// -- controls and events
 
 function show() {
   rescale();

@@ -1,6 +1,6 @@
--- Keeps drafts of texts that are being generated, for clients that read them meanwhile. A hint: a
--- draft is dropped where its lease is lost, or where there are too many. They are deleted with the
--- lease, by end_lease().
+-- Keeps drafts of texts that are being generated, for clients that read them meanwhile. A draft is
+-- dropped where its lease is lost, or where there are too many. end_lease() deletes them with the
+-- lease.
 --
 -- Touches job:<job> (drafted: bytes of the present attempt's drafts), draft:<job> (an entry
 -- <attempt>-<drafted> per draft). Publishes done:<sub>.

@@ -3,7 +3,7 @@
 
 const PERIOD = 1000; // milliseconds between requests
 const KEPT = 300; // points of a curve
-const curves = { ended: [], waiting: [], leased: [] };
+const curves = { ended: [], queued: [], leased: [] };
 let before = null;
 
 const element = (id) => document.getElementById(id);
@@ -50,21 +50,21 @@ function drawNumbers(state) {
     keep(curves.ended, Math.max(0, ended - before.ended) / (state.at - before.at));
   }
   if (!before || state.at > before.at) before = { ended, at: state.at };
-  const waiting = sum(state.queues.map((queue) => queue.queued));
+  const queued = sum(state.queues.map((queue) => queue.queued));
   const leased = sum(state.queues.map((queue) => queue.leased));
-  keep(curves.waiting, waiting);
+  keep(curves.queued, queued);
   keep(curves.leased, leased);
   const rate = curves.ended.at(-1) ?? 0;
   const oldest = Math.max(0, ...state.queues.map((queue) => queue.oldest));
   const bad = ["FAILED", "QUARANTINED"].map((name) => count(state.ended[name] || 0));
   element("numbers").replaceChildren(
     card("jobs ended per second", rate >= 10 ? count(rate) : rate.toFixed(1), curves.ended),
-    card(`jobs wait, the oldest for ${age(oldest)}`, count(waiting), curves.waiting),
-    card("jobs at workers", count(leased), curves.leased),
+    card(`jobs queued, the oldest for ${age(oldest)}`, count(queued), curves.queued),
+    card("jobs leased to workers", count(leased), curves.leased),
     card("workers", count(state.workers.length)),
-    card("jobs ended in all", count(ended)),
-    card("failed, and quarantined", bad.join(", ")),
-    card("of Redis", `${(state.memory / 1e6).toFixed(1)} MB`),
+    card("jobs ended in total", count(ended)),
+    card("jobs failed, quarantined", bad.join(", ")),
+    card("memory of Redis", `${(state.memory / 1e6).toFixed(1)} MB`),
   );
 }
 
@@ -85,8 +85,8 @@ const TABLES = {
     ["model", "", (queue) => queue.model],
     ["tenant", "", (queue) => queue.tenant],
     ["priority", "", (queue) => queue.priority],
-    ["waiting", "n", (queue) => count(queue.queued)],
-    ["at workers", "n", (queue) => count(queue.leased)],
+    ["queued", "n", (queue) => count(queue.queued)],
+    ["leased", "n", (queue) => count(queue.leased)],
     ["oldest", "n", (queue) => (queue.queued ? age(queue.oldest) : "")],
   ],
   workers: [
@@ -163,7 +163,7 @@ function paint() {
   const site = trace.sites[element("site").selectedIndex];
   element("map").hidden = !site;
   if (!site) {
-    element("readout").textContent = "It has no value per token.";
+    element("readout").textContent = "This trace has no value per token.";
     element("words").replaceChildren();
     return;
   }
@@ -207,7 +207,7 @@ async function refresh() {
     element("summary").textContent = `scheduler ${state.version}, ${new Date(1000 * state.at).toLocaleTimeString()}`;
     element("summary").className = "";
     drawNumbers(state);
-    drawTable("queues", state.queues.filter((queue) => queue.queued + queue.leased), "Nothing waits, nothing runs.");
+    drawTable("queues", state.queues.filter((queue) => queue.queued + queue.leased), "No job is queued or leased.");
     drawTable("workers", state.workers, "No worker is connected: jobs wait for one.");
     drawTable("failed", state.failed, "None.");
     drawTable("succeeded", state.succeeded, "No job has ended yet.");
