@@ -155,7 +155,6 @@ async def _until_over(embedded: EmbeddedRedis | None) -> None:
 
 
 def main() -> None:
-    """Run the command."""
     app()
 
 

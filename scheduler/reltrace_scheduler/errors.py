@@ -49,13 +49,10 @@ class InvalidRequestError(RequestError):
 
 
 def invalid(field: str, description: str) -> InvalidRequestError:
-    """Return the error of a request with one fault."""
     return InvalidRequestError(Violation(field, description))
 
 
 class IdempotencyError(InvalidRequestError):
-    """The idempotency key was used for other jobs."""
-
     def __init__(self, key: str) -> None:
         fault = f"{key!r} was used for other jobs; choose a new one per submission"
         super().__init__(Violation("idempotency_key", fault))
@@ -83,8 +80,6 @@ class QueueFullError(SchedulerError):
 
 
 class TooFastError(SchedulerError):
-    """The caller exceeds its rate."""
-
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
     def __init__(self, message: str, retry_after: float) -> None:
@@ -93,8 +88,6 @@ class TooFastError(SchedulerError):
 
 
 class SupersededError(SchedulerError):
-    """A worker has connected anew; its former session can not go on."""
-
     code = grpc.StatusCode.ABORTED
 
     def __init__(self, worker_id: str) -> None:

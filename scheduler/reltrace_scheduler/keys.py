@@ -117,8 +117,6 @@ CHANNELS = tuple(f"reltrace:{{*}}:{kind}:*" for kind in get_args(Channel))
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Makes the names of the keys and channels of one shard."""
-
     shard: int = 0
     tag: str = "0"
 
@@ -184,5 +182,5 @@ def shard_of(some_id: str) -> int:
 
 
 def rate_key(what: str, identity: str) -> str:
-    """A string: when the token bucket of an identity is full again; of no shard."""
+    """Return the key of an identity's token bucket, which is in no shard."""
     return f"reltrace:rate:{what}:{identity}"

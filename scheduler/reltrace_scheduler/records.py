@@ -15,8 +15,6 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job to accept."""
-
     route: str
     """Name of the model, or NAME@REVISION."""
     spec: bytes

@@ -1,4 +1,4 @@
-"""Atlases made by hand, for tests that need no server: of a few words, and what matters where."""
+"""Atlases of a few words with chosen relevance, for tests without a server."""
 
 from __future__ import annotations
 

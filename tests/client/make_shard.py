@@ -1,4 +1,4 @@
-"""Atlases of slices, made by chance: what workers would give, for tests that need no model."""
+"""Random atlas shards in the form that workers return, for tests without a model."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_a_gguf_file_and_a_hub_model(up: Callable[..., str], tmp_path: Path) -> 
         lines.write_text(lines.read_text() + json.dumps({"prompt": "Another line"}) + "\n")
         refused = batch(client.address, lines, "acme/tiny")
     assert refused.returncode != 0
-    assert f"revision is {COMMITS[1]!r}; this batch was" in refused.stderr
+    assert f"revision is {COMMITS[1]!r}, and this batch was" in refused.stderr
 
 
 @pytest.mark.slow

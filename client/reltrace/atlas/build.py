@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from reltrace.atlas.corpus import has_slice, write_slice
+from reltrace.atlas.corpus import open_slice, write_slice
 from reltrace.atlas.folder import AtlasFolder
 from reltrace.atlas.jobs import BuiltShard, SliceJobs, free_shards
 from reltrace.atlas.settings import AtlasSettings
@@ -21,7 +21,7 @@ from reltrace.calls.threads import gather_shielded, shielded_to_thread
 from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
 from reltrace.types.checks import check_same_settings
-from reltrace.types.errors import invalid
+from reltrace.types.errors import InvalidArgument, invalid
 
 _CONCURRENT_SLICES = 8
 """Submitted at a time: what a few workers run, and what comes after. `PrefetchLimit` bounds how
@@ -138,8 +138,12 @@ class _Builder:
         """Tell whether the folder lacks the tokens of a slice that is merged."""
         if self._state.digests[slice_.number] != slice_.digest:
             raise invalid("prompts", f"differ from those of the atlas, from {slice_.first} on")
-        known_tokens = self._state.known_tokens()
-        return not has_slice(self._folder.path, slice_.number, len(slice_.prompts), known_tokens)
+        try:
+            known_tokens = self._state.known_tokens()
+            found = open_slice(self._folder.path, slice_.number, known_tokens)
+        except InvalidArgument:
+            return True
+        return len(found) != len(slice_.prompts)
 
     def _check_end(self, seen: int, prompts: int) -> None:
         if further := [number for number in self._state.digests if number >= seen]:

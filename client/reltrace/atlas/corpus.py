@@ -15,7 +15,7 @@ from reltrace.storage.atomic_files import replace_file
 from reltrace.storage.tensor_files import write_tensors
 from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import AtlasShard
-from reltrace.types.errors import TraceError, invalid
+from reltrace.types.errors import invalid
 from reltrace.types.token_text import readable
 
 _OPEN_SLICES = 1024
@@ -58,12 +58,12 @@ class CorpusSlice:
 
     def token_ids(self, index: int, start: int = 0, stop: int | None = None) -> Array:
         """Return tokens of a prompt, by default all: int32 [T]."""
-        end, length = int(self._ends[index]), self.length(index)
-        first = end - length
-        stop = length if stop is None else stop
-        if start >= stop:
+        length = self.length(index)
+        first = int(self._ends[index]) - length
+        part = range(length)[start:stop]
+        if not part:
             return np.zeros(0, np.int32)
-        found: Array = self._ids[first + start : first + stop]
+        found: Array = self._ids[first + part.start : first + part.stop]
         return found
 
     def all_ids(self) -> tuple[Array, Array, Array]:
@@ -77,7 +77,7 @@ class CorpusSlice:
         """
         if self._targets is not None:
             return int(self._targets[index])
-        following = self.token_ids(index, position + 1, min(position + 2, self.length(index)))
+        following = self.token_ids(index, position + 1, position + 2)
         return int(following[0]) if len(following) else -1
 
 
@@ -97,14 +97,6 @@ def open_slice(folder: Path, number: int, known_tokens: Array) -> CorpusSlice:
     except Exception as error:
         # Reading a damaged file may raise any error.
         raise damaged(path, error) from error
-
-
-def has_slice(folder: Path, number: int, prompts: int, known_tokens: Array) -> bool:
-    """Tell whether the tokens of a slice of so many prompts are there, and not damaged."""
-    try:
-        return len(open_slice(folder, number, known_tokens)) == prompts
-    except TraceError:
-        return False
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -71,7 +71,8 @@ class BatchFolder:
         number, count = shard
         self.root = root
         self.path = root if count == 1 else root / f"shard-{number}-of-{count}"
-        self._provenance: dict[str, Any] | None = None
+        # As in the manifest; None: not read yet.
+        self._provenance: Any = None
 
     def lock(self) -> AbstractContextManager[None]:
         """Let one process at a time write to `path`; raise TraceError if another one does."""
@@ -129,19 +130,17 @@ class BatchFolder:
         Versions and devices may differ.
         """
         if self._provenance is None:
-            self._provenance = self._recorded_provenance(provenance)
+            with self._lock_manifest():
+                manifest = read_manifest(self.root)
+                if manifest["provenance"] is None:
+                    versions = dict(provenance.versions)
+                    manifest["provenance"] = {**asdict(provenance), "versions": versions}
+                    self._write_manifest(manifest)
+            self._provenance = manifest["provenance"]
+        known = self._provenance
         for name in _SAME_PROVENANCE:
-            if self._provenance[name] != getattr(provenance, name):
-                raise _mismatch(self._provenance, name, getattr(provenance, name))
-
-    def _recorded_provenance(self, first: Provenance) -> dict[str, Any]:
-        with self._lock_manifest():
-            manifest = read_manifest(self.root)
-            if manifest["provenance"] is None:
-                manifest["provenance"] = {**asdict(first), "versions": dict(first.versions)}
-                self._write_manifest(manifest)
-            known: dict[str, Any] = manifest["provenance"]
-            return known
+            if known[name] != getattr(provenance, name):
+                raise _mismatch(known, name, getattr(provenance, name))
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         # A file name that is not UTF-8 has lone surrogates here.

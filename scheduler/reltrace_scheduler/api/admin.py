@@ -29,8 +29,6 @@ _MIN_WEIGHT, _MAX_WEIGHT = 0.01, 100.0
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
-    """Shows the cluster, and lets operators act on it."""
-
     def __init__(self, store: Store, redis_version: str) -> None:
         self._store = store
         self._redis_version = redis_version

@@ -36,10 +36,14 @@ _HANDLERS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
     (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
     (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
 }
-_METHODS: dict[str, str] = {
-    f"/{service.full_name}/{method.name}": method.name
-    for file in (admin_pb2, trace_pb2, worker_pb2)
+SERVICES = {
+    service.full_name: service
+    for file in (trace_pb2, worker_pb2, admin_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
+}
+_METHODS: dict[str, str] = {
+    f"/{name}/{method.name}": method.name
+    for name, service in SERVICES.items()
     for method in service.methods
 }
 _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
@@ -156,7 +160,7 @@ def _while_valid(behaviour: Behaviour, tokens: Tokens, token: str) -> Behaviour:
 def _parser(
     parse: Callable[[bytes], Message], *, limited: bool
 ) -> Callable[[bytes], Message | InvalidRequestError]:
-    """Return a parser that gives an error that explains: gRPC's own is a bare INTERNAL."""
+    """Return a parser that explains what is wrong: gRPC's own error is a bare INTERNAL."""
     # Stubs give the bound `FromString` of the message class.
     message: Any = parse.__self__  # type: ignore[attr-defined]
 

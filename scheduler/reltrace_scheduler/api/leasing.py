@@ -51,7 +51,6 @@ class EmptyQueueCache:
         self._limits: dict[Source, asyncio.Semaphore] = {}
 
     def limit(self, source: Source) -> asyncio.Semaphore:
-        """Return the semaphore to hold while a source is asked."""
         return self._limits.setdefault(source, asyncio.Semaphore(_CONCURRENT))
 
     def count(self, source: Source) -> tuple[int, int]:
@@ -104,7 +103,6 @@ class Leasing:
         return self._credit > 0 and self._batch_room() > 0
 
     def add_credit(self, jobs: int) -> None:
-        """Note that the worker has room for so many further jobs."""
         self._credit = min(self._credit + jobs, _MAX_CREDIT)
 
     def stop(self) -> None:

@@ -55,7 +55,7 @@ def _names(routes: Iterable[str]) -> list[str]:
 
 
 class ModelCache:
-    """A short-lived copy of the registry, for checking submissions."""
+    """A copy of the registry's models that is at most a second old."""
 
     def __init__(self, registry: Registry, lease: float) -> None:
         self._registry = registry

@@ -58,7 +58,6 @@ class Sweeper:
         self._store = store
 
     async def run(self) -> None:
-        """Work until cancelled."""
         while True:
             try:
                 if deleted := await self.sweep():

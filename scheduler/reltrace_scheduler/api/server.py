@@ -13,17 +13,10 @@ from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 from redis.exceptions import RedisError
 from reltrace_proto.telemetry import Spans
-from reltrace_proto.v1 import (
-    admin_pb2,
-    admin_pb2_grpc,
-    trace_pb2,
-    trace_pb2_grpc,
-    worker_pb2,
-    worker_pb2_grpc,
-)
+from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc, worker_pb2_grpc
 
 from reltrace_scheduler.api.admin import AdminService
-from reltrace_scheduler.api.interceptor import CallInterceptor
+from reltrace_scheduler.api.interceptor import SERVICES, CallInterceptor
 from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.reaper import Reaper
 from reltrace_scheduler.api.result_store import Sweeper
@@ -42,11 +35,6 @@ from reltrace_scheduler.web.server import serving_page
 
 log = structlog.get_logger()
 
-SERVICES = tuple(
-    service.full_name
-    for file in (trace_pb2, worker_pb2, admin_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-)
 _OPTIONS = (
     # gRPC unpacks a compressed message to any length before it looks at the limit.
     ("grpc.compression_enabled_algorithms_bitset", 1),

@@ -1,4 +1,4 @@
-"""Errors as `google.rpc.Status`, cut to what gRPC carries."""
+"""Errors as `google.rpc.Status`, shortened to a size that gRPC delivers."""
 
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo

@@ -85,7 +85,6 @@ def _recent_job(
 
 
 def state_name(state: types_pb2.JobState.ValueType) -> str:
-    """Return a state as the queue names it."""
     return types_pb2.JobState.Name(state).removeprefix("JOB_STATE_")
 
 

@@ -38,8 +38,6 @@ _PRIORITIES = {
 
 
 class TraceService(trace_pb2_grpc.TraceServiceServicer):
-    """Accepts jobs and hands out their results."""
-
     def __init__(
         self, store: Store, models: ModelCache, signals: Signals, counts: Counts, spans: Spans
     ) -> None:
@@ -103,18 +101,18 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                     async for message in _messages(chunks):
                         yield message
                         entry = message.events[-1].entry
-                    # What had ended and did not come has been acknowledged, or was read before.
+                    # Ended jobs that gave no event were acknowledged, or read before.
                     entry, chunk = max(entry, progress.ended), 0
                 elif entry >= progress.jobs:
                     return
                 else:
                     async for message in _messages(self._new_drafts(positions)):
                         yield message
-                    # What came since the last read has been signalled.
+                    # New results and drafts since the last read have been signalled.
                     await signal.wait_and_clear(_POLL)
 
     async def _new_drafts(self, positions: dict[str, str]) -> AsyncIterator[StoredDraft]:
-        """Yield what came after the positions, by job, and move them on."""
+        """Yield the drafts after each job's position, and advance the positions."""
         found = await self._store.results.read_drafts(positions) if positions else {}
         for job_id, drafts in found.items():
             for draft in drafts:

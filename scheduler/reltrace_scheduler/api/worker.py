@@ -27,8 +27,6 @@ _HELLO_DEADLINE = 10.0
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
-    """Leases jobs to workers and stores what they send back."""
-
     def __init__(
         self, store: Store, models: ModelCache, signals: Signals, counts: Counts, spans: Spans
     ) -> None:

@@ -97,7 +97,7 @@ class Session:
     async def lease(self) -> worker_pb2.WorkResponse | None:
         """Lease queued jobs, as many as the worker has room for; None: nothing to do."""
         async with self._lock:
-            # The first heartbeat names the leases from before; they must be known first.
+            # Only after the first heartbeat, which names the leases from before this connection.
             ready = self._reconciled and not self._misses_heartbeats()
             jobs = await self.leasing.lease() if ready else ()
         if not jobs:
@@ -132,7 +132,6 @@ class Session:
         return [*self._revoke(lost), *await self._drain()]
 
     async def handle(self, request: worker_pb2.WorkRequest) -> list[worker_pb2.WorkResponse]:
-        """Act on a message; return what to answer."""
         self._last_message = time.monotonic()
         match request.WhichOneof("message"):
             case "ready":

@@ -15,8 +15,6 @@ TENANT_RULE = "must be 1 to 64 letters, digits, or any of _.-"
 
 
 class Role(StrEnum):
-    """What a caller may do."""
-
     CLIENT = "client"
     """Submit jobs, and read and cancel those of its tenant."""
     WORKER = "worker"
@@ -25,7 +23,6 @@ class Role(StrEnum):
     """What a client may; see all tenants, and act on workers, tenants and quarantined jobs."""
 
     def includes(self, other: "Role") -> bool:
-        """Return whether this role may do everything that the other one may."""
         return other is self or (self is Role.OPERATOR and other is Role.CLIENT)
 
 
@@ -45,7 +42,6 @@ _current: ContextVar[Identity] = ContextVar("identity", default=LOCAL)
 
 
 def current() -> Identity:
-    """Return the caller of the RPC that this task handles."""
     return _current.get()
 
 

@@ -153,7 +153,6 @@ class Tokens:
             )
 
     def find(self, token: str) -> Identity:
-        """Return who presents a token; raises UnauthenticatedError."""
         self.refresh()
         # The time of the lookup may reveal a part of a hash; no token can be derived from that.
         found = self._file.value.get(hashlib.sha256(token.encode()).hexdigest())

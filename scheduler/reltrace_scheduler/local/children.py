@@ -38,7 +38,6 @@ class Log:
         self.reset()
 
     def reset(self) -> None:
-        """Begin the tail anew, for a new process."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._tail = ""
 
@@ -49,11 +48,9 @@ class Log:
         self._tail = (self._tail + text)[-_TAIL_CHARACTERS:]
 
     def tail(self) -> list[str]:
-        """Return the last lines that were written."""
         return self._tail.splitlines()[-_TAIL_LINES:]
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -171,7 +168,6 @@ class Child:
                 await process.wait()
 
     def kill(self) -> None:
-        """Send SIGKILL to the child and what it has started."""
         self._stopping = True
         self._signal(signal.SIGKILL, group=True)
 

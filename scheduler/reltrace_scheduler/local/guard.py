@@ -23,7 +23,6 @@ def guarded(command: Sequence[str], number: signal.Signals) -> list[str]:
 
 
 def main() -> None:
-    """Ask for the signal, and become the program."""
     parent, number, program = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-"""A folder that one process at a time uses."""
+"""Locks a folder for one process at a time."""
 
 import asyncio
 import fcntl

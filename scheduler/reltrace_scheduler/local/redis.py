@@ -33,7 +33,7 @@ _MAX_SOCKET_PATH = 100
 """Bytes; the kernel's limit is 108 on Linux and 104 elsewhere."""
 
 _CUT_OFF = "short read while loading the AOF"
-"""What a server says that found half a command at the end of its file."""
+"""In the log of a server that found half a command at the end of its file."""
 
 _LOCK_PATIENCE = 15.0
 """Seconds for the server of a scheduler that was killed to write its file and end."""

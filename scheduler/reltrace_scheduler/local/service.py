@@ -46,8 +46,6 @@ _DECIDED = {
 
 @dataclass(frozen=True)
 class UpOptions:
-    """Options of `reltrace up`."""
-
     model: tuple[str, ...] = option(
         ("demo",),
         "Folder, GGUF file, or hub id (ID@REVISION) of a checkpoint; smollm2: "
@@ -76,18 +74,16 @@ class UpOptions:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """What is served, each once."""
         return tuple(dict.fromkeys(self.model))
 
     @property
     def folder(self) -> Path:
-        """Of the store and the logs."""
         return (self.data or default_data()).absolute()
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What has been started, and serves jobs."""
+    """What `up` has started."""
 
     address: str
     """Of the scheduler."""
@@ -184,7 +180,6 @@ async def _supervise(
 async def _wait_until_served(
     options: UpOptions, address: str, report: Callable[[str], None]
 ) -> list[trace_pb2.ServedModel]:
-    """Wait until every model has a worker."""
     began = reported = time.monotonic()
     wanted = len(options.models)
     reconnect = [("grpc.max_reconnect_backoff_ms", 1000)]

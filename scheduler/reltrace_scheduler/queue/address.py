@@ -15,8 +15,6 @@ PASSWORD_VARIABLE = "RELTRACE_REDIS_PASSWORD"
 
 @dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """A Redis."""
-
     url: str
     """``redis://``, ``rediss://`` or ``unix://``; it may hold a password."""
     password: str | None = None

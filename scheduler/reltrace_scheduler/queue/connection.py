@@ -31,8 +31,6 @@ _OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A Redis that answers and is new enough."""
-
     redis: Redis
     version: str
 

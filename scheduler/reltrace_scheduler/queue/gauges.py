@@ -99,7 +99,6 @@ def _age(entries: Any, now: int) -> float:
 
 
 def _sum(one: QueueGauge, other: QueueGauge) -> QueueGauge:
-    """Add the gauges of one queue in two shards."""
     return replace(
         one,
         queued=one.queued + other.queued,

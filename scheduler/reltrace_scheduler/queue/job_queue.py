@@ -96,7 +96,7 @@ class JobQueue:
         return Submission(submission, len(jobs))
 
     async def seen(self, tenant: str, idempotency_key: str, jobs: str) -> Submission | None:
-        """Return what was accepted under a key, if it was jobs of this `digest`."""
+        """Return the submission that was accepted under a key, if its jobs have this `digest`."""
         shard = self._shards.for_submission(tenant, idempotency_key)
         stored: Any = await self._redis.get(shard.key("idempotency", tenant, idempotency_key))
         if stored is None:
@@ -233,7 +233,7 @@ class JobQueue:
         ]
 
     async def exist(self, job_ids: Sequence[str]) -> list[bool]:
-        """Tell which jobs there are: those that have not ended, or whose result is unread."""
+        """Tell which jobs exist: they have not ended, or their result is unread."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
                 pipe.exists(self._shards.of(job_id).key("job", job_id))
@@ -241,7 +241,6 @@ class JobQueue:
         return [bool(row) for row in rows]
 
     async def ended(self) -> dict[str, int]:
-        """Count jobs that ended, by state, since the queue was made."""
         totals: Counter[str] = Counter()
         for shard in self._shards.all:
             counts: Any = await self._redis.hgetall(shard.key("ended"))
@@ -254,7 +253,7 @@ def _rows(leases: Sequence[Lease]) -> list[tuple[str, int]]:
 
 
 def digest(jobs: Iterable[bytes], priority: str) -> str:
-    """Return what tells jobs, as they were sent, from all others."""
+    """Return a digest of jobs as they were sent."""
     found = hashlib.blake2b(priority.encode(), digest_size=16)
     for spec in jobs:
         found.update(len(spec).to_bytes(8, "little"))

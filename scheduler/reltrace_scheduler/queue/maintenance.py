@@ -34,10 +34,10 @@ class Maintenance:
         await self.shard.run("watchdog_tick", [], milliseconds(self._settings.lease))
 
     async def reap(self, queue: bytes) -> tuple[int, list[QuarantineCandidate]]:
-        """Take over the leases of one queue that were lost; return how many jobs are queued again.
+        """Take over the lost leases of one queue.
 
-        And the jobs that lost too many leases. The reaper holds these, and the caller quarantines
-        them with `JobQueue.end`.
+        Returns how many jobs are queued again, and the jobs that lost too many leases: the reaper
+        holds these until the caller quarantines them by `JobQueue.end`.
         """
         cursor, requeued, candidates = b"0-0", 0, []
         while True:
@@ -70,10 +70,11 @@ class Maintenance:
         return [job_id.decode() for job_id in ids]
 
     async def expire(self) -> tuple[int, list[Submission]]:
-        """Free results that nobody acknowledged in time; return of how many submissions.
+        """Free the results of submissions that nobody acknowledged in time.
 
-        Where these are `EXPIRE_AT_ONCE`, there may be more. And the submissions whose jobs have
-        waited as long until results are read: the caller ends the jobs, and calls `expire_now`.
+        Returns how many submissions were freed (there may be more if `EXPIRE_AT_ONCE` were), and
+        those whose jobs waited for as long until results are read: the caller ends their jobs, and
+        calls `expire_now`.
         """
         freed, *waiting = await self.shard.run("expire", [], EXPIRE_AT_ONCE)
         return int(freed), [Submission(name.decode(), int(jobs)) for name, jobs in waiting]

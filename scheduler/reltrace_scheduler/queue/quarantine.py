@@ -11,8 +11,6 @@ _AT_ONCE, _MOST_BYTES = 4, 32 << 20
 
 
 class Quarantine:
-    """The quarantined jobs of all shards."""
-
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
         self._redis = shards.redis
@@ -52,7 +50,6 @@ class Quarantine:
         ]
 
     async def forget(self, job_id: str) -> None:
-        """Forget a job."""
         key = self._shards.of(job_id).key
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.zrem(key("quarantined"), job_id)

@@ -69,7 +69,6 @@ class RecentJobs:
         return [json.loads(row) for row in found]
 
     async def sample_result(self, job_id: str) -> bytes | None:
-        """Return the serialized ``ResultChunk`` of a job, if it was kept."""
         found: Any = await self._redis.get(self._key("sample_result", job_id))
         return found if found is None else bytes(found)
 
@@ -83,7 +82,6 @@ class _Rate:
         self._at = time.monotonic()
 
     def take(self, wanted: int) -> int:
-        """Return how many of those wanted are allowed now."""
         now = time.monotonic()
         self._left = min(self._rate, self._left + (now - self._at) * self._rate)
         self._at = now

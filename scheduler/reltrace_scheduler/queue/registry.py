@@ -41,7 +41,7 @@ class Registry:
             await pipe.execute()
 
     async def forget_all(self) -> None:
-        """Forget every worker; those that live connect and are entered again."""
+        """Forget every worker; those that are alive connect and are entered again."""
         routes = await self.models()
         await self._redis.delete(
             self._key("workers"), *(self._key("serving", route) for route in routes)
@@ -100,7 +100,6 @@ class Registry:
         return {r: int(count) for r, count in zip(routes, counts, strict=True) if count}
 
     async def unseen(self, *, since: float) -> list[str]:
-        """Return the workers that were not seen since a Unix time."""
         found: Any = await self._redis.zrangebyscore(self._key("workers"), "-inf", f"({since!r}")
         return [worker_id.decode() for worker_id in found]
 

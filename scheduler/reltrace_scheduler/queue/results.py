@@ -45,7 +45,7 @@ class Results:
     async def read(
         self, submission: str, after_entry: int, after_chunk: int
     ) -> AsyncIterator[StoredChunk]:
-        """Yield what there is after an entry and chunks of the next, the same bytes every time."""
+        """Yield the chunks after an entry and `after_chunk` chunks of the next one."""
         stream = self._shards.of(submission).key("results", submission)
         while True:
             page: Any = await self._redis.xrange(stream, f"({after_entry}-0", "+", count=_PAGE)
@@ -93,7 +93,7 @@ class Results:
     async def write_drafts(self, worker: str, drafts: Sequence[tuple[Lease, bytes]]) -> int:
         """Keep serialized ``Draft`` of jobs that are leased to the worker; return how many.
 
-        They are hints beside the results: nothing waits for them, and nothing is lost with them.
+        They are a preview of the results: if one is dropped, the result is still complete.
         """
         rows = [(lease.job_id, lease.attempt, data) for lease, data in drafts]
         ttl = milliseconds(_DRAFT_TTL)
@@ -104,8 +104,8 @@ class Results:
     async def read_drafts(self, after: Mapping[str, str]) -> dict[str, list[StoredDraft]]:
         """Return further drafts of the present attempts of jobs, at most 1 MiB of each.
 
-        `after` has the position of the last draft that was read by job, or `FIRST_DRAFT`; it holds
-        for the drafts of another attempt as well.
+        `after` has the position of each job's last draft that was read, or `FIRST_DRAFT`. It stays
+        valid when another attempt begins.
         """
         async with self._redis.pipeline(transaction=False) as pipe:
             for job, position in after.items():

@@ -68,7 +68,6 @@ class Shard:
         return await self._load(script)(keys=keys, args=[self.key.prefix, *args])
 
     async def queues(self) -> list[bytes]:
-        """Return the names of all queues that exist."""
         names: Any = await self.redis.smembers(self.key("queues"))
         return sorted(names)
 
@@ -80,8 +79,8 @@ class Shard:
 class Shards:
     """All parts of the queue.
 
-    A submission is in one of them with all its jobs and results, so nothing but listings and
-    sums looks at more than one. Its idempotency key says which one, or chance.
+    A submission is in one of them with all its jobs and results, so only listings and sums read
+    several. Its idempotency key determines which one; without a key it is chosen at random.
     """
 
     def __init__(self, redis: Redis, count: int) -> None:
@@ -95,7 +94,7 @@ class Shards:
         return self.all[number if number < len(self.all) else 0]
 
     def for_submission(self, tenant: str, idempotency_key: str) -> Shard:
-        """Return where a submission goes: with the same key to the same shard."""
+        """Return the shard of a new submission; the same key gives the same shard."""
         choice = f"{tenant} {idempotency_key}" if idempotency_key else secrets.token_hex(8)
         digest = hashlib.blake2b(choice.encode(), digest_size=8).digest()
         return self.all[int.from_bytes(digest, "little") % len(self.all)]

@@ -45,9 +45,9 @@ class Signals:
         self._connections = 0
 
     def count(self, channel: str) -> tuple[int, int]:
-        """Return what changes with every signal on a channel that has listeners.
+        """Return the number of connections, and of signals on a channel that has listeners.
 
-        And with every connection: signals before it may have been missed.
+        Signals before a connection may have been missed.
         """
         return self._connections, self._counts[channel]
 
@@ -67,7 +67,6 @@ class Signals:
                     del self._counts[channel]
 
     async def run(self) -> None:
-        """Receive until cancelled."""
         while True:
             try:
                 await self._receive()

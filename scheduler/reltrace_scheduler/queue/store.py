@@ -18,8 +18,6 @@ from reltrace_scheduler.queue.tenants import Tenants
 
 
 class Store:
-    """All that the scheduler keeps in Redis."""
-
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self.redis = redis
         self.settings = settings

@@ -23,7 +23,6 @@ class Tenants:
         return [await self.get(name.decode()) for name in sorted(names)]
 
     async def get(self, tenant: str) -> TenantRecord:
-        """Return one tenant, known or not."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for shard in self._shards:
                 pipe.hgetall(shard.key("tenant", tenant))

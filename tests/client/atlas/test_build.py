@@ -1,4 +1,4 @@
-"""What a build takes as a corpus, and how it goes on; with workers in the whole service's tests."""
+"""The corpus of a build, and how a build is continued; tests/e2e build with workers."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_folder_that_can_not_be_is_named(client: reltrace.Client, tmp_path: Pa
 
 
 class FakeSliceJobs:
-    """Gives parts that nobody made.
+    """Returns random shards without a server.
 
     Attributes
     ----------

@@ -47,9 +47,9 @@ async def test_a_result_stays_until_it_is_freed(server: FakeServer) -> None:
     assert (await make(server, "two")).submission.id != made.submission.id
 
 
-async def test_a_job_that_was_cancelled_is_handed_in_anew(server: FakeServer) -> None:
+async def test_a_job_that_was_cancelled_is_submitted_again(server: FakeServer) -> None:
     """
-    Given a job of an earlier run that was cancelled, by whoever left it or by hand
+    Given a job of an earlier run that was cancelled, by that run or by hand
     I expect another one, which is found again, and the first to be freed.
     """
     await make(server)
@@ -59,7 +59,7 @@ async def test_a_job_that_was_cancelled_is_handed_in_anew(server: FakeServer) ->
     assert (await make(server)).submission.id == "s1"
 
 
-async def test_a_job_that_failed_is_handed_in_anew_by_the_next_run_only(
+async def test_a_job_that_failed_is_submitted_again_by_the_next_run_only(
     server: FakeServer,
 ) -> None:
     def fail(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
@@ -77,12 +77,12 @@ async def test_a_job_that_failed_is_handed_in_anew_by_the_next_run_only(
     assert (await make(server)).submission.id == "s0"
 
 
-async def test_results_that_expired_are_made_anew(server: FakeServer) -> None:
+async def test_results_that_expired_are_computed_again(server: FakeServer) -> None:
     await make(server)
     gone = status_with(grpc.StatusCode.NOT_FOUND, "the submission is not known here")
     server.stream_errors.append(gone)
     assert (await make(server)).submission.id == "s1"
-    # Of a run's own job it is an error, not a reason to go on for ever.
+    # If the run's own job is gone it is an error: nothing is submitted again and again.
     server.stream_errors.append(gone)
     with pytest.raises(reltrace.NotFound):
         await make(server, "two")
@@ -101,12 +101,12 @@ def in_two_chunks(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.Result
     return [first, types_pb2.ResultChunk(job_id=job_id, number=2, end=whole.end)]
 
 
-async def test_of_parts_that_are_made_two_are_read_until_one_is_merged(
+async def test_two_results_are_read_until_one_of_them_is_merged(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
     Given three slices whose results do not fit one message
-    If nobody merges them
+    If none of them is merged
     I expect two to be read; the third is read once one of them is merged.
     """
     server.run = in_two_chunks

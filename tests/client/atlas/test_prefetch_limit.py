@@ -1,4 +1,4 @@
-"""How many parts of an atlas are held at once."""
+"""How many results of slices are in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from reltrace.atlas.jobs import PrefetchLimit
 
 
 async def slots_of(limit: PrefetchLimit, wanted: int) -> int:
-    """Return how many of so many are let in."""
+    """Return how many of `wanted` slices get a slot."""
     async with AsyncExitStack() as stack:
         takes = [await stack.enter_async_context(limit.slot()) for _ in range(wanted)]
         waiting = [asyncio.create_task(take()) for take in takes]
-        # Who is let in is so within a few turns of the loop.
+        # Tasks that get a slot do so within a few iterations of the event loop.
         for _ in range(10 * wanted):
             await asyncio.sleep(0)
         found = sum(task.done() for task in waiting)
@@ -27,21 +27,21 @@ async def slots_of(limit: PrefetchLimit, wanted: int) -> int:
 @pytest.mark.parametrize(
     ("part", "slots"), [(None, 2), (613 << 20, 2), (100 << 20, 2), (64 << 20, 4), (0, 8)]
 )
-async def test_parts_are_held_that_fit_but_always_two(part: int | None, slots: int) -> None:
+async def test_results_that_fit_get_slots_and_always_two(part: int | None, slots: int) -> None:
     limit = PrefetchLimit()
     if part is not None:
         limit.measure(part)
     assert await slots_of(limit, 10) == slots
-    # All have left: as many may come again.
+    # All slots are free again.
     assert await slots_of(limit, 10) == slots
 
 
-async def test_who_waits_is_let_in_by_who_leaves() -> None:
+async def test_a_waiting_slice_gets_the_slot_that_another_frees() -> None:
     limit = PrefetchLimit()
     async with limit.slot() as third:
         async with limit.slot() as first, limit.slot() as second:
             await first()
-            # Of one that has its place no other is taken.
+            # A second call takes no second slot.
             await first()
             await second()
             waiting = asyncio.create_task(third())

@@ -20,7 +20,7 @@ from waiting import wait_until
 
 
 class Crash(BaseException):
-    """SIGKILL, as far as files can tell."""
+    """Stands for SIGKILL: the process changes no file any more."""
 
 
 # How SQLite makes a commit atomic is tested in test_journal.py.
@@ -34,7 +34,7 @@ def crash_at(number: int, monkeypatch: pytest.MonkeyPatch, *, before: bool) -> l
     def watched(change: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             calls[0] += 1
-            # Whoever is dead does nothing any more.
+            # A process that was killed changes nothing any more.
             if calls[0] > number or (before and calls[0] == number):
                 raise Crash
             done = change(*args, **options)

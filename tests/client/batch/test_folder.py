@@ -20,7 +20,7 @@ from reltrace.storage.atomic_files import replace_file
 
 MACHINES = 2
 SHARED = replace(SETTINGS, shards=MACHINES)
-# Seconds that one who writes a manifest waits for another, who must not come.
+# Seconds that a writer of a manifest waits for a second one, which must not come.
 WAIT = 0.5
 
 

@@ -44,7 +44,7 @@ def test_what_a_killed_run_left_is_cancelled_before_anything_is_sent(
         list(client.trace_many(["a", "b"]))
     name, submission = list(server.submissions.items())[-1]
     for job in submission.job_ids:
-        # As if it had not ended, and nobody had read it.
+        # As if the job had not ended, and its result had not been read.
         del server.ended[job]
     del server.acknowledged[name]
     note = tmp_path / "out" / "submissions.json"
@@ -96,7 +96,7 @@ def test_a_batch_of_a_revision_that_is_not_served_is_refused_at_once(
     batch(LINES[:10])
     server.served = [("fake", "r2", 1)]
     count = len(server.submissions)
-    with pytest.raises(reltrace.TraceError, match=r"revision is 'r2'; this batch was .* 'r1'"):
+    with pytest.raises(reltrace.TraceError, match=r"revision is 'r2', and this batch was .* 'r1'"):
         batch(LINES)
     assert len(server.submissions) == count
     # Nobody serves it: a worker may be starting.

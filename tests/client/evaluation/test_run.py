@@ -1,4 +1,4 @@
-"""An evaluation as its caller meets it, on a server that gives one prompt or all of them faults."""
+"""Evaluations through the client, on a server that rejects one prompt or all of them."""
 
 from __future__ import annotations
 

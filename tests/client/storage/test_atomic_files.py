@@ -16,7 +16,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, durabl
     path, unfinished = tmp_path / "a", tmp_path / "a.unfinished"
     with replace_file(path, durable=durable) as file:
         file.write(b"old")
-    # It may be read by whom any new file may.
+    # It has the permissions of any new file.
     (tmp_path / "new").touch()
     assert path.stat().st_mode == (tmp_path / "new").stat().st_mode
     (tmp_path / "new").unlink()

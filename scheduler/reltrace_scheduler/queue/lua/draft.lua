@@ -1,6 +1,6 @@
--- Keeps drafts of texts that are being generated, for clients that read them meanwhile. A hint: a
--- draft is dropped where its lease is lost, or where there are too many. They are deleted with the
--- lease, by end_lease().
+-- Keeps drafts of texts that are being generated, for clients that read them meanwhile. A draft is
+-- dropped where its lease is lost, or where there are too many. end_lease() deletes them with the
+-- lease.
 --
 -- Touches job:<job> (drafted: bytes of the present attempt's drafts), draft:<job> (an entry
 -- <attempt>-<drafted> per draft). Publishes done:<sub>.
@@ -10,7 +10,7 @@
 --
 -- Returns per draft: 1 kept, 0 not.
 local worker, ttl, most, overhead = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local outcome, submissions_with_drafts = {}, {}
+local outcome = {}
 
 for i = 6, #ARGV, 3 do
     local id, attempt, draft = ARGV[i], ARGV[i + 1], ARGV[i + 2]
@@ -23,11 +23,9 @@ for i = 6, #ARGV, 3 do
         redis.call("XADD", drafts, attempt .. "-" .. bytes, "d", draft)
         redis.call("PEXPIRE", drafts, ttl)
         redis.call("HSET", job.key, "drafted", bytes)
-        submissions_with_drafts[submission_id(id)] = true
+        progressed[submission_id(id)] = true
     end
     outcome[#outcome + 1] = keep and 1 or 0
 end
-for id in pairs(submissions_with_drafts) do
-    redis.call("PUBLISH", prefix.done .. id, "")
-end
+flush(0)
 return outcome
