@@ -136,9 +136,8 @@ def _total(
     if path is None:
         return limit
     count = len(PromptFile(path, reading))
-    count = count if limit is None else min(count, limit)
     number, machines = shard
-    return max(0, count - number + machines) // machines
+    return len(range(number - 1, count if limit is None else min(count, limit), machines))
 
 
 @contextmanager

@@ -89,7 +89,8 @@ class PromptOptions:
         """Return the argument of `Client.trace` that holds the input, under its name."""
         if [self.prompt, self.chat, input_ids].count(None) != 2:
             raise typer.BadParameter(
-                "give one of a prompt, --chat and --input-ids", param_hint="PROMPT"
+                "give either a prompt or --chat; `reltrace trace` also takes --input-ids",
+                param_hint="PROMPT",
             )
         if self.prompt is not None:
             text = sys.stdin.read().removesuffix("\n") if self.prompt == "-" else self.prompt

@@ -36,7 +36,7 @@ def css(shade: tuple[int, int, int]) -> str:
     return f"#{shade[0]:02x}{shade[1]:02x}{shade[2]:02x}"
 
 
-def ink(background: tuple[int, int, int]) -> tuple[int, int, int]:
+def text_colour(background: tuple[int, int, int]) -> tuple[int, int, int]:
     """Return black or white, whichever is easier to read on a colour (Rec. 709 luma)."""
     red, green, blue = background
     light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 140

@@ -13,7 +13,7 @@ from reltrace.types.generation import Generation
 from reltrace.types.token_text import readable_all, visible_token
 from reltrace.types.top_entries import Entry
 from reltrace.types.trace import Trace
-from reltrace.viz.colours import colour, css, ink, layer_numbers, scaled, token_values
+from reltrace.viz.colours import colour, css, layer_numbers, scaled, text_colour, token_values
 from reltrace.viz.templates import template
 from reltrace.viz.words import Words, describe_target, entry_table, next_tokens, segments
 
@@ -33,7 +33,7 @@ def _html(macro: str, *arguments: object) -> str:
 def _shade(share: float) -> str:
     """Return the style of a text on the colour of a value from -1 to 1."""
     background = colour(share)
-    return f"background:{css(background)};color:{css(ink(background))}"
+    return f"background:{css(background)};color:{css(text_colour(background))}"
 
 
 def trace_html(trace: Trace) -> str:

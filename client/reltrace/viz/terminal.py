@@ -13,7 +13,7 @@ from rich.text import Text
 from reltrace.types.neurons import Labels, has_labels, labelled
 from reltrace.types.token_text import printable, quoted
 from reltrace.types.trace import Trace
-from reltrace.viz.colours import TokenValues, colour, ink, scaled, token_values
+from reltrace.viz.colours import TokenValues, colour, scaled, text_colour, token_values
 from reltrace.viz.words import Words, describe_target, entry_table, next_tokens, segments
 
 _LEGEND_CELLS = 25
@@ -87,7 +87,9 @@ def show_strongest(
 
 def _style(share: float) -> Style:
     background = colour(share)
-    return Style(bgcolor=Color.from_rgb(*background), color=Color.from_rgb(*ink(background)))
+    return Style(
+        bgcolor=Color.from_rgb(*background), color=Color.from_rgb(*text_colour(background))
+    )
 
 
 def _legend(largest: float) -> Text:

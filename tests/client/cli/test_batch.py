@@ -47,7 +47,7 @@ def test_its_options_are_those_of_trace(command: Run, source: Path, server: Fake
     assert server.requests[0].priority == 2
 
 
-def test_failures_are_told_by_the_exit_code(command: Run, tmp_path: Path) -> None:
+def test_failures_set_the_exit_code(command: Run, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('"fine"\n{\n')
     code, said, progress = command("batch", str(source), str(tmp_path / "out"))
@@ -61,7 +61,7 @@ def test_quiet(command: Run, source: Path, tmp_path: Path) -> None:
     assert command("batch", str(source), str(tmp_path / "out"), "--quiet")[2] == ""
 
 
-def test_machines(command: Run, source: Path, tmp_path: Path) -> None:
+def test_json_output(command: Run, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for shard in ("1/2", "2/2"):
         code, _, progress = command("batch", str(source), str(out), "--shard", shard)
@@ -113,7 +113,7 @@ def stuck(server: FakeServer) -> Iterator[FakeServer]:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_what_has_come(
+def test_a_signal_keeps_the_results_so_far(
     stuck: FakeServer, source: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     out = tmp_path / "out"
@@ -162,7 +162,7 @@ def test_standard_input(stuck: FakeServer, tmp_path: Path) -> None:
     assert [trace.id for trace in reltrace.load_batch(out)] == ["x", 1]
 
 
-def test_a_server_that_is_away_is_told_beside_the_bar(
+def test_an_unreachable_server_is_logged_beside_the_bar(
     server: FakeServer, command: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reltrace.transport.retry._LOG_AFTER", 0.2)

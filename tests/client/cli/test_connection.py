@@ -56,7 +56,7 @@ def test_the_default_profile(command: Run, config: Path) -> None:
 def test_the_default_profile_is_not_for_another_server(
     command: Run, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its token would go to a server that it is not of."""
+    """Its token would be sent to another server."""
     assert shown(command, "--server", "other:1") == {"server": ("other:1", "option")}
     monkeypatch.setenv("RELTRACE_SERVER", "third:1")
     assert shown(command) == {"server": ("third:1", "environment")}
@@ -69,7 +69,7 @@ def test_the_default_profile_is_not_for_another_server(
 
 
 @pytest.mark.usefixtures("config")
-def test_what_wins(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_precedence(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """An option, then a profile by option, then the environment, then a profile by variable."""
     monkeypatch.setenv("RELTRACE_SERVER", "third:1")
     monkeypatch.setenv("RELTRACE_PROFILE", "home")
@@ -100,7 +100,7 @@ def test_the_token_is_not_shown(
 
 
 @pytest.mark.usefixtures("config")
-def test_options_hold_before_and_after_a_command(command: Run) -> None:
+def test_options_stand_before_or_after_the_command(command: Run) -> None:
     for arguments in (
         ("--server", "a:1", "--tls-ca", "x.pem", "config", "--json"),
         ("--server", "a:1", "config", "--tls-ca", "x.pem", "--json"),
@@ -112,7 +112,9 @@ def test_options_hold_before_and_after_a_command(command: Run) -> None:
         }  # fmt: skip
 
 
-def test_a_command_connects_by_them(command: Run, config: Path, server: FakeServer) -> None:
+def test_a_command_connects_with_its_settings(
+    command: Run, config: Path, server: FakeServer
+) -> None:
     token = config.parent / "the.token"
     token.write_text("secret-1")
     place = ("--server", server.address)
@@ -151,7 +153,7 @@ def test_a_file_that_can_not_be_used(command: Run, config: Path, content: str) -
     assert err.count("\n") == 1
 
 
-def test_a_file_that_is_not_there(
+def test_a_missing_file(
     command: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = tmp_path / "missing.toml"

@@ -80,7 +80,7 @@ def test_a_damaged_direction(command: Run, tmp_path: Path, content: bytes, why: 
     assert error.count("\n") == 1
 
 
-def test_several_arrays_are_no_direction(command: Run, tmp_path: Path) -> None:
+def test_a_file_of_several_arrays_is_refused_as_direction(command: Run, tmp_path: Path) -> None:
     path = tmp_path / "bad.npz"
     np.savez(path, a=np.zeros(8), b=np.zeros(8))
     assert command("generate", "a", "--steer", f"1+{path}") == (

@@ -109,7 +109,7 @@ def one_line(command: Run, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("plot", ["x.html", "none/x.png"])
-def test_a_picture_that_can_not_be_written_is_told_before_the_run(
+def test_a_plot_that_can_not_be_written_fails_before_the_run(
     plot: str, command: Run, corpus: str, server: FakeServer
 ) -> None:
     assert one_line(command, corpus, "--plot", plot).startswith("plot: ")
@@ -173,7 +173,9 @@ def test_what_is_measured_and_replaced_are_options(
     assert not any(job.edits for job in jobs)
 
 
-def test_a_prompt_that_fails_is_an_exit_code(command: Run, corpus: str, server: FakeServer) -> None:
+def test_a_prompt_that_fails_sets_the_exit_code(
+    command: Run, corpus: str, server: FakeServer
+) -> None:
     server.faults = lambda spec: [("input", "is too long")] if "cats" in spec.prompt else []
     code, out, err = command("evaluate", corpus, "--points", "2", "--rule", "attnlrp")
     assert code == 1
@@ -181,7 +183,9 @@ def test_a_prompt_that_fails_is_an_exit_code(command: Run, corpus: str, server: 
     assert err == "reltrace: prompt 1: prompt: is too long\n"
 
 
-def test_a_warning_is_told(command: Run, corpus: str, server: FakeServer, tmp_path: Path) -> None:
+def test_a_warning_is_printed(
+    command: Run, corpus: str, server: FakeServer, tmp_path: Path
+) -> None:
     """As `--json` it is part of the result as well."""
     source = tmp_path / "answers.jsonl"
     source.write_text('{"prompt": "We have a dog", "answer": [0]}\n')

@@ -58,9 +58,7 @@ def test_a_terminal_shows_text_as_it_comes(
 
 
 @pytest.mark.usefixtures("terminal")
-def test_on_a_terminal_a_text_that_begins_again_has_its_own_line(
-    command: Run, writing: FakeServer
-) -> None:
+def test_on_a_terminal_a_restarted_text_has_its_own_line(command: Run, writing: FakeServer) -> None:
     assert command("generate", "a") == (0, " 1 2\n 1 3 4\n", "")
 
 
@@ -123,12 +121,12 @@ def test_a_pipe_gets_both_texts_side_by_side(command: Run, server: FakeServer) -
 
 
 @pytest.mark.parametrize("on_a_terminal", [False, True])
-def test_what_is_gone_on_with_comes_from_standard_input_or_is_a_conversation(
+def test_the_input_comes_from_standard_input_or_is_a_conversation(
     command: Run, writing: FakeServer, monkeypatch: pytest.MonkeyPatch, on_a_terminal: bool
 ) -> None:
     """
     Given a worker that has a hint for its reader
-    I expect it on standard error, and the text as ever.
+    I expect it on standard error, and the text unchanged.
     """
 
     def run(spec: types_pb2.JobSpec, job: str) -> list[types_pb2.ResultChunk]:

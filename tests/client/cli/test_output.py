@@ -1,4 +1,4 @@
-"""Texts of others can not control a terminal, and are no markup."""
+"""Text of models and servers can not control a terminal, and is not markup."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def test_control_characters_are_escaped(text: str, shown: str) -> None:
     assert output.safe(text) == shown
 
 
-def test_cells_of_a_table_are_no_markup() -> None:
+def test_table_cells_are_not_markup() -> None:
     file = io.StringIO()
     Console(file=file, width=80).print(output.table(("model", "n"), [("x[/bold]\x1b[2J", 3)]))
     assert "x[/bold]\\x1b[2J" in file.getvalue()
 
 
-def test_a_model_may_be_called_anything(
+def test_a_model_name_may_hold_markup_and_control_characters(
     command: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")

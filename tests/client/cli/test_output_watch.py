@@ -1,4 +1,4 @@
-"""`--watch`: what is drawn again and again, and how it ends."""
+"""`--watch`: views that are refreshed, and how they end."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def value_of(command: str, state: Any) -> str:
 
 
 @pytest.mark.parametrize(("command", "value"), [("status", "7.2"), ("workers", "w1")])
-def test_machines_get_a_line_at_every_look(server: FakeServer, command: str, value: str) -> None:
+def test_json_has_a_line_for_every_refresh(server: FakeServer, command: str, value: str) -> None:
     """
-    Given a command that is watched, for machines
-    I expect a line of JSON at every look, and an end in order on Ctrl-C.
+    Given a command with --watch and --json
+    I expect a line of JSON for every refresh, and exit code 0 on Ctrl-C.
     """
     options = (command, "--json", "--server", server.address)
     watching = start(*options, stdout=subprocess.PIPE)
@@ -71,13 +71,13 @@ def test_machines_get_a_line_at_every_look(server: FakeServer, command: str, val
         ("workers", ("drained", ["w1"]), ["w1", "w1 (draining)"]),
     ],
 )
-def test_people_see_what_changes(
+def test_a_terminal_shows_changes(
     server: FakeServer, command: str, change: tuple[str, Any], words: list[str]
 ) -> None:
     """
-    Given a command that is watched in a terminal
+    Given a command with --watch in a terminal
     If what it shows changes
-    I expect that to be drawn, and an end in order on Ctrl-C.
+    I expect the view to show it, and exit code 0 on Ctrl-C.
     """
     ours, theirs = pty.openpty()
     watching = start(command, "--server", server.address, stdout=theirs)
@@ -106,7 +106,7 @@ def test_people_see_what_changes(
         os.close(ours)
 
 
-def test_what_is_watched_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watched_view_is_refreshed(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = iter([0, 40, 100])
     drawn: list[str] = []
     monkeypatch.setattr(output.time, "sleep", lambda seconds: None)
@@ -122,13 +122,13 @@ def test_what_is_watched_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None
     assert drawn == ["0 jobs", "40 jobs", "100 jobs"]
 
 
-def test_the_rate_is_that_since_the_look_before() -> None:
+def test_the_rate_is_measured_since_the_previous_view() -> None:
     assert jobs_per_second((10.0, 5), (12.0, 45)) == 20.0
-    # A server that forgot its counts.
+    # A server that restarted counts from zero.
     assert jobs_per_second((12.0, 45), (14.0, 0)) == 0.0
 
 
-def test_a_period_that_is_none(command: Run) -> None:
+def test_a_refresh_period_must_be_positive(command: Run) -> None:
     code, _, err = command("status", "--watch", "--every", "0")
     assert code == 2
     assert "--every" in err

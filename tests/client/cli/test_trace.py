@@ -103,7 +103,7 @@ def test_a_conversation_comes_from_standard_input(
     assert [request.jobs[0].WhichOneof("input") for request in server.requests] == ["chat"] * 2
 
 
-def test_a_conversation_that_is_none(command: Run, tmp_path: Path) -> None:
+def test_an_invalid_conversation(command: Run, tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     for content, said in (
         ("{nope", f"chat: {path} is not JSON"),
@@ -177,7 +177,7 @@ ATLAS_ERRORS = {
 
 
 @pytest.mark.parametrize("arguments", ATLAS_ERRORS, ids=" ".join)
-def test_an_atlas_that_helps_nothing_is_told_before_anything_is_traced(
+def test_an_atlas_without_use_is_refused_before_the_trace(
     command: Run, server: FakeServer, arguments: tuple[str, ...]
 ) -> None:
     code, _, err = command("trace", PROMPT, "--atlas", "nowhere", *arguments)

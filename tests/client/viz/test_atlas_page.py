@@ -45,7 +45,7 @@ def test_neurons_are_listed_by_mass(page: Page) -> None:
     assert "304 prompts" in page.locator("#subtitle").inner_text()
 
 
-def test_the_first_is_chosen_and_its_text_is_no_markup(page: Page) -> None:
+def test_the_first_is_chosen_and_its_text_is_not_markup(page: Page) -> None:
     assert "Neuron 2 of layer 0" in detail(page)
     assert "No token stands out" in detail(page)
     assert "we eat the </script><b>pie → now" in detail(page)
@@ -80,7 +80,7 @@ def test_search_finds_labels_contexts_and_places(page: Page) -> None:
     assert len(rows(page)) == 6
 
 
-def test_what_is_not_listed_is_not_shown_beside_the_list(page: Page) -> None:
+def test_details_are_hidden_when_the_list_no_longer_has_them(page: Page) -> None:
     """
     Given a neuron that is shown
     If what is listed then has others, or nothing
@@ -164,9 +164,7 @@ def test_a_search_finds_white_space_as_the_command_does(
         assert page.locator(".contexts mark").count() > 0, text
 
 
-def test_what_is_written_from_the_right_stays_in_order(
-    visit: Callable[[Path], Page], tmp_path: Path
-) -> None:
+def test_right_to_left_text_stays_in_order(visit: Callable[[Path], Page], tmp_path: Path) -> None:
     """
     Given prompts, explained words and labels in Hebrew
     I expect the arrow right of the prompt, what is explained right of it, and the words of a label
@@ -200,7 +198,9 @@ def test_what_is_written_from_the_right_stays_in_order(
         assert names == sorted(names)
 
 
-def test_all_of_it_is_100_percent(visit: Callable[[Path], Page], tmp_path: Path) -> None:
+def test_the_only_relevant_neuron_has_100_percent(
+    visit: Callable[[Path], Page], tmp_path: Path
+) -> None:
     atlas = make_atlas(tmp_path / "atlas", [("a b", "c")], {(0, 0): [(0, 1, 1.0)]})
     page = visit(atlas.save_page(tmp_path / "page.html"))
     assert "100 % of all neurons" in detail(page)

@@ -25,6 +25,10 @@ def test_colours() -> None:
     assert colours.colour(0) == colours.ZERO
     assert colours.colour(1) == colours.colour(7) == colours.POSITIVE
     assert colours.colour(-1) == colours.NEGATIVE
-    assert colours.ink(colours.ZERO) == (0, 0, 0)
-    assert colours.ink(colours.POSITIVE) == colours.ink(colours.NEGATIVE) == (255, 255, 255)
+    assert colours.text_colour(colours.ZERO) == (0, 0, 0)
+    assert (
+        colours.text_colour(colours.POSITIVE)
+        == colours.text_colour(colours.NEGATIVE)
+        == (255, 255, 255)
+    )
     np.testing.assert_array_equal(colours.scaled(np.zeros(3, np.float32)), 0)

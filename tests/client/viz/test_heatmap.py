@@ -97,7 +97,7 @@ def test_thousands_of_tokens_are_drawn_in_rows_that_can_be_seen(tmp_path: Path) 
         assert share(picture, colour) > one_row
 
 
-def test_as_many_tokens_as_can_be_seen_have_their_rows() -> None:
+def test_up_to_600_tokens_have_a_row_each() -> None:
     trace = make_trace({"embed": (600,)}, tokens=[f"Ġw{at}" for at in range(600)])
     trace["embed"][7] = np.nan
     assert heatmap(trace, "embed", normalize=False).shown.shape == (600, 1)

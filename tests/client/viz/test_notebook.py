@@ -49,7 +49,7 @@ def test_the_tokens_with_their_values() -> None:
     assert any("logit 17.250" in word for word in found.words)
 
 
-def test_text_is_no_markup() -> None:
+def test_text_is_not_markup() -> None:
     tokens = ["<script>alert(1)</script>", "&amp;", '" onmouseover="x', "<!--"]
     found = Checked(make_trace({"resid": (2, 4)}, tokens=tokens)._repr_html_())
     assert "<script>alert(1)</script>" in "".join(found.words)

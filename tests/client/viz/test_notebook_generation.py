@@ -23,7 +23,7 @@ def test_a_text_stands_behind_its_prompt() -> None:
     assert "steered" not in shown
 
 
-def test_steered_and_not_stand_side_by_side() -> None:
+def test_steered_and_unsteered_text_are_side_by_side() -> None:
     found = replace(written(" dogs"), unsteered=written(" cats", stopped=False))
     shown = found._repr_html_()
     assert shown.index("as it is") < shown.index(" cats") < shown.index("steered")

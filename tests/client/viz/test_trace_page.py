@@ -89,7 +89,7 @@ def test_a_page_of_a_topk_trace(tmp_path: Path) -> None:
     assert "sum of the 6 values" in neuron["what"]
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing_of_the_prompt(tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_runs_no_text_of_the_prompt(tmp_path: Path) -> None:
     tokens = ["</script>", "<script>alert(1)</script>", "%%DATA%%", "<!--", "&lt;"]
     text = make_trace(tokens=tokens).plot(tmp_path / "a.html").read_text()
     assert not re.search(r"https?:|//[a-z]|\b(src|href)=|@import|url\(", text)

@@ -69,7 +69,7 @@ def colour_at(page: Page, token: int, layer: int) -> tuple[int, ...]:
     place = f"[gutter + {layer * COLUMN + 4}, {HEAD + token * ROW + 4}]"
     return tuple(
         page.evaluate(
-            f"(([x, y]) => Array.from(pen.getImageData(x * (devicePixelRatio || 1), "
+            f"(([x, y]) => Array.from(ctx.getImageData(x * (devicePixelRatio || 1), "
             f"y * (devicePixelRatio || 1), 1, 1).data).slice(0, 3))({place})"
         )
     )
@@ -162,7 +162,7 @@ def test_a_click_on_a_layer_or_a_token(show: Open, trace: reltrace.Trace) -> Non
     assert rows(page, "neuron")[0][:2] == [str(feature), str(layer)]
 
 
-def test_labels_stand_beside_what_they_name(show: Open, trace: reltrace.Trace) -> None:
+def test_labels_are_beside_their_neurons_and_heads(show: Open, trace: reltrace.Trace) -> None:
     """
     Given an atlas of which one label looks like markup, and one neuron has none
     I expect every strong neuron and head beside its own label, as text.
@@ -323,7 +323,7 @@ def test_a_conversation_shows_its_turns(show: Open, trace: reltrace.Trace) -> No
     assert "(user)" not in readout(page)
 
 
-def test_the_share_of_the_first_token_is_told(show: Open, trace: reltrace.Trace) -> None:
+def test_the_share_of_the_first_token_is_shown(show: Open, trace: reltrace.Trace) -> None:
     page = show(trace)
     for site in ("resid", "embed"):
         page.select_option("#site", label=site)

@@ -56,7 +56,7 @@ def test_without_an_atlas_or_features_there_are_none(tmp_path: Path) -> None:
     assert sites_of(sums.plot(tmp_path / "a.html", atlas=FakeLabels()))["neuron"]["labels"] is None
 
 
-def test_a_label_is_no_markup(tmp_path: Path) -> None:
+def test_a_label_is_not_markup(tmp_path: Path) -> None:
     trace = make_trace({"head": (1, 5, 3)}, reduction="full")
     texts = ["</script><b>", "<!--<script>", "a\nb\x1b[31m\u202e\ud800 \u2028%%ABOUT%%"]
     labels = FakeLabels({("head", 0, index): text for index, text in enumerate(texts)})

@@ -96,7 +96,7 @@ def test_turns_and_what_is_between_them(trace: reltrace.Trace) -> None:
     assert "ends &lt;in&gt; a space" in shown
 
 
-def test_much_relevance_on_the_first_token_is_told(trace: reltrace.Trace) -> None:
+def test_much_relevance_on_the_first_token_is_reported(trace: reltrace.Trace) -> None:
     for first, told in ((1.0, False), (100.0, True)):
         trace.relevance[:] = 1
         trace.relevance[:, 0] = first

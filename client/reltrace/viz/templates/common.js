@@ -18,10 +18,10 @@ function colour(share) {
 }
 const css = ([r, g, b]) => `rgb(${r},${g},${b})`;
 // Black or white, whichever is easier to read on a colour (Rec. 709 luma).
-const ink = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b > 140 ? "#000" : "#fff";
+const textColour = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b > 140 ? "#000" : "#fff";
 function shade(one, rgb) {
   one.style.background = css(rgb);
-  one.style.color = ink(rgb);
+  one.style.color = textColour(rgb);
 }
 
 // A label; each of its words is isolated, so that words written from right to left stay in order.

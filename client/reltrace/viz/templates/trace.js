@@ -66,7 +66,7 @@ function paintText() {
 
 // -- the heatmap: only what is in view is drawn, so that thousands of tokens cost nothing
 
-const map = $("map"), canvas = $("canvas"), pen = canvas.getContext("2d");
+const map = $("map"), canvas = $("canvas"), ctx = canvas.getContext("2d");
 const turns = data.segments.filter(({role}) => role);
 // On the left of the tokens: the roles of the turns.
 const BAND = turns.length ? 20 : 0;
@@ -74,8 +74,8 @@ let gutter = 0, requested = false;
 const xOf = column => gutter + column * COLUMN - map.scrollLeft;
 const yOf = token => HEAD + token * ROW - map.scrollTop;
 function layout() {
-  pen.font = FONT;
-  const longest = data.tokens.reduce((most, token) => Math.max(most, pen.measureText(token).width), 0);
+  ctx.font = FONT;
+  const longest = data.tokens.reduce((most, token) => Math.max(most, ctx.measureText(token).width), 0);
   gutter = BAND + Math.ceil(Math.min(190, Math.max(60, longest + 14)));
   const width = gutter + state.site.columns.length * COLUMN + 1, height = HEAD + tokens * ROW + 1;
   Object.assign($("extent").style, {width: `${width}px`, height: `${height}px`});
@@ -94,14 +94,14 @@ function paint() {
   requestAnimationFrame(() => { requested = false; draw(); });
 }
 function fill(style, ...rectangle) {
-  pen.fillStyle = style;
-  pen.fillRect(...rectangle);
+  ctx.fillStyle = style;
+  ctx.fillRect(...rectangle);
 }
 function draw() {
   const {columns, layered} = state.site, ratio = devicePixelRatio || 1;
   const width = canvas.width / ratio, height = canvas.height / ratio;
-  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-  Object.assign(pen, {font: FONT, textBaseline: "middle"});
+  ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
+  Object.assign(ctx, {font: FONT, textBaseline: "middle"});
   fill("#fff", 0, 0, width, height);
   const firstRow = Math.floor(map.scrollTop / ROW), firstColumn = Math.floor(map.scrollLeft / COLUMN);
   const lastRow = Math.min(tokens, firstRow + Math.ceil(height / ROW) + 1);
@@ -112,48 +112,48 @@ function draw() {
       const rgb = masked(token) ? [235, 235, 235] : colour(share);
       fill(css(rgb), xOf(column), yOf(token), COLUMN - 1, ROW - 1);
       // A dash for the sign: for those who do not see the difference of the colours, and in print.
-      if (!masked(token) && share < -0.1) fill(ink(rgb), xOf(column) + COLUMN / 2 - 4, yOf(token) + ROW / 2 - 1, 7, 1);
+      if (!masked(token) && share < -0.1) fill(textColour(rgb), xOf(column) + COLUMN / 2 - 4, yOf(token) + ROW / 2 - 1, 7, 1);
     }
   }
   mark(state.chosen, "#1a56c4");
   mark(state.at, "#111");
   fill("#fff", 0, 0, gutter, height);
   fill("#fff", 0, 0, width, HEAD);
-  Object.assign(pen, {fillStyle: "#333", textAlign: "right"});
+  Object.assign(ctx, {fillStyle: "#333", textAlign: "right"});
   for (let token = firstRow; token < lastRow; token++) {
-    if (yOf(token) > HEAD - ROW / 2) pen.fillText(shortened(data.tokens[token]), gutter - 7, yOf(token) + ROW / 2);
+    if (yOf(token) > HEAD - ROW / 2) ctx.fillText(shortened(data.tokens[token]), gutter - 7, yOf(token) + ROW / 2);
   }
-  pen.textAlign = "center";
-  const widest = Math.max(...columns.map(name => pen.measureText(name).width));
+  ctx.textAlign = "center";
+  const widest = Math.max(...columns.map(name => ctx.measureText(name).width));
   const every = layered ? Math.max(1, Math.ceil((widest + 6) / COLUMN)) : 1;
   for (let column = firstColumn; column < lastColumn; column++) {
-    if (column % every === 0 && xOf(column) >= gutter - COLUMN / 2) pen.fillText(columns[column], xOf(column) + COLUMN / 2, HEAD / 2);
+    if (column % every === 0 && xOf(column) >= gutter - COLUMN / 2) ctx.fillText(columns[column], xOf(column) + COLUMN / 2, HEAD / 2);
   }
   for (const {first, stop, role} of turns) drawTurn(Math.max(HEAD, yOf(first)), Math.min(height, yOf(stop)), role);
 }
 function drawTurn(from, to, role) {
   if (to <= from) return;
   fill("#888", BAND - 4, from, 3, to - from - 1);
-  if (to - from < pen.measureText(role).width) return;
-  pen.save();
-  pen.fillStyle = "#333";
-  pen.translate(BAND / 2 - 2, (from + to) / 2);
-  pen.rotate(-Math.PI / 2);
-  pen.fillText(role, 0, 0);
-  pen.restore();
+  if (to - from < ctx.measureText(role).width) return;
+  ctx.save();
+  ctx.fillStyle = "#333";
+  ctx.translate(BAND / 2 - 2, (from + to) / 2);
+  ctx.rotate(-Math.PI / 2);
+  ctx.fillText(role, 0, 0);
+  ctx.restore();
 }
 function mark(place, style) {
   if (!place) return;
   const [column, columns] = place.column < 0 ? [0, state.site.columns.length] : [place.column, 1];
   const [token, rows] = place.token < 0 ? [0, tokens] : [place.token, 1];
-  Object.assign(pen, {strokeStyle: style, lineWidth: 2});
-  pen.strokeRect(xOf(column), yOf(token), columns * COLUMN - 1, rows * ROW - 1);
+  Object.assign(ctx, {strokeStyle: style, lineWidth: 2});
+  ctx.strokeRect(xOf(column), yOf(token), columns * COLUMN - 1, rows * ROW - 1);
 }
 function shortened(word) {
   const room = gutter - BAND - 14;
-  if (pen.measureText(word).width <= room) return word;
+  if (ctx.measureText(word).width <= room) return word;
   let length = word.length;
-  while (length > 1 && pen.measureText(word.slice(0, length)).width > room) length--;
+  while (length > 1 && ctx.measureText(word.slice(0, length)).width > room) length--;
   return `${word.slice(0, length - 1)}\u2026`;
 }
 // The place of a point of the canvas: a cell, the name of a column, or a token.

@@ -188,6 +188,7 @@ local function release(job, class)
     requeue(job, class)
 end
 
+-- Ended jobs by state, and the submissions whose readers flush() wakes.
 local ended_states, progressed = {}, {}
 
 -- Collects the keys that an entry of results:<sub> keeps alive; returns the bytes of its result.

@@ -10,7 +10,7 @@
 --
 -- Returns per draft: 1 kept, 0 not.
 local worker, ttl, most, overhead = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local outcome, submissions_with_drafts = {}, {}
+local outcome = {}
 
 for i = 6, #ARGV, 3 do
     local id, attempt, draft = ARGV[i], ARGV[i + 1], ARGV[i + 2]
@@ -23,11 +23,9 @@ for i = 6, #ARGV, 3 do
         redis.call("XADD", drafts, attempt .. "-" .. bytes, "d", draft)
         redis.call("PEXPIRE", drafts, ttl)
         redis.call("HSET", job.key, "drafted", bytes)
-        submissions_with_drafts[submission_id(id)] = true
+        progressed[submission_id(id)] = true
     end
     outcome[#outcome + 1] = keep and 1 or 0
 end
-for id in pairs(submissions_with_drafts) do
-    redis.call("PUBLISH", prefix.done .. id, "")
-end
+flush(0)
 return outcome
