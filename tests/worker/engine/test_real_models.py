@@ -110,8 +110,11 @@ def test_the_noise_of_number_formats_and_packs_is_what_is_documented(
     assert noise.other_token <= 1
     for error in noise.errors:
         if error.compared == "packed and alone, float32":
-            assert 0 < error.median < 1e-5, error
+            assert error.median < 1e-5, error
             assert error.largest < 3e-4, error
         else:
-            assert 1e-3 < error.median < 0.05, error
+            # Packed and alone are the same to the bit where the processor's library sums each row
+            # in an order of its own.
+            same = error.compared.startswith("packed") and error.largest == 0
+            assert same or 1e-3 < error.median < 0.05, error
             assert error.p95 < 0.3, error
