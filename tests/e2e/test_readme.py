@@ -1,5 +1,6 @@
 """What the READMEs and the notebook show runs as it is printed."""
 
+import html
 import json
 import os
 import pty
@@ -208,7 +209,7 @@ def test_the_notebook_runs(folder: Path) -> None:
         NotebookClient(book, timeout=60, kernel_name="python3", resources=resources).execute()
     shown = json.dumps(book)
     assert "Warning" not in shown
-    assert "' dogs' (logit" in shown.replace("&#x27;", "'")
+    assert "' dogs' (logit" in html.unescape(shown)
     assert "Failure" in shown or "InvalidArgument" in shown
 
 
