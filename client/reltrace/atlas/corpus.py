@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from reltrace.atlas.folder import ATLAS, damaged
+from reltrace.atlas.folder import ATLAS, CORPUS, damaged
 from reltrace.atlas.state import State
 from reltrace.storage.atomic_files import replace_file
 from reltrace.storage.tensor_files import write_tensors
@@ -100,7 +100,7 @@ def open_slice(folder: Path, number: int, known_tokens: Array) -> CorpusSlice:
 
 
 def _path(folder: Path, number: int) -> Path:
-    return folder / "corpus" / f"{number:06d}.safetensors"
+    return folder / CORPUS / f"{number:06d}.safetensors"
 
 
 class Corpus:

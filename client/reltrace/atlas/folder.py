@@ -12,13 +12,14 @@ from typing import Any
 
 from reltrace.atlas.merged import MergedSite
 from reltrace.atlas.state import State, TokenCounts
-from reltrace.storage.atomic_files import lock_folder, replace_file
+from reltrace.storage.atomic_files import LOCK, UNFINISHED, lock_folder, replace_file
 from reltrace.storage.tensor_files import write_tensors
 from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import SITES
 from reltrace.types.errors import InvalidArgument, TraceError, invalid
 
 ATLAS = "atlas.safetensors"
+CORPUS = "corpus"
 _FORMAT = 3
 _UNFINISHED = "unfinished"
 _SITE_ARRAYS = tuple(field.name for field in fields(MergedSite))
@@ -97,8 +98,15 @@ class AtlasFolder:
     def begin_build(self) -> str:
         """Note that the atlas is being built; return the identity of this build.
 
-        It stays the same until `finish_build`, however often the build is interrupted.
+        It stays the same until `finish_build`, however often the build is interrupted. Raises
+        InvalidArgument if the folder holds something else.
         """
+        names = {entry.name for entry in self.path.iterdir()} - {LOCK, CORPUS, _UNFINISHED}
+        others = sorted(name for name in names if not name.endswith(UNFINISHED))
+        if others and not self.exists:
+            raise invalid(
+                "out", f"{self.path} holds {others[0]!r} and no atlas; choose a new folder"
+            )
         path = self.path / _UNFINISHED
         identity = path.read_text("ascii", "replace") if path.exists() else ""
         if not re.fullmatch("[0-9a-f]{32}", identity):

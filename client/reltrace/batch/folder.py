@@ -188,10 +188,12 @@ def read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise invalid("out", f"{root} holds no batch: there is no {MANIFEST}") from None
     except ValueError as error:
         raise invalid("out", f"{path} is damaged: {error}") from error
+    if not isinstance(manifest, dict):
+        raise invalid("out", f"{path} is damaged: it is not a JSON object")
     if manifest.get("format") != _FORMAT:
         raise invalid(
             "out",

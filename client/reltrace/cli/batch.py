@@ -181,7 +181,8 @@ def _report(summary: Summary, out: Path, as_json: bool) -> None:
         print_json({**asdict(summary), "out": str(out)})
         return
     failed = f", {summary.failed:,} failed (see errors.jsonl)" if summary.failed else ""
+    prompts = "prompt" if summary.traced == 1 else "prompts"
     typer.echo(
-        f"{out}: {summary.traced:,} prompts traced{failed}; {summary.new:,} in this run, "
+        f"{out}: {summary.traced:,} {prompts} traced{failed}; {summary.new:,} in this run, "
         f"{summary.seconds:.1f} s"
     )

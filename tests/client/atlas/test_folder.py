@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reltrace
 from make_atlas import make_atlas
+from reltrace.atlas.folder import AtlasFolder
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -115,3 +116,13 @@ def test_counts_of_other_lengths_are_found(tmp_path: Path) -> None:
     damage(path, "words/targets", lambda counts: counts[:-1])
     with pytest.raises(reltrace.InvalidArgument, match="the counts of tokens differ in length"):
         reltrace.load_atlas(tmp_path)
+
+
+def test_a_folder_with_other_files_is_not_built_in(tmp_path: Path) -> None:
+    folder = AtlasFolder(tmp_path)
+    with folder.lock():
+        identity = folder.begin_build()
+        assert folder.begin_build() == identity, "an interrupted build goes on"
+        (tmp_path / "notes.txt").touch()
+        with pytest.raises(reltrace.InvalidArgument, match=r"holds 'notes.txt' and no atlas"):
+            folder.begin_build()

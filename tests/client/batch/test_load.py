@@ -40,6 +40,11 @@ def test_a_folder_that_holds_none(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
     with pytest.raises(reltrace.InvalidArgument, match="of format 'other'"):
         reltrace.load_batch(tmp_path)
+    (tmp_path / "manifest.json").write_text("[1]")
+    with pytest.raises(reltrace.InvalidArgument, match=r"is damaged: it is not a JSON object"):
+        reltrace.load_batch(tmp_path)
+    with pytest.raises(reltrace.InvalidArgument, match=r"holds no batch"):
+        reltrace.load_batch(tmp_path / "manifest.json")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(reltrace.InvalidArgument, match="is damaged"):
         reltrace.load_batch(tmp_path)

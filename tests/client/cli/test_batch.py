@@ -52,7 +52,7 @@ def test_failures_set_the_exit_code(command: Run, tmp_path: Path) -> None:
     source.write_text('"fine"\n{\n')
     code, said, progress = command("batch", str(source), str(tmp_path / "out"))
     assert code == 1
-    assert "1 prompts traced, 1 failed (see errors.jsonl)" in said
+    assert "1 prompt traced, 1 failed (see errors.jsonl)" in said
     assert "failed=1" in progress
     assert len((tmp_path / "out" / "errors.jsonl").read_text().splitlines()) == 1
 
