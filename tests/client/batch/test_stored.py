@@ -104,10 +104,12 @@ def test_an_interrupted_batch_goes_on(
     server.hold = broken_off
     with pytest.raises(reltrace.PermissionDenied):
         batch(LINES, output_uri=uri)
-    assert len(reltrace.load_batch(tmp_path / "out")) == 20
+    # Usually 20; fewer if a first submission has not been read to its end by then.
+    traced = len(reltrace.load_batch(tmp_path / "out"))
+    assert traced < len(LINES)
     server.hold = lambda spec: None
     server.stream_errors.clear()
-    assert batch(LINES, output_uri=uri).new == 20
+    assert batch(LINES, output_uri=uri).new == len(LINES) - traced
     check(tmp_path / "out")
 
 
