@@ -12,7 +12,7 @@ from typing import Any
 
 from reltrace.atlas.merged import MergedSite
 from reltrace.atlas.state import State, TokenCounts
-from reltrace.storage.atomic_files import LOCK, UNFINISHED, lock_folder, replace_file
+from reltrace.storage.atomic_files import check_no_other_files, lock_folder, replace_file
 from reltrace.storage.tensor_files import write_tensors
 from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import SITES
@@ -101,12 +101,8 @@ class AtlasFolder:
         It stays the same until `finish_build`, however often the build is interrupted. Raises
         InvalidArgument if the folder holds something else.
         """
-        names = {entry.name for entry in self.path.iterdir()} - {LOCK, CORPUS, _UNFINISHED}
-        others = sorted(name for name in names if not name.endswith(UNFINISHED))
-        if others and not self.exists:
-            raise invalid(
-                "out", f"{self.path} holds {others[0]!r} and no atlas; choose a new folder"
-            )
+        if not self.exists:
+            check_no_other_files(self.path, "atlas", CORPUS, _UNFINISHED)
         path = self.path / _UNFINISHED
         identity = path.read_text("ascii", "replace") if path.exists() else ""
         if not re.fullmatch("[0-9a-f]{32}", identity):

@@ -14,7 +14,12 @@ from typing import Any
 import reltrace
 from reltrace.batch.parts import PartFormat, is_name
 from reltrace.calls.pinning import only, route_of
-from reltrace.storage.atomic_files import LOCK, UNFINISHED, lock_folder, replace_file
+from reltrace.storage.atomic_files import (
+    UNFINISHED,
+    check_no_other_files,
+    lock_folder,
+    replace_file,
+)
 from reltrace.types.checks import check_same_settings
 from reltrace.types.errors import TraceError, invalid
 from reltrace.types.provenance import Provenance
@@ -94,12 +99,7 @@ class BatchFolder:
                 before = read_manifest(self.root)["settings"]
                 check_same_settings(before, asdict(settings), f"{self.root} holds a batch")
                 return
-            names = {entry.name for entry in self.path.iterdir()}
-            others = [n for n in names if n != LOCK and not n.endswith(UNFINISHED)]
-            if others:
-                raise invalid(
-                    "out", f"{self.root} holds {min(others)!r} and no batch; choose a new folder"
-                )
+            check_no_other_files(self.path, "batch")
             self._write_manifest({
                 "format": _FORMAT,
                 "settings": asdict(settings),

@@ -39,6 +39,17 @@ def lock_folder(folder: Path, busy: str, *, timeout: float = 0.0) -> Iterator[No
         yield
 
 
+def check_no_other_files(folder: Path, kind: str, *ours: str) -> None:
+    """Check that a folder holds nothing but `ours`, its lock and what a crash left unfinished.
+
+    Raises InvalidArgument, which names one of the other files and the `kind` that is missing.
+    """
+    names = {entry.name for entry in folder.iterdir()} - {LOCK, *ours}
+    others = [name for name in names if not name.endswith(UNFINISHED)]
+    if others:
+        raise invalid("out", f"{folder} holds {min(others)!r} and no {kind}; choose a new folder")
+
+
 def _try_lock(lock: IO[str]) -> bool:
     try:
         import fcntl
