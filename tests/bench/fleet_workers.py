@@ -139,7 +139,7 @@ def _tcp_sockets() -> Iterator[socket.socket]:
                 continue
             # A duplicate: closing it leaves gRPC its own.
             one = socket.socket(fileno=os.dup(int(entry.name)))
-        except FileNotFoundError:  # the folder's own, which is closed by now
+        except OSError:  # the folder's own, or one that gRPC closed meanwhile
             continue
         with one:
             if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
