@@ -14,14 +14,15 @@ key                       type    holds
 ``queues``                set     ``<class>:<tenant>:<model>`` of every queue
 ``virtual_time``          hash    of each ``<class>:<model>``; ``both:<model>``: jobs leased while
                                   both priorities had some; ``large:<queue>``: its specifications
-                                  are large
+                                  are large; ``result:<queue>``: most bytes of one of its results
 ``delayed``               zset    jobs that wait for another attempt, by time
 ``deadlines``             zset    jobs that have a timeout, by the time it ends
 ``expiring``              zset    submissions that ended, or that have backpressured jobs, by when
                                   they expire
 ``throttled_tenants``     zset    tenants that are leased nothing because their unread results
                                   reach their bound, by when that was first found
-``load``                  hash    jobs, bytes (of specifications), results (bytes)
+``load``                  hash    jobs, bytes (of specifications), results (bytes), reserved (for
+                                  the results of leased jobs)
 ``tenants``               set     every tenant that had jobs or limits
 ``quarantined``           zset    jobs that were quarantined, by when
 ``watchdog``              hash    seen: last look for lost leases; grace: until when none is lost
@@ -46,7 +47,8 @@ key                             type    holds
 ``vt_idle:<class>:<model>``     zset    the same of those whose queue became empty ahead of the
                                         virtual time of all
 ``job:<job>``                   hash    state, attempt, lost, failures, worker, queue, entry, spec,
-                                        bytes, stored, drafted, queued_at, due, history
+                                        bytes, result (most bytes), reserved (of it), stored,
+                                        drafted, queued_at, due, history
 ``held:<worker>``               set     jobs that are leased to a worker
 ``submission:<sub>``            hash    tenant, jobs, ended, stored (bytes of results), key (its
                                         idempotency key)

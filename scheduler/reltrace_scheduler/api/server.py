@@ -52,7 +52,7 @@ _OPTIONS = (
 _STOP_GRACE = 2.0
 """Seconds for calls under way; streams to workers and clients are cut and resumed."""
 
-_HEALTH_PERIOD = 1.0
+_HEALTH_PERIOD = _BOUNDS_PERIOD = 1.0
 
 
 @asynccontextmanager
@@ -71,6 +71,7 @@ async def serving(
     access.check(listen)
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
+    await store.bounds.refresh()
     models, counts = ModelCache(store.registry, settings.lease), Counts()
     server = grpc.aio.server(
         interceptors=[CallInterceptor(access, connection.redis, counts)], options=_OPTIONS
@@ -94,7 +95,12 @@ async def serving(
     exporter = exporting(metrics, counts, store) if metrics else contextlib.nullcontext()
     page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
-    work = [signals.run(), Reaper(store, counts).run(), _report_health(connection, status)]
+    work = [
+        signals.run(),
+        Reaper(store, counts).run(),
+        _report_health(connection, status),
+        _refresh_bounds(store),
+    ]
     if settings.results_url:
         work.append(Sweeper(store.results_url, store).run())
     tasks = [asyncio.create_task(each) for each in work]
@@ -107,6 +113,14 @@ async def serving(
         await status.enter_graceful_shutdown()
         await end(tasks)
         await server.stop(_STOP_GRACE)
+
+
+async def _refresh_bounds(store: Store) -> None:
+    """Keep the queue's bounds within Redis' memory, which can change, and which others may use."""
+    while True:
+        await asyncio.sleep(_BOUNDS_PERIOD)
+        with contextlib.suppress(RedisError, OSError):
+            await store.bounds.refresh()
 
 
 async def _report_health(connection: Connection, status: health.HealthServicer) -> None:

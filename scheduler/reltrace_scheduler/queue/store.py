@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.keys import CLUSTER, SHARDS
+from reltrace_scheduler.queue.bounds import Bounds
 from reltrace_scheduler.queue.job_queue import JobQueue
 from reltrace_scheduler.queue.quarantine import Quarantine
 from reltrace_scheduler.queue.recent import RecentJobs
@@ -22,8 +23,9 @@ class Store:
         self.redis = redis
         self.settings = settings
         self.shards = Shards(redis, settings.shards)
-        self.queue = JobQueue(self.shards, settings)
-        self.results = Results(self.shards, settings)
+        self.bounds = Bounds(self.shards, settings)
+        self.queue = JobQueue(self.shards, settings, self.bounds)
+        self.results = Results(self.shards, settings, self.bounds)
         self.quarantine = Quarantine(self.shards)
         self.registry = Registry(self.shards)
         self.tenants = Tenants(self.shards)
