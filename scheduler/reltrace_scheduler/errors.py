@@ -79,6 +79,13 @@ class QueueFullError(SchedulerError):
     retry_after = 1.0
 
 
+class TooLargeError(InvalidRequestError):
+    """The jobs of one submission exceed the bound of the queue by themselves."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(Violation("jobs", fault))
+
+
 class TooFastError(SchedulerError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
