@@ -26,6 +26,7 @@ from reltrace_scheduler.errors import (
 )
 from reltrace_scheduler.limits import MAX_REQUEST_BYTES
 from reltrace_scheduler.observability.metrics import Counts
+from reltrace_scheduler.queue.connection import reason_of
 
 log = structlog.get_logger()
 
@@ -197,7 +198,7 @@ async def _abort(
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, _REDIS_AWAY):
-        log.warning("redis.away", method=method, error=str(error))
+        log.warning("redis.away", method=method, error=reason_of(error))
         error = UnavailableError("the job store can not be reached at present; try again")
     elif not isinstance(error, SchedulerError):
         # The caller is not told what went wrong inside; the log says it.

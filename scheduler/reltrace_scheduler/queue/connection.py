@@ -103,6 +103,13 @@ async def memory_used(client: Redis) -> int:
     return int(info["used_memory"])
 
 
+def reason_of(error: Exception) -> str:
+    """Return what Redis said, without the command, which redis-py quotes and which may hold texts
+    of jobs.
+    """
+    return str(error).rpartition(" of pipeline caused error: ")[2]
+
+
 def parse_version(text: str) -> tuple[int, int]:
     """Return (major, minor) of a version such as ``7.0.15``."""
     found = re.match(r"(\d+)\.(\d+)", text)
