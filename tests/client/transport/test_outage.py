@@ -79,7 +79,7 @@ def test_a_reason_that_is_over_is_not_told(server: FakeServer, stuck: FakeServer
     server.submit_errors.append(queue_full(0.01))
     with (
         reltrace.Client(server.address) as client,
-        pytest.raises(reltrace.DeadlineExceeded, match="the timeout of 1 s$"),
+        pytest.raises(reltrace.DeadlineExceeded, match=r"the timeout of 1 s$"),
     ):
         client.trace("a", timeout=1)
 

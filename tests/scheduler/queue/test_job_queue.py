@@ -87,9 +87,9 @@ async def test_what_not_even_an_empty_queue_has_room_for_is_refused(
 ) -> None:
     if busy:
         await driver.submit(jobs(50))
-    with pytest.raises(TooLargeError, match="jobs: 51 of .* all tenants .* bounds are 50 jobs"):
+    with pytest.raises(TooLargeError, match=r"jobs: 51 of .* all tenants .* bounds are 50 jobs"):
         await driver.submit(jobs(51))
-    with pytest.raises(TooLargeError, match="1 of 1048577 bytes .* 1048576 bytes; send"):
+    with pytest.raises(TooLargeError, match=r"1 of 1048577 bytes .* 1048576 bytes; send"):
         await driver.submit([NewJob("m", bytes((1 << 20) + 1))])
 
 
