@@ -91,6 +91,13 @@ class StoreFullError(SchedulerError):
         )
 
 
+class TooLargeError(InvalidRequestError):
+    """The jobs of one submission exceed the bound of the queue by themselves."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(Violation("jobs", fault))
+
+
 class TooFastError(SchedulerError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 

@@ -22,8 +22,6 @@ _CODES = (
 # redis-py takes some codes off the text and has classes for them. The error of a script begins with
 # the code from Redis 7.0 on; before, the code comes after a dash.
 _CODE = re.compile(rf"(?:^\W*|: -)({'|'.join(_CODES)})\b")
-_OF_PIPELINE = "of pipeline caused error: "
-"""Before it stands the command, which may quote any text."""
 _CLASSES: tuple[tuple[type[Exception], str], ...] = (
     (redis_errors.OutOfMemoryError, FULL),
     (redis_errors.ReadOnlyError, "READONLY"),
@@ -42,6 +40,13 @@ _QUIET = 10.0
 _said: dict[tuple[str, str], float] = {}
 
 
+def reason_of(error: BaseException) -> str:
+    """Return what Redis said, without the command, which redis-py quotes and which may hold texts
+    of jobs.
+    """
+    return str(error).rpartition(" of pipeline caused error: ")[2]
+
+
 def trouble_of(error: BaseException) -> str | None:
     """Return the code of a state of Redis that passes, `AWAY` among them; None: it is no such."""
     for kind, code in _CLASSES:
@@ -49,7 +54,7 @@ def trouble_of(error: BaseException) -> str | None:
             return code
     if not isinstance(error, redis_errors.ResponseError):
         return None
-    found = _CODE.search(str(error).rpartition(_OF_PIPELINE)[2])
+    found = _CODE.search(reason_of(error))
     return found[1] if found else None
 
 
@@ -78,6 +83,4 @@ def log_trouble(event: str, error: BaseException, **where: str) -> None:
     if code is None:
         log.error(event, exc_info=error, **where)
     else:
-        # The text of other errors than these may quote what was written.
-        reason = str(error) if code == AWAY else code
-        log.warning(event, redis=reason, **where)
+        log.warning(event, error=reason_of(error), **where)
