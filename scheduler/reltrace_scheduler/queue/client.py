@@ -1,5 +1,6 @@
 """The clients of Redis: of one server, of the primary that Sentinels name, of a cluster."""
 
+import re
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -7,13 +8,14 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import Connection, ConnectionPool, parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import ResponseError
 
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.address import RedisAddress
+from reltrace_scheduler.queue.trouble import READ_ONLY, trouble_of
 
 _TIMEOUT = 5.0
 _SENTINEL_TIMEOUT = 1.0
@@ -45,17 +47,27 @@ class PrimaryRedis(Redis):
         try:
             return await super().parse_response(connection, command_name, **options)
         except ResponseError as error:
-            # Before Redis 7, the code stands inside the error of a script.
-            if not isinstance(error, ReadOnlyError) and "-READONLY" not in str(error):
+            if trouble_of(error) not in READ_ONLY:
                 raise
             pool: ConnectionPool = self.connection_pool
             await pool.disconnect(inuse_connections=False)
-            await pool.update_active_connections_for_reconnect()
+            await pool.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
             # redis-py repeats the command over a new connection, whose host is resolved anew.
             raise RedisConnectionError(f"this Redis is a replica: {error}") from error
 
 
 class _SentinelPool(SentinelConnectionPool):
+    async def get_master_address(self) -> Any:
+        try:
+            return await super().get_master_address()  # type: ignore[no-untyped-call]
+        except MasterNotFoundError as error:
+            # Its text describes the objects that took part, with reasons in between.
+            reasons = sorted(set(re.findall(r">\)>\)> - (.+?)(?=, <|$)", str(error))))
+            why = f": {', '.join(reasons)}" if reasons else ""
+            raise MasterNotFoundError(
+                f"no Sentinel names a primary {self.service_name!r} that is up{why}"
+            ) from error
+
     async def aclose(self) -> None:
         await super().aclose()
         await self.sentinel_manager.aclose()
@@ -141,7 +153,7 @@ def _through_sentinels(address: RedisAddress) -> Redis:
     if options.pop("connection_class", None) is not None:
         options["ssl"] = own["ssl"] = True
         own |= {key: value for key, value in options.items() if key.startswith("ssl_")}
-    sentinel = Sentinel(hosts, sentinel_kwargs=own)
+    sentinel = Sentinel(hosts, sentinel_kwargs=own)  # type: ignore[no-untyped-call]
     client = sentinel.master_for(
         name, redis_class=PrimaryRedis, connection_pool_class=_SentinelPool, **options
     )

@@ -117,7 +117,7 @@ async def test_sentinels_name_the_primary(
     ("url", "message"),
     [
         ("redis://127.0.0.1:{0},127.0.0.1:{0}", "several hosts, but is no Redis Cluster"),
-        ("redis+sentinel://127.0.0.1:{0}/mymaster", "No master found for 'mymaster'"),
+        ("redis+sentinel://127.0.0.1:{0}/mymaster", "unknown command .SENTINEL"),
         ("redis+sentinel://127.0.0.1:{0}", r"must be .*redis\+sentinel://HOST:PORT,HOST:PORT/NAME"),
         ("redis+sentinel://:secret@127.0.0.1:x/mymaster", "must be redis://HOST:PORT"),
     ],
@@ -167,11 +167,11 @@ async def test_passwords_of_sentinels_and_primary(pair: list[RedisNode], tmp_pat
             RedisAddress(f"redis+sentinel://app@{place}s%2F1", password="p/1"),
         ):
             async with connected(address) as connection:
-                assert await connection.redis.acl_whoami() == b"app"
+                assert await connection.redis.acl_whoami() == "app"
         for url in (
             f"redis+sentinel://app:other@{place}s%2F1",
             f"redis+sentinel://app:p%2F1@{place}other",
         ):
-            with pytest.raises(StartError, match="invalid username-password pair") as caught:
+            with pytest.raises(StartError, match=r"invalid user|auth:Auth\w+$") as caught:
                 await connect(url)
             assert "other" not in str(caught.value)
