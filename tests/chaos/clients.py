@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from chaos import checks
-from chaos.cluster import Cluster, Part
+from chaos.cluster import Cluster
+from chaos.part import Part
 from waiting import wait_until
 
 _FINISH = 60.0

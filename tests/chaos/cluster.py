@@ -2,192 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import grpc
 import redis
 from chaos.hosts import Network
+from chaos.part import Death, Part
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
 from reltrace_scheduler.local.redis import find_server
 from waiting import wait_until
-
-TESTS = Path(__file__).parent.parent
 
 START = 60.0
 """Seconds for everything to come up on two busy cores."""
 
 _PORT, _REDIS_PORT = 50051, 6379
 """Of schedulers and of Redis on hosts of their own."""
-
-_AGAIN = 0.1
-"""Seconds before a process that ended is started again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
-    """A process that ended without having been asked or killed."""
-
-    part: str
-    code: int
-    last_words: str
-
-
-class Part:
-    """A process that is started again whenever it ends, unless in order.
-
-    Parameters
-    ----------
-    name
-        For messages, and of the log file.
-    command
-        Program and arguments.
-    folder
-        Of the log file.
-    prepare
-        Called before every start.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        folder: Path,
-        prepare: Callable[[], object] = lambda: None,
-    ) -> None:
-        self.name = name
-        self.deaths: list[Death] = []
-        self.log = folder / f"{name}.log"
-        self._command = list(command)
-        self._prepare = prepare
-        self._lock = threading.Lock()
-        self._killed = False
-        self._stopping = threading.Event()
-        self._process = self._start()
-        self._keeper = threading.Thread(target=self._keep_running, name=f"keep {name}")
-        self._keeper.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._keeper.is_alive():
-            self._end(signal.SIGKILL)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def kill(self) -> int | None:
-        """SIGKILL: no chance to clean up; it is started again at once.
-
-        Returns
-        -------
-        int or None
-            Process id of the one that was killed; None: it was dead already.
-        """
-        with self._lock:
-            if self._process.poll() is not None:
-                return None
-            self._killed = True
-            self._process.kill()
-            return self._process.pid
-
-    def stop(self, seconds: float = 30.0) -> int:
-        """SIGTERM, and wait for the end in order; return the exit code."""
-        return self._end(signal.SIGTERM, seconds)
-
-    def finish(self, seconds: float) -> int:
-        """Wait until the process has ended in order by itself; return its exit code, 0."""
-        self._keeper.join(seconds)
-        assert not self._keeper.is_alive(), f"{self.name} goes on: {self.last_words()}"
-        return self._process.wait()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """SIGSTOP until the block ends: it is there, and does not answer."""
-        self._process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self._process.send_signal(signal.SIGCONT)
-
-    @contextmanager
-    def down(self) -> Iterator[None]:
-        """Ended in order, and started again when the block ends."""
-        code = self.stop()
-        assert code == 0, f"{self.name} ended with {code}: {self.last_words()}"
-        try:
-            yield
-        finally:
-            self.again()
-
-    def again(self, *options: str) -> None:
-        """Start it again after it has ended in order, with these options beside those it had."""
-        assert not self._keeper.is_alive()
-        self._command += options
-        self._stopping.clear()
-        self._process = self._start()
-        self._keeper = threading.Thread(target=self._keep_running, name=f"keep {self.name}")
-        self._keeper.start()
-
-    def _end(self, number: signal.Signals, seconds: float = 10.0) -> int:
-        with self._lock:
-            self._stopping.set()
-            self._process.send_signal(number)
-        try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            raise
-        finally:
-            self._keeper.join()
-        return code
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        own = {key: value for key, value in os.environ.items() if not key.startswith("RELTRACE_")}
-        paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._prepare()
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=own | {"PYTHONPATH": os.pathsep.join(paths)},
-            )
-
-    def _keep_running(self) -> None:
-        while True:
-            code = self._process.wait()
-            with self._lock:
-                if self._stopping.is_set():
-                    return
-                if code == 0:
-                    return
-                if not self._killed:
-                    self.deaths.append(Death(self.name, code, self.last_words()))
-                self._killed = False
-            if self._stopping.wait(_AGAIN):
-                return
-            with self._lock:
-                if self._stopping.is_set():
-                    return
-                self._process = self._start()
-
-    def last_words(self) -> str:
-        return " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])
 
 
 class Cluster:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from chaos.cluster import Part
+from chaos.part import Part
 
 _PROGRESS = 60.0
 """Seconds within which something has to be delivered after a kill."""
