@@ -30,7 +30,7 @@ from reltrace.types.trace import Trace
 # Results are freed on the server whenever so many bytes were received, or this long after one was
 # (the server may have room for no more), and at the end.
 _ACKNOWLEDGE_BYTES = 4 * 1024 * 1024
-_ACKNOWLEDGE_SECONDS = 0.5
+_ACKNOWLEDGE_SECONDS = 0.2
 
 
 async def stream_results(

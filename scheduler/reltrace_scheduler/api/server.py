@@ -30,6 +30,7 @@ from reltrace_scheduler.observability.metrics import Counts, exporting
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.queue.trouble import log_trouble
 from reltrace_scheduler.tasks import end
 from reltrace_scheduler.web.server import serving_page
 
@@ -98,7 +99,7 @@ async def serving(
     work = [
         signals.run(),
         Reaper(store, counts).run(),
-        _report_health(connection, status),
+        _report_health(store, status),
         _refresh_bounds(store),
     ]
     if settings.results_url:
@@ -123,14 +124,20 @@ async def _refresh_bounds(store: Store) -> None:
             await store.bounds.refresh()
 
 
-async def _report_health(connection: Connection, status: health.HealthServicer) -> None:
-    """Serve NOT_SERVING, per service and in all, while Redis does not answer."""
+async def _report_health(store: Store, status: health.HealthServicer) -> None:
+    """Serve NOT_SERVING, per service and in all, while Redis does not answer or takes no writes."""
+    failed = False
     while True:
         try:
-            await connection.redis.ping()
+            await store.check_writes()
             state = health_pb2.HealthCheckResponse.SERVING
-        except (RedisError, OSError):
+            if failed:
+                log.info("redis.answers")
+            failed = False
+        except (RedisError, OSError) as error:
             state = health_pb2.HealthCheckResponse.NOT_SERVING
+            log_trouble("redis.fails", error)
+            failed = True
         for service in ("", *SERVICES):
             await status.set(service, state)
         await asyncio.sleep(_HEALTH_PERIOD)

@@ -54,9 +54,11 @@ class Bounds:
             # The node that has most shards is full first.
             shards = settings.shards
             nodes_full = shards / -(-shards // len(nodes))
-            room = max(0.0, _PART * limit - overhead) * nodes_full
+            # Not less than half: a bound that falls with what others store for a moment would
+            # have submissions refused for good.
+            room = max(_PART * limit - overhead, _PART * limit / 2) * nodes_full
             # Half of it for specifications: then there is always room for results, which free them.
-            max_bytes = min(max_bytes, max(1, int(room / 2)))
+            max_bytes = min(max_bytes, int(room / 2))
             max_result_bytes = min(max_result_bytes, limit // _RESULTS)
         self._set(max_bytes, max_result_bytes)
         if limit != self._limit:
