@@ -42,8 +42,8 @@ def failed(lease: Lease, error: types_pb2.JobError) -> TerminalResult:
 
 def too_large(lease: Lease, max_result_bytes: int) -> TerminalResult:
     message = (
-        f"its result is larger than the {in_units(max_result_bytes)} that go through the queue "
-        f"(--max-result-bytes): {LESS}"
+        f"its result is larger than what goes through the queue, {in_units(max_result_bytes)} "
+        f"(--max-result-bytes) or the tenant's own bound in bytes where that is less: {LESS}"
     )
     return failed(lease, _error(code_pb2.RESOURCE_EXHAUSTED, message))
 

@@ -25,6 +25,8 @@ from reltrace_scheduler.records import Lease, NewChunk, Priority, WorkerRecord
 
 log = structlog.get_logger()
 
+_ALWAYS_TAKEN = 1 << 16
+"""Bytes of an only chunk that is stored whatever the bounds are (`INLINE` of commit.lua)."""
 _DRAFT_BYTES = 1 << 18
 """More than a whole text needs with any vocabulary."""
 _MISSED = 2
@@ -257,7 +259,7 @@ def _new_chunk(index: int, leased: worker_pb2.LeasedChunk, max_result_bytes: int
         end = terminal_results.state_name(chunk.end.state)
     lease, data = Lease(chunk.job_id, leased.attempt), chunk.SerializeToString()
     too_large = b""
-    if chunk.number > 1 or len(data) > max_result_bytes:
+    if chunk.number > 1 or len(data) > _ALWAYS_TAKEN:
         too_large = terminal_results.too_large(lease, max_result_bytes).data
     return NewChunk(lease, chunk.number, end, data, too_large)
 

@@ -219,6 +219,7 @@ class JobQueue:
             worker,
             milliseconds(self._settings.result_ttl),
             self._bounds.max_result_bytes,
+            self._bounds.tenant_max_bytes,
         )
 
     async def release(self, worker: str, leases: Sequence[Lease]) -> int:

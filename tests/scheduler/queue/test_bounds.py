@@ -12,7 +12,7 @@ from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import QueueFullError
 from reltrace_scheduler.keys import Keys
 from reltrace_scheduler.local.redis import EmbeddedRedis
-from reltrace_scheduler.records import Lease, NewChunk, NewJob
+from reltrace_scheduler.records import Lease, Limits, NewChunk, NewJob
 from scheduler.driver import Driver, lease_of
 
 MIB = 1 << 20
@@ -119,16 +119,24 @@ async def test_a_lost_lease_reserves_nothing(store: redis.asyncio.Redis, keys: K
     assert "reserved" not in await numbers(store, keys("load"))
 
 
-async def test_one_job_runs_however_large_its_result_may_be(store: redis.asyncio.Redis) -> None:
-    """A tenant whose bound is smaller than one result still gets one after the other."""
-    driver = Driver.over(store, Settings(tenant_max_bytes=MIB))
-    submission = await driver.submit(large(2, 3 * MIB))
-    for entry in (1, 2):
-        (job,) = await driver.lease("w", 2)
-        assert await driver.lease("w", 2) == []
-        await driver.commit("w", [NewChunk(lease_of(job), 1, "SUCCEEDED", bytes(2 * MIB))])
-        assert await driver.lease("w", 2) == []
-        await driver.results.acknowledge(submission.id, entry)
+async def test_what_may_be_large_runs_beside_a_little_that_is_unread(
+    store: redis.asyncio.Redis,
+) -> None:
+    """
+    Given a tenant whose bound is smaller than what its jobs may give
+    I expect them to run one by one although a little is unread, and none while much of it is.
+    """
+    driver = Driver.over(store, Settings(tenant_max_bytes=2 * MIB))
+    await driver.submit([NewJob("m", b"spec")])
+    (job,) = await driver.lease("w", 1)
+    await driver.commit("w", [NewChunk(lease_of(job), 1, "SUCCEEDED", b"unread")])
+    submission = await driver.submit(large(3, 3 * MIB))
+    (first,) = await driver.lease("w", 3)
+    chunk = NewChunk(lease_of(first), 1, "SUCCEEDED", bytes(3 * MIB // 2), b"-")
+    assert await driver.commit("w", [chunk]) == [1]
+    assert await driver.lease("w", 3) == []
+    await driver.results.acknowledge(submission.id, 1)
+    assert len(await driver.lease("w", 3)) == 1
 
 
 async def test_whoever_reads_goes_on_when_others_fill_the_queue(
@@ -184,8 +192,10 @@ async def test_a_result_past_the_bound_fails_and_is_freed_at_once(
     (record,) = await driver.queue.jobs([job.job_id], tenant="t")
     assert record is not None
     assert record.state == "FAILED"
+    # A tenant's own bound holds for one result too.
+    await driver.store.tenants.set("t", Limits(max_bytes=MIB))
     ends = lease_of(other)
-    assert await driver.commit("w", [chunk(1, of=ends), chunk(2, "SUCCEEDED", ends)]) == [1, 1]
+    assert await driver.commit("w", [chunk(1, of=ends), chunk(2, "SUCCEEDED", ends)]) == [1, 2]
 
 
 async def test_specifications_leave_room_for_results(small: redis.asyncio.Redis) -> None:

@@ -6,12 +6,13 @@
 -- (chunks of results that are more than one), draft:<job> (deleted), expiring (a submission that
 -- ended), deadlines (job removed), load, tenant:<tenant>, ended. Publishes done:<sub>.
 --
--- ARGV: prefix, worker, result ttl (ms), most bytes of a result, then per chunk: job id, attempt,
---       chunk number, end state or "", chunk, the only chunk of a job whose result is too large
+-- ARGV: prefix, worker, result ttl (ms), most bytes of a result, the same of a tenant that has no
+--       bound of its own, then per chunk: job id, attempt, chunk number, end state or "", chunk,
+--       the only chunk of a job whose result is too large
 --
 -- Returns per chunk: 1 stored (now or before), 0 the lease is lost, -1 out of order, 2 the result is
 --         too large: the job has failed.
-local worker, ttl, max_result = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local worker, ttl, max_result, max_tenant = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local outcome = {}
 
 -- Small results are in the stream's entry; with larger ones, reading a page of the stream would
@@ -26,7 +27,8 @@ local function add_to_list(job, number, chunk)
         return nil, -1
     end
     if number == stored + 1 then
-        if job.stored + #chunk > max_result then
+        local own = redis.call("HGET", prefix.tenant .. submission_of(job.id).tenant, "max_bytes")
+        if job.stored + #chunk > math.min(max_result, tonumber(own or max_tenant)) then
             return nil, 2
         end
         redis.call("RPUSH", list, chunk)
@@ -39,7 +41,7 @@ local function add_to_list(job, number, chunk)
     return list
 end
 
-for i = 5, #ARGV, 6 do
+for i = 6, #ARGV, 6 do
     local number, state, chunk = tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
     local job = read_job(ARGV[i])
     local code = 1

@@ -4,7 +4,8 @@
 -- priority: the one with the lowest virtual time is next, and its time goes on by the bytes of its
 -- jobs over its weight (weighted fair queueing; start-time rule of Goyal, Vin & Cheng, 1997).
 --
--- Room for results: a lease reserves as much as the job's result may take. A tenant is skipped while
+-- Room for results: a lease reserves as much as the job's result may take, but not more than half of
+-- a bound. A tenant is skipped while
 -- its unread results and what is reserved leave no room for another result of the size, within
 -- its bound or that of all. A tenant that holds nothing gets one lease nevertheless, and one
 -- without unread results, which could not make room by reading, may go beyond the bound of all
@@ -82,6 +83,8 @@ local function tenant_of(name)
             bound = tonumber(fields[3] or max_tenant) / shards,
             taken = tonumber(fields[2] or 0) + tonumber(fields[4] or 0),
         }
+        -- So that a little that is unread does not keep out what may be large, and seldom is.
+        tenant.most_reserved = math.floor(math.min(tenant.bound, max_all) / 2)
         tenants[name] = tenant
     end
     return tenant
@@ -92,6 +95,7 @@ local function room_for(class, name)
     local tenant = tenant_of(name)
     local largest = tonumber(redis.call("HGET", key.virtual_time,
         "result:" .. class .. ":" .. name .. ":" .. model) or 0)
+    largest = math.min(largest, tenant.most_reserved)
     local most_in_all = tenant.results > 0 and max_all or max_all * (1 + RESERVE)
     local room = math.min(tenant.bound - tenant.taken, most_in_all - taken_in_all)
     local jobs = room > 0 and math.floor(room / math.max(1, largest)) or 0
@@ -140,7 +144,7 @@ local function lease_from(class, tenant, most)
         local submission = queued and submission_of(id)
         if queued and submission.stored < max_unread then
             local attempt = job[1] + 1
-            local result = tonumber(job[6] or 0)
+            local result = math.min(tonumber(job[6] or 0), tenant_of(tenant).most_reserved)
             redis.call("HSET", job_key,
                 "state", "LEASED", "worker", worker, "attempt", attempt, "reserved", result)
             reserved = reserved + result
