@@ -72,10 +72,12 @@ class Bounds:
 
     def _set(self, max_bytes: int, max_result_bytes: int) -> None:
         settings = self._settings
-        share = max_bytes / settings.max_bytes
         self.max_bytes = max_bytes
-        self.tenant_max_bytes = max(1, int(settings.tenant_max_bytes * share))
-        self.max_unread = max(1, min(settings.max_unread, max_bytes // 4))
+        self.tenant_max_bytes = settings.tenant_max_bytes
+        self.max_unread = settings.max_unread
+        if max_bytes < settings.max_bytes:
+            self.tenant_max_bytes = min(self.tenant_max_bytes, max_bytes // 2)
+            self.max_unread = min(self.max_unread, max_bytes // 4)
         self.max_result_bytes = max_result_bytes
         # A result also has a header.
         self.results_above = min(settings.results_above, max_result_bytes // 2)

@@ -50,7 +50,7 @@ async def test_bounds_are_those_of_the_settings_until_the_memory_is_smaller(
     bounds = Driver.over(small, Settings()).store.bounds
     await bounds.refresh()
     assert MEMORY // 4 < bounds.max_bytes <= 3 * MEMORY // 8
-    assert bounds.tenant_max_bytes == bounds.max_bytes // 4
+    assert bounds.tenant_max_bytes == bounds.max_bytes // 2
     assert bounds.max_result_bytes == MEMORY // 16
     assert bounds.results_above == MEMORY // 32
     # What fills it and is not the queue's leaves less; what the queue has is part of its bounds.
