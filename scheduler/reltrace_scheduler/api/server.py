@@ -49,6 +49,9 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
+_MOST_AGE_GRACE = 3600.0
+"""Seconds for which calls go on over a connection whose age is over: new ones take another."""
+
 _STOP_GRACE = 2.0
 """Seconds for calls under way; streams to workers and clients are cut and resumed."""
 
@@ -72,8 +75,14 @@ async def serving(
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
     models, counts = ModelCache(store.registry, settings.lease), Counts()
+    options = (
+        *_OPTIONS,
+        # gRPC adds a jitter of 10 %. Streams of workers end by themselves before.
+        ("grpc.max_connection_age_ms", int(1000 * settings.connection_age)),
+        ("grpc.max_connection_age_grace_ms", int(1000 * _MOST_AGE_GRACE)),
+    )
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(access, connection.redis, counts)], options=_OPTIONS
+        interceptors=[CallInterceptor(access, connection.redis, counts)], options=options
     )
     parts = (store, models, signals, counts, spans)
     trace_pb2_grpc.add_TraceServiceServicer_to_server(TraceService(*parts), server)
