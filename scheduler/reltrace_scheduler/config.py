@@ -40,6 +40,11 @@ class Settings:
     redis_ca: Path | None = option(
         None, "With TLS to Redis: PEM file of the authorities to trust. (default: the system's)"
     )
+    allow_volatile_redis: bool = option(
+        False,
+        "Accept a Redis that writes no append-only file or may evict keys: jobs that were accepted "
+        "may be lost.",
+    )
     data: Path | None = option(None, "Folder of the scheduler's own Redis.")
     fsync: Fsync = option(
         Fsync.EVERYSEC, "When the scheduler's own Redis writes its file to the disk."

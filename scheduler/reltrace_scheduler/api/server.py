@@ -30,6 +30,7 @@ from reltrace_scheduler.observability.metrics import Counts, exporting
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.queue.trouble import log_trouble
 from reltrace_scheduler.tasks import end
 from reltrace_scheduler.web.server import serving_page
 
@@ -103,7 +104,7 @@ async def serving(
     exporter = exporting(metrics, counts, store) if metrics else contextlib.nullcontext()
     page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
-    work = [signals.run(), Reaper(store, counts).run(), _report_health(connection, status)]
+    work = [signals.run(), Reaper(store, counts).run(), _report_health(store, status)]
     if settings.results_url:
         work.append(Sweeper(store.results_url, store).run())
     tasks = [asyncio.create_task(each) for each in work]
@@ -118,14 +119,20 @@ async def serving(
         await server.stop(_STOP_GRACE)
 
 
-async def _report_health(connection: Connection, status: health.HealthServicer) -> None:
-    """Serve NOT_SERVING, per service and in all, while Redis does not answer."""
+async def _report_health(store: Store, status: health.HealthServicer) -> None:
+    """Serve NOT_SERVING, per service and in all, while Redis does not answer or takes no writes."""
+    failed = False
     while True:
         try:
-            await connection.redis.ping()
+            await store.check_writes()
             state = health_pb2.HealthCheckResponse.SERVING
-        except (RedisError, OSError):
+            if failed:
+                log.info("redis.answers")
+            failed = False
+        except (RedisError, OSError) as error:
             state = health_pb2.HealthCheckResponse.NOT_SERVING
+            log_trouble("redis.fails", error)
+            failed = True
         for service in ("", *SERVICES):
             await status.set(service, state)
         await asyncio.sleep(_HEALTH_PERIOD)
