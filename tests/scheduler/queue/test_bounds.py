@@ -1,9 +1,8 @@
 """What the queue keeps stays within Redis' own memory."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -204,11 +203,11 @@ async def test_specifications_leave_room_for_results(small: redis.asyncio.Redis)
     await driver.store.bounds.refresh()
     spec = bytes(MIB)
     submissions = []
-    with pytest.raises(QueueFullError):
-        while True:
+    with suppress(QueueFullError):
+        while len(submissions) < 64:
             new = [NewJob("m", spec, result_bytes=MIB)]
             submissions.append(await driver.submit(new, tenant=f"t{len(submissions) % 8}"))
-    assert len(submissions) > 10
+    assert 10 < len(submissions) < 64
     left = {one.id for one in submissions}
     while left:
         leased = await driver.lease("w", 1)
