@@ -71,7 +71,7 @@ class DeadlineExceeded(TraceError, TimeoutError):
 
 
 class ResourceExhausted(TraceError):
-    """There is no room for the request, or for a result as large as its own; waiting does not help."""
+    """There is no room for the request, or for a result of its size; waiting does not help."""
 
 
 class PermissionDenied(TraceError):

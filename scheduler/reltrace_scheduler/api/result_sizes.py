@@ -96,9 +96,7 @@ def _tensor_bytes(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> _Range
     return _Range(least * traces.least, most * traces.most)
 
 
-def _values(
-    spec: types_pb2.JobSpec, tokens: int, features: int, value: int, unknown: int
-) -> int:
+def _values(spec: types_pb2.JobSpec, tokens: int, features: int, value: int, unknown: int) -> int:
     """Return the bytes of one layer of a site, reduced; of other reductions, `unknown`."""
     match spec.reduction or "token":
         case "token":

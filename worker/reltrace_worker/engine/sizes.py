@@ -20,9 +20,7 @@ def result_bytes(job: Job, shape: ModelShape, dtype: torch.dtype = torch.float32
     if not isinstance(job, TraceJob):
         return 0
     reduction = REDUCTIONS[job.reduction]
-    value = sum(
-        (dtype if part.is_floating_point else part).itemsize for _, part in reduction.parts
-    )
+    value = sum((dtype if part.is_floating_point else part).itemsize for _, part in reduction.parts)
     total = 0
     for site in map(SITES.__getitem__, job.sites):
         features, tokens = site.features(shape), len(job.token_ids)
