@@ -95,7 +95,7 @@ async def serving(
     exporter = exporting(metrics, counts, store) if metrics else contextlib.nullcontext()
     page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
-    work = [signals.run(), Reaper(store, counts).run(), _report_health(store, status)]
+    work = [signals.run(), *Reaper(store, counts).loops(), _report_health(store, status)]
     if settings.results_url:
         work.append(Sweeper(store.results_url, store).run())
     tasks = [asyncio.create_task(each) for each in work]
