@@ -10,7 +10,7 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ import structlog
 from reltrace_proto.net import SettingError, host_and_port
 
 if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
     from opentelemetry.trace import Tracer
     from prometheus_client import CollectorRegistry
     from structlog.types import EventDict, Processor
@@ -61,8 +63,13 @@ def configure_logs(level: str, form: LogFormat, **fields: str) -> None:
 
 
 @contextmanager
-def serving_metrics(listen: str, registry: "CollectorRegistry") -> Iterator[str]:
-    """Serve metrics over HTTP on ``HOST:PORT`` until the block ends; gives the bound address."""
+def serving_metrics(
+    listen: str, registry: "CollectorRegistry", fault: Callable[[], str] = str
+) -> Iterator[str]:
+    """Serve metrics over HTTP on ``HOST:PORT`` until the block ends; gives the bound address.
+
+    ``/healthz`` answers 503 with what `fault` returns, unless that is empty.
+    """
     from prometheus_client import start_http_server
 
     host, port = host_and_port("--metrics", listen)
@@ -70,6 +77,18 @@ def serving_metrics(listen: str, registry: "CollectorRegistry") -> Iterator[str]
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
         raise SettingError(f"--metrics {listen}", error.strerror or str(error)) from error
+    metrics = server.get_app()
+    assert metrics is not None
+
+    def answer(environ: "WSGIEnvironment", start: "StartResponse") -> "Iterable[bytes]":
+        if environ["PATH_INFO"] != "/healthz":
+            return metrics(environ, start)
+        found = fault()
+        status = "503 Service Unavailable" if found else "200 OK"
+        start(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{found or 'ok'}\n".encode()]
+
+    server.set_app(answer)
     try:
         yield f"{host}:{server.server_port}"
     finally:
