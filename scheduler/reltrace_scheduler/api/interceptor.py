@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
-from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 from reltrace_proto.v1 import admin_pb2, trace_pb2, worker_pb2
 
@@ -21,11 +20,11 @@ from reltrace_scheduler.auth.tokens import Tokens
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     SchedulerError,
-    UnavailableError,
     Violation,
 )
 from reltrace_scheduler.limits import MAX_REQUEST_BYTES
 from reltrace_scheduler.observability.metrics import Counts
+from reltrace_scheduler.queue.trouble import answer_to, log_trouble
 
 log = structlog.get_logger()
 
@@ -47,13 +46,6 @@ _METHODS: dict[str, str] = {
     for method in service.methods
 }
 _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
-
-_REDIS_AWAY = (
-    redis_errors.ConnectionError,
-    redis_errors.TimeoutError,
-    redis_errors.BusyLoadingError,
-    redis_errors.ReadOnlyError,
-)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -196,9 +188,9 @@ async def _abort(
 ) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if isinstance(error, _REDIS_AWAY):
-        log.warning("redis.away", method=method, error=str(error))
-        error = UnavailableError("the job store can not be reached at present; try again")
+    if answer := answer_to(error):
+        log_trouble("redis.fails", error, method=method)
+        error = answer
     elif not isinstance(error, SchedulerError):
         # The caller is not told what went wrong inside; the log says it.
         log.exception("rpc.failed", method=method, exc_info=error)
