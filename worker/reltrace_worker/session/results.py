@@ -112,9 +112,7 @@ class ResultEncoder:
         # Names files in the stores that jobs name.
         self._name, self._files = secrets.token_hex(8), count(1)
 
-    def encode(
-        self, ended: EndedJobs, on_step: Callable[[], None]
-    ) -> list[Chunks | FailedAttempt]:
+    def encode(self, ended: EndedJobs, on_step: Callable[[], None]) -> list[Chunks | FailedAttempt]:
         """Return an iterator of chunks per job, or why there is none."""
         encoded: list[Chunks | FailedAttempt] = []
         shards: dict[str, list[EncodedResult]] = {}
