@@ -186,8 +186,8 @@ class Session:
                 self._log.warning("leases.undelivered", jobs=lost)
             self.leasing.held = dict.fromkeys(leases, UNKNOWN)
             self._reconciled = True
-        lost = await self._queue.renew(self.worker_id, leases, check_only=self._stalled)
-        return [*self._revoke(lost), *drain]
+        revoked = await self._queue.renew(self.worker_id, leases, check_only=self._stalled)
+        return [*self._revoke(revoked), *drain]
 
     def _note_progress(self, progress: worker_pb2.Progress) -> None:
         silent = progress.silent.ToTimedelta().total_seconds()
