@@ -30,6 +30,7 @@ key                       type    holds
 ``models``                hash    ``ModelInfo`` by route, of every one ever served (shard 0 only)
 ``recent_ok``             list    jobs that succeeded last, as JSON (shard 0 only)
 ``recent_failed``         list    jobs that ended otherwise, as JSON (shard 0 only)
+``nothing``               none    is never there: to delete it is a write that changes nothing
 ========================  ======  ===============================================================
 
 Keys of one thing each (`EntityKey`). A script gets those in KEYS that its caller knows. The others
@@ -103,7 +104,7 @@ CLUSTER = "reltrace:cluster"
 SharedKey = Literal[
     "queues", "virtual_time", "delayed", "deadlines", "expiring", "throttled_tenants", "load",
     "tenants", "quarantined", "watchdog", "ended", "workers", "models", "recent_ok",
-    "recent_failed",
+    "recent_failed", "nothing",
 ]  # fmt: skip
 EntityKey = Literal[
     "queue", "vt_active", "vt_idle", "job", "held", "submission", "backpressured", "results",

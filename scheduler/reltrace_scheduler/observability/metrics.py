@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -13,9 +12,8 @@ from reltrace_proto.telemetry import serving_metrics
 
 from reltrace_scheduler.queue.gauges import ClusterState, read_cluster
 from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.queue.trouble import log_trouble
 from reltrace_scheduler.tasks import end
-
-log = structlog.get_logger()
 
 _PERIOD = 5.0
 """Seconds between reads of the cluster's state: what Prometheus gets is as old as this at most."""
@@ -63,13 +61,13 @@ class ClusterCollector(Collector):
     """Metrics of the whole cluster, the same at every scheduler: take the maximum over them."""
 
     def __init__(self) -> None:
-        # None: Redis does not answer.
+        # None: Redis does not answer, or takes no writes.
         self.state: ClusterState | None = None
 
     def collect(self) -> Iterator[Metric]:
         state = self.state
         up = 0 if state is None else 1
-        yield GaugeMetricFamily("reltrace_redis_up", "Whether Redis answers.", up)
+        yield GaugeMetricFamily("reltrace_redis_up", "Whether Redis answers and takes writes.", up)
         if state is None:
             return
         queues = [((queue.model, queue.tenant, queue.priority), queue) for queue in state.queues]
@@ -127,9 +125,9 @@ async def _read_state(collector: ClusterCollector, store: Store) -> None:
     while True:
         try:
             async with asyncio.timeout(_PERIOD):
+                await store.check_writes()
                 collector.state = await read_cluster(store)
-        except (RedisError, OSError, TimeoutError) as error:
-            if collector.state is not None:
-                log.warning("metrics.stale", error=str(error))
+        except (RedisError, OSError) as error:
+            log_trouble("metrics.stale", error)
             collector.state = None
         await asyncio.sleep(_PERIOD)
