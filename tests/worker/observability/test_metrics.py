@@ -110,7 +110,7 @@ def test_an_address_that_is_taken() -> None:
 
 
 def test_health_says_what_stands_still() -> None:
-    """For probes: 200 while all goes on, 503 with the reason otherwise; metrics come all the same."""
+    """For probes: 200 while all goes on, else 503 with the reason; metrics come all the same."""
     fault, silent = "", 0.0
     collector = WorkerCollector({"m": PassStats()}, dict, lambda: silent)
 
