@@ -16,6 +16,7 @@ from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc, worker_pb2_grpc
 
 from reltrace_scheduler.api.admin import AdminService
+from reltrace_scheduler.api.forgetting import Forgetting
 from reltrace_scheduler.api.interceptor import SERVICES, CallInterceptor
 from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.reaper import Reaper
@@ -88,7 +89,8 @@ async def serving(
     parts = (store, models, signals, counts, spans)
     trace_pb2_grpc.add_TraceServiceServicer_to_server(TraceService(*parts), server)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(*parts), server)
-    admin = AdminService(store, connection.version)
+    forgetting = Forgetting(store, counts)
+    admin = AdminService(store, connection.version, forgetting)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
@@ -104,7 +106,12 @@ async def serving(
     exporter = exporting(metrics, counts, store) if metrics else contextlib.nullcontext()
     page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
-    work = [signals.run(), Reaper(store, counts).run(), _report_health(store, status)]
+    work = [
+        signals.run(),
+        Reaper(store, counts).run(),
+        forgetting.run(),
+        _report_health(store, status),
+    ]
     if settings.results_url:
         work.append(Sweeper(store.results_url, store).run())
     tasks = [asyncio.create_task(each) for each in work]
