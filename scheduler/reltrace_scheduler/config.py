@@ -141,6 +141,11 @@ class Settings:
     """Quarantined jobs that are kept for an operator to look at."""
     quarantine_ttl: float = 7 * 24 * 3600.0
     """Seconds they are kept."""
+    model_ttl: float = 7 * 24 * 3600.0
+    """Seconds without a worker after which a model is forgotten, and jobs for it fail."""
+    connection_age: float = 600.0
+    """Seconds after which callers are to connect again, so that they spread over schedulers that
+    came later; with jitter, so that they do not come all at once."""
 
     @property
     def heartbeat(self) -> float:

@@ -22,6 +22,16 @@ _MAX_PERIOD = 1.0
 """Seconds between looks for ended timeouts and delays."""
 
 
+async def attempt(step: str, work: Awaitable[object], counts: Counts) -> None:
+    """Do one step of the maintenance; a failure is counted and logged, and stops no other step."""
+    try:
+        await work
+    except Exception as error:
+        # Whatever it is: upkeep that has ended is noticed only when memory is full.
+        counts.maintenance_failures.labels(step).inc()
+        log_trouble("maintenance.failed", error, step=step)
+
+
 class Reaper:
     """Runs in every scheduler: each change is one atomic script, so that they do not conflict.
 
@@ -59,12 +69,7 @@ class Reaper:
             await asyncio.sleep(period)
 
     async def _step(self, name: str, work: Awaitable[object]) -> None:
-        try:
-            await work
-        except Exception as error:
-            # Whatever it is: upkeep that ends is noticed when memory is full.
-            self._counts.maintenance_failures.labels(name).inc()
-            log_trouble("maintenance.failed", error, step=name)
+        await attempt(name, work, self._counts)
 
     async def _reap(self, maintenance: Maintenance) -> None:
         for name in await maintenance.shard.queues():

@@ -16,6 +16,7 @@ from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc, worker_pb2_grpc
 
 from reltrace_scheduler.api.admin import AdminService
+from reltrace_scheduler.api.forgetting import Forgetting
 from reltrace_scheduler.api.interceptor import SERVICES, CallInterceptor
 from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.reaper import Reaper
@@ -50,6 +51,9 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
+_MOST_AGE_GRACE = 3600.0
+"""Seconds for which calls go on over a connection whose age is over: new ones take another."""
+
 _STOP_GRACE = 2.0
 """Seconds for calls under way; streams to workers and clients are cut and resumed."""
 
@@ -73,13 +77,20 @@ async def serving(
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
     models, counts = ModelCache(store.registry, settings.lease), Counts()
+    options = (
+        *_OPTIONS,
+        # gRPC adds a jitter of 10 %. Streams of workers end by themselves before.
+        ("grpc.max_connection_age_ms", int(1000 * settings.connection_age)),
+        ("grpc.max_connection_age_grace_ms", int(1000 * _MOST_AGE_GRACE)),
+    )
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(access, connection.redis, counts)], options=_OPTIONS
+        interceptors=[CallInterceptor(access, connection.redis, counts)], options=options
     )
     parts = (store, models, signals, counts, spans)
     trace_pb2_grpc.add_TraceServiceServicer_to_server(TraceService(*parts), server)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(*parts), server)
-    admin = AdminService(store, connection.version)
+    forgetting = Forgetting(store, counts)
+    admin = AdminService(store, connection.version, forgetting)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
@@ -95,7 +106,12 @@ async def serving(
     exporter = exporting(metrics, counts, store) if metrics else contextlib.nullcontext()
     page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
-    work = [signals.run(), *Reaper(store, counts).loops(), _report_health(store, status)]
+    work = [
+        signals.run(),
+        *Reaper(store, counts).loops(),
+        forgetting.run(),
+        _report_health(store, status),
+    ]
     if settings.results_url:
         work.append(Sweeper(store.results_url, store).run())
     tasks = [asyncio.create_task(each) for each in work]

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 from redis.exceptions import RedisError
 from reltrace_proto.telemetry import serving_metrics
 
@@ -22,6 +23,7 @@ _PERIOD = 5.0
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 MAINTENANCE_STEPS = (
     "expire", "timeouts", "delays", "watchdog", "leases", "stalled", "workers",
+    "models", "tenants", "metrics",
 )  # fmt: skip
 _QUEUE = ("model", "tenant", "priority")
 
@@ -35,8 +37,12 @@ class Counts:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
 
+        self._counters: list[Counter] = []
+
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"reltrace_{name}", text, labels, registry=self.registry)
+            made = Counter(f"reltrace_{name}", text, labels, registry=self.registry)
+            self._counters.append(made)
+            return made
 
         self.submitted = counter("jobs_submitted", "Jobs that were accepted.", "tenant", "priority")
         self.ended = counter(
@@ -64,6 +70,32 @@ class Counts:
             buckets=_BUCKETS,
             registry=self.registry,
         )
+
+    def labels(self, *names: str) -> set[tuple[str, str]]:
+        """Return the names and values of labels that counters have, of so many names."""
+        return {
+            (name, sample.labels[name])
+            for metric in self._counters
+            for sample in _samples(metric)
+            for name in names
+            if name in sample.labels
+        }
+
+    def forget(self, name: str, value: str) -> None:
+        """Remove what is counted under a value of a label."""
+        for metric in self._counters:
+            found = {
+                tuple(sample.labels.values())
+                for sample in _samples(metric)
+                if sample.labels.get(name) == value
+            }
+            for values in found:
+                metric.remove(*values)
+
+
+def _samples(metric: Counter) -> Iterator[Sample]:
+    for family in metric.collect():
+        yield from family.samples
 
 
 class ClusterCollector(Collector):
