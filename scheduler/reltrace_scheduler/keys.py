@@ -68,7 +68,7 @@ key                             type    holds
 ``quarantined:<job>``           hash    tenant, spec, history
 ``worker:<id>``                 hash    epoch of its session, mode of its leases, its last call
                                         that leased; in shard 0 also hello (``Hello``), routes
-                                        (lines), connected_at, draining
+                                        (lines), connected_at, draining, silent (seconds)
 ``serving:<route>``             zset    workers of a route by when they were seen (shard 0 only)
 ``sample_result:<job>``         string  ``ResultChunk`` of some recent jobs (shard 0 only)
 ==============================  ======  =========================================================
@@ -92,7 +92,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import Literal, get_args
+from typing import Literal
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
@@ -116,8 +116,8 @@ EntityKey = Literal[
 ]  # fmt: skip
 Channel = Literal["wake", "done", "revoked"]
 
-CHANNELS = tuple(f"reltrace:{{*}}:{kind}:*" for kind in get_args(Channel))
-"""Patterns of every kind of channel, of all shards."""
+NO_CHANNEL = "reltrace:none"
+"""Nothing is published there: a connection is subscribed to it before it has listeners."""
 
 
 @dataclass(frozen=True, slots=True)

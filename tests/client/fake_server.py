@@ -362,6 +362,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
 
     succeeded: int = 5
     drained: list[str] = field(default_factory=list)
+    silent: float = 0.0
 
     def ListWorkers(
         self, request: admin_pb2.ListWorkersRequest, context: Any
@@ -369,6 +370,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         workers = self.GetStatus(admin_pb2.GetStatusRequest(), context).workers
         for worker in workers:
             worker.draining = worker.worker_id in self.drained
+            if self.silent:
+                worker.silent.FromNanoseconds(round(self.silent * 1e9))
         return admin_pb2.ListWorkersResponse(workers=workers)
 
     def DrainWorkers(

@@ -109,7 +109,7 @@ async def serving(
     await server.start()
     work = [
         signals.run(),
-        Reaper(store, counts).run(),
+        *Reaper(store, counts).loops(),
         forgetting.run(),
         _report_health(store, status),
         _refresh_bounds(store),

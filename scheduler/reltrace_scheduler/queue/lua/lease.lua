@@ -52,6 +52,7 @@ local LEAST_SHARE, COUNTED = 2, 64
 -- Part of the bound of all that only tenants without unread results may use beyond it.
 local RESERVE = 0.25
 
+go_on_when_full()
 local session = redis.call("HMGET", KEYS[1], "epoch", "mode", "call")
 if session[1] ~= epoch then
     return {"superseded"}
@@ -142,7 +143,9 @@ local function lease_from(class, tenant, most)
             "attempt", "spec", "queued_at", "state", "entry", "result")
         local queued = job[4] == "QUEUED" and job[5] == entry[1]
         local submission = queued and submission_of(id)
-        if queued and submission.stored < max_unread then
+        if queued and submission.is_gone then
+            read_job(id)
+        elseif queued and submission.stored < max_unread then
             local attempt = job[1] + 1
             local result = math.min(tonumber(job[6] or 0), tenant_of(tenant).most_reserved)
             redis.call("HSET", job_key,
