@@ -19,12 +19,13 @@ from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT, Role
 from reltrace_scheduler.auth.rates import Rates
 from reltrace_scheduler.auth.tls import ServerTls
-from reltrace_scheduler.auth.tokens import TokenError, Tokens, append, make
+from reltrace_scheduler.auth.tokens import TokenError, Tokens, append, in_time, make
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local.redis import EmbeddedRedis
 from reltrace_scheduler.queue.address import RedisAddress, redis_address
 from reltrace_scheduler.queue.connection import connect
+from reltrace_scheduler.queue.fitness import check_fitness
 from reltrace_scheduler.queue.store import Store
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -91,6 +92,14 @@ def token(
     tenant: Annotated[
         str, typer.Option(help="Whose jobs its holder submits, reads and cancels.")
     ] = DEFAULT_TENANT,
+    expires: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="From when on it is refused: in so many days or hours (30d, 12h). "
+            "(default: never)",
+        ),
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -101,7 +110,7 @@ def token(
 ) -> None:
     """Make a token: it goes to standard output, once, and only its hash is kept."""
     try:
-        text, entry = make(name, role, tenant)
+        text, entry = make(name, role, tenant, None if expires is None else in_time(expires))
         if file is not None:
             append(file, entry)
     except TokenError as error:
@@ -124,6 +133,11 @@ async def _run(
     try:
         connection = await connect(await embedded.start() if embedded else address or "")
         try:
+            await check_fitness(
+                connection.redis,
+                str(settings.data) if address is None else address.shown,
+                allow_volatile=settings.allow_volatile_redis,
+            )
             if embedded is not None:
                 # No other scheduler uses this store, so no worker is connected.
                 await Store(connection.redis, settings).registry.forget_all()

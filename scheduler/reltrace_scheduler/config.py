@@ -27,8 +27,9 @@ class Settings:
     listen: str = option("127.0.0.1:50051", "HOST:PORT to serve on; port 0: any free port.")
     redis: str | None = option(
         None,
-        "URL of a Redis, 6.2 or newer: redis://, rediss:// or unix://. Without it, the scheduler "
-        "starts one of its own, with its data under --data.",
+        "URL of a Redis, 6.2 or newer: redis://HOST, rediss://HOST (TLS) or unix:///PATH; of nodes "
+        "of a Redis Cluster: redis://HOST,HOST; of Sentinels: redis+sentinel://HOST,HOST/NAME. "
+        "Without it, the scheduler starts one of its own, with its data under --data.",
     )
     redis_url_file: Path | None = option(None, "File that holds this URL, with its password.")
     redis_password_file: Path | None = option(
@@ -37,7 +38,12 @@ class Settings:
         "RELTRACE_REDIS_PASSWORD.",
     )
     redis_ca: Path | None = option(
-        None, "With rediss://: PEM file of the authorities to trust. (default: the system's)"
+        None, "With TLS to Redis: PEM file of the authorities to trust. (default: the system's)"
+    )
+    allow_volatile_redis: bool = option(
+        False,
+        "Accept a Redis that writes no append-only file or may evict keys: jobs that were accepted "
+        "may be lost.",
     )
     data: Path | None = option(None, "Folder of the scheduler's own Redis.")
     fsync: Fsync = option(
@@ -135,6 +141,11 @@ class Settings:
     """Quarantined jobs that are kept for an operator to look at."""
     quarantine_ttl: float = 7 * 24 * 3600.0
     """Seconds they are kept."""
+    model_ttl: float = 7 * 24 * 3600.0
+    """Seconds without a worker after which a model is forgotten, and jobs for it fail."""
+    connection_age: float = 600.0
+    """Seconds after which callers are to connect again, so that they spread over schedulers that
+    came later; with jitter, so that they do not come all at once."""
 
     @property
     def heartbeat(self) -> float:

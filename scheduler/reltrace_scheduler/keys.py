@@ -22,14 +22,17 @@ key                       type    holds
 ``throttled_tenants``     zset    tenants that are leased nothing because their unread results
                                   reach their bound, by when that was first found
 ``load``                  hash    jobs, bytes (of specifications), results (bytes)
-``tenants``               set     every tenant that had jobs or limits
+``tenants``               set     tenants that have jobs, results or limits, or lately had
 ``quarantined``           zset    jobs that were quarantined, by when
 ``watchdog``              hash    seen: last look for lost leases; grace: until when none is lost
 ``ended``                 hash    how many jobs ended, by state
 ``workers``               zset    worker ids by the time they were last seen (shard 0 only)
-``models``                hash    ``ModelInfo`` by route, of every one ever served (shard 0 only)
+``models``                hash    ``ModelInfo`` by route (shard 0 only)
+``served``                zset    routes of ``models`` by when a worker last served them, looked at
+                                  once a minute (shard 0 only)
 ``recent_ok``             list    jobs that succeeded last, as JSON (shard 0 only)
 ``recent_failed``         list    jobs that ended otherwise, as JSON (shard 0 only)
+``nothing``               none    is never there: to delete it is a write that changes nothing
 ========================  ======  ===============================================================
 
 Keys of one thing each (`EntityKey`). A script gets those in KEYS that its caller knows. The others
@@ -63,7 +66,7 @@ key                             type    holds
 ``quarantined:<job>``           hash    tenant, spec, history
 ``worker:<id>``                 hash    epoch of its session, mode of its leases, its last call
                                         that leased; in shard 0 also hello (``Hello``), routes
-                                        (lines), connected_at, draining
+                                        (lines), connected_at, draining, silent (seconds)
 ``serving:<route>``             zset    workers of a route by when they were seen (shard 0 only)
 ``sample_result:<job>``         string  ``ResultChunk`` of some recent jobs (shard 0 only)
 ==============================  ======  =========================================================
@@ -87,7 +90,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import Literal, get_args
+from typing import Literal
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
@@ -102,8 +105,8 @@ CLUSTER = "reltrace:cluster"
 
 SharedKey = Literal[
     "queues", "virtual_time", "delayed", "deadlines", "expiring", "throttled_tenants", "load",
-    "tenants", "quarantined", "watchdog", "ended", "workers", "models", "recent_ok",
-    "recent_failed",
+    "tenants", "quarantined", "watchdog", "ended", "workers", "models", "served", "recent_ok",
+    "recent_failed", "nothing",
 ]  # fmt: skip
 EntityKey = Literal[
     "queue", "vt_active", "vt_idle", "job", "held", "submission", "backpressured", "results",
@@ -111,8 +114,8 @@ EntityKey = Literal[
 ]  # fmt: skip
 Channel = Literal["wake", "done", "revoked"]
 
-CHANNELS = tuple(f"reltrace:{{*}}:{kind}:*" for kind in get_args(Channel))
-"""Patterns of every kind of channel, of all shards."""
+NO_CHANNEL = "reltrace:none"
+"""Nothing is published there: a connection is subscribed to it before it has listeners."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,15 +20,20 @@ import structlog
 from chaos import standin
 from reltrace_proto.v1 import worker_pb2
 from reltrace_worker.session.leases import Chunks, LeaseKey
+from reltrace_worker.session.lifecycle import work
 from reltrace_worker.session.session import Session
+from reltrace_worker.session.watchdog import Watchdog
 
 _DRAIN_GRACE = 10.0
+_LIMIT = 3.0
+"""Seconds that a pass may take, beside twice those that its jobs ask for."""
 
 
 class StandInRunner:
     """Runs `standin.Work`, a few jobs a pass, on a thread as the real engine does."""
 
-    def __init__(self, jobs_per_pass: int) -> None:
+    def __init__(self, jobs_per_pass: int, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
         self._jobs_per_pass = jobs_per_pass
         self._ready: deque[worker_pb2.Lease] = deque()
         self._arrived = asyncio.Event()
@@ -59,18 +65,21 @@ class StandInRunner:
         batch = [self._ready.popleft() for _ in range(min(len(self._ready), self._jobs_per_pass))]
         self._full_pass_jobs = len(batch) if self._ready else 0
         works = [standin.Work.of(lease.spec) for lease in batch]
-        await asyncio.to_thread(_run, works)
-        return [standin.chunks(work, lease) for work, lease in zip(works, batch, strict=True)]
+        await asyncio.to_thread(self._run, batch, works)
+        return [standin.chunks(one, lease) for one, lease in zip(works, batch, strict=True)]
 
-
-def _run(works: list[standin.Work]) -> None:
-    for work in works:
-        if work.milliseconds:
-            print(f"runs {work.number}", flush=True)
-    if any(work.deadly for work in works):
-        os.kill(os.getpid(), signal.SIGKILL)
-    # Not a wait for anything: this is how long the pass takes.
-    time.sleep(max(work.milliseconds for work in works) / 1000)
+    def _run(self, batch: Sequence[worker_pb2.Lease], works: Sequence[standin.Work]) -> None:
+        for one in works:
+            if one.milliseconds or one.endless:
+                print(f"runs {one.number}", flush=True)
+        if any(one.deadly for one in works):
+            os.kill(os.getpid(), signal.SIGKILL)
+        seconds = max(one.milliseconds for one in works) / 1000
+        with self._watchdog.watching("engine", batch, _LIMIT + 2 * seconds):
+            if any(one.endless for one in works):
+                threading.Event().wait()
+            # Not a wait for anything: this is how long the pass takes.
+            time.sleep(seconds)
 
 
 def _key(lease: worker_pb2.Lease) -> LeaseKey:
@@ -83,16 +92,9 @@ async def _work(scheduler: str, name: str, version: str, jobs_per_pass: int) -> 
     hello = worker_pb2.Hello(
         worker_id=worker_id, model=standin.MODEL, device="none", version=version
     )
-    session = Session(scheduler, hello, StandInRunner(jobs_per_pass))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, session.asked_to_drain.set)
-    working = asyncio.create_task(session.run())
-    stopping = asyncio.create_task(session.asked_to_drain.wait())
-    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if stopping.done():
-        await session.drain(_DRAIN_GRACE)
-        await asyncio.wait({working}, timeout=5.0)
-    if working.done():
-        working.result()
+    watchdog = Watchdog()
+    runner = StandInRunner(jobs_per_pass, watchdog)
+    await work(Session(scheduler, hello, runner, watchdog=watchdog), watchdog, _DRAIN_GRACE)
 
 
 def main() -> None:

@@ -13,14 +13,22 @@ from rich.table import Table
 from rich.text import Text
 
 from reltrace.cli.connection import Connection
-from reltrace.cli.option_groups import argument, command, with_option_groups
+from reltrace.cli.option_groups import argument, command, option, with_option_groups
 from reltrace.cli.output import AS_JSON, Watch, print_found, print_json, safe, show, table, write
 from reltrace.types.server_info import Status, Worker
 
 
-def models(connection: Connection, as_json: bool = AS_JSON) -> None:
+def models(
+    connection: Connection,
+    forget: list[str] | None = option(
+        None, "Make the server forget a model that no worker serves any more; jobs for it fail."
+    ),
+    as_json: bool = AS_JSON,
+) -> None:
     """List the models that the server can trace."""
     with connection.client() as client:
+        if forget:
+            client.admin.forget_models(*forget)
         served = client.models()
     rows = [
         (one.name, one.layers, one.hidden_size, f"{one.parameters:,}", one.dtype,
@@ -103,12 +111,19 @@ def list_workers(
 def _workers(connected: Sequence[Worker]) -> Table:
     now = datetime.now(UTC)
     rows = [
-        (f"{one.id}{' (draining)' * one.draining}", "\n".join((one.model, *one.further_models)),
+        (_condition(one), "\n".join((one.model, *one.further_models)),
          one.device, one.version, one.leased, _ago(one.connected_at, now), _ago(one.seen_at, now))
         for one in connected
     ]  # fmt: skip
     columns = ("worker", "models", "device", "version", "leased", "connected", "seen")
     return table(columns, rows, ("leased",))
+
+
+def _condition(worker: Worker) -> str:
+    notes = ["draining"] * worker.draining
+    if worker.silent:
+        notes.append(f"stalled {worker.silent:.0f} s")
+    return f"{worker.id} ({', '.join(notes)})" if notes else worker.id
 
 
 @command(workers)

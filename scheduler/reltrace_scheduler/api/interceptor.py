@@ -1,32 +1,33 @@
 """Every call passes here: it is authorized, limited, parsed and measured; errors get a status."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError, Message
-from redis import exceptions as redis_errors
+from google.protobuf.message import Message
 from redis.asyncio import Redis
 from reltrace_proto.v1 import admin_pb2, trace_pb2, worker_pb2
 
+from reltrace_scheduler.api.parsing import parse
 from reltrace_scheduler.api.status import status_of
 from reltrace_scheduler.auth.access import Access
-from reltrace_scheduler.auth.authorization import authorize
+from reltrace_scheduler.auth.authorization import Authorizer
 from reltrace_scheduler.auth.identity import act_as, current
 from reltrace_scheduler.auth.rates import RateLimiter
 from reltrace_scheduler.auth.tokens import Tokens
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     SchedulerError,
-    UnavailableError,
-    Violation,
+    UnauthenticatedError,
 )
-from reltrace_scheduler.limits import MAX_REQUEST_BYTES
 from reltrace_scheduler.observability.metrics import Counts
-from reltrace_scheduler.queue.connection import reason_of
+from reltrace_scheduler.queue.trouble import answer_to, log_trouble
+from reltrace_scheduler.tasks import note_size, off_loop
 
 log = structlog.get_logger()
 
@@ -47,14 +48,10 @@ _METHODS: dict[str, str] = {
     for name, service in SERVICES.items()
     for method in service.methods
 }
-_SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
+_TOKEN_PERIOD = 2.0
+"""Seconds between looks at the token of a silent stream."""
 
-_REDIS_AWAY = (
-    redis_errors.ConnectionError,
-    redis_errors.TimeoutError,
-    redis_errors.BusyLoadingError,
-    redis_errors.ReadOnlyError,
-)
+_SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -62,6 +59,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, access: Access, redis: Redis, counts: Counts) -> None:
         self._tokens = access.tokens
+        self._authorizer = None if access.tokens is None else Authorizer(access.tokens)
         self._limiter = RateLimiter(redis, access.rates)
         self._counts = counts
 
@@ -76,9 +74,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return await continuation(handler_call_details)
         token = ""
         try:
-            if self._tokens is not None:
+            if self._authorizer is not None:
                 metadata = handler_call_details.invocation_metadata
-                token, identity = authorize(self._tokens, method, metadata)
+                token, identity = self._authorizer.authorize(method, metadata)
                 # gRPC finds the handler in the task that runs it.
                 act_as(identity)
             await self._limiter.take(current().name, "requests", 1)
@@ -95,10 +93,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call = self._stream(behaviour, method, handler.request_streaming)
         else:
             call = self._unary(behaviour, method)
-        limited = "WorkerService" not in method
+        # A submission may be so long that it is parsed elsewhere.
+        parser = None if method == _SUBMIT else _parser(handler.request_deserializer)
         return make(
             call,
-            request_deserializer=_parser(handler.request_deserializer, limited=limited),
+            request_deserializer=parser,
             response_serializer=handler.response_serializer,
         )
 
@@ -116,9 +115,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             began = time.perf_counter()
             try:
-                request = _checked(request)
                 if method == _SUBMIT:
+                    note_size(len(request))
+                    request = await off_loop(partial(parse, trace_pb2.SubmitJobsRequest, request))
                     await self._limiter.take(current().name, "jobs", len(request.jobs))
+                request = _checked(request)
                 return await behaviour(request, context)
             except Exception as error:
                 await _abort(context, error, method)
@@ -143,40 +144,59 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _while_valid(behaviour: Behaviour, tokens: Tokens, token: str) -> Behaviour:
-    """Cut a stream at the first message after its token was withdrawn."""
+    """Cut a stream once its token has expired or was withdrawn; a silent one within seconds."""
 
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-        generation = tokens.generation
-        async with aclosing(behaviour(request, context)) as responses:
-            async for response in responses:
-                tokens.refresh()
-                if tokens.generation != generation:
-                    generation = tokens.generation
+        task = asyncio.current_task()
+        assert task is not None
+        waiting, cancelled = False, 0
+
+        async def watch() -> None:
+            nonlocal cancelled
+            while True:
+                await asyncio.sleep(_TOKEN_PERIOD)
+                try:
                     tokens.find(token)
-                yield response
+                except UnauthenticatedError:
+                    # Only where it waits for `behaviour`: elsewhere the task is gRPC's. Again, as
+                    # redis-py swallows a cancellation that comes while it connects.
+                    if waiting:
+                        task.cancel()
+                        cancelled += 1
+
+        watching = asyncio.create_task(watch())
+        try:
+            async with aclosing(behaviour(request, context)) as responses:
+                while True:
+                    waiting = True
+                    response = await anext(responses, None)
+                    waiting = False
+                    if response is None:
+                        return
+                    tokens.find(token)
+                    yield response
+        except asyncio.CancelledError:
+            for _ in range(cancelled):
+                task.uncancel()
+            if cancelled:
+                tokens.find(token)
+            raise
+        finally:
+            watching.cancel()
 
     return call
 
 
-def _parser(
-    parse: Callable[[bytes], Message], *, limited: bool
-) -> Callable[[bytes], Message | InvalidRequestError]:
-    """Return a parser that explains what is wrong: gRPC's own error is a bare INTERNAL."""
-    # Stubs give the bound `FromString` of the message class.
-    message: Any = parse.__self__  # type: ignore[attr-defined]
+def _parser(parser: Any) -> Callable[[bytes], Message | InvalidRequestError]:
+    """Return a parser that gives what is wrong: gRPC's own error is a bare INTERNAL."""
+    # Stubs have the bound `FromString` of the message class.
+    kind = parser.__self__
 
     def parse_or_explain(data: bytes) -> Message | InvalidRequestError:
-        if limited and len(data) > MAX_REQUEST_BYTES:
-            fault = (
-                f"is {len(data)} bytes long; at most {MAX_REQUEST_BYTES} are allowed: "
-                "send fewer jobs in one message"
-            )
-            return InvalidRequestError(Violation("request", fault))
         try:
-            return parse(data)
-        except DecodeError:
-            fault = f"is not a valid {message.DESCRIPTOR.full_name} message with texts in UTF-8"
-            return InvalidRequestError(Violation("request", fault))
+            return parse(kind, data)
+        except InvalidRequestError as error:
+            return error
 
     return parse_or_explain
 
@@ -197,9 +217,9 @@ async def _abort(
 ) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if isinstance(error, _REDIS_AWAY):
-        log.warning("redis.away", method=method, error=reason_of(error))
-        error = UnavailableError("the job store can not be reached at present; try again")
+    if answer := answer_to(error):
+        log_trouble("redis.fails", error, method=method)
+        error = answer
     elif not isinstance(error, SchedulerError):
         # The caller is not told what went wrong inside; the log says it.
         log.exception("rpc.failed", method=method, exc_info=error)

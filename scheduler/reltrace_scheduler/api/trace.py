@@ -1,7 +1,8 @@
 """TraceService: what clients call."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from reltrace_scheduler.queue.results import FIRST_DRAFT
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import Priority, Progress, StoredChunk, StoredDraft, Submission
+from reltrace_scheduler.tasks import off_loop
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -54,13 +56,14 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self._spans.start_traces(request.idempotency_key, request.jobs)
         models = await self._models.get(*(job.model for job in request.jobs))
         try:
-            jobs = check_submission(request, models, self._store.settings.output_uri)
+            check = partial(check_submission, request, models, self._store.settings.output_uri)
+            jobs = await off_loop(check)
         except SchedulerError:
             # What was accepted stays accepted, also when models have come or gone since.
             before = await self._accepted_before(request)
             if before is None:
                 raise
-            return _submitted(before)
+            return _submitted(before, ())
         tenant, priority = current().tenant, _PRIORITIES[request.priority]
         submission = await self._store.queue.submit(
             jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key
@@ -76,13 +79,13 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 tenant=tenant,
                 jobs=len(jobs),
             )
-        return _submitted(submission)
+        return _submitted(submission, await self._models.unserved({job.route for job in jobs}))
 
     async def _accepted_before(self, request: trace_pb2.SubmitJobsRequest) -> Submission | None:
         priority = _PRIORITIES.get(request.priority)
         if not request.idempotency_key or priority is None:
             return None
-        jobs = digest(map(as_sent, request.jobs), priority)
+        jobs = await off_loop(lambda: digest(map(as_sent, request.jobs), priority))
         return await self._store.queue.seen(current().tenant, request.idempotency_key, jobs)
 
     async def StreamResults(  # noqa: N802
@@ -93,7 +96,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         _check_drafts(request)
         positions = dict.fromkeys(request.drafts_of, FIRST_DRAFT)
         channel = self._store.shards.of(submission).key("done", submission)
-        with self._signals.listen(channel) as signal:
+        async with self._signals.listen(channel) as signal:
             while True:
                 progress = await self._progress(submission)
                 if progress.ended > entry:
@@ -183,11 +186,12 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         return response
 
 
-def _submitted(submission: Submission) -> trace_pb2.SubmitJobsResponse:
+def _submitted(submission: Submission, unserved: Iterable[str]) -> trace_pb2.SubmitJobsResponse:
     return trace_pb2.SubmitJobsResponse(
         submission_id=submission.id,
         job_ids=submission.job_ids,
         deduplicated=submission.deduplicated,
+        unserved=unserved,
     )
 
 

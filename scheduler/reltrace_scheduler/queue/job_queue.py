@@ -30,6 +30,7 @@ from reltrace_scheduler.records import (
     Submission,
     TerminalResult,
 )
+from reltrace_scheduler.tasks import off_loop
 
 LOST, STORED, OUT_OF_ORDER = 0, 1, -1
 """Outcomes of `JobQueue.commit` per chunk."""
@@ -74,6 +75,11 @@ class JobQueue:
         settings = self._settings
         shard = self._shards.for_submission(tenant, idempotency_key)
         submission = submission_id(secrets.token_hex(10), shard.key.shard)
+        jobs_digest = "-"
+        if idempotency_key:
+            jobs_digest = await off_loop(
+                lambda: digest((job.sent or job.spec for job in jobs), priority)
+            )
         status, *details = await shard.run(
             "submit",
             [
@@ -85,7 +91,7 @@ class JobQueue:
             tenant,
             priority,
             milliseconds(_IDEMPOTENCY_TTL) if idempotency_key else 0,
-            digest([job.sent or job.spec for job in jobs], priority) if idempotency_key else "-",
+            jobs_digest,
             settings.max_jobs,
             settings.max_bytes,
             settings.tenant_max_jobs,

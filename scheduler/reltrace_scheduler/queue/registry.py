@@ -1,19 +1,19 @@
-"""Which workers are connected, and which models have been served."""
+"""Which workers are connected, and which models they serve or served."""
 
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reltrace_scheduler.queue.shards import Shards
+from reltrace_scheduler.queue.shards import Shards, milliseconds
 from reltrace_scheduler.records import WorkerRecord
 
 
 class Registry:
     """Workers and models, in the first shard; each shard knows the workers' sessions.
 
-    A model stays known when its last worker leaves: jobs for it wait for the next one. That a
-    worker was told to drain is kept until it leaves, so that it is told again after a lost
-    connection.
+    A model stays known when its last worker leaves, until it is forgotten: jobs for it wait for the
+    next one. That a worker was told to drain is kept until it leaves, so that it is told again
+    after a lost connection.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -47,13 +47,20 @@ class Registry:
             self._key("workers"), *(self._key("serving", route) for route in routes)
         )
 
-    async def seen(self, worker_id: str, routes: Sequence[str]) -> bool:
-        """Note that a worker is alive; return whether it was told to drain."""
+    async def seen(self, worker_id: str, routes: Sequence[str], silent: float = 0.0) -> bool:
+        """Note that a worker is alive, and whether it has stood still for some seconds.
+
+        Returns whether it was told to drain.
+        """
         now = time.time()
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.zadd(self._key("workers"), {worker_id: now}, xx=True)
             for route in routes:
                 pipe.zadd(self._key("serving", route), {worker_id: now}, xx=True)
+            if silent:
+                pipe.hset(self._key("worker", worker_id), "silent", silent)
+            else:
+                pipe.hdel(self._key("worker", worker_id), "silent")
             pipe.hget(self._key("worker", worker_id), "draining")
             row = await pipe.execute()
         return row[-1] is not None
@@ -87,9 +94,22 @@ class Registry:
             conditions = ("", "")
 
     async def models(self) -> dict[str, bytes]:
-        """Return the serialized ``ModelInfo`` of every model ever served, by route."""
+        """Return the serialized ``ModelInfo`` of every known model, by route."""
         known: Any = await self._redis.hgetall(self._key("models"))
         return {route.decode(): info for route, info in known.items()}
+
+    async def forget_models(
+        self, names: Sequence[str] = (), *, lease: float, ttl: float
+    ) -> list[str]:
+        """Forget routes that no worker has served for `ttl` seconds, and those that are named.
+
+        Returns them. The name of a model stands for all its revisions. What a worker serves that
+        was seen within `lease` seconds stays known.
+        """
+        found = await self._shards.all[0].run(
+            "forget_models", [], milliseconds(ttl), milliseconds(lease), *names
+        )
+        return [route.decode() for route in found]
 
     async def serving(self, routes: Sequence[str], *, seen_since: float) -> dict[str, int]:
         """Count the workers of each route seen at or after a Unix time; none: left out."""
@@ -130,6 +150,7 @@ class Registry:
                         epoch=row[b"epoch"].decode(),
                         leased=sum(leased),
                         draining=b"draining" in row,
+                        silent=float(row.get(b"silent", 0.0)),
                     )
                 )
         return found

@@ -19,6 +19,11 @@ def test_workers(command: Run) -> None:
     assert (worker["id"], worker["model"], worker["leased"]) == ("w1", "fake", 1)
 
 
+def test_a_worker_that_stands_still_is_told(command: Run, server: FakeServer) -> None:
+    server.silent = 40.4
+    assert "w1 (stalled 40 s)" in command("workers")[1]
+
+
 def test_workers_are_drained(command: Run, server: FakeServer) -> None:
     assert command("workers", "drain", "w1") == (0, "1 worker told to drain\n", "")
     assert server.drained == ["w1"]
@@ -47,6 +52,16 @@ def test_models(command: Run) -> None:
     assert "fake@r1: sites embed, resid; rules attnlrp; reductions token\n" in out
     (model,) = json.loads(command("models", "--json")[1])
     assert (model["name"], model["workers"]) == ("fake", 2)
+
+
+def test_models_are_forgotten(command: Run, server: FakeServer) -> None:
+    server.served = [("fake", "r1", 2), ("typo", "r2", 0), ("typo-2", "r2", 0)]
+    code, out, _ = command("models", "--forget", "typo", "--forget", "typo-2", "--json")
+    assert code == 0
+    assert [model["name"] for model in json.loads(out)] == ["fake"]
+    code, out, err = command("models", "--forget", "typo")
+    assert (code, out) == (1, "")
+    assert "no model 'typo' is known" in err
 
 
 def test_status(command: Run) -> None:

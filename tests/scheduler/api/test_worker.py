@@ -1,16 +1,24 @@
 import asyncio
+from collections import Counter
+from dataclasses import replace
 
 import grpc
 import pytest
+import redis.asyncio
 from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import (
     admin_pb2,
     admin_pb2_grpc,
     trace_pb2,
+    trace_pb2_grpc,
     types_pb2,
     worker_pb2,
     worker_pb2_grpc,
 )
+from reltrace_scheduler.api import worker as worker_module
+from reltrace_scheduler.api.server import serving
+from reltrace_scheduler.config import Settings
+from reltrace_scheduler.queue.connection import Connection
 from scheduler.fake_worker import MODEL, FakeWorker, ended
 
 JobSpec = types_pb2.JobSpec
@@ -40,6 +48,66 @@ async def test_a_worker_learns_the_lease_and_the_heartbeat(channel: grpc.aio.Cha
     welcome = await FakeWorker(channel).connect()
     assert welcome.lease.ToMilliseconds() == 500
     assert 0 < welcome.heartbeat.ToMilliseconds() <= 250
+
+
+async def test_a_worker_is_asked_to_connect_again_when_its_time_is_over(
+    store: redis.asyncio.Redis, redis_url: str, settings: Settings
+) -> None:
+    """
+    Given connections that last half a second
+    If a worker is asked to connect again, and commits a result and closes its side then
+    I expect the commit to be answered, nothing to be leased any more, the stream to end well, and
+    the other leases to hold in the next one.
+    """
+    settings = replace(settings, connection_age=0.5, lease=30.0)
+    redis_client = redis.asyncio.Redis.from_url(redis_url)
+    async with (
+        serving(Connection(redis_client, "test"), settings) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        client = trace_pb2_grpc.TraceServiceStub(channel)
+        worker = FakeWorker(channel)
+        await worker.connect()
+        submitted = await submit(client, 20)
+        leases = await worker.lease(10)
+        await worker.receive("reconnect")
+        await worker.send(ready=worker_pb2.Ready(jobs=10))
+        await worker.finish(leases[:3])
+        await worker.call.done_writing()
+        await worker.receive("committed")
+        async with asyncio.timeout(10):
+            assert await worker.call.read() is grpc.aio.EOF
+        assert await worker.call.code() is grpc.StatusCode.OK
+        await worker.connect(holding=leases[3:])
+        await worker.finish(leases[3:])
+        await worker.receive("committed")
+        jobs = (await client.GetJobs(trace_pb2.GetJobsRequest(job_ids=submitted.job_ids))).jobs
+        assert Counter((job.state, job.attempt) for job in jobs) == {
+            (types_pb2.JOB_STATE_SUCCEEDED, 1): 10,
+            (types_pb2.JOB_STATE_QUEUED, 0): 10,
+        }
+    await redis_client.aclose()
+
+
+async def test_a_worker_that_does_not_know_the_request_is_sent_away(
+    store: redis.asyncio.Redis,
+    redis_url: str,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_module, "_RECONNECT_DEADLINE", 0.2)
+    redis_client = redis.asyncio.Redis.from_url(redis_url)
+    async with (
+        serving(Connection(redis_client, "test"), replace(settings, connection_age=0.3)) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        worker = FakeWorker(channel)
+        await worker.connect()
+        await worker.receive("reconnect")
+        async with asyncio.timeout(10):
+            assert await worker.call.read() is grpc.aio.EOF
+        assert await worker.call.code() is grpc.StatusCode.OK
+    await redis_client.aclose()
 
 
 async def test_no_more_is_leased_than_there_is_room_for(client, worker: FakeWorker) -> None:
@@ -110,6 +178,65 @@ async def test_heartbeats_keep_a_lease(client, channel, worker: FakeWorker) -> N
     await worker.finish(leases)
     # A commit, and nothing revoked: the lease was never lost.
     await worker.receive("committed")
+
+
+async def test_a_pass_that_takes_long_and_goes_on_keeps_its_lease(
+    client, channel, worker: FakeWorker
+) -> None:
+    """
+    Given a worker whose pass has stood still for longer than a lease, within what it may
+    I expect its lease to be renewed, and operators to be shown for how long.
+    """
+    admin = admin_pb2_grpc.AdminServiceStub(channel)
+    await submit(client, 1)
+    leases = await worker.lease(1)
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    await other.send(ready=worker_pb2.Ready(jobs=1))
+    for _ in range(10):
+        await beat(worker, leases, silent=40, limit=60)
+        await asyncio.sleep(LEASE / 5)
+    (status,) = (await admin.ListWorkers(admin_pb2.ListWorkersRequest())).workers[:1]
+    assert (status.worker_id, status.silent.seconds) == ("w1", 40)
+    await beat(worker, leases, silent=0, limit=60)
+    await worker.finish(leases)
+    await worker.receive("committed")
+    (status,) = (await admin.ListWorkers(admin_pb2.ListWorkersRequest())).workers[:1]
+    assert not status.HasField("silent")
+
+
+async def test_a_worker_that_hangs_and_does_not_leave_loses_its_lease(
+    client, channel, worker: FakeWorker
+) -> None:
+    """
+    Given a worker whose heartbeats tell that its pass stands still, twice as long as it may
+    I expect its lease to be lost although it goes on naming it, and nothing new to be leased to it.
+    """
+    answer = await submit(client, 1)
+    leases = await worker.lease(1)
+    await worker.send(ready=worker_pb2.Ready(jobs=2))
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    stalled = asyncio.create_task(keep_beating(worker, leases, silent=121, limit=60))
+    (found,) = await other.lease(1)
+    assert (found.job_id, found.attempt) == (answer.job_ids[0], 2)
+    await other.finish([found])
+    assert [end.attempt for end in await ends(client, answer.submission_id)] == [2]
+    await submit(client, 1)
+    await other.receive("committed")
+    await other.lease(1)
+    stalled.cancel()
+
+
+async def keep_beating(worker: FakeWorker, leases, *, silent: int, limit: int) -> None:
+    while True:
+        await beat(worker, leases, silent=silent, limit=limit)
+        await asyncio.sleep(LEASE / 5)
+
+
+async def beat(worker: FakeWorker, leases, *, silent: int, limit: int) -> None:
+    progress = worker_pb2.Progress(silent=Duration(seconds=silent), limit=Duration(seconds=limit))
+    await worker.send(heartbeat=worker_pb2.Heartbeat(leases=refs(leases), progress=progress))
 
 
 async def test_a_heartbeat_for_a_foreign_lease_is_revoked(client, channel, worker) -> None:
