@@ -39,6 +39,6 @@ class Access:
         if not (self.insecure or self.insecure_metrics or is_loopback(listen)):
             raise StartError(
                 f"--metrics {listen}: other machines can read the names of tenants and models "
-                "here, without TLS or a token; listen on 127.0.0.1, or say --insecure-metrics if only "
-                "your monitoring can reach this address"
+                "here, without TLS or a token; listen on 127.0.0.1, or say --insecure-metrics if "
+                "only your monitoring can reach this address"
             )
