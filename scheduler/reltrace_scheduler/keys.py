@@ -90,7 +90,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import Literal, get_args
+from typing import Literal
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
@@ -121,8 +121,8 @@ EntityKey = Literal[
 ]  # fmt: skip
 Channel = Literal["wake", "done", "revoked"]
 
-CHANNELS = tuple(f"reltrace:{{*}}:{kind}:*" for kind in get_args(Channel))
-"""Patterns of every kind of channel, of all shards."""
+NO_CHANNEL = "reltrace:none"
+"""Nothing is published there: a connection is subscribed to it before it has listeners."""
 
 
 @dataclass(frozen=True, slots=True)

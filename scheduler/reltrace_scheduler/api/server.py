@@ -108,7 +108,7 @@ async def serving(
     await server.start()
     work = [
         signals.run(),
-        Reaper(store, counts).run(),
+        *Reaper(store, counts).loops(),
         forgetting.run(),
         _report_health(store, status),
     ]

@@ -96,7 +96,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         _check_drafts(request)
         positions = dict.fromkeys(request.drafts_of, FIRST_DRAFT)
         channel = self._store.shards.of(submission).key("done", submission)
-        with self._signals.listen(channel) as signal:
+        async with self._signals.listen(channel) as signal:
             while True:
                 progress = await self._progress(submission)
                 if progress.ended > entry:

@@ -54,7 +54,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         await responses.put(await session.open())
         shards = self._store.shards.all
         revoked_channels = [shard.key("revoked", session.worker_id) for shard in shards]
-        with (
+        async with (
             self._signals.listen(*(source.channel for source in leasing.sources)) as wake,
             self._signals.listen(*revoked_channels) as revoked,
         ):

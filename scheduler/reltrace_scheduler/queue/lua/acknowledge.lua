@@ -20,11 +20,16 @@ if #entries == 0 then
 end
 local through = tonumber(string.match(entries[#entries][1], "^%d+"))
 local submission = submission_of(entries[1][2][2])
+if submission.is_gone then
+    -- expire.lua frees what is left.
+    redis.call("ZADD", key.expiring, now(), submission.id)
+    return 0
+end
 local keys, bytes = {}, 0
 for _, entry in ipairs(entries) do
     bytes = bytes + entry_keys(entry, keys)
 end
-call_many({"DEL"}, keys)
+call_many({"UNLINK"}, keys)
 charge(submission.tenant, 0, 0, -bytes)
 redis.call("ZREM", key.throttled_tenants, submission.tenant)
 if submission.ended == submission.jobs and through >= submission.ended then
@@ -44,7 +49,10 @@ else
         if not id then
             break
         end
-        requeue(read_job(id))
+        local job = read_job(id)
+        if job then
+            requeue(job)
+        end
     end
     if submission.ended < submission.jobs then
         if redis.call("EXISTS", KEYS[3]) == 1 then

@@ -44,6 +44,7 @@ local PAGE, MOST_BYTES = 16, 8388608
 -- What a worker may hold in any case; tenants that are counted for its share.
 local LEAST_SHARE, COUNTED = 2, 64
 
+go_on_when_full()
 local session = redis.call("HMGET", KEYS[1], "epoch", "mode", "call")
 if session[1] ~= epoch then
     return {"superseded"}
@@ -112,7 +113,9 @@ local function lease_from(class, tenant, most)
         local job = redis.call("HMGET", job_key, "attempt", "spec", "queued_at", "state", "entry")
         local queued = job[4] == "QUEUED" and job[5] == entry[1]
         local submission = queued and submission_of(id)
-        if queued and submission.stored < max_unread then
+        if queued and submission.is_gone then
+            read_job(id)
+        elseif queued and submission.stored < max_unread then
             local attempt = job[1] + 1
             redis.call("HSET", job_key, "state", "LEASED", "worker", worker, "attempt", attempt)
             leased[#leased + 1] = {id, attempt, job[2], time - job[3], name}
@@ -234,4 +237,5 @@ if #leased_ids > 0 then
     redis.call("HSET", KEYS[1], "call", call)
 end
 call_many({"SADD", KEYS[2]}, leased_ids)
+flush(0)
 return leased
