@@ -121,7 +121,7 @@ async def test_a_worker_of_an_older_protocol_is_refused_with_both_versions(
     worker = FakeWorker(channel)
     assert (await worker.connect()).protocol == protocol.PROTOCOL
     monkeypatch.setattr(protocol, "OLDEST_PROTOCOL", 1)
-    with pytest.raises(grpc.aio.AioRpcError, match=r"speaks version 0 .* versions 1 to 1") as caught:
+    with pytest.raises(grpc.aio.AioRpcError, match=r"version 0 .* versions 1 to 1") as caught:
         await FakeWorker(channel, "w2").connect()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
