@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
+from reltrace_proto.protocol import PROTOCOL
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
@@ -89,6 +90,7 @@ class Session:
             results_url=self._store.results_url,
             results_above_bytes=settings.results_above,
             drafts=True,
+            protocol=PROTOCOL,
         )
         return worker_pb2.WorkResponse(welcome=welcome)
 
