@@ -116,6 +116,9 @@ class Settings:
         "Where Prometheus reads metrics, over plain HTTP. (default: nowhere)",
         metavar="HOST:PORT",
     )
+    insecure_metrics: bool = option(
+        False, "Let other machines read the metrics, which have neither TLS nor tokens."
+    )
     web: str | None = option(
         None,
         "Where a read-only page shows queues, workers and recent jobs to operators. "

@@ -77,9 +77,9 @@ Channels (hints only: listeners poll as well): ``wake:<model>`` when jobs were q
 ``done:<sub>`` when jobs of a submission ended or have a draft, ``revoked:<worker>`` when jobs of a
 worker were ended by others, or it was told to drain.
 
-Without a shard: ``reltrace:shards``, a string, says how many shards there are, and
-``reltrace:cluster`` names this queue among others; ``reltrace:rate:<what>:<identity>`` is a
-token bucket (`rate_key`).
+Without a shard: ``reltrace:schema``, a string, is the version of all this, and ``reltrace:shards``
+how many shards there are; ``reltrace:cluster`` names this queue among others;
+``reltrace:rate:<what>:<identity>`` is a token bucket (`rate_key`).
 
 Times are milliseconds by Redis' own clock; those of workers are seconds. ``<model>`` is a
 route: the name of a model, or ``NAME@REVISION`` for jobs that ask for a revision.
@@ -104,6 +104,13 @@ REAPER = "reaper"
 
 SHARDS = "reltrace:shards"
 CLUSTER = "reltrace:cluster"
+SCHEMA = "reltrace:schema"
+
+SCHEMA_VERSION = 1
+"""Of the keys described here. Schedulers of different schemas do not run on one Redis, so a change
+that those of the version before could not live with, while old and new run side by side, is another
+schema: it comes with a step that moves what is there, taken once they have ended, 10 s after
+`SCHEMA` was set. Data without a version is of the first."""
 
 SharedKey = Literal[
     "queues", "virtual_time", "delayed", "deadlines", "expiring", "throttled_tenants", "load",

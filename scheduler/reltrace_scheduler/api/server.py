@@ -74,9 +74,10 @@ async def serving(
     listen, metrics, web = settings.listen, settings.metrics, settings.web
     access, spans = access or Access(), spans or Spans()
     access.check(listen)
+    if metrics:
+        access.check_metrics(metrics)
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
-    await store.bounds.refresh()
     models, counts = ModelCache(store.registry, settings.lease), Counts()
     options = (
         *_OPTIONS,

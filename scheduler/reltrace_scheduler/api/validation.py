@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from google.protobuf.message import Message
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
+from reltrace_scheduler import __version__
 from reltrace_scheduler.api.job_faults import input_faults, settings_faults
 from reltrace_scheduler.api.models import Models
 from reltrace_scheduler.api.result_sizes import ResultLimits
@@ -47,9 +49,15 @@ def check_submission(
     checked: set[bytes] = set()
     for index, (spec, route) in enumerate(zip(request.jobs, routes, strict=True)):
         faults = list(input_faults(spec, infos[route]))
-        settings = _without(spec, *_INPUTS).SerializeToString(deterministic=True)
+        without_input = _without(spec, *_INPUTS)
+        settings = without_input.SerializeToString(deterministic=True)
+        faults += _unknown_fields(spec.chat, spec.corpus)
         if settings not in checked:
-            found = [*settings_faults(spec, infos[route]), *_output_faults(spec, output_uris)]
+            found = [
+                *settings_faults(spec, infos[route]),
+                *_output_faults(spec, output_uris),
+                *_unknown_fields(without_input),
+            ]
             faults += found
             if not found:
                 checked.add(settings)
@@ -127,6 +135,20 @@ def _output_faults(spec: types_pb2.JobSpec, allowed: Sequence[str]) -> Iterator[
         folders = ", ".join(allowed) or "none (the operator names them by --output-uri)"
         fault = f"{spec.output_uri!r} is in no folder allowed here: {folders}"
         yield Violation("output_uri", fault)
+
+
+def _unknown_fields(*parts: Message) -> Iterator[Violation]:
+    """Find what a newer client asks for, which would be left out without a word."""
+    for part in parts:
+        known = type(part)()
+        known.CopyFrom(part)
+        known.DiscardUnknownFields()
+        if known.ByteSize() != part.ByteSize():
+            fault = (
+                f"has fields that this scheduler (reltrace {__version__}) does not know: the "
+                "client is newer; update the schedulers before the clients"
+            )
+            yield Violation("", fault)
 
 
 def _new_job(spec: types_pb2.JobSpec, route: str, result_bytes: int) -> NewJob:

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
+from reltrace_proto.protocol import PROTOCOL
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
@@ -92,6 +93,7 @@ class Session:
             results_above_bytes=self._store.bounds.results_above,
             max_result_bytes=self._store.bounds.max_result_bytes,
             drafts=True,
+            protocol=PROTOCOL,
         )
         return worker_pb2.WorkResponse(welcome=welcome)
 

@@ -267,6 +267,7 @@ if #leased_ids == 0 then
         redis.call("HDEL", KEYS[1], "mode")
     end
 end
+flush(0)
 if #leased_ids == 0 and redis.call("EXISTS", active_key("interactive"), active_key("batch"),
         active_key("isolate_group"), active_key("isolate_single")) == 0 then
     return {"empty"}
@@ -275,5 +276,4 @@ if #leased_ids > 0 then
     redis.call("HSET", KEYS[1], "call", call)
 end
 call_many({"SADD", KEYS[2]}, leased_ids)
-flush(0)
 return leased
