@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chaos import checks
-from chaos.cluster import Cluster
+from chaos.cluster import RESULT_TTL, Cluster
 from chaos.part import Part
 from waiting import wait_until
 
@@ -46,7 +46,7 @@ class Clients:
         name = f"{kind}{index}"
         journal = self._journals[name] = self._cluster.folder / f"{name}.jsonl"
         return self._cluster.start_module(
-            name, f"chaos.{kind}", "--server", self._cluster.address,
+            name, f"chaos.{kind}", *self._cluster.connection_of(name),
             "--journal", str(journal), "--seed", str(self._seed * 100 + index),
             "--first", str(index * _NUMBERS), "--until", str(self._until), host="client",
         )  # fmt: skip
@@ -93,9 +93,9 @@ class Clients:
             over.set()
             watcher.join()
 
-    def finish(self) -> checks.Tally:
+    def finish(self, tally: checks.Tally | None = None) -> checks.Tally:
         """Let them finish what they began; return what they saw, and what was wrong with it."""
-        tally = checks.Tally()
+        tally = tally or checks.Tally()
         self._until.touch()
         for part in (*self.raw, self.sdk):
             part.finish(_FINISH)
@@ -107,5 +107,11 @@ class Clients:
                 if "can not be reached" not in death.last_words:
                     tally.fault(part.name, f"ended by itself with {death.code}: {death.last_words}")
         with self._cluster.store() as store:
+            if tally.losses:
+                # Results whose acknowledgement was lost expire.
+                with suppress(AssertionError):
+                    wait_until(
+                        lambda: not checks.remaining_keys(store), "results expire", 2 * RESULT_TTL
+                    )
             tally.balance(store)
         return tally

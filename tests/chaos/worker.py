@@ -1,6 +1,6 @@
 """A worker process without a model: the real session over an engine that knows its results.
 
-python -m chaos.worker --scheduler ADDRESS --name NAME
+python -m chaos.worker --server ADDRESS --name NAME
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import structlog
 from chaos import standin
+from reltrace_proto.net import Credentials
 from reltrace_proto.v1 import worker_pb2
 from reltrace_worker.session.leases import Chunks, LeaseKey
 from reltrace_worker.session.session import Session
@@ -77,13 +78,14 @@ def _key(lease: worker_pb2.Lease) -> LeaseKey:
     return LeaseKey(lease.job_id, lease.attempt)
 
 
-async def _work(scheduler: str, name: str, version: str, jobs_per_pass: int) -> None:
+async def _work(server: str, token: str, name: str, version: str, jobs_per_pass: int) -> None:
     # A worker's id names one process: a lease of the one that was killed is not ours.
     worker_id = f"{name}.{os.getpid()}"
     hello = worker_pb2.Hello(
         worker_id=worker_id, model=standin.MODEL, device="none", version=version
     )
-    session = Session(scheduler, hello, StandInRunner(jobs_per_pass))
+    credentials = Credentials(token)
+    session = Session(server, hello, StandInRunner(jobs_per_pass), credentials=credentials)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, session.asked_to_drain.set)
     working = asyncio.create_task(session.run())
     stopping = asyncio.create_task(session.asked_to_drain.wait())
@@ -97,7 +99,8 @@ async def _work(scheduler: str, name: str, version: str, jobs_per_pass: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scheduler", required=True)
+    parser.add_argument("--server", required=True)
+    parser.add_argument("--token", default="")
     parser.add_argument("--name", required=True)
     parser.add_argument("--version", default="0")
     parser.add_argument("--jobs-per-pass", type=int, default=16)
@@ -106,7 +109,7 @@ def main() -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    asyncio.run(_work(given.scheduler, given.name, given.version, given.jobs_per_pass))
+    asyncio.run(_work(given.server, given.token, given.name, given.version, given.jobs_per_pass))
 
 
 if __name__ == "__main__":
