@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-war
 PROJECTS := $(wildcard */pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test slow lint docs proto bench gpu fleet chaos proof upgrade model clean
+.PHONY: help setup setup-dev demo test slow lint docs proto released bench gpu fleet chaos proof upgrade model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,12 +56,16 @@ lint: $(VENV)/.setup-dev ## ruff, mypy, import-linter and buf
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 	@cd proto && ../$(BIN)/buf lint
+	@cd proto && ../$(BIN)/buf breaking --against released.binpb
 
 docs: $(VENV)/.setup-dev ## the documentation site: out/site
 	@$(BIN)/mkdocs build --quiet
 
 proto: $(VENV)/.setup-dev ## generate the stubs from the .proto files
 	@$(BIN)/python proto/generate.py
+
+released: $(VENV)/.setup-dev ## at a release: the protocol that `make lint` holds later ones against
+	@cd proto && ../$(BIN)/buf build --exclude-source-info --output released.binpb
 
 # Other task queues, to compare with; never part of what reltrace itself runs on.
 RIVALS := $(VENV)/rivals

@@ -38,7 +38,7 @@ def redis_cluster(nodes: int, appendfsync: str = "") -> Iterator[list[ClusterNod
     appendfsync
         Of their append-only files; empty: they write none.
     """
-    ports = _free_ports(nodes)
+    ports = free_ports(nodes)
     persistence = ["--appendonly", "yes", "--appendfsync", appendfsync] if appendfsync else []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         running = []
@@ -62,7 +62,7 @@ def _join(ports: Sequence[int]) -> None:
     with ExitStack() as stack:
         clients = [stack.enter_context(redis.Redis(port=port)) for port in ports]
         for client in clients:
-            wait_until(lambda client=client: _answers(client), "a node answers", 20)
+            wait_until(lambda client=client: answers(client), "a node answers", 20)
         for number, client in enumerate(clients):
             slots = range(SLOTS * number // len(ports), SLOTS * (number + 1) // len(ports))
             client.execute_command("CLUSTER ADDSLOTS", *slots)
@@ -78,14 +78,14 @@ def _knows(client: redis.Redis, nodes: int) -> bool:
     return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == nodes
 
 
-def _answers(client: redis.Redis) -> bool:
+def answers(client: redis.Redis) -> bool:
     try:
         return bool(client.ping())
     except redis.RedisError:
         return False
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Find ports that nobody listens on; a node's bus has the port 10,000 above."""
     with ExitStack() as stack:
         found: list[int] = []

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -22,9 +23,13 @@ from reltrace_proto.net import SettingError, host_and_port
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
     from prometheus_client import CollectorRegistry
-    from structlog.types import EventDict, Processor
+    from structlog.types import EventDict, ExcInfo, Processor
 
     from reltrace_proto.v1 import types_pb2
+
+
+_MAX_FRAMES = 50
+"""Of a traceback, the last ones: an error in a recursion has a thousand."""
 
 
 class LogFormat(StrEnum):
@@ -35,7 +40,11 @@ class LogFormat(StrEnum):
 
 
 def configure_logs(level: str, form: LogFormat, **fields: str) -> None:
-    """Set up structlog for the whole process; `fields` are added to every line of every thread."""
+    """Set up structlog for the whole process; `fields` are added to every line of every thread.
+
+    Tracebacks have neither variables nor the messages of errors, either of which may be a prompt;
+    the level debug adds the messages.
+    """
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise SettingError(f"--log-level {level}", "must be debug, info, warning or error")
@@ -43,21 +52,43 @@ def configure_logs(level: str, form: LogFormat, **fields: str) -> None:
     def add_fields(logger: object, method: str, event: "EventDict") -> "EventDict":
         return {**fields, **event}
 
-    renderer: list[Processor] = (
-        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    def format_traceback(exc_info: "ExcInfo") -> str:
+        return _traceback(exc_info[1], messages=number <= logging.DEBUG)
+
+    renderer: Processor = (
+        structlog.processors.JSONRenderer()
         if form is LogFormat.JSON
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     )
     structlog.configure(
         processors=[
             add_fields,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
-            *renderer,
+            structlog.processors.ExceptionRenderer(format_traceback),
+            renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def _traceback(error: BaseException, *, messages: bool) -> str:
+    """Return where an error and those before it were raised, and their kinds."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.insert(0, cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return "\nfollowed by:\n".join(_raised(each, messages) for each in chain)
+
+
+def _raised(error: BaseException, messages: bool) -> str:
+    frames = traceback.extract_tb(error.__traceback__, limit=-_MAX_FRAMES)
+    kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    return "".join(traceback.format_list(frames)) + (f"{kind}: {error}" if messages else kind)
 
 
 @contextmanager

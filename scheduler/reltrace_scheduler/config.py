@@ -27,8 +27,9 @@ class Settings:
     listen: str = option("127.0.0.1:50051", "HOST:PORT to serve on; port 0: any free port.")
     redis: str | None = option(
         None,
-        "URL of a Redis, 6.2 or newer: redis://, rediss:// or unix://. Without it, the scheduler "
-        "starts one of its own, with its data under --data.",
+        "URL of a Redis, 6.2 or newer: redis://HOST, rediss://HOST (TLS) or unix:///PATH; of nodes "
+        "of a Redis Cluster: redis://HOST,HOST; of Sentinels: redis+sentinel://HOST,HOST/NAME. "
+        "Without it, the scheduler starts one of its own, with its data under --data.",
     )
     redis_url_file: Path | None = option(None, "File that holds this URL, with its password.")
     redis_password_file: Path | None = option(
@@ -37,7 +38,7 @@ class Settings:
         "RELTRACE_REDIS_PASSWORD.",
     )
     redis_ca: Path | None = option(
-        None, "With rediss://: PEM file of the authorities to trust. (default: the system's)"
+        None, "With TLS to Redis: PEM file of the authorities to trust. (default: the system's)"
     )
     data: Path | None = option(None, "Folder of the scheduler's own Redis.")
     fsync: Fsync = option(

@@ -79,6 +79,25 @@ class QueueFullError(SchedulerError):
     retry_after = 1.0
 
 
+class StoreFullError(SchedulerError):
+    """Redis is full: what needs more of its memory is refused, everything else goes on."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retry_after = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the job store is full: nothing was stored; read results that wait, and try again"
+        )
+
+
+class TooLargeError(InvalidRequestError):
+    """The jobs of one submission exceed the bound of the queue by themselves."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(Violation("jobs", fault))
+
+
 class TooFastError(SchedulerError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -107,7 +126,7 @@ class ForbiddenError(SchedulerError):
 
 
 class UnavailableError(SchedulerError):
-    """Redis is away, or no worker has connected yet: the same call may succeed later."""
+    """Redis is away or not ready, or no worker has connected yet; the call may succeed later."""
 
     code = grpc.StatusCode.UNAVAILABLE
     retry_after = 0.5

@@ -1,6 +1,8 @@
 """Bounds on what one request may contain."""
 
-MAX_REQUEST_BYTES = 16 << 20
+MAX_SUBMISSION_BYTES = 16 << 20
+MAX_REQUEST_BYTES = 1 << 20
+"""Of all other requests of clients and operators."""
 # Above our own limit, so that an over-long message gets an error that names it; what is
 # longer still is refused by gRPC itself with RESOURCE_EXHAUSTED.
 MAX_TRANSPORT_BYTES = 64 << 20

@@ -62,6 +62,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         From a job to its violations: such a job rejects its submission.
     rejection
         The code of such a rejection.
+    max_jobs
+        No submission of more jobs fits.
     before_answer
         Called when a submission is stored, before it is answered.
     lose_answer
@@ -98,6 +100,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     acknowledge_errors: int = 0
     faults: Callable[[types_pb2.JobSpec], list[tuple[str, str]]] = lambda spec: []
     rejection: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT
+    max_jobs: int = 1000
     before_answer: Callable[[], None] = lambda: None
     lose_answer: bool = False
     drop_at: set[int] = field(default_factory=set)
@@ -177,6 +180,12 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
                 for index, spec in enumerate(request.jobs)
                 for name, description in self.faults(spec)
             ]
+            if len(request.jobs) > self.max_jobs:
+                violations = [
+                    error_details_pb2.BadRequest.FieldViolation(
+                        field="jobs", description=f"at most {self.max_jobs} fit"
+                    )
+                ]
             if violations:
                 bad = error_details_pb2.BadRequest(field_violations=violations)
                 context.abort_with_status(

@@ -1,5 +1,6 @@
 """The stubs that are checked in are what the .proto files give; the files are clean."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,22 @@ def test_stubs_do_not_import_the_client(generated: Path) -> None:
         assert "from reltrace.v1" not in path.read_text()
 
 
-def test_buf_lint() -> None:
-    buf = Path(sys.executable).parent / "buf"
-    done = subprocess.run([buf, "lint"], cwd=PROTO, capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("check", [["lint"], ["breaking", "--against", "released.binpb"]])
+def test_buf(check: list[str]) -> None:
+    done = _buf(PROTO, *check)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_field_that_is_renumbered_breaks_what_was_released(tmp_path: Path) -> None:
+    shutil.copytree(PROTO, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "reltrace" / "v1" / "worker.proto"
+    file.write_text(file.read_text().replace("bool drafts = 5;", "bool drafts = 99;"))
+    done = _buf(tmp_path, "breaking", "--against", "released.binpb")
+    assert 'field "5" with name "drafts"' in done.stdout
+
+
+def _buf(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    buf = Path(sys.executable).parent / "buf"
+    return subprocess.run(
+        [buf, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )

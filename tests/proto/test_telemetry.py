@@ -53,13 +53,40 @@ def test_every_line_is_an_object_with_the_fields(lines: Lines) -> None:
     assert first["timestamp"].endswith("Z")
 
 
-def test_an_exception_stays_on_its_line(lines: Lines) -> None:
+@pytest.mark.parametrize("form", LogFormat)
+@pytest.mark.parametrize(("level", "shown"), [("info", False), ("debug", True)])
+def test_a_traceback_has_no_variables_and_messages_only_if_asked_for(
+    form: LogFormat, level: str, shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Given an error with another before it, whose messages and variables hold a text
+    I expect its kind and where it was raised, on one line of JSON, and messages at level debug.
+    """
+    configure_logs(level, form)
+    text = "an" + "kara"
     try:
-        raise ValueError("broken")
+        try:
+            raise KeyError(text)
+        except KeyError as error:
+            raise ValueError(f"no {text}") from error
     except ValueError:
         log.exception("failed")
+    structlog.reset_defaults()
+    said = capsys.readouterr().err
+    if form is LogFormat.JSON:
+        said = json.loads(said)["exception"]
+    assert said.index("KeyError") < said.index("followed by") < said.index("ValueError")
+    assert "test_telemetry.py" in said
+    assert ("no ankara" in said) == shown
+    assert said.count("ankara") == (2 if shown else 0)
+
+
+def test_errors_that_cause_each_other_end(lines: Lines) -> None:
+    first, second = ValueError(), KeyError()
+    first.__cause__, second.__cause__ = second, first
+    log.error("failed", exc_info=first)
     (line,) = lines()
-    assert "ValueError: broken" in line["exception"]
+    assert line["exception"] == "KeyError\nfollowed by:\nValueError"
 
 
 def test_lines_for_people_have_the_fields_too() -> None:

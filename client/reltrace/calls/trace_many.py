@@ -26,6 +26,7 @@ Result: TypeAlias = Trace | list[Trace] | Failure
 # A submission is one message, one stream and one acknowledgement for all of its jobs.
 _BATCH_JOBS = 256
 _BATCH_BYTES = 1024 * 1024
+_JOBS_FIELD = "jobs"
 # With the limit in flight, a submission waits so many seconds for more jobs, since it costs the
 # server as much as dozens of jobs. Not longer, since the next result in order may be one of them.
 _LINGER = 0.02
@@ -39,13 +40,14 @@ _MAX_UNREAD_BYTES = 256 * 1024 * 1024
 class _Batch:
     """Jobs of the next submission, by the index of their item."""
 
+    most: int
     jobs: dict[int, Job] = field(default_factory=dict)
     bytes: int = 0
 
     def add(self, index: int, job: Job) -> bool:
         """Add a job; return False if there is no room for it."""
         size = job.spec.ByteSize()
-        full = len(self.jobs) >= _BATCH_JOBS or self.bytes + size > _BATCH_BYTES
+        full = len(self.jobs) >= self.most or self.bytes + size > _BATCH_BYTES
         if self.jobs and full:
             return False
         self.jobs[index] = job
@@ -80,6 +82,7 @@ class TraceManyRun:
         self._priority = wire_priority(priority)
         self._deadline = deadline
         self._pins = pins or Pins(connection)
+        self._batch_jobs = _BATCH_JOBS
         self._slots = asyncio.Semaphore(_MAX_SUBMISSIONS)
         self._feeder: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -151,7 +154,7 @@ class TraceManyRun:
         self._result_ready.set()
 
     async def _feed(self) -> None:
-        batch = _Batch()
+        batch = _Batch(self._batch_jobs)
         index = 0
         while True:
             free = self._limit - self._in_flight
@@ -176,7 +179,7 @@ class TraceManyRun:
                     batch = await self._flush(batch)
                     batch.add(index, job)
                 index += 1
-            if len(batch.jobs) >= _BATCH_JOBS:
+            if len(batch.jobs) >= batch.most:
                 batch = await self._flush(batch)
 
     async def _wait_taken(self, patience: float | None) -> bool:
@@ -206,10 +209,14 @@ class TraceManyRun:
     async def _flush(self, batch: _Batch) -> _Batch:
         if batch.jobs:
             await self._slots.acquire()
-            task = self._start(self._run(batch.jobs))
-            self._submissions.add(task)
+            task = self._submit(batch.jobs)
             task.add_done_callback(lambda _: self._slots.release())
-        return _Batch()
+        return _Batch(self._batch_jobs)
+
+    def _submit(self, batch: dict[int, Job]) -> asyncio.Task[None]:
+        task = self._start(self._run(batch))
+        self._submissions.add(task)
+        return task
 
     async def _run(self, batch: dict[int, Job]) -> None:
         """Submit the jobs of one batch, without those that are rejected, and read their results."""
@@ -222,6 +229,13 @@ class TraceManyRun:
                     self._connection, list(jobs.values()), self._deadline, self._priority
                 )
             except InvalidArgument as error:
+                if len(jobs) > 1 and any(v.field == _JOBS_FIELD for v in error.violations):
+                    # So many never fit the server's bounds.
+                    half = (len(jobs) + 1) // 2
+                    self._batch_jobs = min(self._batch_jobs, half)
+                    for part in (indices[:half], indices[half:]):
+                        self._submit({index: jobs[index] for index in part})
+                    return
                 # The submission as a whole is at fault, so every job of it fails.
                 answer = Rejected(dict.fromkeys(range(len(jobs)), error))
             if not isinstance(answer, Rejected):

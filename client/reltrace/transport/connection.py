@@ -126,6 +126,7 @@ class Connection:
                 raise
             else:
                 server.succeeded()
+                retries.succeeded()
                 return answer
             if is_answer(status):
                 return status

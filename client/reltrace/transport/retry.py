@@ -12,15 +12,17 @@ import grpc
 
 from reltrace.transport.settings import ADDRESS_VARIABLE
 from reltrace.transport.status import RpcStatus, from_status
-from reltrace.types.errors import DeadlineExceeded, TraceError, invalid
+from reltrace.types.errors import DeadlineExceeded, TraceError, Unavailable, invalid
 
 log = logging.getLogger("reltrace")
 # Not the module's generator, which the caller may have seeded.
 _random = SystemRandom()
 
 _MAX_RETRY_DELAY = 60.0
-# Seconds without an answer before it is logged.
+# Seconds without an answer, or of waiting, before it is logged.
 _LOG_AFTER = 3.0
+# Many calls may wait, in turn, for hours.
+_LOG_WAITING_EVERY = 600.0
 
 # How a call ends if its server stops. The server may have done what it was asked for.
 TRANSIENT = (
@@ -40,7 +42,7 @@ class Deadline:
     Attributes
     ----------
     cause : TraceError or None
-        Why no server answers at present, for the message of the error.
+        Why no server answers, or accepts the call, at present; for the message of the error.
     """
 
     def __init__(self, timeout: float | None) -> None:
@@ -55,7 +57,7 @@ class Deadline:
     @property
     def unreachable(self) -> bool:
         """Whether no server answers at present."""
-        return self.cause is not None
+        return isinstance(self.cause, Unavailable)
 
     def remaining(self) -> float | None:
         """Return the seconds left, at least 0; None: no end."""
@@ -71,16 +73,26 @@ class Deadline:
 
 
 class OutageLog:
-    """Logs once, for all calls, that no server answers, and once that one answers again."""
+    """Logs once, for all calls, that no server answers, and once that one answers again.
+
+    Also why calls wait for a server that answers, but can not take them.
+    """
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._logged = False
+        self._waiting_logged_at = -math.inf
 
     def failing(self, cause: TraceError, left: float) -> None:
         if not self._logged:
             self._logged = True
             log.warning("%s; trying again for %.0f s", cause, left)
+
+    def waiting(self, cause: TraceError) -> None:
+        now = time.monotonic()
+        if now - self._waiting_logged_at > _LOG_WAITING_EVERY:
+            self._waiting_logged_at = now
+            log.warning("%s; waiting until it can", cause)
 
     def answered(self) -> None:
         if self._logged:
@@ -104,10 +116,11 @@ class Retries:
         self._deadline = deadline
         self._outage = outage
         self._failing_since: float | None = None
+        self._waiting_since: float | None = None
         self._failures = 0
 
     def succeeded(self) -> None:
-        self._failing_since = None
+        self._failing_since = self._waiting_since = None
         self._outage.answered()
         self._failures = 0
         self._deadline.cause = None
@@ -122,8 +135,8 @@ class Retries:
         """
         self._deadline.check()
         if status.code is grpc.StatusCode.RESOURCE_EXHAUSTED and status.retry_after is not None:
-            self.succeeded()
             delay = min(max(status.retry_after, 0.01), _MAX_RETRY_DELAY)
+            self._note_waiting(status)
         elif status.code in TRANSIENT:
             delay = self._next_delay(status)
         else:
@@ -131,6 +144,15 @@ class Retries:
         remaining = self._deadline.remaining()
         await asyncio.sleep(delay if remaining is None else min(delay, remaining))
         self._deadline.check()
+
+    def _note_waiting(self, status: RpcStatus) -> None:
+        now = time.monotonic()
+        since = self._waiting_since or now
+        self.succeeded()
+        self._waiting_since = since
+        cause = self._deadline.cause = from_status(status, self._address)
+        if now - since >= _LOG_AFTER:
+            self._outage.waiting(cause)
 
     def _next_delay(self, status: RpcStatus) -> float:
         now = time.monotonic()

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -73,6 +74,7 @@ class WorkerStatus(_message.Message):
     SEEN_AT_FIELD_NUMBER: _builtins.int
     FURTHER_MODELS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    SILENT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     device: _builtins.str
     version: _builtins.str
@@ -89,6 +91,10 @@ class WorkerStatus(_message.Message):
     def further_models(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ModelInfo]:
         """Others that it serves in turn."""
 
+    @_builtins.property
+    def silent(self) -> _duration_pb2.Duration:
+        """How long what it computes has stood still, if for seconds."""
+
     def __init__(
         self,
         *,
@@ -101,10 +107,11 @@ class WorkerStatus(_message.Message):
         seen_at: _timestamp_pb2.Timestamp | None = ...,
         further_models: _abc.Iterable[_types_pb2.ModelInfo] | None = ...,
         draining: _builtins.bool = ...,
+        silent: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["connected_at", b"connected_at", "model", b"model", "seen_at", b"seen_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["connected_at", b"connected_at", "model", b"model", "seen_at", b"seen_at", "silent", b"silent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected_at", b"connected_at", "device", b"device", "draining", b"draining", "further_models", b"further_models", "leased", b"leased", "model", b"model", "seen_at", b"seen_at", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected_at", b"connected_at", "device", b"device", "draining", b"draining", "further_models", b"further_models", "leased", b"leased", "model", b"model", "seen_at", b"seen_at", "silent", b"silent", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -79,10 +79,15 @@ class Hello(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     FURTHER_MODELS_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Names one process: the same when it connects again, another after a restart."""
     device: _builtins.str
     version: _builtins.str
+    protocol: _builtins.int
+    """Version of this protocol that the worker speaks; 0: from before there were versions. Each side
+    refuses one that is older than the oldest it can serve.
+    """
     @_builtins.property
     def model(self) -> _types_pb2.ModelInfo: ...
     @_builtins.property
@@ -97,10 +102,11 @@ class Hello(_message.Message):
         device: _builtins.str = ...,
         version: _builtins.str = ...,
         further_models: _abc.Iterable[_types_pb2.ModelInfo] | None = ...,
+        protocol: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "further_models", b"further_models", "model", b"model", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "further_models", b"further_models", "model", b"model", "protocol", b"protocol", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -159,20 +165,54 @@ class Heartbeat(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASES_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseRef]: ...
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """Unset: nothing is under way."""
+
     def __init__(
         self,
         *,
         leases: _abc.Iterable[Global___LeaseRef] | None = ...,
+        progress: Global___Progress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class Progress(_message.Message):
+    """How long the thread that computes has stood still, and for how long it may: a worker that finds it
+    past that ends. One that is past twice that and goes on is renewed no lease.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SILENT_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def silent(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def limit(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        silent: _duration_pb2.Duration | None = ...,
+        limit: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "silent", b"silent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "silent", b"silent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class LeasedChunk(_message.Message):
@@ -343,11 +383,14 @@ class Welcome(_message.Message):
     RESULTS_URL_FIELD_NUMBER: _builtins.int
     RESULTS_ABOVE_BYTES_FIELD_NUMBER: _builtins.int
     DRAFTS_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     results_url: _builtins.str
     """Folder, as a URL, for the tensors of results that are larger than this; empty: none."""
     results_above_bytes: _builtins.int
     drafts: _builtins.bool
     """Drafts may be sent. A scheduler that does not know them would end the stream."""
+    protocol: _builtins.int
+    """Version of this protocol that the scheduler speaks, as in Hello."""
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
         """Unrenewed, a lease is lost after this time."""
@@ -364,10 +407,11 @@ class Welcome(_message.Message):
         results_url: _builtins.str = ...,
         results_above_bytes: _builtins.int = ...,
         drafts: _builtins.bool = ...,
+        protocol: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "heartbeat", b"heartbeat", "lease", b"lease", "results_above_bytes", b"results_above_bytes", "results_url", b"results_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "heartbeat", b"heartbeat", "lease", b"lease", "protocol", b"protocol", "results_above_bytes", b"results_above_bytes", "results_url", b"results_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,15 +3,16 @@
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError, Message
-from redis import exceptions as redis_errors
+from google.protobuf.message import Message
 from redis.asyncio import Redis
 from reltrace_proto.v1 import admin_pb2, trace_pb2, worker_pb2
 
+from reltrace_scheduler.api.parsing import parse
 from reltrace_scheduler.api.status import status_of
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.authorization import authorize
@@ -21,11 +22,10 @@ from reltrace_scheduler.auth.tokens import Tokens
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     SchedulerError,
-    UnavailableError,
-    Violation,
 )
-from reltrace_scheduler.limits import MAX_REQUEST_BYTES
 from reltrace_scheduler.observability.metrics import Counts
+from reltrace_scheduler.queue.trouble import answer_to, log_trouble
+from reltrace_scheduler.tasks import note_size, off_loop
 
 log = structlog.get_logger()
 
@@ -47,13 +47,6 @@ _METHODS: dict[str, str] = {
     for method in service.methods
 }
 _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
-
-_REDIS_AWAY = (
-    redis_errors.ConnectionError,
-    redis_errors.TimeoutError,
-    redis_errors.BusyLoadingError,
-    redis_errors.ReadOnlyError,
-)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -94,10 +87,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call = self._stream(behaviour, method, handler.request_streaming)
         else:
             call = self._unary(behaviour, method)
-        limited = "WorkerService" not in method
+        # A submission may be so long that it is parsed elsewhere.
+        parser = None if method == _SUBMIT else _parser(handler.request_deserializer)
         return make(
             call,
-            request_deserializer=_parser(handler.request_deserializer, limited=limited),
+            request_deserializer=parser,
             response_serializer=handler.response_serializer,
         )
 
@@ -115,9 +109,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             began = time.perf_counter()
             try:
-                request = _checked(request)
                 if method == _SUBMIT:
+                    note_size(len(request))
+                    request = await off_loop(partial(parse, trace_pb2.SubmitJobsRequest, request))
                     await self._limiter.take(current().name, "jobs", len(request.jobs))
+                request = _checked(request)
                 return await behaviour(request, context)
             except Exception as error:
                 await _abort(context, error, method)
@@ -157,25 +153,16 @@ def _while_valid(behaviour: Behaviour, tokens: Tokens, token: str) -> Behaviour:
     return call
 
 
-def _parser(
-    parse: Callable[[bytes], Message], *, limited: bool
-) -> Callable[[bytes], Message | InvalidRequestError]:
-    """Return a parser that explains what is wrong: gRPC's own error is a bare INTERNAL."""
-    # Stubs give the bound `FromString` of the message class.
-    message: Any = parse.__self__  # type: ignore[attr-defined]
+def _parser(parser: Any) -> Callable[[bytes], Message | InvalidRequestError]:
+    """Return a parser that gives what is wrong: gRPC's own error is a bare INTERNAL."""
+    # Stubs have the bound `FromString` of the message class.
+    kind = parser.__self__
 
     def parse_or_explain(data: bytes) -> Message | InvalidRequestError:
-        if limited and len(data) > MAX_REQUEST_BYTES:
-            fault = (
-                f"is {len(data)} bytes long; at most {MAX_REQUEST_BYTES} are allowed: "
-                "send fewer jobs in one message"
-            )
-            return InvalidRequestError(Violation("request", fault))
         try:
-            return parse(data)
-        except DecodeError:
-            fault = f"is not a valid {message.DESCRIPTOR.full_name} message with texts in UTF-8"
-            return InvalidRequestError(Violation("request", fault))
+            return parse(kind, data)
+        except InvalidRequestError as error:
+            return error
 
     return parse_or_explain
 
@@ -196,9 +183,9 @@ async def _abort(
 ) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if isinstance(error, _REDIS_AWAY):
-        log.warning("redis.away", method=method, error=str(error))
-        error = UnavailableError("the job store can not be reached at present; try again")
+    if answer := answer_to(error):
+        log_trouble("redis.fails", error, method=method)
+        error = answer
     elif not isinstance(error, SchedulerError):
         # The caller is not told what went wrong inside; the log says it.
         log.exception("rpc.failed", method=method, exc_info=error)

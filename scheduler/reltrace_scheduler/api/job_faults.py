@@ -139,8 +139,8 @@ def _ids_faults(spec: types_pb2.JobSpec, model: types_pb2.ModelInfo) -> Iterator
         yield Violation("input_ids", "is empty")
         return
     yield from _range_faults("input_ids", count, 1, model.context_length, " tokens")
-    bad = next((index for index, token in enumerate(ids) if token >= model.vocab_size), None)
-    if bad is not None:
+    if max(ids) >= model.vocab_size:
+        bad = next(index for index, token in enumerate(ids) if token >= model.vocab_size)
         yield Violation(f"input_ids[{bad}]", _out_of_range(ids[bad], model))
     for index, target in enumerate(spec.targets):
         if target.HasField("position") and not -count <= target.position < count:

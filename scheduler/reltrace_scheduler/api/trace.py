@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from reltrace_scheduler.queue.results import FIRST_DRAFT
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import Priority, Progress, StoredChunk, StoredDraft, Submission
+from reltrace_scheduler.tasks import off_loop
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -54,7 +56,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         self._spans.start_traces(request.idempotency_key, request.jobs)
         models = await self._models.get(*(job.model for job in request.jobs))
         try:
-            jobs = check_submission(request, models, self._store.settings.output_uri)
+            check = partial(check_submission, request, models, self._store.settings.output_uri)
+            jobs = await off_loop(check)
         except SchedulerError:
             # What was accepted stays accepted, also when models have come or gone since.
             before = await self._accepted_before(request)
@@ -82,7 +85,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         priority = _PRIORITIES.get(request.priority)
         if not request.idempotency_key or priority is None:
             return None
-        jobs = digest(map(as_sent, request.jobs), priority)
+        jobs = await off_loop(lambda: digest(map(as_sent, request.jobs), priority))
         return await self._store.queue.seen(current().tenant, request.idempotency_key, jobs)
 
     async def StreamResults(  # noqa: N802

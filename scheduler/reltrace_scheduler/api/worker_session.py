@@ -190,6 +190,7 @@ class Session:
         results = [terminal_results.failed(lease, release.error) for lease in exhausted]
         await terminal_results.end(self._store, self._counts, results)
         for lease, queue in zip(leases, self.leasing.drop(leases), strict=True):
+            # Why is in the worker's log: its message may quote the job.
             self._counts.retried.labels(queue.route).inc()
             self._log.warning(
                 "attempt.failed",
@@ -197,7 +198,6 @@ class Session:
                 tenant=queue.tenant,
                 attempt=lease.attempt,
                 final=lease in exhausted,
-                error=release.error.message,
             )
 
     def _revoke(self, leases: list[Lease]) -> list[worker_pb2.WorkResponse]:

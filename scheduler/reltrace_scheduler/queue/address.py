@@ -1,6 +1,7 @@
 """The address of Redis and its password, which no message shows."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -16,11 +17,12 @@ PASSWORD_VARIABLE = "RELTRACE_REDIS_PASSWORD"
 @dataclass(frozen=True, slots=True)
 class RedisAddress:
     url: str
-    """``redis://``, ``rediss://`` or ``unix://``; it may hold a password."""
+    """``redis://`` (several hosts: of a Redis Cluster), ``unix://``, or ``redis+sentinel://``, or
+    with ``rediss`` for TLS; it may hold passwords."""
     password: str | None = None
     """Takes the place of the URL's."""
     ca: Path | None = None
-    """With ``rediss://``: PEM file of the authorities to trust; None: the system's."""
+    """With TLS: PEM file of the authorities to trust; None: the system's."""
 
     def __repr__(self) -> str:
         return f"RedisAddress({self.shown})"
@@ -28,6 +30,19 @@ class RedisAddress:
     @property
     def shown(self) -> str:
         return without_secrets(self.url)
+
+    @property
+    def is_sentinel(self) -> bool:
+        return self.url.partition("://")[0].endswith("+sentinel")
+
+    @property
+    def single(self) -> list[str]:
+        """The same URL with one of its hosts each."""
+        parts = re.fullmatch(r"(redis[^:]*://)([^/?#]*@)?([^/?#]*)(.*)", self.url, re.DOTALL)
+        if parts is None:
+            return [self.url]
+        scheme, credentials, hosts, rest = parts.groups(default="")
+        return [f"{scheme}{credentials}{host}{rest}" for host in hosts.split(",")]
 
 
 def without_secrets(url: str) -> str:
@@ -51,7 +66,8 @@ def has_password(url: str) -> bool:
     if "@" in url and not _is_path(url):
         return True
     try:
-        return "password" in parse_qs(urlsplit(url).query)
+        query = parse_qs(urlsplit(url).query)
+        return "password" in query or "sentinel_password" in query
     except ValueError:
         return "password" in url
 
@@ -91,7 +107,7 @@ def redis_address(settings: Settings, *, on_command_line: bool) -> RedisAddress 
     if settings.redis_password_file is not None:
         password = read_line("--redis-password-file", settings.redis_password_file)
     if ca is not None:
-        if not url.startswith("rediss://"):
+        if not url.startswith(("rediss://", "rediss+sentinel://")):
             raise StartError(f"--redis-ca {ca}: only a rediss:// URL uses it")
         if not ca.is_file():
             raise StartError(f"--redis-ca {ca}: no such file")

@@ -2,31 +2,17 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
 from redis.exceptions import AuthenticationError, RedisError
 
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.address import PASSWORD_VARIABLE, RedisAddress
+from reltrace_scheduler.queue.client import clients, cluster
 
 OLDEST = (6, 2)
 """XAUTOCLAIM and XTRIM MINID came with Redis 6.2."""
-
-_TIMEOUT = 5.0
-_OPTIONS: dict[str, Any] = {
-    "decode_responses": False,
-    # RESP3 begins with a command that a Redis too old for us does not know: it would fail before
-    # its version could be read.
-    "protocol": 2,
-    "socket_timeout": _TIMEOUT,
-    "socket_connect_timeout": _TIMEOUT,
-    "health_check_interval": 15,
-    # A pool that is exhausted raises, and hundreds of workers may connect again at one moment.
-    "max_connections": 4096,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +22,7 @@ class Connection:
 
 
 async def connect(address: str | RedisAddress) -> Connection:
-    """Connect and check the version.
+    """Connect, and check that it is what the address says and new enough.
 
     Raises
     ------
@@ -47,25 +33,18 @@ async def connect(address: str | RedisAddress) -> Connection:
     if isinstance(address, str):
         address = RedisAddress(address)
     shown = address.shown
-    # One quick retry; how long to wait beyond that is the caller's decision.
-    client = _client(Redis, address, Retry(ExponentialBackoff(cap=0.2, base=0.05), 1))
     try:
-        info = await client.info("server")
-        if info.get("redis_mode") == "cluster":
-            await client.aclose()
-            # While a replica takes over, no node serves its slots for some seconds.
-            retry = Retry(ExponentialBackoff(cap=1.0, base=0.1), 5)
-            client = _client(RedisCluster, address, retry)
-            await client.initialize()
+        client, info = await _open(address)
     except AuthenticationError as error:
-        await client.aclose()
         raise StartError(
             f"--redis {shown}: {error} (a password goes into {PASSWORD_VARIABLE} "
             "or a file named by --redis-password-file)"
         ) from error
     except (RedisError, OSError) as error:
-        await client.aclose()
         raise StartError(f"Redis at {shown} can not be reached: {error}") from error
+    if fault := _unfit(address, info.get("redis_mode", "")):
+        await client.aclose()
+        raise StartError(f"--redis {shown}: {fault}")
     version = str(info["redis_version"])
     if parse_version(version) < OLDEST:
         await client.aclose()
@@ -73,25 +52,37 @@ async def connect(address: str | RedisAddress) -> Connection:
     return Connection(client, version)
 
 
-def _client(kind: type[Redis] | type[RedisCluster], address: RedisAddress, retry: Retry) -> Redis:
-    options = dict(_OPTIONS)
-    if address.ca is not None:
-        options["ssl_ca_certs"] = str(address.ca)
-    if address.password is not None:
-        options["password"] = address.password
-    try:
-        client: Any = kind.from_url(address.url, retry=retry, **options)
-    except ValueError:
-        # Its text may quote a part of the password.
-        raise StartError(
-            f"--redis {address.shown}: must be redis://HOST:PORT, rediss://HOST:PORT or "
-            "unix:///PATH; in a password, write / as %2F, ? as %3F, # as %23, % as %25 and @ as %40"
-        ) from None
-    if address.password is not None and isinstance(client, Redis):
-        # The argument gives way to a password in the URL.
-        client.connection_pool.connection_kwargs["password"] = address.password
-    # Both kinds have the commands that the queue uses, and no common base that says so.
-    return cast("Redis", client)
+async def _open(address: RedisAddress) -> tuple[Redis, Any]:
+    """Connect to the first host that answers, or to its cluster; also return what it says."""
+    failure: Exception | None = None
+    for client in clients(address):
+        try:
+            info: Any = await client.info("server")
+            if info.get("redis_mode") != "cluster":
+                return client, info
+            await client.aclose()
+            client = cluster(address)
+            await client.initialize()
+            return client, info
+        except (RedisError, OSError) as error:
+            await client.aclose()
+            if isinstance(error, AuthenticationError):
+                raise
+            failure = error
+    assert failure is not None
+    raise failure
+
+
+def _unfit(address: RedisAddress, mode: str) -> str | None:
+    """Return why a server of this `redis_mode` is not what the address says."""
+    if mode == "sentinel":
+        return "is a Sentinel; write redis+sentinel://HOST:PORT/NAME"
+    if mode != "cluster" and len(address.single) > 1 and not address.is_sentinel:
+        return (
+            "names several hosts, but is no Redis Cluster; name one host, or Sentinels by "
+            "redis+sentinel://HOST:PORT,HOST:PORT/NAME"
+        )
+    return None
 
 
 async def memory_used(client: Redis) -> int:

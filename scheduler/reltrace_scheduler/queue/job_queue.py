@@ -9,7 +9,14 @@ from typing import Any
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.errors import IdempotencyError, QueueFullError, SupersededError
+from reltrace_scheduler.errors import (
+    ForbiddenError,
+    IdempotencyError,
+    QueueFullError,
+    SchedulerError,
+    SupersededError,
+    TooLargeError,
+)
 from reltrace_scheduler.keys import QueueName, submission_id, submission_of
 from reltrace_scheduler.queue.shards import Shard, Shards, milliseconds
 from reltrace_scheduler.records import (
@@ -23,6 +30,7 @@ from reltrace_scheduler.records import (
     Submission,
     TerminalResult,
 )
+from reltrace_scheduler.tasks import off_loop
 
 LOST, STORED, OUT_OF_ORDER = 0, 1, -1
 """Outcomes of `JobQueue.commit` per chunk."""
@@ -57,12 +65,21 @@ class JobQueue:
         ------
         QueueFullError
             The bounds on jobs or bytes would be passed; nothing was accepted.
+        TooLargeError
+            They would be passed even if the queue were empty.
+        ForbiddenError
+            The bound on jobs is 0.
         IdempotencyError
             The key was used for other jobs.
         """
         settings = self._settings
         shard = self._shards.for_submission(tenant, idempotency_key)
         submission = submission_id(secrets.token_hex(10), shard.key.shard)
+        jobs_digest = "-"
+        if idempotency_key:
+            jobs_digest = await off_loop(
+                lambda: digest((job.sent or job.spec for job in jobs), priority)
+            )
         status, *details = await shard.run(
             "submit",
             [
@@ -74,7 +91,7 @@ class JobQueue:
             tenant,
             priority,
             milliseconds(_IDEMPOTENCY_TTL) if idempotency_key else 0,
-            digest([job.sent or job.spec for job in jobs], priority) if idempotency_key else "-",
+            jobs_digest,
             settings.max_jobs,
             settings.max_bytes,
             settings.tenant_max_jobs,
@@ -86,14 +103,31 @@ class JobQueue:
             return Submission(details[0].decode(), int(details[1]), deduplicated=True)
         if status == b"differs":
             raise IdempotencyError(idempotency_key)
-        if status == b"full":
-            whose, held_jobs, held_bytes, max_jobs, max_bytes = details
-            raise QueueFullError(
-                f"the queue {whose.decode()} holds {held_jobs} jobs and {held_bytes} bytes "
-                f"(unread results among them); the bounds are {max_jobs} jobs and "
-                f"{max_bytes} bytes"
-            )
+        if status in (b"full", b"too_large"):
+            raise self._without_room(status, details, jobs)
         return Submission(submission, len(jobs))
+
+    def _without_room(
+        self, status: bytes, details: Sequence[Any], jobs: Sequence[NewJob]
+    ) -> SchedulerError:
+        """Return the error for a submission for which `submit.lua` found no room."""
+        whose, held_jobs, held_bytes, max_jobs, max_bytes = details
+        queue, shards = f"the queue {whose.decode()}", self._settings.shards
+        if max_jobs == 0:
+            return ForbiddenError(f"{queue} takes no jobs: its bound on jobs is 0")
+        bounds = f"the bounds are {max_jobs} jobs and {max_bytes} bytes"
+        if shards > 1:
+            bounds += f" in each of {shards} shards"
+        if status == b"too_large":
+            size = sum(len(job.spec) for job in jobs)
+            return TooLargeError(
+                f"{len(jobs)} of {size} bytes do not fit {queue} even when it is empty: {bounds}; "
+                "send fewer at once, or smaller ones, or have the bounds raised"
+            )
+        return QueueFullError(
+            f"{queue} holds {held_jobs} jobs and {held_bytes} bytes (unread results among them); "
+            f"{bounds}"
+        )
 
     async def seen(self, tenant: str, idempotency_key: str, jobs: str) -> Submission | None:
         """Return the submission that was accepted under a key, if its jobs have this `digest`."""

@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 
 from reltrace_scheduler.keys import SharedKey
 from reltrace_scheduler.queue.shards import Shards
+from reltrace_scheduler.queue.trouble import reason_of
 
 log = structlog.get_logger()
 
@@ -57,7 +58,7 @@ class RecentJobs:
                     pipe.ltrim(self._key(key), 0, _ROWS - 1)
                 await pipe.execute()
         except (RedisError, OSError) as error:
-            log.warning("recent.lost", error=str(error))
+            log.warning("recent.lost", error=reason_of(error))
 
     async def rows(self, *, ok: bool) -> list[dict[str, Any]]:
         """Return the jobs that succeeded last, or those that ended otherwise, the latest first.

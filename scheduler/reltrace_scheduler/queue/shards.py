@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
+from redis.exceptions import NoScriptError
 
 from reltrace_scheduler.keys import (
     GROUP,
@@ -65,7 +66,13 @@ class Shard:
     async def run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
         """Run a script; `keys` are those that its head numbers."""
         keys = [*keys, *self._shared_keys]
-        return await self._load(script)(keys=keys, args=[self.key.prefix, *args])
+        loaded, rest = self._load(script), (*keys, self.key.prefix, *args)
+        redis: Any = self.redis
+        try:
+            return await redis.evalsha(loaded.sha, len(keys), *rest)
+        except NoScriptError:
+            # In one step, since a replica may take over between two.
+            return await redis.eval(loaded.script, len(keys), *rest)
 
     async def queues(self) -> list[bytes]:
         names: Any = await self.redis.smembers(self.key("queues"))

@@ -172,6 +172,35 @@ def test_everything_arrives_once_over_a_bad_line(
     assert server.jobs_submitted() == 12
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_does_not_fit_the_servers_bound_is_split(
+    server: FakeServer, client: reltrace.Client, ordered: bool
+) -> None:
+    """
+    Given 900 prompts for a server of which no submission may have more than 100
+    I expect all results, and after the first refusals no more messages that are too large.
+    """
+    server.max_jobs = 100
+    many = prompts(900)
+    results = list(client.trace_many(iter(many), ordered=ordered, max_in_flight=256))
+    assert [trace.id for trace in results] == list(range(900)) or not ordered
+    assert sorted(trace.id for trace in results) == list(range(900))
+    sizes = [len(request.jobs) for request in server.requests]
+    assert sum(size <= 100 for size in sizes) > 8
+    assert max(sizes[-8:]) <= 100
+    assert server.jobs_submitted() == 900
+
+
+def test_one_that_does_not_fit_alone_fails_alone(
+    server: FakeServer, client: reltrace.Client
+) -> None:
+    server.max_jobs = 0
+    results = list(client.trace_many(prompts(3), ordered=True))
+    assert failures(results) == {n: f"item {n}: jobs: at most 0 fit" for n in range(3)}
+    with pytest.raises(reltrace.InvalidArgument, match="jobs: at most 0 fit"):
+        client.trace("a")
+
+
 def test_a_source_is_pulled_no_further_than_allowed(
     server: FakeServer, client: reltrace.Client
 ) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 
 import pytest
 import reltrace
-from fake_server import FakeServer
+from fake_server import FakeServer, queue_full
 
 AWAY = "no answer from the reltrace server at"
 
@@ -48,6 +49,39 @@ def test_an_outage_is_told_once_and_so_is_its_end(
     assert "; trying again for " in away
     assert all(message.endswith("answers again") or message.startswith(AWAY) for message in rest)
     assert rest[0].endswith("answers again")
+
+
+def test_who_waits_for_room_is_told_once_and_why(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """
+    Given a server whose queue is full all the time
+    I expect one line in the log, and the reason in the error of each call whose time is over.
+    """
+    server.submit_errors += [queue_full(0.01)] * 1000
+    told = "the server at .* can not accept the request: the queue is full"
+    with (
+        caplog.at_level(logging.WARNING, "reltrace"),
+        reltrace.Client(server.address, retry_timeout=20) as client,
+    ):
+        for _ in range(2):
+            with pytest.raises(reltrace.DeadlineExceeded, match=f"the timeout of 0.5 s: {told}$"):
+                client.trace("a", timeout=0.5)
+        server.submit_errors.clear()
+        assert client.trace("a").tokens == ["<s>", "a"]
+    (line,) = caplog.messages
+    assert re.fullmatch(f"{told}; waiting until it can", line)
+    # Nothing was accepted, so there is nothing to cancel.
+    assert server.cancelled == []
+
+
+def test_a_reason_that_is_over_is_not_told(server: FakeServer, stuck: FakeServer) -> None:
+    server.submit_errors.append(queue_full(0.01))
+    with (
+        reltrace.Client(server.address) as client,
+        pytest.raises(reltrace.DeadlineExceeded, match=r"the timeout of 1 s$"),
+    ):
+        client.trace("a", timeout=1)
 
 
 def test_nobody_hears_of_it_who_does_not_listen(

@@ -6,7 +6,7 @@ import grpc
 import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from reltrace_proto.v1 import trace_pb2, types_pb2, worker_pb2
-from reltrace_scheduler.limits import MAX_REQUEST_BYTES
+from reltrace_scheduler.limits import MAX_SUBMISSION_BYTES
 from scheduler.fake_worker import MODEL, FakeWorker
 from scheduler.trace_calls import JobSpec, details, fields, submission
 
@@ -487,7 +487,7 @@ async def test_bytes_that_are_no_message(channel: grpc.aio.Channel, worker) -> N
 
 async def test_an_overlong_message(channel: grpc.aio.Channel, client, worker) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await channel.unary_unary(SUBMIT)(bytes(MAX_REQUEST_BYTES + 1))
+        await channel.unary_unary(SUBMIT)(bytes(MAX_SUBMISSION_BYTES + 1))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert fields(caught.value) == ["request"]
     await client.SubmitJobs(submission(JobSpec(prompt="a")))

@@ -24,7 +24,7 @@ from reltrace_proto.v1 import (
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.rates import RateLimiter, Rates
 from reltrace_scheduler.auth.tokens import Tokens, parse
-from reltrace_scheduler.limits import MAX_REQUEST_BYTES
+from reltrace_scheduler.limits import MAX_REQUEST_BYTES, MAX_SUBMISSION_BYTES
 from scheduler.auth.conftest import Serve
 from scheduler.fake_worker import FakeWorker
 
@@ -275,9 +275,11 @@ async def test_what_is_too_long_is_refused_before_it_is_parsed(serve: Serve) -> 
     ):
         for service in ("client", "operator"):
             for method in (m for m, role in METHODS.items() if role == service):
-                code, said = await status_of(channel, method, (), b"\xff" * (MAX_REQUEST_BYTES + 1))
+                is_submission = method.endswith("/SubmitJobs")
+                most = MAX_SUBMISSION_BYTES if is_submission else MAX_REQUEST_BYTES
+                code, said = await status_of(channel, method, (), b"\xff" * (most + 1))
                 # No such message parses: its length is looked at first.
-                assert (code, "send fewer jobs" in said) == (
+                assert (code, f"at most {most} are allowed" in said) == (
                     grpc.StatusCode.INVALID_ARGUMENT,
                     True,
                 ), method

@@ -4,7 +4,7 @@ import pytest
 import redis.asyncio
 from reltrace_scheduler.api.terminal_results import cancelled
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.errors import QueueFullError
+from reltrace_scheduler.errors import ForbiddenError, QueueFullError, TooLargeError
 from reltrace_scheduler.keys import QueueName
 from reltrace_scheduler.queue.results import Results
 from reltrace_scheduler.queue.tenants import Tenants
@@ -102,15 +102,18 @@ async def test_room_is_kept_for_interactive_jobs(driver: Driver) -> None:
 
 async def test_a_tenants_own_bounds(driver: Driver, tenants: Tenants) -> None:
     await tenants.set("small", Limits(max_jobs=5))
-    with pytest.raises(QueueFullError, match=r"of the tenant.* 5 jobs"):
+    with pytest.raises(TooLargeError, match=r"of the tenant.* 5 jobs"):
         await driver.submit(jobs(6), tenant="small")
     await driver.submit(jobs(5), tenant="small")
     with pytest.raises(QueueFullError, match="holds 5 jobs"):
         await driver.submit(jobs(1), tenant="small")
     # Others have the default.
     await driver.submit(jobs(6), tenant="other")
-    with pytest.raises(QueueFullError, match="100000 bytes"):
+    with pytest.raises(TooLargeError, match="100000 bytes"):
         await driver.submit([NewJob("m", bytes(100_001))], tenant="other")
+    await tenants.set("closed", Limits(max_jobs=0))
+    with pytest.raises(ForbiddenError, match="of the tenant takes no jobs"):
+        await driver.submit(jobs(1), tenant="closed")
 
 
 async def test_settings_of_a_tenant(driver: Driver, tenants: Tenants) -> None:

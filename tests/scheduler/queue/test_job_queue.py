@@ -4,7 +4,12 @@ from dataclasses import replace
 import pytest
 import redis.asyncio
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.errors import IdempotencyError, QueueFullError, SupersededError
+from reltrace_scheduler.errors import (
+    IdempotencyError,
+    QueueFullError,
+    SupersededError,
+    TooLargeError,
+)
 from reltrace_scheduler.keys import GROUP, Keys
 from reltrace_scheduler.queue.job_queue import LOST, OUT_OF_ORDER, STORED
 from reltrace_scheduler.queue.results import Results
@@ -70,9 +75,28 @@ async def test_past_the_bound_on_jobs_nothing_is_accepted(driver: Driver) -> Non
 
 
 async def test_past_the_bound_on_bytes_nothing_is_accepted(driver: Driver) -> None:
+    await driver.submit([NewJob("m", bytes(1 << 19))])
     with pytest.raises(QueueFullError, match="1048576 bytes"):
-        await driver.submit([NewJob("m", bytes(1 << 20)), NewJob("m", b"x")])
-    assert (await driver.depth())[0] == 0
+        await driver.submit([NewJob("m", bytes(1 << 19)), NewJob("m", b"x")])
+    assert (await driver.depth())[0] == 1
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_what_not_even_an_empty_queue_has_room_for_is_refused(
+    driver: Driver, busy: bool
+) -> None:
+    if busy:
+        await driver.submit(jobs(50))
+    with pytest.raises(TooLargeError, match=r"jobs: 51 of .* all tenants .* bounds are 50 jobs"):
+        await driver.submit(jobs(51))
+    with pytest.raises(TooLargeError, match=r"1 of 1048577 bytes .* 1048576 bytes; send"):
+        await driver.submit([NewJob("m", bytes((1 << 20) + 1))])
+
+
+async def test_the_bound_of_a_shard_is_told(store: redis.asyncio.Redis, settings: Settings) -> None:
+    sharded = Driver.over(store, replace(settings, shards=5))
+    with pytest.raises(TooLargeError, match="10 jobs and 209716 bytes in each of 5 shards"):
+        await sharded.submit(jobs(11))
 
 
 async def test_ended_jobs_make_room(driver: Driver) -> None:

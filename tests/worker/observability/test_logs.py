@@ -60,6 +60,47 @@ async def test_a_pass_that_fails_names_job_and_tenant(
     ]
 
 
+@pytest.mark.parametrize("form", LogFormat)
+@pytest.mark.parametrize("broken", ["tokenizer", "engine", "encoder"])
+async def test_no_prompt_is_in_a_log(
+    checkpoints: Checkpoints,
+    form: LogFormat,
+    broken: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """
+    Given a prompt, and an error in its tokenizer, pass or result that quotes it
+    I expect a line that says where it was raised, and the prompt nowhere.
+    """
+    loaded = checkpoints.loaded("plain")
+    engine = Engine(loaded)
+    runner = Runner(loaded, engine, max_tokens=50)
+
+    def fail(*arguments: object) -> None:
+        prompt = "ankara " * 3
+        try:
+            raise KeyError(prompt)
+        except KeyError as error:
+            raise ValueError(f"can not do {prompt}") from error
+
+    monkeypatch.setattr(*{
+        "tokenizer": (runner._preparer, "prepare"),
+        "engine": (engine, "run"),
+        "encoder": (runner._encoder, "_encode"),
+    }[broken], fail)  # fmt: skip
+    configure_logs("info", form)
+    spec = types_pb2.JobSpec(prompt="ankara " * 3)
+    ended = await runner.add([worker_pb2.Lease(job_id="j-0", attempt=1, spec=spec)])
+    assert ended or await runner.next_results()
+    structlog.reset_defaults()
+    said = capsys.readouterr()
+    assert "_failed" in said.err or "pass.failed" in said.err
+    assert "in fail" in said.err
+    assert "KeyError" in said.err
+    assert "ankara" not in (said.err + said.out).replace('"ankara " * 3', "")
+
+
 async def test_a_store_that_takes_nothing_is_told_with_job_and_tenant(
     checkpoints: Checkpoints, lines: Lines, tmp_path: Path
 ) -> None:

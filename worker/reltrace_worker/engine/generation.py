@@ -316,7 +316,7 @@ class Generation:
                 return EngineError(
                     f"memory ran out while {len(sequences)} texts were generated: {error}"
                 )
-            log.warning("generation.failed", jobs=len(sequences), error=str(error))
+            log.warning("generation.failed", jobs=len(sequences), exc_info=error)
             return PassFailedError(f"generation failed: {type(error).__name__}: {error}")
         return None
 

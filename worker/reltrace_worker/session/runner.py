@@ -197,7 +197,7 @@ class Runner:
                 log.exception("pass.failed", job=job.key.job_id, tenant=job.lease.tenant)
                 return [_failure(error)]
             # One job must not cost its neighbours their results.
-            log.warning("pass.split", jobs=len(batch), error=str(error))
+            log.warning("pass.split", jobs=len(batch), exc_info=error)
             return [outcome for job in batch for outcome in self._trace([job])]
 
     def _begin(self, batch: list[QueuedJob], full_pass_jobs: int) -> EndedJobs | None:
@@ -207,7 +207,7 @@ class Runner:
         except DeviceLostError:
             raise
         except Exception as error:
-            log.warning("task.failed", jobs=len(batch), error=str(error))
+            log.warning("task.failed", jobs=len(batch), exc_info=error)
             return self._account([(job, _failure(error)) for job in batch], 0.0, full_pass_jobs)
         running = RunningTask(dict(enumerate(batch)), task, batch[0].job.batch_key, full_pass_jobs)
         self._queue.begin(running)
@@ -229,7 +229,7 @@ class Runner:
             raise
         except Exception as error:
             failed = True
-            log.warning("task.failed", jobs=len(running.jobs), error=str(error))
+            log.warning("task.failed", jobs=len(running.jobs), exc_info=error)
             outcomes = dict.fromkeys(running.jobs, _failure(error))
         running.seconds += time.perf_counter() - started
         finished = failed or task.finished

@@ -11,7 +11,8 @@
 --       spec
 --
 -- Returns {"accepted"} | {"seen", submission id, number of jobs} | {"differs"} |
---         {"full", "in all" or "of the tenant", jobs, bytes, bound on jobs, bound on bytes}
+--         {"full", "of all tenants" or "of the tenant", jobs, bytes, bound on jobs, bound on bytes} |
+--         {"too_large", the same}: not even an empty queue has room for it
 local id, tenant, class, ttl, digest = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
 local shards, first = tonumber(ARGV[11]), 12
 local count = (#ARGV - first + 1) / 3
@@ -37,21 +38,29 @@ for i = 0, count - 1 do
     bytes = bytes + #ARGV[first + 3 * i + 2]
 end
 
--- Returns the reply where a bound would be passed. Unread results take memory as jobs do.
-local function check(name, whose, max_jobs, max_bytes)
+-- Returns what is held, and its bounds. Unread results take memory as jobs do.
+local function read_load(name, whose, max_jobs, max_bytes)
     local load = redis.call("HMGET", name, "jobs", "bytes", "results", "max_jobs", "max_bytes")
-    local jobs, used = tonumber(load[1] or 0), tonumber(load[2] or 0) + tonumber(load[3] or 0)
-    max_jobs = math.ceil(tonumber(load[4] or max_jobs) / shards)
-    max_bytes = math.ceil(tonumber(load[5] or max_bytes) / shards)
-    if jobs + count > max_jobs or used + bytes > max_bytes then
-        return {"full", whose, jobs, used, max_jobs, max_bytes}
-    end
+    return {
+        whose, tonumber(load[1] or 0), tonumber(load[2] or 0) + tonumber(load[3] or 0),
+        math.ceil(tonumber(load[4] or max_jobs) / shards),
+        math.ceil(tonumber(load[5] or max_bytes) / shards),
+    }
 end
 
-local full = check(KEYS[3], "of the tenant", ARGV[9], ARGV[10])
-    or check(key.load, "in all", ARGV[7], ARGV[8])
-if full then
-    return full
+local loads_held = {
+    read_load(KEYS[3], "of the tenant", ARGV[9], ARGV[10]),
+    read_load(key.load, "of all tenants", ARGV[7], ARGV[8]),
+}
+for _, load in ipairs(loads_held) do
+    if count > load[4] or bytes > load[5] then
+        return {"too_large", unpack(load)}
+    end
+end
+for _, load in ipairs(loads_held) do
+    if load[2] + count > load[4] or load[3] + bytes > load[5] then
+        return {"full", unpack(load)}
+    end
 end
 
 local time = now()
