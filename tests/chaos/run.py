@@ -17,12 +17,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from chaos.actors import ACTORS, LATE, Actors, Flood
+from chaos.actors import Actors
 from chaos.checks import Tally
 from chaos.clients import Clients
 from chaos.cluster import Cluster
+from chaos.flood_actor import Flood
 from chaos.killer import Killer
 from chaos.memory import measure
+from chaos.process_actors import ClockJump, CutLink
+from chaos.redis_actors import LATE, FullRedis, PausedRedis, Promotion
+
+ACTORS = {
+    actor.name.replace(" ", "-"): actor
+    for actor in (FullRedis, PausedRedis, Promotion, CutLink, ClockJump, Flood)
+}
+"""By the names that the command line takes."""
 
 _UNWRITTEN = 3.0
 """Seconds before a SIGKILL of Redis whose answers may be lost with `everysec`.
@@ -95,7 +104,7 @@ def run(
             seed,
         )
         acting = [ACTORS[name](cluster) for name in actors]
-        with Actors(acting, seed):
+        with Actors(acting, clients.progress, seed):
             killer.run(kills)
         killer.write_log(folder / "kills.log")
         tally = Tally(losses=[loss for actor in acting for loss in actor.losses])
