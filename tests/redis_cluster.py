@@ -28,7 +28,7 @@ class ClusterNode:
 
 
 @contextmanager
-def redis_cluster(nodes: int, appendfsync: str = "") -> Iterator[list[ClusterNode]]:
+def redis_cluster(nodes: int, appendfsync: str = "everysec") -> Iterator[list[ClusterNode]]:
     """Run primaries with an equal part of the slots each, until the block ends.
 
     Parameters
@@ -36,10 +36,9 @@ def redis_cluster(nodes: int, appendfsync: str = "") -> Iterator[list[ClusterNod
     nodes
         How many.
     appendfsync
-        Of their append-only files; empty: they write none.
+        Of their append-only files.
     """
     ports = free_ports(nodes)
-    persistence = ["--appendonly", "yes", "--appendfsync", appendfsync] if appendfsync else []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         running = []
         for port in ports:
@@ -48,7 +47,8 @@ def redis_cluster(nodes: int, appendfsync: str = "") -> Iterator[list[ClusterNod
             command = [
                 str(find_server()), "--port", str(port), "--cluster-enabled", "yes",
                 "--bind", "127.0.0.1", "--save", "", "--dir", str(own),
-                "--maxmemory-policy", "noeviction", *persistence,
+                "--maxmemory-policy", "noeviction",
+                "--appendonly", "yes", "--appendfsync", appendfsync,
             ]  # fmt: skip
             node = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             stack.callback(node.wait)

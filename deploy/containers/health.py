@@ -1,6 +1,6 @@
 """Asks the process of this container how it is; exit code 0: well.
 
-``ready``: the scheduler serves (grpc.health.v1 says SERVING: Redis answers).
+``ready``: the scheduler serves (grpc.health.v1 says SERVING: Redis takes writes).
 ``alive``: the scheduler answers at all. While Redis is away a restart would heal nothing.
 ``worker``: the worker has its model, and answers.
 

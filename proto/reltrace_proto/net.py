@@ -37,6 +37,8 @@ _CHANNEL_OPTIONS: ChannelOptions = (
     # By default gRPC stops after two pings without data.
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
+    # By default a name is looked up again after 30 s, by when a caller has given up.
+    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
 )
 _ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 

@@ -25,6 +25,7 @@ from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local.redis import EmbeddedRedis
 from reltrace_scheduler.queue.address import RedisAddress, redis_address
 from reltrace_scheduler.queue.connection import connect
+from reltrace_scheduler.queue.fitness import check_fitness
 from reltrace_scheduler.queue.store import Store
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -124,6 +125,11 @@ async def _run(
     try:
         connection = await connect(await embedded.start() if embedded else address or "")
         try:
+            await check_fitness(
+                connection.redis,
+                str(settings.data) if address is None else address.shown,
+                allow_volatile=settings.allow_volatile_redis,
+            )
             if embedded is not None:
                 # No other scheduler uses this store, so no worker is connected.
                 await Store(connection.redis, settings).registry.forget_all()

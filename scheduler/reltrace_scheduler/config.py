@@ -40,6 +40,11 @@ class Settings:
     redis_ca: Path | None = option(
         None, "With TLS to Redis: PEM file of the authorities to trust. (default: the system's)"
     )
+    allow_volatile_redis: bool = option(
+        False,
+        "Accept a Redis that writes no append-only file or may evict keys: jobs that were accepted "
+        "may be lost.",
+    )
     data: Path | None = option(None, "Folder of the scheduler's own Redis.")
     fsync: Fsync = option(
         Fsync.EVERYSEC, "When the scheduler's own Redis writes its file to the disk."
@@ -136,6 +141,11 @@ class Settings:
     """Quarantined jobs that are kept for an operator to look at."""
     quarantine_ttl: float = 7 * 24 * 3600.0
     """Seconds they are kept."""
+    model_ttl: float = 7 * 24 * 3600.0
+    """Seconds without a worker after which a model is forgotten, and jobs for it fail."""
+    connection_age: float = 600.0
+    """Seconds after which callers are to connect again, so that they spread over schedulers that
+    came later; with jitter, so that they do not come all at once."""
 
     @property
     def heartbeat(self) -> float:

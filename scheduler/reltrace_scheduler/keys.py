@@ -22,14 +22,17 @@ key                       type    holds
 ``throttled_tenants``     zset    tenants that are leased nothing because their unread results
                                   reach their bound, by when that was first found
 ``load``                  hash    jobs, bytes (of specifications), results (bytes)
-``tenants``               set     every tenant that had jobs or limits
+``tenants``               set     tenants that have jobs, results or limits, or lately had
 ``quarantined``           zset    jobs that were quarantined, by when
 ``watchdog``              hash    seen: last look for lost leases; grace: until when none is lost
 ``ended``                 hash    how many jobs ended, by state
 ``workers``               zset    worker ids by the time they were last seen (shard 0 only)
-``models``                hash    ``ModelInfo`` by route, of every one ever served (shard 0 only)
+``models``                hash    ``ModelInfo`` by route (shard 0 only)
+``served``                zset    routes of ``models`` by when a worker last served them, looked at
+                                  once a minute (shard 0 only)
 ``recent_ok``             list    jobs that succeeded last, as JSON (shard 0 only)
 ``recent_failed``         list    jobs that ended otherwise, as JSON (shard 0 only)
+``nothing``               none    is never there: to delete it is a write that changes nothing
 ========================  ======  ===============================================================
 
 Keys of one thing each (`EntityKey`). A script gets those in KEYS that its caller knows. The others
@@ -102,8 +105,8 @@ CLUSTER = "reltrace:cluster"
 
 SharedKey = Literal[
     "queues", "virtual_time", "delayed", "deadlines", "expiring", "throttled_tenants", "load",
-    "tenants", "quarantined", "watchdog", "ended", "workers", "models", "recent_ok",
-    "recent_failed",
+    "tenants", "quarantined", "watchdog", "ended", "workers", "models", "served", "recent_ok",
+    "recent_failed", "nothing",
 ]  # fmt: skip
 EntityKey = Literal[
     "queue", "vt_active", "vt_idle", "job", "held", "submission", "backpressured", "results",

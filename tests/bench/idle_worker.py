@@ -49,7 +49,7 @@ def _header() -> types_pb2.TraceHeader:
     )
 
 
-def _result(size: int, chunk_bytes: int) -> list[types_pb2.ResultChunk]:
+def result_of(size: int, chunk_bytes: int) -> list[types_pb2.ResultChunk]:
     """Return a job's result without its id: one float32 tensor of `size` bytes, in chunks."""
     data = random.Random(0).randbytes(min(size, 1 << 20))
     data = data * (size // len(data))
@@ -117,7 +117,13 @@ class IdleRunner:
         return keys
 
 
-def _session(scheduler: str, model: str, result: list[types_pb2.ResultChunk]) -> Session:
+def session_of(
+    scheduler: str,
+    model: str,
+    result: list[types_pb2.ResultChunk],
+    worker_id: str = "",
+    seed: int | None = None,
+) -> Session:
     info = types_pb2.ModelInfo(
         name=model,
         revision="r1",
@@ -133,8 +139,9 @@ def _session(scheduler: str, model: str, result: list[types_pb2.ResultChunk]) ->
         rules=["attnlrp"],
         reductions=["token"],
     )
-    hello = worker_pb2.Hello(worker_id=f"idle-{model}", model=info, device="cpu", version="0")
-    return Session(scheduler, hello, IdleRunner(result))
+    name = worker_id or f"idle-{model}"
+    hello = worker_pb2.Hello(worker_id=name, model=info, device="cpu", version="0")
+    return Session(scheduler, hello, IdleRunner(result), seed=seed)
 
 
 async def _work(sessions: list[Session]) -> None:
@@ -157,11 +164,11 @@ def main() -> None:
     parser.add_argument("--chunk-bytes", type=int, nargs="*", default=[])
     given = parser.parse_args()
     results: dict[str, list[types_pb2.ResultChunk]] = {
-        "tiny": _result(4 * LAYERS * TOKENS, 1 << 20),
+        "tiny": result_of(4 * LAYERS * TOKENS, 1 << 20),
         "parked": [],
     }
     for size in given.chunk_bytes:
-        results[f"chunk-{size}"] = _result(given.result_bytes, size)
+        results[f"chunk-{size}"] = result_of(given.result_bytes, size)
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
@@ -172,7 +179,7 @@ def main() -> None:
 
 
 async def _serve(scheduler: str, results: dict[str, list[types_pb2.ResultChunk]]) -> None:
-    await _work([_session(scheduler, model, result) for model, result in results.items()])
+    await _work([session_of(scheduler, model, result) for model, result in results.items()])
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         Callers must present it.
     before
         Called with the name of each method, before its token is looked at.
+    unserved
+        Models that have no worker at present, as answers to submissions say.
     presented
         What the calls presented, in order.
     cancelled
@@ -113,6 +115,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     token: str | None = None
     before: Callable[[str], None] = lambda method: None
     served: list[tuple[str, str, int]] = field(default_factory=lambda: [("fake", "r1", 2)])
+
+    unserved: set[str] = field(default_factory=set)
 
     presented: list[str] = field(default_factory=list)
     requests: list[trace_pb2.SubmitJobsRequest] = field(default_factory=list)
@@ -209,7 +213,10 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
                 context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
         self.before_answer()
         return trace_pb2.SubmitJobsResponse(
-            submission_id=submission.id, job_ids=submission.job_ids, deduplicated=before
+            submission_id=submission.id,
+            job_ids=submission.job_ids,
+            deduplicated=before,
+            unserved={spec.model for spec in request.jobs} & self.unserved,
         )
 
     def StreamResults(
@@ -354,6 +361,17 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
                 _unknown(context, f"worker_ids[{index}]", f"no worker {worker_id!r} is connected")
         self.drained += request.worker_ids
         return admin_pb2.DrainWorkersResponse()
+
+    def ForgetModels(
+        self, request: admin_pb2.ForgetModelsRequest, context: Any
+    ) -> admin_pb2.ForgetModelsResponse:
+        for index, name in enumerate(request.models):
+            if name not in [served[0] for served in self.served]:
+                _unknown(context, f"models[{index}]", f"no model {name!r} is known")
+        gone = [served for served in self.served if served[0] in request.models]
+        self.served = [served for served in self.served if served not in gone]
+        routes = [route for name, rev, _ in gone for route in (name, f"{name}@{rev}")]
+        return admin_pb2.ForgetModelsResponse(routes=routes)
 
     quarantined: list[admin_pb2.QuarantinedJob] = field(default_factory=list)
     tenants: dict[str, admin_pb2.Tenant] = field(default_factory=dict)

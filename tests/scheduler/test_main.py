@@ -272,7 +272,9 @@ def locked_redis(tmp_path: Path) -> Iterator[int]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     config = tmp_path / "redis.conf"
-    config.write_text(f'port {port}\nbind 127.0.0.1\nsave ""\nrequirepass "{PASSWORD}"\n')
+    config.write_text(
+        f'port {port}\nbind 127.0.0.1\nsave ""\nappendonly yes\nrequirepass "{PASSWORD}"\n'
+    )
     server = subprocess.Popen(
         [find_server(), str(config)], stdout=subprocess.PIPE, cwd=tmp_path, text=True
     )

@@ -13,14 +13,22 @@ from rich.table import Table
 from rich.text import Text
 
 from reltrace.cli.connection import Connection
-from reltrace.cli.option_groups import argument, command, with_option_groups
+from reltrace.cli.option_groups import argument, command, option, with_option_groups
 from reltrace.cli.output import AS_JSON, Watch, print_found, print_json, safe, show, table, write
 from reltrace.types.server_info import Status, Worker
 
 
-def models(connection: Connection, as_json: bool = AS_JSON) -> None:
+def models(
+    connection: Connection,
+    forget: list[str] | None = option(
+        None, "Make the server forget a model that no worker serves any more; jobs for it fail."
+    ),
+    as_json: bool = AS_JSON,
+) -> None:
     """List the models that the server can trace."""
     with connection.client() as client:
+        if forget:
+            client.admin.forget_models(*forget)
         served = client.models()
     rows = [
         (one.name, one.layers, one.hidden_size, f"{one.parameters:,}", one.dtype,

@@ -83,8 +83,36 @@ class AsyncAdmin:
             admin_pb2.DrainWorkersRequest(worker_ids=worker_ids),
         )
 
+    async def forget_models(self, *names: str) -> list[str]:
+        """Forget models that no worker serves; jobs that wait for them fail with `ModelNotFound`.
+
+        A server forgets models by itself that have had no worker for a week.
+
+        Parameters
+        ----------
+        *names : str
+            Models, with all their revisions, or revisions as NAME@REVISION.
+
+        Returns
+        -------
+        list of str
+            What was forgotten, as NAME and NAME@REVISION.
+
+        Raises
+        ------
+        NotFound
+            If one of them is not known; then none is forgotten.
+        InvalidArgument
+            If a worker serves one of them; then none is forgotten.
+        """
+        check_strings(names, "names")
+        answer = await self._connection.call(
+            lambda server: server.admin.ForgetModels, admin_pb2.ForgetModelsRequest(models=names)
+        )
+        return list(answer.routes)
+
     async def tenants(self) -> list[Tenant]:
-        """Return every tenant that has been seen or set."""
+        """Return every tenant that has jobs, unread results or limits."""
         answer = await self._connection.call(
             lambda server: server.admin.ListTenants, admin_pb2.ListTenantsRequest()
         )

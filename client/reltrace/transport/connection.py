@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import logging
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import grpc
@@ -16,6 +17,8 @@ from reltrace.transport.servers import Method, Request, Response, Server, Server
 from reltrace.transport.settings import as_invalid_argument, server_addresses
 from reltrace.transport.status import RpcStatus
 from reltrace.types.errors import TraceError, invalid
+
+log = logging.getLogger("reltrace")
 
 # Seconds after which a call that is neither answered nor refused is made again.
 _CALL_TIMEOUT = 30.0
@@ -43,6 +46,7 @@ class Connection:
         self._servers = Servers(addresses, credentials)
         self._outage = OutageLog(self.address)
         self._closed = False
+        self._unserved: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._finishing: set[asyncio.Task[None]] = set()
 
@@ -131,6 +135,13 @@ class Connection:
             if is_answer(status):
                 return status
             await self.wait_to_retry(retries, status, server, metadata)
+
+    def note_unserved(self, models: Iterable[str]) -> None:
+        """Say once of each model that its jobs wait for a worker."""
+        for model in models:
+            if model not in self._unserved:
+                self._unserved.add(model)
+                log.warning("no worker serves %s at present; its jobs wait for one", model)
 
     def run_in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run work that nobody waits for, until it is over or the client is closed."""

@@ -78,6 +78,7 @@ async def submit(
         connection.pending.finished(submission)
         return _rejected(answer, jobs, connection.address)
     connection.pending.accepted(submission, answer)
+    connection.note_unserved(answer.unserved)
     if len(answer.job_ids) != len(jobs):
         await connection.pending.abandon(submission, unreachable=False)
         raise ProtocolError(f"{len(jobs)} jobs were accepted as {len(answer.job_ids)}")

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from reltrace_proto.v1 import types_pb2 as reltrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17reltrace/v1/admin.proto\x12\x0breltrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17reltrace/v1/types.proto\"\x12\n\x10GetStatusRequest\"<\n\x0bQueueStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06queued\x18\x02 \x01(\x04\x12\x0e\n\x06leased\x18\x03 \x01(\x04\"\xc5\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.reltrace.v1.ModelInfo\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0e\n\x06leased\x18\x05 \x01(\r\x12\x30\n\x0c\x63onnected_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07seen_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x0e\x66urther_models\x18\x08 \x03(\x0b\x32\x16.reltrace.v1.ModelInfo\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12)\n\x06silent\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"\x95\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12(\n\x06queues\x18\x02 \x03(\x0b\x32\x18.reltrace.v1.QueueStatus\x12*\n\x07workers\x18\x03 \x03(\x0b\x32\x19.reltrace.v1.WorkerStatus\x12\x38\n\x05\x65nded\x18\x04 \x03(\x0b\x32).reltrace.v1.GetStatusResponse.EndedEntry\x12\x15\n\rredis_version\x18\x05 \x01(\t\x12\x1a\n\x12redis_memory_bytes\x18\x06 \x01(\x04\x1a,\n\nEndedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x14\n\x12ListWorkersRequest\"A\n\x13ListWorkersResponse\x12*\n\x07workers\x18\x01 \x03(\x0b\x32\x19.reltrace.v1.WorkerStatus\")\n\x13\x44rainWorkersRequest\x12\x12\n\nworker_ids\x18\x01 \x03(\t\"\x16\n\x14\x44rainWorkersResponse\"+\n\x1aListQuarantinedJobsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"\x81\x01\n\x0eQuarantinedJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\"\n\x04spec\x18\x03 \x01(\x0b\x32\x14.reltrace.v1.JobSpec\x12+\n\x0blost_leases\x18\x04 \x03(\x0b\x32\x16.reltrace.v1.LostLease\"H\n\x1bListQuarantinedJobsResponse\x12)\n\x04jobs\x18\x01 \x03(\x0b\x32\x1b.reltrace.v1.QuarantinedJob\"0\n\x1dRequeueQuarantinedJobsRequest\x12\x0f\n\x07job_ids\x18\x01 \x03(\t\"P\n\x0bRequeuedJob\x12\x1a\n\x12quarantined_job_id\x18\x01 \x01(\t\x12\x15\n\rsubmission_id\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\"H\n\x1eRequeueQuarantinedJobsResponse\x12&\n\x04jobs\x18\x01 \x03(\x0b\x32\x18.reltrace.v1.RequeuedJob\"\x9f\x01\n\x06Tenant\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08max_jobs\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\x16\n\tmax_bytes\x18\x04 \x01(\x04H\x02\x88\x01\x01\x12\x0c\n\x04jobs\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x42\t\n\x07_weightB\x0b\n\t_max_jobsB\x0c\n\n_max_bytes\"\x14\n\x12ListTenantsRequest\";\n\x13ListTenantsResponse\x12$\n\x07tenants\x18\x01 \x03(\x0b\x32\x13.reltrace.v1.Tenant\"\x8c\x01\n\x10SetTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08max_jobs\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\x16\n\tmax_bytes\x18\x04 \x01(\x04H\x02\x88\x01\x01\x42\t\n\x07_weightB\x0b\n\t_max_jobsB\x0c\n\n_max_bytes\"8\n\x11SetTenantResponse\x12#\n\x06tenant\x18\x01 \x01(\x0b\x32\x13.reltrace.v1.Tenant2\xfc\x04\n\x0c\x41\x64minService\x12J\n\tGetStatus\x12\x1d.reltrace.v1.GetStatusRequest\x1a\x1e.reltrace.v1.GetStatusResponse\x12P\n\x0bListWorkers\x12\x1f.reltrace.v1.ListWorkersRequest\x1a .reltrace.v1.ListWorkersResponse\x12S\n\x0c\x44rainWorkers\x12 .reltrace.v1.DrainWorkersRequest\x1a!.reltrace.v1.DrainWorkersResponse\x12h\n\x13ListQuarantinedJobs\x12\'.reltrace.v1.ListQuarantinedJobsRequest\x1a(.reltrace.v1.ListQuarantinedJobsResponse\x12q\n\x16RequeueQuarantinedJobs\x12*.reltrace.v1.RequeueQuarantinedJobsRequest\x1a+.reltrace.v1.RequeueQuarantinedJobsResponse\x12P\n\x0bListTenants\x12\x1f.reltrace.v1.ListTenantsRequest\x1a .reltrace.v1.ListTenantsResponse\x12J\n\tSetTenant\x12\x1d.reltrace.v1.SetTenantRequest\x1a\x1e.reltrace.v1.SetTenantResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17reltrace/v1/admin.proto\x12\x0breltrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17reltrace/v1/types.proto\"\x12\n\x10GetStatusRequest\"<\n\x0bQueueStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06queued\x18\x02 \x01(\x04\x12\x0e\n\x06leased\x18\x03 \x01(\x04\"\xc5\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.reltrace.v1.ModelInfo\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0e\n\x06leased\x18\x05 \x01(\r\x12\x30\n\x0c\x63onnected_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07seen_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x0e\x66urther_models\x18\x08 \x03(\x0b\x32\x16.reltrace.v1.ModelInfo\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12)\n\x06silent\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"\x95\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12(\n\x06queues\x18\x02 \x03(\x0b\x32\x18.reltrace.v1.QueueStatus\x12*\n\x07workers\x18\x03 \x03(\x0b\x32\x19.reltrace.v1.WorkerStatus\x12\x38\n\x05\x65nded\x18\x04 \x03(\x0b\x32).reltrace.v1.GetStatusResponse.EndedEntry\x12\x15\n\rredis_version\x18\x05 \x01(\t\x12\x1a\n\x12redis_memory_bytes\x18\x06 \x01(\x04\x1a,\n\nEndedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x14\n\x12ListWorkersRequest\"A\n\x13ListWorkersResponse\x12*\n\x07workers\x18\x01 \x03(\x0b\x32\x19.reltrace.v1.WorkerStatus\")\n\x13\x44rainWorkersRequest\x12\x12\n\nworker_ids\x18\x01 \x03(\t\"\x16\n\x14\x44rainWorkersResponse\"%\n\x13\x46orgetModelsRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\"&\n\x14\x46orgetModelsResponse\x12\x0e\n\x06routes\x18\x01 \x03(\t\"+\n\x1aListQuarantinedJobsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"\x81\x01\n\x0eQuarantinedJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\"\n\x04spec\x18\x03 \x01(\x0b\x32\x14.reltrace.v1.JobSpec\x12+\n\x0blost_leases\x18\x04 \x03(\x0b\x32\x16.reltrace.v1.LostLease\"H\n\x1bListQuarantinedJobsResponse\x12)\n\x04jobs\x18\x01 \x03(\x0b\x32\x1b.reltrace.v1.QuarantinedJob\"0\n\x1dRequeueQuarantinedJobsRequest\x12\x0f\n\x07job_ids\x18\x01 \x03(\t\"P\n\x0bRequeuedJob\x12\x1a\n\x12quarantined_job_id\x18\x01 \x01(\t\x12\x15\n\rsubmission_id\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\"H\n\x1eRequeueQuarantinedJobsResponse\x12&\n\x04jobs\x18\x01 \x03(\x0b\x32\x18.reltrace.v1.RequeuedJob\"\x9f\x01\n\x06Tenant\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08max_jobs\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\x16\n\tmax_bytes\x18\x04 \x01(\x04H\x02\x88\x01\x01\x12\x0c\n\x04jobs\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x42\t\n\x07_weightB\x0b\n\t_max_jobsB\x0c\n\n_max_bytes\"\x14\n\x12ListTenantsRequest\";\n\x13ListTenantsResponse\x12$\n\x07tenants\x18\x01 \x03(\x0b\x32\x13.reltrace.v1.Tenant\"\x8c\x01\n\x10SetTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08max_jobs\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\x16\n\tmax_bytes\x18\x04 \x01(\x04H\x02\x88\x01\x01\x42\t\n\x07_weightB\x0b\n\t_max_jobsB\x0c\n\n_max_bytes\"8\n\x11SetTenantResponse\x12#\n\x06tenant\x18\x01 \x01(\x0b\x32\x13.reltrace.v1.Tenant2\xd1\x05\n\x0c\x41\x64minService\x12J\n\tGetStatus\x12\x1d.reltrace.v1.GetStatusRequest\x1a\x1e.reltrace.v1.GetStatusResponse\x12P\n\x0bListWorkers\x12\x1f.reltrace.v1.ListWorkersRequest\x1a .reltrace.v1.ListWorkersResponse\x12S\n\x0c\x44rainWorkers\x12 .reltrace.v1.DrainWorkersRequest\x1a!.reltrace.v1.DrainWorkersResponse\x12S\n\x0c\x46orgetModels\x12 .reltrace.v1.ForgetModelsRequest\x1a!.reltrace.v1.ForgetModelsResponse\x12h\n\x13ListQuarantinedJobs\x12\'.reltrace.v1.ListQuarantinedJobsRequest\x1a(.reltrace.v1.ListQuarantinedJobsResponse\x12q\n\x16RequeueQuarantinedJobs\x12*.reltrace.v1.RequeueQuarantinedJobsRequest\x1a+.reltrace.v1.RequeueQuarantinedJobsResponse\x12P\n\x0bListTenants\x12\x1f.reltrace.v1.ListTenantsRequest\x1a .reltrace.v1.ListTenantsResponse\x12J\n\tSetTenant\x12\x1d.reltrace.v1.SetTenantRequest\x1a\x1e.reltrace.v1.SetTenantResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,28 +54,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINWORKERSREQUEST']._serialized_end=950
   _globals['_DRAINWORKERSRESPONSE']._serialized_start=952
   _globals['_DRAINWORKERSRESPONSE']._serialized_end=974
-  _globals['_LISTQUARANTINEDJOBSREQUEST']._serialized_start=976
-  _globals['_LISTQUARANTINEDJOBSREQUEST']._serialized_end=1019
-  _globals['_QUARANTINEDJOB']._serialized_start=1022
-  _globals['_QUARANTINEDJOB']._serialized_end=1151
-  _globals['_LISTQUARANTINEDJOBSRESPONSE']._serialized_start=1153
-  _globals['_LISTQUARANTINEDJOBSRESPONSE']._serialized_end=1225
-  _globals['_REQUEUEQUARANTINEDJOBSREQUEST']._serialized_start=1227
-  _globals['_REQUEUEQUARANTINEDJOBSREQUEST']._serialized_end=1275
-  _globals['_REQUEUEDJOB']._serialized_start=1277
-  _globals['_REQUEUEDJOB']._serialized_end=1357
-  _globals['_REQUEUEQUARANTINEDJOBSRESPONSE']._serialized_start=1359
-  _globals['_REQUEUEQUARANTINEDJOBSRESPONSE']._serialized_end=1431
-  _globals['_TENANT']._serialized_start=1434
-  _globals['_TENANT']._serialized_end=1593
-  _globals['_LISTTENANTSREQUEST']._serialized_start=1595
-  _globals['_LISTTENANTSREQUEST']._serialized_end=1615
-  _globals['_LISTTENANTSRESPONSE']._serialized_start=1617
-  _globals['_LISTTENANTSRESPONSE']._serialized_end=1676
-  _globals['_SETTENANTREQUEST']._serialized_start=1679
-  _globals['_SETTENANTREQUEST']._serialized_end=1819
-  _globals['_SETTENANTRESPONSE']._serialized_start=1821
-  _globals['_SETTENANTRESPONSE']._serialized_end=1877
-  _globals['_ADMINSERVICE']._serialized_start=1880
-  _globals['_ADMINSERVICE']._serialized_end=2516
+  _globals['_FORGETMODELSREQUEST']._serialized_start=976
+  _globals['_FORGETMODELSREQUEST']._serialized_end=1013
+  _globals['_FORGETMODELSRESPONSE']._serialized_start=1015
+  _globals['_FORGETMODELSRESPONSE']._serialized_end=1053
+  _globals['_LISTQUARANTINEDJOBSREQUEST']._serialized_start=1055
+  _globals['_LISTQUARANTINEDJOBSREQUEST']._serialized_end=1098
+  _globals['_QUARANTINEDJOB']._serialized_start=1101
+  _globals['_QUARANTINEDJOB']._serialized_end=1230
+  _globals['_LISTQUARANTINEDJOBSRESPONSE']._serialized_start=1232
+  _globals['_LISTQUARANTINEDJOBSRESPONSE']._serialized_end=1304
+  _globals['_REQUEUEQUARANTINEDJOBSREQUEST']._serialized_start=1306
+  _globals['_REQUEUEQUARANTINEDJOBSREQUEST']._serialized_end=1354
+  _globals['_REQUEUEDJOB']._serialized_start=1356
+  _globals['_REQUEUEDJOB']._serialized_end=1436
+  _globals['_REQUEUEQUARANTINEDJOBSRESPONSE']._serialized_start=1438
+  _globals['_REQUEUEQUARANTINEDJOBSRESPONSE']._serialized_end=1510
+  _globals['_TENANT']._serialized_start=1513
+  _globals['_TENANT']._serialized_end=1672
+  _globals['_LISTTENANTSREQUEST']._serialized_start=1674
+  _globals['_LISTTENANTSREQUEST']._serialized_end=1694
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=1696
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=1755
+  _globals['_SETTENANTREQUEST']._serialized_start=1758
+  _globals['_SETTENANTREQUEST']._serialized_end=1898
+  _globals['_SETTENANTRESPONSE']._serialized_start=1900
+  _globals['_SETTENANTRESPONSE']._serialized_end=1956
+  _globals['_ADMINSERVICE']._serialized_start=1959
+  _globals['_ADMINSERVICE']._serialized_end=2680
 # @@protoc_insertion_point(module_scope)

@@ -247,6 +247,50 @@ class DrainWorkersResponse(_message.Message):
 Global___DrainWorkersResponse: _TypeAlias = DrainWorkersResponse  # noqa: Y015
 
 @_typing.final
+class ForgetModelsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """NAME, or NAME@REVISION for one revision."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetModelsRequest: _TypeAlias = ForgetModelsRequest  # noqa: Y015
+
+@_typing.final
+class ForgetModelsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was forgotten, by NAME and NAME@REVISION."""
+
+    def __init__(
+        self,
+        *,
+        routes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["routes", b"routes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetModelsResponse: _TypeAlias = ForgetModelsResponse  # noqa: Y015
+
+@_typing.final
 class ListQuarantinedJobsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

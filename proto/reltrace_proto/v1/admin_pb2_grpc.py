@@ -50,6 +50,11 @@ class AdminServiceStub(object):
                 request_serializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersRequest.SerializeToString,
                 response_deserializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersResponse.FromString,
                 _registered_method=True)
+        self.ForgetModels = channel.unary_unary(
+                '/reltrace.v1.AdminService/ForgetModels',
+                request_serializer=reltrace_dot_v1_dot_admin__pb2.ForgetModelsRequest.SerializeToString,
+                response_deserializer=reltrace_dot_v1_dot_admin__pb2.ForgetModelsResponse.FromString,
+                _registered_method=True)
         self.ListQuarantinedJobs = channel.unary_unary(
                 '/reltrace.v1.AdminService/ListQuarantinedJobs',
                 request_serializer=reltrace_dot_v1_dot_admin__pb2.ListQuarantinedJobsRequest.SerializeToString,
@@ -91,6 +96,14 @@ class AdminServiceServicer(object):
     def DrainWorkers(self, request, context):
         """Has workers hand back what they have not begun, end what they have, and leave.
         Answers at once; a worker that is unknown refuses the request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetModels(self, request, context):
+        """Forgets models that no worker serves, with all their revisions, and ends the jobs for them. One
+        that is served or unknown refuses the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,6 +153,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.DrainWorkers,
                     request_deserializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersRequest.FromString,
                     response_serializer=reltrace_dot_v1_dot_admin__pb2.DrainWorkersResponse.SerializeToString,
+            ),
+            'ForgetModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetModels,
+                    request_deserializer=reltrace_dot_v1_dot_admin__pb2.ForgetModelsRequest.FromString,
+                    response_serializer=reltrace_dot_v1_dot_admin__pb2.ForgetModelsResponse.SerializeToString,
             ),
             'ListQuarantinedJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListQuarantinedJobs,
@@ -244,6 +262,33 @@ class AdminService(object):
             '/reltrace.v1.AdminService/DrainWorkers',
             reltrace_dot_v1_dot_admin__pb2.DrainWorkersRequest.SerializeToString,
             reltrace_dot_v1_dot_admin__pb2.DrainWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reltrace.v1.AdminService/ForgetModels',
+            reltrace_dot_v1_dot_admin__pb2.ForgetModelsRequest.SerializeToString,
+            reltrace_dot_v1_dot_admin__pb2.ForgetModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class AdminServiceStub:
     """Has workers hand back what they have not begun, end what they have, and leave.
     Answers at once; a worker that is unknown refuses the request.
     """
+    ForgetModels: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ForgetModelsRequest, _admin_pb2.ForgetModelsResponse]
+    """Forgets models that no worker serves, with all their revisions, and ends the jobs for them. One
+    that is served or unknown refuses the request.
+    """
     ListQuarantinedJobs: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListQuarantinedJobsRequest, _admin_pb2.ListQuarantinedJobsResponse]
     """Jobs that were quarantined, latest first."""
     RequeueQuarantinedJobs: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RequeueQuarantinedJobsRequest, _admin_pb2.RequeueQuarantinedJobsResponse]
@@ -57,6 +61,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     DrainWorkers: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainWorkersRequest, _admin_pb2.DrainWorkersResponse]  # type: ignore[assignment]
     """Has workers hand back what they have not begun, end what they have, and leave.
     Answers at once; a worker that is unknown refuses the request.
+    """
+    ForgetModels: _aio.UnaryUnaryMultiCallable[_admin_pb2.ForgetModelsRequest, _admin_pb2.ForgetModelsResponse]  # type: ignore[assignment]
+    """Forgets models that no worker serves, with all their revisions, and ends the jobs for them. One
+    that is served or unknown refuses the request.
     """
     ListQuarantinedJobs: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListQuarantinedJobsRequest, _admin_pb2.ListQuarantinedJobsResponse]  # type: ignore[assignment]
     """Jobs that were quarantined, latest first."""
@@ -91,6 +99,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_pb2.DrainWorkersResponse, _abc.Awaitable[_admin_pb2.DrainWorkersResponse]]:
         """Has workers hand back what they have not begun, end what they have, and leave.
         Answers at once; a worker that is unknown refuses the request.
+        """
+
+    @_abc_1.abstractmethod
+    def ForgetModels(
+        self,
+        request: _admin_pb2.ForgetModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ForgetModelsResponse, _abc.Awaitable[_admin_pb2.ForgetModelsResponse]]:
+        """Forgets models that no worker serves, with all their revisions, and ends the jobs for them. One
+        that is served or unknown refuses the request.
         """
 
     @_abc_1.abstractmethod

@@ -55,6 +55,7 @@ class SubmitJobsResponse(_message.Message):
     SUBMISSION_ID_FIELD_NUMBER: _builtins.int
     JOB_IDS_FIELD_NUMBER: _builtins.int
     DEDUPLICATED_FIELD_NUMBER: _builtins.int
+    UNSERVED_FIELD_NUMBER: _builtins.int
     submission_id: _builtins.str
     deduplicated: _builtins.bool
     """The idempotency key had been seen: nothing was added."""
@@ -62,16 +63,21 @@ class SubmitJobsResponse(_message.Message):
     def job_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """In the order of the request's jobs."""
 
+    @_builtins.property
+    def unserved(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models of these jobs that no worker serves at present: the jobs wait for one."""
+
     def __init__(
         self,
         *,
         submission_id: _builtins.str = ...,
         job_ids: _abc.Iterable[_builtins.str] | None = ...,
         deduplicated: _builtins.bool = ...,
+        unserved: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deduplicated", b"deduplicated", "job_ids", b"job_ids", "submission_id", b"submission_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deduplicated", b"deduplicated", "job_ids", b"job_ids", "submission_id", b"submission_id", "unserved", b"unserved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

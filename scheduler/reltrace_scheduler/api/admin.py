@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc, types_pb2, worker_pb2
 
 from reltrace_scheduler import __version__
+from reltrace_scheduler.api.forgetting import Forgetting
 from reltrace_scheduler.api.terminal_results import lost_leases
 from reltrace_scheduler.api.validation import check_job_ids
 from reltrace_scheduler.auth.identity import TENANT_NAME, TENANT_RULE
@@ -25,12 +26,14 @@ log = structlog.get_logger()
 
 _QUARANTINED_SHOWN = 100
 _MAX_DRAINED = 1000
+_MAX_FORGOTTEN = 1000
 _MIN_WEIGHT, _MAX_WEIGHT = 0.01, 100.0
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
-    def __init__(self, store: Store, redis_version: str) -> None:
+    def __init__(self, store: Store, redis_version: str, forgetting: Forgetting) -> None:
         self._store = store
+        self._forgetting = forgetting
         self._redis_version = redis_version
 
     async def GetStatus(  # noqa: N802
@@ -75,6 +78,23 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         )
         log.info("workers.drained", workers=list(request.worker_ids))
         return admin_pb2.DrainWorkersResponse()
+
+    async def ForgetModels(  # noqa: N802
+        self, request: admin_pb2.ForgetModelsRequest, context: Context
+    ) -> admin_pb2.ForgetModelsResponse:
+        if not 0 < len(request.models) <= _MAX_FORGOTTEN:
+            raise invalid("models", f"must name 1 to {_MAX_FORGOTTEN} models")
+        models = await self._forgetting.models()
+        _refuse_unknown(
+            Violation(f"models[{index}]", f"no model {name!r} is known")
+            for index, name in enumerate(request.models)
+            if name not in models
+        )
+        if served := [name for name in request.models if models[name]]:
+            named = ", ".join(f"{name!r} ({models[name]} workers)" for name in served)
+            raise invalid("models", f"are served: {named}; drain their workers first")
+        forgotten = await self._forgetting.forget_models(*request.models)
+        return admin_pb2.ForgetModelsResponse(routes=sorted(forgotten))
 
     async def ListQuarantinedJobs(  # noqa: N802
         self, request: admin_pb2.ListQuarantinedJobsRequest, context: Context

@@ -21,7 +21,7 @@ class Models:
     """
 
     known: Mapping[str, types_pb2.ModelInfo] = field(default_factory=dict)
-    """Every model that was ever served, by route: jobs for it wait for its next worker."""
+    """Models that are or were served, by route: jobs for them wait for the next worker."""
     workers: Mapping[str, int] = field(default_factory=dict)
     """How many workers have it loaded at present; routes without one are left out."""
 
@@ -79,6 +79,15 @@ class ModelCache:
                     self._models = await self._read()
                     self._read_at = read_at
         return self._models
+
+    async def unserved(self, routes: set[str]) -> list[str]:
+        """Return those routes that no worker serves at this moment."""
+        # A copy that is a second old may not know the worker that has just come.
+        missing = sorted(routes - self._models.workers.keys())
+        if not missing:
+            return []
+        served = await self._registry.serving(missing, seen_since=time.time() - self._lease)
+        return [route for route in missing if route not in served]
 
     def _is_fresh(self, routes: tuple[str, ...]) -> bool:
         known = self._models.known

@@ -16,6 +16,7 @@ from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc, worker_pb2_grpc
 
 from reltrace_scheduler.api.admin import AdminService
+from reltrace_scheduler.api.forgetting import Forgetting
 from reltrace_scheduler.api.interceptor import SERVICES, CallInterceptor
 from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.reaper import Reaper
@@ -30,6 +31,7 @@ from reltrace_scheduler.observability.metrics import Counts, exporting
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.queue.trouble import log_trouble
 from reltrace_scheduler.tasks import end
 from reltrace_scheduler.web.server import serving_page
 
@@ -48,6 +50,9 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
+
+_MOST_AGE_GRACE = 3600.0
+"""Seconds for which calls go on over a connection whose age is over: new ones take another."""
 
 _STOP_GRACE = 2.0
 """Seconds for calls under way; streams to workers and clients are cut and resumed."""
@@ -72,13 +77,20 @@ async def serving(
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
     models, counts = ModelCache(store.registry, settings.lease), Counts()
+    options = (
+        *_OPTIONS,
+        # gRPC adds a jitter of 10 %. Streams of workers end by themselves before.
+        ("grpc.max_connection_age_ms", int(1000 * settings.connection_age)),
+        ("grpc.max_connection_age_grace_ms", int(1000 * _MOST_AGE_GRACE)),
+    )
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(access, connection.redis, counts)], options=_OPTIONS
+        interceptors=[CallInterceptor(access, connection.redis, counts)], options=options
     )
     parts = (store, models, signals, counts, spans)
     trace_pb2_grpc.add_TraceServiceServicer_to_server(TraceService(*parts), server)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(*parts), server)
-    admin = AdminService(store, connection.version)
+    forgetting = Forgetting(store, counts)
+    admin = AdminService(store, connection.version, forgetting)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
@@ -94,7 +106,12 @@ async def serving(
     exporter = exporting(metrics, counts, store) if metrics else contextlib.nullcontext()
     page = serving_page(web, store, access) if web else contextlib.nullcontext()
     await server.start()
-    work = [signals.run(), Reaper(store, counts).run(), _report_health(connection, status)]
+    work = [
+        signals.run(),
+        Reaper(store, counts).run(),
+        forgetting.run(),
+        _report_health(store, status),
+    ]
     if settings.results_url:
         work.append(Sweeper(store.results_url, store).run())
     tasks = [asyncio.create_task(each) for each in work]
@@ -109,14 +126,20 @@ async def serving(
         await server.stop(_STOP_GRACE)
 
 
-async def _report_health(connection: Connection, status: health.HealthServicer) -> None:
-    """Serve NOT_SERVING, per service and in all, while Redis does not answer."""
+async def _report_health(store: Store, status: health.HealthServicer) -> None:
+    """Serve NOT_SERVING, per service and in all, while Redis does not answer or takes no writes."""
+    failed = False
     while True:
         try:
-            await connection.redis.ping()
+            await store.check_writes()
             state = health_pb2.HealthCheckResponse.SERVING
-        except (RedisError, OSError):
+            if failed:
+                log.info("redis.answers")
+            failed = False
+        except (RedisError, OSError) as error:
             state = health_pb2.HealthCheckResponse.NOT_SERVING
+            log_trouble("redis.fails", error)
+            failed = True
         for service in ("", *SERVICES):
             await status.set(service, state)
         await asyncio.sleep(_HEALTH_PERIOD)

@@ -35,6 +35,13 @@ def quarantined(job: QuarantineCandidate) -> TerminalResult:
     return _result(job.job_id, job.attempt, "QUARANTINED", error, job.lost)
 
 
+def unserved(job_id: str, route: str) -> TerminalResult:
+    fault = f"{route!r} has been without a worker for so long that it is not known here any more"
+    error = _error(code_pb2.NOT_FOUND, f"model: {fault}")
+    error.violations.add(field="model", description=fault)
+    return _result(job_id, None, "FAILED", error)
+
+
 def failed(lease: Lease, error: types_pb2.JobError) -> TerminalResult:
     return _result(lease.job_id, lease.attempt, "FAILED", error)
 

@@ -1,7 +1,7 @@
 """TraceService: what clients call."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             before = await self._accepted_before(request)
             if before is None:
                 raise
-            return _submitted(before)
+            return _submitted(before, ())
         tenant, priority = current().tenant, _PRIORITIES[request.priority]
         submission = await self._store.queue.submit(
             jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key
@@ -79,7 +79,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 tenant=tenant,
                 jobs=len(jobs),
             )
-        return _submitted(submission)
+        return _submitted(submission, await self._models.unserved({job.route for job in jobs}))
 
     async def _accepted_before(self, request: trace_pb2.SubmitJobsRequest) -> Submission | None:
         priority = _PRIORITIES.get(request.priority)
@@ -186,11 +186,12 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         return response
 
 
-def _submitted(submission: Submission) -> trace_pb2.SubmitJobsResponse:
+def _submitted(submission: Submission, unserved: Iterable[str]) -> trace_pb2.SubmitJobsResponse:
     return trace_pb2.SubmitJobsResponse(
         submission_id=submission.id,
         job_ids=submission.job_ids,
         deduplicated=submission.deduplicated,
+        unserved=unserved,
     )
 
 

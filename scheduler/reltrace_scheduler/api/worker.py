@@ -1,7 +1,9 @@
 """WorkerService: one stream per worker, for as long as it lives."""
 
 import asyncio
+import random
 import re
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -24,6 +26,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Responses = asyncio.Queue[worker_pb2.WorkResponse | None]
 
 _HELLO_DEADLINE = 10.0
+_AGE_JITTER = (0.75, 1.25)
+_RECONNECT_DEADLINE = 10.0
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
@@ -69,11 +73,17 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 await responses.put(None)
 
             async def dispatch() -> None:
-                while True:
+                age = self._store.settings.connection_age * random.uniform(*_AGE_JITTER)
+                over = time.monotonic() + age
+                while (left := over - time.monotonic()) > 0:
                     if leases := await session.lease():
                         await responses.put(leases)
                     else:
-                        await wake.wait_and_clear(POLL)
+                        await wake.wait_and_clear(min(POLL, left))
+                # What was leased is sent by now, and what is still to come will be answered.
+                await responses.put(worker_pb2.WorkResponse(reconnect=worker_pb2.Reconnect()))
+                await asyncio.sleep(_RECONNECT_DEADLINE)
+                await responses.put(None)
 
             async def revoke() -> None:
                 while True:

@@ -4,18 +4,17 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 from redis.exceptions import RedisError
 from reltrace_proto.telemetry import serving_metrics
 
 from reltrace_scheduler.queue.gauges import ClusterState, read_cluster
 from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.queue.trouble import log_trouble
 from reltrace_scheduler.tasks import end
-
-log = structlog.get_logger()
 
 _PERIOD = 5.0
 """Seconds between reads of the cluster's state: what Prometheus gets is as old as this at most."""
@@ -34,8 +33,12 @@ class Counts:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
 
+        self._counters: list[Counter] = []
+
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"reltrace_{name}", text, labels, registry=self.registry)
+            made = Counter(f"reltrace_{name}", text, labels, registry=self.registry)
+            self._counters.append(made)
+            return made
 
         self.submitted = counter("jobs_submitted", "Jobs that were accepted.", "tenant", "priority")
         self.ended = counter(
@@ -58,18 +61,44 @@ class Counts:
             registry=self.registry,
         )
 
+    def labels(self, *names: str) -> set[tuple[str, str]]:
+        """Return the names and values of labels that counters have, of so many names."""
+        return {
+            (name, sample.labels[name])
+            for metric in self._counters
+            for sample in _samples(metric)
+            for name in names
+            if name in sample.labels
+        }
+
+    def forget(self, name: str, value: str) -> None:
+        """Remove what is counted under a value of a label."""
+        for metric in self._counters:
+            found = {
+                tuple(sample.labels.values())
+                for sample in _samples(metric)
+                if sample.labels.get(name) == value
+            }
+            for values in found:
+                metric.remove(*values)
+
+
+def _samples(metric: Counter) -> Iterator[Sample]:
+    for family in metric.collect():
+        yield from family.samples
+
 
 class ClusterCollector(Collector):
     """Metrics of the whole cluster, the same at every scheduler: take the maximum over them."""
 
     def __init__(self) -> None:
-        # None: Redis does not answer.
+        # None: Redis does not answer, or takes no writes.
         self.state: ClusterState | None = None
 
     def collect(self) -> Iterator[Metric]:
         state = self.state
         up = 0 if state is None else 1
-        yield GaugeMetricFamily("reltrace_redis_up", "Whether Redis answers.", up)
+        yield GaugeMetricFamily("reltrace_redis_up", "Whether Redis answers and takes writes.", up)
         if state is None:
             return
         queues = [((queue.model, queue.tenant, queue.priority), queue) for queue in state.queues]
@@ -127,9 +156,9 @@ async def _read_state(collector: ClusterCollector, store: Store) -> None:
     while True:
         try:
             async with asyncio.timeout(_PERIOD):
+                await store.check_writes()
                 collector.state = await read_cluster(store)
-        except (RedisError, OSError, TimeoutError) as error:
-            if collector.state is not None:
-                log.warning("metrics.stale", error=str(error))
+        except (RedisError, OSError) as error:
+            log_trouble("metrics.stale", error)
             collector.state = None
         await asyncio.sleep(_PERIOD)

@@ -5,14 +5,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import structlog
 from redis.exceptions import RedisError
 
 from reltrace_scheduler.keys import SharedKey
 from reltrace_scheduler.queue.shards import Shards
-from reltrace_scheduler.queue.trouble import reason_of
-
-log = structlog.get_logger()
+from reltrace_scheduler.queue.trouble import log_trouble
 
 _ROWS = 40
 _ROWS_PER_SECOND = 5.0
@@ -58,7 +55,7 @@ class RecentJobs:
                     pipe.ltrim(self._key(key), 0, _ROWS - 1)
                 await pipe.execute()
         except (RedisError, OSError) as error:
-            log.warning("recent.lost", error=reason_of(error))
+            log_trouble("recent.lost", error)
 
     async def rows(self, *, ok: bool) -> list[dict[str, Any]]:
         """Return the jobs that succeeded last, or those that ended otherwise, the latest first.

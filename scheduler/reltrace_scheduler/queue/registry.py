@@ -1,19 +1,19 @@
-"""Which workers are connected, and which models have been served."""
+"""Which workers are connected, and which models they serve or served."""
 
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reltrace_scheduler.queue.shards import Shards
+from reltrace_scheduler.queue.shards import Shards, milliseconds
 from reltrace_scheduler.records import WorkerRecord
 
 
 class Registry:
     """Workers and models, in the first shard; each shard knows the workers' sessions.
 
-    A model stays known when its last worker leaves: jobs for it wait for the next one. That a
-    worker was told to drain is kept until it leaves, so that it is told again after a lost
-    connection.
+    A model stays known when its last worker leaves, until it is forgotten: jobs for it wait for the
+    next one. That a worker was told to drain is kept until it leaves, so that it is told again
+    after a lost connection.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -87,9 +87,22 @@ class Registry:
             conditions = ("", "")
 
     async def models(self) -> dict[str, bytes]:
-        """Return the serialized ``ModelInfo`` of every model ever served, by route."""
+        """Return the serialized ``ModelInfo`` of every known model, by route."""
         known: Any = await self._redis.hgetall(self._key("models"))
         return {route.decode(): info for route, info in known.items()}
+
+    async def forget_models(
+        self, names: Sequence[str] = (), *, lease: float, ttl: float
+    ) -> list[str]:
+        """Forget routes that no worker has served for `ttl` seconds, and those that are named.
+
+        Returns them. The name of a model stands for all its revisions. What a worker serves that
+        was seen within `lease` seconds stays known.
+        """
+        found = await self._shards.all[0].run(
+            "forget_models", [], milliseconds(ttl), milliseconds(lease), *names
+        )
+        return [route.decode() for route in found]
 
     async def serving(self, routes: Sequence[str], *, seen_since: float) -> dict[str, int]:
         """Count the workers of each route seen at or after a Unix time; none: left out."""

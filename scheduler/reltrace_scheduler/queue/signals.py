@@ -5,13 +5,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from reltrace_scheduler.keys import CHANNELS
-
-log = structlog.get_logger()
+from reltrace_scheduler.queue.trouble import log_trouble
 
 _RETRY = 0.2
 """Seconds before connecting again."""
@@ -71,7 +69,7 @@ class Signals:
             try:
                 await self._receive()
             except (RedisError, OSError) as error:
-                log.warning("signals.lost", error=str(error))
+                log_trouble("signals.lost", error)
                 await asyncio.sleep(_RETRY)
 
     async def _receive(self) -> None:

@@ -1,9 +1,12 @@
 """The request queue in Redis, put together from its parts."""
 
+import asyncio
 import secrets
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
@@ -15,6 +18,10 @@ from reltrace_scheduler.queue.registry import Registry
 from reltrace_scheduler.queue.results import Results
 from reltrace_scheduler.queue.shards import Shards
 from reltrace_scheduler.queue.tenants import Tenants
+from reltrace_scheduler.queue.trouble import reason_of
+
+_ANSWER_DEADLINE = 3.0
+"""Seconds after which a Redis that does not answer is away."""
 
 
 class Store:
@@ -36,19 +43,44 @@ class Store:
         Raises
         ------
         StartError
-            Another number was used before.
+            Another number was used before, or Redis is not ready.
         """
         count = self.settings.shards
-        await self.redis.set(SHARDS, count, nx=True)
-        stored: Any = await self.redis.get(SHARDS)
-        if int(stored) != count:
+        try:
+            stored = int(await self._get_or_set(SHARDS, str(count)))
+            self._cluster = (await self._get_or_set(CLUSTER, secrets.token_hex(4))).decode()
+        except (RedisError, OSError) as error:
+            raise StartError(f"Redis is not ready: {reason_of(error)}") from error
+        if stored != count:
             raise StartError(
-                f"--shards {count}: the queue in this Redis has {int(stored)}; the number can "
+                f"--shards {count}: the queue in this Redis has {stored}; the number can "
                 "be changed only while it is empty, by deleting its keys (reltrace:*)"
             )
-        await self.redis.set(CLUSTER, secrets.token_hex(4), nx=True)
-        name: Any = await self.redis.get(CLUSTER)
-        self._cluster = name.decode()
+
+    async def _get_or_set(self, key: str, value: str) -> bytes:
+        # Read first: a Redis that is full takes no SET, even of what is there.
+        found: Any = await self.redis.get(key)
+        if found is None:
+            await self.redis.set(key, value, nx=True)
+            found = await self.redis.get(key)
+        return bytes(found)
+
+    async def check_writes(self) -> None:
+        """Have every shard take a write that changes nothing; raises what Redis says against it.
+
+        A full Redis takes it: results can be read and freed there, which is what makes room.
+        """
+        try:
+            async with (
+                asyncio.timeout(_ANSWER_DEADLINE),
+                self.redis.pipeline(transaction=False) as pipe,
+            ):
+                for shard in self.shards.all:
+                    pipe.delete(shard.key("nothing"))
+                await pipe.execute()
+        except TimeoutError:
+            message = f"no answer within {_ANSWER_DEADLINE:.0f} s"
+            raise RedisTimeoutError(message) from None
 
     @property
     def results_url(self) -> str:

@@ -15,12 +15,22 @@ class Tenants:
         self._redis = shards.redis
 
     async def all(self) -> list[TenantRecord]:
-        """Return every tenant that ever had jobs or was set."""
+        """Return every tenant that has jobs, unread results or limits."""
+        return [await self.get(name) for name in sorted(await self.names())]
+
+    async def names(self) -> set[str]:
         names: set[bytes] = set()
         for shard in self._shards:
             members: Any = await self._redis.smembers(shard.key("tenants"))
             names |= members
-        return [await self.get(name.decode()) for name in sorted(names)]
+        return {name.decode() for name in names}
+
+    async def forget_idle(self) -> None:
+        """Forget tenants that hold nothing and have no limits."""
+        for shard in self._shards:
+            cursor: Any = b"0"
+            while (cursor := await shard.run("forget_tenants", [], cursor)) != b"0":
+                pass
 
     async def get(self, tenant: str) -> TenantRecord:
         async with self._redis.pipeline(transaction=False) as pipe:

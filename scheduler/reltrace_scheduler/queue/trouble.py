@@ -74,7 +74,7 @@ def answer_to(error: BaseException) -> SchedulerError | None:
 
 def log_trouble(event: str, error: BaseException, **where: str) -> None:
     """Log a failure: of each event and kind one line in some seconds, with no traceback of such."""
-    code = trouble_of(error)
+    code = trouble_of(error) or (AWAY if isinstance(error, OSError) else None)
     kind = (event, code or type(error).__name__)
     now = time.monotonic()
     if now - _said.get(kind, float("-inf")) < _QUIET:

@@ -49,6 +49,16 @@ def test_models(command: Run) -> None:
     assert (model["name"], model["workers"]) == ("fake", 2)
 
 
+def test_models_are_forgotten(command: Run, server: FakeServer) -> None:
+    server.served = [("fake", "r1", 2), ("typo", "r2", 0), ("typo-2", "r2", 0)]
+    code, out, _ = command("models", "--forget", "typo", "--forget", "typo-2", "--json")
+    assert code == 0
+    assert [model["name"] for model in json.loads(out)] == ["fake"]
+    code, out, err = command("models", "--forget", "typo")
+    assert (code, out) == (1, "")
+    assert "no model 'typo' is known" in err
+
+
 def test_status(command: Run) -> None:
     code, out, _ = command("status")
     assert code == 0

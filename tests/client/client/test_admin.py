@@ -60,6 +60,16 @@ def test_workers_are_drained(server: FakeServer, client: reltrace.Client) -> Non
         client.admin.drain("w1", 7)  # type: ignore[arg-type]
 
 
+def test_models_are_forgotten(server: FakeServer, client: reltrace.Client) -> None:
+    server.served = [("fake", "r1", 2), ("typo", "r2", 0)]
+    with pytest.raises(reltrace.NotFound, match=r"models\[0\]: no model 'nope' is known"):
+        client.admin.forget_models("nope")
+    assert client.admin.forget_models("typo") == ["typo", "typo@r2"]
+    assert [model.name for model in client.models()] == ["fake"]
+    with pytest.raises(reltrace.InvalidArgument, match=r"names\[0\]: must be str, not int"):
+        client.admin.forget_models(7)  # type: ignore[arg-type]
+
+
 def test_tenants(client: reltrace.Client) -> None:
     assert client.admin.tenants() == []
     tenant = client.admin.set_tenant("team-a", weight=2.5)

@@ -95,3 +95,24 @@ def test_nobody_hears_of_it_who_does_not_listen(
     ):
         client.models()
     assert capfd.readouterr().err == ""
+
+
+def test_a_model_without_a_worker_is_told_of_once(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """
+    Given a model that has no worker at present
+    If several jobs for it are accepted, of several calls
+    I expect one warning that names it, and results when a worker has come.
+    """
+    server.unserved = {"asleep"}
+    with (
+        reltrace.Client(server.address) as client,
+        caplog.at_level(logging.WARNING, "reltrace"),
+    ):
+        for _ in range(2):
+            client.trace("a", model="fake")
+            for _ in range(2):
+                client.trace("a", model="asleep")
+        assert len(list(client.trace_many(["a"] * 600, model="asleep"))) == 600
+    assert caplog.messages == ["no worker serves asleep at present; its jobs wait for one"]

@@ -121,6 +121,24 @@ def test_every_address_behind_a_name_is_used() -> None:
                 assert client.models()
 
 
+def test_a_name_is_looked_up_again_before_the_client_gives_up() -> None:
+    """A server that is started anew elsewhere is found under its name."""
+
+    class Moving(list[str]):
+        """Another address from the second look on."""
+
+        def __iter__(self) -> Iterator[str]:
+            yield self.pop(0) if len(self) > 1 else self[0]
+
+    with FakeServer(address="127.0.0.2:0") as server:
+        port = server.address.rpartition(":")[2]
+        with (
+            nameserver(Moving(["127.0.0.3", "127.0.0.2"])) as dns,
+            reltrace.Client(f"dns://{dns}/schedulers.test:{port}", retry_timeout=15) as client,
+        ):
+            assert client.models()
+
+
 def test_a_server_that_failed_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(module, "monotonic", lambda: now)

@@ -1,16 +1,24 @@
 import asyncio
+from collections import Counter
+from dataclasses import replace
 
 import grpc
 import pytest
+import redis.asyncio
 from google.protobuf.duration_pb2 import Duration
 from reltrace_proto.v1 import (
     admin_pb2,
     admin_pb2_grpc,
     trace_pb2,
+    trace_pb2_grpc,
     types_pb2,
     worker_pb2,
     worker_pb2_grpc,
 )
+from reltrace_scheduler.api import worker as worker_module
+from reltrace_scheduler.api.server import serving
+from reltrace_scheduler.config import Settings
+from reltrace_scheduler.queue.connection import Connection
 from scheduler.fake_worker import MODEL, FakeWorker, ended
 
 JobSpec = types_pb2.JobSpec
@@ -40,6 +48,66 @@ async def test_a_worker_learns_the_lease_and_the_heartbeat(channel: grpc.aio.Cha
     welcome = await FakeWorker(channel).connect()
     assert welcome.lease.ToMilliseconds() == 500
     assert 0 < welcome.heartbeat.ToMilliseconds() <= 250
+
+
+async def test_a_worker_is_asked_to_connect_again_when_its_time_is_over(
+    store: redis.asyncio.Redis, redis_url: str, settings: Settings
+) -> None:
+    """
+    Given connections that last half a second
+    If a worker is asked to connect again, and commits a result and closes its side then
+    I expect the commit to be answered, nothing to be leased any more, the stream to end well, and
+    the other leases to hold in the next one.
+    """
+    settings = replace(settings, connection_age=0.5, lease=30.0)
+    redis_client = redis.asyncio.Redis.from_url(redis_url)
+    async with (
+        serving(Connection(redis_client, "test"), settings) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        client = trace_pb2_grpc.TraceServiceStub(channel)
+        worker = FakeWorker(channel)
+        await worker.connect()
+        submitted = await submit(client, 20)
+        leases = await worker.lease(10)
+        await worker.receive("reconnect")
+        await worker.send(ready=worker_pb2.Ready(jobs=10))
+        await worker.finish(leases[:3])
+        await worker.call.done_writing()
+        await worker.receive("committed")
+        async with asyncio.timeout(10):
+            assert await worker.call.read() is grpc.aio.EOF
+        assert await worker.call.code() is grpc.StatusCode.OK
+        await worker.connect(holding=leases[3:])
+        await worker.finish(leases[3:])
+        await worker.receive("committed")
+        jobs = (await client.GetJobs(trace_pb2.GetJobsRequest(job_ids=submitted.job_ids))).jobs
+        assert Counter((job.state, job.attempt) for job in jobs) == {
+            (types_pb2.JOB_STATE_SUCCEEDED, 1): 10,
+            (types_pb2.JOB_STATE_QUEUED, 0): 10,
+        }
+    await redis_client.aclose()
+
+
+async def test_a_worker_that_does_not_know_the_request_is_sent_away(
+    store: redis.asyncio.Redis,
+    redis_url: str,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_module, "_RECONNECT_DEADLINE", 0.2)
+    redis_client = redis.asyncio.Redis.from_url(redis_url)
+    async with (
+        serving(Connection(redis_client, "test"), replace(settings, connection_age=0.3)) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        worker = FakeWorker(channel)
+        await worker.connect()
+        await worker.receive("reconnect")
+        async with asyncio.timeout(10):
+            assert await worker.call.read() is grpc.aio.EOF
+        assert await worker.call.code() is grpc.StatusCode.OK
+    await redis_client.aclose()
 
 
 async def test_no_more_is_leased_than_there_is_room_for(client, worker: FakeWorker) -> None:

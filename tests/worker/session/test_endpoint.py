@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import grpc
@@ -47,7 +48,7 @@ class Scheduler(worker_pb2_grpc.WorkerServiceServicer):
         self.token: str | None = None
         self.presented: asyncio.Queue[str] = asyncio.Queue()
         self.let_go = asyncio.Event()
-        self.ends_with = grpc.StatusCode.UNAVAILABLE
+        self.ends_with: grpc.StatusCode | None = grpc.StatusCode.UNAVAILABLE
 
     async def Work(self, requests, context) -> AsyncIterator[worker_pb2.WorkResponse]:  # noqa: N802
         presented = dict(context.invocation_metadata()).get("authorization", "")
@@ -59,7 +60,12 @@ class Scheduler(worker_pb2_grpc.WorkerServiceServicer):
         await self.presented.put(presented)
         await self.let_go.wait()
         self.let_go.clear()
-        await context.abort(self.ends_with, "over")
+        if self.ends_with is not None:
+            await context.abort(self.ends_with, "over")
+        yield worker_pb2.WorkResponse(reconnect=worker_pb2.Reconnect())
+        # Until the worker closes its side.
+        async for _ in requests:
+            pass
 
     async def next(self) -> str:
         async with asyncio.timeout(20):
@@ -146,6 +152,39 @@ async def test_it_does_not_wait_before_it_asks_the_other_one() -> None:
                 await scheduler.next()
         # None but the heartbeat's.
         assert [pause for pause in pauses if pause < 60] == []
+
+
+async def test_it_connects_again_when_it_is_asked_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    Given two schedulers that ask a worker to connect again, as they do with time
+    I expect it to be at one of them again without a pause, now the other one, now the same.
+    """
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noting(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(seconds)
+
+    schedulers = [Scheduler(), Scheduler()]
+    async with AsyncExitStack() as stack:
+        addresses = [await stack.enter_async_context(serving(each)) for each in schedulers]
+        endpoints = Endpoints(",".join(addresses), Credentials(), 3)
+        await stack.enter_async_context(working(",".join(addresses), seed=3))
+        monkeypatch.setattr(asyncio, "sleep", noting)
+        visited = []
+        for _ in range(8):
+            here = schedulers[addresses.index(endpoints.current)]
+            await here.next()
+            visited.append(here)
+            here.ends_with = None
+            here.let_go.set()
+            endpoints.choose_anew()
+    assert [pause for pause in pauses if pause < 60] == []
+    moves = [one is not other for one, other in pairwise(visited)]
+    assert set(moves) == {True, False}
 
 
 def test_workers_spread_over_the_schedulers() -> None:

@@ -8,6 +8,8 @@ from reltrace_proto.net import ChannelOptions, Credentials, parse_addresses
 _CHANNEL_OPTIONS: ChannelOptions = (
     # The scheduler is near: a proxy for the web must not stand between.
     ("grpc.enable_http_proxy", 0),
+    # Where several schedulers share an address, a new channel may find another one of them.
+    ("grpc.use_local_subchannel_pool", 1),
     # The session decides when to connect again.
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
@@ -20,8 +22,8 @@ class Endpoints:
         self._addresses = list(parse_addresses(addresses))
         self._credentials = credentials
         credentials.check(*self._addresses)
-        # After a failure every other address is tried before the same one again.
-        random.Random(seed).shuffle(self._addresses)
+        self._random = random.Random(seed)
+        self.choose_anew()
 
     def __len__(self) -> int:
         return len(self._addresses)
@@ -30,7 +32,11 @@ class Endpoints:
     def current(self) -> str:
         return self._addresses[0]
 
+    def choose_anew(self) -> None:
+        self._random.shuffle(self._addresses)
+
     def move_on(self) -> None:
+        """After a failure every other address is tried before the same one again."""
         self._addresses.append(self._addresses.pop(0))
 
     def open_channel(self) -> grpc.aio.Channel:

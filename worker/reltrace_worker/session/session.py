@@ -40,6 +40,8 @@ _DRAFT_SECONDS = 0.03
 
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.1, 5.0
 _WELCOME_DEADLINE = 10.0
+_RECONNECT_DEADLINE = 10.0
+"""Seconds for the last answers of a scheduler that wants this worker to connect again."""
 
 _INTERNAL: int = grpc.StatusCode.INTERNAL.value[0]
 
@@ -107,6 +109,7 @@ class Session:
         self._leaving = False
         # Set when the scheduler wants this worker gone: whoever runs it calls `drain`.
         self.asked_to_drain = asyncio.Event()
+        self._asked_to_reconnect = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -255,6 +258,9 @@ class Session:
             address = self._endpoints.current
             try:
                 await self._connect()
+                if self._asked_to_reconnect:
+                    self._endpoints.choose_anew()
+                    continue
                 if self._leaving:
                     return
             except grpc.aio.AioRpcError as error:
@@ -294,6 +300,7 @@ class Session:
     ) -> None:
         """Greet the scheduler, and handle its messages until the stream ends."""
         outgoing: Outgoing = asyncio.Queue()
+        self._asked_to_reconnect = False
         call = stub.Work(requests(outgoing), metadata=metadata)
         try:
             outgoing.put_nowait(worker_pb2.WorkRequest(hello=self._hello))
@@ -316,8 +323,12 @@ class Session:
             self._longest_backoff = min(_LAST_BACKOFF, max(period, _FIRST_BACKOFF))
             heartbeats = asyncio.create_task(self._heartbeat(outgoing, period))
             try:
-                while isinstance(response := await call.read(), worker_pb2.WorkResponse):
-                    self._handle(response)
+                async with asyncio.timeout(None) as ending:
+                    while isinstance(response := await call.read(), worker_pb2.WorkResponse):
+                        self._handle(response)
+                        if response.HasField("reconnect"):
+                            deadline = asyncio.get_running_loop().time() + _RECONNECT_DEADLINE
+                            ending.reschedule(deadline)
             finally:
                 heartbeats.cancel()
         finally:
@@ -357,3 +368,9 @@ class Session:
             case "drain":
                 log.info("drain.wanted")
                 self.asked_to_drain.set()
+            case "reconnect":
+                self._asked_to_reconnect = True
+                if self._outgoing is not None:
+                    self._outgoing.put_nowait(None)
+                    # What comes to be sent is sent over the next connection.
+                    self._outgoing = None
