@@ -204,6 +204,7 @@ def remaining_keys(store: redis.Redis) -> list[str]:
         keys("load"),
         keys("ended"),
         keys("models"),
+        keys("served"),
         keys("workers"),
         keys("tenants"),
         keys("watchdog"),
@@ -223,7 +224,7 @@ def remaining_keys(store: redis.Redis) -> list[str]:
     found = set(_members(store.scan_iter(count=1000)))
     # A key that names a submission is remembered for a day, so that it is not accepted twice; a
     # token's bucket until it is full.
-    remembered = (*(keys("idempotency", tenant, "") for tenant in tenants), rate_key("", "")[:-1])
+    remembered = (keys("idempotency", ""), rate_key("", "")[:-1])
     return sorted(key for key in found - allowed if not key.startswith(remembered))
 
 

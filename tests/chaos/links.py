@@ -18,7 +18,7 @@ class Link:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.held = 0
         """Bytes that have had to wait because the link was cut."""
-        self._ports: list[int] = []
+        self._servers: list[asyncio.Server] = []
         self._loop = loop
         self._whole = asyncio.Event()
         self._whole.set()
@@ -26,7 +26,8 @@ class Link:
     @property
     def address(self) -> str:
         """All ports, as clients and workers take addresses."""
-        return ",".join(f"127.0.0.1:{port}" for port in self._ports)
+        ports = [server.sockets[0].getsockname()[1] for server in self._servers]
+        return ",".join(f"127.0.0.1:{port}" for port in ports)
 
     @contextmanager
     def cut(self) -> Iterator[None]:
@@ -39,8 +40,13 @@ class Link:
 
     async def listen(self, targets: Sequence[tuple[str, int]]) -> None:
         for target in targets:
-            server = await asyncio.start_server(partial(self._connect, target), "127.0.0.1", 0)
-            self._ports.append(server.sockets[0].getsockname()[1])
+            connect = partial(self._connect, target)
+            self._servers.append(await asyncio.start_server(connect, "127.0.0.1", 0))
+
+    async def close(self) -> None:
+        """Take no more connections."""
+        for server in self._servers:
+            server.close()
 
     async def _connect(
         self,
@@ -54,7 +60,11 @@ class Link:
         except OSError:
             writer.close()
             return
-        await asyncio.gather(self._carry(reader, back), self._carry(there, writer))
+        try:
+            await asyncio.gather(self._carry(reader, back), self._carry(there, writer))
+        finally:
+            back.close()
+            writer.close()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
@@ -65,6 +75,7 @@ class Link:
                 writer.write(data)
                 await writer.drain()
         await self._whole.wait()
+        # Whoever reads from there learns it, and the other direction ends as well.
         writer.close()
 
 
@@ -72,6 +83,7 @@ class Links:
     """Makes links, and carries what goes over them in a thread of its own."""
 
     def __enter__(self) -> Self:
+        self._made: list[Link] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="links")
         self._thread.start()
@@ -87,10 +99,11 @@ class Links:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *(link.close() for link in self._made), return_exceptions=True)
 
     def to(self, targets: Sequence[tuple[str, int]]) -> Link:
         """Make a link to these addresses."""
         link = Link(self._loop)
+        self._made.append(link)
         asyncio.run_coroutine_threadsafe(link.listen(targets), self._loop).result(10)
         return link

@@ -25,12 +25,9 @@ from chaos.flood_actor import Flood
 from chaos.killer import Killer
 from chaos.memory import measure
 from chaos.process_actors import ClockJump, CutLink
-from chaos.redis_actors import LATE, FullRedis, PausedRedis, Promotion
+from chaos.redis_actors import LATE, PausedRedis
 
-ACTORS = {
-    actor.name.replace(" ", "-"): actor
-    for actor in (FullRedis, PausedRedis, Promotion, CutLink, ClockJump, Flood)
-}
+ACTORS = {actor.name.replace(" ", "-"): actor for actor in (PausedRedis, CutLink, ClockJump, Flood)}
 """By the names that the command line takes."""
 
 _UNWRITTEN = 3.0
