@@ -2,7 +2,7 @@
 
 ``ready``: the scheduler serves (grpc.health.v1 says SERVING: Redis takes writes).
 ``alive``: the scheduler answers at all. While Redis is away a restart would heal nothing.
-``worker``: the worker has its model, and answers.
+``worker``: the worker has its model, answers, and what it computes goes on.
 
 With TLS the scheduler is asked under the name ``localhost``, which its certificate holds beside
 others. The certificate itself is the authority: this asks about health, not about identity.
@@ -49,11 +49,11 @@ def scheduler(*, alive: bool) -> bool:
 
 
 def worker() -> bool:
-    """Return whether the worker serves its metrics."""
-    url = f"http://{_local(os.environ['RELTRACE_WORKER_METRICS'])}/metrics"
+    """Return whether the worker says that it is well; raises HTTPError where it is not."""
+    url = f"http://{_local(os.environ['RELTRACE_WORKER_METRICS'])}/healthz"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(url, timeout=TIMEOUT) as answer:
-        return b"reltrace_worker_passes" in answer.read()
+        return bool(answer.read() == b"ok\n")
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -21,6 +21,8 @@ import structlog
 from reltrace_proto.net import SettingError, host_and_port
 
 if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
     from opentelemetry.trace import Tracer
     from prometheus_client import CollectorRegistry
     from structlog.types import EventDict, ExcInfo, Processor
@@ -92,8 +94,13 @@ def _raised(error: BaseException, messages: bool) -> str:
 
 
 @contextmanager
-def serving_metrics(listen: str, registry: "CollectorRegistry") -> Iterator[str]:
-    """Serve metrics over HTTP on ``HOST:PORT`` until the block ends; gives the bound address."""
+def serving_metrics(
+    listen: str, registry: "CollectorRegistry", fault: Callable[[], str] = str
+) -> Iterator[str]:
+    """Serve metrics over HTTP on ``HOST:PORT`` until the block ends; gives the bound address.
+
+    ``/healthz`` answers 503 with what `fault` returns, unless that is empty.
+    """
     from prometheus_client import start_http_server
 
     host, port = host_and_port("--metrics", listen)
@@ -101,6 +108,18 @@ def serving_metrics(listen: str, registry: "CollectorRegistry") -> Iterator[str]
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
         raise SettingError(f"--metrics {listen}", error.strerror or str(error)) from error
+    metrics = server.get_app()
+    assert metrics is not None
+
+    def answer(environ: "WSGIEnvironment", start: "StartResponse") -> "Iterable[bytes]":
+        if environ["PATH_INFO"] != "/healthz":
+            return metrics(environ, start)
+        found = fault()
+        status = "503 Service Unavailable" if found else "200 OK"
+        start(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{found or 'ok'}\n".encode()]
+
+    server.set_app(answer)
     try:
         yield f"{host}:{server.server_port}"
     finally:

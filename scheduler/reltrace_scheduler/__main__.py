@@ -19,7 +19,7 @@ from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT, Role
 from reltrace_scheduler.auth.rates import Rates
 from reltrace_scheduler.auth.tls import ServerTls
-from reltrace_scheduler.auth.tokens import TokenError, Tokens, append, make
+from reltrace_scheduler.auth.tokens import TokenError, Tokens, append, in_time, make
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local.redis import EmbeddedRedis
@@ -92,6 +92,14 @@ def token(
     tenant: Annotated[
         str, typer.Option(help="Whose jobs its holder submits, reads and cancels.")
     ] = DEFAULT_TENANT,
+    expires: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="From when on it is refused: in so many days or hours (30d, 12h). "
+            "(default: never)",
+        ),
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -102,7 +110,7 @@ def token(
 ) -> None:
     """Make a token: it goes to standard output, once, and only its hash is kept."""
     try:
-        text, entry = make(name, role, tenant)
+        text, entry = make(name, role, tenant, None if expires is None else in_time(expires))
         if file is not None:
             append(file, entry)
     except TokenError as error:

@@ -66,7 +66,7 @@ key                             type    holds
 ``quarantined:<job>``           hash    tenant, spec, history
 ``worker:<id>``                 hash    epoch of its session, mode of its leases, its last call
                                         that leased; in shard 0 also hello (``Hello``), routes
-                                        (lines), connected_at, draining
+                                        (lines), connected_at, draining, silent (seconds)
 ``serving:<route>``             zset    workers of a route by when they were seen (shard 0 only)
 ``sample_result:<job>``         string  ``ResultChunk`` of some recent jobs (shard 0 only)
 ==============================  ======  =========================================================

@@ -188,3 +188,5 @@ class WorkerRecord:
     """Names its session: a later one has another."""
     leased: int = 0
     draining: bool = False
+    silent: float = 0.0
+    """Seconds for which what it computes has stood still, if they are many."""

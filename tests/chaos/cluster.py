@@ -202,12 +202,16 @@ class Cluster:
         """Start ``python -m MODULE OPTIONS``."""
         return self.start(name, [sys.executable, "-m", module, *options], host=host)
 
+    def hang_order(self, worker: str) -> Path:
+        """Return the file that tells a worker to hang in its next pass; it takes the file away."""
+        return self.folder / f"{worker}.hang"
+
     def add_worker(self, name: str) -> Part:
         """Start a stand-in worker."""
         part = self.start_module(
             name, "chaos.worker",
             *self.connection_of(name, "worker"), "--name", name,
-            "--jobs-per-pass", str(self._jobs_per_pass),
+            "--jobs-per-pass", str(self._jobs_per_pass), "--hang", str(self.hang_order(name)),
         )  # fmt: skip
         self.workers.append(part)
         return part

@@ -6,6 +6,7 @@ import random
 import time
 
 from chaos.actors import Actor
+from reltrace_worker.session.lifecycle import HANGS
 from waiting import wait_until
 
 
@@ -39,3 +40,25 @@ class ClockJump(Actor):
             clock.ahead = 0.0
         wait_until(lambda: clock.read == 0.0, "a scheduler asks for the time")
         return True
+
+
+class HungEngine(Actor):
+    """A pass of a worker never ends: the worker leaves by itself."""
+
+    name = "hung engine"
+
+    def strike(self, source: random.Random) -> bool:
+        worker = source.choice(self.cluster.workers)
+        pid, order = worker.pid, self.cluster.hang_order(worker.name)
+        order.touch()
+        try:
+            wait_until(lambda: not order.exists() or worker.pid != pid, "a pass begins")
+            if order.exists():
+                return False
+        finally:
+            order.unlink(missing_ok=True)
+        wait_until(lambda: worker.pid != pid, "the worker leaves and is replaced")
+        left = [death for death in worker.deaths if death.code == HANGS]
+        for death in left:
+            worker.deaths.remove(death)
+        return bool(left)

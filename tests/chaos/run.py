@@ -24,8 +24,8 @@ from chaos.cluster import Cluster
 from chaos.flood_actor import Flood
 from chaos.killer import Killer
 from chaos.memory import measure
-from chaos.process_actors import ClockJump, CutLink
-from chaos.redis_actors import LATE, PausedRedis
+from chaos.process_actors import ClockJump, CutLink, HungEngine
+from chaos.redis_actors import LATE, FullRedis, PausedRedis, Promotion
 
 ACTORS = {actor.name.replace(" ", "-"): actor for actor in (PausedRedis, CutLink, ClockJump, Flood)}
 """By the names that the command line takes."""

@@ -44,16 +44,19 @@ class Work:
         How long the pass takes.
     deadly
         The pass kills the process that it runs in.
+    endless
+        The pass never ends.
     """
 
     number: int
     size: int = 64
     milliseconds: int = 0
     deadly: bool = False
+    endless: bool = False
 
     @property
     def ids(self) -> list[int]:
-        return [self.number, self.size, self.milliseconds, int(self.deadly)]
+        return [self.number, self.size, self.milliseconds, self.deadly + 2 * self.endless]
 
     @property
     def spec(self) -> types_pb2.JobSpec:
@@ -61,8 +64,8 @@ class Work:
 
     @classmethod
     def of(cls, spec: types_pb2.JobSpec) -> Work:
-        number, size, milliseconds, deadly = spec.input_ids.ids
-        return cls(number, size, milliseconds, bool(deadly))
+        number, size, milliseconds, fate = spec.input_ids.ids
+        return cls(number, size, milliseconds, fate == 1, fate == 2)
 
     @property
     def data(self) -> bytes:

@@ -7,6 +7,7 @@ from chaos.cluster import Cluster
 from chaos.standin import Work
 from chaos.submitting import submit
 from reltrace_proto.v1 import types_pb2
+from reltrace_worker.session.lifecycle import HANGS
 from waiting import wait_until
 
 Start = Callable[..., Cluster]
@@ -53,6 +54,27 @@ def test_a_job_that_kills_its_workers_costs_nobody_else(start: Start) -> None:
     assert max(end.attempt for end in ends) <= 3
     assert after.state == SUCCEEDED
     assert len(cluster.deaths) == 3
+
+
+def test_a_job_that_hangs_its_workers_costs_nobody_else(start: Start) -> None:
+    """
+    Given a job whose pass never ends, while its worker's heartbeats go on, and others behind it
+    If two workers have found their engine to stand still, and have left
+    I expect it to be quarantined, with the history of its losses, and the others to succeed.
+    """
+    # Two: those that are handed back along with it must not count.
+    cluster = start(lease=1.0, schedulers=1, max_lost_leases=2, jobs_per_pass=1)
+    works = [Work(number, endless=number == 7) for number in range(40)]
+    with cluster.client() as client:
+        ends = submit(client, works).ends()
+        (after,) = submit(client, [Work(100)]).ends()
+    endless = ends.pop(7)
+    assert endless.state == types_pb2.JOB_STATE_QUARANTINED
+    assert [lost.attempt for lost in endless.lost_leases] == [1, 2]
+    assert len({lost.worker_id for lost in endless.lost_leases}) == 2
+    assert {end.state for end in ends} == {SUCCEEDED}
+    assert after.state == SUCCEEDED
+    assert [death.code for death in cluster.deaths] == [HANGS] * 2
 
 
 def test_draining_under_load_loses_nothing_and_no_time(start: Start) -> None:

@@ -11,24 +11,32 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import structlog
 from chaos import standin
 from reltrace_proto.net import Credentials
 from reltrace_proto.v1 import worker_pb2
 from reltrace_worker.session.leases import Chunks, LeaseKey
+from reltrace_worker.session.lifecycle import work
 from reltrace_worker.session.session import Session
+from reltrace_worker.session.watchdog import Watchdog
 
 _DRAIN_GRACE = 10.0
+_LIMIT = 3.0
+"""Seconds that a pass may take, beside twice those that its jobs ask for."""
 
 
 class StandInRunner:
     """Runs `standin.Work`, a few jobs a pass, on a thread as the real engine does."""
 
-    def __init__(self, jobs_per_pass: int) -> None:
+    def __init__(self, jobs_per_pass: int, watchdog: Watchdog, hang: Path | None) -> None:
+        self._watchdog = watchdog
+        self._hang = hang
         self._jobs_per_pass = jobs_per_pass
         self._ready: deque[worker_pb2.Lease] = deque()
         self._arrived = asyncio.Event()
@@ -60,41 +68,49 @@ class StandInRunner:
         batch = [self._ready.popleft() for _ in range(min(len(self._ready), self._jobs_per_pass))]
         self._full_pass_jobs = len(batch) if self._ready else 0
         works = [standin.Work.of(lease.spec) for lease in batch]
-        await asyncio.to_thread(_run, works)
-        return [standin.chunks(work, lease) for work, lease in zip(works, batch, strict=True)]
+        await asyncio.to_thread(self._run, batch, works)
+        return [standin.chunks(one, lease) for one, lease in zip(works, batch, strict=True)]
 
+    def _run(self, batch: Sequence[worker_pb2.Lease], works: Sequence[standin.Work]) -> None:
+        for one in works:
+            if one.milliseconds or one.endless:
+                print(f"runs {one.number}", flush=True)
+        if any(one.deadly for one in works):
+            os.kill(os.getpid(), signal.SIGKILL)
+        seconds = max(one.milliseconds for one in works) / 1000
+        with self._watchdog.watching("engine", batch, _LIMIT + 2 * seconds):
+            if any(one.endless for one in works) or self._told_to_hang():
+                threading.Event().wait()
+            # Not a wait for anything: this is how long the pass takes.
+            time.sleep(seconds)
 
-def _run(works: list[standin.Work]) -> None:
-    for work in works:
-        if work.milliseconds:
-            print(f"runs {work.number}", flush=True)
-    if any(work.deadly for work in works):
-        os.kill(os.getpid(), signal.SIGKILL)
-    # Not a wait for anything: this is how long the pass takes.
-    time.sleep(max(work.milliseconds for work in works) / 1000)
+    def _told_to_hang(self) -> bool:
+        """Take the file away by which this process is told to hang, so that the next one is not."""
+        try:
+            if self._hang is not None:
+                self._hang.unlink()
+                return True
+        except FileNotFoundError:
+            pass
+        return False
 
 
 def _key(lease: worker_pb2.Lease) -> LeaseKey:
     return LeaseKey(lease.job_id, lease.attempt)
 
 
-async def _work(server: str, token: str, name: str, version: str, jobs_per_pass: int) -> None:
+async def _work(given: argparse.Namespace) -> None:
     # A worker's id names one process: a lease of the one that was killed is not ours.
-    worker_id = f"{name}.{os.getpid()}"
+    worker_id = f"{given.name}.{os.getpid()}"
     hello = worker_pb2.Hello(
-        worker_id=worker_id, model=standin.MODEL, device="none", version=version
+        worker_id=worker_id, model=standin.MODEL, device="none", version=given.version
     )
-    credentials = Credentials(token)
-    session = Session(server, hello, StandInRunner(jobs_per_pass), credentials=credentials)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, session.asked_to_drain.set)
-    working = asyncio.create_task(session.run())
-    stopping = asyncio.create_task(session.asked_to_drain.wait())
-    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if stopping.done():
-        await session.drain(_DRAIN_GRACE)
-        await asyncio.wait({working}, timeout=5.0)
-    if working.done():
-        working.result()
+    watchdog = Watchdog()
+    runner = StandInRunner(given.jobs_per_pass, watchdog, given.hang)
+    session = Session(
+        given.server, hello, runner, credentials=Credentials(given.token), watchdog=watchdog
+    )
+    await work(session, watchdog, _DRAIN_GRACE)
 
 
 def main() -> None:
@@ -104,12 +120,13 @@ def main() -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--version", default="0")
     parser.add_argument("--jobs-per-pass", type=int, default=16)
+    parser.add_argument("--hang", type=Path, help="a pass that finds this file never ends")
     given = parser.parse_args()
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    asyncio.run(_work(given.server, given.token, given.name, given.version, given.jobs_per_pass))
+    asyncio.run(_work(given))
 
 
 if __name__ == "__main__":

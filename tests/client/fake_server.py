@@ -70,6 +70,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         The next submission is stored, but its answer is lost.
     drop_at
         The stream breaks off before the n-th event that is sent in all, for every n in it.
+    at_drop
+        Called whenever that happens.
     run
         From (spec, job id) to the chunks of the result.
     drafts
@@ -106,6 +108,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     before_answer: Callable[[], None] = lambda: None
     lose_answer: bool = False
     drop_at: set[int] = field(default_factory=set)
+    at_drop: Callable[[], None] = lambda: None
     run: Callable[[types_pb2.JobSpec, str], list[types_pb2.ResultChunk]] | None = None
     drafts: Callable[[str], Iterable[types_pb2.Draft]] = lambda job_id: ()
     reverse: bool = False
@@ -126,6 +129,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     cancelled: list[str] = field(default_factory=list)
     ended: dict[str, types_pb2.JobState.ValueType] = field(default_factory=dict)
     sent: int = 0
+    _forgotten: int = 0
     address: str = ""
 
     def __enter__(self) -> Self:
@@ -155,9 +159,19 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         """Break off all calls."""
         self._server.stop(grace=0).wait(5)
 
+    def forget(self) -> None:
+        """Lose all that was accepted."""
+        with self._lock:
+            self._forgotten += len(self.submissions)
+            self.submissions.clear()
+
     def jobs_submitted(self) -> int:
         with self._lock:
             return sum(len(submission.specs) for submission in self.submissions.values())
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 5) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, timeout)
 
     def wait_acknowledged(self, timeout: float = 5) -> None:
         """Wait until every submission is acknowledged to its end."""
@@ -199,7 +213,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             submission = known.get(request.idempotency_key)
             before = submission is not None
             if submission is None:
-                number = len(self.submissions)
+                number = len(self.submissions) + self._forgotten
                 submission = Submission(
                     id=f"s{number}",
                     key=request.idempotency_key,
@@ -226,14 +240,17 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             self.streams.append(request)
             if self.stream_errors:
                 context.abort_with_status(rpc_status.to_status(self.stream_errors.popleft()))
-            submission = self.submissions[request.submission_id]
+            submission = self.submissions.get(request.submission_id)
+            freed = self.acknowledged.get(request.submission_id, 0)
+            if submission is None or freed >= len(submission.specs):
+                context.abort(grpc.StatusCode.NOT_FOUND, "the submission is not known here")
         jobs = list(zip(submission.job_ids, submission.specs, strict=True))
         if self.reverse:
             jobs.reverse()
         if self.truncate:
             jobs.pop()
         for entry, (job_id, spec) in enumerate(jobs, start=1):
-            if entry <= request.after_entry:
+            if entry <= max(request.after_entry, freed):
                 continue
             if job_id in request.drafts_of:
                 for draft in self.drafts(job_id):
@@ -245,6 +262,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
                     self.sent += 1
                     drop = self.sent in self.drop_at
                 if drop:
+                    self.at_drop()
                     context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
                 yield trace_pb2.StreamResultsResponse(
                     events=[trace_pb2.ResultEvent(entry=entry, chunk=chunk)]
@@ -344,6 +362,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
 
     succeeded: int = 5
     drained: list[str] = field(default_factory=list)
+    silent: float = 0.0
 
     def ListWorkers(
         self, request: admin_pb2.ListWorkersRequest, context: Any
@@ -351,6 +370,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         workers = self.GetStatus(admin_pb2.GetStatusRequest(), context).workers
         for worker in workers:
             worker.draining = worker.worker_id in self.drained
+            if self.silent:
+                worker.silent.FromNanoseconds(round(self.silent * 1e9))
         return admin_pb2.ListWorkersResponse(workers=workers)
 
     def DrainWorkers(

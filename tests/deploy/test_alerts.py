@@ -29,6 +29,7 @@ WELL = {
     'reltrace_attempts_failed_total{model="m"}': "0+6x120",
     'reltrace_jobs_ended_total{model="m",state="succeeded"}': "0+600x120",
     'reltrace_grpc_seconds_count{method="SubmitJobs",code="INVALID_ARGUMENT"}': "0+600x120",
+    'reltrace_worker_silent_seconds{instance="w"}': "0x60 20x60",
     'reltrace_worker_tokens_total{model="m"}': "0+5000x120",
     'reltrace_worker_capacity_tokens_total{model="m"}': "0+10000x120",
 }
@@ -51,6 +52,10 @@ WRONG: dict[str, tuple[str, dict[str, str | None], int, int]] = {
     ),
     "workers fall silent": (
         "ReltraceLeasesLost", {'reltrace_leases_lost_total{model="m"}': "0x20 1+6x100"}, 20, 40,
+    ),
+    "a pass hangs": (
+        "ReltracePassStandsStill",
+        {'reltrace_worker_silent_seconds{instance="w"}': "0x20 0+60x100"}, 20, 30,
     ),
     "a first job is quarantined": ("ReltraceQuarantined", {QUARANTINED: "_x20 1x100"}, 19, 22),
     "another is": ("ReltraceQuarantined", {QUARANTINED: "1x80 2x40"}, 75, 85),

@@ -248,12 +248,17 @@ def test_a_scheduler_of_the_stack(
     assert health("alive", environment)[0] == 1
 
 
-def test_a_worker_is_well_while_it_serves_its_metrics() -> None:
-    with exporting("127.0.0.1:0", WorkerCollector({"m": PassStats()}, dict)) as address:
+def test_a_worker_is_well_while_it_answers_and_goes_on() -> None:
+    fault = ""
+    collector = WorkerCollector({"m": PassStats()}, dict)
+    with exporting("127.0.0.1:0", collector, lambda: fault) as address:
         environment = os.environ | {"RELTRACE_WORKER_METRICS": address}
         assert health("worker", environment) == (0, "")
         # A proxy for the web is none of its business.
         assert health("worker", environment | {"http_proxy": "http://127.0.0.1:9"}) == (0, "")
+        fault = "the engine thread has stood still for 61 s"
+        code, message = health("worker", environment)
+        assert (code, "503" in message) == (1, True)
     assert health("worker", environment)[0] == 1
 
 

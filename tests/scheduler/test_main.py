@@ -154,7 +154,9 @@ def test_it_serves_tls_to_those_who_have_a_token(
 
 
 def test_a_token_without_a_file_is_printed_with_its_entry(start: Start, tmp_path: Path) -> None:
-    made = start("token", "--name", "a", "--role", "client", "--tenant", "team-a")
+    made = start(
+        "token", "--name", "a", "--role", "client", "--tenant", "team-a", "--expires", "30d"
+    )
     output, entry = made.communicate(timeout=30)
     assert made.returncode == 0
     assert output.startswith("rlt_")
@@ -162,6 +164,7 @@ def test_a_token_without_a_file_is_printed_with_its_entry(start: Start, tmp_path
     file = tmp_path / "tokens.toml"
     file.write_text(entry)
     assert Tokens(file).find(output.strip()).tenant == "team-a"
+    assert "\nexpires = 20" in entry
 
 
 @pytest.mark.parametrize(
@@ -170,6 +173,7 @@ def test_a_token_without_a_file_is_printed_with_its_entry(start: Start, tmp_path
         (("--name", "a b", "--role", "client"), "name 'a b': must be 1 to 64"),
         (("--name", "a", "--role", "client", "--tenant", "x:y"), "tenant 'x:y': must be"),
         (("--name", "a", "--role", "worker", "--tenant", "x"), "works for every tenant"),
+        (("--name", "a", "--role", "client", "--expires", "x"), "--expires x: must be days or"),
         (("--name", "a", "--role", "client", "--file", "/no/such/folder/f"), "No such file"),
     ],
 )

@@ -1,10 +1,8 @@
 """The `reltrace-worker` command."""
 
-import asyncio
 import gc
 import os
 import secrets
-import signal
 import socket
 import sys
 from contextlib import ExitStack
@@ -90,8 +88,9 @@ def _serve(settings: Settings) -> None:
         sources = read_sources(settings.model, settings.name, settings.revision)
         served = serve(sources, settings, spans)
         if settings.metrics is not None:
-            collector = WorkerCollector(served.stats, served.memory)
-            stack.enter_context(exporting(settings.metrics, collector))
+            watchdog = served.watchdog
+            collector = WorkerCollector(served.stats, served.memory, watchdog.silent)
+            stack.enter_context(exporting(settings.metrics, collector, watchdog.fault))
         uvloop.run(_run(settings, credentials, served, worker_id, spans))
 
 
@@ -108,7 +107,8 @@ def _credentials(settings: Settings) -> Credentials:
 async def _run(
     settings: Settings, credentials: Credentials, served: "Served", worker_id: str, spans: Spans
 ) -> None:
-    """Work until a signal or the scheduler asks to stop."""
+    """Work until something ends this worker; see `work`."""
+    from reltrace_worker.session.lifecycle import work
     from reltrace_worker.session.session import Session
 
     first, *further = served.infos
@@ -126,19 +126,9 @@ async def _run(
         credentials=credentials,
         spans=spans,
         drafts=served.drafts,
+        watchdog=served.watchdog,
     )
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, session.asked_to_drain.set)
-    working = asyncio.create_task(session.run())
-    stopping = asyncio.create_task(session.asked_to_drain.wait())
-    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if stopping.done():
-        log.info("worker.drains")
-        await session.drain(settings.drain_grace)
-        await asyncio.wait({working}, timeout=5.0)
-    if working.done():
-        working.result()
+    await work(session, served.watchdog, settings.drain_grace)
 
 
 def main() -> None:

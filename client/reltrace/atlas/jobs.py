@@ -19,12 +19,10 @@ from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
 from reltrace.transport.results import acknowledge, stream_results
 from reltrace.transport.retry import Deadline
-from reltrace.transport.submit import Rejected, submit
+from reltrace.transport.submit import Rejected, is_key_taken, submit
 from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import InvalidArgument, NotFound, TraceError
 from reltrace.types.request import Job, wire_priority
-
-_KEY_FIELD = "idempotency_key"
 
 _PREFETCH_BYTES = 256 * 1024 * 1024
 _MIN_PREFETCH, _MAX_PREFETCH = 2, 8
@@ -112,7 +110,7 @@ class SliceJobs:
             try:
                 answer = await submit(self._connection, jobs, deadline, self._priority, key)
             except InvalidArgument as error:
-                if any(violation.field == _KEY_FIELD for violation in error.violations):
+                if is_key_taken(error):
                     # The key belongs to another job, such as for an earlier default model.
                     continue
                 raise

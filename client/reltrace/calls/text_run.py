@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from reltrace_proto.v1 import types_pb2
 
 from reltrace.transport.connection import Connection
+from reltrace.transport.pending import Submission
 from reltrace.transport.results import stream_results
 from reltrace.transport.retry import Deadline
 from reltrace.transport.submit import Rejected, submit
@@ -35,12 +36,16 @@ class DraftMerger:
 
     def __init__(self, *, steered: bool) -> None:
         self._steered = steered
+        self._job_id = ""
         self._attempt = 0
         self._received = _Text()
         self._returned = _Text()
 
     def draft(self, draft: types_pb2.Draft) -> TextPiece | None:
         """Take a draft; return what it adds to the pieces."""
+        if draft.job_id != self._job_id:
+            # The server had lost the job, and it was submitted again.
+            self._job_id, self._attempt = draft.job_id, 0
         if draft.attempt < self._attempt:
             return None
         # Another attempt, or another connection, sends the text from its beginning.
@@ -92,7 +97,11 @@ class TextRun:
         self._pieces: deque[TextPiece] = deque()
         self._changed = asyncio.Event()
         self._results: dict[int, Generation] = {}
-        self.job_ids: tuple[str, ...] = ()
+        self._submission: Submission | None = None
+
+    @property
+    def job_ids(self) -> tuple[str, ...]:
+        return () if self._submission is None else tuple(self._submission.job_ids)
 
     @property
     def result(self) -> Generation | None:
@@ -129,7 +138,7 @@ class TextRun:
             answer = await submit(self._connection, self._jobs, self._deadline, self._priority)
             if isinstance(answer, Rejected):
                 raise next(iter(answer.errors.values()))
-            self.job_ids = tuple(answer.job_ids)
+            self._submission = answer
             stream = stream_results(
                 self._connection,
                 answer,

@@ -111,12 +111,19 @@ def list_workers(
 def _workers(connected: Sequence[Worker]) -> Table:
     now = datetime.now(UTC)
     rows = [
-        (f"{one.id}{' (draining)' * one.draining}", "\n".join((one.model, *one.further_models)),
+        (_condition(one), "\n".join((one.model, *one.further_models)),
          one.device, one.version, one.leased, _ago(one.connected_at, now), _ago(one.seen_at, now))
         for one in connected
     ]  # fmt: skip
     columns = ("worker", "models", "device", "version", "leased", "connected", "seen")
     return table(columns, rows, ("leased",))
+
+
+def _condition(worker: Worker) -> str:
+    notes = ["draining"] * worker.draining
+    if worker.silent:
+        notes.append(f"stalled {worker.silent:.0f} s")
+    return f"{worker.id} ({', '.join(notes)})" if notes else worker.id
 
 
 @command(workers)

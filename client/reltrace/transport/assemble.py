@@ -28,6 +28,10 @@ Outcome: TypeAlias = list[Trace] | Generation | Tokens | AtlasShard | TraceError
 _MAX_TENSOR_BYTES = 16 * 1024**3
 
 
+class OrderError(ProtocolError):
+    """A chunk does not follow the one before."""
+
+
 class _Tensor:
     """A tensor that is filled, in order, from its pieces; the first one announces it."""
 
@@ -94,7 +98,7 @@ class Assembler:
             If the chunk does not follow the one before, or the result is incomplete.
         """
         if chunk.number != self.chunks + 1:
-            raise ProtocolError(
+            raise OrderError(
                 f"job {chunk.job_id}: chunk {chunk.number} came after chunk {self.chunks}"
             )
         self.chunks = chunk.number
@@ -196,15 +200,36 @@ class JobResult:
 class ResultCursor:
     """The position in the results of a submission, and the job that is being received.
 
-    `last_entry` is the number of the last entry of the stream that was received completely.
+    Attributes
+    ----------
+    last_entry : int
+        Number of the last entry of the stream that was received completely.
     """
 
     def __init__(self, job_ids: Sequence[str], jobs: Sequence[Job]) -> None:
-        self._positions = {job_id: index for index, job_id in enumerate(job_ids)}
         self._jobs = jobs
+        self.restart({job_id: index for index, job_id in enumerate(job_ids)})
+
+    def restart(self, positions: Mapping[str, int]) -> None:
+        """Go on with another submission, of the jobs with these indices, by id."""
+        self._positions = dict(positions)
+        self._received: set[str] = set()
+        self._entries = len(positions)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Go back to the start of the stream: what was received is passed over."""
+        self.last_entry = 0
+        self.drop_chunks()
+
+    def drop_chunks(self) -> None:
+        """Forget the chunks of an entry that was not received completely."""
         self._current: Assembler | None = None
         self._current_id = ""
-        self.last_entry = 0
+
+    def drop(self, index: int) -> None:
+        """Expect no result of a job."""
+        self._positions = {name: at for name, at in self._positions.items() if at != index}
 
     @property
     def chunks_seen(self) -> int:
@@ -212,17 +237,45 @@ class ResultCursor:
         return 0 if self._current is None else self._current.chunks
 
     @property
+    def has_gaps(self) -> bool:
+        """Whether entries up to the last one may hold results that were not received."""
+        return self.last_entry > len(self._received)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all results were received, and the stream goes on: with jobs that ran again."""
+        return not self._positions and self.last_entry < self._entries
+
+    @property
     def unfinished(self) -> list[str]:
         """Ids of the jobs that have not ended."""
         return list(self._positions)
+
+    @property
+    def missing(self) -> list[int]:
+        """Indices of these jobs."""
+        return sorted(self._positions.values())
 
     def index_of(self, job_id: str) -> int | None:
         """Return the index of a job in the submission, or None if it has ended."""
         return self._positions.get(job_id)
 
     def take(self, event: trace_pb2.ResultEvent) -> JobResult | None:
-        """Take the next chunk; return the result of the job that ends with it."""
+        """Take the next chunk; return the result of the job that ends with it.
+
+        Raises
+        ------
+        OrderError
+            If it is not the next one: the server reads from another place than was asked for.
+        ProtocolError
+            If it is no result that was asked for.
+        """
         chunk = event.chunk
+        if chunk.job_id in self._received and event.entry > self.last_entry:
+            # A server whose store has lost the job's end had it run again.
+            if chunk.HasField("end"):
+                self.last_entry = event.entry
+            return None
         index = self._positions.get(chunk.job_id)
         if index is None or event.entry <= self.last_entry:
             raise ProtocolError(
@@ -232,12 +285,13 @@ class ResultCursor:
             self._current = Assembler(self._jobs[index])
             self._current_id = chunk.job_id
         elif self._current_id != chunk.job_id:
-            raise ProtocolError(f"chunks of job {chunk.job_id!r} came inside another entry")
+            raise OrderError(f"chunks of job {chunk.job_id!r} came inside another entry")
         outcome = self._current.add(chunk)
         if outcome is None:
             return None
         size = self._current.bytes
-        self._current = None
+        self.drop_chunks()
         self.last_entry = event.entry
         del self._positions[chunk.job_id]
+        self._received.add(chunk.job_id)
         return JobResult(index, outcome, size)

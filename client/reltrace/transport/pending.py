@@ -67,11 +67,9 @@ class PendingSubmissions:
         # Tasks that `close` waits for: the server answered when the submission was abandoned.
         self._cancelling: set[asyncio.Task[None]] = set()
 
-    def add(self, request: trace_pb2.SubmitJobsRequest) -> Submission:
+    def add(self, submission: Submission) -> None:
         """Add a submission before it is sent."""
-        submission = Submission(request)
         self._pending.add(submission)
-        return submission
 
     def accepted(self, submission: Submission, answer: trace_pb2.SubmitJobsResponse) -> None:
         submission.id, submission.job_ids = answer.submission_id, list(answer.job_ids)

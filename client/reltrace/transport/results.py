@@ -11,11 +11,12 @@ import grpc.aio
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace.storage.stored_arrays import StoredArrays, read_together
-from reltrace.transport.assemble import JobResult, ResultCursor
+from reltrace.transport.assemble import JobResult, OrderError, ResultCursor
 from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
+from reltrace.transport.recovery import Recovery
 from reltrace.transport.retry import Deadline
-from reltrace.transport.status import RpcStatus
+from reltrace.transport.status import RpcStatus, from_status
 from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import (
     DeadlineExceeded,
@@ -44,8 +45,8 @@ async def stream_results(
     """Yield the results of a submission as its jobs end, each once, and acknowledge them.
 
     A lost connection is replaced, by one to another server if there are several, and reading goes
-    on after the last chunk received. If reading ends early, by an error or by the caller, the jobs
-    that have not ended are cancelled on the server.
+    on after the last chunk received. Jobs that the server has lost are submitted again. If reading
+    ends early, by an error or by the caller, the jobs that have not ended are cancelled there.
 
     Parameters
     ----------
@@ -63,11 +64,11 @@ async def stream_results(
         If the results can not be read.
     """
     cursor = ResultCursor(submission.job_ids, jobs)
-    acknowledger = _Acknowledger(connection, submission.id) if acknowledged else None
+    recovery = Recovery(connection, submission, cursor, jobs, deadline)
+    acknowledger = _Acknowledger(connection, submission) if acknowledged else None
     retries = connection.retries(deadline)
-    expired = False
     try:
-        while True:
+        while cursor.unfinished:
             server, metadata = connection.choose_server(), connection.metadata
             call = server.traces.StreamResults(
                 trace_pb2.StreamResultsRequest(
@@ -79,6 +80,7 @@ async def stream_results(
                 timeout=deadline.remaining(),
                 metadata=metadata,
             )
+            fault: TraceError
             try:
                 async for response in call:
                     # `close` cancels jobs, which must not look like a result of theirs.
@@ -93,32 +95,44 @@ async def stream_results(
                         if (result := cursor.take(event)) is None:
                             continue
                         result = await _fetch_stored(result, jobs[result.index], deadline, throttle)
-                        if acknowledger is not None:
+                        if acknowledger is not None and not cursor.has_gaps:
                             acknowledger.note(cursor.last_entry, result.bytes)
+                        recovery.received()
                         yield result
+                    if cursor.is_complete:
+                        return
                     if throttle is not None and cursor.unfinished:
                         await throttle()
+                fault = ProtocolError(
+                    f"the server ended the results with {len(cursor.unfinished)} of {len(jobs)} "
+                    "missing"
+                )
+            except OrderError as error:
+                fault = error
             except grpc.aio.AioRpcError as error:
                 status = RpcStatus.of(error)
-                expired = status.code is grpc.StatusCode.NOT_FOUND
-                await connection.wait_to_retry(retries, status, server, metadata)
-                continue
+                if status.code is not grpc.StatusCode.NOT_FOUND:
+                    if status.retry_after is not None:
+                        # Its store is away: the one that comes back may hold another attempt's.
+                        cursor.drop_chunks()
+                    await connection.wait_to_retry(retries, status, server, metadata)
+                    continue
+                fault = from_status(status, connection.address)
             except asyncio.CancelledError:
                 connection.check_open()
                 raise
             finally:
                 call.cancel()
-            if missing := len(cursor.unfinished):
-                raise ProtocolError(
-                    f"the server ended the results with {missing} of {len(jobs)} missing"
-                )
-            return
+            if cursor.unfinished:
+                for failure in await recovery.after(fault):
+                    yield failure
     finally:
-        if cursor.unfinished and not expired:
+        if cursor.unfinished or cursor.is_complete:
             await connection.pending.abandon(submission, unreachable=deadline.unreachable)
         else:
             connection.pending.finished(submission)
-            if acknowledger is not None and not expired:
+            if acknowledger is not None:
+                acknowledger.note(cursor.last_entry, 0)
                 acknowledger.send()
 
 
@@ -181,9 +195,9 @@ async def _fetch_stored(
 class _Acknowledger:
     """Frees results that have been yielded on the server, in the background."""
 
-    def __init__(self, connection: Connection, submission_id: str) -> None:
+    def __init__(self, connection: Connection, submission: Submission) -> None:
         self._connection = connection
-        self._id = submission_id
+        self._submission = submission
         self._through = 0
         self._unfreed = 0
 
@@ -197,5 +211,5 @@ class _Acknowledger:
         if self._through:
             self._unfreed = 0
             self._connection.finish_in_background(
-                acknowledge(self._connection, self._id, self._through)
+                acknowledge(self._connection, self._submission.id, self._through)
             )

@@ -51,14 +51,50 @@ async def submit(
     TraceError
         If the server can not be reached, or refuses for a reason other than single jobs.
     """
+    submission = Submission(_request(jobs, deadline, priority, key or new_key()))
+    return await _send(connection, submission, jobs, deadline) or submission
+
+
+async def resubmit(
+    connection: Connection,
+    submission: Submission,
+    jobs: Sequence[Job],
+    deadline: Deadline,
+    key: str,
+) -> Rejected | None:
+    """Submit jobs of a submission again, which the server has lost; it then consists of them.
+
+    Otherwise like `submit`.
+    """
+    connection.pending.finished(submission)
+    submission.request = _request(jobs, deadline, submission.request.priority, key)
+    submission.id, submission.job_ids, submission.sent = "", (), False
+    return await _send(connection, submission, jobs, deadline)
+
+
+def new_key() -> str:
+    return str(uuid.uuid4())
+
+
+def is_key_taken(error: TraceError) -> bool:
+    """Return whether a submission was refused because its key belongs to other jobs."""
+    return any(violation.field == "idempotency_key" for violation in error.violations)
+
+
+def _request(
+    jobs: Sequence[Job], deadline: Deadline, priority: types_pb2.Priority.ValueType, key: str
+) -> trace_pb2.SubmitJobsRequest:
     _set_server_timeout(jobs, deadline)
     _set_trace_parent(jobs)
-    request = trace_pb2.SubmitJobsRequest(
-        idempotency_key=key or str(uuid.uuid4()),
-        jobs=[job.spec for job in jobs],
-        priority=priority,
+    return trace_pb2.SubmitJobsRequest(
+        idempotency_key=key, jobs=[job.spec for job in jobs], priority=priority
     )
-    submission = connection.pending.add(request)
+
+
+async def _send(
+    connection: Connection, submission: Submission, jobs: Sequence[Job], deadline: Deadline
+) -> Rejected | None:
+    connection.pending.add(submission)
 
     def send(server: Server) -> Method[trace_pb2.SubmitJobsRequest, trace_pb2.SubmitJobsResponse]:
         submission.sent = True
@@ -70,7 +106,7 @@ async def submit(
         return status.code in _REJECTIONS
 
     try:
-        answer = await connection.try_call(send, request, deadline, is_rejection)
+        answer = await connection.try_call(send, submission.request, deadline, is_rejection)
     except BaseException:
         await connection.pending.abandon(submission, unreachable=deadline.unreachable)
         raise
@@ -82,7 +118,7 @@ async def submit(
     if len(answer.job_ids) != len(jobs):
         await connection.pending.abandon(submission, unreachable=False)
         raise ProtocolError(f"{len(jobs)} jobs were accepted as {len(answer.job_ids)}")
-    return submission
+    return None
 
 
 def _set_server_timeout(jobs: Sequence[Job], deadline: Deadline) -> None:

@@ -93,6 +93,8 @@ class Worker:
         Other models that it has loaded, which it serves alternately.
     draining : bool
         Whether it takes no further jobs, and ends when it has finished those that it began.
+    silent : float
+        Seconds for which its pass has made no progress, if for 5 s or longer; else 0.
     """
 
     id: str
@@ -104,6 +106,7 @@ class Worker:
     seen_at: datetime | None
     further_models: tuple[str, ...] = ()
     draining: bool = False
+    silent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +272,7 @@ def worker(wire: admin_pb2.WorkerStatus) -> Worker:
         model=wire.model.name,
         connected_at=_time(wire.connected_at),
         seen_at=_time(wire.seen_at),
+        silent=wire.silent.ToTimedelta().total_seconds(),
         further_models=tuple(model.name for model in wire.further_models),
     )
 

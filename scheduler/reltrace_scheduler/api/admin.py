@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import grpc
@@ -171,7 +172,7 @@ def _refuse_unknown(violations: Iterable[Violation]) -> None:
 
 def _worker(record: WorkerRecord) -> admin_pb2.WorkerStatus:
     hello = worker_pb2.Hello.FromString(record.hello)
-    return admin_pb2.WorkerStatus(
+    status = admin_pb2.WorkerStatus(
         worker_id=record.worker_id,
         model=hello.model,
         further_models=hello.further_models,
@@ -182,6 +183,9 @@ def _worker(record: WorkerRecord) -> admin_pb2.WorkerStatus:
         seen_at=_timestamp(record.seen_at),
         draining=record.draining,
     )
+    if record.silent:
+        status.silent.FromTimedelta(timedelta(seconds=record.silent))
+    return status
 
 
 def _tenant(record: TenantRecord) -> admin_pb2.Tenant:

@@ -29,6 +29,9 @@ _DRAFT_BYTES = 1 << 18
 """More than a whole text needs with any vocabulary."""
 _MISSED = 2
 """Heartbeats that a worker may miss before it is leased nothing: shorter than a lease."""
+_SHOWN_SILENCE = 5.0
+_STALLED = 2
+"""Times the limit that a worker tells, after which its leases are renewed no more."""
 
 _END_STATES = (types_pb2.JOB_STATE_SUCCEEDED, types_pb2.JOB_STATE_FAILED)
 
@@ -68,6 +71,9 @@ class Session:
         self._reconciled = False
         self._last_message = time.monotonic()
         self._told_to_drain = False
+        # Seconds for which its pass has made no progress, and whether that is past all bounds.
+        self._silent = 0.0
+        self._stalled = False
         # A worker that leaves must not be leased jobs at the same moment.
         self._lock = asyncio.Lock()
         self._log = log.bind(worker=self.worker_id)
@@ -98,7 +104,7 @@ class Session:
         """Lease queued jobs, as many as the worker has room for; None: nothing to do."""
         async with self._lock:
             # Only after the first heartbeat, which names the leases from before this connection.
-            ready = self._reconciled and not self._misses_heartbeats()
+            ready = self._reconciled and not self._stalled and not self._misses_heartbeats()
             jobs = await self.leasing.lease() if ready else ()
         if not jobs:
             return None
@@ -137,7 +143,7 @@ class Session:
             case "ready":
                 self.leasing.add_credit(request.ready.jobs)
             case "heartbeat":
-                return await self._heartbeat(_leases(request.heartbeat.leases))
+                return await self._heartbeat(request.heartbeat)
             case "results":
                 return await self._commit(request.results)
             case "release":
@@ -158,7 +164,9 @@ class Session:
 
     async def _drain(self) -> list[worker_pb2.WorkResponse]:
         """Note that the worker is alive; return what to tell it if it is to drain."""
-        draining = await self._store.registry.seen(self.worker_id, self._record.routes)
+        draining = await self._store.registry.seen(
+            self.worker_id, self._record.routes, self._silent
+        )
         if not draining or self._told_to_drain:
             return []
         self._told_to_drain = True
@@ -166,7 +174,9 @@ class Session:
         self._log.info("worker.drains")
         return [worker_pb2.WorkResponse(drain=worker_pb2.Drain())]
 
-    async def _heartbeat(self, leases: list[Lease]) -> list[worker_pb2.WorkResponse]:
+    async def _heartbeat(self, beat: worker_pb2.Heartbeat) -> list[worker_pb2.WorkResponse]:
+        leases = _leases(beat.leases)
+        self._note_progress(beat.progress)
         drain = await self._drain()
         if not self._reconciled:
             # Leases that were lost with the last connection would cost their jobs a lease time.
@@ -176,7 +186,18 @@ class Session:
                 self._log.warning("leases.undelivered", jobs=lost)
             self.leasing.held = dict.fromkeys(leases, UNKNOWN)
             self._reconciled = True
-        return [*self._revoke(await self._queue.renew(self.worker_id, leases)), *drain]
+        revoked = await self._queue.renew(self.worker_id, leases, check_only=self._stalled)
+        return [*self._revoke(revoked), *drain]
+
+    def _note_progress(self, progress: worker_pb2.Progress) -> None:
+        silent = progress.silent.ToTimedelta().total_seconds()
+        limit = progress.limit.ToTimedelta().total_seconds()
+        self._silent = silent if silent >= _SHOWN_SILENCE else 0.0
+        # The worker should have ended by itself.
+        stalled = silent > _STALLED * limit > 0
+        if stalled and not self._stalled:
+            self._log.error("worker.stalled", silent=round(silent), limit=round(limit))
+        self._stalled = stalled
 
     async def _release(self, release: worker_pb2.Release) -> None:
         leases = _leases(release.leases)

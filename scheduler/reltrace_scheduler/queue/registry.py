@@ -47,13 +47,20 @@ class Registry:
             self._key("workers"), *(self._key("serving", route) for route in routes)
         )
 
-    async def seen(self, worker_id: str, routes: Sequence[str]) -> bool:
-        """Note that a worker is alive; return whether it was told to drain."""
+    async def seen(self, worker_id: str, routes: Sequence[str], silent: float = 0.0) -> bool:
+        """Note that a worker is alive, and whether it has stood still for some seconds.
+
+        Returns whether it was told to drain.
+        """
         now = time.time()
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.zadd(self._key("workers"), {worker_id: now}, xx=True)
             for route in routes:
                 pipe.zadd(self._key("serving", route), {worker_id: now}, xx=True)
+            if silent:
+                pipe.hset(self._key("worker", worker_id), "silent", silent)
+            else:
+                pipe.hdel(self._key("worker", worker_id), "silent")
             pipe.hget(self._key("worker", worker_id), "draining")
             row = await pipe.execute()
         return row[-1] is not None
@@ -143,6 +150,7 @@ class Registry:
                         epoch=row[b"epoch"].decode(),
                         leased=sum(leased),
                         draining=b"draining" in row,
+                        silent=float(row.get(b"silent", 0.0)),
                     )
                 )
         return found

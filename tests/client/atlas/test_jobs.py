@@ -74,7 +74,7 @@ async def test_a_job_that_failed_is_submitted_again_by_the_next_run_only(
         await make(server)
     assert list(server.submissions) == ["s0", "s1"]
     server.run = atlas_chunk
-    assert (await make(server)).submission.id == "s0"
+    assert (await make(server)).submission.id == "s2"
 
 
 async def test_results_that_expired_are_computed_again(server: FakeServer) -> None:

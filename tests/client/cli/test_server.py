@@ -19,6 +19,11 @@ def test_workers(command: Run) -> None:
     assert (worker["id"], worker["model"], worker["leased"]) == ("w1", "fake", 1)
 
 
+def test_a_worker_that_stands_still_is_told(command: Run, server: FakeServer) -> None:
+    server.silent = 40.4
+    assert "w1 (stalled 40 s)" in command("workers")[1]
+
+
 def test_workers_are_drained(command: Run, server: FakeServer) -> None:
     assert command("workers", "drain", "w1") == (0, "1 worker told to drain\n", "")
     assert server.drained == ["w1"]

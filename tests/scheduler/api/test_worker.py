@@ -180,6 +180,65 @@ async def test_heartbeats_keep_a_lease(client, channel, worker: FakeWorker) -> N
     await worker.receive("committed")
 
 
+async def test_a_pass_that_takes_long_and_goes_on_keeps_its_lease(
+    client, channel, worker: FakeWorker
+) -> None:
+    """
+    Given a worker whose pass has stood still for longer than a lease, within what it may
+    I expect its lease to be renewed, and operators to be shown for how long.
+    """
+    admin = admin_pb2_grpc.AdminServiceStub(channel)
+    await submit(client, 1)
+    leases = await worker.lease(1)
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    await other.send(ready=worker_pb2.Ready(jobs=1))
+    for _ in range(10):
+        await beat(worker, leases, silent=40, limit=60)
+        await asyncio.sleep(LEASE / 5)
+    (status,) = (await admin.ListWorkers(admin_pb2.ListWorkersRequest())).workers[:1]
+    assert (status.worker_id, status.silent.seconds) == ("w1", 40)
+    await beat(worker, leases, silent=0, limit=60)
+    await worker.finish(leases)
+    await worker.receive("committed")
+    (status,) = (await admin.ListWorkers(admin_pb2.ListWorkersRequest())).workers[:1]
+    assert not status.HasField("silent")
+
+
+async def test_a_worker_that_hangs_and_does_not_leave_loses_its_lease(
+    client, channel, worker: FakeWorker
+) -> None:
+    """
+    Given a worker whose heartbeats tell that its pass stands still, twice as long as it may
+    I expect its lease to be lost although it goes on naming it, and nothing new to be leased to it.
+    """
+    answer = await submit(client, 1)
+    leases = await worker.lease(1)
+    await worker.send(ready=worker_pb2.Ready(jobs=2))
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    stalled = asyncio.create_task(keep_beating(worker, leases, silent=121, limit=60))
+    (found,) = await other.lease(1)
+    assert (found.job_id, found.attempt) == (answer.job_ids[0], 2)
+    await other.finish([found])
+    assert [end.attempt for end in await ends(client, answer.submission_id)] == [2]
+    await submit(client, 1)
+    await other.receive("committed")
+    await other.lease(1)
+    stalled.cancel()
+
+
+async def keep_beating(worker: FakeWorker, leases, *, silent: int, limit: int) -> None:
+    while True:
+        await beat(worker, leases, silent=silent, limit=limit)
+        await asyncio.sleep(LEASE / 5)
+
+
+async def beat(worker: FakeWorker, leases, *, silent: int, limit: int) -> None:
+    progress = worker_pb2.Progress(silent=Duration(seconds=silent), limit=Duration(seconds=limit))
+    await worker.send(heartbeat=worker_pb2.Heartbeat(leases=refs(leases), progress=progress))
+
+
 async def test_a_heartbeat_for_a_foreign_lease_is_revoked(client, channel, worker) -> None:
     await submit(client, 1)
     leases = await worker.lease(1)

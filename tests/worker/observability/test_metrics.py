@@ -2,6 +2,7 @@
 
 import re
 import socket
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -106,6 +107,26 @@ def test_an_address_that_is_taken() -> None:
             exporting(listen, WorkerCollector({"m": PassStats()}, dict)),
         ):
             pass
+
+
+def test_health_says_what_stands_still() -> None:
+    """For probes: 200 while all goes on, else 503 with the reason; metrics come all the same."""
+    fault, silent = "", 0.0
+    collector = WorkerCollector({"m": PassStats()}, dict, lambda: silent)
+
+    def ask() -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://{address}/healthz", timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    with exporting("127.0.0.1:0", collector, lambda: fault) as address:
+        assert ask() == (200, "ok\n")
+        fault, silent = "the engine thread has stood still for 61 s", 61.0
+        assert ask() == (503, f"{fault}\n")
+        assert read(address)["reltrace_worker_silent_seconds", ""] == 61.0
 
 
 def test_every_metric_is_documented_and_the_other_way_round() -> None:

@@ -198,6 +198,22 @@ def test_a_pass_of_many_targets_is_smaller() -> None:
     assert 10 * 20 * len(batch) <= 2000 < 10 * 20 * (len(batch) + 1)
 
 
+def test_a_pass_may_take_ten_times_its_predicted_time_and_a_minute_at_least() -> None:
+    """
+    Given a queue that has measured 100 tokens per second
+    I expect generous bounds: ten minutes before that, then a minute, or ten times as long as the
+    tokens and targets of a long prompt are predicted to take.
+    """
+    queue = RequestQueue(10_000)
+    short = [queued(0, 100)]
+    assert queue.limit(short) == 600.0
+    queue.measured(short, 1.0)
+    assert queue.limit(short) == 60.0
+    assert queue.limit([queued(1, 8192)]) == pytest.approx(819.2)
+    # Another kind of pass has a speed of its own.
+    assert queue.limit([queued(2, 8192, rule="cp_lrp")]) == 600.0
+
+
 async def test_freed_memory_is_given_back_when_nothing_waits(
     engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:

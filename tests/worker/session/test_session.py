@@ -15,8 +15,10 @@ from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.generation import Generation
 from reltrace_worker.session.drafts import Drafts
+from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.session import RefusedError, Session
+from reltrace_worker.session.watchdog import Watchdog
 from reltrace_worker.types.errors import DeviceLostError, PassFailedError
 from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import Outcome
@@ -47,6 +49,7 @@ class Scheduler(worker_pb2_grpc.WorkerServiceServicer):
         async def receive() -> None:
             async for request in request_iterator:
                 await connection.requests.put(request)
+            connection.ended.set()
             await connection.responses.put(None)
 
         receiving = asyncio.create_task(receive())
@@ -69,6 +72,8 @@ class Connection:
     def __init__(self) -> None:
         self.requests: asyncio.Queue[worker_pb2.WorkRequest] = asyncio.Queue()
         self.responses: asyncio.Queue = asyncio.Queue()
+        # The worker closed its side.
+        self.ended = asyncio.Event()
 
     async def receive(self, kind: str) -> worker_pb2.WorkRequest:
         """Wait for the next message of a kind, past others."""
@@ -312,6 +317,61 @@ async def test_draining_hands_back_what_has_not_begun(
     await connection.commit(results.id)
     async with asyncio.timeout(10):
         await draining
+
+
+async def test_a_pass_that_hangs_is_renewed_no_more_and_not_handed_back(
+    scheduler: Scheduler, session: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a pass that hangs, and a job that waits for it
+    If the worker leaves
+    I expect the job that waits handed back, no lease named in a heartbeat any more, and the stream
+    closed without a farewell, after which every lease would be queued again as if nothing was lost.
+    """
+    scheduler._heartbeat = 0.05
+    connection, asked = await scheduler.next(), begun(engine, monkeypatch)
+    with engine._lock:  # the pass hangs here
+        await connection.lease(spec())
+        assert await asyncio.to_thread(asked.wait, 20)
+        await connection.lease(spec(), first=1)
+        while not session._runner._queue._waiting:
+            await asyncio.sleep(0.005)
+        async with asyncio.timeout(10):
+            await session.drain(10, {LeaseKey("s-0", 1)})
+        released = (await connection.receive("release")).release.leases
+        assert [lease.job_id for lease in released] == ["s-1"]
+        async with asyncio.timeout(10):
+            await connection.ended.wait()
+        rest = [connection.requests.get_nowait() for _ in range(connection.requests.qsize())]
+        assert not [one for one in rest if one.WhichOneof("message") != "heartbeat"]
+        assert not [one for one in rest if one.heartbeat.leases]
+
+
+async def test_heartbeats_tell_the_progress_of_the_pass(
+    scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler._heartbeat = 0.05
+    monkeypatch.setattr("reltrace_worker.session.watchdog._PERIOD", 0.05)
+    watchdog = Watchdog()
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=256, watchdog=watchdog)
+    async with serving(scheduler) as address:
+        session = Session(address, worker_pb2.Hello(worker_id="w"), runner, watchdog=watchdog)
+        tasks = [asyncio.create_task(work()) for work in (session.run, watchdog.stuck)]
+        connection = await scheduler.next()
+        beat = (await connection.receive("heartbeat")).heartbeat
+        assert not beat.HasField("progress")
+        with engine._lock:  # the pass waits here
+            await connection.lease(spec())
+            while not beat.progress.silent.ToMilliseconds() >= 200:
+                beat = (await connection.receive("heartbeat")).heartbeat
+            assert beat.progress.limit.seconds == 600
+        await connection.receive("results")
+        while beat.HasField("progress"):
+            beat = (await connection.receive("heartbeat")).heartbeat
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
 
 
 async def test_a_drained_worker_waits_for_a_scheduler_that_is_away(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from reltrace_worker.engine.atlas import Atlas, AtlasRecorder
 from reltrace_worker.engine.batch import PackedBatch
@@ -24,6 +25,7 @@ from reltrace_worker.engine.passes import (
     trace_keeping,
 )
 from reltrace_worker.engine.recorder import RelevanceRecorder
+from reltrace_worker.engine.sites import first_output
 from reltrace_worker.engine.targets import Scalar, hints, resolve
 from reltrace_worker.lrp import RULES, Rule, apply_rule
 from reltrace_worker.lrp.attention import kernel_for
@@ -78,6 +80,9 @@ class Engine:
         # Rules patch the model's instances: one pass at a time.
         self._lock = threading.Lock()
         self._linears = linear_layers(loaded.model)
+        # Called whenever a layer is done, in every direction: who waits sees that passes go on. On
+        # CUDA the device may be behind by a pass.
+        self.on_step: Callable[[], None] = lambda: None
         # Time of all passes, by phase; checkpointing's second forward counts as backward.
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -155,12 +160,28 @@ class Engine:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        with self._lock:
+        with self._lock, self._steps_noted():
             try:
                 yield
             except torch.AcceleratorError as error:
                 # After such an error every further call of this process fails.
                 raise DeviceLostError(f"{self._loaded.device} is lost: {error}") from error
+
+    @contextmanager
+    def _steps_noted(self) -> Iterator[None]:
+        def note(*_: object) -> None:
+            self.on_step()
+
+        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            note()
+            hidden = first_output(output)
+            if hidden.requires_grad:
+                hidden.register_hook(note)  # type: ignore[no-untyped-call]
+
+        with ExitStack() as hooks:
+            for layer in self._loaded.family.decoder_layers(self._loaded.model):
+                hooks.callback(layer.register_forward_hook(after).remove)
+            yield
 
     @contextmanager
     def _timed(self) -> Iterator[PassTimer]:

@@ -37,14 +37,19 @@ class PassStats:
 class WorkerCollector(Collector):
     """Gives the statistics as they are when Prometheus asks; other threads change them.
 
-    `stats` are by model; `memory` returns bytes of device memory by kind.
+    `stats` are by model; `memory` returns bytes of device memory by kind, `silent` the seconds
+    since what is under way last went on.
     """
 
     def __init__(
-        self, stats: Mapping[str, PassStats], memory: Callable[[], dict[str, int]]
+        self,
+        stats: Mapping[str, PassStats],
+        memory: Callable[[], dict[str, int]],
+        silent: Callable[[], float] = float,
     ) -> None:
         self._stats = stats
         self._memory = memory
+        self._silent = silent
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
@@ -73,14 +78,19 @@ class WorkerCollector(Collector):
         )
         for kind, count in self._memory().items():
             memory.add_metric([kind], count)
-        yield from (passes, tokens, capacity, jobs, seconds, tenants, memory)
+        silent = GaugeMetricFamily(
+            "reltrace_worker_silent_seconds",
+            "Time since the pass that is under way last went on; 0: none is.",
+            self._silent(),
+        )
+        yield from (passes, tokens, capacity, jobs, seconds, tenants, memory, silent)
 
 
 @contextmanager
-def exporting(listen: str, collector: Collector) -> Iterator[str]:
+def exporting(listen: str, collector: Collector, fault: Callable[[], str] = str) -> Iterator[str]:
     """Serve metrics of the collector and of this process; see `serving_metrics`."""
     registry = CollectorRegistry()
     registry.register(collector)
     ProcessCollector(registry=registry)
-    with serving_metrics(listen, registry) as address:
+    with serving_metrics(listen, registry, fault) as address:
         yield address

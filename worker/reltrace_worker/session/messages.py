@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
+from datetime import timedelta
 
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_worker.session.leases import Chunks, LeaseKey
+from reltrace_worker.session.watchdog import Work
 
 _MESSAGE_BYTES = 1 << 20
 
@@ -19,14 +21,13 @@ async def requests(outgoing: Outgoing) -> AsyncIterator[worker_pb2.WorkRequest]:
         yield request
 
 
-def leave(outgoing: Outgoing) -> None:
-    """Say that this worker leaves, as the last thing on the stream."""
-    outgoing.put_nowait(worker_pb2.WorkRequest(leave=worker_pb2.Leave()))
-    outgoing.put_nowait(None)
-
-
-def heartbeat(keys: Iterable[LeaseKey]) -> worker_pb2.WorkRequest:
-    return worker_pb2.WorkRequest(heartbeat=worker_pb2.Heartbeat(leases=_refs(keys)))
+def heartbeat(keys: Iterable[LeaseKey], work: Work | None) -> worker_pb2.WorkRequest:
+    """Return a heartbeat for leases, and the progress of the work that is the slowest."""
+    beat = worker_pb2.Heartbeat(leases=_refs(keys))
+    if work is not None:
+        beat.progress.silent.FromTimedelta(timedelta(seconds=work.silent))
+        beat.progress.limit.FromTimedelta(timedelta(seconds=work.limit))
+    return worker_pb2.WorkRequest(heartbeat=beat)
 
 
 def release(

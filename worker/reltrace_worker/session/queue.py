@@ -11,6 +11,7 @@ from reltrace_proto.v1 import worker_pb2
 from reltrace_worker.engine.atlas import Atlas
 from reltrace_worker.engine.generation import Generation
 from reltrace_worker.session.leases import LeaseKey
+from reltrace_worker.session.watchdog import LIMIT
 from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TraceJob
 from reltrace_worker.types.results import Outcome
 
@@ -22,6 +23,10 @@ LEAST_WORK = 512
 """Tokens times how often they go through the model, such as 256 tokens of traces of one target. A
 pass may hold so much however long it takes: the first of a kind, whose speed is not known, and on a
 busy machine, where passes would shrink to single jobs and slow down further by that."""
+
+_PATIENCE, _LEAST_LIMIT = 10.0, 60.0
+"""A step may take so many times the predicted time of its whole pass, and at least these seconds:
+long prompts are slower per token, and other programs may take the processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +125,17 @@ class RequestQueue:
             self.capacity = budget.capacity
         return batch
 
+    def limit(self, batch: Sequence[QueuedJob]) -> float:
+        """Return how many seconds a pass may take before its thread is taken to hang.
+
+        Each of its steps may, so that a machine that has become slow ends no pass.
+        """
+        speed = self._speeds.get(batch[0].job.batch_key)
+        return LIMIT if speed is None else max(_LEAST_LIMIT, _PATIENCE * _work(batch) / speed)
+
     def measured(self, batch: Sequence[QueuedJob], seconds: float) -> None:
         """Learn the speed of passes from one that took so long."""
-        jobs = [job.job for job in batch]
-        work = sum(job.total_tokens for job in jobs) * max(job.passes for job in jobs)
-        speed, key = work / max(seconds, 1e-6), jobs[0].batch_key
+        speed, key = _work(batch) / max(seconds, 1e-6), batch[0].job.batch_key
         with self.lock:
             # A short pass is slower per token, which says nothing of a full one.
             if speed > self._speeds.get(key, 0.0) or seconds > PASS_SECONDS:
@@ -159,6 +170,11 @@ class RequestQueue:
             if finished:
                 self._tasks.remove(running)
         return ended
+
+
+def _work(batch: Sequence[QueuedJob]) -> int:
+    jobs = [job.job for job in batch]
+    return sum(job.total_tokens for job in jobs) * max(job.passes for job in jobs)
 
 
 class _BatchBudget:

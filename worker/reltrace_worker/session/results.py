@@ -1,7 +1,7 @@
 """Encodes results as numbered chunks, or puts tensors into a store and says where."""
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -112,11 +112,12 @@ class ResultEncoder:
         # Names files in the stores that jobs name.
         self._name, self._files = secrets.token_hex(8), count(1)
 
-    def encode(self, ended: EndedJobs) -> list[Chunks | FailedAttempt]:
+    def encode(self, ended: EndedJobs, on_step: Callable[[], None]) -> list[Chunks | FailedAttempt]:
         """Return an iterator of chunks per job, or why there is none."""
         encoded: list[Chunks | FailedAttempt] = []
         shards: dict[str, list[EncodedResult]] = {}
         for job, outcome in ended.jobs:
+            on_step()
             try:
                 result = self._encode(job, outcome, ended.seconds)
                 if not isinstance(result, EncodedResult):
@@ -125,7 +126,7 @@ class ResultEncoder:
                     shards.setdefault(uri, []).append(result)
                 elif self.large.takes(result.tensors):
                     name = f"{job.key.job_id}.{job.key.attempt}.safetensors"
-                    encoded += _store(self.large.url, name, [result])
+                    encoded += _store(self.large.url, name, [result], on_step)
                 else:
                     # The first chunk, for most jobs the only one, is made here and not on the
                     # loop; the others one by one as they are sent.
@@ -136,7 +137,7 @@ class ResultEncoder:
                 encoded.append(internal_error(job.lease, error))
         for uri, results in shards.items():
             name = f"shard-{self._name}-{next(self._files):06d}.safetensors"
-            encoded += _store(uri, name, results)
+            encoded += _store(uri, name, results, on_step)
         return encoded
 
     def tokenized(self, lease: worker_pb2.Lease, prompt: TokenizedPrompt) -> Chunks:
@@ -197,10 +198,12 @@ class ResultEncoder:
         )
 
 
-def _store(url: str, name: str, results: list[EncodedResult]) -> list[Chunks | FailedAttempt]:
+def _store(
+    url: str, name: str, results: list[EncodedResult], on_step: Callable[[], None]
+) -> list[Chunks | FailedAttempt]:
     """Write tensors to a store; each job's result then says where they are."""
     try:
-        manifests = write(url, name, [(r.lease.job_id, r.tensors) for r in results])
+        manifests = write(url, name, [(r.lease.job_id, r.tensors) for r in results], on_step)
     except PassFailedError as error:
         for result in results:
             lease = result.lease

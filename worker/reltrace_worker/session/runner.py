@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import structlog
 from reltrace_proto.telemetry import Spans
@@ -21,6 +22,7 @@ from reltrace_worker.session.queue import QueuedJob, RequestQueue, RunningTask
 from reltrace_worker.session.requests import read_request
 from reltrace_worker.session.results import EndedJobs, ResultEncoder, internal_error, invalid
 from reltrace_worker.session.store import LargeResults
+from reltrace_worker.session.watchdog import LIMIT, Watchdog
 from reltrace_worker.types.errors import (
     DeviceLostError,
     EngineError,
@@ -58,7 +60,9 @@ class Runner:
         engine_thread: ThreadPoolExecutor | None = None,
         spans: Spans | None = None,
         drafts: Drafts | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
+        self._watchdog = watchdog or Watchdog()
         self._model = model
         self._engine = engine
         self._preparer = JobPreparer(model)
@@ -137,13 +141,18 @@ class Runner:
             if ended is not None:
                 self._full_pass_jobs = ended.full_pass_jobs
                 self._order_passes()
-                return await loop.run_in_executor(self._encode_thread, self._encoder.encode, ended)
+                return await loop.run_in_executor(self._encode_thread, self._encode, ended)
 
     def _order_passes(self) -> None:
         """Let the engine's thread run a pass, and another after it, if jobs wait."""
         loop = asyncio.get_running_loop()
         while self._queue and len(self._passes) < _PASSES_AHEAD:
             self._passes.append(loop.run_in_executor(self._engine_thread, self._run_pass))
+
+    def _encode(self, ended: EndedJobs) -> list[Chunks | FailedAttempt]:
+        leases = [job.lease for job, _ in ended.jobs]
+        with self._watchdog.watching("encode", leases) as work:
+            return self._encoder.encode(ended, work.step)
 
     def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[QueuedJob], list[Chunks]]:
         jobs: list[QueuedJob] = []
@@ -154,7 +163,8 @@ class Runner:
             if key not in self._preparing:
                 continue
             try:
-                job = self._preparer.prepare(read_request(lease.spec))
+                with self._watchdog.watching("text", [lease]):
+                    job = self._preparer.prepare(read_request(lease.spec))
             except InvalidJob as error:
                 ended.append(invalid(lease, error))
             except Exception as error:
@@ -181,10 +191,18 @@ class Runner:
         if not isinstance(batch[0].job, TraceJob):
             return self._begin(batch, full_pass_jobs)
         started = time.perf_counter()
-        ended = list(zip(batch, self._trace(batch), strict=True))
+        with self._computing(batch, self._queue.limit(batch)):
+            ended = list(zip(batch, self._trace(batch), strict=True))
         seconds = time.perf_counter() - started
         self._queue.measured(batch, seconds)
         return self._account(ended, seconds, full_pass_jobs)
+
+    @contextmanager
+    def _computing(self, jobs: Sequence[QueuedJob], limit: float = LIMIT) -> Iterator[None]:
+        leases, tokens = [job.lease for job in jobs], [job.job.total_tokens for job in jobs]
+        with self._watchdog.watching("engine", leases, limit, tokens) as work:
+            self._engine.on_step = work.step
+            yield
 
     def _trace(self, batch: Sequence[QueuedJob]) -> list[Outcome]:
         try:
@@ -203,7 +221,8 @@ class Runner:
     def _begin(self, batch: list[QueuedJob], full_pass_jobs: int) -> EndedJobs | None:
         """Begin a task of many passes, and advance it once."""
         try:
-            task = self._engine.begin([job.job for job in batch])
+            with self._computing(batch):
+                task = self._engine.begin([job.job for job in batch])
         except DeviceLostError:
             raise
         except Exception as error:
@@ -223,8 +242,11 @@ class Runner:
             on_token = None
             if isinstance(task, Generation):
                 on_token = self._drafting(running, task)
-            self._engine.advance(task, on_token)
-            outcomes = task.take_outcomes()
+            with self._queue.lock:
+                jobs = list(running.jobs.values())
+            with self._computing(jobs):
+                self._engine.advance(task, on_token)
+                outcomes = task.take_outcomes()
         except DeviceLostError:
             raise
         except Exception as error:

@@ -22,6 +22,7 @@ from reltrace_worker.session.headers import model_info
 from reltrace_worker.session.model_sources import ModelSource, check_name
 from reltrace_worker.session.routing import RoutingRunner
 from reltrace_worker.session.runner import Runner
+from reltrace_worker.session.watchdog import Watchdog
 from reltrace_worker.types.errors import ModelError
 
 log = structlog.get_logger()
@@ -40,6 +41,7 @@ class Served:
     # By model.
     stats: dict[str, PassStats]
     drafts: Drafts
+    watchdog: Watchdog
 
     def memory(self) -> dict[str, int]:
         """Return bytes of device memory by kind."""
@@ -77,9 +79,9 @@ def serve(sources: Sequence[ModelSource], settings: Settings, spans: Spans | Non
         models.append(model)
     # One thread for all: passes over different models take turns, as those over one do.
     engine_thread = ThreadPoolExecutor(1, "engine")
-    drafts = Drafts()
+    drafts, watchdog = Drafts(), Watchdog()
     runners = [
-        _runner(model, table, settings, engine_thread, spans, drafts)
+        _runner(model, table, settings, engine_thread, spans, drafts, watchdog)
         for model, table in zip(models, rules, strict=True)
     ]
     infos = tuple(model_info(model) for model in models)
@@ -97,6 +99,7 @@ def serve(sources: Sequence[ModelSource], settings: Settings, spans: Spans | Non
         devices=tuple(dict.fromkeys(device for model in models for device in model.devices)),
         stats={model.name: runner.stats for model, runner in zip(models, runners, strict=True)},
         drafts=drafts,
+        watchdog=watchdog,
     )
 
 
@@ -118,6 +121,7 @@ def _runner(
     engine_thread: ThreadPoolExecutor,
     spans: Spans | None,
     drafts: Drafts,
+    watchdog: Watchdog,
 ) -> Runner:
     limit = None if settings.memory_gib is None else int(settings.memory_gib * 2**30)
     engine = Engine(model, settings.checkpointing, limit, rules=rules)
@@ -128,4 +132,4 @@ def _runner(
         tokens_per_pass=tokens,
         checkpointing=settings.checkpointing,
     )
-    return Runner(model, engine, tokens, engine_thread, spans, drafts)
+    return Runner(model, engine, tokens, engine_thread, spans, drafts, watchdog)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Collection
 
 import grpc
 import structlog
@@ -23,11 +24,11 @@ from reltrace_worker.session.messages import (
     Outgoing,
     ended,
     heartbeat,
-    leave,
     pack_results,
     release,
     requests,
 )
+from reltrace_worker.session.watchdog import Watchdog
 from reltrace_worker.types.errors import WorkerError
 
 log = structlog.get_logger()
@@ -79,8 +80,10 @@ class Session:
         seed: int | None = None,
         spans: Spans | None = None,
         drafts: Drafts | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._drafts = drafts or Drafts()
+        self._watchdog = watchdog or Watchdog()
         self._takes_drafts = False
         self._credentials = credentials or Credentials()
         self._endpoints = Endpoints(address, self._credentials, seed)
@@ -107,6 +110,7 @@ class Session:
         self._draining = False
         # Drained: all that is left to do is to say so.
         self._leaving = False
+        self._takes_leave = True
         # Set when the scheduler wants this worker gone: whoever runs it calls `drain`.
         self.asked_to_drain = asyncio.Event()
         self._asked_to_reconnect = False
@@ -135,13 +139,16 @@ class Session:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def drain(self, grace: float) -> None:
+    async def drain(self, grace: float, hung: Collection[LeaseKey] = ()) -> None:
         """Hand back what has not begun, store what has begun, and leave; `run` then ends.
 
         What is not stored after `grace` seconds is handed back too. A scheduler that is away
-        meanwhile is waited for.
+        meanwhile is waited for. What is `hung` is neither stored nor handed back: its leases run
+        out, so that a job that hangs every worker is quarantined.
         """
         self._draining = True
+        self._takes_leave = not hung
+        self._drop(self._held.intersection(hung))
         self._release(set(self._runner.take_back()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
@@ -149,7 +156,13 @@ class Session:
         self._release(set(self._held))
         self._leaving = True
         if self._outgoing is not None:
-            leave(self._outgoing)
+            self._leave(self._outgoing)
+
+    def _leave(self, outgoing: Outgoing) -> None:
+        """Close our side of the stream, after the word that all leases may be queued again."""
+        if self._takes_leave:
+            outgoing.put_nowait(worker_pb2.WorkRequest(leave=worker_pb2.Leave()))
+        outgoing.put_nowait(None)
 
     async def _prepare(self) -> None:
         # Concurrently: a corpus takes its time, and jobs after it do not wait. The lease window
@@ -337,13 +350,13 @@ class Session:
     def _resume(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
         # Leases that ran out meanwhile come back as revoked.
-        self._send(heartbeat(self._held))
+        self._send(heartbeat(self._held, self._watchdog.slowest()))
         for message in self._uncommitted.values():
             self._send(worker_pb2.WorkRequest(results=message))
         # A reader that misses one draft could make nothing of those that follow.
         self._drafts.restart()
         if self._leaving:
-            leave(outgoing)
+            self._leave(outgoing)
         self._window.reset_offers()
         self._offer()
 
@@ -352,7 +365,7 @@ class Session:
             await asyncio.sleep(period)
             # A lease whose last result was sent is over once the scheduler reads this heartbeat.
             over = set[LeaseKey]().union(*map(ended, self._uncommitted.values()))
-            outgoing.put_nowait(heartbeat(self._held - over))
+            outgoing.put_nowait(heartbeat(self._held - over, self._watchdog.slowest()))
 
     def _handle(self, response: worker_pb2.WorkResponse) -> None:
         match response.WhichOneof("message"):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,12 @@ class LargeResults:
             ) from error
 
 
-def write(url: str, name: str, jobs: Sequence[tuple[str, Tensors]]) -> list[types_pb2.Manifest]:
+def write(
+    url: str,
+    name: str,
+    jobs: Sequence[tuple[str, Tensors]],
+    on_step: Callable[[], None] = lambda: None,
+) -> list[types_pb2.Manifest]:
     """Write the tensors of some jobs, by job id, into one file in the safetensors format.
 
     A tensor's name in the file is ``<job>/<trace>/<site>`` or ``<job>/<trace>/<site>/<part>``; the
@@ -80,6 +85,7 @@ def write(url: str, name: str, jobs: Sequence[tuple[str, Tensors]]) -> list[type
                     data = raw_bytes(values)
                     digest.update(data)
                     file.write(data)
+                    on_step()
                 manifest.url = location
                 manifest.offset += len(header)
                 manifest.sha256 = digest.digest()
