@@ -27,7 +27,10 @@ from chaos.memory import measure
 from chaos.process_actors import ClockJump, CutLink, HungEngine
 from chaos.redis_actors import LATE, FullRedis, PausedRedis, Promotion
 
-ACTORS = {actor.name.replace(" ", "-"): actor for actor in (PausedRedis, CutLink, ClockJump, Flood)}
+ACTORS = {
+    actor.name.replace(" ", "-"): actor
+    for actor in (PausedRedis, FullRedis, Promotion, HungEngine, CutLink, ClockJump, Flood)
+}
 """By the names that the command line takes."""
 
 _UNWRITTEN = 3.0
