@@ -35,6 +35,8 @@ class Tally:
     reread: int = 0
     submitted_again: int = 0
     """Submissions that the service had accepted and did not know any more."""
+    sdk_submitted_again: int = 0
+    """Jobs of the SDK's client of which the same is true: it submits them again by itself."""
     read_again: int = 0
     """Submissions of which it knew less than had been read."""
     ended_in_losses: int = 0

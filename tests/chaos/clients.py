@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -101,6 +102,10 @@ class Clients:
             part.finish(_FINISH)
         for name, path in self._journals.items():
             (checks.raw if name.startswith("raw") else checks.sdk)(path, tally)
+        lost = re.findall(r"the server has lost (\d+) accepted jobs", self.sdk.log.read_text())
+        tally.sdk_submitted_again = sum(map(int, lost))
+        if lost and not tally.losses:
+            tally.fault(self.sdk.name, f"submitted {lost} jobs again: nothing can have been lost")
         for part in (*self._cluster.parts, *self.raw, self.sdk):
             for death in part.deaths:
                 # A scheduler that starts while Redis is away says so and ends.

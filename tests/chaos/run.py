@@ -59,6 +59,7 @@ class Report:
     failed: int
     differing: int
     submitted_again: int
+    sdk_submitted_again: int
     read_again: int
     submissions_read_twice: int
     attempts: dict[int, int]
@@ -127,6 +128,7 @@ def run(
         failed=tally.failed,
         differing=tally.differing,
         submitted_again=tally.submitted_again,
+        sdk_submitted_again=tally.sdk_submitted_again,
         read_again=tally.read_again,
         submissions_read_twice=tally.reread,
         attempts=dict(sorted(tally.attempts.items())),
