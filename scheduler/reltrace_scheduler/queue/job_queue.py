@@ -71,6 +71,8 @@ class JobQueue:
             The bound on jobs is 0.
         IdempotencyError
             The key was used for other jobs.
+        NotReplicatedError
+            The jobs were accepted, but a failover may lose them.
         """
         settings = self._settings
         shard = self._shards.for_submission(tenant, idempotency_key)
@@ -98,6 +100,7 @@ class JobQueue:
             settings.tenant_max_bytes,
             settings.shards,
             *(part for job in jobs for part in (job.route, milliseconds(job.timeout), job.spec)),
+            replicated=True,
         )
         if status == b"seen":
             return Submission(details[0].decode(), int(details[1]), deduplicated=True)
@@ -208,9 +211,8 @@ class JobQueue:
         or `OUT_OF_ORDER` (a chunk before it is missing).
         """
         rows = [(c.lease.job_id, c.lease.attempt, c.number, c.end, c.data) for c in chunks]
-        return await self._shards.run(
-            "commit", rows, worker, milliseconds(self._settings.result_ttl)
-        )
+        ttl = milliseconds(self._settings.result_ttl)
+        return await self._shards.run("commit", rows, worker, ttl, replicated=True)
 
     async def release(self, worker: str, leases: Sequence[Lease]) -> int:
         """Queue leased jobs again at once; return how many were the worker's."""

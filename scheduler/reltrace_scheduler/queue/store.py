@@ -28,7 +28,7 @@ class Store:
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self.redis = redis
         self.settings = settings
-        self.shards = Shards(redis, settings.shards)
+        self.shards = Shards(redis, settings.shards, settings.redis_replicas)
         self.queue = JobQueue(self.shards, settings)
         self.results = Results(self.shards, settings)
         self.quarantine = Quarantine(self.shards)
