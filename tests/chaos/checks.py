@@ -9,7 +9,7 @@ from typing import Any
 
 import redis
 from chaos import journal, sdk_client, standin
-from reltrace_scheduler.keys import CLUSTER, SHARDS, Keys, rate_key
+from reltrace_scheduler.keys import CLUSTER, SCHEMA, SHARDS, Keys, rate_key
 
 
 @dataclass
@@ -211,6 +211,7 @@ def remaining_keys(store: redis.Redis) -> list[str]:
         keys("tenants"),
         keys("watchdog"),
         SHARDS,
+        SCHEMA,
         CLUSTER,
         *(keys("tenant", tenant) for tenant in tenants),
     }
