@@ -28,6 +28,7 @@ WELL = {
     'reltrace_leases_lost_total{model="m"}': "0x120",
     'reltrace_attempts_failed_total{model="m"}': "0+6x120",
     'reltrace_jobs_ended_total{model="m",state="succeeded"}': "0+600x120",
+    'reltrace_maintenance_failures_total{step="expire"}': "0x60 3x60",
     'reltrace_grpc_seconds_count{method="SubmitJobs",code="INVALID_ARGUMENT"}': "0+600x120",
     'reltrace_worker_silent_seconds{instance="w"}': "0x60 20x60",
     'reltrace_worker_tokens_total{model="m"}': "0+5000x120",
@@ -62,6 +63,10 @@ WRONG: dict[str, tuple[str, dict[str, str | None], int, int]] = {
     "attempts fail": (
         "ReltraceAttemptsFail",
         {'reltrace_attempts_failed_total{model="m"}': "0x20 0+60x100"}, 20, 45,
+    ),
+    "a step of the maintenance fails again and again": (
+        "ReltraceMaintenanceFails",
+        {'reltrace_maintenance_failures_total{step="expire"}': "0x20 0+1x100"}, 20, 30,
     ),
     "a scheduler is at fault": (
         "ReltraceCallsFail",

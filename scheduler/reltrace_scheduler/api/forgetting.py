@@ -6,8 +6,8 @@ from time import monotonic, time
 from typing import Any
 
 import structlog
-from redis.exceptions import RedisError
 
+from reltrace_scheduler.api.reaper import attempt
 from reltrace_scheduler.api.terminal_results import end, unserved
 from reltrace_scheduler.keys import QueueName
 from reltrace_scheduler.observability.metrics import Counts
@@ -36,11 +36,12 @@ class Forgetting:
     async def run(self) -> None:
         """Work until cancelled."""
         while True:
-            for step in (self.forget_models, self._store.tenants.forget_idle, self._forget_metrics):
-                try:
-                    await step()
-                except (RedisError, OSError) as error:
-                    log.warning("forgetting.waits", error=str(error))
+            for step, work in (
+                ("models", self.forget_models),
+                ("tenants", self._store.tenants.forget_idle),
+                ("metrics", self._forget_metrics),
+            ):
+                await attempt(step, work(), self._counts)
             await asyncio.sleep(_PERIOD)
 
     async def models(self) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Every call passes here: it is authorized, limited, parsed and measured; errors get a status."""
 
+import asyncio
 import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,7 +17,7 @@ from reltrace_proto.v1 import admin_pb2, trace_pb2, worker_pb2
 from reltrace_scheduler.api.parsing import parse
 from reltrace_scheduler.api.status import status_of
 from reltrace_scheduler.auth.access import Access
-from reltrace_scheduler.auth.authorization import authorize
+from reltrace_scheduler.auth.authorization import Authorizer
 from reltrace_scheduler.auth.identity import act_as, current
 from reltrace_scheduler.auth.rates import OpenStreams, Pacer, RateLimiter
 from reltrace_scheduler.auth.tokens import Tokens
@@ -24,6 +25,7 @@ from reltrace_scheduler.errors import (
     InvalidRequestError,
     SchedulerError,
     TooManyStreamsError,
+    UnauthenticatedError,
 )
 from reltrace_scheduler.limits import MAX_PUBLIC_STREAMS, MAX_STREAMS_OF_CALLER
 from reltrace_scheduler.observability.metrics import Counts
@@ -49,6 +51,9 @@ _METHODS: dict[str, str] = {
     for name, service in SERVICES.items()
     for method in service.methods
 }
+_TOKEN_PERIOD = 2.0
+"""Seconds between looks at the token of a silent stream."""
+
 _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
 
 
@@ -57,6 +62,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, access: Access, redis: Redis, counts: Counts) -> None:
         self._tokens = access.tokens
+        self._authorizer = None if access.tokens is None else Authorizer(access.tokens)
         self._limiter = RateLimiter(redis, access.rates)
         # Without tokens all callers are one: nobody to be protected from another.
         self._pacer = None if access.tokens is None else Pacer()
@@ -75,9 +81,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return self._bounded(await continuation(handler_call_details))
         token = ""
         try:
-            if self._tokens is not None:
+            if self._authorizer is not None:
                 metadata = handler_call_details.invocation_metadata
-                token, identity = authorize(self._tokens, method, metadata)
+                token, identity = self._authorizer.authorize(method, metadata)
                 # gRPC finds the handler in the task that runs it.
                 act_as(identity)
             if self._pacer is not None:
@@ -176,17 +182,45 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _while_valid(behaviour: Behaviour, tokens: Tokens, token: str) -> Behaviour:
-    """Cut a stream at the first message after its token was withdrawn."""
+    """Cut a stream once its token has expired or was withdrawn; a silent one within seconds."""
 
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-        generation = tokens.generation
-        async with aclosing(behaviour(request, context)) as responses:
-            async for response in responses:
-                tokens.refresh()
-                if tokens.generation != generation:
-                    generation = tokens.generation
+        task = asyncio.current_task()
+        assert task is not None
+        waiting, cancelled = False, 0
+
+        async def watch() -> None:
+            nonlocal cancelled
+            while True:
+                await asyncio.sleep(_TOKEN_PERIOD)
+                try:
                     tokens.find(token)
-                yield response
+                except UnauthenticatedError:
+                    # Only where it waits for `behaviour`: elsewhere the task is gRPC's. Again, as
+                    # redis-py swallows a cancellation that comes while it connects.
+                    if waiting:
+                        task.cancel()
+                        cancelled += 1
+
+        watching = asyncio.create_task(watch())
+        try:
+            async with aclosing(behaviour(request, context)) as responses:
+                while True:
+                    waiting = True
+                    response = await anext(responses, None)
+                    waiting = False
+                    if response is None:
+                        return
+                    tokens.find(token)
+                    yield response
+        except asyncio.CancelledError:
+            for _ in range(cancelled):
+                task.uncancel()
+            if cancelled:
+                tokens.find(token)
+            raise
+        finally:
+            watching.cancel()
 
     return call
 

@@ -47,17 +47,17 @@ class EmptyQueueCache:
 
     def __init__(self, signals: Signals) -> None:
         self._signals = signals
-        self._empty: dict[Source, tuple[tuple[int, int], float]] = {}
+        self._empty: dict[Source, tuple[int, float]] = {}
         self._limits: dict[Source, asyncio.Semaphore] = {}
 
     def limit(self, source: Source) -> asyncio.Semaphore:
         return self._limits.setdefault(source, asyncio.Semaphore(_CONCURRENT))
 
-    def count(self, source: Source) -> tuple[int, int]:
+    def count(self, source: Source) -> int:
         """Return what `note_empty` takes, before a source is asked."""
         return self._signals.count(source.channel)
 
-    def note_empty(self, source: Source, count: tuple[int, int]) -> None:
+    def note_empty(self, source: Source, count: int) -> None:
         self._empty[source] = (count, time.monotonic())
 
     def is_empty(self, source: Source) -> bool:

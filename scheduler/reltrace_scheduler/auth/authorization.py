@@ -7,6 +7,7 @@ import structlog
 from reltrace_scheduler.auth.identity import Identity, Role
 from reltrace_scheduler.auth.tokens import Tokens
 from reltrace_scheduler.errors import ForbiddenError, UnauthenticatedError
+from reltrace_scheduler.per_second import PerSecond
 
 log = structlog.get_logger()
 
@@ -18,19 +19,39 @@ _NEEDS = {
 _LONGEST_TOKEN = 512
 """Characters; a token made here has 47."""
 
+_LONGEST_METHOD = 100
+"""Characters that are shown; one of ours has up to 50. A stranger may send any name."""
+
+_LOGGED_PER_SECOND = 10
+
 _HOW = "set RELTRACE_TOKEN, or RELTRACE_TOKEN_FILE to a file that holds the token"
 
 
-def authorize(tokens: Tokens, method: str, metadata: Any) -> tuple[str, Identity]:
-    """Return the token that a call presents and its identity, whose role allows the method."""
-    try:
-        token = _bearer(metadata)
-        identity = tokens.find(token)
-        _check_role(identity, method)
-    except (UnauthenticatedError, ForbiddenError) as error:
-        log.info("call.refused", method=method[:_LONGEST_TOKEN], reason=error.message)
-        raise
-    return token, identity
+class Authorizer:
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self._lines = PerSecond(_LOGGED_PER_SECOND)
+        self._unlogged = 0
+
+    def authorize(self, method: str, metadata: Any) -> tuple[str, Identity]:
+        """Return the token that a call presents and its identity, whose role allows the method."""
+        method = method[:_LONGEST_METHOD]
+        try:
+            token = _bearer(metadata)
+            identity = self._tokens.find(token)
+            _check_role(identity, method)
+        except (UnauthenticatedError, ForbiddenError) as error:
+            self._log(method, error.message)
+            raise
+        return token, identity
+
+    def _log(self, method: str, reason: str) -> None:
+        """Log a refused call; where they are too many, only how many there were."""
+        if not self._lines.take(1):
+            self._unlogged += 1
+            return
+        log.info("call.refused", method=method, reason=reason, unlogged_before=self._unlogged)
+        self._unlogged = 0
 
 
 def _bearer(metadata: Any) -> str:

@@ -7,10 +7,12 @@ from enum import StrEnum
 DEFAULT_TENANT = "default"
 """The tenant of every caller where no tokens are set."""
 
-TENANT_NAME = r"[A-Za-z0-9_.-]{1,64}"
-"""A regular expression; no colon, which separates the parts of a key in Redis."""
+TENANT_NAME = r"(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,64}"
+"""A regular expression; no colon, which separates the parts of a key in Redis, and no name of
+another folder: a tenant's name may be one of a folder.
+"""
 
-TENANT_RULE = "must be 1 to 64 letters, digits, or any of _.-"
+TENANT_RULE = "must be 1 to 64 letters, digits, or any of _.-, and not . or .."
 """`TENANT_NAME` in words, for messages."""
 
 

@@ -9,6 +9,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ _REFRESH_EVERY = 1.0
 
 _MAX_FILE_BYTES = 4 << 20
 
-_FIELDS = ("name", "role", "sha256", "tenant")
+_TEXTS = ("name", "role", "sha256", "tenant")
+_FIELDS = (*_TEXTS, "expires")
 
 
 class TokenError(ValueError):
@@ -52,6 +54,8 @@ class Entry:
     tenant: str
     sha256: str
     """Of the token's text, in hexadecimal."""
+    expires: datetime | None = None
+    """From when on it is refused; None: never."""
 
     def __post_init__(self) -> None:
         for field, value in (("name", self.name), ("tenant", self.tenant)):
@@ -61,6 +65,8 @@ class Entry:
             raise TokenError(f"tenant {self.tenant!r}: a worker works for every tenant")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise TokenError("sha256: must be 64 digits 0-9a-f")
+        if self.expires is not None and self.expires.tzinfo is None:
+            raise TokenError("expires: must have a time zone, as in 2030-01-31T12:00:00Z")
 
     @property
     def identity(self) -> Identity:
@@ -69,17 +75,29 @@ class Entry:
     def to_toml(self) -> str:
         # All values are of characters that TOML takes as they are.
         tenant = "" if self.role is Role.WORKER else f'tenant = "{self.tenant}"\n'
+        expires = "" if self.expires is None else f"expires = {self.expires.isoformat()}\n"
         return (
             f'[[token]]\nname = "{self.name}"\nrole = "{self.role}"\n{tenant}'
-            f'sha256 = "{self.sha256}"\n'
+            f'sha256 = "{self.sha256}"\n{expires}'
         )
 
 
-def make(name: str, role: Role, tenant: str = DEFAULT_TENANT) -> tuple[str, Entry]:
+def make(
+    name: str, role: Role, tenant: str = DEFAULT_TENANT, expires: datetime | None = None
+) -> tuple[str, Entry]:
     """Make a token of 256 random bits, which is kept nowhere, and the entry that is kept."""
     token = _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
     # A plain hash is enough: 256 random bits can not be guessed.
-    return token, Entry(name, role, tenant, hashlib.sha256(token.encode()).hexdigest())
+    return token, Entry(name, role, tenant, hashlib.sha256(token.encode()).hexdigest(), expires)
+
+
+def in_time(text: str) -> datetime:
+    """Return the time in so many days or hours, such as "30d"; raises TokenError."""
+    match = re.fullmatch(r"([1-9][0-9]{0,4})([dh])", text, re.ASCII)
+    if match is None:
+        raise TokenError(f"--expires {text}: must be days or hours such as 30d or 12h")
+    length = timedelta(hours=int(match[1]) * (24 if match[2] == "d" else 1))
+    return (datetime.now(UTC) + length).replace(microsecond=0)
 
 
 def parse(text: str) -> tuple[Entry, ...]:
@@ -109,12 +127,14 @@ def _entry(table: dict[str, Any]) -> Entry:
     if unknown := sorted(table.keys() - set(_FIELDS)):
         raise TokenError(f"{unknown[0]!r} is none of {', '.join(_FIELDS)}")
     values = {"tenant": DEFAULT_TENANT} | table
-    for field in _FIELDS:
+    for field in _TEXTS:
         if not isinstance(values.get(field), str):
             raise TokenError(f"{field}: must be a string")
     if values["role"] not in list(Role):
         raise TokenError(f"role {values['role']!r}: must be one of {', '.join(Role)}")
-    return Entry(values["name"], Role(values["role"]), values["tenant"], values["sha256"])
+    if not isinstance(values.get("expires", None), datetime | None):
+        raise TokenError("expires: must be a time such as 2030-01-31T12:00:00Z, without quotes")
+    return Entry(**values | {"role": Role(values["role"])})
 
 
 def append(path: Path, entry: Entry) -> None:
@@ -140,8 +160,6 @@ class Tokens:
         self._path = path
         self._clock = clock
         self._checked_at = clock()
-        self.generation = 0
-        """Rises when the file has been read again."""
         try:
             self._file = FileValue(self._read, [path], self._log_failure)
         except (OSError, TokenError) as error:
@@ -153,35 +171,40 @@ class Tokens:
             )
 
     def find(self, token: str) -> Identity:
-        self.refresh()
+        """Return whose token it is; raises UnauthenticatedError if it is not valid any more."""
+        self._refresh()
         # The time of the lookup may reveal a part of a hash; no token can be derived from that.
         found = self._file.value.get(hashlib.sha256(token.encode()).hexdigest())
         if found is None:
             raise UnauthenticatedError(
                 "the token is not known here, or was withdrawn: ask the operator for a new one"
             )
-        return found
+        if found.expires is not None and found.expires <= datetime.now(UTC):
+            raise UnauthenticatedError(
+                f"the token {found.name!r} expired at {found.expires.isoformat()}: "
+                "ask the operator for a new one"
+            )
+        return found.identity
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Read the file again if it has changed; at most once a second."""
         now = self._clock()
         if now - self._checked_at < _REFRESH_EVERY:
             return
         self._checked_at = now
         if self._file.refresh():
-            self.generation += 1
             log.info("tokens.read", file=str(self._path), tokens=len(self._file.value))
 
     def _log_failure(self, error: OSError | ValueError) -> None:
         log.error("tokens.unreadable", file=str(self._path), error=_reason(error), kept="old")
 
-    def _read(self) -> dict[str, Identity]:
+    def _read(self) -> dict[str, Entry]:
         with self._path.open("rb") as file:
             content = file.read(_MAX_FILE_BYTES + 1)
         if len(content) > _MAX_FILE_BYTES:
             raise TokenError(f"is longer than {_MAX_FILE_BYTES} bytes")
         try:
-            return {entry.sha256: entry.identity for entry in parse(content.decode())}
+            return {entry.sha256: entry for entry in parse(content.decode())}
         except UnicodeDecodeError:
             raise TokenError("is not UTF-8") from None
 

@@ -21,6 +21,10 @@ _PERIOD = 5.0
 
 # Seconds of calls: from a read of Redis to a submission of many megabytes.
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+MAINTENANCE_STEPS = (
+    "expire", "timeouts", "delays", "watchdog", "leases", "stalled", "workers",
+    "models", "tenants", "metrics",
+)  # fmt: skip
 _QUEUE = ("model", "tenant", "priority")
 
 
@@ -53,6 +57,12 @@ class Counts:
         self.streams = counter(
             "grpc_streams_ended", "Streams that ended, by status.", "method", "code"
         )
+        self.maintenance_failures = counter(
+            "maintenance_failures", "Steps of the queue's maintenance that failed.", "step"
+        )
+        for step in MAINTENANCE_STEPS:
+            # From 0 on: what a series begins with is no increase.
+            self.maintenance_failures.labels(step)
         self.calls = Histogram(
             "reltrace_grpc_seconds",
             "Time of unary calls.",

@@ -1,5 +1,6 @@
 """Transitions that time brings about: leases run out, delays and timeouts end, results expire."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from reltrace_scheduler.config import Settings
@@ -12,8 +13,11 @@ _AT_ONCE = 500
 
 _OVERDUE_AT_ONCE = 256
 
-EXPIRE_AT_ONCE = 16
-"""Submissions whose results one script frees."""
+_PUT_OFF = 60.0
+"""Seconds after which a job that could not be ended is tried again."""
+
+_EXPIRED_AT_ONCE = 128
+"""Results that one script frees: those that it reads have at most 64 KiB each."""
 
 
 class Maintenance:
@@ -69,15 +73,19 @@ class Maintenance:
         )
         return [job_id.decode() for job_id in ids]
 
-    async def expire(self) -> tuple[int, list[Submission]]:
-        """Free the results of submissions that nobody acknowledged in time.
+    async def put_off(self, job_ids: Sequence[str]) -> None:
+        """Name those of these jobs that are still overdue in a minute again, others before."""
+        later = await self.shard.now() + milliseconds(_PUT_OFF)
+        await self._redis.zadd(self._key("deadlines"), dict.fromkeys(job_ids, later), xx=True)
 
-        Returns how many submissions were freed (there may be more if `EXPIRE_AT_ONCE` were), and
-        those whose jobs waited for as long until results are read: the caller ends their jobs, and
-        calls `expire_now`.
+    async def expire(self) -> tuple[bool, list[Submission]]:
+        """Free results of submissions that nobody acknowledged in time, a limited number.
+
+        Returns whether more may be due, and the submissions whose jobs waited for as long until
+        results are read: the caller ends their jobs, and calls `expire_now`.
         """
-        freed, *waiting = await self.shard.run("expire", [], EXPIRE_AT_ONCE)
-        return int(freed), [Submission(name.decode(), int(jobs)) for name, jobs in waiting]
+        more, *waiting = await self.shard.run("expire", [], _EXPIRED_AT_ONCE)
+        return bool(more), [Submission(name.decode(), int(jobs)) for name, jobs in waiting]
 
     async def expire_now(self, submission: str) -> None:
         """Let the results of a submission that has ended be freed next."""
@@ -105,7 +113,9 @@ class Maintenance:
                     pipe.hmget(name, "tenant", "jobs", "ended", "stored")
                 rows: list[Any] = await pipe.execute()
             for name, (tenant, jobs, ended, stored) in zip(page, rows, strict=True):
-                if tenant in tenants and int(ended) < int(jobs) and int(stored or 0) > 0:
+                # Whatever is broken, the others are found.
+                whole = None not in (jobs, ended)
+                if tenant in tenants and whole and int(ended) < int(jobs) and int(stored or 0) > 0:
                     found.append(Submission(name.removeprefix(pattern[:-1]), int(jobs)))
         await self._redis.zrem(self._key("throttled_tenants"), *tenants)
         return found

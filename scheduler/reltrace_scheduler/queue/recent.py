@@ -1,13 +1,13 @@
 """The jobs that ended last, kept for people to look at: a sample, bounded in number and bytes."""
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redis.exceptions import RedisError
 
 from reltrace_scheduler.keys import SharedKey
+from reltrace_scheduler.per_second import PerSecond
 from reltrace_scheduler.queue.shards import Shards
 from reltrace_scheduler.queue.trouble import log_trouble
 
@@ -27,11 +27,11 @@ class RecentJobs:
         self._key = shards.all[0].key
         self.enabled = enabled
         # Apart, so that a thousand successes per second do not displace the failures.
-        self._rates: dict[SharedKey, _Rate] = {
-            "recent_ok": _Rate(_ROWS_PER_SECOND),
-            "recent_failed": _Rate(_ROWS_PER_SECOND),
+        self._rates: dict[SharedKey, PerSecond] = {
+            "recent_ok": PerSecond(_ROWS_PER_SECOND),
+            "recent_failed": PerSecond(_ROWS_PER_SECOND),
         }
-        self._samples = _Rate(_SAMPLES_PER_SECOND)
+        self._samples = PerSecond(_SAMPLES_PER_SECOND)
 
     async def note(self, jobs: Sequence[tuple[Mapping[str, Any], bytes]]) -> None:
         """Note what is shown of jobs, and their serialized ``ResultChunk`` (empty: none).
@@ -69,20 +69,3 @@ class RecentJobs:
     async def sample_result(self, job_id: str) -> bytes | None:
         found: Any = await self._redis.get(self._key("sample_result", job_id))
         return found if found is None else bytes(found)
-
-
-class _Rate:
-    """A limit per second; the number of one second may come at once."""
-
-    def __init__(self, per_second: float) -> None:
-        self._rate = per_second
-        self._left = per_second
-        self._at = time.monotonic()
-
-    def take(self, wanted: int) -> int:
-        now = time.monotonic()
-        self._left = min(self._rate, self._left + (now - self._at) * self._rate)
-        self._at = now
-        taken = min(wanted, int(self._left))
-        self._left -= taken
-        return taken

@@ -80,7 +80,7 @@ async def workers(store: Redis, settings: Settings) -> AsyncIterator[Workers]:
     queue, signals = Store(store, sharded), Signals(store)
     channels = [shard.key("wake", route) for shard in queue.shards.all for route in ROUTES]
     listening = asyncio.create_task(signals.run())
-    with signals.listen(*channels) as heard:
+    async with signals.listen(*channels) as heard:
         assert await heard.wait_and_clear(10)
         yield Workers(queue, signals, heard)
     await end([listening])

@@ -1,8 +1,12 @@
 """Every RPC, with every kind of caller."""
 
 import asyncio
+import gc
+import json
 import os
 import sys
+import tracemalloc
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,11 @@ import grpc
 import psutil
 import pytest
 import redis
+import structlog
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from reltrace_proto.telemetry import LogFormat, configure_logs
 from reltrace_proto.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -22,8 +28,9 @@ from reltrace_proto.v1 import (
     worker_pb2,
 )
 from reltrace_scheduler.auth.access import Access
+from reltrace_scheduler.auth.identity import Role
 from reltrace_scheduler.auth.rates import RateLimiter, Rates
-from reltrace_scheduler.auth.tokens import Tokens, parse
+from reltrace_scheduler.auth.tokens import Tokens, append, make, parse
 from reltrace_scheduler.limits import MAX_REQUEST_BYTES, MAX_SUBMISSION_BYTES
 from scheduler.auth.conftest import Serve
 from scheduler.fake_worker import FakeWorker
@@ -202,6 +209,82 @@ async def test_a_withdrawn_token_ends_its_open_streams(
             async with asyncio.timeout(DEADLINE):
                 await worker.call.read()
         assert await worker.call.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("how", ["expired", "withdrawn"])
+async def test_a_stream_without_messages_ends_soon_after_its_token_is_not_valid(
+    serve: Serve, token_file: Path, tokens: dict[str, str], how: str
+) -> None:
+    """
+    Given a worker and a reader whose streams are silent, and tokens that end
+    I expect both streams to end within some seconds.
+    """
+    expires = datetime.now(UTC) + timedelta(seconds=1) if how == "expired" else None
+    short = {}
+    for role in (Role.WORKER, Role.CLIENT):
+        short[role], entry = make(f"short-{role}", role, expires=expires)
+        append(token_file, entry)
+    async with (
+        serve(Access(Tokens(token_file))) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        worker = FakeWorker(channel, metadata=bearer(short[Role.WORKER]))
+        await worker.connect()
+        client = trace_pb2_grpc.TraceServiceStub(channel)
+        submission = await client.SubmitJobs(
+            trace_pb2.SubmitJobsRequest(jobs=[types_pb2.JobSpec(prompt="a")]),
+            metadata=bearer(tokens["client"]),
+            timeout=DEADLINE,
+        )
+        stream = client.StreamResults(
+            trace_pb2.StreamResultsRequest(submission_id=submission.submission_id),
+            metadata=bearer(short[Role.CLIENT]),
+        )
+        if how == "withdrawn":
+            kept = [e for e in parse(token_file.read_text()) if not e.name.startswith("short")]
+            token_file.write_text("\n".join(entry.to_toml() for entry in kept))
+        for call in (worker.call, stream):
+            with pytest.raises(grpc.aio.AioRpcError, match=how) as caught:
+                async with asyncio.timeout(3 * DEADLINE):
+                    await call.read()
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_refused_calls_leave_nothing_behind(
+    serve: Serve, token_file: Path, tokens: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Given 2,000 calls without a token to methods of 4 KB names
+    I expect memory to stay as it is, and a few short lines in the log.
+    """
+    configure_logs("info", LogFormat.JSON)
+
+    async def call(number: int) -> None:
+        method = f"/reltrace.x/{number:08d}{'x' * 4000}"
+        assert (await status_of(channel, method, ()))[0] is grpc.StatusCode.UNAUTHENTICATED
+
+    async with (
+        serve(Access(Tokens(token_file))) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        await asyncio.gather(*(call(number) for number in range(100)))
+        gc.collect()
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        try:
+            for start in range(0, 2000, 100):
+                await asyncio.gather(*(call(number) for number in range(start, start + 100)))
+            gc.collect()
+            grown = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+    structlog.reset_defaults()
+    # 2,000 names would be 8 MB.
+    assert grown < 2 << 20
+    lines = [line for line in capsys.readouterr().err.splitlines() if "call.refused" in line]
+    assert 1 < len(lines) < 1000
+    assert max(map(len, lines)) < 500
+    assert sum(json.loads(line)["unlogged_before"] + 1 for line in lines) <= 2100
 
 
 async def refused(call: Any) -> tuple[str, float]:

@@ -1,13 +1,15 @@
 import hashlib
 import math
 import os
+import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reltrace_scheduler.auth.identity import Role
-from reltrace_scheduler.auth.tokens import Entry, TokenError, Tokens, append, make, parse
+from reltrace_scheduler.auth.identity import TENANT_NAME, Role
+from reltrace_scheduler.auth.tokens import Entry, TokenError, Tokens, append, in_time, make, parse
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
 from structlog.testing import capture_logs
 
@@ -65,13 +67,46 @@ def test_a_token_that_nobody_has(file: Path, wrong: str) -> None:
 
 
 @given(
-    st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True),
+    st.from_regex(TENANT_NAME, fullmatch=True),
     st.sampled_from(Role),
-    st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True),
+    st.from_regex(TENANT_NAME, fullmatch=True),
+    st.none() | st.datetimes(timezones=st.just(UTC)),
 )
-def test_what_is_written_is_what_is_read(name: str, role: Role, tenant: str) -> None:
-    _, entry = make(name, role, "default" if role is Role.WORKER else tenant)
+def test_what_is_written_is_what_is_read(
+    name: str, role: Role, tenant: str, expires: datetime | None
+) -> None:
+    _, entry = make(name, role, "default" if role is Role.WORKER else tenant, expires)
     assert parse(entry.to_toml()) == (entry,)
+
+
+def test_a_token_that_expires(file: Path) -> None:
+    soon, entry = make("soon", Role.CLIENT, expires=in_time("1h"))
+    append(file, entry)
+    late, entry = make("late", Role.CLIENT, expires=datetime.now(UTC) - timedelta(seconds=1))
+    append(file, entry)
+    tokens = Tokens(file)
+    assert tokens.find(soon).name == "soon"
+    said = r"the token 'late' expired at 20\d\d-.*: ask the operator for a new one"
+    with pytest.raises(UnauthenticatedError, match=said):
+        tokens.find(late)
+
+
+@pytest.mark.parametrize(("text", "hours"), [("30d", 720), ("12h", 12), ("99999d", 2399976)])
+def test_times_until_a_token_expires(text: str, hours: int) -> None:
+    left = in_time(text) - datetime.now(UTC)
+    assert timedelta(hours=hours, seconds=-2) < left <= timedelta(hours=hours)
+
+
+@pytest.mark.parametrize("text", ["", "0d", "-1d", "30", "1.5d", "999999d", "1w", "\u0661d"])
+def test_times_that_are_none(text: str) -> None:
+    with pytest.raises(TokenError, match=re.escape(f"--expires {text}: must be days or hours")):
+        in_time(text)
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_no_tenant_has_the_name_of_another_folder(name: str) -> None:
+    with pytest.raises(TokenError, match=r"and not \. or \.\."):
+        make("a", Role.CLIENT, name)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +123,14 @@ def test_what_is_written_is_what_is_read(name: str, role: Role, tenant: str) -> 
         ('[[token]]\nname="a"\nrole="client"', "sha256: must be a string"),
         ('[[token]]\nname=3\nrole="client"', "name: must be a string"),
         (f'[[token]]\nname="a"\nrole="client"\nsha256="{HASH}"\nx=1', "'x' is none of"),
+        (
+            f'[[token]]\nname="a"\nrole="client"\nsha256="{HASH}"\nexpires="2030-01-01"',
+            "expires: must be a time",
+        ),
+        (
+            f'[[token]]\nname="a"\nrole="client"\nsha256="{HASH}"\nexpires=2030-01-01T00:00:00',
+            "expires: must have a time zone",
+        ),
         (f'[[token]]\nname="a"\nrole="client"\nsha256="{HASH}"\n' * 2, "'a' is there twice"),
     ],
 )

@@ -113,7 +113,7 @@ async def test_the_time_to_live_starts_when_all_jobs_have_ended(
     seconds, _ = await store.time()
     assert member.decode() == submission.id
     assert 0 < due / 1000 - seconds <= settings.result_ttl + 1
-    assert await driver.maintenance.expire() == (0, [])
+    assert await driver.maintenance.expire() == (False, [])
 
 
 async def test_what_expires_leaves_nothing(
@@ -123,7 +123,7 @@ async def test_what_expires_leaves_nothing(
     await results.acknowledge(submission, 1)
     await store.zadd(keys("expiring"), {submission: 1})
 
-    assert await driver.maintenance.expire() == (1, [])
+    assert await driver.maintenance.expire() == (False, [])
 
     assert await results.progress(submission) is None
     assert not await store.keys("*job:*")
@@ -194,13 +194,13 @@ async def test_a_submission_that_waits_for_a_reader_does_not_wait_for_ever(
     seconds, _ = await store.time()
     assert member.decode() == submission
     assert 58 < due / 1000 - seconds <= 61
-    assert await driver.maintenance.expire() == (0, [])
+    assert await driver.maintenance.expire() == (False, [])
 
     await store.zadd(keys("expiring"), {submission: 1})
-    assert await driver.maintenance.expire() == (0, [Submission(submission, 3)])
+    assert await driver.maintenance.expire() == (False, [Submission(submission, 3)])
     await driver.queue.end([stalled(job) for job in Submission(submission, 3).job_ids])
     await driver.maintenance.expire_now(submission)
-    assert await driver.maintenance.expire() == (1, [])
+    assert await driver.maintenance.expire() == (False, [])
     assert not await store.keys("*job:*")
     assert not await store.keys("*backpressured:*")
     assert {int(n or 0) for n in await store.hmget(keys("load"), "jobs", "bytes", "results")} == {0}
@@ -214,7 +214,7 @@ async def test_whoever_reads_a_little_keeps_it(
     await store.zadd(keys("expiring"), {submission: 1})
     await driver.results.acknowledge(submission, 1)
     assert await store.zcard(keys("expiring")) == 0
-    assert await driver.maintenance.expire() == (0, [])
+    assert await driver.maintenance.expire() == (False, [])
     # The backpressured job goes on.
     (job,) = await driver.lease("w", 1)
     assert job.attempt == 1

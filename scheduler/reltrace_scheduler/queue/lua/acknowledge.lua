@@ -3,7 +3,7 @@
 -- KEYS: results:<sub> (read entries deleted), submission:<sub> (stored; deleted with the last
 -- result), backpressured:<sub> (jobs queued again). Also: expiring (the submission removed, or put
 -- off while it has backpressured jobs), throttled_tenants (the tenant removed), job:<job> and
--- chunks:<job>:<attempt> (deleted), queue:<...> (entries added), load, tenant:<tenant> (bytes taken
+-- chunks:<job>:<attempt> (deleted), queues (read), queue:<...> (entries added), load, tenant:<tenant> (bytes taken
 -- off), idempotency:<...> (expires sooner, with the last result). Publishes wake:<model>.
 --
 -- ARGV: prefix, through, bound on unread results of a submission (bytes), time that the idempotency
@@ -20,13 +20,25 @@ if #entries == 0 then
 end
 local through = tonumber(string.match(entries[#entries][1], "^%d+"))
 local submission = submission_of(entries[1][2][2])
+if submission.is_gone then
+    -- expire.lua frees what is left.
+    redis.call("ZADD", key.expiring, now(), submission.id)
+    return 0
+end
 local keys, bytes = {}, 0
 for _, entry in ipairs(entries) do
     bytes = bytes + entry_keys(entry, keys)
 end
-call_many({"DEL"}, keys)
+call_many({"UNLINK"}, keys)
 charge(submission.tenant, 0, 0, -bytes)
-redis.call("ZREM", key.throttled_tenants, submission.tenant)
+if redis.call("ZREM", key.throttled_tenants, submission.tenant) == 1 then
+    for _, name in ipairs(redis.call("SMEMBERS", key.queues)) do
+        local _, tenant, model = split(name)
+        if tenant == submission.tenant then
+            woken_models[model] = true
+        end
+    end
+end
 if submission.ended == submission.jobs and through >= submission.ended then
     -- A client that has all results does not submit again, but a call may still be repeated.
     local idempotency = redis.call("HGET", KEYS[2], "key")
@@ -44,7 +56,10 @@ else
         if not id then
             break
         end
-        requeue(read_job(id))
+        local job = read_job(id)
+        if job then
+            requeue(job)
+        end
     end
     if submission.ended < submission.jobs then
         if redis.call("EXISTS", KEYS[3]) == 1 then

@@ -1,6 +1,10 @@
 -- What the scripts share. It stands before each of them, and after the names that shards.py makes
 -- from keys.py: key.<shared key>, prefix.<entity> .. id, GROUP and REAPER.
 --
+-- A full Redis refuses a script's first write if it may take memory, and no write after that. Scripts
+-- that move or free what is there begin with go_on_when_full(); those that bring something
+-- (submit.lua, commit.lua, draft.lua) are refused before they have written anything.
+--
 -- Changes that many jobs of one call make to the same key are summed up, and written once by
 -- flush(): call it last. The functions below touch, beside what their comments name:
 --   submission:<sub>, load, tenant:<tenant>, ended, expiring, queue:<...>, held:<worker>
@@ -8,6 +12,10 @@
 local function now()
     local time = redis.call("TIME")
     return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local function go_on_when_full()
+    redis.call("DEL", key.nothing)
 end
 
 -- Calls a command with any number of arguments: unpack() is bounded by Lua's stack.
@@ -37,7 +45,8 @@ local function submission_id(job_id)
     return string.match(job_id, "^(.+)%-%d+$")
 end
 
--- submission:<sub>, read once; `ended` and `stored` are changed here and written by flush().
+-- submission:<sub>, read once; `ended` and `stored` are changed here and written by flush(). Where it
+-- is gone, or a part of it, `is_gone` is true.
 local submissions = {}
 
 local function submission_of(job_id)
@@ -48,6 +57,7 @@ local function submission_of(job_id)
         submission = {
             id = id, tenant = row[1], jobs = tonumber(row[2]),
             ended = tonumber(row[3]), stored = tonumber(row[4] or 0),
+            is_gone = not (row[1] and row[2] and row[3]),
         }
         submissions[id] = submission
     end
@@ -57,28 +67,61 @@ end
 -- Adds to what load and tenant:<tenant> hold.
 local loads = {}
 
-local function charge(tenant, jobs, bytes, results)
+local function charge(tenant, jobs, bytes, results, reserved)
     local load = loads[tenant]
     if not load then
-        load = {0, 0, 0}
+        load = {0, 0, 0, 0}
         loads[tenant] = load
     end
     load[1], load[2], load[3] = load[1] + jobs, load[2] + bytes, load[3] + results
+    load[4] = load[4] + (reserved or 0)
 end
 
--- Reads job:<job>; nil where there is none.
+-- Entries to delete by queue, and jobs that are not leased any more by worker.
+local removed_entries, released_jobs = {}, {}
+
+local function split(queue)
+    return string.match(queue, "^([^:]*):([^:]*):(.*)$")
+end
+
+-- Removes a job whose submission is gone, with its lease, its place in a queue and its deadline: it
+-- can not end. Its results that are stored expire at once.
+local function drop(job)
+    redis.call("ZREM", key.deadlines, job.id)
+    redis.call("ZREM", key.delayed, job.id)
+    if job.state == "QUEUED" or job.state == "LEASED" then
+        local _, tenant = split(job.queue)
+        if job.entry then
+            append(removed_entries, job.queue, job.entry)
+        end
+        if job.worker then
+            append(released_jobs, job.worker, job.id)
+        end
+        charge(tenant, -1, -job.bytes, -job.stored, -job.reserved)
+        redis.call("UNLINK", job.key, prefix.draft .. job.id,
+            prefix.chunks .. job.id .. ":" .. job.attempt)
+    end
+    redis.call("ZADD", key.expiring, now(), submission_id(job.id))
+end
+
+-- Reads job:<job>; nil where there is none, or its submission is gone.
 local function read_job(id)
     local name = prefix.job .. id
     local row = redis.call("HMGET", name, "state", "worker", "attempt", "queue", "entry",
-        "bytes", "stored", "due", "drafted")
+        "bytes", "stored", "due", "drafted", "result", "reserved")
     if not row[1] then
         return nil
     end
-    return {
+    local job = {
         id = id, key = name, state = row[1], worker = row[2], attempt = row[3], queue = row[4],
         entry = row[5], bytes = tonumber(row[6]), stored = tonumber(row[7] or 0), due = row[8],
-        drafted = row[9],
+        drafted = row[9], result = tonumber(row[10] or 0), reserved = tonumber(row[11] or 0),
     }
+    if submission_of(id).is_gone then
+        drop(job)
+        return nil
+    end
+    return job
 end
 
 -- Reads job:<job>; nil where it is not leased to this worker under this attempt.
@@ -89,13 +132,15 @@ local function read_leased(id, worker, attempt)
     end
 end
 
--- Entries to delete by queue, and jobs that are not leased any more by worker.
-local removed_entries, released_jobs = {}, {}
-
--- Ends a lease, and deletes what was drafted under it: draft:<job>.
+-- Ends a lease, gives up the room that it reserved for its result, and deletes what was drafted
+-- under it: draft:<job>.
 local function end_lease(job)
     append(removed_entries, job.queue, job.entry)
     append(released_jobs, job.worker, job.id)
+    if job.reserved > 0 then
+        charge(submission_of(job.id).tenant, 0, 0, 0, -job.reserved)
+        redis.call("HDEL", job.key, "reserved")
+    end
     if job.drafted then
         redis.call("DEL", prefix.draft .. job.id)
         redis.call("HDEL", job.key, "drafted")
@@ -105,7 +150,7 @@ end
 -- Deletes chunks:<job>:<attempt> of an attempt that is void.
 local function discard_chunks(job)
     if job.stored > 0 then
-        redis.call("DEL", prefix.chunks .. job.id .. ":" .. job.attempt)
+        redis.call("UNLINK", prefix.chunks .. job.id .. ":" .. job.attempt)
         redis.call("HDEL", job.key, "stored")
         local submission = submission_of(job.id)
         submission.stored = submission.stored - job.stored
@@ -121,15 +166,16 @@ local LARGE = 262144
 -- at the present virtual time, so that it gains nothing by having been idle, or at its own of
 -- vt_idle:<class>:<model> where that is later, so that it gains nothing by a queue that is often
 -- empty.
-local opened_queues, woken_models = {}, {}
+local opened_queues, woken_models, largest_results = {}, {}, {}
 
-local function enqueue(id, class, tenant, model, bytes)
+local function enqueue(id, class, tenant, model, bytes, result)
     local name = class .. ":" .. tenant .. ":" .. model
     local queue = prefix.queue .. name
     if not opened_queues[name] then
         opened_queues[name] = true
-        if redis.call("SADD", key.queues, name) == 1 then
-            redis.call("XGROUP", "CREATE", queue, GROUP, "0", "MKSTREAM")
+        if redis.call("SADD", key.queues, name) == 1 or redis.call("EXISTS", queue) == 0 then
+            -- The group is there where only the name was gone.
+            redis.pcall("XGROUP", "CREATE", queue, GROUP, "0", "MKSTREAM")
         end
         local class_model = class .. ":" .. model
         local active, idle = prefix.vt_active .. class_model, prefix.vt_idle .. class_model
@@ -146,6 +192,13 @@ local function enqueue(id, class, tenant, model, bytes)
     end
     if bytes > LARGE then
         redis.call("HSET", key.virtual_time, "large:" .. name, 1)
+    end
+    local field = "result:" .. name
+    if result > (largest_results[field] or 0) then
+        largest_results[field] = result
+        if result > tonumber(redis.call("HGET", key.virtual_time, field) or 0) then
+            redis.call("HSET", key.virtual_time, field, result)
+        end
     end
     return name, redis.call("XADD", queue, "*", "j", id)
 end
@@ -169,14 +222,10 @@ local function deactivate(class, tenant, model, time)
     end
 end
 
-local function split(queue)
-    return string.match(queue, "^([^:]*):([^:]*):(.*)$")
-end
-
 -- Queues a job again that is in no queue at present.
 local function requeue(job, class)
     local old_class, tenant, model = split(job.queue)
-    local name, entry = enqueue(job.id, class or old_class, tenant, model, job.bytes)
+    local name, entry = enqueue(job.id, class or old_class, tenant, model, job.bytes, job.result)
     redis.call("HSET", job.key, "state", "QUEUED", "queue", name, "entry", entry)
     redis.call("HDEL", job.key, "worker")
 end
@@ -240,7 +289,7 @@ local function flush(ttl)
         end
     end
     for tenant, load in pairs(loads) do
-        for i, field in ipairs({"jobs", "bytes", "results"}) do
+        for i, field in ipairs({"jobs", "bytes", "results", "reserved"}) do
             if load[i] ~= 0 then
                 redis.call("HINCRBY", prefix.tenant .. tenant, field, load[i])
                 redis.call("HINCRBY", key.load, field, load[i])

@@ -41,6 +41,7 @@ local function leave_queue(job)
     end
 end
 
+go_on_when_full()
 for i = 5, #ARGV, 4 do
     local attempt, state, chunk = ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
     local job = read_job(ARGV[i])
@@ -54,6 +55,9 @@ for i = 5, #ARGV, 4 do
         finish(job, state, chunk)
         outcome[#outcome + 1] = job.queue
     else
+        if not job then
+            redis.call("ZREM", key.deadlines, ARGV[i])
+        end
         outcome[#outcome + 1] = ""
     end
 end

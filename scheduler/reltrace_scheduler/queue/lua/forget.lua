@@ -23,7 +23,8 @@ end
 redis.call("DEL", KEYS[1])
 for _, name in ipairs(redis.call("SMEMBERS", key.queues)) do
     local queue = prefix.queue .. name
-    if #redis.call("XPENDING", queue, GROUP, "-", "+", 1, worker) == 0 then
+    if redis.call("EXISTS", queue) == 1
+            and #redis.call("XPENDING", queue, GROUP, "-", "+", 1, worker) == 0 then
         redis.call("XGROUP", "DELCONSUMER", queue, GROUP, worker)
     end
 end

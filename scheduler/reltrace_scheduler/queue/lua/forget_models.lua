@@ -10,6 +10,7 @@
 -- Returns the routes that were forgotten.
 local ttl, lease = tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = now()
+go_on_when_full()
 
 local function is_named(route)
     for i = 4, #ARGV do

@@ -6,6 +6,7 @@
 -- ARGV: prefix, most jobs
 --
 -- Returns how many there were.
+go_on_when_full()
 local ids = redis.call("ZRANGEBYSCORE", key.delayed, "-inf", now(), "LIMIT", 0, ARGV[2])
 for _, id in ipairs(ids) do
     local job = read_job(id)

@@ -15,6 +15,7 @@
 -- Returns {next cursor, number queued again, {{job id, attempt, history}, ...}}
 local name, lease, max_lost, cursor, count = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
 
+go_on_when_full()
 local time = now()
 local watchdog = redis.call("HMGET", key.watchdog, "seen", "grace")
 -- This may be a call that waited while Redis was away: then the watchdog has not ticked since.
@@ -61,7 +62,7 @@ if redis.call("XLEN", KEYS[1]) == 0 then
     local class, tenant, model = split(name)
     redis.call("DEL", KEYS[1])
     redis.call("SREM", key.queues, name)
-    redis.call("HDEL", key.virtual_time, "large:" .. name)
+    redis.call("HDEL", key.virtual_time, "large:" .. name, "result:" .. name)
     deactivate(class, tenant, model)
 end
 return {reply[1], requeued, candidates}

@@ -8,6 +8,7 @@
 -- Returns how many jobs were queued again.
 local worker, known, count = ARGV[2], {}, 0
 
+go_on_when_full()
 for i = 3, #ARGV, 2 do
     known[ARGV[i]] = ARGV[i + 1]
 end

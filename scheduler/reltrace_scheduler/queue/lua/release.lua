@@ -14,6 +14,7 @@
 local worker, delay, max_failures = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local outcome = {}
 
+go_on_when_full()
 for i = 5, #ARGV, 2 do
     local job = read_leased(ARGV[i], worker, ARGV[i + 1])
     local code = 0

@@ -1,7 +1,7 @@
 -- Renews leases: the idle time of their pending entries starts again, and no delivery is counted
 -- (JUSTID).
 --
--- Touches job:<job> (read), queue:<...> (pending entries are claimed anew).
+-- Touches job:<job> (read), queue:<...> (pending entries are claimed anew), and what drop() does.
 --
 -- ARGV: prefix, worker, whether to renew (1) or only to check (0), then per lease: job id, attempt
 --
@@ -19,4 +19,5 @@ end
 for queue, entries in pairs(held) do
     call_many({"XCLAIM", prefix.queue .. queue, GROUP, worker, 0}, entries, "JUSTID")
 end
+flush(0)
 return outcome

@@ -5,6 +5,7 @@
 -- Touches watchdog (seen: this look; grace: until when no lease is lost).
 --
 -- ARGV: prefix, lease (ms)
+go_on_when_full()
 local time, lease = now(), tonumber(ARGV[2])
 local seen = tonumber(redis.call("HGET", key.watchdog, "seen") or 0)
 -- A scheduler looks every quarter of a lease, and a worker renews every third of one: where it could
