@@ -149,5 +149,15 @@ class UnavailableError(SchedulerError):
     retry_after = 0.5
 
 
+class NotReplicatedError(UnavailableError):
+    """Too few replicas have what was written."""
+
+    def __init__(self, confirmed: int, asked: int) -> None:
+        super().__init__(
+            f"stored, but only {confirmed} of {asked} replicas of the job store have confirmed it "
+            "(--redis-replicas); try again: the same call stores nothing twice"
+        )
+
+
 class StartError(Exception):
     """The scheduler can not start; the message says what to change."""
