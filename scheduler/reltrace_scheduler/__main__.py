@@ -5,7 +5,7 @@ import contextlib
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import uvloop
@@ -52,6 +52,8 @@ def scheduler(context: typer.Context, settings: Settings) -> None:
         for uri in settings.output_uri:
             check_url("--output-uri", uri)
         access.check(settings.listen)
+        if settings.metrics:
+            access.check_metrics(settings.metrics)
         traces, share = settings.traces, settings.traces_share
         with exporting_spans(traces, "reltrace-scheduler", share) as spans:
             uvloop.run(_run(settings, address, access, spans))
@@ -80,6 +82,7 @@ def _access(settings: Settings) -> Access:
         tls=None if cert is None or key is None else ServerTls(cert, key, client_ca),
         rates=Rates(settings.max_requests_per_second, settings.max_jobs_per_second),
         insecure=settings.insecure,
+        insecure_metrics=settings.insecure_metrics,
     )
 
 
@@ -138,12 +141,14 @@ async def _run(
                 str(settings.data) if address is None else address.shown,
                 allow_volatile=settings.allow_volatile_redis,
             )
+            store = Store(connection.redis, settings)
+            await store.open()
             if embedded is not None:
                 # No other scheduler uses this store, so no worker is connected.
-                await Store(connection.redis, settings).registry.forget_all()
+                await store.registry.forget_all()
             async with serving(connection, settings, access, spans) as bound:
                 print(f"reltrace-scheduler is listening on {bound}", flush=True)
-                await _until_over(embedded)
+                await _until_over(store, embedded)
         finally:
             await connection.redis.aclose()
     finally:
@@ -151,21 +156,26 @@ async def _run(
             await embedded.stop()
 
 
-async def _until_over(embedded: EmbeddedRedis | None) -> None:
-    """Wait for SIGINT or SIGTERM, or for the end of the embedded Redis."""
+async def _until_over(store: Store, embedded: EmbeddedRedis | None) -> None:
+    """Wait for SIGINT or SIGTERM; raises `StartError` where Redis ends, or is not ours any more."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stop.set)
-    tasks: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait())]
+    stopping = asyncio.create_task(stop.wait())
+    superseded = asyncio.create_task(store.superseded())
+    tasks: list[asyncio.Task[Any]] = [stopping, superseded]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.ended()))
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
         task.cancel()
-    if tasks[0] not in done:
-        # A supervisor starts the scheduler again, and the file has every job.
-        raise StartError(f"the embedded Redis ended by itself with code {tasks[1].result()}")
+    if stopping in done:
+        return
+    if superseded in done:
+        raise StartError(superseded.result())
+    # A supervisor starts the scheduler again, and the file has every job.
+    raise StartError(f"the embedded Redis ended by itself with code {tasks[-1].result()}")
 
 
 def main() -> None:

@@ -62,6 +62,12 @@ class Settings:
     tenant_max_bytes: int = option(
         1 << 30, "--max-bytes of each tenant that has no bound of its own.", min=1
     )
+    max_result_bytes: int = option(
+        64 << 20,
+        "Bytes of one job's result that go through Redis; a job that would have more fails, unless "
+        "its tensors go to --results-url or --output-uri.",
+        min=1 << 16,
+    )
     results_url: str = option(
         "",
         "Folder for tensors that are too large for Redis, which workers write and clients read: "
@@ -109,6 +115,9 @@ class Settings:
         None,
         "Where Prometheus reads metrics, over plain HTTP. (default: nowhere)",
         metavar="HOST:PORT",
+    )
+    insecure_metrics: bool = option(
+        False, "Let other machines read the metrics, which have neither TLS nor tokens."
     )
     web: str | None = option(
         None,

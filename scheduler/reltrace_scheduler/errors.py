@@ -10,14 +10,14 @@ import grpc
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One fault of a request: where it is and what is allowed there."""
+    """One fault of a request: where it is (empty: all of it) and what is allowed there."""
 
     field: str
     description: str
 
     def within(self, path: str) -> "Violation":
         """Return the same fault of a message that contains this one as its field `path`."""
-        return Violation(f"{path}.{self.field}", self.description)
+        return Violation(f"{path}.{self.field}" if self.field else path, self.description)
 
 
 class SchedulerError(Exception):
@@ -111,6 +111,12 @@ class SupersededError(SchedulerError):
 
     def __init__(self, worker_id: str) -> None:
         super().__init__(f"worker {worker_id!r} has connected anew; this session is over")
+
+
+class OutdatedError(SchedulerError):
+    """The worker's protocol is older than what this scheduler serves."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class UnauthenticatedError(SchedulerError):

@@ -23,6 +23,8 @@ class NewJob:
     """Seconds within which it must end; 0: none."""
     sent: bytes = b""
     """The specification as the client sent it, where that differs: for the digest of the jobs."""
+    result_bytes: int = 0
+    """Most bytes that its result takes in the store, as far as that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ class NewChunk:
     """State in which the job ends with this chunk; empty: further ones follow."""
     data: bytes
     """A serialized ``ResultChunk``."""
+    too_large: bytes = b""
+    """A serialized ``ResultChunk`` that ends the job if this one makes its result too large."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import redis
 from chaos import journal, sdk_client, standin
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT
-from reltrace_scheduler.keys import CLUSTER, SHARDS, Keys
+from reltrace_scheduler.keys import CLUSTER, SCHEMA, SHARDS, Keys
 
 
 @dataclass
@@ -154,6 +154,7 @@ def remaining_keys(store: redis.Redis) -> list[str]:
         keys("tenants"),
         keys("watchdog"),
         SHARDS,
+        SCHEMA,
         CLUSTER,
         keys("tenant", DEFAULT_TENANT),
     }

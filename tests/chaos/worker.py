@@ -50,7 +50,7 @@ class StandInRunner:
     def full_pass_jobs(self) -> int:
         return self._full_pass_jobs
 
-    def store_large(self, url: str, above: int) -> None:
+    def store_large(self, url: str, above: int, most: int) -> None:
         """Send all results, however large."""
 
     def take_back(self) -> list[LeaseKey]:

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from reltrace.calls.iteration import Run
 from reltrace.calls.progress import Progress
+from reltrace.transport import forking
 from reltrace.transport.connection import Connection
 from reltrace.types.errors import TraceError
 
@@ -79,8 +80,7 @@ class LoopThread:
         unusable: Exception | None = None
         if not self.is_here():
             unusable = TraceError(
-                "this client was made before the process was forked, and its connection is the "
-                "parent's; make a new Client in each process"
+                f"this client was made before the process was forked; {forking.advice()}"
             )
         elif threading.current_thread() is self._thread:
             unusable = RuntimeError("a synchronous client can not be used on its own event loop")

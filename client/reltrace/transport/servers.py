@@ -11,6 +11,8 @@ import grpc.aio
 from reltrace_proto.net import ChannelOptions, Credentials, Metadata
 from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc
 
+from reltrace.transport import forking
+
 _RECONNECT: ChannelOptions = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -56,19 +58,24 @@ class Servers:
     """Chooses servers in turn, beginning with a random one, so that clients spread over them."""
 
     def __init__(self, addresses: Sequence[str], credentials: Credentials) -> None:
+        forking.check_fork()
         self._addresses = addresses
         self._credentials = credentials
         # Not the module's generator, which the caller may have seeded.
         self._next = SystemRandom().randrange(len(addresses))
         self._servers: list[Server] = []
+        # Not the object itself: one that is forgotten without `close` leaves gRPC's threads.
+        self._open = object()
 
     def choose(self) -> Server:
         """Return the server for the next call; opens the channels on the running event loop."""
+        forking.check_fork()
         if not self._servers:
             self._servers = [
                 Server(address, self._credentials.open_channel(address, _RECONNECT))
                 for address in self._addresses
             ]
+            forking.opened(self._open, (server.channel for server in self._servers))
         count = len(self._servers)
         now = monotonic()
         in_turn = [self._servers[(self._next + step) % count] for step in range(count)]
@@ -84,3 +91,4 @@ class Servers:
         servers, self._servers = self._servers, []
         for server in servers:
             await server.channel.close()
+        forking.closed(self._open)

@@ -125,8 +125,10 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             assert job is not None
             spec = types_pb2.JobSpec.FromString(job.spec)
             # The key makes a second call, or one that was cut off, find the first one's job.
+            timeout = spec.timeout.ToTimedelta().total_seconds()
+            most = self._store.bounds.max_result_bytes
             submission = await self._store.queue.submit(
-                [NewJob(spec.model, job.spec, spec.timeout.ToTimedelta().total_seconds())],
+                [NewJob(spec.model, job.spec, timeout, result_bytes=most)],
                 tenant=job.tenant,
                 priority=job.priority,
                 idempotency_key=f"quarantined:{job.job_id}",

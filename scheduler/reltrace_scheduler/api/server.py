@@ -57,7 +57,7 @@ _MOST_AGE_GRACE = 3600.0
 _STOP_GRACE = 2.0
 """Seconds for calls under way; streams to workers and clients are cut and resumed."""
 
-_HEALTH_PERIOD = 1.0
+_HEALTH_PERIOD = _BOUNDS_PERIOD = 1.0
 
 
 @asynccontextmanager
@@ -74,6 +74,8 @@ async def serving(
     listen, metrics, web = settings.listen, settings.metrics, settings.web
     access, spans = access or Access(), spans or Spans()
     access.check(listen)
+    if metrics:
+        access.check_metrics(metrics)
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
     models, counts = ModelCache(store.registry), Counts()
@@ -111,6 +113,7 @@ async def serving(
         *Reaper(store, counts).loops(),
         forgetting.run(),
         _report_health(store, status),
+        _refresh_bounds(store),
     ]
     if settings.results_url:
         work.append(Sweeper(store.results_url, store).run())
@@ -124,6 +127,14 @@ async def serving(
         await status.enter_graceful_shutdown()
         await end(tasks)
         await server.stop(_STOP_GRACE)
+
+
+async def _refresh_bounds(store: Store) -> None:
+    """Keep the queue's bounds within Redis' memory, which can change, and which others may use."""
+    while True:
+        await asyncio.sleep(_BOUNDS_PERIOD)
+        with contextlib.suppress(RedisError, OSError):
+            await store.bounds.refresh()
 
 
 async def _report_health(store: Store, status: health.HealthServicer) -> None:

@@ -10,6 +10,7 @@ from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 from reltrace_scheduler.api.models import ModelCache
+from reltrace_scheduler.api.result_sizes import ResultLimits
 from reltrace_scheduler.api.terminal_results import cancelled, end
 from reltrace_scheduler.api.validation import as_sent, check_job_ids, check_submission
 from reltrace_scheduler.auth.identity import current
@@ -52,11 +53,12 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     async def SubmitJobs(  # noqa: N802
         self, request: trace_pb2.SubmitJobsRequest, context: Context
     ) -> trace_pb2.SubmitJobsResponse:
-        began = time.monotonic()
+        began, settings = time.monotonic(), self._store.settings
         self._spans.start_traces(request.idempotency_key, request.jobs)
         models = await self._models.get(*(job.model for job in request.jobs))
         try:
-            check = partial(check_submission, request, models, self._store.settings.output_uri)
+            limits = self._result_limits()
+            check = partial(check_submission, request, models, limits, settings.output_uri)
             jobs = await off_loop(check)
         except SchedulerError:
             # What was accepted stays accepted, also when models have come or gone since.
@@ -80,6 +82,10 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 jobs=len(jobs),
             )
         return _submitted(submission, await self._models.unserved({job.route for job in jobs}))
+
+    def _result_limits(self) -> ResultLimits:
+        bounds, store = self._store.bounds, self._store.results_url
+        return ResultLimits(bounds.max_result_bytes, bounds.results_above if store else None)
 
     async def _accepted_before(self, request: trace_pb2.SubmitJobsRequest) -> Submission | None:
         priority = _PRIORITIES.get(request.priority)

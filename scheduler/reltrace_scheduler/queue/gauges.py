@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reltrace_scheduler.keys import GROUP, QueueName
-from reltrace_scheduler.queue.connection import memory_used
+from reltrace_scheduler.queue.connection import memory_of_nodes
 from reltrace_scheduler.queue.shards import Shard
 from reltrace_scheduler.queue.store import Store
 
@@ -43,7 +43,7 @@ async def read_cluster(store: Store) -> ClusterState:
         queues=await read_queues(store),
         workers=dict.fromkeys(names, 0) | await store.registry.serving(names),
         ended=await store.queue.ended(),
-        memory=await memory_used(store.redis),
+        memory=sum(node.used for node in await memory_of_nodes(store.redis)),
     )
 
 

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import math
-import ssl
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -66,24 +65,14 @@ async def serving_page(listen: str, store: Store, access: Access) -> AsyncIterat
     await runner.setup()
     try:
         try:
-            await web.TCPSite(runner, host, port, ssl_context=_tls(access)).start()
+            tls = None if access.tls is None else access.tls.context()
+            await web.TCPSite(runner, host, port, ssl_context=tls).start()
         except OSError as error:
             raise StartError(f"--web {listen}: {error.strerror or error}") from error
         scheme, bound = "http" if access.tls is None else "https", runner.addresses[0][1]
         yield f"{scheme}://{listen.rpartition(':')[0]}:{bound}"
     finally:
         await runner.cleanup()
-
-
-def _tls(access: Access) -> ssl.SSLContext | None:
-    if access.tls is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(access.tls.cert, access.tls.key)
-    if access.tls.client_ca is not None:
-        context.load_verify_locations(access.tls.client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
 
 
 def _guarded(access: Access) -> Any:

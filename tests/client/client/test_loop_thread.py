@@ -77,7 +77,7 @@ def test_what_ends_on_the_loops_own_thread_is_not_waited_for() -> None:
     assert ended.is_set()
 
 
-def test_a_forked_child_is_told_to_make_its_own_client(
+def test_a_forked_child_is_told_why_it_can_not_use_a_client(
     server: FakeServer, client: reltrace.Client
 ) -> None:
     results = client.trace_many(["a"] * 50, max_in_flight=2)
@@ -85,8 +85,10 @@ def test_a_forked_child_is_told_to_make_its_own_client(
     uses: list[Callable[[], object]] = [lambda: client.trace("b"), lambda: next(results)]
     for use in uses:
         assert in_a_child(use) == (
-            "TraceError: this client was made before the process was forked, and its connection is "
-            "the parent's; make a new Client in each process"
+            "TraceError: this client was made before the process was forked; a client was open in "
+            "its parent, and gRPC can not be used in a process that is forked then: start it by "
+            'the method "spawn" or "forkserver" of multiprocessing, or close the client before the '
+            "fork and make a new one in each process"
         )
     assert in_a_child(client.close) == "nothing"
     # To the parent all of this is nothing.
