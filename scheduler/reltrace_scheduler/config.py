@@ -45,6 +45,12 @@ class Settings:
         "Accept a Redis that writes no append-only file or may evict keys: jobs that were accepted "
         "may be lost.",
     )
+    redis_replicas: int = option(
+        0,
+        "Replicas of the Redis that must have a submission or a result before it is answered for.",
+        min=0,
+        max=100,
+    )
     data: Path | None = option(None, "Folder of the scheduler's own Redis.")
     fsync: Fsync = option(
         Fsync.EVERYSEC, "When the scheduler's own Redis writes its file to the disk."

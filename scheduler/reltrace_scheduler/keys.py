@@ -33,6 +33,7 @@ key                       type    holds
                                   once a minute (shard 0 only)
 ``recent_ok``             list    jobs that succeeded last, as JSON (shard 0 only)
 ``recent_failed``         list    jobs that ended otherwise, as JSON (shard 0 only)
+``replicated``            string  is written before the scheduler waits for replicas
 ``nothing``               none    is never there: to delete it is a write that changes nothing
 ========================  ======  ===============================================================
 
@@ -116,7 +117,7 @@ schema: it comes with a step that moves what is there, taken once they have ende
 SharedKey = Literal[
     "queues", "virtual_time", "delayed", "deadlines", "expiring", "throttled_tenants", "load",
     "tenants", "quarantined", "watchdog", "ended", "workers", "models", "served", "recent_ok",
-    "recent_failed", "nothing",
+    "recent_failed", "replicated", "nothing",
 ]  # fmt: skip
 EntityKey = Literal[
     "queue", "vt_active", "vt_idle", "job", "held", "submission", "backpressured", "results",

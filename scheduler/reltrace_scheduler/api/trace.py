@@ -1,5 +1,6 @@
 """TraceService: what clients call."""
 
+import random
 import time
 from collections.abc import AsyncIterator, Iterable
 from functools import partial
@@ -30,8 +31,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _MESSAGE_BYTES = 1 << 20
 """A message is sent once it holds this much, or nothing more is there."""
 
-_POLL = 1.0
-"""Seconds between reads of the store while no signal comes."""
+_POLL, _LONGEST_POLL = 1.0, 10.0
+"""Seconds between reads of the store while no signal comes, doubled with each."""
 
 _PRIORITIES = {
     types_pb2.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
@@ -101,7 +102,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         entry, chunk = request.after_entry, request.after_chunk
         _check_drafts(request)
         positions = dict.fromkeys(request.drafts_of, FIRST_DRAFT)
-        channel = self._store.shards.of(submission).key("done", submission)
+        channel, poll = self._store.shards.of(submission).key("done", submission), _POLL
         async with self._signals.listen(channel) as signal:
             while True:
                 progress = await self._progress(submission)
@@ -118,7 +119,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                     async for message in _messages(self._new_drafts(positions)):
                         yield message
                     # New results and drafts since the last read have been signalled.
-                    await signal.wait_and_clear(_POLL)
+                    signalled = await signal.wait_and_clear(poll * random.uniform(0.5, 1))
+                    poll = _POLL if signalled else min(2 * poll, _LONGEST_POLL)
 
     async def _new_drafts(self, positions: dict[str, str]) -> AsyncIterator[StoredDraft]:
         """Yield the drafts after each job's position, and advance the positions."""

@@ -73,6 +73,8 @@ class JobQueue:
             The bound on jobs is 0.
         IdempotencyError
             The key was used for other jobs.
+        NotReplicatedError
+            The jobs were accepted, but a failover may lose them.
         """
         settings, bounds = self._settings, self._bounds
         shard = self._shards.for_submission(tenant, idempotency_key)
@@ -100,6 +102,7 @@ class JobQueue:
             bounds.tenant_max_bytes,
             settings.shards,
             *(part for job in jobs for part in _parts(job, bounds.max_result_bytes)),
+            replicated=True,
         )
         if status == b"seen":
             return Submission(details[0].decode(), int(details[1]), deduplicated=True)
@@ -220,6 +223,7 @@ class JobQueue:
             milliseconds(self._settings.result_ttl),
             self._bounds.max_result_bytes,
             self._bounds.tenant_max_bytes,
+            replicated=True,
         )
 
     async def release(self, worker: str, leases: Sequence[Lease]) -> int:

@@ -34,7 +34,7 @@ class Store:
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self.redis = redis
         self.settings = settings
-        self.shards = Shards(redis, settings.shards)
+        self.shards = Shards(redis, settings.shards, settings.redis_replicas)
         self.bounds = Bounds(self.shards, settings)
         self.queue = JobQueue(self.shards, settings, self.bounds)
         self.results = Results(self.shards, settings, self.bounds)

@@ -17,6 +17,11 @@ local id, tenant, class, ttl, digest = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[
 local shards, first = tonumber(ARGV[11]), 12
 local count = (#ARGV - first + 1) / 4
 
+-- The same call again, because its first answer came too late.
+if redis.call("EXISTS", KEYS[2]) == 1 then
+    return {"accepted"}
+end
+
 if ttl > 0 then
     local seen = redis.call("GET", KEYS[1])
     if seen then
@@ -26,11 +31,6 @@ if ttl > 0 then
         end
         return {"seen", earlier, tonumber(jobs)}
     end
-end
-
--- The same call again, because its first answer came too late.
-if redis.call("EXISTS", KEYS[2]) == 1 then
-    return {"accepted"}
 end
 
 local bytes = 0
