@@ -85,7 +85,7 @@ async def serving(
         access.check_metrics(metrics)
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
-    models, counts = ModelCache(store.registry, settings.lease), Counts()
+    models, counts = ModelCache(store.registry), Counts()
     options = (
         *_OPTIONS,
         # gRPC adds a jitter of 10 %. Streams of workers end by themselves before.

@@ -56,7 +56,6 @@ class Session:
         self._queue = store.queue
         self._counts = counts
         self._spans = spans
-        now = time.time()
         self._models: dict[str, bytes] = {}
         for model in (hello.model, *hello.further_models):
             self._models[model.name] = info = model.SerializeToString()
@@ -66,8 +65,6 @@ class Session:
             worker_id=self.worker_id,
             hello=hello.SerializeToString(),
             routes=tuple(self._models),
-            connected_at=now,
-            seen_at=now,
             epoch=secrets.token_hex(8),
         )
         self.leasing = Leasing(store, models, empty, self._record)
