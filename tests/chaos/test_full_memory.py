@@ -84,7 +84,7 @@ def test_a_thousand_large_results_leave_redis_within_its_memory(start: Start) ->
     Given 1,000 jobs with results of half a megabyte each, eight times what Redis has, that at first
     nobody reads
     I expect leases to pause with Redis within its memory, and once they are read every result to
-    arrive; and at no time a write to be refused for want of memory, or a worker or scheduler to end.
+    arrive; and no write to be refused for want of memory, nor a worker or scheduler to end.
     """
     cluster = start(schedulers=2, workers=2, fsync="no", lease=5.0)
     with cluster.client() as client, cluster.store() as store, cluster.store() as watching:
