@@ -174,6 +174,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             found = await self._store.queue.jobs(request.job_ids, tenant=current().tenant)
             ids = [job.job_id for job in found if job]
         ended = await end(self._store, self._counts, [cancelled(job_id) for job_id in ids])
+        if request.submission_id:
+            await self._store.results.expire_soon(request.submission_id)
         return trace_pb2.CancelJobsResponse(cancelled=ended)
 
     async def GetJobs(  # noqa: N802
