@@ -150,6 +150,7 @@ def remaining_keys(store: redis.Redis) -> list[str]:
         keys("load"),
         keys("ended"),
         keys("models"),
+        keys("served"),
         keys("workers"),
         keys("tenants"),
         keys("watchdog"),
