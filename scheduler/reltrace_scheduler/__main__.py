@@ -52,6 +52,8 @@ def scheduler(context: typer.Context, settings: Settings) -> None:
         for uri in settings.output_uri:
             check_url("--output-uri", uri)
         access.check(settings.listen)
+        if settings.metrics:
+            access.check_metrics(settings.metrics)
         traces, share = settings.traces, settings.traces_share
         with exporting_spans(traces, "reltrace-scheduler", share) as spans:
             uvloop.run(_run(settings, address, access, spans))
@@ -80,6 +82,7 @@ def _access(settings: Settings) -> Access:
         tls=None if cert is None or key is None else ServerTls(cert, key, client_ca),
         rates=Rates(settings.max_requests_per_second, settings.max_jobs_per_second),
         insecure=settings.insecure,
+        insecure_metrics=settings.insecure_metrics,
     )
 
 

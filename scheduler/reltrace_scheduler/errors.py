@@ -106,6 +106,17 @@ class TooFastError(SchedulerError):
         self.retry_after = retry_after
 
 
+class TooManyStreamsError(SchedulerError):
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retry_after = 1.0
+
+    def __init__(self, identity: str, most: int) -> None:
+        super().__init__(
+            f"{identity!r} has {most} streams open at this scheduler, and no more are allowed: "
+            "try again when some have ended"
+        )
+
+
 class SupersededError(SchedulerError):
     code = grpc.StatusCode.ABORTED
 
@@ -136,6 +147,16 @@ class UnavailableError(SchedulerError):
 
     code = grpc.StatusCode.UNAVAILABLE
     retry_after = 0.5
+
+
+class NotReplicatedError(UnavailableError):
+    """Too few replicas have what was written."""
+
+    def __init__(self, confirmed: int, asked: int) -> None:
+        super().__init__(
+            f"stored, but only {confirmed} of {asked} replicas of the job store have confirmed it "
+            "(--redis-replicas); try again: the same call stores nothing twice"
+        )
 
 
 class StartError(Exception):

@@ -136,6 +136,13 @@ def test_other_machines_need_tls_and_tokens(start: Start, redis_url: str) -> Non
     assert address_of(start("--listen", "0.0.0.0:0", "--redis", redis_url, "--insecure"))
 
 
+def test_metrics_are_not_shown_to_the_network_unasked(start: Start, redis_url: str) -> None:
+    process = start("--redis", redis_url, "--metrics", "0.0.0.0:0")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "or say --insecure-metrics" in errors
+
+
 def test_it_serves_tls_to_those_who_have_a_token(
     start: Start, redis_url: str, tmp_path: Path
 ) -> None:

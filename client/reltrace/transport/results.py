@@ -28,8 +28,10 @@ from reltrace.types.errors import (
 from reltrace.types.request import Job
 from reltrace.types.trace import Trace
 
-# Results are freed on the server whenever so many bytes were received, and at the end.
+# Results are freed on the server whenever so many bytes were received, or this long after one was
+# (the server may have room for no more), and at the end.
 _ACKNOWLEDGE_BYTES = 4 * 1024 * 1024
+_ACKNOWLEDGE_SECONDS = 0.2
 
 
 async def stream_results(
@@ -134,6 +136,8 @@ async def stream_results(
             if acknowledger is not None:
                 acknowledger.note(cursor.last_entry, 0)
                 acknowledger.send()
+        if acknowledger is not None:
+            acknowledger.stop()
 
 
 async def acknowledge(connection: Connection, submission_id: str, through_entry: int) -> None:
@@ -200,14 +204,24 @@ class _Acknowledger:
         self._submission = submission
         self._through = 0
         self._unfreed = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     def note(self, entry: int, size: int) -> None:
         self._through = entry
         self._unfreed += size
         if self._unfreed >= _ACKNOWLEDGE_BYTES:
             self.send()
+        elif self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_ACKNOWLEDGE_SECONDS, self.send)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def send(self) -> None:
+        self.stop()
         if self._through:
             self._unfreed = 0
             self._connection.finish_in_background(

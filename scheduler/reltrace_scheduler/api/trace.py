@@ -1,5 +1,6 @@
 """TraceService: what clients call."""
 
+import random
 import time
 from collections.abc import AsyncIterator, Iterable
 from functools import partial
@@ -10,6 +11,7 @@ from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 from reltrace_scheduler.api.models import ModelCache
+from reltrace_scheduler.api.result_sizes import ResultLimits
 from reltrace_scheduler.api.terminal_results import cancelled, end
 from reltrace_scheduler.api.validation import as_sent, check_job_ids, check_submission
 from reltrace_scheduler.auth.identity import current
@@ -29,8 +31,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _MESSAGE_BYTES = 1 << 20
 """A message is sent once it holds this much, or nothing more is there."""
 
-_POLL = 1.0
-"""Seconds between reads of the store while no signal comes."""
+_POLL, _LONGEST_POLL = 1.0, 10.0
+"""Seconds between reads of the store while no signal comes, doubled with each."""
 
 _PRIORITIES = {
     types_pb2.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
@@ -52,11 +54,12 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     async def SubmitJobs(  # noqa: N802
         self, request: trace_pb2.SubmitJobsRequest, context: Context
     ) -> trace_pb2.SubmitJobsResponse:
-        began = time.monotonic()
+        began, settings = time.monotonic(), self._store.settings
         self._spans.start_traces(request.idempotency_key, request.jobs)
         models = await self._models.get(*(job.model for job in request.jobs))
         try:
-            check = partial(check_submission, request, models, self._store.settings.output_uri)
+            limits = self._result_limits()
+            check = partial(check_submission, request, models, limits, settings.output_uri)
             jobs = await off_loop(check)
         except SchedulerError:
             # What was accepted stays accepted, also when models have come or gone since.
@@ -81,6 +84,10 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             )
         return _submitted(submission, await self._models.unserved({job.route for job in jobs}))
 
+    def _result_limits(self) -> ResultLimits:
+        bounds, store = self._store.bounds, self._store.results_url
+        return ResultLimits(bounds.max_result_bytes, bounds.results_above if store else None)
+
     async def _accepted_before(self, request: trace_pb2.SubmitJobsRequest) -> Submission | None:
         priority = _PRIORITIES.get(request.priority)
         if not request.idempotency_key or priority is None:
@@ -95,7 +102,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         entry, chunk = request.after_entry, request.after_chunk
         _check_drafts(request)
         positions = dict.fromkeys(request.drafts_of, FIRST_DRAFT)
-        channel = self._store.shards.of(submission).key("done", submission)
+        channel, poll = self._store.shards.of(submission).key("done", submission), _POLL
         async with self._signals.listen(channel) as signal:
             while True:
                 progress = await self._progress(submission)
@@ -112,7 +119,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                     async for message in _messages(self._new_drafts(positions)):
                         yield message
                     # New results and drafts since the last read have been signalled.
-                    await signal.wait_and_clear(_POLL)
+                    signalled = await signal.wait_and_clear(poll * random.uniform(0.5, 1))
+                    poll = _POLL if signalled else min(2 * poll, _LONGEST_POLL)
 
     async def _new_drafts(self, positions: dict[str, str]) -> AsyncIterator[StoredDraft]:
         """Yield the drafts after each job's position, and advance the positions."""

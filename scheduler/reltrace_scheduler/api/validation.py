@@ -8,6 +8,7 @@ from reltrace_proto.v1 import trace_pb2, types_pb2
 from reltrace_scheduler import __version__
 from reltrace_scheduler.api.job_faults import input_faults, settings_faults
 from reltrace_scheduler.api.models import Models
+from reltrace_scheduler.api.result_sizes import ResultLimits
 from reltrace_scheduler.api.result_store import is_inside
 from reltrace_scheduler.errors import (
     InvalidRequestError,
@@ -23,7 +24,10 @@ _INPUTS = ("prompt", "input_ids", "corpus", "chat")
 
 
 def check_submission(
-    request: trace_pb2.SubmitJobsRequest, models: Models, output_uris: Sequence[str] = ()
+    request: trace_pb2.SubmitJobsRequest,
+    models: Models,
+    results: ResultLimits,
+    output_uris: Sequence[str] = (),
 ) -> list[NewJob]:
     """Return the jobs of a request, or raise a RequestError with one violation per fault.
 
@@ -57,11 +61,16 @@ def check_submission(
             faults += found
             if not found:
                 checked.add(settings)
+        if not faults:
+            faults += results.faults(spec, infos[route])
         violations += [fault.within(f"jobs[{index}]") for fault in faults]
     if violations:
         raise InvalidRequestError(*violations)
     # Only now: this changes the jobs, and a request that is refused is looked at once more.
-    return [_new_job(spec, route) for spec, route in zip(request.jobs, routes, strict=True)]
+    return [
+        _new_job(spec, route, results.bytes(spec, infos[route]))
+        for spec, route in zip(request.jobs, routes, strict=True)
+    ]
 
 
 def check_job_ids(job_ids: Sequence[str]) -> None:
@@ -142,13 +151,13 @@ def _unknown_fields(*parts: Message) -> Iterator[Violation]:
             yield Violation("", fault)
 
 
-def _new_job(spec: types_pb2.JobSpec, route: str) -> NewJob:
+def _new_job(spec: types_pb2.JobSpec, route: str, result_bytes: int) -> NewJob:
     sent = as_sent(spec)
     timeout = spec.timeout.ToTimedelta().total_seconds() if spec.HasField("timeout") else 0.0
     if spec.model == route and not spec.traceparent:
-        return NewJob(route, sent, timeout)
+        return NewJob(route, sent, timeout, result_bytes=result_bytes)
     spec.model = route
-    return NewJob(route, spec.SerializeToString(), timeout, sent)
+    return NewJob(route, spec.SerializeToString(), timeout, sent, result_bytes)
 
 
 def _without(spec: types_pb2.JobSpec, *fields: str) -> types_pb2.JobSpec:

@@ -18,6 +18,7 @@ from reltrace_scheduler.errors import (
     TooLargeError,
 )
 from reltrace_scheduler.keys import QueueName, submission_id, submission_of
+from reltrace_scheduler.queue.bounds import Bounds
 from reltrace_scheduler.queue.shards import Shard, Shards, milliseconds
 from reltrace_scheduler.records import (
     JobRecord,
@@ -32,7 +33,7 @@ from reltrace_scheduler.records import (
 )
 from reltrace_scheduler.tasks import off_loop
 
-LOST, STORED, OUT_OF_ORDER = 0, 1, -1
+LOST, STORED, OUT_OF_ORDER, TOO_LARGE = 0, 1, -1, 2
 """Outcomes of `JobQueue.commit` per chunk."""
 
 _IDEMPOTENCY_TTL = 24 * 3600.0
@@ -46,10 +47,11 @@ class JobQueue:
     time brings about are in `Maintenance`.
     """
 
-    def __init__(self, shards: Shards, settings: Settings) -> None:
+    def __init__(self, shards: Shards, settings: Settings, bounds: Bounds) -> None:
         self._shards = shards
         self._redis = shards.redis
         self._settings = settings
+        self._bounds = bounds
 
     async def submit(
         self,
@@ -71,8 +73,10 @@ class JobQueue:
             The bound on jobs is 0.
         IdempotencyError
             The key was used for other jobs.
+        NotReplicatedError
+            The jobs were accepted, but a failover may lose them.
         """
-        settings = self._settings
+        settings, bounds = self._settings, self._bounds
         shard = self._shards.for_submission(tenant, idempotency_key)
         submission = submission_id(secrets.token_hex(10), shard.key.shard)
         jobs_digest = "-"
@@ -93,11 +97,12 @@ class JobQueue:
             milliseconds(_IDEMPOTENCY_TTL) if idempotency_key else 0,
             jobs_digest,
             settings.max_jobs,
-            settings.max_bytes,
+            bounds.max_bytes,
             settings.tenant_max_jobs,
-            settings.tenant_max_bytes,
+            bounds.tenant_max_bytes,
             settings.shards,
-            *(part for job in jobs for part in (job.route, milliseconds(job.timeout), job.spec)),
+            *(part for job in jobs for part in _parts(job, bounds.max_result_bytes)),
+            replicated=True,
         )
         if status == b"seen":
             return Submission(details[0].decode(), int(details[1]), deduplicated=True)
@@ -160,7 +165,7 @@ class JobQueue:
         SupersededError
             The worker has connected anew: `epoch` is not its session any more.
         """
-        settings = self._settings
+        settings, bounds = self._settings, self._bounds
         status, *jobs = await shard.run(
             "lease",
             [shard.key("worker", worker), shard.key("held", worker)],
@@ -169,9 +174,9 @@ class JobQueue:
             epoch,
             count,
             most_batch,
-            settings.max_unread,
-            settings.tenant_max_bytes,
-            settings.max_bytes,
+            bounds.max_unread,
+            bounds.tenant_max_bytes,
+            bounds.max_bytes,
             workers,
             settings.shards,
             held_elsewhere,
@@ -205,11 +210,20 @@ class JobQueue:
         """Store chunks of results under their leases; return an outcome per chunk.
 
         `STORED` (now, or when it was sent before), `LOST` (the lease is not the worker's any more),
-        or `OUT_OF_ORDER` (a chunk before it is missing).
+        `OUT_OF_ORDER` (a chunk before it is missing), or `TOO_LARGE` (the result passes the bound:
+        what was stored of it is freed, and the job has ended with the chunk's `too_large`).
         """
-        rows = [(c.lease.job_id, c.lease.attempt, c.number, c.end, c.data) for c in chunks]
+        rows = [
+            (c.lease.job_id, c.lease.attempt, c.number, c.end, c.data, c.too_large) for c in chunks
+        ]
         return await self._shards.run(
-            "commit", rows, worker, milliseconds(self._settings.result_ttl)
+            "commit",
+            rows,
+            worker,
+            milliseconds(self._settings.result_ttl),
+            self._bounds.max_result_bytes,
+            self._bounds.tenant_max_bytes,
+            replicated=True,
         )
 
     async def release(self, worker: str, leases: Sequence[Lease]) -> int:
@@ -280,6 +294,12 @@ class JobQueue:
             counts: Any = await self._redis.hgetall(shard.key("ended"))
             totals.update({state.decode(): int(count) for state, count in counts.items()})
         return dict(totals)
+
+
+def _parts(job: NewJob, max_result_bytes: int) -> tuple[str | int | bytes, ...]:
+    """Return what `submit.lua` takes of a job."""
+    result_bytes = min(job.result_bytes, max_result_bytes)
+    return job.route, milliseconds(job.timeout), job.spec, result_bytes
 
 
 def _rows(leases: Sequence[Lease]) -> list[tuple[str, int]]:

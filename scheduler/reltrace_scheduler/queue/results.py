@@ -5,6 +5,7 @@ from itertools import count
 from typing import Any
 
 from reltrace_scheduler.config import Settings
+from reltrace_scheduler.queue.bounds import Bounds
 from reltrace_scheduler.queue.shards import Shards, milliseconds
 from reltrace_scheduler.records import Lease, Progress, StoredChunk, StoredDraft
 
@@ -30,10 +31,11 @@ _DRAFT_OVERHEAD = 64
 class Results:
     """The results stream of each submission, and the drafts of its jobs."""
 
-    def __init__(self, shards: Shards, settings: Settings) -> None:
+    def __init__(self, shards: Shards, settings: Settings, bounds: Bounds) -> None:
         self._shards = shards
         self._redis = shards.redis
         self._settings = settings
+        self._bounds = bounds
 
     async def progress(self, submission: str) -> Progress | None:
         """Return how far a submission is; None when it is unknown."""
@@ -81,7 +83,7 @@ class Results:
                     shard.key("backpressured", submission),
                 ],
                 through_entry,
-                self._settings.max_unread,
+                self._bounds.max_unread,
                 milliseconds(_IDEMPOTENCY_TTL),
                 _PAGE,
                 milliseconds(self._settings.result_ttl),

@@ -13,6 +13,7 @@ from reltrace_scheduler import __version__
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.keys import CLUSTER, SCHEMA, SCHEMA_VERSION, SHARDS
+from reltrace_scheduler.queue.bounds import Bounds
 from reltrace_scheduler.queue.job_queue import JobQueue
 from reltrace_scheduler.queue.quarantine import Quarantine
 from reltrace_scheduler.queue.recent import RecentJobs
@@ -33,11 +34,12 @@ class Store:
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self.redis = redis
         self.settings = settings
-        self.shards = Shards(redis, settings.shards)
-        self.queue = JobQueue(self.shards, settings)
-        self.results = Results(self.shards, settings)
+        self.shards = Shards(redis, settings.shards, settings.redis_replicas)
+        self.bounds = Bounds(self.shards, settings)
+        self.queue = JobQueue(self.shards, settings, self.bounds)
+        self.results = Results(self.shards, settings, self.bounds)
         self.quarantine = Quarantine(self.shards)
-        self.registry = Registry(self.shards)
+        self.registry = Registry(self.shards, settings)
         self.tenants = Tenants(self.shards)
         self.recent = RecentJobs(self.shards, enabled=settings.web is not None)
         self._cluster = ""
@@ -59,6 +61,7 @@ class Store:
                 raise StartError(fault)
             stored = int(await self._get_or_set(SHARDS, str(count)))
             self._cluster = (await self._get_or_set(CLUSTER, secrets.token_hex(4))).decode()
+            await self.bounds.refresh()
         except (RedisError, OSError) as error:
             raise StartError(f"Redis is not ready: {reason_of(error)}") from error
         if stored != count:

@@ -252,3 +252,50 @@ async def test_a_chat_for_a_model_without_a_template_fails_with_the_field(
     assert error.code == code_pb2.INVALID_ARGUMENT
     assert [violation.field for violation in error.violations] == ["messages"]
     assert "has none" in error.message
+
+
+@pytest.mark.parametrize(
+    ("url", "given", "refused"),
+    [
+        ("", {}, True),
+        ("memory://large", {}, False),
+        ("", {"output_uri": "memory://own"}, False),
+        ("", {"reduction": "token"}, False),
+    ],
+    ids=["nowhere", "a store", "its own folder", "less"],
+)
+async def test_a_result_that_could_not_be_sent_is_refused_before_its_pass(
+    checkpoints: Checkpoints,
+    engine: Engine,
+    watched: Watched,
+    url: str,
+    given: dict[str, str],
+    refused: bool,
+) -> None:
+    """
+    Given a bound on the results that a worker may send
+    If the result of one job of two would be larger
+    I expect it to fail at once, with its size, the bound and what to do, and the other to be
+    traced; and none to fail where large results have a place.
+    """
+    loaded = checkpoints.loaded("plain")
+    shape = loaded.shape
+    size = 30 * shape.layers * (shape.intermediate_size + shape.hidden_size) * 4
+    runner = Runner(loaded, engine, max_tokens=50)
+    runner.store_large(url, size // 2, size - 1)
+    large = {"reduction": "full", "sites": ["neuron", "resid"]} | given
+    ended = await runner.add([lease(0, 30, **large), lease(1, 10)])
+    watched.gate.release()
+    others = await results(runner)
+    if not refused:
+        assert not ended
+        assert sorted(others) == ["j-0", "j-1"]
+        return
+    assert others == ["j-1"]
+    assert watched.passes == [[("attnlrp", 10)]]
+    ((leased,),) = ended
+    end = leased.chunk.end
+    assert (leased.chunk.job_id, end.state) == ("j-0", types_pb2.JOB_STATE_FAILED)
+    assert end.error.code == code_pb2.RESOURCE_EXHAUSTED
+    for said in (f"{size} bytes", f"{size - 1} ", "reduce='topk'", "output_uri", "--results-url"):
+        assert said in end.error.message

@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
+from reltrace_worker.engine import result_bytes
 from reltrace_worker.lrp import Rule
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.session.headers import atlas_header, generated_text, prompt_header
@@ -19,13 +20,21 @@ from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.queue import QueuedJob
 from reltrace_worker.session.store import LargeResults, Tensors, write
 from reltrace_worker.session.tensors import cast, raw_bytes, result_dtype, scalar_type
-from reltrace_worker.types.errors import EngineError, InvalidJob, PassFailedError, Violation
+from reltrace_worker.types.errors import (
+    EngineError,
+    InvalidJob,
+    PassFailedError,
+    ResultTooLargeError,
+    Violation,
+)
 from reltrace_worker.types.jobs import AtlasJob, Job, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import Outcome
 
 log = structlog.get_logger()
 
-CHUNK_BYTES = 1 << 20
+MIB = 1 << 20
+
+CHUNK_BYTES = MIB
 """Bytes of tensor data in one chunk."""
 
 _VERSIONS = {name: version(name) for name in ("torch", "transformers", "reltrace-worker")}
@@ -140,6 +149,25 @@ class ResultEncoder:
             encoded += _store(uri, name, results, on_step)
         return encoded
 
+    def check_size(self, spec: types_pb2.JobSpec, job: Job) -> None:
+        """Raise `ResultTooLargeError` if the tensors of a job could not be sent nor stored."""
+        size = result_bytes(job, self._model.shape, result_dtype(spec))
+        if spec.output_uri or self.large.has_room(size):
+            return
+        if isinstance(job, AtlasJob):
+            what, fewer = f"atlas of {job.k} places", "fewer places (top_k)"
+        else:
+            what = f"result of {len(job.token_ids)} tokens"
+            fewer = (
+                "fewer layers, sites or targets, or for less of each: reduce='topk', 'token' or "
+                "'feature', dtype='bfloat16'"
+            )
+        raise ResultTooLargeError(
+            f"the {what} would have {size} bytes ({size / MIB:.0f} MiB), and at most "
+            f"{self.large.most} ({self.large.most / MIB:.0f} MiB) go through the queue; ask for "
+            f"{fewer}; or have large results stored: output_uri, or the scheduler's --results-url"
+        )
+
     def tokenized(self, lease: worker_pb2.Lease, prompt: TokenizedPrompt) -> Chunks:
         """Return the result of a job that needs no pass: how its input is read."""
         header = prompt_header(prompt, self._provenance(), range(self._model.shape.layers))
@@ -223,6 +251,11 @@ def invalid(lease: worker_pb2.Lease, error: InvalidJob) -> Chunks:
 def internal_error(lease: worker_pb2.Lease, error: Exception) -> Chunks:
     """Return the only chunk of a job that could not be done."""
     return _failed(lease, code_pb2.INTERNAL, str(error) or type(error).__name__)
+
+
+def too_large(lease: worker_pb2.Lease, error: ResultTooLargeError) -> Chunks:
+    """Return the only chunk of a job whose result would be too large."""
+    return _failed(lease, code_pb2.RESOURCE_EXHAUSTED, str(error))
 
 
 def _failed(

@@ -334,7 +334,9 @@ class Session:
             self._takes_drafts = welcome.welcome.drafts
             # Nothing is leased before the heartbeat that follows.
             self._runner.store_large(
-                welcome.welcome.results_url, welcome.welcome.results_above_bytes
+                welcome.welcome.results_url,
+                welcome.welcome.results_above_bytes,
+                welcome.welcome.max_result_bytes,
             )
             self._resume(outgoing)
             period = welcome.welcome.heartbeat.ToTimedelta().total_seconds()

@@ -36,10 +36,18 @@ Tensors = Sequence[tuple[SiteTensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class LargeResults:
-    """Where the tensors of jobs go that have more than `above` bytes; no url: all are sent."""
+    """Where the tensors of jobs go that have more than `above` bytes; no url: all are sent.
+
+    Of those that are sent, a job may have `most` bytes; 0: any number.
+    """
 
     url: str = ""
     above: int = 0
+    most: int = 0
+
+    def has_room(self, size: int) -> bool:
+        """Tell whether tensors of so many bytes can be stored, or else sent."""
+        return bool(self.url and size > self.above) or not self.most or size <= self.most
 
     def takes(self, tensors: Tensors) -> bool:
         """Tell whether a job's tensors are to be stored."""
