@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib.metadata import entry_points
@@ -16,7 +17,7 @@ from reltrace.cli.connection import Connection, config
 from reltrace.cli.evaluate import evaluate
 from reltrace.cli.generate import generate
 from reltrace.cli.option_groups import command, option, with_option_groups
-from reltrace.cli.output import warn
+from reltrace.cli.output import LogHandler, warn
 from reltrace.cli.tokenize import tokenize
 from reltrace.cli.trace import trace
 from reltrace.types.errors import MissingDependency, TraceError
@@ -66,6 +67,8 @@ def _up_is_missing() -> None:
 def main() -> NoReturn:
     """Run the command; a TraceError or OSError is one line and exit code 1."""
     add_installed_commands(app)
+    log, handler = logging.getLogger("reltrace"), LogHandler(logging.WARNING)
+    log.addHandler(handler)
     try:
         app()
     except BrokenPipeError:
@@ -77,6 +80,8 @@ def main() -> NoReturn:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        log.removeHandler(handler)
     sys.exit(0)
 
 
