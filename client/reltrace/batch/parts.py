@@ -61,13 +61,13 @@ def write_part(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
         (_write_parquet if path.suffix == ".parquet" else _write_safetensors)(file, rows)
 
 
-def open_part(path: Path) -> Callable[[int], Trace]:
+def open_part(path: Path, stored_in: Sequence[str]) -> Callable[[int], Trace]:
     """Open a file of traces; return what reads the trace in a row of it.
 
     Both raise InvalidArgument if the file is not such a file.
     """
     with named_if_damaged(path, _NO_PART):
-        read = (_open_parquet if path.suffix == ".parquet" else _open_safetensors)(path)
+        read = (_open_parquet if path.suffix == ".parquet" else _open_safetensors)(path, stored_in)
 
     def checked(row: int) -> Trace:
         with named_if_damaged(path, _NO_PART):
@@ -95,7 +95,7 @@ def _write_safetensors(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> Non
     write_tensors(file, tensors, metadata)
 
 
-def _open_safetensors(path: Path) -> Callable[[int], Trace]:
+def _open_safetensors(path: Path, stored_in: Sequence[str]) -> Callable[[int], Trace]:
     from safetensors import safe_open
 
     # Memory-mapped; closed when it is garbage-collected.
@@ -109,7 +109,8 @@ def _open_safetensors(path: Path) -> Callable[[int], Trace]:
     def read(row: int) -> Trace:
         about = abouts[row]
         tensors = {name: file.get_tensor(f"{row}/{name}") for name in about["order"]}
-        return restore(about | {"provenance": provenances[about["provenance"]]}, tensors)
+        about = about | {"provenance": provenances[about["provenance"]]}
+        return restore(about, tensors, stored_in)
 
     return read
 
@@ -148,7 +149,7 @@ def _write_parquet(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> None:
     parquet.write_table(table, file, compression="zstd")
 
 
-def _open_parquet(path: Path) -> Callable[[int], Trace]:
+def _open_parquet(path: Path, stored_in: Sequence[str]) -> Callable[[int], Trace]:
     _, parquet = pyarrow_modules()
     table = parquet.read_table(path)
     if (table.schema.metadata or {}).get(b"format") != _FORMAT.encode():
@@ -162,7 +163,7 @@ def _open_parquet(path: Path) -> Callable[[int], Trace]:
             values = table.column(name)[row].values.to_numpy(zero_copy_only=False)
             shape = table.column(f"{name}.shape")[row].as_py()
             tensors[name] = np.array(values, dtype).reshape(shape)
-        return restore(about, tensors)
+        return restore(about, tensors, stored_in)
 
     return read
 
