@@ -106,6 +106,17 @@ class TooFastError(SchedulerError):
         self.retry_after = retry_after
 
 
+class TooManyStreamsError(SchedulerError):
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retry_after = 1.0
+
+    def __init__(self, identity: str, most: int) -> None:
+        super().__init__(
+            f"{identity!r} has {most} streams open at this scheduler, and no more are allowed: "
+            "try again when some have ended"
+        )
+
+
 class SupersededError(SchedulerError):
     code = grpc.StatusCode.ABORTED
 

@@ -52,7 +52,8 @@ key                             type    holds
                                         virtual time of all
 ``job:<job>``                   hash    state, attempt, lost, failures, worker, queue, entry, spec,
                                         bytes, result (most bytes), reserved (of it), stored,
-                                        drafted, queued_at, due, history
+                                        drafted, queued_at, due, history, priority (that it
+                                        had before it was isolated)
 ``held:<worker>``               set     jobs that are leased to a worker
 ``submission:<sub>``            hash    tenant, jobs, ended, stored (bytes of results), key (its
                                         idempotency key)
@@ -66,7 +67,7 @@ key                             type    holds
 ``idempotency:<tenant>:<key>``  string  submission, number of jobs and digest of the key's first
                                         use
 ``tenant:<tenant>``             hash    its load, as above; weight, max_jobs, max_bytes
-``quarantined:<job>``           hash    tenant, spec, history
+``quarantined:<job>``           hash    tenant, spec, history, priority
 ``worker:<id>``                 hash    epoch of its session, mode of its leases, its last call
                                         that leased; in shard 0 also hello (``Hello``), routes
                                         (lines), connected_at, draining, silent (seconds)

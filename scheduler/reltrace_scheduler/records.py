@@ -136,6 +136,7 @@ class QuarantinedJob:
     tenant: str
     spec: bytes
     lost: tuple[LostLease, ...]
+    priority: Priority = Priority.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,17 +180,17 @@ class TenantRecord:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """A connected worker; times are Unix times in seconds."""
+    """A connected worker; times are Unix times in seconds, by Redis' clock."""
 
     worker_id: str
     hello: bytes
     """A serialized ``Hello``: its models, device and version."""
     routes: tuple[str, ...]
     """What jobs may ask for: its models, by name and by NAME@REVISION."""
-    connected_at: float
-    seen_at: float
     epoch: str
     """Names its session: a later one has another."""
+    connected_at: float = 0.0
+    seen_at: float = 0.0
     leased: int = 0
     draining: bool = False
     silent: float = 0.0

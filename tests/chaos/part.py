@@ -69,6 +69,11 @@ class Part:
             self._end(signal.SIGKILL)
 
     @property
+    def ended(self) -> bool:
+        """Whether it ended in order, or was ended, and is not started again."""
+        return not self._keeper.is_alive()
+
+    @property
     def pid(self) -> int:
         return self._process.pid
 
@@ -87,9 +92,9 @@ class Part:
             self._process.kill()
             return self._process.pid
 
-    def stop(self, seconds: float = 30.0) -> int:
-        """SIGTERM, and wait for the end in order; return the exit code."""
-        return self._end(signal.SIGTERM, seconds)
+    def stop(self, seconds: float = 30.0, number: signal.Signals = signal.SIGTERM) -> int:
+        """End it, and do not start it again; return the exit code."""
+        return self._end(number, seconds)
 
     def finish(self, seconds: float) -> int:
         """Wait until the process has ended in order by itself; return its exit code, 0."""

@@ -1,7 +1,6 @@
 """AdminService: what operators call."""
 
 import re
-import time
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
@@ -57,9 +56,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         )
 
     async def _workers(self) -> list[admin_pb2.WorkerStatus]:
-        # One that missed this long holds no lease any more.
-        since = time.time() - self._store.settings.lease
-        return [_worker(worker) for worker in await self._store.registry.workers(seen_since=since)]
+        return [_worker(worker) for worker in await self._store.registry.workers()]
 
     async def ListWorkers(  # noqa: N802
         self, request: admin_pb2.ListWorkersRequest, context: Context
@@ -133,6 +130,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             submission = await self._store.queue.submit(
                 [NewJob(spec.model, job.spec, timeout, result_bytes=most)],
                 tenant=job.tenant,
+                priority=job.priority,
                 idempotency_key=f"quarantined:{job.job_id}",
             )
             await self._store.quarantine.forget(job.job_id)

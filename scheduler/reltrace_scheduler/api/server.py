@@ -26,7 +26,11 @@ from reltrace_scheduler.api.worker import WorkerService
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.limits import MAX_TRANSPORT_BYTES
+from reltrace_scheduler.limits import (
+    MAX_CONCURRENT_CALLS,
+    MAX_CONCURRENT_STREAMS,
+    MAX_TRANSPORT_BYTES,
+)
 from reltrace_scheduler.observability.metrics import Counts, exporting
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.signals import Signals
@@ -42,6 +46,9 @@ _OPTIONS = (
     ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.max_receive_message_length", MAX_TRANSPORT_BYTES),
     ("grpc.max_send_message_length", MAX_TRANSPORT_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+    # Of those who connect and say nothing, TLS or not.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # Two schedulers on one port would share its connections at random.
     ("grpc.so_reuseport", 0),
     # Finds peers that vanished without closing.
@@ -78,7 +85,7 @@ async def serving(
         access.check_metrics(metrics)
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
-    models, counts = ModelCache(store.registry, settings.lease), Counts()
+    models, counts = ModelCache(store.registry), Counts()
     options = (
         *_OPTIONS,
         # gRPC adds a jitter of 10 %. Streams of workers end by themselves before.
@@ -86,7 +93,9 @@ async def serving(
         ("grpc.max_connection_age_grace_ms", int(1000 * _MOST_AGE_GRACE)),
     )
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(access, connection.redis, counts)], options=options
+        interceptors=[CallInterceptor(access, connection.redis, counts)],
+        options=options,
+        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
     )
     parts = (store, models, signals, counts, spans)
     trace_pb2_grpc.add_TraceServiceServicer_to_server(TraceService(*parts), server)

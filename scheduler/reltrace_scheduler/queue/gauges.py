@@ -1,6 +1,5 @@
 """The state of the whole cluster, read for monitoring."""
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,10 +39,9 @@ async def read_cluster(store: Store) -> ClusterState:
     """Read the state of the cluster: a few commands per queue that holds jobs."""
     # A route that names a revision has the workers of its model.
     names = [route for route in await store.registry.models() if "@" not in route]
-    alive = time.time() - store.settings.lease
     return ClusterState(
         queues=await read_queues(store),
-        workers=dict.fromkeys(names, 0) | await store.registry.serving(names, seen_since=alive),
+        workers=dict.fromkeys(names, 0) | await store.registry.serving(names),
         ended=await store.queue.ended(),
         memory=sum(node.used for node in await memory_of_nodes(store.redis)),
     )

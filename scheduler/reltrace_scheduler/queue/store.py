@@ -39,7 +39,7 @@ class Store:
         self.queue = JobQueue(self.shards, settings, self.bounds)
         self.results = Results(self.shards, settings, self.bounds)
         self.quarantine = Quarantine(self.shards)
-        self.registry = Registry(self.shards)
+        self.registry = Registry(self.shards, settings)
         self.tenants = Tenants(self.shards)
         self.recent = RecentJobs(self.shards, enabled=settings.web is not None)
         self._cluster = ""

@@ -129,16 +129,17 @@ class _Page:
         return web.json_response(self._state)
 
     async def _read(self) -> dict[str, Any]:
-        now = time.time()
+        # Workers are noted by Redis' clock.
+        redis_time = await self._store.shards.all[0].now() / 1000
         cluster = await read_cluster(self._store)
-        workers = await self._store.registry.workers(seen_since=now - self._store.settings.lease)
+        workers = await self._store.registry.workers()
         return {
             "version": __version__,
-            "at": now,
+            "at": time.time(),
             "queues": [asdict(queue) for queue in cluster.queues],
             "ended": cluster.ended,
             "memory": cluster.memory,
-            "workers": [_worker(worker, now) for worker in workers],
+            "workers": [_worker(worker, redis_time) for worker in workers],
             "succeeded": await self._store.recent.rows(ok=True),
             "failed": await self._store.recent.rows(ok=False),
         }

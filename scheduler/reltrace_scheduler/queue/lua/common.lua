@@ -228,6 +228,9 @@ local function requeue(job, class)
     local name, entry = enqueue(job.id, class or old_class, tenant, model, job.bytes, job.result)
     redis.call("HSET", job.key, "state", "QUEUED", "queue", name, "entry", entry)
     redis.call("HDEL", job.key, "worker")
+    if class then
+        redis.call("HSETNX", job.key, "priority", old_class)
+    end
 end
 
 -- Gives up a lease whose attempt is void, and queues the job again.
