@@ -121,7 +121,8 @@ def test_redis_is_killed(
         calls: list[Future[None]] = []
         it.run(event)
         finish(calls)
-    assert not lost(caplog)
+    # With `everysec`, a slow disk loses some.
+    assert fsync == "everysec" or not lost(caplog)
 
 
 def test_the_machine_of_redis_loses_power(
