@@ -25,7 +25,7 @@ from reltrace.types.tokens import Turn
 from reltrace.types.trace import Trace
 
 _FORMAT = "reltrace-trace-1"
-_KINDS = {
+_KINDS: dict[str, type | tuple[type, ...]] = {
     "id": (int, str, NoneType),
     **dict.fromkeys(("tokens", "token_ids", "offsets", "turns", "hints"), list),
     **dict.fromkeys(("special_positions", "layers"), list),
