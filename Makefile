@@ -88,8 +88,9 @@ gpu: $(VENV)/.setup-dev ## the engine's tests on the first GPU, and its speed th
 fleet: $(VENV)/.setup-dev ## 500 simulated workers, two schedulers, 100,000 jobs (minutes)
 	@$(BIN)/python tests/bench/fleet.py
 
-chaos: $(VENV)/.setup-dev ## kill everything at random, 200 times, and watch Redis' memory (minutes)
-	@$(BIN)/python tests/chaos/run.py
+chaos: $(VENV)/.setup-dev ## kill everything 1,000 times beside other accidents, under both fsync policies (an hour)
+	@$(BIN)/python tests/chaos/run.py --fsync always
+	@$(BIN)/python tests/chaos/run.py --fsync everysec --seed 2
 
 proof: $(VENV)/.setup-dev ## judge rules, relevance and labels of neurons, on the demo model and on real ones (an hour)
 	@$(BIN)/python tests/proof/run.py
@@ -97,6 +98,8 @@ proof: $(VENV)/.setup-dev ## judge rules, relevance and labels of neurons, on th
 
 upgrade: $(VENV)/.setup-dev ## replace schedulers and workers one by one under load, as root on hosts of namespaces
 	@$(BIN)/python tests/chaos/upgrade.py --hosts
+	@$(BIN)/python tests/chaos/upgrade.py --hosts --released
+	@$(BIN)/python tests/chaos/upgrade.py --hosts --released --back
 
 model: $(VENV)/.setup ## train the demo model again (minutes)
 	@$(BIN)/python -m demo_model.train

@@ -5,15 +5,16 @@ import contextlib
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import structlog
 import typer
 import uvloop
 from reltrace_proto.net import SettingError
 from reltrace_proto.options import from_options, is_on_command_line
 from reltrace_proto.telemetry import Spans, configure_logs, exporting_spans
 
-from reltrace_scheduler.api.result_store import check_url
+from reltrace_scheduler.api.result_store import check_url, shared_folders
 from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT, Role
@@ -27,6 +28,8 @@ from reltrace_scheduler.queue.address import RedisAddress, redis_address
 from reltrace_scheduler.queue.connection import connect
 from reltrace_scheduler.queue.fitness import check_fitness
 from reltrace_scheduler.queue.store import Store
+
+log = structlog.get_logger()
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,7 +54,11 @@ def scheduler(context: typer.Context, settings: Settings) -> None:
             check_url("--results-url", settings.results_url)
         for uri in settings.output_uri:
             check_url("--output-uri", uri)
+        if access.tokens is not None and (shared := shared_folders(settings.output_uri)):
+            log.warning("output_uri.shared", folders=shared, by="all tenants, without {tenant}")
         access.check(settings.listen)
+        if settings.metrics:
+            access.check_metrics(settings.metrics)
         traces, share = settings.traces, settings.traces_share
         with exporting_spans(traces, "reltrace-scheduler", share) as spans:
             uvloop.run(_run(settings, address, access, spans))
@@ -80,6 +87,7 @@ def _access(settings: Settings) -> Access:
         tls=None if cert is None or key is None else ServerTls(cert, key, client_ca),
         rates=Rates(settings.max_requests_per_second, settings.max_jobs_per_second),
         insecure=settings.insecure,
+        insecure_metrics=settings.insecure_metrics,
     )
 
 
@@ -138,12 +146,14 @@ async def _run(
                 str(settings.data) if address is None else address.shown,
                 allow_volatile=settings.allow_volatile_redis,
             )
+            store = Store(connection.redis, settings)
+            await store.open()
             if embedded is not None:
                 # No other scheduler uses this store, so no worker is connected.
-                await Store(connection.redis, settings).registry.forget_all()
+                await store.registry.forget_all()
             async with serving(connection, settings, access, spans) as bound:
                 print(f"reltrace-scheduler is listening on {bound}", flush=True)
-                await _until_over(embedded)
+                await _until_over(store, embedded)
         finally:
             await connection.redis.aclose()
     finally:
@@ -151,21 +161,26 @@ async def _run(
             await embedded.stop()
 
 
-async def _until_over(embedded: EmbeddedRedis | None) -> None:
-    """Wait for SIGINT or SIGTERM, or for the end of the embedded Redis."""
+async def _until_over(store: Store, embedded: EmbeddedRedis | None) -> None:
+    """Wait for SIGINT or SIGTERM; raises `StartError` where Redis ends, or is not ours any more."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stop.set)
-    tasks: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait())]
+    stopping = asyncio.create_task(stop.wait())
+    superseded = asyncio.create_task(store.superseded())
+    tasks: list[asyncio.Task[Any]] = [stopping, superseded]
     if embedded is not None:
         tasks.append(asyncio.create_task(embedded.ended()))
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
         task.cancel()
-    if tasks[0] not in done:
-        # A supervisor starts the scheduler again, and the file has every job.
-        raise StartError(f"the embedded Redis ended by itself with code {tasks[1].result()}")
+    if stopping in done:
+        return
+    if superseded in done:
+        raise StartError(superseded.result())
+    # A supervisor starts the scheduler again, and the file has every job.
+    raise StartError(f"the embedded Redis ended by itself with code {tasks[-1].result()}")
 
 
 def main() -> None:

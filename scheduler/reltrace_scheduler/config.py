@@ -45,6 +45,12 @@ class Settings:
         "Accept a Redis that writes no append-only file or may evict keys: jobs that were accepted "
         "may be lost.",
     )
+    redis_replicas: int = option(
+        0,
+        "Replicas of the Redis that must have a submission or a result before it is answered for.",
+        min=0,
+        max=100,
+    )
     data: Path | None = option(None, "Folder of the scheduler's own Redis.")
     fsync: Fsync = option(
         Fsync.EVERYSEC, "When the scheduler's own Redis writes its file to the disk."
@@ -62,6 +68,12 @@ class Settings:
     tenant_max_bytes: int = option(
         1 << 30, "--max-bytes of each tenant that has no bound of its own.", min=1
     )
+    max_result_bytes: int = option(
+        64 << 20,
+        "Bytes of one job's result that go through Redis; a job that would have more fails, unless "
+        "its tensors go to --results-url or --output-uri.",
+        min=1 << 16,
+    )
     results_url: str = option(
         "",
         "Folder for tensors that are too large for Redis, which workers write and clients read: "
@@ -72,8 +84,9 @@ class Settings:
     )
     output_uri: tuple[str, ...] = option(
         (),
-        "Folder that clients may have workers write tensors to, with all folders in it; may be "
-        "given several times. (default: none)",
+        "Folder that clients may have workers write tensors to, with all folders in it, such as "
+        "s3://BUCKET/{tenant}: each tenant has its own; without {tenant} it is all tenants'. May "
+        "be given several times. (default: none)",
     )
     shards: int = option(
         1,
@@ -109,6 +122,9 @@ class Settings:
         None,
         "Where Prometheus reads metrics, over plain HTTP. (default: nowhere)",
         metavar="HOST:PORT",
+    )
+    insecure_metrics: bool = option(
+        False, "Let other machines read the metrics, which have neither TLS nor tokens."
     )
     web: str | None = option(
         None,

@@ -10,14 +10,14 @@ import grpc
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One fault of a request: where it is and what is allowed there."""
+    """One fault of a request: where it is (empty: all of it) and what is allowed there."""
 
     field: str
     description: str
 
     def within(self, path: str) -> "Violation":
         """Return the same fault of a message that contains this one as its field `path`."""
-        return Violation(f"{path}.{self.field}", self.description)
+        return Violation(f"{path}.{self.field}" if self.field else path, self.description)
 
 
 class SchedulerError(Exception):
@@ -106,11 +106,28 @@ class TooFastError(SchedulerError):
         self.retry_after = retry_after
 
 
+class TooManyStreamsError(SchedulerError):
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retry_after = 1.0
+
+    def __init__(self, identity: str, most: int) -> None:
+        super().__init__(
+            f"{identity!r} has {most} streams open at this scheduler, and no more are allowed: "
+            "try again when some have ended"
+        )
+
+
 class SupersededError(SchedulerError):
     code = grpc.StatusCode.ABORTED
 
     def __init__(self, worker_id: str) -> None:
         super().__init__(f"worker {worker_id!r} has connected anew; this session is over")
+
+
+class OutdatedError(SchedulerError):
+    """The worker's protocol is older than what this scheduler serves."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class UnauthenticatedError(SchedulerError):
@@ -130,6 +147,16 @@ class UnavailableError(SchedulerError):
 
     code = grpc.StatusCode.UNAVAILABLE
     retry_after = 0.5
+
+
+class NotReplicatedError(UnavailableError):
+    """Too few replicas have what was written."""
+
+    def __init__(self, confirmed: int, asked: int) -> None:
+        super().__init__(
+            f"stored, but only {confirmed} of {asked} replicas of the job store have confirmed it "
+            "(--redis-replicas); try again: the same call stores nothing twice"
+        )
 
 
 class StartError(Exception):

@@ -14,14 +14,15 @@ key                       type    holds
 ``queues``                set     ``<class>:<tenant>:<model>`` of every queue
 ``virtual_time``          hash    of each ``<class>:<model>``; ``both:<model>``: jobs leased while
                                   both priorities had some; ``large:<queue>``: its specifications
-                                  are large
+                                  are large; ``result:<queue>``: most bytes of one of its results
 ``delayed``               zset    jobs that wait for another attempt, by time
 ``deadlines``             zset    jobs that have a timeout, by the time it ends
 ``expiring``              zset    submissions that ended, or that have backpressured jobs, by when
                                   they expire
 ``throttled_tenants``     zset    tenants that are leased nothing because their unread results
                                   reach their bound, by when that was first found
-``load``                  hash    jobs, bytes (of specifications), results (bytes)
+``load``                  hash    jobs, bytes (of specifications), results (bytes), reserved (for
+                                  the results of leased jobs)
 ``tenants``               set     tenants that have jobs, results or limits, or lately had
 ``quarantined``           zset    jobs that were quarantined, by when
 ``watchdog``              hash    seen: last look for lost leases; grace: until when none is lost
@@ -32,6 +33,7 @@ key                       type    holds
                                   once a minute (shard 0 only)
 ``recent_ok``             list    jobs that succeeded last, as JSON (shard 0 only)
 ``recent_failed``         list    jobs that ended otherwise, as JSON (shard 0 only)
+``replicated``            string  is written before the scheduler waits for replicas
 ``nothing``               none    is never there: to delete it is a write that changes nothing
 ========================  ======  ===============================================================
 
@@ -49,7 +51,9 @@ key                             type    holds
 ``vt_idle:<class>:<model>``     zset    the same of those whose queue became empty ahead of the
                                         virtual time of all
 ``job:<job>``                   hash    state, attempt, lost, failures, worker, queue, entry, spec,
-                                        bytes, stored, drafted, queued_at, due, history
+                                        bytes, result (most bytes), reserved (of it), stored,
+                                        drafted, queued_at, due, history, priority (that it
+                                        had before it was isolated)
 ``held:<worker>``               set     jobs that are leased to a worker
 ``submission:<sub>``            hash    tenant, jobs, ended, stored (bytes of results), key (its
                                         idempotency key)
@@ -63,7 +67,7 @@ key                             type    holds
 ``idempotency:<tenant>:<key>``  string  submission, number of jobs and digest of the key's first
                                         use
 ``tenant:<tenant>``             hash    its load, as above; weight, max_jobs, max_bytes
-``quarantined:<job>``           hash    tenant, spec, history
+``quarantined:<job>``           hash    tenant, spec, history, priority
 ``worker:<id>``                 hash    epoch of its session, mode of its leases, its last call
                                         that leased; in shard 0 also hello (``Hello``), routes
                                         (lines), connected_at, draining, silent (seconds)
@@ -75,9 +79,9 @@ Channels (hints only: listeners poll as well): ``wake:<model>`` when jobs were q
 ``done:<sub>`` when jobs of a submission ended or have a draft, ``revoked:<worker>`` when jobs of a
 worker were ended by others, or it was told to drain.
 
-Without a shard: ``reltrace:shards``, a string, says how many shards there are, and
-``reltrace:cluster`` names this queue among others; ``reltrace:rate:<what>:<identity>`` is a
-token bucket (`rate_key`).
+Without a shard: ``reltrace:schema``, a string, is the version of all this, and ``reltrace:shards``
+how many shards there are; ``reltrace:cluster`` names this queue among others;
+``reltrace:rate:<what>:<identity>`` is a token bucket (`rate_key`).
 
 Times are milliseconds by Redis' own clock; those of workers are seconds. ``<model>`` is a
 route: the name of a model, or ``NAME@REVISION`` for jobs that ask for a revision.
@@ -102,11 +106,18 @@ REAPER = "reaper"
 
 SHARDS = "reltrace:shards"
 CLUSTER = "reltrace:cluster"
+SCHEMA = "reltrace:schema"
+
+SCHEMA_VERSION = 1
+"""Of the keys described here. Schedulers of different schemas do not run on one Redis, so a change
+that those of the version before could not live with, while old and new run side by side, is another
+schema: it comes with a step that moves what is there, taken once they have ended, 10 s after
+`SCHEMA` was set. Data without a version is of the first."""
 
 SharedKey = Literal[
     "queues", "virtual_time", "delayed", "deadlines", "expiring", "throttled_tenants", "load",
     "tenants", "quarantined", "watchdog", "ended", "workers", "models", "served", "recent_ok",
-    "recent_failed", "nothing",
+    "recent_failed", "replicated", "nothing",
 ]  # fmt: skip
 EntityKey = Literal[
     "queue", "vt_active", "vt_idle", "job", "held", "submission", "backpressured", "results",

@@ -7,6 +7,15 @@ MAX_REQUEST_BYTES = 1 << 20
 # longer still is refused by gRPC itself with RESOURCE_EXHAUSTED.
 MAX_TRANSPORT_BYTES = 64 << 20
 
+MAX_CONCURRENT_STREAMS = 2048
+"""Calls at a time over one connection; further ones wait at the caller."""
+MAX_CONCURRENT_CALLS = 16384
+"""Of all callers of one scheduler: 0.6 GiB where all are streams of results."""
+MAX_STREAMS_OF_CALLER = 8192
+"""Of one token."""
+MAX_PUBLIC_STREAMS = 64
+"""Of health and reflection, which need no token, of all callers."""
+
 MAX_KEY = 128
 MAX_JOBS_PER_REQUEST = 1000
 MAX_DRAFTED_JOBS = 16

@@ -23,6 +23,8 @@ class NewJob:
     """Seconds within which it must end; 0: none."""
     sent: bytes = b""
     """The specification as the client sent it, where that differs: for the digest of the jobs."""
+    result_bytes: int = 0
+    """Most bytes that its result takes in the store, as far as that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ class NewChunk:
     """State in which the job ends with this chunk; empty: further ones follow."""
     data: bytes
     """A serialized ``ResultChunk``."""
+    too_large: bytes = b""
+    """A serialized ``ResultChunk`` that ends the job if this one makes its result too large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,7 @@ class QuarantinedJob:
     tenant: str
     spec: bytes
     lost: tuple[LostLease, ...]
+    priority: Priority = Priority.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,21 +176,23 @@ class TenantRecord:
     """How many are queued or leased."""
     bytes: int
     """Size of their specifications and of unread results."""
+    unread: int
+    """Size of the latter alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """A connected worker; times are Unix times in seconds."""
+    """A connected worker; times are Unix times in seconds, by Redis' clock."""
 
     worker_id: str
     hello: bytes
     """A serialized ``Hello``: its models, device and version."""
     routes: tuple[str, ...]
     """What jobs may ask for: its models, by name and by NAME@REVISION."""
-    connected_at: float
-    seen_at: float
     epoch: str
     """Names its session: a later one has another."""
+    connected_at: float = 0.0
+    seen_at: float = 0.0
     leased: int = 0
     draining: bool = False
     silent: float = 0.0

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import redis
 from chaos import journal, sdk_client, standin
-from reltrace_scheduler.auth.identity import DEFAULT_TENANT
-from reltrace_scheduler.keys import CLUSTER, SHARDS, Keys
+from reltrace_scheduler.keys import CLUSTER, SCHEMA, SHARDS, Keys, rate_key
 
 
 @dataclass
 class Tally:
-    """What clients saw, counted; all faults in words."""
+    """What clients saw, counted; all faults in words.
+
+    Parameters
+    ----------
+    losses
+        When Redis may have lost what it had answered: from, until. What was accepted or read then
+        the service may not know any more.
+    """
+
+    losses: list[tuple[float, float]] = field(default_factory=list)
 
     accepted: int = 0
     delivered: int = 0
@@ -24,6 +33,16 @@ class Tally:
     differing: int = 0
     failed: int = 0
     reread: int = 0
+    submitted_again: int = 0
+    """Submissions that the service had accepted and did not know any more."""
+    sdk_submitted_again: int = 0
+    """Jobs of the SDK's client of which the same is true: it submits them again by itself."""
+    read_again: int = 0
+    """Submissions of which it knew less than had been read."""
+    ended_in_losses: int = 0
+    """Jobs whose end was seen in the times of `losses`: Redis need not have counted them."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Ends of jobs of others than the clients, by state."""
     attempts: Counter[int] = field(default_factory=Counter)
     keys_left: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -36,14 +55,21 @@ class Tally:
         self.failed += 1
         self.fault(where, error)
 
+    def may_be_lost(self, at: float) -> bool:
+        return any(first <= at <= last for first, last in self.losses)
+
     def balance(self, store: redis.Redis) -> None:
         """Compare with what the store has counted, and name what it should not hold any more."""
         keys = Keys()
         counted = store.hgetall(keys("load")) | store.hgetall(keys("ended"))
         held = {name.decode(): int(count) for name, count in counted.items() if int(count)}
-        calm = {"SUCCEEDED": self.accepted}
-        if held != calm:
-            self.fault("store", f"holds {held} and not {calm}")
+        calm = Counter({"SUCCEEDED": self.accepted}) + self.others
+        # A job that ended and was read before Redis lost it is counted nowhere any more.
+        missing = calm["SUCCEEDED"] - held.get("SUCCEEDED", 0)
+        if held | {"SUCCEEDED": 0} != dict(calm) | {"SUCCEEDED": 0} or not (
+            0 <= missing <= self.ended_in_losses
+        ):
+            self.fault("store", f"holds {held} and not {dict(calm)}")
         self.keys_left = remaining_keys(store)
         if self.keys_left:
             self.fault("store", f"{len(self.keys_left)} keys are left: {self.keys_left[:5]}")
@@ -55,6 +81,12 @@ class _Submission:
     def __init__(self, works: list[standin.Work]) -> None:
         self.works = works
         self.done = False
+        self.accepted = 0.0
+        self.last_seen = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: it is read again from the start."""
         self.entries: list[int] = []
         self.ended: Counter[int] = Counter()
         self.errors: dict[int, str] = {}
@@ -91,28 +123,50 @@ def raw(path: Path, tally: Tally) -> None:
         if "works" in line:
             submissions[n] = _Submission([standin.Work(*work) for work in line["works"]])
         elif "submission" in line:
-            tally.accepted += len(line["ids"])
+            if not submissions[n].accepted:
+                tally.accepted += len(line["ids"])
+            submissions[n].accepted = line["at"]
             if len(set(line["ids"])) != len(submissions[n].works):
                 tally.fault(n, "job ids are not one per job")
         elif "entry" in line:
             tally.chunks += 1
             submission, job = submissions[n], line["job"]
+            submission.last_seen = line["at"]
             submission.chunks[job].append((line["number"], line["digest"]))
             if line["state"] is not None:
                 submission.ended[job] += 1
                 submission.entries.append(line["entry"])
                 tally.attempts[line["attempt"]] += 1
+                tally.ended_in_losses += tally.may_be_lost(line["at"])
                 if line["state"] != "JOB_STATE_SUCCEEDED":
                     submission.errors[job] = f"{line['state']}: {line['error']}"
         elif "again" in line:
             tally.reread += 1
-            if line["again"]:
+            if line["again"] and tally.may_be_lost(submissions[n].last_seen):
+                tally.read_again += 1
+            elif line["again"]:
                 tally.differing += line["again"]
                 tally.fault(n, f"{line['again']} chunks differ when they are read again")
+        elif "forgotten" in line:
+            _forget(submissions[n], line, tally)
         elif "done" in line:
             submissions[n].done = True
     for n, submission in submissions.items():
         submission.judge(n, tally)
+
+
+def _forget(submission: _Submission, line: dict[str, Any], tally: Tally) -> None:
+    """Judge a submission of which the service knew less than it had said."""
+    if line["forgotten"]:
+        tally.submitted_again += 1
+        # The answer to a submission may have come twice, with nothing noted between.
+        known = submission.accepted or line["at"]
+    else:
+        tally.read_again += 1
+        known = submission.last_seen
+    if not tally.may_be_lost(known):
+        tally.fault(line["n"], f"was forgotten at {line['at']}, after it was known at {known}")
+    submission.forget()
 
 
 def sdk(path: Path, tally: Tally) -> None:
@@ -125,6 +179,7 @@ def sdk(path: Path, tally: Tally) -> None:
             works[work.number] = work
             continue
         results[line["id"]] += 1
+        tally.ended_in_losses += tally.may_be_lost(line["at"])
         if "error" in line:
             tally.no_success(line["id"], line["error"])
         elif line["data"] != sdk_client.digest(works[line["id"]].data):
@@ -145,17 +200,20 @@ def sdk(path: Path, tally: Tally) -> None:
 def remaining_keys(store: redis.Redis) -> list[str]:
     """Name the keys that should not be there when everything is acknowledged."""
     keys = Keys()
+    tenants = _members(store.smembers(keys("tenants")))
     allowed = {
         keys("virtual_time"),
         keys("load"),
         keys("ended"),
         keys("models"),
+        keys("served"),
         keys("workers"),
         keys("tenants"),
         keys("watchdog"),
         SHARDS,
+        SCHEMA,
         CLUSTER,
-        keys("tenant", DEFAULT_TENANT),
+        *(keys("tenant", tenant) for tenant in tenants),
     }
     # Workers that live, or died a few leases ago.
     workers = _members(store.zrange(keys("workers"), 0, -1))
@@ -167,8 +225,9 @@ def remaining_keys(store: redis.Redis) -> list[str]:
     queues = [keys("queue", name) for name in _members(store.smembers(keys("queues")))]
     allowed |= {keys("queues"), *(queue for queue in queues if store.xlen(queue) == 0)}
     found = set(_members(store.scan_iter(count=1000)))
-    # A key that names a submission is remembered for a day, so that it is not accepted twice.
-    remembered = keys("idempotency", DEFAULT_TENANT, "")
+    # A key that names a submission is remembered for a day, so that it is not accepted twice; a
+    # token's bucket until it is full.
+    remembered = (keys("idempotency", ""), rate_key("", "")[:-1])
     return sorted(key for key in found - allowed if not key.startswith(remembered))
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chaos import checks
-from chaos.cluster import Cluster
+from chaos.cluster import RESULT_TTL, Cluster
 from chaos.part import Part
 from waiting import wait_until
 
@@ -31,9 +32,14 @@ class Clients:
         Of what they submit.
     raw
         How many of the first kind.
+    trees
+        What each of them runs, the one with the SDK last: sources of another commit, or these.
     """
 
-    def __init__(self, cluster: Cluster, seed: int, raw: int = 2) -> None:
+    def __init__(
+        self, cluster: Cluster, seed: int, raw: int = 2, trees: Sequence[Path | None] = ()
+    ) -> None:
+        self._trees = list(trees) or [None] * (raw + 1)
         self._cluster = cluster
         self._seed = seed
         self._until = cluster.folder / "until"
@@ -46,9 +52,10 @@ class Clients:
         name = f"{kind}{index}"
         journal = self._journals[name] = self._cluster.folder / f"{name}.jsonl"
         return self._cluster.start_module(
-            name, f"chaos.{kind}", "--server", self._cluster.address,
+            name, f"chaos.{kind}", *self._cluster.connection_of(name),
             "--journal", str(journal), "--seed", str(self._seed * 100 + index),
             "--first", str(index * _NUMBERS), "--until", str(self._until), host="client",
+            tree=self._trees[index],
         )  # fmt: skip
 
     def progress(self) -> int:
@@ -93,19 +100,29 @@ class Clients:
             over.set()
             watcher.join()
 
-    def finish(self) -> checks.Tally:
+    def finish(self, tally: checks.Tally | None = None) -> checks.Tally:
         """Let them finish what they began; return what they saw, and what was wrong with it."""
-        tally = checks.Tally()
+        tally = tally or checks.Tally()
         self._until.touch()
         for part in (*self.raw, self.sdk):
             part.finish(_FINISH)
         for name, path in self._journals.items():
             (checks.raw if name.startswith("raw") else checks.sdk)(path, tally)
+        lost = re.findall(r"the server has lost (\d+) accepted jobs", self.sdk.log.read_text())
+        tally.sdk_submitted_again = sum(map(int, lost))
+        if lost and not tally.losses:
+            tally.fault(self.sdk.name, f"submitted {lost} jobs again: nothing can have been lost")
         for part in (*self._cluster.parts, *self.raw, self.sdk):
             for death in part.deaths:
                 # A scheduler that starts while Redis is away says so and ends.
                 if "can not be reached" not in death.last_words:
                     tally.fault(part.name, f"ended by itself with {death.code}: {death.last_words}")
         with self._cluster.store() as store:
+            if tally.losses:
+                # Results whose acknowledgement was lost expire.
+                with suppress(AssertionError):
+                    wait_until(
+                        lambda: not checks.remaining_keys(store), "results expire", 2 * RESULT_TTL
+                    )
             tally.balance(store)
         return tally

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
 import grpc
 import redis
+from chaos.channels import connect
+from chaos.clock import Clock
 from chaos.hosts import Network
+from chaos.links import Link, Links
 from chaos.part import Death, Part
+from chaos.redis_node import RedisNode
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.auth import tokens
+from reltrace_scheduler.auth.identity import DEFAULT_TENANT, Role
 from waiting import wait_until
 
 START = 60.0
@@ -25,6 +27,14 @@ START = 60.0
 
 _PORT, _REDIS_PORT = 50051, 6379
 """Of schedulers and of Redis on hosts of their own."""
+
+FLOOD_JOBS = 5_000
+"""That a tenant may have queued or leased in a cluster for actors."""
+
+RESULT_TTL = 30.0
+"""Seconds for which such a cluster keeps results that nobody reads."""
+
+_FOR_ACTORS = ("--tenant-max-jobs", str(FLOOD_JOBS), "--result-ttl", str(RESULT_TTL))
 
 
 class Cluster:
@@ -47,6 +57,9 @@ class Cluster:
     network
         Hosts by the names of what runs there: ``redis``, ``scheduler0``, ``worker0``, ..., and
         ``client``; None: everything on this machine.
+    for_actors
+        With what the actors need, on this machine: links that can be cut, schedulers whose clocks
+        can be set, tokens of two tenants, and a replica of Redis.
     """
 
     def __init__(
@@ -60,18 +73,15 @@ class Cluster:
         max_lost_leases: int = 3,
         jobs_per_pass: int = 16,
         network: Network | None = None,
+        for_actors: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.lease = lease
+        self.fsync = fsync
         self._max_lost_leases = max_lost_leases
         self._jobs_per_pass = jobs_per_pass
         self._parts = ExitStack()
-        # A socket's path has to be short.
-        sockets = Path(tempfile.mkdtemp(prefix="reltrace-chaos-"))
-        self._parts.callback(shutil.rmtree, sockets)
-        self._socket = sockets / "redis.sock"
-        self._fsync = fsync
         self._network = network
         self._addresses = (
             [("127.0.0.1", port) for port in _free_ports(schedulers)]
@@ -81,19 +91,46 @@ class Cluster:
         self._workers = workers
         self.schedulers: list[Part] = []
         self.workers: list[Part] = []
+        self.clocks: dict[str, Clock] = {}
+        """By the names of the schedulers."""
+        self.links: dict[str, Link] = {}
+        """By the names of workers and clients: what lies between each and the schedulers."""
+        self._links = self._parts.enter_context(Links()) if for_actors else None
+        self._tokens: dict[str, str] = {}
+        self._options: list[str] = []
+        if for_actors:
+            self._options = ["--tokens", str(self._make_tokens()), *_FOR_ACTORS]
+        self.redis_nodes = [self._redis_node("redis", 0)]
+        if for_actors:
+            primary, replica = (
+                self._redis_node(name, port)
+                for name, port in zip(("redis", "redis1"), _free_ports(2), strict=True)
+            )
+            replica.follow(primary)
+            self.redis_nodes = [primary, replica]
+        # The name under which schedulers know Redis: it moves with the primary.
+        self._name = self.redis_nodes[0].socket.with_name("primary.sock")
+        self.point_to_primary()
 
     def __enter__(self) -> Self:
         try:
-            self.redis = self.start("redis", self._redis_command(), prepare=self._mend)
-            with self.store() as store:
-                wait_until(lambda: _answers(store), "Redis answers", START)
+            for node in self.redis_nodes:
+                node.start(lambda name, *how: self.start(name, how[0], prepare=how[1]))
+                with node.store() as store:
+                    wait_until(lambda store=store: _answers(store), "Redis answers", START)
             for index, (host, port) in enumerate(self._addresses):
+                name = f"scheduler{index}"
+                module = ["reltrace_scheduler"]
+                if self._links is not None:
+                    clock = self.folder / f"{name}.clock"
+                    self.clocks[name] = Clock(clock)
+                    module = ["chaos.clock", str(clock), *module]
                 self.schedulers.append(
                     self.start_module(
-                        f"scheduler{index}", "reltrace_scheduler",
+                        name, *module,
                         "--listen", f"{host}:{port}", "--redis", self._redis_url(), "--insecure",
                         "--lease", str(self.lease),
-                        "--max-lost-leases", str(self._max_lost_leases),
+                        "--max-lost-leases", str(self._max_lost_leases), *self._options,
                     )
                 )  # fmt: skip
             for index in range(self._workers):
@@ -109,50 +146,44 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self._parts.close()
 
+    def _redis_node(self, name: str, port: int) -> RedisNode:
+        host = "127.0.0.1"
+        if self._network is not None:
+            host, port = self._network.address("redis"), _REDIS_PORT
+        node = RedisNode(name, self.folder, self.fsync, host, port)
+        self._parts.callback(node.close)
+        return node
+
+    def point_to_primary(self) -> None:
+        """Let the name under which schedulers know Redis lead to the first of `redis_nodes`."""
+        new = self._name.with_name("next.sock")
+        new.symlink_to(self.redis_nodes[0].socket)
+        new.rename(self._name)
+
     def _redis_url(self) -> str:
         if self._network is None:
-            return f"unix://{self._socket}"
+            return f"unix://{self._name}"
         return f"redis://{self._network.address('redis')}:{_REDIS_PORT}"
 
-    def _redis_command(self) -> list[str]:
-        data = self.folder / "redis"
-        data.mkdir(exist_ok=True)
-        port = ["--port", "0"]
-        if self._network is not None:
-            port = ["--port", str(_REDIS_PORT), "--bind", self._network.address("redis")]
-            port += ["--protected-mode", "no"]
-        return [
-            str(find_server()),
-            *port,
-            # With hosts as well: for who looks into it, past the network.
-            *("--unixsocket", str(self._socket), "--dir", str(data)),
-            *("--appendonly", "yes", "--appendfsync", self._fsync, "--save", ""),
-            *("--maxmemory-policy", "noeviction"),
-        ]
+    def _make_tokens(self) -> Path:
+        entries = []
+        for name, role, tenant in (
+            ("worker", Role.WORKER, DEFAULT_TENANT),
+            (DEFAULT_TENANT, Role.CLIENT, DEFAULT_TENANT),
+            ("flood", Role.CLIENT, "flood"),
+        ):
+            self._tokens[name], entry = tokens.make(name, role, tenant)
+            entries.append(entry.to_toml())
+        path = self.folder / "tokens.toml"
+        path.write_text("".join(entries))
+        return path
 
-    def _mend(self) -> None:
-        """Do what an operator has to do before Redis starts after a crash.
-
-        A SIGKILL in the middle of a write leaves half a transaction at the end of the file. Redis
-        cuts off its last command only, and what is written next is read as a part of it at the
-        start after (https://github.com/valkey-io/valkey/pull/4342). `EmbeddedRedis` sees to that
-        by itself.
-        """
-        files = [
-            # Redis 7 and later; before.
-            self.folder / "redis" / "appendonlydir" / "appendonly.aof.manifest",
-            self.folder / "redis" / "appendonly.aof",
-        ]
-        for file in filter(Path.exists, files):
-            # The server is this tool too, under another name.
-            subprocess.run(
-                ["redis-check-aof", "--fix", str(file)],
-                executable=find_server(),
-                input=b"y\n",
-                stdout=subprocess.DEVNULL,
-                timeout=60,
-                check=True,
-            )
+    def connection_of(self, name: str, token: str = DEFAULT_TENANT) -> list[str]:
+        """Return the options by which a process connects to the schedulers, over a link its own."""
+        if self._links is None:
+            return ["--server", self.address]
+        self.links[name] = self._links.to(self._addresses)
+        return ["--server", self.links[name].address, "--token", self._tokens[token]]
 
     def start(
         self,
@@ -161,22 +192,29 @@ class Cluster:
         *,
         host: str = "",
         prepare: Callable[[], object] = lambda: None,
+        tree: Path | None = None,
     ) -> Part:
         """Start a process that ends with the cluster, on the host of its name or of another."""
         if self._network is not None:
             command = self._network.on(host or name, command)
-        return self._parts.enter_context(Part(name, command, self.folder, prepare))
+        return self._parts.enter_context(Part(name, command, self.folder, prepare, tree))
 
-    def start_module(self, name: str, module: str, *options: str, host: str = "") -> Part:
+    def start_module(
+        self, name: str, module: str, *options: str, host: str = "", tree: Path | None = None
+    ) -> Part:
         """Start ``python -m MODULE OPTIONS``."""
-        return self.start(name, [sys.executable, "-m", module, *options], host=host)
+        return self.start(name, [sys.executable, "-m", module, *options], host=host, tree=tree)
+
+    def hang_order(self, worker: str) -> Path:
+        """Return the file that tells a worker to hang in its next pass; it takes the file away."""
+        return self.folder / f"{worker}.hang"
 
     def add_worker(self, name: str) -> Part:
         """Start a stand-in worker."""
         part = self.start_module(
             name, "chaos.worker",
-            "--scheduler", self.address, "--name", name,
-            "--jobs-per-pass", str(self._jobs_per_pass),
+            *self.connection_of(name, "worker"), "--name", name,
+            "--jobs-per-pass", str(self._jobs_per_pass), "--hang", str(self.hang_order(name)),
         )  # fmt: skip
         self.workers.append(part)
         return part
@@ -193,18 +231,22 @@ class Cluster:
 
     @property
     def parts(self) -> list[Part]:
-        return [self.redis, *self.schedulers, *self.workers]
+        nodes = [node.part for node in self.redis_nodes]
+        return [*nodes, *self.schedulers, *self.workers]
 
-    @contextmanager
-    def store(self) -> Iterator[redis.Redis]:
+    @property
+    def redis(self) -> Part:
+        """The Redis that schedulers use."""
+        return self.redis_nodes[0].part
+
+    def store(self) -> AbstractContextManager[redis.Redis]:
         """Connect to Redis, to look into it."""
-        with redis.Redis(unix_socket_path=str(self._socket), socket_timeout=10) as client:
-            yield client
+        return self.redis_nodes[0].store()
 
     @contextmanager
     def client(self) -> Iterator[trace_pb2_grpc.TraceServiceStub]:
         """Connect to the schedulers."""
-        with grpc.insecure_channel(f"ipv4:{self.address}") as channel:
+        with connect(self.address, self._tokens.get(DEFAULT_TENANT, "")) as channel:
             yield trace_pb2_grpc.TraceServiceStub(channel)
 
     def serves(self) -> bool:

@@ -24,7 +24,7 @@ class Killer:
     Parameters
     ----------
     victims
-        Parts by kind.
+        Parts by kind, as they are at the moment.
     weights
         How often each kind is hit, against the others.
     progress
@@ -36,13 +36,13 @@ class Killer:
 
     def __init__(
         self,
-        victims: Mapping[str, Sequence[Part]],
+        victims: Callable[[], Mapping[str, Sequence[Part]]],
         weights: Mapping[str, float],
         progress: Callable[[], int],
         seed: int,
     ) -> None:
         self.kills: Counter[str] = Counter()
-        self._log: list[tuple[float, str]] = []
+        self._log: list[tuple[float, str, str]] = []
         self.longest_stall = 0.0
         self._victims = victims
         self._weights = weights
@@ -72,13 +72,17 @@ class Killer:
 
     def write_log(self, path: Path) -> None:
         """Write when what was killed, to be read beside the logs of the parts."""
-        path.write_text("".join(f"{at:.3f} {name}\n" for at, name in self._log))
+        path.write_text("".join(f"{at:.3f} {name}\n" for at, _, name in self._log))
+
+    def times(self, kind: str) -> list[float]:
+        """Return when parts of a kind were killed."""
+        return [at for at, killed, _ in self._log if killed == kind]
 
     def kill(self) -> None:
         """Kill one part, drawn."""
         kinds = list(self._weights)
         (kind,) = self._random.choices(kinds, [self._weights[kind] for kind in kinds])
-        victim = self._random.choice(self._victims[kind])
+        victim = self._random.choice(self._victims()[kind])
         if (pid := victim.kill()) is not None:
             self.kills[kind] += 1
-            self._log.append((time.time(), f"{victim.name}.{pid}"))
+            self._log.append((time.time(), kind, f"{victim.name}.{pid}"))

@@ -14,6 +14,9 @@ from typing import Self
 
 TESTS = Path(__file__).parent.parent
 
+_SOURCES = ("tests", "proto", "client", "scheduler", "worker")
+"""Folders of a tree from which Python imports."""
+
 _AGAIN = 0.1
 """Seconds before a process that ended is started again."""
 
@@ -40,6 +43,8 @@ class Part:
         Of the log file.
     prepare
         Called before every start.
+    tree
+        Sources that it runs, of another commit; None: these.
     """
 
     def __init__(
@@ -48,11 +53,13 @@ class Part:
         command: Sequence[str],
         folder: Path,
         prepare: Callable[[], object] = lambda: None,
+        tree: Path | None = None,
     ) -> None:
         self.name = name
         self.deaths: list[Death] = []
         self.log = folder / f"{name}.log"
-        self._command = list(command)
+        self.command = self._command = list(command)
+        self._tree = tree
         self._prepare = prepare
         self._lock = threading.Lock()
         self._killed = False
@@ -67,6 +74,11 @@ class Part:
     def __exit__(self, *_: object) -> None:
         if self._keeper.is_alive():
             self._end(signal.SIGKILL)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it ended in order, or was ended, and is not started again."""
+        return not self._keeper.is_alive()
 
     @property
     def pid(self) -> int:
@@ -87,9 +99,9 @@ class Part:
             self._process.kill()
             return self._process.pid
 
-    def stop(self, seconds: float = 30.0) -> int:
-        """SIGTERM, and wait for the end in order; return the exit code."""
-        return self._end(signal.SIGTERM, seconds)
+    def stop(self, seconds: float = 30.0, number: signal.Signals = signal.SIGTERM) -> int:
+        """End it, and do not start it again; return the exit code."""
+        return self._end(number, seconds)
 
     def finish(self, seconds: float) -> int:
         """Wait until the process has ended in order by itself; return its exit code, 0."""
@@ -116,10 +128,11 @@ class Part:
         finally:
             self.again()
 
-    def again(self, *options: str) -> None:
-        """Start it again after it has ended in order, with these options beside those it had."""
+    def again(self, command: Sequence[str] = (), tree: Path | None = None) -> None:
+        """Start it again after it has ended in order, by another command if one is given."""
         assert not self._keeper.is_alive()
-        self._command += options
+        self._command = list(command or self.command)
+        self._tree = tree
         self._stopping.clear()
         self._process = self._start()
         self._keeper = threading.Thread(target=self._keep_running, name=f"keep {self.name}")
@@ -141,6 +154,8 @@ class Part:
     def _start(self) -> subprocess.Popen[bytes]:
         own = {key: value for key, value in os.environ.items() if not key.startswith("RELTRACE_")}
         paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        if self._tree is not None:
+            paths = [str(self._tree / name) for name in _SOURCES]
         self._prepare()
         with self.log.open("ab") as log:
             return subprocess.Popen(

@@ -11,6 +11,9 @@ there. Lines of the journal, in this order for each submission `n`:
     {"n", "entry", "job", "number", "state", "attempt", "error", "digest", "bytes"}
                                         a chunk, seen
     {"n", "again"}                      read once more from the start: chunks that differed
+    {"n", "forgotten"}                  the service knows less of it than it had said, because its
+                                        Redis lost what it had written last: all is read again, and
+                                        before that, if `forgotten` is true, submitted again
     {"n", "done"}                       acknowledged
 """
 
@@ -28,6 +31,7 @@ from typing import TypeVar
 
 import grpc
 from chaos import standin
+from chaos.channels import connect
 from chaos.journal import Journal
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
@@ -40,7 +44,23 @@ _AWAY = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
+    # Redis is full: it says when to try again, which is not tested here.
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
+
+
+class ForgottenError(Exception):
+    """The service knows less of a submission than it had said.
+
+    Parameters
+    ----------
+    wholly
+        It does not know that it accepted it.
+    """
+
+    def __init__(self, wholly: bool) -> None:
+        super().__init__()
+        self.wholly = wholly
 
 
 @dataclass
@@ -53,17 +73,30 @@ class Open:
     ids: list[str] = field(default_factory=list)
     last_entry: int = 0
     chunks: int = 0
-    ended: int = 0
     seen: list[tuple[int, int, str]] = field(default_factory=list)
     """Entry, chunk number and digest of every byte, in order."""
     reread: bool = False
+    jobs_ended: set[int] = field(default_factory=set)
 
-    def saw(self, entry: int, number: int, whole: str, *, end: bool) -> None:
+    @property
+    def complete(self) -> bool:
+        return len(self.jobs_ended) == len(self.works)
+
+    def saw(self, entry: int, number: int, whole: str, job: int, *, end: bool) -> None:
         self.seen.append((entry, number, whole))
         self.chunks = 0 if end else number
         if end:
+            self.jobs_ended.add(job)
             self.last_entry = entry
-            self.ended += 1
+
+    def forget(self, wholly: bool) -> None:
+        """Begin anew: to read, or even to submit."""
+        self.last_entry = self.chunks = 0
+        self.reread = False
+        self.seen.clear()
+        self.jobs_ended.clear()
+        if wholly:
+            self.submission, self.ids = "", []
 
 
 class RawClient:
@@ -73,6 +106,8 @@ class RawClient:
     ----------
     server
         Addresses, with commas between: the next one where one is away.
+    token
+        Empty: none is asked for.
     journal
         Where it is.
     seed
@@ -84,12 +119,13 @@ class RawClient:
     """
 
     def __init__(
-        self, server: str, journal: Journal, seed: int, first: int, most_jobs: int
+        self, server: str, token: str, journal: Journal, seed: int, first: int, most_jobs: int
     ) -> None:
         self._client = trace_pb2_grpc.TraceServiceStub(
-            grpc.insecure_channel(
-                f"ipv4:{server}",
-                options=[
+            connect(
+                server,
+                token,
+                [
                     ("grpc.initial_reconnect_backoff_ms", 100),
                     ("grpc.max_reconnect_backoff_ms", 500),
                     ("grpc.max_receive_message_length", 64 << 20),
@@ -121,17 +157,20 @@ class RawClient:
                 current.submission, current.ids = line["submission"], line["ids"]
             elif "entry" in line:
                 current.saw(
-                    line["entry"], line["number"], line["bytes"], end=line["state"] is not None
-                )
+                    line["entry"], line["number"], line["bytes"], line["job"],
+                    end=line["state"] is not None,
+                )  # fmt: skip
             elif "again" in line:
                 current.reread = True
+            elif "forgotten" in line:
+                current.forget(line["forgotten"])
             elif "done" in line:
                 current = Open(line["n"], [])
-        return (
-            current
-            if current and current.works
-            else self._new(current.number + 1 if current else 0)
-        )
+        if current is None or not current.works:
+            return self._new(current.number + 1 if current else 0)
+        # It may have been acknowledged, and then there is nothing to read again.
+        current.reread |= current.complete
+        return current
 
     def _source(self, number: int) -> random.Random:
         return random.Random(self._seed * 1_000_003 + number)
@@ -145,15 +184,25 @@ class RawClient:
 
     def _finish(self, current: Open) -> None:
         source = self._source(current.number)
+        while True:
+            try:
+                self._go_on(current, source)
+                return
+            except ForgottenError as error:
+                self._journal.write(n=current.number, forgotten=error.wholly)
+                current.forget(error.wholly)
+
+    def _go_on(self, current: Open, source: random.Random) -> None:
         if not current.submission:
             self._submit(current)
             if source.random() < 0.3:
                 # As if the answer had been lost: the same key, the same jobs.
                 first = current.submission, current.ids
                 self._submit(current)
-                assert (current.submission, current.ids) == first, "accepted a second time"
+                if (current.submission, current.ids) != first:
+                    self._journal.write(n=current.number, forgotten=True)
             self._journal.write(n=current.number, submission=current.submission, ids=current.ids)
-        while current.ended < len(current.works):
+        while not current.complete:
             # Some streams are left in the middle, by seed.
             leave_after = source.randint(1, 200) if source.random() < 0.3 else None
             self._patiently(partial(self._read, current, leave_after))
@@ -180,11 +229,15 @@ class RawClient:
             chunk = event.chunk
             end = chunk.HasField("end")
             whole = _whole(chunk)
-            current.saw(event.entry, chunk.number, whole, end=end)
+            job = jobs[chunk.job_id]
+            if job in current.jobs_ended:
+                # The entry that it had is no more: there is another of that number.
+                raise ForgottenError(wholly=False)
+            current.saw(event.entry, chunk.number, whole, job, end=end)
             self._journal.write(
                 n=current.number,
                 entry=event.entry,
-                job=jobs[chunk.job_id],
+                job=job,
                 number=chunk.number,
                 state=types_pb2.JobState.Name(chunk.end.state) if end else None,
                 attempt=chunk.end.attempt if end else None,
@@ -229,6 +282,8 @@ class RawClient:
             try:
                 return call()
             except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    raise ForgottenError(wholly=True) from None
                 if error.code() not in _AWAY or time.monotonic() > deadline:
                     raise
             # Between one try and the next, so as not to hammer a server that is away.
@@ -242,6 +297,7 @@ def _whole(chunk: types_pb2.ResultChunk) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", required=True)
+    parser.add_argument("--token", default="")
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--first", type=int, required=True, help="number of the first job")
@@ -249,7 +305,9 @@ def main() -> None:
     parser.add_argument("--most-jobs", type=int, default=60)
     given = parser.parse_args()
     journal = Journal(given.journal)
-    RawClient(given.server, journal, given.seed, given.first, given.most_jobs).run(given.until)
+    RawClient(given.server, given.token, journal, given.seed, given.first, given.most_jobs).run(
+        given.until
+    )
 
 
 if __name__ == "__main__":

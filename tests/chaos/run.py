@@ -1,7 +1,7 @@
 """Keeps submitting while everything is killed, then watches Redis' memory; prints one JSON object.
 
-python tests/chaos/run.py                       # 200 kills, 50,000 jobs: minutes
-python tests/chaos/run.py --kills 20 --memory-jobs 1000 --seed 7
+python tests/chaos/run.py                       # 1,000 kills, 50,000 jobs: minutes
+python tests/chaos/run.py --kills 20 --memory-jobs 1000 --seed 7 --fsync everysec
 """
 
 from __future__ import annotations
@@ -11,15 +11,33 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from chaos.actors import Actors
+from chaos.checks import Tally
 from chaos.clients import Clients
 from chaos.cluster import Cluster
+from chaos.flood_actor import Flood
 from chaos.killer import Killer
 from chaos.memory import measure
+from chaos.process_actors import ClockJump, CutLink, HungEngine
+from chaos.redis_actors import LATE, FullRedis, PausedRedis, Promotion
+
+ACTORS = {
+    actor.name.replace(" ", "-"): actor
+    for actor in (PausedRedis, FullRedis, Promotion, HungEngine, CutLink, ClockJump, Flood)
+}
+"""By the names that the command line takes."""
+
+_UNWRITTEN = 3.0
+"""Seconds before a SIGKILL of Redis whose answers may be lost with `everysec`.
+
+While its disk syncs, Redis answers and writes up to two seconds later.
+"""
 
 WEIGHTS = {"worker": 0.4, "scheduler": 0.25, "redis": 0.15, "client": 0.2}
 
@@ -40,9 +58,14 @@ class Report:
     duplicates: int
     failed: int
     differing: int
+    submitted_again: int
+    sdk_submitted_again: int
+    read_again: int
     submissions_read_twice: int
     attempts: dict[int, int]
+    actors: dict[str, dict[str, int]]
     longest_wait_for_a_result: float
+    longest_wait_beside_a_flood: float
     keys_left: list[str]
     faults: list[str]
 
@@ -56,8 +79,9 @@ def run(
     lease: float = 1.0,
     workers: int = 3,
     raw_clients: int = 2,
+    actors: Sequence[str] = tuple(ACTORS),
 ) -> Report:
-    """Run a service in a folder and kill its parts."""
+    """Run a service in a folder, kill its parts and let actors strike."""
     began = time.monotonic()
     with Cluster(
         folder,
@@ -66,10 +90,11 @@ def run(
         fsync=fsync,
         # Workers die so often here that a slow job may well lose three by chance.
         max_lost_leases=1000,
+        for_actors=True,
     ) as cluster:
         clients = Clients(cluster, seed, raw_clients)
         killer = Killer(
-            {
+            lambda: {
                 "worker": cluster.workers,
                 "scheduler": cluster.schedulers,
                 "redis": [cluster.redis],
@@ -79,9 +104,16 @@ def run(
             clients.progress,
             seed,
         )
-        killer.run(kills)
-        tally = clients.finish()
+        acting = [ACTORS[name](cluster) for name in actors]
+        with Actors(acting, clients.progress, seed):
+            killer.run(kills)
         killer.write_log(folder / "kills.log")
+        tally = Tally(losses=[loss for actor in acting for loss in actor.losses])
+        if fsync == "everysec":
+            tally.losses += [(at - _UNWRITTEN, at + LATE) for at in killer.times("redis")]
+        for actor in acting:
+            actor.settle(tally)
+        clients.finish(tally)
     return Report(
         seed=seed,
         seconds=round(time.monotonic() - began, 1),
@@ -95,9 +127,16 @@ def run(
         duplicates=tally.duplicates,
         failed=tally.failed,
         differing=tally.differing,
+        submitted_again=tally.submitted_again,
+        sdk_submitted_again=tally.sdk_submitted_again,
+        read_again=tally.read_again,
         submissions_read_twice=tally.reread,
         attempts=dict(sorted(tally.attempts.items())),
+        actors={actor.name: dict(actor.figures) for actor in acting},
         longest_wait_for_a_result=round(killer.longest_stall, 1),
+        longest_wait_beside_a_flood=round(
+            max((a.longest_wait for a in acting if isinstance(a, Flood)), default=0.0), 1
+        ),
         keys_left=tally.keys_left,
         faults=tally.faults,
     )
@@ -105,15 +144,19 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--memory-jobs", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--fsync", choices=("always", "everysec", "no"), default="always")
+    parser.add_argument("--actors", nargs="*", choices=tuple(ACTORS), default=tuple(ACTORS))
     parser.add_argument("--folder", type=Path, help="keeps logs and journals")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         given_folder = given.folder or Path(folder)
-        report = run(given_folder / "kills", kills=given.kills, seed=given.seed, fsync=given.fsync)
+        report = run(
+            given_folder / "kills", kills=given.kills, seed=given.seed, fsync=given.fsync,
+            actors=given.actors,
+        )  # fmt: skip
         with Cluster(given_folder / "memory", schedulers=1) as cluster:
             memory = measure(cluster, given.memory_jobs)
     print(json.dumps(asdict(report) | {"memory": asdict(memory)}, indent=2))

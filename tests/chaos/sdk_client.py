@@ -42,6 +42,7 @@ def items(journal: Journal, seed: int, first: int, until: Path) -> Iterator[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", required=True)
+    parser.add_argument("--token")
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--first", type=int, required=True, help="number of the first job")
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=120)
     given = parser.parse_args()
     journal = Journal(given.journal)
-    with reltrace.Client(given.server, retry_timeout=PATIENCE) as client:
+    with reltrace.Client(given.server, token=given.token, retry_timeout=PATIENCE) as client:
         source = items(journal, given.seed, given.first, given.until)
         for result in client.trace_many(source, max_in_flight=given.in_flight):
             if isinstance(result, reltrace.Failure):

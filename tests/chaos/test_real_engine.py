@@ -41,7 +41,7 @@ def test_traces_are_those_of_an_undisturbed_run(start: Start) -> None:
         undisturbed = list(client.trace_many(PROMPTS, ordered=True, timeout=100))
         taken: list[reltrace.Trace] = []
         killer = Killer(
-            {"worker": workers, "scheduler": cluster.schedulers},
+            lambda: {"worker": workers, "scheduler": cluster.schedulers},
             {"worker": 0.5, "scheduler": 0.5},
             lambda: len(taken),
             seed=6,

@@ -1,6 +1,6 @@
 """A worker process without a model: the real session over an engine that knows its results.
 
-python -m chaos.worker --scheduler ADDRESS --name NAME
+python -m chaos.worker --server ADDRESS --name NAME
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import structlog
 from chaos import standin
+from reltrace_proto.net import Credentials
 from reltrace_proto.v1 import worker_pb2
 from reltrace_worker.session.leases import Chunks, LeaseKey
 from reltrace_worker.session.lifecycle import work
@@ -32,8 +34,9 @@ _LIMIT = 3.0
 class StandInRunner:
     """Runs `standin.Work`, a few jobs a pass, on a thread as the real engine does."""
 
-    def __init__(self, jobs_per_pass: int, watchdog: Watchdog) -> None:
+    def __init__(self, jobs_per_pass: int, watchdog: Watchdog, hang: Path | None) -> None:
         self._watchdog = watchdog
+        self._hang = hang
         self._jobs_per_pass = jobs_per_pass
         self._ready: deque[worker_pb2.Lease] = deque()
         self._arrived = asyncio.Event()
@@ -50,7 +53,7 @@ class StandInRunner:
     def full_pass_jobs(self) -> int:
         return self._full_pass_jobs
 
-    def store_large(self, url: str, above: int) -> None:
+    def store_large(self, url: str, above: int, most: int) -> None:
         """Send all results, however large."""
 
     def take_back(self) -> list[LeaseKey]:
@@ -76,39 +79,54 @@ class StandInRunner:
             os.kill(os.getpid(), signal.SIGKILL)
         seconds = max(one.milliseconds for one in works) / 1000
         with self._watchdog.watching("engine", batch, _LIMIT + 2 * seconds):
-            if any(one.endless for one in works):
+            if any(one.endless for one in works) or self._told_to_hang():
                 threading.Event().wait()
             # Not a wait for anything: this is how long the pass takes.
             time.sleep(seconds)
+
+    def _told_to_hang(self) -> bool:
+        """Take the file away by which this process is told to hang, so that the next one is not."""
+        try:
+            if self._hang is not None:
+                self._hang.unlink()
+                return True
+        except FileNotFoundError:
+            pass
+        return False
 
 
 def _key(lease: worker_pb2.Lease) -> LeaseKey:
     return LeaseKey(lease.job_id, lease.attempt)
 
 
-async def _work(scheduler: str, name: str, version: str, jobs_per_pass: int) -> None:
+async def _work(given: argparse.Namespace) -> None:
     # A worker's id names one process: a lease of the one that was killed is not ours.
-    worker_id = f"{name}.{os.getpid()}"
+    worker_id = f"{given.name}.{os.getpid()}"
     hello = worker_pb2.Hello(
-        worker_id=worker_id, model=standin.MODEL, device="none", version=version
+        worker_id=worker_id, model=standin.MODEL, device="none", version=given.version
     )
     watchdog = Watchdog()
-    runner = StandInRunner(jobs_per_pass, watchdog)
-    await work(Session(scheduler, hello, runner, watchdog=watchdog), watchdog, _DRAIN_GRACE)
+    runner = StandInRunner(given.jobs_per_pass, watchdog, given.hang)
+    session = Session(
+        given.server, hello, runner, credentials=Credentials(given.token), watchdog=watchdog
+    )
+    await work(session, watchdog, _DRAIN_GRACE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scheduler", required=True)
+    parser.add_argument("--server", required=True)
+    parser.add_argument("--token", default="")
     parser.add_argument("--name", required=True)
     parser.add_argument("--version", default="0")
     parser.add_argument("--jobs-per-pass", type=int, default=16)
+    parser.add_argument("--hang", type=Path, help="a pass that finds this file never ends")
     given = parser.parse_args()
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    asyncio.run(_work(given.scheduler, given.name, given.version, given.jobs_per_pass))
+    asyncio.run(_work(given))
 
 
 if __name__ == "__main__":

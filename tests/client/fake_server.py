@@ -88,6 +88,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         Called with the name of each method, before its token is looked at.
     unserved
         Models that have no worker at present, as answers to submissions say.
+    results_url
+        The store of large results, as answers to submissions say.
     presented
         What the calls presented, in order.
     cancelled
@@ -120,6 +122,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     served: list[tuple[str, str, int]] = field(default_factory=lambda: [("fake", "r1", 2)])
 
     unserved: set[str] = field(default_factory=set)
+    results_url: str = ""
 
     presented: list[str] = field(default_factory=list)
     requests: list[trace_pb2.SubmitJobsRequest] = field(default_factory=list)
@@ -230,6 +233,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             submission_id=submission.id,
             job_ids=submission.job_ids,
             deduplicated=before,
+            results_url=self.results_url,
             unserved={spec.model for spec in request.jobs} & self.unserved,
         )
 
@@ -354,6 +358,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             ended={"succeeded": self.succeeded},
         )  # fmt: skip
         response.queues.add(model="fake", queued=3, leased=1)
+        response.tenants.add(tenant="team-a", jobs=3, bytes=1300, unread_bytes=1200)
         worker = response.workers.add(worker_id="w1", device="cpu", version="0.1.0", leased=1)
         worker.model.name = "fake"
         worker.further_models.add(name="fake-2")

@@ -16,6 +16,8 @@ import pytest
 import reltrace
 from bench.idle_worker import LAYERS, TOKENS, IdleRunner, result_of, session_of
 from reltrace_proto.v1 import worker_pb2
+from reltrace_scheduler import limits
+from reltrace_scheduler.api import server
 from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.local.redis import EmbeddedRedis
@@ -136,3 +138,26 @@ async def test_nobody_notices(
     assert leased == traced
     assert caplog.records == []
     assert "[warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "most", [pytest.param(limits.MAX_CONCURRENT_STREAMS, marks=pytest.mark.slow), 10]
+)
+async def test_a_thousand_calls_at_a_time_over_one_connection(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """However many of them a connection takes at a time: the others wait."""
+    options = dict(server._OPTIONS) | {"grpc.max_concurrent_streams": most}
+    monkeypatch.setattr(server, "_OPTIONS", tuple(options.items()))
+    count = 1000 if most > 1000 else 100
+    async with (
+        scheduler(redis_url) as address,
+        workers(address),
+        reltrace.AsyncClient(address) as client,
+    ):
+        async with asyncio.timeout(60):
+            while not await client.models():
+                await asyncio.sleep(0.05)
+            calls = [client.trace(input_ids=[1, 2, n], model="tiny") for n in range(count)]
+            traces = await asyncio.gather(*calls)
+    assert len({trace.job_id for trace in traces}) == count

@@ -11,11 +11,13 @@ from urllib.parse import quote
 import grpc
 import psutil
 import pytest
+import redis
 from certificates import make_certificates
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc
 from reltrace_scheduler.auth.tokens import Tokens
+from reltrace_scheduler.keys import SCHEMA
 from reltrace_scheduler.local.redis import find_server
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -87,6 +89,21 @@ def test_it_serves_with_a_redis_named_by_url(start: Start, redis_url: str) -> No
         grpc.channel_ready_future(channel).result(timeout=10)
 
 
+def test_it_ends_when_its_keys_become_those_of_another_version(
+    start: Start, redis_url: str
+) -> None:
+    """Whoever moves them to another schema relies on that: its scripts would destroy them."""
+    process = start("--listen", "127.0.0.1:0", "--redis", redis_url)
+    address_of(process)
+    with redis.Redis.from_url(redis_url) as store:
+        try:
+            store.set(SCHEMA, 999)
+            errors = refused(process)
+        finally:
+            store.delete(SCHEMA)
+    assert "reltrace-scheduler: the keys in this Redis are of schema 999, and reltrace" in errors
+
+
 def test_a_redis_that_can_not_be_reached(start: Start) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -117,6 +134,13 @@ def test_other_machines_need_tls_and_tokens(start: Start, redis_url: str) -> Non
     assert "add --tls-cert and --tls-key and --tokens" in errors
     assert "--insecure" in errors
     assert address_of(start("--listen", "0.0.0.0:0", "--redis", redis_url, "--insecure"))
+
+
+def test_metrics_are_not_shown_to_the_network_unasked(start: Start, redis_url: str) -> None:
+    process = start("--redis", redis_url, "--metrics", "0.0.0.0:0")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "or say --insecure-metrics" in errors
 
 
 def test_it_serves_tls_to_those_who_have_a_token(

@@ -47,18 +47,18 @@ def worker(_: typer.Context, settings: Settings) -> None:
         raise typer.BadParameter(f"max-tokens {most!r} is neither auto nor a number above 0")
     if memory is not None and not memory > 0:
         raise typer.BadParameter(f"memory-gib must be above 0, not {memory}")
+    code = 1
     try:
         _serve(settings)
+        code = 0
     except SettingError as error:
         option = _OPTIONS.get(error.field, error.field)
         typer.echo(f"reltrace-worker: {option}: {error.reason}", err=True)
-        raise typer.Exit(1) from None
     except WorkerError as error:
         typer.echo(f"reltrace-worker: {error}", err=True)
-        raise typer.Exit(1) from None
     # A pass that outlasted its grace was handed back; its thread must not hold us here.
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _serve(settings: Settings) -> None:

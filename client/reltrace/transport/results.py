@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import grpc
 import grpc.aio
+from reltrace_proto.stores import KNOWN_SCHEMES, url_fault
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
-from reltrace.storage.stored_arrays import StoredArrays, read_together
+from reltrace.storage.stored_arrays import StoredArrays, StoredLocation, read_together
 from reltrace.transport.assemble import JobResult, OrderError, ResultCursor
 from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
@@ -28,8 +29,10 @@ from reltrace.types.errors import (
 from reltrace.types.request import Job
 from reltrace.types.trace import Trace
 
-# Results are freed on the server whenever so many bytes were received, and at the end.
+# Results are freed on the server whenever so many bytes were received, or this long after one was
+# (the server may have room for no more), and at the end.
 _ACKNOWLEDGE_BYTES = 4 * 1024 * 1024
+_ACKNOWLEDGE_SECONDS = 0.2
 
 
 async def stream_results(
@@ -94,7 +97,13 @@ async def stream_results(
                     for event in response.events:
                         if (result := cursor.take(event)) is None:
                             continue
-                        result = await _fetch_stored(result, jobs[result.index], deadline, throttle)
+                        result = await _fetch_stored(
+                            result,
+                            jobs[result.index],
+                            submission.results_url,
+                            deadline,
+                            throttle,
+                        )
                         if acknowledger is not None and not cursor.has_gaps:
                             acknowledger.note(cursor.last_entry, result.bytes)
                         recovery.received()
@@ -134,6 +143,8 @@ async def stream_results(
             if acknowledger is not None:
                 acknowledger.note(cursor.last_entry, 0)
                 acknowledger.send()
+        if acknowledger is not None:
+            acknowledger.stop()
 
 
 async def acknowledge(connection: Connection, submission_id: str, through_entry: int) -> None:
@@ -153,6 +164,7 @@ async def acknowledge(connection: Connection, submission_id: str, through_entry:
 async def _fetch_stored(
     result: JobResult,
     job: Job,
+    results_url: str,
     deadline: Deadline,
     throttle: Callable[[], Awaitable[None]] | None,
 ) -> JobResult:
@@ -167,7 +179,14 @@ async def _fetch_stored(
     else:
         parts = outcome if isinstance(outcome, list) else ()
     stored = [part.arrays for part in parts if isinstance(part.arrays, StoredArrays)]
-    if not stored or job.spec.output_uri:
+    if not stored:
+        return result
+    try:
+        _check_store(stored[0].location, job, results_url)
+    except StoreUnreadable as error:
+        error.job_id = outcome[0].job_id if isinstance(outcome, list) else None
+        return replace(result, outcome=error)
+    if job.spec.output_uri:
         return result
     # One message may name far more bytes than a message can hold.
     if throttle is not None:
@@ -192,6 +211,15 @@ async def _fetch_stored(
     return replace(result, outcome=traces, bytes=size)
 
 
+def _check_store(location: StoredLocation, job: Job, results_url: str) -> None:
+    """Raise StoreUnreadable if a worker names another store than the caller or the server does."""
+    if job.spec.output_uri:
+        location.check([job.spec.output_uri], "the job's output_uri")
+        return
+    known = results_url.partition("://")[0] in KNOWN_SCHEMES and not url_fault(results_url)
+    location.check([results_url] if known else [], "the server's store of large results")
+
+
 class _Acknowledger:
     """Frees results that have been yielded on the server, in the background."""
 
@@ -200,14 +228,24 @@ class _Acknowledger:
         self._submission = submission
         self._through = 0
         self._unfreed = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     def note(self, entry: int, size: int) -> None:
         self._through = entry
         self._unfreed += size
         if self._unfreed >= _ACKNOWLEDGE_BYTES:
             self.send()
+        elif self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_ACKNOWLEDGE_SECONDS, self.send)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def send(self) -> None:
+        self.stop()
         if self._through:
             self._unfreed = 0
             self._connection.finish_in_background(

@@ -149,4 +149,5 @@ _BY_CODE: dict[int, type[TraceError]] = {
     code_pb2.OUT_OF_RANGE: InvalidArgument,
     code_pb2.NOT_FOUND: NotFound,
     code_pb2.DEADLINE_EXCEEDED: DeadlineExceeded,
+    code_pb2.RESOURCE_EXHAUSTED: ResourceExhausted,
 }

@@ -71,7 +71,7 @@ class DeadlineExceeded(TraceError, TimeoutError):
 
 
 class ResourceExhausted(TraceError):
-    """The server can not accept the request, and does not say when to try again."""
+    """There is no room for the request, or for a result of its size; waiting does not help."""
 
 
 class PermissionDenied(TraceError):

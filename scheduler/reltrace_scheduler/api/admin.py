@@ -1,7 +1,6 @@
 """AdminService: what operators call."""
 
 import re
-import time
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
@@ -41,6 +40,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.GetStatusRequest, context: Context
     ) -> admin_pb2.GetStatusResponse:
         cluster = await read_cluster(self._store)
+        unread = [tenant for tenant in await self._store.tenants.all() if tenant.unread]
         # A route that names a revision is shown only where it has jobs.
         queues = {model: admin_pb2.QueueStatus(model=model) for model in cluster.workers}
         for gauge in cluster.queues:
@@ -54,12 +54,11 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             ended=cluster.ended,
             redis_version=self._redis_version,
             redis_memory_bytes=cluster.memory,
+            tenants=map(_tenant, sorted(unread, key=lambda one: one.unread, reverse=True)),
         )
 
     async def _workers(self) -> list[admin_pb2.WorkerStatus]:
-        # One that missed this long holds no lease any more.
-        since = time.time() - self._store.settings.lease
-        return [_worker(worker) for worker in await self._store.registry.workers(seen_since=since)]
+        return [_worker(worker) for worker in await self._store.registry.workers()]
 
     async def ListWorkers(  # noqa: N802
         self, request: admin_pb2.ListWorkersRequest, context: Context
@@ -128,9 +127,12 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             assert job is not None
             spec = types_pb2.JobSpec.FromString(job.spec)
             # The key makes a second call, or one that was cut off, find the first one's job.
+            timeout = spec.timeout.ToTimedelta().total_seconds()
+            most = self._store.bounds.max_result_bytes
             submission = await self._store.queue.submit(
-                [NewJob(spec.model, job.spec, spec.timeout.ToTimedelta().total_seconds())],
+                [NewJob(spec.model, job.spec, timeout, result_bytes=most)],
                 tenant=job.tenant,
+                priority=job.priority,
                 idempotency_key=f"quarantined:{job.job_id}",
             )
             await self._store.quarantine.forget(job.job_id)
@@ -196,6 +198,7 @@ def _tenant(record: TenantRecord) -> admin_pb2.Tenant:
         max_bytes=record.limits.max_bytes,
         jobs=record.jobs,
         bytes=record.bytes,
+        unread_bytes=record.unread,
     )
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from time import monotonic, time
+from time import monotonic
 from typing import Any
 
 import structlog
@@ -48,18 +48,15 @@ class Forgetting:
         """Return how many workers each known route has at present."""
         registry = self._store.registry
         routes = sorted(await registry.models())
-        alive = time() - self._store.settings.lease
-        return dict.fromkeys(routes, 0) | await registry.serving(routes, seen_since=alive)
+        return dict.fromkeys(routes, 0) | await registry.serving(routes)
 
     async def forget_models(self, *names: str) -> list[str]:
         """Forget models whose time is over, and those that are named; end the jobs for them.
 
         Returns the routes that were forgotten; one that has a worker is not.
         """
-        settings, registry = self._store.settings, self._store.registry
-        forgotten = await registry.forget_models(
-            names, lease=settings.lease, ttl=settings.model_ttl
-        )
+        registry = self._store.registry
+        forgotten = await registry.forget_models(names, ttl=self._store.settings.model_ttl)
         if forgotten:
             log.info("models.forgotten", models=forgotten)
         for shard in self._store.shards.all:

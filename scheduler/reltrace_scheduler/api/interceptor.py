@@ -1,6 +1,7 @@
 """Every call passes here: it is authorized, limited, parsed and measured; errors get a status."""
 
 import asyncio
+import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -18,13 +19,15 @@ from reltrace_scheduler.api.status import status_of
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.authorization import Authorizer
 from reltrace_scheduler.auth.identity import act_as, current
-from reltrace_scheduler.auth.rates import RateLimiter
+from reltrace_scheduler.auth.rates import OpenStreams, Pacer, RateLimiter
 from reltrace_scheduler.auth.tokens import Tokens
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     SchedulerError,
+    TooManyStreamsError,
     UnauthenticatedError,
 )
+from reltrace_scheduler.limits import MAX_PUBLIC_STREAMS, MAX_STREAMS_OF_CALLER
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.trouble import answer_to, log_trouble
 from reltrace_scheduler.tasks import note_size, off_loop
@@ -55,12 +58,16 @@ _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of our services; leaves health and reflection as they are."""
+    """Wraps the handlers of our services; of health and reflection it only bounds the streams."""
 
     def __init__(self, access: Access, redis: Redis, counts: Counts) -> None:
         self._tokens = access.tokens
         self._authorizer = None if access.tokens is None else Authorizer(access.tokens)
         self._limiter = RateLimiter(redis, access.rates)
+        # Without tokens all callers are one: nobody to be protected from another.
+        self._pacer = None if access.tokens is None else Pacer()
+        self._streams = OpenStreams(MAX_STREAMS_OF_CALLER)
+        self._public_streams = OpenStreams(MAX_PUBLIC_STREAMS)
         self._counts = counts
 
     async def intercept_service(
@@ -71,7 +78,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Authorize a call before anything of it is read, and wrap its handler."""
         method = handler_call_details.method
         if not method.startswith("/reltrace."):
-            return await continuation(handler_call_details)
+            return self._bounded(await continuation(handler_call_details))
         token = ""
         try:
             if self._authorizer is not None:
@@ -79,6 +86,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 token, identity = self._authorizer.authorize(method, metadata)
                 # gRPC finds the handler in the task that runs it.
                 act_as(identity)
+            if self._pacer is not None:
+                await self._pacer.wait(current().name)
             await self._limiter.take(current().name, "requests", 1)
         except Exception as error:
             return self._refusal(error, method)
@@ -98,6 +107,34 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return make(
             call,
             request_deserializer=parser,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _bounded(self, handler: Any) -> Any:
+        """Return a handler of health or reflection whose streams are bounded."""
+        if handler is None or not handler.response_streaming:
+            return handler
+        name, make = _HANDLERS[handler.request_streaming, True]
+        behaviour: Any = getattr(handler, name)
+
+        async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                with self._public_streams.one_of("everybody"):
+                    async for response in behaviour(request, context):
+                        yield response
+            except TooManyStreamsError as error:
+                await _abort(context, error, name)
+
+        async def write(request: Any, context: Any) -> None:
+            try:
+                with self._public_streams.one_of("everybody"):
+                    await behaviour(request, context)
+            except TooManyStreamsError as error:
+                await _abort(context, error, name)
+
+        return make(
+            generate if inspect.isasyncgenfunction(behaviour) else write,
+            request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
@@ -133,8 +170,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
                 requests = _checked_each(request) if streaming else _checked(request)
-                async for response in behaviour(requests, context):
-                    yield response
+                with self._streams.one_of(current().name):
+                    async for response in behaviour(requests, context):
+                        yield response
             except Exception as error:
                 await _abort(context, error, method)
             finally:

@@ -57,9 +57,8 @@ def _names(routes: Iterable[str]) -> list[str]:
 class ModelCache:
     """A copy of the registry's models that is at most a second old."""
 
-    def __init__(self, registry: Registry, lease: float) -> None:
+    def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._lease = lease
         self._models = Models()
         self._read_at = float("-inf")
         # Many calls may come at once: one reads, the others wait for what it finds.
@@ -86,7 +85,7 @@ class ModelCache:
         missing = sorted(routes - self._models.workers.keys())
         if not missing:
             return []
-        served = await self._registry.serving(missing, seen_since=time.time() - self._lease)
+        served = await self._registry.serving(missing)
         return [route for route in missing if route not in served]
 
     def _is_fresh(self, routes: tuple[str, ...]) -> bool:
@@ -96,9 +95,7 @@ class ModelCache:
 
     async def _read(self) -> Models:
         infos = await self._registry.models()
-        # A worker without a heartbeat for a lease time does not count any more.
-        since = time.time() - self._lease
         return Models(
             {route: types_pb2.ModelInfo.FromString(info) for route, info in sorted(infos.items())},
-            await self._registry.serving(sorted(infos), seen_since=since),
+            await self._registry.serving(sorted(infos)),
         )

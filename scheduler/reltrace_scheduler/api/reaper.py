@@ -126,7 +126,6 @@ class Reaper:
         return len(results)
 
     async def _forget_workers(self) -> None:
-        # Late enough for a worker to come back under its name after a lost connection.
-        registry, before = self._store.registry, time.time() - 10 * self._store.settings.lease
-        for worker_id in await registry.unseen(since=before):
-            await self._step("workers", registry.forget(worker_id, unseen_since=before))
+        registry = self._store.registry
+        for worker_id in await registry.unseen():
+            await self._step("workers", registry.forget(worker_id, unseen=True))

@@ -26,7 +26,11 @@ from reltrace_scheduler.api.worker import WorkerService
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.limits import MAX_TRANSPORT_BYTES
+from reltrace_scheduler.limits import (
+    MAX_CONCURRENT_CALLS,
+    MAX_CONCURRENT_STREAMS,
+    MAX_TRANSPORT_BYTES,
+)
 from reltrace_scheduler.observability.metrics import Counts, exporting
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.signals import Signals
@@ -42,6 +46,9 @@ _OPTIONS = (
     ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.max_receive_message_length", MAX_TRANSPORT_BYTES),
     ("grpc.max_send_message_length", MAX_TRANSPORT_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+    # Of those who connect and say nothing, TLS or not.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # Two schedulers on one port would share its connections at random.
     ("grpc.so_reuseport", 0),
     # Finds peers that vanished without closing.
@@ -57,7 +64,7 @@ _MOST_AGE_GRACE = 3600.0
 _STOP_GRACE = 2.0
 """Seconds for calls under way; streams to workers and clients are cut and resumed."""
 
-_HEALTH_PERIOD = 1.0
+_HEALTH_PERIOD = _BOUNDS_PERIOD = 1.0
 
 
 @asynccontextmanager
@@ -74,9 +81,11 @@ async def serving(
     listen, metrics, web = settings.listen, settings.metrics, settings.web
     access, spans = access or Access(), spans or Spans()
     access.check(listen)
+    if metrics:
+        access.check_metrics(metrics)
     store, signals = Store(connection.redis, settings), Signals(connection.redis)
     await store.open()
-    models, counts = ModelCache(store.registry, settings.lease), Counts()
+    models, counts = ModelCache(store.registry), Counts()
     options = (
         *_OPTIONS,
         # gRPC adds a jitter of 10 %. Streams of workers end by themselves before.
@@ -84,7 +93,9 @@ async def serving(
         ("grpc.max_connection_age_grace_ms", int(1000 * _MOST_AGE_GRACE)),
     )
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(access, connection.redis, counts)], options=options
+        interceptors=[CallInterceptor(access, connection.redis, counts)],
+        options=options,
+        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
     )
     parts = (store, models, signals, counts, spans)
     trace_pb2_grpc.add_TraceServiceServicer_to_server(TraceService(*parts), server)
@@ -111,6 +122,7 @@ async def serving(
         *Reaper(store, counts).loops(),
         forgetting.run(),
         _report_health(store, status),
+        _refresh_bounds(store),
     ]
     if settings.results_url:
         work.append(Sweeper(store.results_url, store).run())
@@ -124,6 +136,14 @@ async def serving(
         await status.enter_graceful_shutdown()
         await end(tasks)
         await server.stop(_STOP_GRACE)
+
+
+async def _refresh_bounds(store: Store) -> None:
+    """Keep the queue's bounds within Redis' memory, which can change, and which others may use."""
+    while True:
+        await asyncio.sleep(_BOUNDS_PERIOD)
+        with contextlib.suppress(RedisError, OSError):
+            await store.bounds.refresh()
 
 
 async def _report_health(store: Store, status: health.HealthServicer) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2
 
+from reltrace_scheduler.api.result_sizes import LESS, in_units
 from reltrace_scheduler.keys import QueueName
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.store import Store
@@ -44,6 +45,14 @@ def unserved(job_id: str, route: str) -> TerminalResult:
 
 def failed(lease: Lease, error: types_pb2.JobError) -> TerminalResult:
     return _result(lease.job_id, lease.attempt, "FAILED", error)
+
+
+def too_large(lease: Lease, max_result_bytes: int) -> TerminalResult:
+    message = (
+        f"its result is larger than what goes through the queue, {in_units(max_result_bytes)} "
+        f"(--max-result-bytes) or the tenant's own bound in bytes where that is less: {LESS}"
+    )
+    return failed(lease, _error(code_pb2.RESOURCE_EXHAUSTED, message))
 
 
 async def end(store: Store, counts: Counts, results: Sequence[TerminalResult]) -> int:

@@ -1,15 +1,18 @@
 """TraceService: what clients call."""
 
+import random
 import time
 from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from typing import Any
 
 import grpc
+from reltrace_proto.stores import folders_of
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 from reltrace_scheduler.api.models import ModelCache
+from reltrace_scheduler.api.result_sizes import ResultLimits
 from reltrace_scheduler.api.terminal_results import cancelled, end
 from reltrace_scheduler.api.validation import as_sent, check_job_ids, check_submission
 from reltrace_scheduler.auth.identity import current
@@ -29,8 +32,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _MESSAGE_BYTES = 1 << 20
 """A message is sent once it holds this much, or nothing more is there."""
 
-_POLL = 1.0
-"""Seconds between reads of the store while no signal comes."""
+_POLL, _LONGEST_POLL = 1.0, 10.0
+"""Seconds between reads of the store while no signal comes, doubled with each."""
 
 _PRIORITIES = {
     types_pb2.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
@@ -52,18 +55,20 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
     async def SubmitJobs(  # noqa: N802
         self, request: trace_pb2.SubmitJobsRequest, context: Context
     ) -> trace_pb2.SubmitJobsResponse:
-        began = time.monotonic()
+        began, settings = time.monotonic(), self._store.settings
         self._spans.start_traces(request.idempotency_key, request.jobs)
         models = await self._models.get(*(job.model for job in request.jobs))
         try:
-            check = partial(check_submission, request, models, self._store.settings.output_uri)
+            limits = self._result_limits()
+            folders = folders_of(settings.output_uri, current().tenant)
+            check = partial(check_submission, request, models, limits, folders)
             jobs = await off_loop(check)
         except SchedulerError:
             # What was accepted stays accepted, also when models have come or gone since.
             before = await self._accepted_before(request)
             if before is None:
                 raise
-            return _submitted(before, ())
+            return self._submitted(before, ())
         tenant, priority = current().tenant, _PRIORITIES[request.priority]
         submission = await self._store.queue.submit(
             jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key
@@ -79,7 +84,22 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 tenant=tenant,
                 jobs=len(jobs),
             )
-        return _submitted(submission, await self._models.unserved({job.route for job in jobs}))
+        return self._submitted(submission, await self._models.unserved({job.route for job in jobs}))
+
+    def _submitted(
+        self, submission: Submission, unserved: Iterable[str]
+    ) -> trace_pb2.SubmitJobsResponse:
+        return trace_pb2.SubmitJobsResponse(
+            submission_id=submission.id,
+            job_ids=submission.job_ids,
+            deduplicated=submission.deduplicated,
+            results_url=self._store.results_url,
+            unserved=unserved,
+        )
+
+    def _result_limits(self) -> ResultLimits:
+        bounds, store = self._store.bounds, self._store.results_url
+        return ResultLimits(bounds.max_result_bytes, bounds.results_above if store else None)
 
     async def _accepted_before(self, request: trace_pb2.SubmitJobsRequest) -> Submission | None:
         priority = _PRIORITIES.get(request.priority)
@@ -95,7 +115,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         entry, chunk = request.after_entry, request.after_chunk
         _check_drafts(request)
         positions = dict.fromkeys(request.drafts_of, FIRST_DRAFT)
-        channel = self._store.shards.of(submission).key("done", submission)
+        channel, poll = self._store.shards.of(submission).key("done", submission), _POLL
         async with self._signals.listen(channel) as signal:
             while True:
                 progress = await self._progress(submission)
@@ -112,7 +132,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                     async for message in _messages(self._new_drafts(positions)):
                         yield message
                     # New results and drafts since the last read have been signalled.
-                    await signal.wait_and_clear(_POLL)
+                    signalled = await signal.wait_and_clear(poll * random.uniform(0.5, 1))
+                    poll = _POLL if signalled else min(2 * poll, _LONGEST_POLL)
 
     async def _new_drafts(self, positions: dict[str, str]) -> AsyncIterator[StoredDraft]:
         """Yield the drafts after each job's position, and advance the positions."""
@@ -153,6 +174,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             found = await self._store.queue.jobs(request.job_ids, tenant=current().tenant)
             ids = [job.job_id for job in found if job]
         ended = await end(self._store, self._counts, [cancelled(job_id) for job_id in ids])
+        if request.submission_id:
+            await self._store.results.expire_soon(request.submission_id)
         return trace_pb2.CancelJobsResponse(cancelled=ended)
 
     async def GetJobs(  # noqa: N802
@@ -184,15 +207,6 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             for route in models.revisions(name) or [name]:
                 response.models.add(model=models.known[route], workers=models.workers.get(route, 0))
         return response
-
-
-def _submitted(submission: Submission, unserved: Iterable[str]) -> trace_pb2.SubmitJobsResponse:
-    return trace_pb2.SubmitJobsResponse(
-        submission_id=submission.id,
-        job_ids=submission.job_ids,
-        deduplicated=submission.deduplicated,
-        unserved=unserved,
-    )
 
 
 def _check_drafts(request: trace_pb2.StreamResultsRequest) -> None:

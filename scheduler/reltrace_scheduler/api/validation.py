@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from google.protobuf.message import Message
+from reltrace_proto.stores import is_below
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
+from reltrace_scheduler import __version__
 from reltrace_scheduler.api.job_faults import input_faults, settings_faults
 from reltrace_scheduler.api.models import Models
-from reltrace_scheduler.api.result_store import is_inside
+from reltrace_scheduler.api.result_sizes import ResultLimits
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     NotFoundError,
@@ -21,7 +24,10 @@ _INPUTS = ("prompt", "input_ids", "corpus", "chat")
 
 
 def check_submission(
-    request: trace_pb2.SubmitJobsRequest, models: Models, output_uris: Sequence[str] = ()
+    request: trace_pb2.SubmitJobsRequest,
+    models: Models,
+    results: ResultLimits,
+    output_uris: Sequence[str] = (),
 ) -> list[NewJob]:
     """Return the jobs of a request, or raise a RequestError with one violation per fault.
 
@@ -43,17 +49,28 @@ def check_submission(
     checked: set[bytes] = set()
     for index, (spec, route) in enumerate(zip(request.jobs, routes, strict=True)):
         faults = list(input_faults(spec, infos[route]))
-        settings = _without(spec, *_INPUTS).SerializeToString(deterministic=True)
+        without_input = _without(spec, *_INPUTS)
+        settings = without_input.SerializeToString(deterministic=True)
+        faults += _unknown_fields(spec.chat, spec.corpus)
         if settings not in checked:
-            found = [*settings_faults(spec, infos[route]), *_output_faults(spec, output_uris)]
+            found = [
+                *settings_faults(spec, infos[route]),
+                *_output_faults(spec, output_uris),
+                *_unknown_fields(without_input),
+            ]
             faults += found
             if not found:
                 checked.add(settings)
+        if not faults:
+            faults += results.faults(spec, infos[route])
         violations += [fault.within(f"jobs[{index}]") for fault in faults]
     if violations:
         raise InvalidRequestError(*violations)
     # Only now: this changes the jobs, and a request that is refused is looked at once more.
-    return [_new_job(spec, route) for spec, route in zip(request.jobs, routes, strict=True)]
+    return [
+        _new_job(spec, route, results.bytes(spec, infos[route]))
+        for spec, route in zip(request.jobs, routes, strict=True)
+    ]
 
 
 def check_job_ids(job_ids: Sequence[str]) -> None:
@@ -114,19 +131,33 @@ def _ambiguous_revision(route: str, models: Models) -> str:
 
 
 def _output_faults(spec: types_pb2.JobSpec, allowed: Sequence[str]) -> Iterator[Violation]:
-    if spec.output_uri and not is_inside(spec.output_uri, allowed):
+    if spec.output_uri and not is_below(spec.output_uri, allowed):
         folders = ", ".join(allowed) or "none (the operator names them by --output-uri)"
         fault = f"{spec.output_uri!r} is in no folder allowed here: {folders}"
         yield Violation("output_uri", fault)
 
 
-def _new_job(spec: types_pb2.JobSpec, route: str) -> NewJob:
+def _unknown_fields(*parts: Message) -> Iterator[Violation]:
+    """Find what a newer client asks for, which would be left out without a word."""
+    for part in parts:
+        known = type(part)()
+        known.CopyFrom(part)
+        known.DiscardUnknownFields()
+        if known.ByteSize() != part.ByteSize():
+            fault = (
+                f"has fields that this scheduler (reltrace {__version__}) does not know: the "
+                "client is newer; update the schedulers before the clients"
+            )
+            yield Violation("", fault)
+
+
+def _new_job(spec: types_pb2.JobSpec, route: str, result_bytes: int) -> NewJob:
     sent = as_sent(spec)
     timeout = spec.timeout.ToTimedelta().total_seconds() if spec.HasField("timeout") else 0.0
     if spec.model == route and not spec.traceparent:
-        return NewJob(route, sent, timeout)
+        return NewJob(route, sent, timeout, result_bytes=result_bytes)
     spec.model = route
-    return NewJob(route, spec.SerializeToString(), timeout, sent)
+    return NewJob(route, spec.SerializeToString(), timeout, sent, result_bytes)
 
 
 def _without(spec: types_pb2.JobSpec, *fields: str) -> types_pb2.JobSpec:

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+from reltrace_proto.protocol import protocol_fault
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import worker_pb2, worker_pb2_grpc
 
 from reltrace_scheduler.api.leasing import POLL, EmptyQueueCache
 from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.worker_session import Session
-from reltrace_scheduler.errors import invalid
+from reltrace_scheduler.errors import OutdatedError, invalid
 from reltrace_scheduler.keys import REAPER
 from reltrace_scheduler.limits import MAX_WORKER_MODELS
 from reltrace_scheduler.observability.metrics import Counts
@@ -124,6 +125,8 @@ async def _receive_hello(requests: AsyncIterator[worker_pb2.WorkRequest]) -> wor
     if first.WhichOneof("message") != "hello":
         raise invalid("hello", "must be the first message")
     hello = first.hello
+    if fault := protocol_fault(f"this worker (reltrace {hello.version})", hello.protocol):
+        raise OutdatedError(fault)
     if not re.fullmatch(r"[\w.:-]{1,128}", hello.worker_id) or hello.worker_id == REAPER:
         raise invalid("hello.worker_id", "must be 1 to 128 letters, digits, or any of ._:-")
     if len(hello.further_models) >= MAX_WORKER_MODELS:

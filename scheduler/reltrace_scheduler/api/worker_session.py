@@ -9,24 +9,30 @@ from datetime import timedelta
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2
+from reltrace_proto.protocol import PROTOCOL
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
 from reltrace_scheduler.api import terminal_results
 from reltrace_scheduler.api.leasing import UNKNOWN, EmptyQueueCache, Leasing
 from reltrace_scheduler.api.models import ModelCache
+from reltrace_scheduler.api.result_store import may_hold_results
 from reltrace_scheduler.errors import invalid
 from reltrace_scheduler.keys import QueueName, submission_of
 from reltrace_scheduler.limits import MAX_NEW_TOKENS
 from reltrace_scheduler.observability.metrics import Counts
-from reltrace_scheduler.queue.job_queue import LOST, OUT_OF_ORDER
+from reltrace_scheduler.queue.job_queue import LOST, OUT_OF_ORDER, TOO_LARGE
 from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import Lease, NewChunk, Priority, WorkerRecord
 
 log = structlog.get_logger()
 
+_ALWAYS_TAKEN = 1 << 16
+"""Bytes of an only chunk that is stored whatever the bounds are (`INLINE` of commit.lua)."""
 _DRAFT_BYTES = 1 << 18
 """More than a whole text needs with any vocabulary."""
+_SHOWN_URL = 200
 _MISSED = 2
 """Heartbeats that a worker may miss before it is leased nothing: shorter than a lease."""
 _SHOWN_SILENCE = 5.0
@@ -53,7 +59,6 @@ class Session:
         self._queue = store.queue
         self._counts = counts
         self._spans = spans
-        now = time.time()
         self._models: dict[str, bytes] = {}
         for model in (hello.model, *hello.further_models):
             self._models[model.name] = info = model.SerializeToString()
@@ -63,8 +68,6 @@ class Session:
             worker_id=self.worker_id,
             hello=hello.SerializeToString(),
             routes=tuple(self._models),
-            connected_at=now,
-            seen_at=now,
             epoch=secrets.token_hex(8),
         )
         self.leasing = Leasing(store, models, empty, self._record)
@@ -87,8 +90,11 @@ class Session:
             lease=_duration(settings.lease),
             heartbeat=_duration(settings.heartbeat),
             results_url=self._store.results_url,
-            results_above_bytes=settings.results_above,
+            results_above_bytes=self._store.bounds.results_above,
+            max_result_bytes=self._store.bounds.max_result_bytes,
             drafts=True,
+            output_uri=settings.output_uri,
+            protocol=PROTOCOL,
         )
         return worker_pb2.WorkResponse(welcome=welcome)
 
@@ -228,8 +234,32 @@ class Session:
         refs = [worker_pb2.LeaseRef(job_id=x.job_id, attempt=x.attempt) for x in leases]
         return [worker_pb2.WorkResponse(revoked=worker_pb2.Revoked(leases=refs))]
 
+    async def _refuse_other_stores(self, results: worker_pb2.Results) -> None:
+        """Take out chunks whose tensors are in no store of ours: their attempts have failed.
+
+        Clients open what a result names.
+        """
+        refused = [chunk for chunk in results.chunks if not self._is_in_a_store_of_ours(chunk)]
+        for leased in refused:
+            results.chunks.remove(leased)
+            url = leased.chunk.manifest.url[:_SHOWN_URL]
+            self._log.error("store.not_ours", job=leased.chunk.job_id, url=url)
+            ref = worker_pb2.LeaseRef(job_id=leased.chunk.job_id, attempt=leased.attempt)
+            message = f"the tensors were written to {url!r}, which is no store of this service"
+            error = types_pb2.JobError(code=code_pb2.INTERNAL, message=message)
+            await self._release(worker_pb2.Release(leases=[ref], error=error))
+
+    def _is_in_a_store_of_ours(self, leased: worker_pb2.LeasedChunk) -> bool:
+        if not leased.chunk.HasField("manifest"):
+            return True
+        tenant = self.leasing.held.get(Lease(leased.chunk.job_id, leased.attempt), UNKNOWN).tenant
+        url, patterns = leased.chunk.manifest.url, self._store.settings.output_uri
+        return may_hold_results(url, self._store.results_url, patterns, tenant)
+
     async def _commit(self, results: worker_pb2.Results) -> list[worker_pb2.WorkResponse]:
-        chunks = [_new_chunk(index, chunk) for index, chunk in enumerate(results.chunks)]
+        await self._refuse_other_stores(results)
+        most = self._store.bounds.max_result_bytes
+        chunks = [_new_chunk(index, chunk, most) for index, chunk in enumerate(results.chunks)]
         outcome = await self._queue.commit(self.worker_id, chunks)
         for index, code in enumerate(outcome):
             if code == OUT_OF_ORDER:
@@ -245,6 +275,12 @@ class Session:
             if code == LOST:
                 lost.add(new.lease)
                 continue
+            if code == TOO_LARGE:
+                # The worker is told to drop it: there is nothing to send any more.
+                lost.add(new.lease)
+                self._log.warning("result.too_large", job=new.lease.job_id, tenant=queue.tenant)
+                ended.append((types_pb2.ResultChunk.FromString(new.too_large), queue))
+                continue
             sizes[queue.route] += len(new.data)
             if new.end:
                 ended.append((leased.chunk, queue))
@@ -257,7 +293,7 @@ class Session:
         ]
 
 
-def _new_chunk(index: int, leased: worker_pb2.LeasedChunk) -> NewChunk:
+def _new_chunk(index: int, leased: worker_pb2.LeasedChunk, max_result_bytes: int) -> NewChunk:
     chunk, path = leased.chunk, f"results.chunks[{index}].chunk"
     if not submission_of(chunk.job_id):
         raise invalid(f"{path}.job_id", f"{chunk.job_id!r} is no job id")
@@ -268,8 +304,11 @@ def _new_chunk(index: int, leased: worker_pb2.LeasedChunk) -> NewChunk:
         if chunk.end.state not in _END_STATES:
             raise invalid(f"{path}.end.state", "must be SUCCEEDED or FAILED")
         end = terminal_results.state_name(chunk.end.state)
-    lease = Lease(chunk.job_id, leased.attempt)
-    return NewChunk(lease, chunk.number, end, chunk.SerializeToString())
+    lease, data = Lease(chunk.job_id, leased.attempt), chunk.SerializeToString()
+    too_large = b""
+    if chunk.number > 1 or len(data) > _ALWAYS_TAKEN:
+        too_large = terminal_results.too_large(lease, max_result_bytes).data
+    return NewChunk(lease, chunk.number, end, data, too_large)
 
 
 def _new_draft(index: int, draft: types_pb2.Draft) -> tuple[Lease, bytes]:

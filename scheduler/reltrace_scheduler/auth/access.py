@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from reltrace_proto.net import is_loopback
+from reltrace_proto.net import host_and_port, is_loopback
 
 from reltrace_scheduler.auth.rates import Rates
 from reltrace_scheduler.auth.tls import ServerTls
@@ -19,6 +19,8 @@ class Access:
     rates: Rates = field(default_factory=Rates)
     insecure: bool = False
     """Whether other machines may be served without TLS or without tokens."""
+    insecure_metrics: bool = False
+    """Whether they may read the metrics, which have neither."""
 
     def check(self, listen: str, option: str = "--listen") -> None:
         """Raise StartError if other machines could reach an address without TLS or tokens."""
@@ -29,4 +31,14 @@ class Access:
                 f"{option} {listen}: other machines can reach this address; add "
                 f"{' and '.join(missing)}, listen on 127.0.0.1, or say --insecure if no "
                 "stranger can reach this network"
+            )
+
+    def check_metrics(self, listen: str) -> None:
+        """Raise StartError if other machines could read the metrics, and nobody allowed it."""
+        host_and_port("--metrics", listen)
+        if not (self.insecure or self.insecure_metrics or is_loopback(listen)):
+            raise StartError(
+                f"--metrics {listen}: other machines can read the names of tenants and models "
+                "here, without TLS or a token; listen on 127.0.0.1, or say --insecure-metrics if "
+                "only your monitoring can reach this address"
             )

@@ -1,15 +1,26 @@
-"""Limits of calls and jobs per second: token buckets in Redis, which all schedulers share."""
+"""Limits of what one identity may do: rates, and streams that are open at a time."""
 
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 
 from redis.asyncio import Redis
 
-from reltrace_scheduler.errors import TooFastError
+from reltrace_scheduler.errors import TooFastError, TooManyStreamsError
 from reltrace_scheduler.keys import rate_key
 
 _BURST = 2.0
 """Seconds of a rate that may be used up at once."""
+
+_PACE = 2000.0
+"""Calls per second of one token at one scheduler: about as many as it can serve."""
+
+_LONGEST_WAIT = 2.0
+"""Seconds; so many calls of one token wait at most, times the pace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +34,8 @@ class Rates:
 
 
 class RateLimiter:
+    """Token buckets in Redis, which all schedulers share."""
+
     def __init__(self, redis: Redis, rates: Rates) -> None:
         self._rates = {"requests": rates.requests, "jobs": rates.jobs}
         self._script = redis.register_script((files(__package__) / "rate.lua").read_text())
@@ -42,3 +55,46 @@ class RateLimiter:
         if wait > 0:
             message = f"{identity!r} sends {what} faster than this service allows"
             raise TooFastError(f"{message}: try again in {wait:.2f} s", wait)
+
+
+class Pacer:
+    """Makes the calls of an identity wait that come faster than one scheduler serves them.
+
+    Calls of others, heartbeats among them, are then not behind all of these. Who waits holds a
+    call, so that a caller in a loop is slowed down; a refusal would only make it call again.
+    """
+
+    def __init__(self) -> None:
+        # By identity: when its next call is due if calls come at an even pace.
+        self._due: dict[str, float] = {}
+
+    async def wait(self, identity: str) -> None:
+        """Wait for an identity's turn. Raises TooFastError where too many of its calls wait."""
+        now = time.monotonic()
+        due = max(self._due.get(identity, 0.0), now - _BURST)
+        if due - now > _LONGEST_WAIT:
+            raise TooFastError(f"{identity!r} makes too many calls at a time", _LONGEST_WAIT)
+        self._due[identity] = due + 1 / _PACE
+        if due > now:
+            await asyncio.sleep(due - now)
+
+
+class OpenStreams:
+    """Counts the streams that each identity has open, and bounds them."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: Counter[str] = Counter()
+
+    @contextmanager
+    def one_of(self, identity: str) -> Iterator[None]:
+        """Count a stream while the block runs. Raises TooManyStreamsError."""
+        if self._open[identity] >= self._most:
+            raise TooManyStreamsError(identity, self._most)
+        self._open[identity] += 1
+        try:
+            yield
+        finally:
+            self._open[identity] -= 1
+            if not self._open[identity]:
+                del self._open[identity]

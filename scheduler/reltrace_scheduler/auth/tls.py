@@ -1,5 +1,6 @@
-"""TLS on the gRPC port, with certificates that are read again when they change."""
+"""TLS on the gRPC port and the page, with certificates that are read again when they change."""
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,7 @@ class ServerTls:
     client_ca: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        paths = [path for path in (self.cert, self.key, self.client_ca) if path is not None]
-        files = FileValue(self._read, paths, _log_failure)
+        files = FileValue(self._read, self._paths, _log_failure)
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
             """Return new certificates, or None: those in use stay. Called at every handshake."""
@@ -36,6 +36,32 @@ class ServerTls:
             fetch,  # type: ignore[arg-type]  # None is allowed.
             self.client_ca is not None,
         )
+
+    def context(self) -> ssl.SSLContext:
+        """Return the same for Python's own TLS."""
+        files = FileValue(self._read_context, self._paths, _log_failure)
+
+        def refresh(connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+            """Use new certificates. Called at every handshake."""
+            if files.refresh():
+                log.info("tls.read", cert=str(self.cert))
+            connection.context = files.value
+
+        first = files.value
+        first.sni_callback = refresh
+        return first
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [path for path in (self.cert, self.key, self.client_ca) if path is not None]
+
+    def _read_context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.cert, self.key)
+        if self.client_ca is not None:
+            context.load_verify_locations(self.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         key = read_pem("--tls-key", self.key, "PRIVATE KEY")

@@ -35,8 +35,27 @@ _MAX_SOCKET_PATH = 100
 _CUT_OFF = "short read while loading the AOF"
 """In the log of a server that found half a command at the end of its file."""
 
+_MEMORY_PART, _LEAST_MEMORY = 4, 256 << 20
+"""Redis may take one of so many parts of the machine's memory, and that much on any machine: models
+and passes are there too, and while Redis writes its file anew, what changes is there twice."""
+
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
 _LOCK_PATIENCE = 15.0
 """Seconds for the server of a scheduler that was killed to write its file and end."""
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory of this machine, or of the container that this process is in."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CGROUP_LIMITS:
+        # Where there is no limit, this is no number, or one beyond any memory.
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text()))
+    return min(sizes)
 
 
 def find_server() -> Path:
@@ -65,9 +84,12 @@ def find_server() -> Path:
 class EmbeddedRedis:
     """A `redis-server` child process with its append-only file in a folder, made if missing."""
 
-    def __init__(self, data: Path, fsync: Fsync = Fsync.EVERYSEC) -> None:
+    def __init__(
+        self, data: Path, fsync: Fsync = Fsync.EVERYSEC, maxmemory: int | None = None
+    ) -> None:
         self._data = data
         self._fsync = fsync
+        self._maxmemory = maxmemory or max(_LEAST_MEMORY, machine_memory() // _MEMORY_PART)
         self._process: subprocess.Popen[bytes] | None = None
         self._socket_folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -87,7 +109,7 @@ class EmbeddedRedis:
                 *("--appendonly", "yes", "--appendfsync", self._fsync),
                 *("--save", ""),
                 # Jobs must never be evicted to make room.
-                *("--maxmemory-policy", "noeviction"),
+                *("--maxmemory", str(self._maxmemory), "--maxmemory-policy", "noeviction"),
             ]
             with (self._data / "redis.log").open("wb") as output:
                 self._process = subprocess.Popen(

@@ -14,6 +14,8 @@ from reltrace_scheduler.queue.client import clients, cluster
 OLDEST = (6, 2)
 """XAUTOCLAIM and XTRIM MINID came with Redis 6.2."""
 
+_BUFFERS = ("mem_clients_normal", "mem_clients_slaves", "mem_aof_buffer")
+
 
 @dataclass(frozen=True, slots=True)
 class Connection:
@@ -85,13 +87,30 @@ def _unfit(address: RedisAddress, mode: str) -> str | None:
     return None
 
 
-async def memory_used(client: Redis) -> int:
-    """Return the bytes that Redis uses, or all primaries of a cluster together."""
+@dataclass(frozen=True, slots=True)
+class NodeMemory:
+    used: int
+    buffers: int
+    """Of it, what messages and replies take for a moment."""
+    limit: int
+    """Redis' `maxmemory`; 0: none."""
+
+
+async def memory_of_nodes(client: Redis) -> list[NodeMemory]:
+    """Return the bytes that Redis uses and may use; of a cluster, those of each primary."""
     if isinstance(client, RedisCluster):
-        nodes: Any = await client.info("memory", target_nodes=RedisCluster.PRIMARIES)
-        return sum(int(node["used_memory"]) for node in nodes.values())
-    info: Any = await client.info("memory")
-    return int(info["used_memory"])
+        by_node: Any = await client.info("memory", target_nodes=RedisCluster.PRIMARIES)
+        nodes = list(by_node.values())
+    else:
+        nodes = [await client.info("memory")]
+    return [
+        NodeMemory(
+            used=int(node["used_memory"]),
+            buffers=sum(int(node.get(name, 0)) for name in _BUFFERS),
+            limit=int(node["maxmemory"]),
+        )
+        for node in nodes
+    ]
 
 
 def parse_version(text: str) -> tuple[int, int]:

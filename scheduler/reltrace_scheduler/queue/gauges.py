@@ -1,11 +1,10 @@
 """The state of the whole cluster, read for monitoring."""
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 from reltrace_scheduler.keys import GROUP, QueueName
-from reltrace_scheduler.queue.connection import memory_used
+from reltrace_scheduler.queue.connection import memory_of_nodes
 from reltrace_scheduler.queue.shards import Shard
 from reltrace_scheduler.queue.store import Store
 
@@ -40,12 +39,11 @@ async def read_cluster(store: Store) -> ClusterState:
     """Read the state of the cluster: a few commands per queue that holds jobs."""
     # A route that names a revision has the workers of its model.
     names = [route for route in await store.registry.models() if "@" not in route]
-    alive = time.time() - store.settings.lease
     return ClusterState(
         queues=await read_queues(store),
-        workers=dict.fromkeys(names, 0) | await store.registry.serving(names, seen_since=alive),
+        workers=dict.fromkeys(names, 0) | await store.registry.serving(names),
         ended=await store.queue.ended(),
-        memory=await memory_used(store.redis),
+        memory=sum(node.used for node in await memory_of_nodes(store.redis)),
     )
 
 

@@ -18,6 +18,7 @@ from reltrace_scheduler.errors import (
     TooLargeError,
 )
 from reltrace_scheduler.keys import QueueName, submission_id, submission_of
+from reltrace_scheduler.queue.bounds import Bounds
 from reltrace_scheduler.queue.shards import Shard, Shards, milliseconds
 from reltrace_scheduler.records import (
     JobRecord,
@@ -32,7 +33,7 @@ from reltrace_scheduler.records import (
 )
 from reltrace_scheduler.tasks import off_loop
 
-LOST, STORED, OUT_OF_ORDER = 0, 1, -1
+LOST, STORED, OUT_OF_ORDER, TOO_LARGE = 0, 1, -1, 2
 """Outcomes of `JobQueue.commit` per chunk."""
 
 _IDEMPOTENCY_TTL = 24 * 3600.0
@@ -46,10 +47,11 @@ class JobQueue:
     time brings about are in `Maintenance`.
     """
 
-    def __init__(self, shards: Shards, settings: Settings) -> None:
+    def __init__(self, shards: Shards, settings: Settings, bounds: Bounds) -> None:
         self._shards = shards
         self._redis = shards.redis
         self._settings = settings
+        self._bounds = bounds
 
     async def submit(
         self,
@@ -71,8 +73,10 @@ class JobQueue:
             The bound on jobs is 0.
         IdempotencyError
             The key was used for other jobs.
+        NotReplicatedError
+            The jobs were accepted, but a failover may lose them.
         """
-        settings = self._settings
+        settings, bounds = self._settings, self._bounds
         shard = self._shards.for_submission(tenant, idempotency_key)
         submission = submission_id(secrets.token_hex(10), shard.key.shard)
         jobs_digest = "-"
@@ -93,11 +97,12 @@ class JobQueue:
             milliseconds(_IDEMPOTENCY_TTL) if idempotency_key else 0,
             jobs_digest,
             settings.max_jobs,
-            settings.max_bytes,
+            bounds.max_bytes,
             settings.tenant_max_jobs,
-            settings.tenant_max_bytes,
+            bounds.tenant_max_bytes,
             settings.shards,
-            *(part for job in jobs for part in (job.route, milliseconds(job.timeout), job.spec)),
+            *(part for job in jobs for part in _parts(job, bounds.max_result_bytes)),
+            replicated=True,
         )
         if status == b"seen":
             return Submission(details[0].decode(), int(details[1]), deduplicated=True)
@@ -111,7 +116,7 @@ class JobQueue:
         self, status: bytes, details: Sequence[Any], jobs: Sequence[NewJob]
     ) -> SchedulerError:
         """Return the error for a submission for which `submit.lua` found no room."""
-        whose, held_jobs, held_bytes, max_jobs, max_bytes = details
+        whose, held_jobs, held_bytes, max_jobs, max_bytes, unread = details
         queue, shards = f"the queue {whose.decode()}", self._settings.shards
         if max_jobs == 0:
             return ForbiddenError(f"{queue} takes no jobs: its bound on jobs is 0")
@@ -124,10 +129,14 @@ class JobQueue:
                 f"{len(jobs)} of {size} bytes do not fit {queue} even when it is empty: {bounds}; "
                 "send fewer at once, or smaller ones, or have the bounds raised"
             )
-        return QueueFullError(
-            f"{queue} holds {held_jobs} jobs and {held_bytes} bytes (unread results among them); "
-            f"{bounds}"
-        )
+        held = f"{queue} holds {held_jobs} jobs and {held_bytes} bytes"
+        if unread:
+            held += (
+                f", {unread} of them unread results, which are freed when they are read or their "
+                f"submission is cancelled, and otherwise {self._settings.result_ttl:.0f} s after "
+                "its end (an operator's `reltrace status` shows whose they are)"
+            )
+        return QueueFullError(f"{held}; {bounds}")
 
     async def seen(self, tenant: str, idempotency_key: str, jobs: str) -> Submission | None:
         """Return the submission that was accepted under a key, if its jobs have this `digest`."""
@@ -160,7 +169,7 @@ class JobQueue:
         SupersededError
             The worker has connected anew: `epoch` is not its session any more.
         """
-        settings = self._settings
+        settings, bounds = self._settings, self._bounds
         status, *jobs = await shard.run(
             "lease",
             [shard.key("worker", worker), shard.key("held", worker)],
@@ -169,9 +178,9 @@ class JobQueue:
             epoch,
             count,
             most_batch,
-            settings.max_unread,
-            settings.tenant_max_bytes,
-            settings.max_bytes,
+            bounds.max_unread,
+            bounds.tenant_max_bytes,
+            bounds.max_bytes,
             workers,
             settings.shards,
             held_elsewhere,
@@ -205,11 +214,20 @@ class JobQueue:
         """Store chunks of results under their leases; return an outcome per chunk.
 
         `STORED` (now, or when it was sent before), `LOST` (the lease is not the worker's any more),
-        or `OUT_OF_ORDER` (a chunk before it is missing).
+        `OUT_OF_ORDER` (a chunk before it is missing), or `TOO_LARGE` (the result passes the bound:
+        what was stored of it is freed, and the job has ended with the chunk's `too_large`).
         """
-        rows = [(c.lease.job_id, c.lease.attempt, c.number, c.end, c.data) for c in chunks]
+        rows = [
+            (c.lease.job_id, c.lease.attempt, c.number, c.end, c.data, c.too_large) for c in chunks
+        ]
         return await self._shards.run(
-            "commit", rows, worker, milliseconds(self._settings.result_ttl)
+            "commit",
+            rows,
+            worker,
+            milliseconds(self._settings.result_ttl),
+            self._bounds.max_result_bytes,
+            self._bounds.tenant_max_bytes,
+            replicated=True,
         )
 
     async def release(self, worker: str, leases: Sequence[Lease]) -> int:
@@ -280,6 +298,12 @@ class JobQueue:
             counts: Any = await self._redis.hgetall(shard.key("ended"))
             totals.update({state.decode(): int(count) for state, count in counts.items()})
         return dict(totals)
+
+
+def _parts(job: NewJob, max_result_bytes: int) -> tuple[str | int | bytes, ...]:
+    """Return what `submit.lua` takes of a job."""
+    result_bytes = min(job.result_bytes, max_result_bytes)
+    return job.route, milliseconds(job.timeout), job.spec, result_bytes
 
 
 def _rows(leases: Sequence[Lease]) -> list[tuple[str, int]]:

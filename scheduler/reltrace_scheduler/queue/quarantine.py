@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from reltrace_scheduler.queue.shards import Shards
-from reltrace_scheduler.records import LostLease, QuarantinedJob
+from reltrace_scheduler.records import LostLease, Priority, QuarantinedJob
 
 _AT_ONCE, _MOST_BYTES = 4, 32 << 20
 """Jobs that are read at a time, and bytes of specifications in one listing."""
@@ -40,13 +40,20 @@ class Quarantine:
         async with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
                 key = self._shards.of(job_id).key("quarantined", job_id)
-                pipe.hmget(key, "tenant", "spec", "history")
+                pipe.hmget(key, "tenant", "spec", "history", "priority")
             rows: Any = await pipe.execute()
         return [
-            QuarantinedJob(job_id, tenant.decode(), spec, parse_history(history))
+            QuarantinedJob(
+                job_id,
+                tenant.decode(),
+                spec,
+                parse_history(history),
+                # None in what was quarantined before priorities were kept.
+                Priority.BATCH if priority == b"batch" else Priority.INTERACTIVE,
+            )
             if tenant
             else None
-            for job_id, (tenant, spec, history) in zip(job_ids, rows, strict=True)
+            for job_id, (tenant, spec, history, priority) in zip(job_ids, rows, strict=True)
         ]
 
     async def forget(self, job_id: str) -> None:

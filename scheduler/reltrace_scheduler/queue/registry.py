@@ -1,11 +1,14 @@
 """Which workers are connected, and which models they serve or served."""
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reltrace_scheduler.config import Settings
 from reltrace_scheduler.queue.shards import Shards, milliseconds
 from reltrace_scheduler.records import WorkerRecord
+
+_UNSEEN = 10
+"""Lease times after which a worker is forgotten: it may come back under its name before."""
 
 
 class Registry:
@@ -16,29 +19,23 @@ class Registry:
     after a lost connection.
     """
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, settings: Settings) -> None:
         self._shards = shards
         self._redis = shards.redis
-        self._key = shards.all[0].key
+        self._first = shards.all[0]
+        self._key = self._first.key
+        self._lease = settings.lease
 
     async def add(self, worker: WorkerRecord, models: Mapping[str, bytes]) -> None:
         """Enter a worker, and the serialized ``ModelInfo`` of its models by route."""
-        worker_id, seen = worker.worker_id, {worker.worker_id: worker.seen_at}
-        infos: dict[Any, Any] = dict(models)
-        about: dict[Any, Any] = {
-            "hello": worker.hello,
-            "routes": "\n".join(worker.routes),
-            "connected_at": repr(worker.connected_at),
-        }
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hset(self._key("models"), mapping=infos)
-            for route in worker.routes:
-                pipe.zadd(self._key("serving", route), seen)
-            pipe.hset(self._key("worker", worker_id), mapping=about)
-            for shard in self._shards.all:
-                pipe.hset(shard.key("worker", worker_id), "epoch", worker.epoch)
-            pipe.zadd(self._key("workers"), seen)
-            await pipe.execute()
+        known = (
+            worker.hello,
+            *(part for route in worker.routes for part in (route, models[route])),
+        )
+        for shard in self._shards.all:
+            about = known if shard is self._first else ()
+            keys = [shard.key("worker", worker.worker_id)]
+            await shard.run("enter", keys, worker.worker_id, worker.epoch, *about)
 
     async def forget_all(self) -> None:
         """Forget every worker; those that are alive connect and are entered again."""
@@ -52,18 +49,8 @@ class Registry:
 
         Returns whether it was told to drain.
         """
-        now = time.time()
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.zadd(self._key("workers"), {worker_id: now}, xx=True)
-            for route in routes:
-                pipe.zadd(self._key("serving", route), {worker_id: now}, xx=True)
-            if silent:
-                pipe.hset(self._key("worker", worker_id), "silent", silent)
-            else:
-                pipe.hdel(self._key("worker", worker_id), "silent")
-            pipe.hget(self._key("worker", worker_id), "draining")
-            row = await pipe.execute()
-        return row[-1] is not None
+        keys = [self._key("worker", worker_id)]
+        return bool(await self._first.run("seen", keys, worker_id, silent or 0, *routes))
 
     async def drain(self, worker_ids: Sequence[str]) -> list[str]:
         """Tell workers to drain, all or none of them; return those that are unknown."""
@@ -81,11 +68,9 @@ class Registry:
                 await self._redis.publish(self._key("revoked", worker_id), "")
         return unknown
 
-    async def forget(
-        self, worker_id: str, *, epoch: str = "", unseen_since: float | None = None
-    ) -> None:
-        """Forget a worker, if this is its session and it was not seen since a Unix time."""
-        conditions = (epoch, "" if unseen_since is None else repr(unseen_since))
+    async def forget(self, worker_id: str, *, epoch: str = "", unseen: bool = False) -> None:
+        """Forget a worker, if this is its session, and, if so asked, it is still `unseen`."""
+        conditions = (epoch, milliseconds(_UNSEEN * self._lease) if unseen else "")
         for shard in self._shards.all:
             keys = [shard.key("worker", worker_id)]
             if not await shard.run("forget", keys, worker_id, *conditions):
@@ -98,35 +83,40 @@ class Registry:
         known: Any = await self._redis.hgetall(self._key("models"))
         return {route.decode(): info for route, info in known.items()}
 
-    async def forget_models(
-        self, names: Sequence[str] = (), *, lease: float, ttl: float
-    ) -> list[str]:
+    async def forget_models(self, names: Sequence[str] = (), *, ttl: float) -> list[str]:
         """Forget routes that no worker has served for `ttl` seconds, and those that are named.
 
         Returns them. The name of a model stands for all its revisions. What a worker serves that
-        was seen within `lease` seconds stays known.
+        is alive stays known.
         """
         found = await self._shards.all[0].run(
-            "forget_models", [], milliseconds(ttl), milliseconds(lease), *names
+            "forget_models", [], milliseconds(ttl), milliseconds(self._lease), *names
         )
         return [route.decode() for route in found]
 
-    async def serving(self, routes: Sequence[str], *, seen_since: float) -> dict[str, int]:
-        """Count the workers of each route seen at or after a Unix time; none: left out."""
+    async def serving(self, routes: Sequence[str]) -> dict[str, int]:
+        """Count the workers of each route that are alive; none: left out."""
+        since = await self._since(1)
         async with self._redis.pipeline(transaction=False) as pipe:
             for route in routes:
-                pipe.zcount(self._key("serving", route), seen_since, "+inf")
+                pipe.zcount(self._key("serving", route), since, "+inf")
             counts: list[Any] = await pipe.execute()
         return {r: int(count) for r, count in zip(routes, counts, strict=True) if count}
 
-    async def unseen(self, *, since: float) -> list[str]:
+    async def unseen(self) -> list[str]:
+        """Return the workers that were not seen for long."""
+        since = await self._since(_UNSEEN)
         found: Any = await self._redis.zrangebyscore(self._key("workers"), "-inf", f"({since!r}")
         return [worker_id.decode() for worker_id in found]
 
-    async def workers(self, *, seen_since: float = 0.0) -> list[WorkerRecord]:
-        """Return the workers seen at or after a Unix time."""
+    async def _since(self, leases: int) -> float:
+        """Return the Unix time some lease times ago by Redis' clock, which decides who is alive."""
+        return await self._first.now() / 1000 - leases * self._lease
+
+    async def workers(self) -> list[WorkerRecord]:
+        """Return the workers that are alive: one that missed a lease time holds no lease more."""
         seen: Any = await self._redis.zrangebyscore(
-            self._key("workers"), seen_since, "+inf", withscores=True
+            self._key("workers"), await self._since(1), "+inf", withscores=True
         )
         async with self._redis.pipeline(transaction=False) as pipe:
             for worker_id, _ in seen:
@@ -138,8 +128,8 @@ class Registry:
         found: list[WorkerRecord] = []
         for index, (worker_id, seen_at) in enumerate(seen):
             row, *leased = rows[index * width : (index + 1) * width]
-            # Empty where the worker has been forgotten since.
-            if row:
+            # Not there where the worker has been forgotten since.
+            if b"hello" in row:
                 found.append(
                     WorkerRecord(
                         worker_id=worker_id.decode(),

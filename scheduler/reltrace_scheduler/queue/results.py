@@ -5,14 +5,21 @@ from itertools import count
 from typing import Any
 
 from reltrace_scheduler.config import Settings
+from reltrace_scheduler.queue.bounds import Bounds
 from reltrace_scheduler.queue.shards import Shards, milliseconds
 from reltrace_scheduler.records import Lease, Progress, StoredChunk, StoredDraft
 
 _IDEMPOTENCY_TTL = 600.0
 """Seconds that a key is kept after its results: longer than a client repeats one call."""
 
-_PAGE = 128
-"""Entries read at a time; inline chunks are at most 64 KiB, so a page is at most 8 MiB."""
+_CANCELLED_TTL = 60.0
+"""Seconds that results of a cancelled submission are kept, for a reader that follows to the end."""
+
+_PAGE, _FIRST_PAGE = 128, 16
+"""Entries read at a time, and of the first read: inline chunks are at most 64 KiB."""
+
+_PAGE_BYTES = 1 << 20
+"""What a page is to have: Redis needs memory for the reply of each reader."""
 
 FIRST_DRAFT = "0"
 """The position before the first draft."""
@@ -30,10 +37,11 @@ _DRAFT_OVERHEAD = 64
 class Results:
     """The results stream of each submission, and the drafts of its jobs."""
 
-    def __init__(self, shards: Shards, settings: Settings) -> None:
+    def __init__(self, shards: Shards, settings: Settings, bounds: Bounds) -> None:
         self._shards = shards
         self._redis = shards.redis
         self._settings = settings
+        self._bounds = bounds
 
     async def progress(self, submission: str) -> Progress | None:
         """Return how far a submission is; None when it is unknown."""
@@ -47,8 +55,10 @@ class Results:
     ) -> AsyncIterator[StoredChunk]:
         """Yield the chunks after an entry and `after_chunk` chunks of the next one."""
         stream = self._shards.of(submission).key("results", submission)
+        entries = _FIRST_PAGE
         while True:
-            page: Any = await self._redis.xrange(stream, f"({after_entry}-0", "+", count=_PAGE)
+            page: Any = await self._redis.xrange(stream, f"({after_entry}-0", "+", count=entries)
+            size = sum(len(fields.get(b"c", b"")) for _, fields in page)
             for entry_id, fields in page:
                 entry = int(entry_id.partition(b"-")[0])
                 skip, after_chunk = after_chunk, 0
@@ -58,8 +68,10 @@ class Results:
                 elif skip == 0:
                     yield StoredChunk(entry, fields[b"c"])
                 after_entry = entry
-            if len(page) < _PAGE:
+            if len(page) < entries:
                 return
+            entries = _PAGE_BYTES * len(page) // max(1, size)
+            entries = min(max(_FIRST_PAGE, entries), _PAGE)
 
     async def _read_list(self, entry: int, key: bytes, skip: int) -> AsyncIterator[StoredChunk]:
         # One chunk at a time: what the reader has not taken stays in Redis.
@@ -81,7 +93,7 @@ class Results:
                     shard.key("backpressured", submission),
                 ],
                 through_entry,
-                self._settings.max_unread,
+                self._bounds.max_unread,
                 milliseconds(_IDEMPOTENCY_TTL),
                 _PAGE,
                 milliseconds(self._settings.result_ttl),
@@ -89,6 +101,12 @@ class Results:
             total += int(freed)
             if int(freed) < _PAGE:
                 return total
+
+    async def expire_soon(self, submission: str) -> None:
+        """Have the results of a submission that has ended expire soon."""
+        shard = self._shards.of(submission)
+        at = await shard.now() + milliseconds(_CANCELLED_TTL)
+        await self._redis.zadd(shard.key("expiring"), {submission: at}, xx=True, lt=True)
 
     async def write_drafts(self, worker: str, drafts: Sequence[tuple[Lease, bytes]]) -> int:
         """Keep serialized ``Draft`` of jobs that are leased to the worker; return how many.

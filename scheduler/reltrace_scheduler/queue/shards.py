@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, RedisError
 
 from reltrace_scheduler.keys import (
     GROUP,
@@ -22,6 +22,7 @@ from reltrace_scheduler.keys import (
     partition,
     shard_of,
 )
+from reltrace_scheduler.queue.replication import confirmed
 
 Argument = str | bytes | int | float
 
@@ -57,22 +58,42 @@ def _load(redis: Redis, name: str) -> AsyncScript:
 class Shard:
     """One part of the queue: all its keys have one hash tag."""
 
-    def __init__(self, redis: Redis, load: Callable[[str], AsyncScript], key: Keys) -> None:
+    def __init__(
+        self, redis: Redis, load: Callable[[str], AsyncScript], key: Keys, replicas: int
+    ) -> None:
         self.redis = redis
         self.key = key
         self._load = load
+        self._replicas = replicas
         self._shared_keys = [key(name) for name in get_args(SharedKey)]
 
-    async def run(self, script: str, keys: Sequence[str], *args: Argument) -> Any:
-        """Run a script; `keys` are those that its head numbers."""
+    async def run(
+        self, script: str, keys: Sequence[str], *args: Argument, replicated: bool = False
+    ) -> Any:
+        """Run a script; `keys` are those that its head numbers.
+
+        With `replicated`, wait until `--redis-replicas` have what it wrote. It may run twice then.
+        """
         keys = [*keys, *self._shared_keys]
-        loaded, rest = self._load(script), (*keys, self.key.prefix, *args)
-        redis: Any = self.redis
+        loaded, rest = self._load(script), (len(keys), *keys, self.key.prefix, *args)
+        if not replicated or not self._replicas:
+            return await self._run(loaded, *rest)
+        call = partial(
+            confirmed, self.redis, self.key("replicated"), self._replicas, "EVALSHA", loaded.sha
+        )
         try:
-            return await redis.evalsha(loaded.sha, len(keys), *rest)
+            return await call(*rest)
+        except RedisError:
+            # This finds the primary, and brings the script there.
+            await self._run(loaded, *rest)
+            return await call(*rest)
+
+    async def _run(self, script: AsyncScript, *rest: Any) -> Any:
+        try:
+            return await self.redis.evalsha(script.sha, *rest)
         except NoScriptError:
             # In one step, since a replica may take over between two.
-            return await redis.eval(loaded.script, len(keys), *rest)
+            return await self.redis.eval(str(script.script), *rest)
 
     async def queues(self) -> list[bytes]:
         names: Any = await self.redis.smembers(self.key("queues"))
@@ -90,10 +111,10 @@ class Shards:
     several. Its idempotency key determines which one; without a key it is chosen at random.
     """
 
-    def __init__(self, redis: Redis, count: int) -> None:
+    def __init__(self, redis: Redis, count: int, replicas: int = 0) -> None:
         self.redis = redis
         load = cache(partial(_load, redis))
-        self.all = tuple(Shard(redis, load, key) for key in partition(count))
+        self.all = tuple(Shard(redis, load, key, replicas) for key in partition(count))
 
     def of(self, some_id: str) -> Shard:
         """Return the shard of a submission or job; an id that names none belongs to the first."""
@@ -107,7 +128,11 @@ class Shards:
         return self.all[int.from_bytes(digest, "little") % len(self.all)]
 
     async def run(
-        self, script: str, rows: Sequence[tuple[Argument, ...]], *args: Argument
+        self,
+        script: str,
+        rows: Sequence[tuple[Argument, ...]],
+        *args: Argument,
+        replicated: bool = False,
     ) -> list[Any]:
         """Run a script over rows that begin with a job id, each in the shard of its job.
 
@@ -122,7 +147,7 @@ class Shards:
             for start in range(0, len(positions), _AT_ONCE):
                 page = positions[start : start + _AT_ONCE]
                 values = [value for index in page for value in rows[index]]
-                found = await shard.run(script, [], *args, *values)
+                found = await shard.run(script, [], *args, *values, replicated=replicated)
                 for index, answer in zip(page, found, strict=True):
                     answers[index] = answer
         return answers

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import math
-import ssl
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -66,24 +65,14 @@ async def serving_page(listen: str, store: Store, access: Access) -> AsyncIterat
     await runner.setup()
     try:
         try:
-            await web.TCPSite(runner, host, port, ssl_context=_tls(access)).start()
+            tls = None if access.tls is None else access.tls.context()
+            await web.TCPSite(runner, host, port, ssl_context=tls).start()
         except OSError as error:
             raise StartError(f"--web {listen}: {error.strerror or error}") from error
         scheme, bound = "http" if access.tls is None else "https", runner.addresses[0][1]
         yield f"{scheme}://{listen.rpartition(':')[0]}:{bound}"
     finally:
         await runner.cleanup()
-
-
-def _tls(access: Access) -> ssl.SSLContext | None:
-    if access.tls is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(access.tls.cert, access.tls.key)
-    if access.tls.client_ca is not None:
-        context.load_verify_locations(access.tls.client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
 
 
 def _guarded(access: Access) -> Any:
@@ -140,16 +129,17 @@ class _Page:
         return web.json_response(self._state)
 
     async def _read(self) -> dict[str, Any]:
-        now = time.time()
+        # Workers are noted by Redis' clock.
+        redis_time = await self._store.shards.all[0].now() / 1000
         cluster = await read_cluster(self._store)
-        workers = await self._store.registry.workers(seen_since=now - self._store.settings.lease)
+        workers = await self._store.registry.workers()
         return {
             "version": __version__,
-            "at": now,
+            "at": time.time(),
             "queues": [asdict(queue) for queue in cluster.queues],
             "ended": cluster.ended,
             "memory": cluster.memory,
-            "workers": [_worker(worker, now) for worker in workers],
+            "workers": [_worker(worker, redis_time) for worker in workers],
             "succeeded": await self._store.recent.rows(ok=True),
             "failed": await self._store.recent.rows(ok=False),
         }

@@ -207,7 +207,7 @@ def test_an_unknown_model(server: FakeServer, client: reltrace.Client) -> None:
         (types_pb2.JOB_STATE_FAILED, code_pb2.INVALID_ARGUMENT, "prompt", reltrace.InvalidArgument),
         (types_pb2.JOB_STATE_FAILED, code_pb2.NOT_FOUND, "model", reltrace.ModelNotFound),
         (types_pb2.JOB_STATE_FAILED, code_pb2.INTERNAL, "", reltrace.JobFailed),
-        (types_pb2.JOB_STATE_FAILED, code_pb2.RESOURCE_EXHAUSTED, "", reltrace.JobFailed),
+        (types_pb2.JOB_STATE_FAILED, code_pb2.RESOURCE_EXHAUSTED, "", reltrace.ResourceExhausted),
         (types_pb2.JOB_STATE_CANCELLED, code_pb2.CANCELLED, "", reltrace.Cancelled),
         (types_pb2.JOB_STATE_QUARANTINED, code_pb2.ABORTED, "", reltrace.Quarantined),
     ],

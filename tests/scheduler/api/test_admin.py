@@ -13,10 +13,15 @@ def admin(channel: grpc.aio.Channel) -> "admin_pb2_grpc.AdminServiceAsyncStub":
     return admin_pb2_grpc.AdminServiceStub(channel)
 
 
-async def die(client, channel: grpc.aio.Channel, spec: types_pb2.JobSpec) -> str:
+async def die(
+    client,
+    channel: grpc.aio.Channel,
+    spec: types_pb2.JobSpec,
+    priority: types_pb2.Priority.ValueType = types_pb2.PRIORITY_INTERACTIVE,
+) -> str:
     """Let a job lose three workers; return its id."""
     await FakeWorker(channel, "w0").connect()
-    answer = await client.SubmitJobs(trace_pb2.SubmitJobsRequest(jobs=[spec]))
+    answer = await client.SubmitJobs(trace_pb2.SubmitJobsRequest(jobs=[spec], priority=priority))
     for number in range(3):
         worker = FakeWorker(channel, f"w{number}")
         await worker.connect()
@@ -29,11 +34,14 @@ async def die(client, channel: grpc.aio.Channel, spec: types_pb2.JobSpec) -> str
     return answer.job_ids[0]
 
 
+@pytest.mark.parametrize(
+    "priority", [types_pb2.PRIORITY_INTERACTIVE, types_pb2.PRIORITY_BATCH], ids=["i", "b"]
+)
 async def test_a_quarantined_job_is_shown_with_its_history_and_can_be_queued_again(
-    client, channel, admin
+    client, channel, admin, priority: types_pb2.Priority.ValueType
 ) -> None:
     spec = JobSpec(prompt="deadly", sites=["resid"])
-    quarantined_id = await die(client, channel, spec)
+    quarantined_id = await die(client, channel, spec, priority)
 
     (job,) = (await admin.ListQuarantinedJobs(admin_pb2.ListQuarantinedJobsRequest())).jobs
     assert (job.job_id, job.tenant, job.spec.prompt) == (quarantined_id, "default", "deadly")
@@ -46,6 +54,7 @@ async def test_a_quarantined_job_is_shown_with_its_history_and_can_be_queued_aga
     await worker.connect()
     (lease,) = await worker.lease(1)
     assert (lease.job_id, lease.attempt, lease.spec.prompt) == (queued.job_id, 1, "deadly")
+    assert lease.priority == priority
     assert not (await admin.ListQuarantinedJobs(admin_pb2.ListQuarantinedJobsRequest())).jobs
     with pytest.raises(grpc.aio.AioRpcError, match="no quarantined job") as error:
         await admin.RequeueQuarantinedJobs(request)

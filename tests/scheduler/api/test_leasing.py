@@ -33,13 +33,11 @@ class Workers:
         self.store = store
         self._heard = heard
         self._empty = EmptyQueueCache(signals)
-        self._models = ModelCache(store.registry, lease=60)
+        self._models = ModelCache(store.registry)
 
     async def connect(self, name: str) -> Leasing:
         """Enter a worker with room for a thousand jobs."""
-        record = WorkerRecord(
-            worker_id=name, hello=b"", routes=ROUTES, connected_at=0.0, seen_at=0.0, epoch="epoch"
-        )
+        record = WorkerRecord(worker_id=name, hello=b"", routes=ROUTES, epoch="epoch")
         await self.store.registry.add(record, dict.fromkeys(ROUTES, b""))
         leasing = Leasing(self.store, self._models, self._empty, record)
         leasing.add_credit(1000)

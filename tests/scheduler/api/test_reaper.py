@@ -12,7 +12,7 @@ from scheduler.fake_worker import FakeWorker
 @pytest.fixture
 def settings() -> Settings:
     return Settings(
-        listen="127.0.0.1:0", lease=1, result_ttl=1, max_unread=1000, tenant_max_bytes=4000
+        listen="127.0.0.1:0", lease=1, result_ttl=1, max_unread=10_000, tenant_max_bytes=40_000
     )
 
 
@@ -30,7 +30,7 @@ async def test_a_client_that_dies_does_not_keep_its_tenant_out_for_ever(
     ]
     for _ in range(5):
         (lease,) = await worker.lease(1)
-        await worker.finish([lease], bytes(900))
+        await worker.finish([lease], bytes(9000))
         await worker.receive("committed")
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await client.SubmitJobs(request)

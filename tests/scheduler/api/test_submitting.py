@@ -32,6 +32,31 @@ async def test_of_very_many_faults_the_first_are_named(
     assert message.endswith(f"; and {2000 - len(named)} faults more")
 
 
+NEW_FIELD = b"\xa0\x1f\x01"
+"""Field 500 of a message, of a client that is newer."""
+
+
+@pytest.mark.parametrize("place", ["job", "target", "chat"])
+async def test_what_only_a_newer_scheduler_knows_is_refused_and_not_left_out(
+    client, worker: FakeWorker, place: str
+) -> None:
+    target = types_pb2.Target(position=-1)
+    chat = types_pb2.Chat(messages=[types_pb2.Message(role="user", content="a")])
+    if place == "target":
+        target.MergeFromString(NEW_FIELD)
+    if place == "chat":
+        chat.messages[0].MergeFromString(NEW_FIELD)
+    job = JobSpec(chat=chat, targets=[target])
+    if place == "job":
+        job.MergeFromString(NEW_FIELD)
+    plain = JobSpec(chat=types_pb2.Chat(messages=[types_pb2.Message(role="user", content="a")]))
+    await client.SubmitJobs(submission(plain))
+    with pytest.raises(grpc.aio.AioRpcError, match="does not know: the client is newer") as caught:
+        await client.SubmitJobs(submission(plain, job))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert list(fields(caught.value)) == ["jobs[1]"]
+
+
 async def test_the_same_key_gives_the_same_jobs(client, worker: FakeWorker) -> None:
     first = await client.SubmitJobs(submission(JobSpec(prompt="a"), key="k"))
     again = await client.SubmitJobs(submission(JobSpec(prompt="a"), key="k"))

@@ -6,6 +6,7 @@ import grpc
 import pytest
 import redis.asyncio
 from google.protobuf.duration_pb2 import Duration
+from reltrace_proto import protocol
 from reltrace_proto.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -108,6 +109,21 @@ async def test_a_worker_that_does_not_know_the_request_is_sent_away(
             assert await worker.call.read() is grpc.aio.EOF
         assert await worker.call.code() is grpc.StatusCode.OK
     await redis_client.aclose()
+
+
+async def test_a_worker_of_an_older_protocol_is_refused_with_both_versions(
+    channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a worker from before there were versions
+    I expect it to be served, and told the scheduler's, until that serves versions from 1 on only.
+    """
+    worker = FakeWorker(channel)
+    assert (await worker.connect()).protocol == protocol.PROTOCOL
+    monkeypatch.setattr(protocol, "OLDEST_PROTOCOL", 1)
+    with pytest.raises(grpc.aio.AioRpcError, match=r"version 0 .* versions 1 to 1") as caught:
+        await FakeWorker(channel, "w2").connect()
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
 async def test_no_more_is_leased_than_there_is_room_for(client, worker: FakeWorker) -> None:

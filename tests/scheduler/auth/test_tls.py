@@ -1,6 +1,7 @@
 """TLS, mutual TLS, and which addresses need them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -120,3 +121,19 @@ def test_other_machines_need_tls_and_tokens(
         access.check("127.0.0.1:50051")
     Access(tokens=known, tls=tls).check("0.0.0.0:50051")
     Access(insecure=True).check("0.0.0.0:50051")
+
+
+def test_other_machines_read_metrics_only_if_that_is_said(
+    certificates: Certificates, token_file: Path, tokens: dict[str, str]
+) -> None:
+    """
+    Given TLS and tokens, which metrics have not
+    I expect an address of the network to be refused, unless it is said to be private.
+    """
+    tls = ServerTls(certificates.server_cert, certificates.server_key)
+    access = Access(tokens=Tokens(token_file), tls=tls)
+    with pytest.raises(StartError, match=r"--metrics 0.0.0.0:9464: .* or say --insecure-metrics"):
+        access.check_metrics("0.0.0.0:9464")
+    access.check_metrics("127.0.0.1:9464")
+    replace(access, insecure_metrics=True).check_metrics("0.0.0.0:9464")
+    replace(access, insecure=True).check_metrics("0.0.0.0:9464")

@@ -319,10 +319,10 @@ async def test_a_wait_that_is_not_over_goes_on(patient: Driver) -> None:
     assert await patient.maintenance.promote() == 0
 
 
-async def twice(shard: Shard, *arguments: object, run=Shard.run) -> object:
+async def twice(shard: Shard, *arguments: object, run=Shard.run, **options: bool) -> object:
     """A Redis whose answers come too late: redis-py sends each script once more."""
-    await run(shard, *arguments)
-    return await run(shard, *arguments)
+    await run(shard, *arguments, **options)
+    return await run(shard, *arguments, **options)
 
 
 async def test_a_submission_that_redis_is_sent_twice_is_accepted_once(

@@ -3,6 +3,7 @@
 import base64
 import os
 import shutil
+import ssl
 import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -13,12 +14,14 @@ import aiohttp
 import grpc
 import pytest
 import redis.asyncio
+from certificates import Certificates, make_certificates
 from playwright.async_api import Browser, async_playwright
 from reltrace_proto.net import SettingError
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2, worker_pb2
 from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import Role
+from reltrace_scheduler.auth.tls import ServerTls
 from reltrace_scheduler.auth.tokens import Tokens, append, make
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import StartError
@@ -141,6 +144,42 @@ async def test_only_operators_see_it(
                 http.get("/state.json") as answer,
             ):
                 assert answer.status == status
+
+
+async def test_its_certificate_is_read_again(
+    store: redis.asyncio.Redis, settings: Settings, tmp_path: Path
+) -> None:
+    """
+    Given a page under TLS whose files are replaced while it is served
+    I expect the old pair while the new one is incomplete, then the new one, and for clients too
+    those of the new authority only.
+    """
+    old, new = (make_certificates(tmp_path / name) for name in ("old", "new"))
+    served = tmp_path / "served"
+    served.mkdir()
+    tls = ServerTls(*(served / name for name in ("cert.pem", "key.pem", "ca.pem")))
+
+    async def status(server: Certificates, client: Certificates) -> int:
+        context = ssl.create_default_context(cafile=str(server.ca))
+        context.load_cert_chain(client.client_cert, client.client_key)
+        async with aiohttp.ClientSession(page) as http, http.get("/", ssl=context) as answer:
+            return answer.status
+
+    def serve(files: Certificates) -> None:
+        shutil.copy(files.server_key, served / "key.pem")
+        shutil.copy(files.ca, served / "ca.pem")
+        shutil.copy(files.server_cert, served / "cert.pem")
+
+    serve(old)
+    async with serving_page("127.0.0.1:0", Store(store, settings), Access(tls=tls)) as page:
+        assert await status(old, old) == 200
+        shutil.copy(new.server_cert, served / "cert.pem")
+        assert await status(old, old) == 200
+        serve(new)
+        assert await status(new, new) == 200
+        for server, client in ((old, new), (new, old)):
+            with pytest.raises(aiohttp.ClientError):
+                await status(server, client)
 
 
 async def test_it_is_not_shown_to_strangers(store: redis.asyncio.Redis, settings: Settings) -> None:

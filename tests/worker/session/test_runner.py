@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from google.rpc import code_pb2
@@ -252,3 +253,76 @@ async def test_a_chat_for_a_model_without_a_template_fails_with_the_field(
     assert error.code == code_pb2.INVALID_ARGUMENT
     assert [violation.field for violation in error.violations] == ["messages"]
     assert "has none" in error.message
+
+
+@pytest.mark.parametrize(
+    ("url", "given", "refused"),
+    [
+        ("", {}, True),
+        ("memory://large", {}, False),
+        ("", {"output_uri": "memory://own"}, False),
+        ("", {"reduction": "token"}, False),
+    ],
+    ids=["nowhere", "a store", "its own folder", "less"],
+)
+async def test_a_result_that_could_not_be_sent_is_refused_before_its_pass(
+    checkpoints: Checkpoints,
+    engine: Engine,
+    watched: Watched,
+    url: str,
+    given: dict[str, str],
+    refused: bool,
+) -> None:
+    """
+    Given a bound on the results that a worker may send
+    If the result of one job of two would be larger
+    I expect it to fail at once, with its size, the bound and what to do, and the other to be
+    traced; and none to fail where large results have a place.
+    """
+    loaded = checkpoints.loaded("plain")
+    shape = loaded.shape
+    size = 30 * shape.layers * (shape.intermediate_size + shape.hidden_size) * 4
+    runner = Runner(loaded, engine, max_tokens=50)
+    runner.store_large(url, size // 2, size - 1)
+    large = {"reduction": "full", "sites": ["neuron", "resid"]} | given
+    ended = await runner.add([lease(0, 30, **large), lease(1, 10)])
+    watched.gate.release()
+    others = await results(runner)
+    if not refused:
+        assert not ended
+        assert sorted(others) == ["j-0", "j-1"]
+        return
+    assert others == ["j-1"]
+    assert watched.passes == [[("attnlrp", 10)]]
+    ((leased,),) = ended
+    end = leased.chunk.end
+    assert (leased.chunk.job_id, end.state) == ("j-0", types_pb2.JOB_STATE_FAILED)
+    assert end.error.code == code_pb2.RESOURCE_EXHAUSTED
+    for said in (f"{size} bytes", f"{size - 1} ", "reduce='topk'", "output_uri", "--results-url"):
+        assert said in end.error.message
+
+
+async def test_a_job_that_names_anothers_folder_is_not_begun(
+    checkpoints: Checkpoints, engine: Engine, watched: Watched, tmp_path: Path
+) -> None:
+    """
+    Given a scheduler that names the folders of tenants
+    If it leases a job whose folder is another's, or two in one URL
+    I expect the job to fail without a pass, and nothing to be written.
+    """
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=50)
+    folder = tmp_path.as_uri()
+    runner.store_large("", 0, 0, [f"{folder}/{{tenant}}"])
+    leases = [
+        lease(0, 5, output_uri=f"{folder}/b"),
+        lease(1, 5, output_uri=f"{folder}/a/x.safetensors::file:///x"),
+        lease(2, 5, output_uri=f"{folder}/a/run"),
+    ]
+    for each in leases:
+        each.tenant = "a"
+    ended = await runner.add(leases)
+    watched.gate.release()
+    assert await results(runner) == ["j-2"]
+    ends = [leased.chunk.end for ((leased,),) in [[tuple(chunks)] for chunks in ended]]
+    assert [end.error.violations[0].field for end in ends] == ["output_uri", "output_uri"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

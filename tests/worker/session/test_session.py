@@ -11,6 +11,7 @@ import pytest
 import torch
 from google.protobuf.duration_pb2 import Duration
 from reference.loaded import Checkpoints
+from reltrace_proto import protocol
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.generation import Generation
@@ -403,13 +404,32 @@ async def test_a_drained_worker_waits_for_a_scheduler_that_is_away(
         await connection.receive("leave")
 
 
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION]
+)
 async def test_a_scheduler_that_refuses_ends_the_worker(
-    scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine
+    scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine, code: grpc.StatusCode
 ) -> None:
-    scheduler.refuse = grpc.StatusCode.INVALID_ARGUMENT
+    scheduler.refuse = code
     async with serving(scheduler) as address:
         runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=256)
         with pytest.raises(RefusedError, match="not you"):
+            async with asyncio.timeout(20):
+                await Session(address, worker_pb2.Hello(), runner).run()
+
+
+async def test_a_scheduler_of_an_older_protocol_ends_the_worker(
+    scheduler: Scheduler, checkpoints: Checkpoints, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(scheduler) as address:
+        runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=256)
+        working = asyncio.create_task(Session(address, worker_pb2.Hello(), runner).run())
+        # One from before there were versions is served.
+        hello = (await (await scheduler.next()).receive("hello")).hello
+        assert hello.protocol == protocol.PROTOCOL
+        working.cancel()
+        monkeypatch.setattr(protocol, "OLDEST_PROTOCOL", 1)
+        with pytest.raises(RefusedError, match=f"{address}: the scheduler speaks version 0 of"):
             async with asyncio.timeout(20):
                 await Session(address, worker_pb2.Hello(), runner).run()
 

@@ -73,6 +73,13 @@ class Atlas:
         features = (SITES[site].features(shape) for site in ATLAS_SITES)
         return sum(SiteAtlas.size(shape.layers, count, k) for count in features)
 
+    @staticmethod
+    def result_bytes(job: AtlasJob, shape: ModelShape) -> int:
+        """Return the bytes of `tensors`: the tables, and the corpus in int32."""
+        prompts = len(job.numbers) + len(job.skipped)
+        corpus = job.total_tokens + prompts * (1 if job.next_tokens else 2)
+        return Atlas.table_bytes(shape, job.k) + corpus * torch.int32.itemsize
+
     def __init__(self, loaded: LoadedModel, job: AtlasJob) -> None:
         self.job = job
         shape = loaded.shape

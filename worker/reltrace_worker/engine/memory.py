@@ -24,8 +24,7 @@ import torch
 from reltrace_worker.engine.edits import MANY_CELLS
 from reltrace_worker.engine.host_memory import GIB, free_device_bytes, free_host_bytes
 from reltrace_worker.engine.passes import graph_width, segment_length
-from reltrace_worker.engine.reductions import REDUCTIONS, Sizes
-from reltrace_worker.engine.sites import SITES
+from reltrace_worker.engine.sizes import result_bytes
 from reltrace_worker.lrp import RULES, Rule
 from reltrace_worker.lrp.attention import kernel_for
 from reltrace_worker.lrp.ops import activation_name
@@ -210,15 +209,7 @@ class MemoryPlan:
 
     def _result_bytes(self, jobs: Sequence[TraceJob]) -> int:
         """Return the bytes of host memory of the jobs' results: as recorded, and handed out."""
-        total = 0
-        for job in jobs:
-            reduction = REDUCTIONS[job.reduction]
-            for site in map(SITES.__getitem__, job.sites):
-                sizes = Sizes(len(job.token_ids), 1, site.features(self._shape), job.k)
-                layers = (len(job.layers) or self._shape.layers) if site.per_layer else 1
-                values = math.prod(reduction.shape(sizes)) * layers * len(reduction.parts)
-                total += 2 * _FLOAT32 * values * len(job.targets)
-        return total
+        return sum(2 * result_bytes(job, self._shape) for job in jobs)
 
     def _window_bytes(self, lengths: Sequence[int], layers: int) -> int:
         """Return what prompts longer than a sliding window need beyond others, on a CPU.

@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
+from reltrace_worker.engine import result_bytes
 from reltrace_worker.lrp import Rule
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.session.headers import atlas_header, generated_text, prompt_header
@@ -19,13 +20,21 @@ from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.queue import QueuedJob
 from reltrace_worker.session.store import LargeResults, Tensors, write
 from reltrace_worker.session.tensors import cast, raw_bytes, result_dtype, scalar_type
-from reltrace_worker.types.errors import EngineError, InvalidJob, PassFailedError, Violation
+from reltrace_worker.types.errors import (
+    EngineError,
+    InvalidJob,
+    PassFailedError,
+    ResultTooLargeError,
+    Violation,
+)
 from reltrace_worker.types.jobs import AtlasJob, Job, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import Outcome
 
 log = structlog.get_logger()
 
-CHUNK_BYTES = 1 << 20
+MIB = 1 << 20
+
+CHUNK_BYTES = MIB
 """Bytes of tensor data in one chunk."""
 
 _VERSIONS = {name: version(name) for name in ("torch", "transformers", "reltrace-worker")}
@@ -115,7 +124,7 @@ class ResultEncoder:
     def encode(self, ended: EndedJobs, on_step: Callable[[], None]) -> list[Chunks | FailedAttempt]:
         """Return an iterator of chunks per job, or why there is none."""
         encoded: list[Chunks | FailedAttempt] = []
-        shards: dict[str, list[EncodedResult]] = {}
+        shards: dict[tuple[str, str], list[EncodedResult]] = {}
         for job, outcome in ended.jobs:
             on_step()
             try:
@@ -123,7 +132,8 @@ class ResultEncoder:
                 if not isinstance(result, EncodedResult):
                     encoded.append(result)
                 elif uri := job.lease.spec.output_uri:
-                    shards.setdefault(uri, []).append(result)
+                    root = self.large.output_root(uri, job.lease.tenant)
+                    shards.setdefault((uri, root), []).append(result)
                 elif self.large.takes(result.tensors):
                     name = f"{job.key.job_id}.{job.key.attempt}.safetensors"
                     encoded += _store(self.large.url, name, [result], on_step)
@@ -135,10 +145,34 @@ class ResultEncoder:
             except Exception as error:
                 log.exception("job.encode_failed", job=job.key.job_id, tenant=job.lease.tenant)
                 encoded.append(internal_error(job.lease, error))
-        for uri, results in shards.items():
+        for (uri, root), results in shards.items():
             name = f"shard-{self._name}-{next(self._files):06d}.safetensors"
-            encoded += _store(uri, name, results, on_step)
+            encoded += _store(uri, name, results, on_step, root)
         return encoded
+
+    def check_store(self, lease: worker_pb2.Lease) -> None:
+        """Raise `InvalidJob` if a job names a folder that it may not write to."""
+        if lease.spec.output_uri:
+            self.large.output_root(lease.spec.output_uri, lease.tenant)
+
+    def check_size(self, spec: types_pb2.JobSpec, job: Job) -> None:
+        """Raise `ResultTooLargeError` if the tensors of a job could not be sent nor stored."""
+        size = result_bytes(job, self._model.shape, result_dtype(spec))
+        if spec.output_uri or self.large.has_room(size):
+            return
+        if isinstance(job, AtlasJob):
+            what, fewer = f"atlas of {job.k} places", "fewer places (top_k)"
+        else:
+            what = f"result of {len(job.token_ids)} tokens"
+            fewer = (
+                "fewer layers, sites or targets, or for less of each: reduce='topk', 'token' or "
+                "'feature', dtype='bfloat16'"
+            )
+        raise ResultTooLargeError(
+            f"the {what} would have {size} bytes ({size / MIB:.3g} MiB), and at most "
+            f"{self.large.most} ({self.large.most / MIB:.3g} MiB) go through the queue; ask for "
+            f"{fewer}; or have large results stored: output_uri, or the scheduler's --results-url"
+        )
 
     def tokenized(self, lease: worker_pb2.Lease, prompt: TokenizedPrompt) -> Chunks:
         """Return the result of a job that needs no pass: how its input is read."""
@@ -199,11 +233,16 @@ class ResultEncoder:
 
 
 def _store(
-    url: str, name: str, results: list[EncodedResult], on_step: Callable[[], None]
+    url: str,
+    name: str,
+    results: list[EncodedResult],
+    on_step: Callable[[], None],
+    root: str = "",
 ) -> list[Chunks | FailedAttempt]:
     """Write tensors to a store; each job's result then says where they are."""
     try:
-        manifests = write(url, name, [(r.lease.job_id, r.tensors) for r in results], on_step)
+        jobs = [(r.lease.job_id, r.tensors) for r in results]
+        manifests = write(url, name, jobs, on_step, root)
     except PassFailedError as error:
         for result in results:
             lease = result.lease
@@ -223,6 +262,11 @@ def invalid(lease: worker_pb2.Lease, error: InvalidJob) -> Chunks:
 def internal_error(lease: worker_pb2.Lease, error: Exception) -> Chunks:
     """Return the only chunk of a job that could not be done."""
     return _failed(lease, code_pb2.INTERNAL, str(error) or type(error).__name__)
+
+
+def too_large(lease: worker_pb2.Lease, error: ResultTooLargeError) -> Chunks:
+    """Return the only chunk of a job whose result would be too large."""
+    return _failed(lease, code_pb2.RESOURCE_EXHAUSTED, str(error))
 
 
 def _failed(

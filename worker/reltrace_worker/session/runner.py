@@ -20,7 +20,13 @@ from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
 from reltrace_worker.session.queue import QueuedJob, RequestQueue, RunningTask
 from reltrace_worker.session.requests import read_request
-from reltrace_worker.session.results import EndedJobs, ResultEncoder, internal_error, invalid
+from reltrace_worker.session.results import (
+    EndedJobs,
+    ResultEncoder,
+    internal_error,
+    invalid,
+    too_large,
+)
 from reltrace_worker.session.store import LargeResults
 from reltrace_worker.session.watchdog import LIMIT, Watchdog
 from reltrace_worker.types.errors import (
@@ -28,6 +34,7 @@ from reltrace_worker.types.errors import (
     EngineError,
     InvalidJob,
     PassFailedError,
+    ResultTooLargeError,
 )
 from reltrace_worker.types.jobs import AtlasJob, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import JobResult, Outcome
@@ -121,8 +128,8 @@ class Runner:
         self._preparing.clear()
         return keys
 
-    def store_large(self, url: str, above: int) -> None:
-        large = LargeResults(url, above)
+    def store_large(self, url: str, above: int, most: int, outputs: Sequence[str] = ()) -> None:
+        large = LargeResults(url, above, most, tuple(outputs))
         large.check()
         self._encoder.large = large
 
@@ -165,8 +172,13 @@ class Runner:
             try:
                 with self._watchdog.watching("text", [lease]):
                     job = self._preparer.prepare(read_request(lease.spec))
+                if not isinstance(job, TokenizedPrompt):
+                    self._encoder.check_store(lease)
+                    self._encoder.check_size(lease.spec, job)
             except InvalidJob as error:
                 ended.append(invalid(lease, error))
+            except ResultTooLargeError as error:
+                ended.append(too_large(lease, error))
             except Exception as error:
                 # A fault of the tokenizer or of ours must not take the worker down.
                 log.exception("job.prepare_failed", job=lease.job_id, tenant=lease.tenant)

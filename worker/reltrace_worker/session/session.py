@@ -8,6 +8,7 @@ from collections.abc import Collection
 import grpc
 import structlog
 from reltrace_proto.net import Credentials, Metadata
+from reltrace_proto.protocol import PROTOCOL, protocol_fault
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
@@ -52,11 +53,13 @@ _REFUSALS = {
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNIMPLEMENTED,
+    # Its protocol is too old.
+    grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 
 class RefusedError(WorkerError):
-    """The scheduler does not take this worker."""
+    """The scheduler does not take this worker, or the worker not the scheduler."""
 
 
 class Session:
@@ -90,6 +93,7 @@ class Session:
         # Addresses that failed since a scheduler last welcomed us.
         self._failed_in_a_row = 0
         self._hello = hello
+        hello.protocol = PROTOCOL
         self._runner = runner
         self._spans = spans or Spans()
         # Spans of jobs that are traced, and since when they are held.
@@ -322,13 +326,18 @@ class Session:
             # A stream that ends with a status raises it instead.
             if not isinstance(welcome, worker_pb2.WorkResponse):
                 return
+            if fault := protocol_fault("the scheduler", welcome.welcome.protocol):
+                raise RefusedError(f"{self._endpoints.current}: {fault}")
             log.info("scheduler.connected", address=self._endpoints.current)
             self._backoff = _FIRST_BACKOFF
             self._failed_in_a_row = 0
             self._takes_drafts = welcome.welcome.drafts
             # Nothing is leased before the heartbeat that follows.
             self._runner.store_large(
-                welcome.welcome.results_url, welcome.welcome.results_above_bytes
+                welcome.welcome.results_url,
+                welcome.welcome.results_above_bytes,
+                welcome.welcome.max_result_bytes,
+                welcome.welcome.output_uri,
             )
             self._resume(outgoing)
             period = welcome.welcome.heartbeat.ToTimedelta().total_seconds()

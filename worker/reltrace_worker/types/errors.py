@@ -60,5 +60,9 @@ class PassFailedError(EngineError):
     """A pass failed for a reason that may pass: another attempt is worthwhile."""
 
 
+class ResultTooLargeError(WorkerError):
+    """The result of a job would be larger than what may be sent, and nothing is computed."""
+
+
 class DeviceLostError(WorkerError):
     """The device no longer works for this process; only a new process may help."""

@@ -3,7 +3,7 @@
 -- KEYS: results:<sub> (read entries deleted), submission:<sub> (stored; deleted with the last
 -- result), backpressured:<sub> (jobs queued again). Also: expiring (the submission removed, or put
 -- off while it has backpressured jobs), throttled_tenants (the tenant removed), job:<job> and
--- chunks:<job>:<attempt> (deleted), queue:<...> (entries added), load, tenant:<tenant> (bytes taken
+-- chunks:<job>:<attempt> (deleted), queues (read), queue:<...> (entries added), load, tenant:<tenant> (bytes taken
 -- off), idempotency:<...> (expires sooner, with the last result). Publishes wake:<model>.
 --
 -- ARGV: prefix, through, bound on unread results of a submission (bytes), time that the idempotency
@@ -31,7 +31,14 @@ for _, entry in ipairs(entries) do
 end
 call_many({"UNLINK"}, keys)
 charge(submission.tenant, 0, 0, -bytes)
-redis.call("ZREM", key.throttled_tenants, submission.tenant)
+if redis.call("ZREM", key.throttled_tenants, submission.tenant) == 1 then
+    for _, name in ipairs(redis.call("SMEMBERS", key.queues)) do
+        local _, tenant, model = split(name)
+        if tenant == submission.tenant then
+            woken_models[model] = true
+        end
+    end
+end
 if submission.ended == submission.jobs and through >= submission.ended then
     -- A client that has all results does not submit again, but a call may still be repeated.
     local idempotency = redis.call("HGET", KEYS[2], "key")

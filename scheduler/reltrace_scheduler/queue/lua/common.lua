@@ -67,13 +67,14 @@ end
 -- Adds to what load and tenant:<tenant> hold.
 local loads = {}
 
-local function charge(tenant, jobs, bytes, results)
+local function charge(tenant, jobs, bytes, results, reserved)
     local load = loads[tenant]
     if not load then
-        load = {0, 0, 0}
+        load = {0, 0, 0, 0}
         loads[tenant] = load
     end
     load[1], load[2], load[3] = load[1] + jobs, load[2] + bytes, load[3] + results
+    load[4] = load[4] + (reserved or 0)
 end
 
 -- Entries to delete by queue, and jobs that are not leased any more by worker.
@@ -96,7 +97,7 @@ local function drop(job)
         if job.worker then
             append(released_jobs, job.worker, job.id)
         end
-        charge(tenant, -1, -job.bytes, -job.stored)
+        charge(tenant, -1, -job.bytes, -job.stored, -job.reserved)
         redis.call("UNLINK", job.key, prefix.draft .. job.id,
             prefix.chunks .. job.id .. ":" .. job.attempt)
     end
@@ -107,14 +108,14 @@ end
 local function read_job(id)
     local name = prefix.job .. id
     local row = redis.call("HMGET", name, "state", "worker", "attempt", "queue", "entry",
-        "bytes", "stored", "due", "drafted")
+        "bytes", "stored", "due", "drafted", "result", "reserved")
     if not row[1] then
         return nil
     end
     local job = {
         id = id, key = name, state = row[1], worker = row[2], attempt = row[3], queue = row[4],
         entry = row[5], bytes = tonumber(row[6]), stored = tonumber(row[7] or 0), due = row[8],
-        drafted = row[9],
+        drafted = row[9], result = tonumber(row[10] or 0), reserved = tonumber(row[11] or 0),
     }
     if submission_of(id).is_gone then
         drop(job)
@@ -131,10 +132,15 @@ local function read_leased(id, worker, attempt)
     end
 end
 
--- Ends a lease, and deletes what was drafted under it: draft:<job>.
+-- Ends a lease, gives up the room that it reserved for its result, and deletes what was drafted
+-- under it: draft:<job>.
 local function end_lease(job)
     append(removed_entries, job.queue, job.entry)
     append(released_jobs, job.worker, job.id)
+    if job.reserved > 0 then
+        charge(submission_of(job.id).tenant, 0, 0, 0, -job.reserved)
+        redis.call("HDEL", job.key, "reserved")
+    end
     if job.drafted then
         redis.call("DEL", prefix.draft .. job.id)
         redis.call("HDEL", job.key, "drafted")
@@ -160,9 +166,9 @@ local LARGE = 262144
 -- at the present virtual time, so that it gains nothing by having been idle, or at its own of
 -- vt_idle:<class>:<model> where that is later, so that it gains nothing by a queue that is often
 -- empty.
-local opened_queues, woken_models = {}, {}
+local opened_queues, woken_models, largest_results = {}, {}, {}
 
-local function enqueue(id, class, tenant, model, bytes)
+local function enqueue(id, class, tenant, model, bytes, result)
     local name = class .. ":" .. tenant .. ":" .. model
     local queue = prefix.queue .. name
     if not opened_queues[name] then
@@ -186,6 +192,13 @@ local function enqueue(id, class, tenant, model, bytes)
     end
     if bytes > LARGE then
         redis.call("HSET", key.virtual_time, "large:" .. name, 1)
+    end
+    local field = "result:" .. name
+    if result > (largest_results[field] or 0) then
+        largest_results[field] = result
+        if result > tonumber(redis.call("HGET", key.virtual_time, field) or 0) then
+            redis.call("HSET", key.virtual_time, field, result)
+        end
     end
     return name, redis.call("XADD", queue, "*", "j", id)
 end
@@ -212,9 +225,12 @@ end
 -- Queues a job again that is in no queue at present.
 local function requeue(job, class)
     local old_class, tenant, model = split(job.queue)
-    local name, entry = enqueue(job.id, class or old_class, tenant, model, job.bytes)
+    local name, entry = enqueue(job.id, class or old_class, tenant, model, job.bytes, job.result)
     redis.call("HSET", job.key, "state", "QUEUED", "queue", name, "entry", entry)
     redis.call("HDEL", job.key, "worker")
+    if class then
+        redis.call("HSETNX", job.key, "priority", old_class)
+    end
 end
 
 -- Gives up a lease whose attempt is void, and queues the job again.
@@ -276,7 +292,7 @@ local function flush(ttl)
         end
     end
     for tenant, load in pairs(loads) do
-        for i, field in ipairs({"jobs", "bytes", "results"}) do
+        for i, field in ipairs({"jobs", "bytes", "results", "reserved"}) do
             if load[i] ~= 0 then
                 redis.call("HINCRBY", prefix.tenant .. tenant, field, load[i])
                 redis.call("HINCRBY", key.load, field, load[i])

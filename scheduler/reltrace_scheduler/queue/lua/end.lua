@@ -14,10 +14,10 @@ local outcome, revoked = {}, {}
 
 local function quarantine(job)
     local time = now()
-    local row = redis.call("HMGET", job.key, "spec", "history")
+    local row = redis.call("HMGET", job.key, "spec", "history", "priority")
     local name = prefix.quarantined .. job.id
     redis.call("HSET", name, "tenant", submission_of(job.id).tenant, "spec", row[1],
-        "history", row[2] or "")
+        "history", row[2] or "", "priority", row[3] or split(job.queue))
     redis.call("PEXPIRE", name, quarantine_ttl)
     redis.call("ZADD", key.quarantined, time, job.id)
     redis.call("ZREMRANGEBYSCORE", key.quarantined, "-inf", time - quarantine_ttl)

@@ -4,13 +4,13 @@
 -- KEYS: worker:<id> (deleted). Also: queues (read), workers and serving:<route> (member removed),
 -- queue:<...> (consumer deleted).
 --
--- ARGV: prefix, worker, epoch ("": any), seen before (s): a worker seen since then stays; ""
---       forgets anyway
+-- ARGV: prefix, worker, epoch ("": any), time (ms) within which a worker that was seen stays; "": it
+--       is forgotten anyway
 --
 -- Returns 1 forgotten, 0 not.
-local worker, epoch, before = ARGV[2], ARGV[3], ARGV[4]
+local worker, epoch, ttl = ARGV[2], ARGV[3], ARGV[4]
 local seen = redis.call("ZSCORE", key.workers, worker)
-if before ~= "" and seen and tonumber(seen) >= tonumber(before) then
+if ttl ~= "" and seen and tonumber(seen) >= (now() - ttl) / 1000 then
     return 0
 end
 if epoch ~= "" and redis.call("HGET", KEYS[1], "epoch") ~= epoch then

@@ -2,8 +2,14 @@
 --
 -- Between priorities: where both have jobs, a tenth of those leased is batch. Between tenants of a
 -- priority: the one with the lowest virtual time is next, and its time goes on by the bytes of its
--- jobs over its weight (weighted fair queueing; start-time rule of Goyal, Vin & Cheng, 1997). A
--- tenant is skipped while its unread results reach its bound.
+-- jobs over its weight (weighted fair queueing; start-time rule of Goyal, Vin & Cheng, 1997).
+--
+-- Room for results: a lease reserves as much as the job's result may take, but not more than half of
+-- a bound. A tenant is skipped while
+-- its unread results and what is reserved leave no room for another result of the size, within
+-- its bound or that of all. A tenant that holds nothing gets one lease nevertheless, and one
+-- without unread results, which could not make room by reading, may go beyond the bound of all
+-- until RESERVE is used up too.
 --
 -- A job whose lease was lost may be what killed its worker. Such jobs are isolated:
 -- leased to a worker that holds nothing else, first in groups (class isolate_group), after the
@@ -18,8 +24,8 @@
 --
 -- KEYS: worker:<id> (epoch read; call; mode "isolated" set or deleted), held:<worker> (jobs added).
 -- Also: queue:<...> (entries become pending for the worker), vt_active:<class>:<model>,
--- vt_idle:<class>:<model> and virtual_time, load, tenant:<tenant>, submission:<sub> (read),
--- job:<job> (state LEASED, attempt + 1, worker), backpressured:<sub> (jobs whose submission has too
+-- vt_idle:<class>:<model> and virtual_time, load and tenant:<tenant> (reserved), submission:<sub> (read),
+-- job:<job> (state LEASED, attempt + 1, worker, reserved), backpressured:<sub> (jobs whose submission has too
 -- many unread results), expiring (such submissions), throttled_tenants (tenants that are skipped).
 --
 -- ARGV: prefix, worker, model, epoch, most jobs, most jobs of batch; bounds on unread results
@@ -43,6 +49,8 @@ local GROUP_SIZE, BETWEEN = 16, 64
 local PAGE, MOST_BYTES = 16, 8388608
 -- What a worker may hold in any case; tenants that are counted for its share.
 local LEAST_SHARE, COUNTED = 2, 64
+-- Part of the bound of all that only tenants without unread results may use beyond it.
+local RESERVE = 0.25
 
 go_on_when_full()
 local session = redis.call("HMGET", KEYS[1], "epoch", "mode", "call")
@@ -60,27 +68,48 @@ end
 
 local time = now()
 local leased, leased_ids, bytes = {"leased"}, {}, 0
-local results_full = tonumber(redis.call("HGET", key.load, "results") or 0) >= max_all / shards
+local load = redis.call("HMGET", key.load, "results", "reserved")
+local taken_in_all = tonumber(load[1] or 0) + tonumber(load[2] or 0)
+max_all = max_all / shards
 
 local tenants = {}
 local function tenant_of(name)
     local tenant = tenants[name]
     if not tenant then
-        local fields = redis.call("HMGET", prefix.tenant .. name, "weight", "results", "max_bytes")
-        local results, bound = tonumber(fields[2] or 0), tonumber(fields[3] or max_tenant) / shards
+        local fields = redis.call("HMGET", prefix.tenant .. name,
+            "weight", "results", "max_bytes", "reserved")
         tenant = {
             weight = tonumber(fields[1] or 1),
-            -- A tenant without unread results could not make room by reading.
-            throttled = results >= bound or (results_full and results > 0),
+            results = tonumber(fields[2] or 0),
+            bound = tonumber(fields[3] or max_tenant) / shards,
+            taken = tonumber(fields[2] or 0) + tonumber(fields[4] or 0),
         }
-        if tenant.throttled then
-            redis.call("ZADD", key.throttled_tenants, "NX", time, name)
-        else
-            redis.call("ZREM", key.throttled_tenants, name)
-        end
+        -- So that a little that is unread does not keep out what may be large, and seldom is.
+        tenant.most_reserved = math.floor(math.min(tenant.bound, max_all) / 2)
         tenants[name] = tenant
     end
     return tenant
+end
+
+-- Returns for how many jobs of one queue there is room: whatever their results turn out to be.
+local function room_for(class, name)
+    local tenant = tenant_of(name)
+    local largest = tonumber(redis.call("HGET", key.virtual_time,
+        "result:" .. class .. ":" .. name .. ":" .. model) or 0)
+    largest = math.min(largest, tenant.most_reserved)
+    local most_in_all = tenant.results > 0 and max_all or max_all * (1 + RESERVE)
+    local room = math.min(tenant.bound - tenant.taken, most_in_all - taken_in_all)
+    local jobs = room > 0 and math.floor(room / math.max(1, largest)) or 0
+    if jobs < 1 and tenant.taken == 0
+            and (taken_in_all == 0 or taken_in_all + largest <= most_in_all) then
+        jobs = 1
+    end
+    if jobs < 1 and tenant.results > 0 then
+        redis.call("ZADD", key.throttled_tenants, "NX", time, name)
+    elseif jobs > 0 then
+        redis.call("ZREM", key.throttled_tenants, name)
+    end
+    return jobs
 end
 
 local function active_key(class)
@@ -89,7 +118,7 @@ end
 
 local function has_jobs(class)
     for _, name in ipairs(redis.call("ZRANGE", active_key(class), 0, -1)) do
-        if not tenant_of(name).throttled then
+        if room_for(class, name) > 0 then
             return true
         end
     end
@@ -106,18 +135,22 @@ local function lease_from(class, tenant, most)
     if not reply then
         return 0, 0, 0
     end
-    local entries, taken, cost = reply[1][2], 0, 0
+    local entries, taken, cost, reserved = reply[1][2], 0, 0, 0
     for _, entry in ipairs(entries) do
         local id = entry[2][2]
         local job_key = prefix.job .. id
-        local job = redis.call("HMGET", job_key, "attempt", "spec", "queued_at", "state", "entry")
+        local job = redis.call("HMGET", job_key,
+            "attempt", "spec", "queued_at", "state", "entry", "result")
         local queued = job[4] == "QUEUED" and job[5] == entry[1]
         local submission = queued and submission_of(id)
         if queued and submission.is_gone then
             read_job(id)
         elseif queued and submission.stored < max_unread then
             local attempt = job[1] + 1
-            redis.call("HSET", job_key, "state", "LEASED", "worker", worker, "attempt", attempt)
+            local result = math.min(tonumber(job[6] or 0), tenant_of(tenant).most_reserved)
+            redis.call("HSET", job_key,
+                "state", "LEASED", "worker", worker, "attempt", attempt, "reserved", result)
+            reserved = reserved + result
             leased[#leased + 1] = {id, attempt, job[2], time - job[3], name}
             leased_ids[#leased_ids + 1] = id
             taken, cost = taken + 1, cost + #job[2]
@@ -132,6 +165,11 @@ local function lease_from(class, tenant, most)
             end
         end
     end
+    if reserved > 0 then
+        local of_tenant = tenant_of(tenant)
+        of_tenant.taken, taken_in_all = of_tenant.taken + reserved, taken_in_all + reserved
+        charge(tenant, 0, 0, 0, reserved)
+    end
     return #entries, taken, cost
 end
 
@@ -145,12 +183,12 @@ local function lease_class(class, want)
             break
         end
         local name, start = first[1], tonumber(first[2])
-        local tenant = tenant_of(name)
-        if tenant.throttled then
+        local tenant, room = tenant_of(name), room_for(class, name)
+        if room < 1 then
             skipped = skipped + 1
         else
             local waiting = redis.call("ZCARD", active) - skipped
-            local most = math.min(PAGE, math.ceil((want - got) / waiting))
+            local most = math.min(PAGE, room, math.ceil((want - got) / waiting))
             local large = "large:" .. class .. ":" .. name .. ":" .. model
             if redis.call("HEXISTS", key.virtual_time, large) == 1 then
                 most = 1
@@ -229,6 +267,7 @@ if #leased_ids == 0 then
         redis.call("HDEL", KEYS[1], "mode")
     end
 end
+flush(0)
 if #leased_ids == 0 and redis.call("EXISTS", active_key("interactive"), active_key("batch"),
         active_key("isolate_group"), active_key("isolate_single")) == 0 then
     return {"empty"}
@@ -237,5 +276,4 @@ if #leased_ids > 0 then
     redis.call("HSET", KEYS[1], "call", call)
 end
 call_many({"SADD", KEYS[2]}, leased_ids)
-flush(0)
 return leased

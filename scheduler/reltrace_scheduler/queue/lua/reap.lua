@@ -62,7 +62,7 @@ if redis.call("XLEN", KEYS[1]) == 0 then
     local class, tenant, model = split(name)
     redis.call("DEL", KEYS[1])
     redis.call("SREM", key.queues, name)
-    redis.call("HDEL", key.virtual_time, "large:" .. name)
+    redis.call("HDEL", key.virtual_time, "large:" .. name, "result:" .. name)
     deactivate(class, tenant, model)
 end
 return {reply[1], requeued, candidates}

@@ -8,14 +8,20 @@
 -- ARGV: prefix, submission id, tenant, class, idempotency ttl (ms; 0: no key given), digest of the
 --       jobs; bounds: jobs in all, bytes in all, the tenant's jobs, its bytes; number of shards, of
 --       which each has an equal part of every bound; then per job: route, timeout (ms; 0: none),
---       spec
+--       spec, most bytes of its result (0: not known)
 --
 -- Returns {"accepted"} | {"seen", submission id, number of jobs} | {"differs"} |
---         {"full", "of all tenants" or "of the tenant", jobs, bytes, bound on jobs, bound on bytes} |
+--         {"full", "of all tenants" or "of the tenant", jobs, bytes, bound on jobs, bound on bytes,
+--          bytes of them that are unread results} |
 --         {"too_large", the same}: not even an empty queue has room for it
 local id, tenant, class, ttl, digest = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
 local shards, first = tonumber(ARGV[11]), 12
-local count = (#ARGV - first + 1) / 3
+local count = (#ARGV - first + 1) / 4
+
+-- The same call again, because its first answer came too late.
+if redis.call("EXISTS", KEYS[2]) == 1 then
+    return {"accepted"}
+end
 
 if ttl > 0 then
     local seen = redis.call("GET", KEYS[1])
@@ -28,14 +34,9 @@ if ttl > 0 then
     end
 end
 
--- The same call again, because its first answer came too late.
-if redis.call("EXISTS", KEYS[2]) == 1 then
-    return {"accepted"}
-end
-
 local bytes = 0
 for i = 0, count - 1 do
-    bytes = bytes + #ARGV[first + 3 * i + 2]
+    bytes = bytes + #ARGV[first + 4 * i + 2]
 end
 
 -- Returns what is held, and its bounds. Unread results take memory as jobs do.
@@ -44,7 +45,7 @@ local function read_load(name, whose, max_jobs, max_bytes)
     return {
         whose, tonumber(load[1] or 0), tonumber(load[2] or 0) + tonumber(load[3] or 0),
         math.ceil(tonumber(load[4] or max_jobs) / shards),
-        math.ceil(tonumber(load[5] or max_bytes) / shards),
+        math.ceil(tonumber(load[5] or max_bytes) / shards), tonumber(load[3] or 0),
     }
 end
 
@@ -65,13 +66,14 @@ end
 
 local time = now()
 for i = 0, count - 1 do
-    local at = first + 3 * i
+    local at = first + 4 * i
     local model, timeout, spec = ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2]
+    local result = tonumber(ARGV[at + 3])
     local job_id = id .. "-" .. i
-    local name, entry = enqueue(job_id, class, tenant, model, #spec)
+    local name, entry = enqueue(job_id, class, tenant, model, #spec, result)
     local job = prefix.job .. job_id
     redis.call("HSET", job, "state", "QUEUED", "attempt", 0, "queue", name, "entry", entry,
-        "spec", spec, "bytes", #spec, "queued_at", time)
+        "spec", spec, "bytes", #spec, "result", result, "queued_at", time)
     if timeout > 0 then
         redis.call("HSET", job, "due", time + timeout)
         redis.call("ZADD", key.deadlines, time + timeout, job_id)

@@ -1,0 +1,102 @@
+"""A tenant that submits as fast as it can, whatever it is answered.
+
+    python -m chaos.flood --server ADDRESS --token TOKEN --first N --seconds S
+
+Then it cancels what has not ended, reads how all of it ended, and prints one JSON object:
+{"accepted", "refused", "SUCCEEDED", "CANCELLED", "faults"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import grpc
+from chaos.channels import connect
+from chaos.raw_client import PATIENCE
+from chaos.standin import Work
+from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
+
+T = TypeVar("T")
+
+MILLISECONDS = 200
+"""Of the pass that one of its jobs is in."""
+
+_JOBS = 256
+"""In a submission."""
+
+
+def flood(client: trace_pb2_grpc.TraceServiceStub, first: int, seconds: float) -> Counter[str]:
+    """Submit, cancel, and return how often each thing happened."""
+    counts: Counter[str] = Counter()
+    accepted: list[trace_pb2.SubmitJobsResponse] = []
+    end = time.monotonic() + seconds
+    number = first
+    while time.monotonic() < end:
+        works = [Work(number + index, milliseconds=MILLISECONDS) for index in range(_JOBS)]
+        request = trace_pb2.SubmitJobsRequest(
+            jobs=[work.spec for work in works], idempotency_key=f"flood-{number}"
+        )
+        try:
+            accepted.append(client.SubmitJobs(request, timeout=5))
+            number += _JOBS
+        except grpc.RpcError as error:
+            # Whether it was accepted is not known before it is tried again under its key.
+            counts["refused"] += error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for answer in accepted:
+        cancel = trace_pb2.CancelJobsRequest(submission_id=answer.submission_id)
+        _patiently(lambda cancel=cancel: client.CancelJobs(cancel, timeout=5))
+    for answer in accepted:
+        counts += _patiently(lambda answer=answer: _ends(client, answer))
+        acknowledge = trace_pb2.AcknowledgeResultsRequest(
+            submission_id=answer.submission_id, through_entry=len(answer.job_ids)
+        )
+        _patiently(lambda call=acknowledge: client.AcknowledgeResults(call, timeout=5))
+    counts["accepted"] = sum(len(answer.job_ids) for answer in accepted)
+    return counts
+
+
+def _ends(
+    client: trace_pb2_grpc.TraceServiceStub, submission: trace_pb2.SubmitJobsResponse
+) -> Counter[str]:
+    stream = client.StreamResults(
+        trace_pb2.StreamResultsRequest(submission_id=submission.submission_id), timeout=PATIENCE
+    )
+    chunks = [event.chunk for message in stream for event in message.events]
+    ends = {chunk.job_id: chunk.end.state for chunk in chunks if chunk.HasField("end")}
+    counts = Counter(
+        types_pb2.JobState.Name(state).removeprefix("JOB_STATE_") for state in ends.values()
+    )
+    counts["faults"] = len(set(submission.job_ids) ^ set(ends)) + len(chunks) - len(ends)
+    return counts
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--server", required=True)
+    parser.add_argument("--token", default="")
+    parser.add_argument("--first", type=int, required=True, help="number of the first job")
+    parser.add_argument("--seconds", type=float, required=True)
+    given = parser.parse_args()
+    with connect(given.server, given.token) as channel:
+        client = trace_pb2_grpc.TraceServiceStub(channel)
+        print(json.dumps(flood(client, given.first, given.seconds)))
+
+
+if __name__ == "__main__":
+    main()
