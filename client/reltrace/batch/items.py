@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
@@ -31,6 +33,8 @@ _SUFFIXES: dict[str, InputName] = {
 # A job is no larger either.
 _MAX_LINE_BYTES = 16 * 1024 * 1024
 _PARQUET_ROWS = 4096
+# Below it a float is one whole number, and not the nearest one to several.
+_EXACT_FLOATS = 2**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,13 +330,31 @@ def _from_row(index: int, line: int, row: Mapping[str, Any], found: InputFormat)
     # An empty cell of CSV is what null is in JSON.
     also = {key: row[key] for key in found.also if row.get(key) not in (None, "")}
     content = repr((prompt, name, *also.items())).encode(errors="surrogatepass")
-    if not is_id(name):
-        name = index
+    item_id: str | int = index
     try:
+        item_id = index if found.id_column is None else _cell_id(name, found.id_column)
         arguments = {**_input(prompt, found.column), **also}
     except InvalidArgument as error:
-        return Item(index, line, name, fault=error, content=content)
-    return Item(index, line, name, arguments, content=content)
+        return Item(index, line, item_id, fault=error, content=content)
+    return Item(index, line, item_id, arguments, content=content)
+
+
+def _cell_id(cell: object, column: str) -> str | int:
+    """Return the id in a cell; pandas stores whole numbers with gaps between them as floats."""
+    if cell is None or cell == "" or cell != cell:
+        raise invalid(column, "is empty; give each row an id, or name another column of ids")
+    if isinstance(cell, float) and cell.is_integer() and abs(cell) < _EXACT_FLOATS:
+        return int(cell)
+    if isinstance(cell, Decimal) and cell == cell.to_integral_value():
+        return int(cell)
+    if isinstance(cell, date):
+        return cell.isoformat()
+    if isinstance(cell, bytes):
+        try:
+            return cell.decode()
+        except UnicodeDecodeError:
+            raise invalid(column, f"must be UTF-8, not {cell!r}") from None
+    return check_id(cell, column)
 
 
 def _input(cell: object, column: str) -> dict[str, Any]:
