@@ -190,6 +190,12 @@ def test_the_kubelet_asks_for_health_as_the_port_speaks(overlay: Rendered) -> No
     assert alive["exec"]["command"] == ["python", "/opt/reltrace/health.py", "alive"]
 
 
+def test_a_worker_whose_pass_hangs_is_not_alive(overlay: Rendered) -> None:
+    alive = container(overlay.pods()["worker"])["livenessProbe"]
+    # Metrics are served however long a pass has hung.
+    assert alive["httpGet"] == {"path": "/healthz", "port": "metrics"}
+
+
 def test_probes_name_ports_that_there_are(overlay: Rendered) -> None:
     for pod in overlay.pods().values():
         ports = {port["name"] for port in container(pod)["ports"]}
