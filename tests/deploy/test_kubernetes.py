@@ -278,7 +278,7 @@ def test_redis_is_where_the_schedulers_look(overlay: Rendered) -> None:
 
 
 def test_large_results_have_a_place(overlay: Rendered) -> None:
-    """The bucket is for who applies it to name; whoever writes or deletes there has what opens it."""
+    """The bucket is for the operator to name; whoever writes or deletes there has its keys."""
     for component in ("scheduler", "worker"):
         given = environment(overlay, overlay.pods()[component])
         assert given.get("RELTRACE_RESULTS_URL") == (None if overlay.name == "one-node" else "")
