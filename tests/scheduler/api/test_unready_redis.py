@@ -111,11 +111,12 @@ async def test_any_request_is_put_off_or_refused(
     own: RedisStates, channel: grpc.aio.Channel, state: str
 ) -> None:
     """
-    Given a Redis that is full, or a replica
+    Given a worker, and a Redis that is full, or a replica
     If anything is sent to any method
     I expect each answer to be one that a caller can act on, and all to go on afterwards.
     """
     put_off = trouble_code(state)
+    await connected(channel)
     await own.enter(state)
     ended = set()
     for path in UNARY:
@@ -125,7 +126,15 @@ async def test_any_request_is_put_off_or_refused(
             ended.add(await answer(channel, path, request, put_off))
     assert put_off in ended
     await own.leave(state)
-    await still_works(channel, await connected(channel))
+    worker = await connected(channel)
+    client = trace_pb2_grpc.TraceServiceStub(channel)
+
+    async def takes_jobs() -> bool:
+        return await failure(lambda: client.SubmitJobs(REQUEST)) is None
+
+    # The memory of Redis, which bounds the queue, is looked at once in a while.
+    await wait_until_async(takes_jobs, "jobs are taken again", 20)
+    await still_works(channel, worker)
 
 
 def requests_of(path: str) -> list[bytes]:
