@@ -12,6 +12,7 @@ from __future__ import annotations as _annotations
 
 import logging as _logging
 import os as _os
+from collections.abc import Sequence as _Sequence
 from importlib.metadata import version as _version
 from os import PathLike as _PathLike
 from typing import TYPE_CHECKING as _TYPE_CHECKING
@@ -75,13 +76,16 @@ __version__ = _version("reltrace")
 _logging.getLogger("reltrace").addHandler(_logging.NullHandler())
 
 
-def load_batch(folder: str | _PathLike[str]) -> _Batch:
+def load_batch(folder: str | _PathLike[str], *, output_uri: str | _Sequence[str] = ()) -> _Batch:
     """Read a folder that `reltrace batch` wrote.
 
     Parameters
     ----------
     folder : path
         The folder.
+    output_uri : str or sequence of str
+        Further folders, as URLs, whose tensors may be read. Without it, only those in the batch's
+        own ``output_uri``, if that is a folder of files, S3, Google or Azure.
 
     Returns
     -------
@@ -96,7 +100,7 @@ def load_batch(folder: str | _PathLike[str]) -> _Batch:
     """
     from reltrace.batch.load import Batch
 
-    return Batch(folder)
+    return Batch(folder, output_uri)
 
 
 def load_atlas(folder: str | _PathLike[str]) -> Atlas:

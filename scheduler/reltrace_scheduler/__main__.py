@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import structlog
 import typer
 import uvloop
 from reltrace_proto.net import SettingError
 from reltrace_proto.options import from_options, is_on_command_line
 from reltrace_proto.telemetry import Spans, configure_logs, exporting_spans
 
-from reltrace_scheduler.api.result_store import check_url
+from reltrace_scheduler.api.result_store import check_url, shared_folders
 from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.identity import DEFAULT_TENANT, Role
@@ -27,6 +28,8 @@ from reltrace_scheduler.queue.address import RedisAddress, redis_address
 from reltrace_scheduler.queue.connection import connect
 from reltrace_scheduler.queue.fitness import check_fitness
 from reltrace_scheduler.queue.store import Store
+
+log = structlog.get_logger()
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,6 +54,8 @@ def scheduler(context: typer.Context, settings: Settings) -> None:
             check_url("--results-url", settings.results_url)
         for uri in settings.output_uri:
             check_url("--output-uri", uri)
+        if access.tokens is not None and (shared := shared_folders(settings.output_uri)):
+            log.warning("output_uri.shared", folders=shared, by="all tenants, without {tenant}")
         access.check(settings.listen)
         if settings.metrics:
             access.check_metrics(settings.metrics)

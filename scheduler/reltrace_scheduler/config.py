@@ -84,8 +84,9 @@ class Settings:
     )
     output_uri: tuple[str, ...] = option(
         (),
-        "Folder that clients may have workers write tensors to, with all folders in it; may be "
-        "given several times. (default: none)",
+        "Folder that clients may have workers write tensors to, with all folders in it, such as "
+        "s3://BUCKET/{tenant}: each tenant has its own; without {tenant} it is all tenants'. May "
+        "be given several times. (default: none)",
     )
     shards: int = option(
         1,

@@ -33,6 +33,7 @@ from bench.idle_worker import LAYERS, TOKENS, IdleRunner
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.session import endpoint, session
 from reltrace_worker.session.leases import Chunks, LeaseKey
+from reltrace_worker.session.watchdog import Work
 
 MODEL = "tiny"
 _NO_PACE_JOBS = 256
@@ -171,10 +172,10 @@ class Told:
             self.revoked += event["jobs"]
         return event
 
-    def heartbeat(self, keys: set[LeaseKey]) -> worker_pb2.WorkRequest:
+    def heartbeat(self, keys: set[LeaseKey], work: Work | None) -> worker_pb2.WorkRequest:
         """Take the place of what writes a session's heartbeat."""
         self.heartbeats += 1
-        return _write_heartbeat(keys)
+        return _write_heartbeat(keys, work)
 
 
 _write_heartbeat = session.heartbeat

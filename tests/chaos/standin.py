@@ -18,12 +18,14 @@ MODEL = types_pb2.ModelInfo(
     revision="1",
     architecture="none",
     layers=1,
+    # The four ids in full are half a megabyte.
+    hidden_size=1 << 15,
     vocab_size=2**32 - 1,
     context_length=8,
     dtype=types_pb2.SCALAR_TYPE_FLOAT32,
     sites=["resid"],
     rules=["attnlrp"],
-    reductions=["token"],
+    reductions=["token", "full"],
 )
 
 CHUNK_BYTES = 1 << 18

@@ -88,6 +88,8 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
         Called with the name of each method, before its token is looked at.
     unserved
         Models that have no worker at present, as answers to submissions say.
+    results_url
+        The store of large results, as answers to submissions say.
     presented
         What the calls presented, in order.
     cancelled
@@ -120,6 +122,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
     served: list[tuple[str, str, int]] = field(default_factory=lambda: [("fake", "r1", 2)])
 
     unserved: set[str] = field(default_factory=set)
+    results_url: str = ""
 
     presented: list[str] = field(default_factory=list)
     requests: list[trace_pb2.SubmitJobsRequest] = field(default_factory=list)
@@ -230,6 +233,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             submission_id=submission.id,
             job_ids=submission.job_ids,
             deduplicated=before,
+            results_url=self.results_url,
             unserved={spec.model for spec in request.jobs} & self.unserved,
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 import reltrace
-from e2e.conftest import Process, wait_until
+from e2e.conftest import Process, address_in, wait_until
 from reltrace_scheduler.local.redis import EmbeddedRedis
 
 Start = Callable[..., Process]
@@ -107,3 +107,52 @@ def test_a_store_changes_no_bit_and_spares_redis(
             for part, array in parts.items():
                 assert one.parts(site)[part].dtype == array.dtype
                 assert one.parts(site)[part].tobytes() == array.tobytes()
+
+
+def test_up_has_a_place_for_large_results(start: Start, tmp_path: Path) -> None:
+    """
+    Given `reltrace up`
+    I expect results that are too large for its Redis in a folder of its data, which only this user
+    can read, and the client to read them from there.
+    """
+    data = tmp_path / "my data"
+    up = start(
+        "reltrace", "up", "--port", "0", "--data", str(data),
+        RELTRACE_MAX_RESULT_BYTES=str(1 << 17),
+    )  # fmt: skip
+    with reltrace.Client(address_in(up.first_line())) as client:
+        small = client.trace(PROMPT)
+        assert files(data / "results") == 0
+        large = client.trace(PROMPT, reduce="full", sites=("resid", "neuron"))
+        assert files(data / "results") == 1
+    assert abs(large["resid"].sum(-1) - small.relevance).max() < 1e-3
+    assert (data / "results").stat().st_mode & 0o077 == 0
+
+
+def test_a_result_without_a_place_is_refused(start: Start, tmp_path: Path) -> None:
+    """
+    Given a scheduler without a store of large results
+    If the result of one prompt of several would be larger than what goes through its Redis
+    I expect that one to fail, with its size, the bound and what to do, and the others to be traced:
+    when it is submitted if its tokens are known then, else before its pass.
+    """
+    bound = 1 << 17
+    scheduler = start(
+        "reltrace_scheduler", "--data", str(tmp_path / "data"), "--listen", "127.0.0.1:0",
+        "--max-result-bytes", str(bound),
+    )  # fmt: skip
+    address = scheduler.first_line().split()[-1]
+    start("reltrace_worker", "--scheduler", address, "--model", "demo", "--threads", "1")
+    with reltrace.Client(address, retry_timeout=100) as client:
+        wait_until(lambda: len(client.models()) == 1, "the model is served", 100)
+        small = client.trace(PROMPT)
+        prompts = [PROMPT, "cats", PROMPT * 20]
+        found = list(client.trace_many(prompts, reduce="full", ordered=True))
+        assert [type(one) for one in found] == [reltrace.Trace, reltrace.Trace, reltrace.Failure]
+        assert type(found[2].error) is reltrace.ResourceExhausted
+        with pytest.raises(reltrace.InvalidArgument) as refused:
+            client.trace(input_ids=small.token_ids * 20, reduce="full", sites="neuron")
+    assert refused.value.violations[0].field == "reduce"
+    for message in (str(found[2].error), str(refused.value)):
+        for said in (" bytes (", str(bound), "reduce='topk'", "output_uri", "--results-url"):
+            assert said in message, message

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reltrace_proto.stores import KNOWN_SCHEMES, url_fault
 
 from reltrace.batch.folder import read_manifest
 from reltrace.batch.journal import NAME, Failed, Journal
@@ -32,6 +33,8 @@ class Batch:
     ----------
     folder : path
         The folder.
+    output_uri : str or sequence of str
+        Further folders whose tensors may be read; see `load_batch`.
 
     Attributes
     ----------
@@ -44,9 +47,16 @@ class Batch:
         If the folder holds no batch, or it is damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], output_uri: str | Sequence[str] = ()
+    ) -> None:
         root = Path(folder)
         self.manifest: dict[str, Any] = read_manifest(root)
+        given = (output_uri,) if isinstance(output_uri, str) else tuple(output_uri)
+        own = self.manifest["settings"].get("output_uri") or ""
+        # The folder may be a stranger's: it does not choose how its tensors are reached.
+        known = (own,) if own.partition("://")[0] in KNOWN_SCHEMES else ()
+        self._stored_in = tuple(uri.rstrip("/") for uri in (*known, *given) if not url_fault(uri))
         self._folders = sorted(
             entry
             for entry in (root, *root.iterdir())
@@ -114,7 +124,7 @@ class Batch:
 
     def _open_part(self, folder: int, part: int) -> Callable[[int], Trace]:
         name = name_of(part, self.manifest["settings"]["format"])
-        return open_part(self._folders[folder] / name)
+        return open_part(self._folders[folder] / name, self._stored_in)
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel; `datasets` pickles what its generators hold.

@@ -59,12 +59,12 @@ def write_part(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
         (_write_parquet if path.suffix == ".parquet" else _write_safetensors)(file, rows)
 
 
-def open_part(path: Path) -> Callable[[int], Trace]:
+def open_part(path: Path, stored_in: Sequence[str]) -> Callable[[int], Trace]:
     """Open a file of traces; return what reads the trace in a row of it.
 
     Raises InvalidArgument if the file is not such a file.
     """
-    return (_open_parquet if path.suffix == ".parquet" else _open_safetensors)(path)
+    return (_open_parquet if path.suffix == ".parquet" else _open_safetensors)(path, stored_in)
 
 
 def _write_safetensors(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> None:
@@ -86,7 +86,7 @@ def _write_safetensors(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> Non
     write_tensors(file, tensors, metadata)
 
 
-def _open_safetensors(path: Path) -> Callable[[int], Trace]:
+def _open_safetensors(path: Path, stored_in: Sequence[str]) -> Callable[[int], Trace]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -103,7 +103,8 @@ def _open_safetensors(path: Path) -> Callable[[int], Trace]:
     def read(row: int) -> Trace:
         about = abouts[row]
         tensors = {name: file.get_tensor(f"{row}/{name}") for name in about["order"]}
-        return restore(about | {"provenance": provenances[about["provenance"]]}, tensors)
+        about = about | {"provenance": provenances[about["provenance"]]}
+        return restore(about, tensors, stored_in)
 
     return read
 
@@ -142,7 +143,7 @@ def _write_parquet(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> None:
     parquet.write_table(table, file, compression="zstd")
 
 
-def _open_parquet(path: Path) -> Callable[[int], Trace]:
+def _open_parquet(path: Path, stored_in: Sequence[str]) -> Callable[[int], Trace]:
     pyarrow, parquet = pyarrow_modules()
     try:
         table = parquet.read_table(path)
@@ -159,7 +160,7 @@ def _open_parquet(path: Path) -> Callable[[int], Trace]:
             values = table.column(name)[row].values.to_numpy(zero_copy_only=False)
             shape = table.column(f"{name}.shape")[row].as_py()
             tensors[name] = np.array(values, dtype).reshape(shape)
-        return restore(about, tensors)
+        return restore(about, tensors, stored_in)
 
     return read
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from reltrace_proto.stores import is_below
 
 from reltrace.types.arrays import NUMPY_TYPES, Array, widened
 from reltrace.types.errors import MissingDependency, ProtocolError, StoreUnreadable
 
 _ATTEMPTS = 3
 _BACKOFF = 0.2
+_SHOWN_URL = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,19 @@ class StoredLocation:
     length: int
     sha256: str  # of these bytes, in hexadecimal
     tensors: tuple[StoredTensor, ...]
+
+    def check(self, folders: Sequence[str], named_by: str) -> None:
+        """Raise StoreUnreadable unless the file is plainly in one of some folders.
+
+        A result says where its tensors are, and what opens URLs opens any.
+        """
+        if is_below(self.url, folders):
+            return
+        shown = self.url if len(self.url) <= _SHOWN_URL else f"{self.url[:_SHOWN_URL]}..."
+        raise StoreUnreadable(
+            f"the tensors are said to be at {shown!r}, which is not plainly in "
+            f"{' or '.join(folders) or 'any folder'} ({named_by}); nothing was opened"
+        )
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StoredLocation:
@@ -129,11 +144,17 @@ def _array(tensor: StoredTensor, data: bytes) -> Array:
 
 def _read(location: StoredLocation) -> bytes:
     """Return the bytes of a job; failures of the store that may pass are tried again."""
-    import fsspec
+    from fsspec.core import url_to_fs
 
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            with fsspec.open(location.url, "rb") as file:
+            fs, path = url_to_fs(location.url)
+            # Not more than there is: a device, say, has no end.
+            size = fs.size(path)
+            if size is not None and size < location.offset + location.length:
+                data = b""
+                break
+            with fs.open(path, "rb") as file:
                 file.seek(location.offset)
                 data = bytes(file.read(location.length))
             break

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,19 @@ def tensors_of(trace: Trace) -> dict[str, Array]:
     }
 
 
-def restore(about: Mapping[str, Any], tensors: Mapping[str, Array]) -> Trace:
-    """Return the trace that `split` took apart.
+def restore(
+    about: Mapping[str, Any], tensors: Mapping[str, Array], stored_in: Sequence[str] = ()
+) -> Trace:
+    """Return the trace that `split` took apart; `stored_in` are folders that may have its tensors.
 
-    Raises KeyError or TypeError if something is missing or of another form.
+    Raises KeyError or TypeError if something is missing or of another form, StoreUnreadable if the
+    tensors are in another folder.
     """
     arrays: Mapping[str, Mapping[str, Array]]
     if "stored" in about:
-        arrays = StoredArrays(StoredLocation.from_json(about["stored"]), about["sites"])
+        location = StoredLocation.from_json(about["stored"])
+        location.check(stored_in, "the batch's own output_uri and that given to load_batch")
+        arrays = StoredArrays(location, about["sites"])
     else:
         by_site: dict[str, dict[str, Array]] = {}
         for name, array in tensors.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -10,7 +11,7 @@ import numpy as np
 from reltrace_proto.v1 import types_pb2
 
 from reltrace.storage.stored_arrays import StoredLocation, StoredTensor
-from reltrace.types.arrays import Array, scalar_name
+from reltrace.types.arrays import NUMPY_TYPES, Array, scalar_name
 from reltrace.types.atlas_shard import AtlasShard
 from reltrace.types.errors import ProtocolError
 from reltrace.types.generation import Generation
@@ -166,7 +167,17 @@ def _provenance(data: bytes) -> Provenance:
 def stored_location(
     manifest: types_pb2.Manifest, tensors: Iterable[types_pb2.StoredTensor]
 ) -> StoredLocation:
-    """Return where some of a manifest's tensors are stored."""
+    """Return where some of a manifest's tensors are stored.
+
+    Raises ProtocolError if its tensors have not as many bytes as it says.
+    """
+    size = sum(
+        math.prod(wire.shape) * NUMPY_TYPES[dtype].itemsize
+        for wire in manifest.tensors
+        if (dtype := scalar_name(wire.dtype)) in NUMPY_TYPES
+    )
+    if size != manifest.length:
+        raise ProtocolError(f"a manifest of {size} bytes of tensors says {manifest.length}")
     return StoredLocation(
         manifest.url,
         manifest.offset,

@@ -38,6 +38,8 @@ class Submission:
         From the server's answer; "" before.
     job_ids : sequence of str
         Ids of the jobs, from the server's answer.
+    results_url : str
+        The server's store of large results; "": it has none.
     deduplicated : bool
         The server had it before, under the same key: its results may still exist, or not.
     """
@@ -46,6 +48,7 @@ class Submission:
     sent: bool = False
     id: str = ""
     job_ids: Sequence[str] = ()
+    results_url: str = ""
     deduplicated: bool = False
 
 
@@ -73,7 +76,7 @@ class PendingSubmissions:
 
     def accepted(self, submission: Submission, answer: trace_pb2.SubmitJobsResponse) -> None:
         submission.id, submission.job_ids = answer.submission_id, list(answer.job_ids)
-        submission.deduplicated = answer.deduplicated
+        submission.deduplicated, submission.results_url = answer.deduplicated, answer.results_url
         self._add_on_server({submission.id: len(submission.request.jobs)})
 
     def finished(self, submission: Submission) -> None:

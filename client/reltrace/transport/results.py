@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import grpc
 import grpc.aio
+from reltrace_proto.stores import KNOWN_SCHEMES, url_fault
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
-from reltrace.storage.stored_arrays import StoredArrays, read_together
+from reltrace.storage.stored_arrays import StoredArrays, StoredLocation, read_together
 from reltrace.transport.assemble import JobResult, OrderError, ResultCursor
 from reltrace.transport.connection import Connection
 from reltrace.transport.pending import Submission
@@ -96,7 +97,13 @@ async def stream_results(
                     for event in response.events:
                         if (result := cursor.take(event)) is None:
                             continue
-                        result = await _fetch_stored(result, jobs[result.index], deadline, throttle)
+                        result = await _fetch_stored(
+                            result,
+                            jobs[result.index],
+                            submission.results_url,
+                            deadline,
+                            throttle,
+                        )
                         if acknowledger is not None and not cursor.has_gaps:
                             acknowledger.note(cursor.last_entry, result.bytes)
                         recovery.received()
@@ -157,6 +164,7 @@ async def acknowledge(connection: Connection, submission_id: str, through_entry:
 async def _fetch_stored(
     result: JobResult,
     job: Job,
+    results_url: str,
     deadline: Deadline,
     throttle: Callable[[], Awaitable[None]] | None,
 ) -> JobResult:
@@ -171,7 +179,14 @@ async def _fetch_stored(
     else:
         parts = outcome if isinstance(outcome, list) else ()
     stored = [part.arrays for part in parts if isinstance(part.arrays, StoredArrays)]
-    if not stored or job.spec.output_uri:
+    if not stored:
+        return result
+    try:
+        _check_store(stored[0].location, job, results_url)
+    except StoreUnreadable as error:
+        error.job_id = outcome[0].job_id if isinstance(outcome, list) else None
+        return replace(result, outcome=error)
+    if job.spec.output_uri:
         return result
     # One message may name far more bytes than a message can hold.
     if throttle is not None:
@@ -194,6 +209,15 @@ async def _fetch_stored(
     assert isinstance(outcome, list)
     traces = [replace(trace, arrays=own) for trace, own in zip(outcome, arrays, strict=True)]
     return replace(result, outcome=traces, bytes=size)
+
+
+def _check_store(location: StoredLocation, job: Job, results_url: str) -> None:
+    """Raise StoreUnreadable if a worker names another store than the caller or the server does."""
+    if job.spec.output_uri:
+        location.check([job.spec.output_uri], "the job's output_uri")
+        return
+    known = results_url.partition("://")[0] in KNOWN_SCHEMES and not url_fault(results_url)
+    location.check([results_url] if known else [], "the server's store of large results")
 
 
 class _Acknowledger:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from reltrace_proto.v1 import types_pb2 as reltrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17reltrace/v1/trace.proto\x12\x0breltrace.v1\x1a\x17reltrace/v1/types.proto\"y\n\x11SubmitJobsRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\"\n\x04jobs\x18\x02 \x03(\x0b\x32\x14.reltrace.v1.JobSpec\x12\'\n\x08priority\x18\x03 \x01(\x0e\x32\x15.reltrace.v1.Priority\"d\n\x12SubmitJobsResponse\x12\x15\n\rsubmission_id\x18\x01 \x01(\t\x12\x0f\n\x07job_ids\x18\x02 \x03(\t\x12\x14\n\x0c\x64\x65\x64uplicated\x18\x03 \x01(\x08\x12\x10\n\x08unserved\x18\x04 \x03(\t\"j\n\x14StreamResultsRequest\x12\x15\n\rsubmission_id\x18\x01 \x01(\t\x12\x13\n\x0b\x61\x66ter_entry\x18\x02 \x01(\x04\x12\x13\n\x0b\x61\x66ter_chunk\x18\x03 \x01(\r\x12\x11\n\tdrafts_of\x18\x04 \x03(\t\"E\n\x0bResultEvent\x12\r\n\x05\x65ntry\x18\x01 \x01(\x04\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.reltrace.v1.ResultChunk\"e\n\x15StreamResultsResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.reltrace.v1.ResultEvent\x12\"\n\x06\x64rafts\x18\x02 \x03(\x0b\x32\x12.reltrace.v1.Draft\"I\n\x19\x41\x63knowledgeResultsRequest\x12\x15\n\rsubmission_id\x18\x01 \x01(\t\x12\x15\n\rthrough_entry\x18\x02 \x01(\x04\"\x1c\n\x1a\x41\x63knowledgeResultsResponse\";\n\x11\x43\x61ncelJobsRequest\x12\x15\n\rsubmission_id\x18\x01 \x01(\t\x12\x0f\n\x07job_ids\x18\x02 \x03(\t\"\'\n\x12\x43\x61ncelJobsResponse\x12\x11\n\tcancelled\x18\x01 \x01(\r\"!\n\x0eGetJobsRequest\x12\x0f\n\x07job_ids\x18\x01 \x03(\t\"e\n\tJobStatus\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.reltrace.v1.JobState\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x11\n\tworker_id\x18\x04 \x01(\t\"7\n\x0fGetJobsResponse\x12$\n\x04jobs\x18\x01 \x03(\x0b\x32\x16.reltrace.v1.JobStatus\"\x13\n\x11ListModelsRequest\"E\n\x0bServedModel\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.reltrace.v1.ModelInfo\x12\x0f\n\x07workers\x18\x02 \x01(\r\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.reltrace.v1.ServedModel2\x82\x04\n\x0cTraceService\x12M\n\nSubmitJobs\x12\x1e.reltrace.v1.SubmitJobsRequest\x1a\x1f.reltrace.v1.SubmitJobsResponse\x12X\n\rStreamResults\x12!.reltrace.v1.StreamResultsRequest\x1a\".reltrace.v1.StreamResultsResponse0\x01\x12\x65\n\x12\x41\x63knowledgeResults\x12&.reltrace.v1.AcknowledgeResultsRequest\x1a\'.reltrace.v1.AcknowledgeResultsResponse\x12M\n\nCancelJobs\x12\x1e.reltrace.v1.CancelJobsRequest\x1a\x1f.reltrace.v1.CancelJobsResponse\x12\x44\n\x07GetJobs\x12\x1b.reltrace.v1.GetJobsRequest\x1a\x1c.reltrace.v1.GetJobsResponse\x12M\n\nListModels\x12\x1e.reltrace.v1.ListModelsRequest\x1a\x1f.reltrace.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17reltrace/v1/trace.proto\x12\x0breltrace.v1\x1a\x17reltrace/v1/types.proto\"y\n\x11SubmitJobsRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\"\n\x04jobs\x18\x02 \x03(\x0b\x32\x14.reltrace.v1.JobSpec\x12\'\n\x08priority\x18\x03 \x01(\x0e\x32\x15.reltrace.v1.Priority\"y\n\x12SubmitJobsResponse\x12\x15\n\rsubmission_id\x18\x01 \x01(\t\x12\x0f\n\x07job_ids\x18\x02 \x03(\t\x12\x14\n\x0c\x64\x65\x64uplicated\x18\x03 \x01(\x08\x12\x10\n\x08unserved\x18\x04 \x03(\t\x12\x13\n\x0bresults_url\x18\x05 \x01(\t\"j\n\x14StreamResultsRequest\x12\x15\n\rsubmission_id\x18\x01 \x01(\t\x12\x13\n\x0b\x61\x66ter_entry\x18\x02 \x01(\x04\x12\x13\n\x0b\x61\x66ter_chunk\x18\x03 \x01(\r\x12\x11\n\tdrafts_of\x18\x04 \x03(\t\"E\n\x0bResultEvent\x12\r\n\x05\x65ntry\x18\x01 \x01(\x04\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.reltrace.v1.ResultChunk\"e\n\x15StreamResultsResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.reltrace.v1.ResultEvent\x12\"\n\x06\x64rafts\x18\x02 \x03(\x0b\x32\x12.reltrace.v1.Draft\"I\n\x19\x41\x63knowledgeResultsRequest\x12\x15\n\rsubmission_id\x18\x01 \x01(\t\x12\x15\n\rthrough_entry\x18\x02 \x01(\x04\"\x1c\n\x1a\x41\x63knowledgeResultsResponse\";\n\x11\x43\x61ncelJobsRequest\x12\x15\n\rsubmission_id\x18\x01 \x01(\t\x12\x0f\n\x07job_ids\x18\x02 \x03(\t\"\'\n\x12\x43\x61ncelJobsResponse\x12\x11\n\tcancelled\x18\x01 \x01(\r\"!\n\x0eGetJobsRequest\x12\x0f\n\x07job_ids\x18\x01 \x03(\t\"e\n\tJobStatus\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.reltrace.v1.JobState\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x11\n\tworker_id\x18\x04 \x01(\t\"7\n\x0fGetJobsResponse\x12$\n\x04jobs\x18\x01 \x03(\x0b\x32\x16.reltrace.v1.JobStatus\"\x13\n\x11ListModelsRequest\"E\n\x0bServedModel\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.reltrace.v1.ModelInfo\x12\x0f\n\x07workers\x18\x02 \x01(\r\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.reltrace.v1.ServedModel2\x82\x04\n\x0cTraceService\x12M\n\nSubmitJobs\x12\x1e.reltrace.v1.SubmitJobsRequest\x1a\x1f.reltrace.v1.SubmitJobsResponse\x12X\n\rStreamResults\x12!.reltrace.v1.StreamResultsRequest\x1a\".reltrace.v1.StreamResultsResponse0\x01\x12\x65\n\x12\x41\x63knowledgeResults\x12&.reltrace.v1.AcknowledgeResultsRequest\x1a\'.reltrace.v1.AcknowledgeResultsResponse\x12M\n\nCancelJobs\x12\x1e.reltrace.v1.CancelJobsRequest\x1a\x1f.reltrace.v1.CancelJobsResponse\x12\x44\n\x07GetJobs\x12\x1b.reltrace.v1.GetJobsRequest\x1a\x1c.reltrace.v1.GetJobsResponse\x12M\n\nListModels\x12\x1e.reltrace.v1.ListModelsRequest\x1a\x1f.reltrace.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITJOBSREQUEST']._serialized_start=65
   _globals['_SUBMITJOBSREQUEST']._serialized_end=186
   _globals['_SUBMITJOBSRESPONSE']._serialized_start=188
-  _globals['_SUBMITJOBSRESPONSE']._serialized_end=288
-  _globals['_STREAMRESULTSREQUEST']._serialized_start=290
-  _globals['_STREAMRESULTSREQUEST']._serialized_end=396
-  _globals['_RESULTEVENT']._serialized_start=398
-  _globals['_RESULTEVENT']._serialized_end=467
-  _globals['_STREAMRESULTSRESPONSE']._serialized_start=469
-  _globals['_STREAMRESULTSRESPONSE']._serialized_end=570
-  _globals['_ACKNOWLEDGERESULTSREQUEST']._serialized_start=572
-  _globals['_ACKNOWLEDGERESULTSREQUEST']._serialized_end=645
-  _globals['_ACKNOWLEDGERESULTSRESPONSE']._serialized_start=647
-  _globals['_ACKNOWLEDGERESULTSRESPONSE']._serialized_end=675
-  _globals['_CANCELJOBSREQUEST']._serialized_start=677
-  _globals['_CANCELJOBSREQUEST']._serialized_end=736
-  _globals['_CANCELJOBSRESPONSE']._serialized_start=738
-  _globals['_CANCELJOBSRESPONSE']._serialized_end=777
-  _globals['_GETJOBSREQUEST']._serialized_start=779
-  _globals['_GETJOBSREQUEST']._serialized_end=812
-  _globals['_JOBSTATUS']._serialized_start=814
-  _globals['_JOBSTATUS']._serialized_end=915
-  _globals['_GETJOBSRESPONSE']._serialized_start=917
-  _globals['_GETJOBSRESPONSE']._serialized_end=972
-  _globals['_LISTMODELSREQUEST']._serialized_start=974
-  _globals['_LISTMODELSREQUEST']._serialized_end=993
-  _globals['_SERVEDMODEL']._serialized_start=995
-  _globals['_SERVEDMODEL']._serialized_end=1064
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1066
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1128
-  _globals['_TRACESERVICE']._serialized_start=1131
-  _globals['_TRACESERVICE']._serialized_end=1645
+  _globals['_SUBMITJOBSRESPONSE']._serialized_end=309
+  _globals['_STREAMRESULTSREQUEST']._serialized_start=311
+  _globals['_STREAMRESULTSREQUEST']._serialized_end=417
+  _globals['_RESULTEVENT']._serialized_start=419
+  _globals['_RESULTEVENT']._serialized_end=488
+  _globals['_STREAMRESULTSRESPONSE']._serialized_start=490
+  _globals['_STREAMRESULTSRESPONSE']._serialized_end=591
+  _globals['_ACKNOWLEDGERESULTSREQUEST']._serialized_start=593
+  _globals['_ACKNOWLEDGERESULTSREQUEST']._serialized_end=666
+  _globals['_ACKNOWLEDGERESULTSRESPONSE']._serialized_start=668
+  _globals['_ACKNOWLEDGERESULTSRESPONSE']._serialized_end=696
+  _globals['_CANCELJOBSREQUEST']._serialized_start=698
+  _globals['_CANCELJOBSREQUEST']._serialized_end=757
+  _globals['_CANCELJOBSRESPONSE']._serialized_start=759
+  _globals['_CANCELJOBSRESPONSE']._serialized_end=798
+  _globals['_GETJOBSREQUEST']._serialized_start=800
+  _globals['_GETJOBSREQUEST']._serialized_end=833
+  _globals['_JOBSTATUS']._serialized_start=835
+  _globals['_JOBSTATUS']._serialized_end=936
+  _globals['_GETJOBSRESPONSE']._serialized_start=938
+  _globals['_GETJOBSRESPONSE']._serialized_end=993
+  _globals['_LISTMODELSREQUEST']._serialized_start=995
+  _globals['_LISTMODELSREQUEST']._serialized_end=1014
+  _globals['_SERVEDMODEL']._serialized_start=1016
+  _globals['_SERVEDMODEL']._serialized_end=1085
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1087
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1149
+  _globals['_TRACESERVICE']._serialized_start=1152
+  _globals['_TRACESERVICE']._serialized_end=1666
 # @@protoc_insertion_point(module_scope)

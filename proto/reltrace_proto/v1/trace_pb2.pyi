@@ -56,9 +56,14 @@ class SubmitJobsResponse(_message.Message):
     JOB_IDS_FIELD_NUMBER: _builtins.int
     DEDUPLICATED_FIELD_NUMBER: _builtins.int
     UNSERVED_FIELD_NUMBER: _builtins.int
+    RESULTS_URL_FIELD_NUMBER: _builtins.int
     submission_id: _builtins.str
     deduplicated: _builtins.bool
     """The idempotency key had been seen: nothing was added."""
+    results_url: _builtins.str
+    """Folder, as a URL, that holds tensors of results of these jobs that name no folder of their own;
+    empty: they are all in the results.
+    """
     @_builtins.property
     def job_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """In the order of the request's jobs."""
@@ -74,10 +79,11 @@ class SubmitJobsResponse(_message.Message):
         job_ids: _abc.Iterable[_builtins.str] | None = ...,
         deduplicated: _builtins.bool = ...,
         unserved: _abc.Iterable[_builtins.str] | None = ...,
+        results_url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deduplicated", b"deduplicated", "job_ids", b"job_ids", "submission_id", b"submission_id", "unserved", b"unserved"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deduplicated", b"deduplicated", "job_ids", b"job_ids", "results_url", b"results_url", "submission_id", b"submission_id", "unserved", b"unserved"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

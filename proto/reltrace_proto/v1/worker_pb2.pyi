@@ -393,6 +393,7 @@ class Welcome(_message.Message):
     DRAFTS_FIELD_NUMBER: _builtins.int
     PROTOCOL_FIELD_NUMBER: _builtins.int
     MAX_RESULT_BYTES_FIELD_NUMBER: _builtins.int
+    OUTPUT_URI_FIELD_NUMBER: _builtins.int
     results_url: _builtins.str
     """Folder, as a URL, for the tensors of results that are larger than results_above_bytes; empty: none."""
     results_above_bytes: _builtins.int
@@ -410,6 +411,10 @@ class Welcome(_message.Message):
     def heartbeat(self) -> _duration_pb2.Duration:
         """Send a heartbeat this often."""
 
+    @_builtins.property
+    def output_uri(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Folders, as URLs, in which JobSpec.output_uri may be; "{tenant}" in them is the tenant's name."""
+
     def __init__(
         self,
         *,
@@ -420,10 +425,11 @@ class Welcome(_message.Message):
         drafts: _builtins.bool = ...,
         protocol: _builtins.int = ...,
         max_result_bytes: _builtins.int = ...,
+        output_uri: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "heartbeat", b"heartbeat", "lease", b"lease", "max_result_bytes", b"max_result_bytes", "protocol", b"protocol", "results_above_bytes", b"results_above_bytes", "results_url", b"results_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "heartbeat", b"heartbeat", "lease", b"lease", "max_result_bytes", b"max_result_bytes", "output_uri", b"output_uri", "protocol", b"protocol", "results_above_bytes", b"results_above_bytes", "results_url", b"results_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

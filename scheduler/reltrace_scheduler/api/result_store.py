@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 from fsspec.core import url_to_fs
+from reltrace_proto.stores import is_below, url_fault
 
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.store import Store
@@ -25,26 +26,37 @@ _MIN_AGE = 60.0
 
 _BATCH = 500
 _NAME = re.compile(r"(?P<job>[\w.]+-\d+)\.\d+\.safetensors")
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://.+")
+_TENANT = "{tenant}"
 
 
 def check_url(option: str, url: str) -> None:
     """Raise StartError if the folder that an option names is no URL of a known store."""
-    if not _URL.fullmatch(url):
-        raise StartError(
-            f"{option} {url}: must be a URL such as file:///srv/results or s3://bucket"
-        )
+    if fault := url_fault(url):
+        raise StartError(f"{option} {url}: {fault}")
     try:
         url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise StartError(f"{option} {url}: {error}") from error
 
 
-def is_inside(uri: str, folders: Sequence[str]) -> bool:
-    """Tell whether a URL is one of some folders, or in one of them."""
-    if ".." in uri.split("/"):
-        return False
-    return any(uri == folder or uri.startswith(f"{folder}/") for folder in folders)
+def output_folders(patterns: Sequence[str], tenant: str) -> list[str]:
+    """Return the folders of --output-uri that are a tenant's."""
+    return [pattern.replace(_TENANT, tenant) for pattern in patterns]
+
+
+def shared_folders(patterns: Sequence[str]) -> list[str]:
+    """Return those that are all tenants'."""
+    return [pattern for pattern in patterns if _TENANT not in pattern]
+
+
+def may_hold_results(url: str, results_url: str, patterns: Sequence[str], tenant: str) -> bool:
+    """Tell whether a worker may have written a tenant's tensors there; tenant "": not known."""
+    if results_url and is_below(url, [results_url]):
+        return True
+    if tenant:
+        return is_below(url, output_folders(patterns, tenant))
+    whole = (pattern.partition(_TENANT) for pattern in patterns)
+    return is_below(url, [head.rpartition("/")[0] if mark else head for head, mark, _ in whole])
 
 
 class Sweeper:

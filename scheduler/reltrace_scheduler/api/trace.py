@@ -12,6 +12,7 @@ from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.result_sizes import ResultLimits
+from reltrace_scheduler.api.result_store import output_folders
 from reltrace_scheduler.api.terminal_results import cancelled, end
 from reltrace_scheduler.api.validation import as_sent, check_job_ids, check_submission
 from reltrace_scheduler.auth.identity import current
@@ -59,14 +60,15 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         models = await self._models.get(*(job.model for job in request.jobs))
         try:
             limits = self._result_limits()
-            check = partial(check_submission, request, models, limits, settings.output_uri)
+            folders = output_folders(settings.output_uri, current().tenant)
+            check = partial(check_submission, request, models, limits, folders)
             jobs = await off_loop(check)
         except SchedulerError:
             # What was accepted stays accepted, also when models have come or gone since.
             before = await self._accepted_before(request)
             if before is None:
                 raise
-            return _submitted(before, ())
+            return self._submitted(before, ())
         tenant, priority = current().tenant, _PRIORITIES[request.priority]
         submission = await self._store.queue.submit(
             jobs, tenant=tenant, priority=priority, idempotency_key=request.idempotency_key
@@ -82,7 +84,18 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 tenant=tenant,
                 jobs=len(jobs),
             )
-        return _submitted(submission, await self._models.unserved({job.route for job in jobs}))
+        return self._submitted(submission, await self._models.unserved({job.route for job in jobs}))
+
+    def _submitted(
+        self, submission: Submission, unserved: Iterable[str]
+    ) -> trace_pb2.SubmitJobsResponse:
+        return trace_pb2.SubmitJobsResponse(
+            submission_id=submission.id,
+            job_ids=submission.job_ids,
+            deduplicated=submission.deduplicated,
+            results_url=self._store.results_url,
+            unserved=unserved,
+        )
 
     def _result_limits(self) -> ResultLimits:
         bounds, store = self._store.bounds, self._store.results_url
@@ -192,15 +205,6 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             for route in models.revisions(name) or [name]:
                 response.models.add(model=models.known[route], workers=models.workers.get(route, 0))
         return response
-
-
-def _submitted(submission: Submission, unserved: Iterable[str]) -> trace_pb2.SubmitJobsResponse:
-    return trace_pb2.SubmitJobsResponse(
-        submission_id=submission.id,
-        job_ids=submission.job_ids,
-        deduplicated=submission.deduplicated,
-        unserved=unserved,
-    )
 
 
 def _check_drafts(request: trace_pb2.StreamResultsRequest) -> None:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from google.protobuf.message import Message
+from reltrace_proto.stores import is_below
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace_scheduler import __version__
 from reltrace_scheduler.api.job_faults import input_faults, settings_faults
 from reltrace_scheduler.api.models import Models
 from reltrace_scheduler.api.result_sizes import ResultLimits
-from reltrace_scheduler.api.result_store import is_inside
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     NotFoundError,
@@ -131,7 +131,7 @@ def _ambiguous_revision(route: str, models: Models) -> str:
 
 
 def _output_faults(spec: types_pb2.JobSpec, allowed: Sequence[str]) -> Iterator[Violation]:
-    if spec.output_uri and not is_inside(spec.output_uri, allowed):
+    if spec.output_uri and not is_below(spec.output_uri, allowed):
         folders = ", ".join(allowed) or "none (the operator names them by --output-uri)"
         fault = f"{spec.output_uri!r} is in no folder allowed here: {folders}"
         yield Violation("output_uri", fault)

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2
 from redis.exceptions import RedisError
 from reltrace_proto.protocol import PROTOCOL
 from reltrace_proto.telemetry import Spans
@@ -17,6 +18,7 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_scheduler.api import terminal_results
 from reltrace_scheduler.api.leasing import UNKNOWN, EmptyQueueCache, Leasing
 from reltrace_scheduler.api.models import ModelCache
+from reltrace_scheduler.api.result_store import may_hold_results
 from reltrace_scheduler.errors import invalid
 from reltrace_scheduler.keys import QueueName, submission_of
 from reltrace_scheduler.limits import MAX_NEW_TOKENS
@@ -34,6 +36,7 @@ _DRAFT_BYTES = 1 << 18
 """More than a whole text needs with any vocabulary."""
 _FIRST_DELAY, _LAST_DELAY = 1.0, 8.0
 """Seconds after which a worker sends results again that Redis had no room for."""
+_SHOWN_URL = 200
 _MISSED = 2
 """Heartbeats that a worker may miss before it is leased nothing: shorter than a lease."""
 _SHOWN_SILENCE = 5.0
@@ -98,6 +101,7 @@ class Session:
             results_above_bytes=self._store.bounds.results_above,
             max_result_bytes=self._store.bounds.max_result_bytes,
             drafts=True,
+            output_uri=settings.output_uri,
             protocol=PROTOCOL,
         )
         return worker_pb2.WorkResponse(welcome=welcome)
@@ -264,7 +268,30 @@ class Session:
         deferred = worker_pb2.Deferred(id=results.id, delay=_duration(delay))
         return [worker_pb2.WorkResponse(deferred=deferred)]
 
+    async def _refuse_other_stores(self, results: worker_pb2.Results) -> None:
+        """Take out chunks whose tensors are in no store of ours: their attempts have failed.
+
+        Clients open what a result names.
+        """
+        refused = [chunk for chunk in results.chunks if not self._is_in_a_store_of_ours(chunk)]
+        for leased in refused:
+            results.chunks.remove(leased)
+            url = leased.chunk.manifest.url[:_SHOWN_URL]
+            self._log.error("store.not_ours", job=leased.chunk.job_id, url=url)
+            ref = worker_pb2.LeaseRef(job_id=leased.chunk.job_id, attempt=leased.attempt)
+            message = f"the tensors were written to {url!r}, which is no store of this service"
+            error = types_pb2.JobError(code=code_pb2.INTERNAL, message=message)
+            await self._release(worker_pb2.Release(leases=[ref], error=error))
+
+    def _is_in_a_store_of_ours(self, leased: worker_pb2.LeasedChunk) -> bool:
+        if not leased.chunk.HasField("manifest"):
+            return True
+        tenant = self.leasing.held.get(Lease(leased.chunk.job_id, leased.attempt), UNKNOWN).tenant
+        url, patterns = leased.chunk.manifest.url, self._store.settings.output_uri
+        return may_hold_results(url, self._store.results_url, patterns, tenant)
+
     async def _commit(self, results: worker_pb2.Results) -> list[worker_pb2.WorkResponse]:
+        await self._refuse_other_stores(results)
         most = self._store.bounds.max_result_bytes
         chunks = [_new_chunk(index, chunk, most) for index, chunk in enumerate(results.chunks)]
         outcome = await self._queue.commit(self.worker_id, chunks)

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,9 @@ _REPORT_EVERY = 10.0
 # A worker finishes the pass it is in; the scheduler then has nothing left to wait for.
 _WORKER_GRACE = 30.0
 _SCHEDULER_GRACE = 15.0
+
+_LARGEST_SENT = 64 << 20
+"""Bytes of tensors; the scheduler takes as many as its Redis has memory for."""
 
 _MAY_PASS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
@@ -238,6 +241,8 @@ def _children(options: UpOptions, port: int, report: Callable[[str], None]) -> l
     else:
         # Not an argument, which every user of the machine can read: the URL may hold a password.
         variables["RELTRACE_REDIS"] = options.redis
+    if "RELTRACE_RESULTS_URL" not in environment:
+        scheduler += _results_options(options.folder / "results", environment)
     children = [
         Child("scheduler", "reltrace_scheduler", scheduler, environment | variables, logs, report)
     ]
@@ -253,6 +258,17 @@ def _children(options: UpOptions, port: int, report: Callable[[str], None]) -> l
         f"({', '.join(options.models)}); logs in {logs}"
     )
     return children
+
+
+def _results_options(folder: Path, environment: Mapping[str, str]) -> list[str]:
+    """Return the options by which results that Redis is too small for go to a folder."""
+    # What can be seen in a trace is this user's, as what Redis writes.
+    folder.mkdir(mode=0o700, exist_ok=True)
+    options = ["--results-url", f"file://{folder}"]
+    if "RELTRACE_RESULTS_ABOVE" not in environment:
+        # Only these: a client that comes through a tunnel can not read the folder.
+        options += ["--results-above", str(_LARGEST_SENT)]
+    return options
 
 
 def _check_names(models: Sequence[str]) -> None:

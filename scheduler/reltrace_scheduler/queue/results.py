@@ -12,8 +12,11 @@ from reltrace_scheduler.records import Lease, Progress, StoredChunk, StoredDraft
 _IDEMPOTENCY_TTL = 600.0
 """Seconds that a key is kept after its results: longer than a client repeats one call."""
 
-_PAGE = 128
-"""Entries read at a time; inline chunks are at most 64 KiB, so a page is at most 8 MiB."""
+_PAGE, _FIRST_PAGE = 128, 16
+"""Entries read at a time, and of the first read: inline chunks are at most 64 KiB."""
+
+_PAGE_BYTES = 1 << 20
+"""What a page is to have: Redis needs memory for the reply of each reader."""
 
 FIRST_DRAFT = "0"
 """The position before the first draft."""
@@ -49,8 +52,10 @@ class Results:
     ) -> AsyncIterator[StoredChunk]:
         """Yield the chunks after an entry and `after_chunk` chunks of the next one."""
         stream = self._shards.of(submission).key("results", submission)
+        entries = _FIRST_PAGE
         while True:
-            page: Any = await self._redis.xrange(stream, f"({after_entry}-0", "+", count=_PAGE)
+            page: Any = await self._redis.xrange(stream, f"({after_entry}-0", "+", count=entries)
+            size = sum(len(fields.get(b"c", b"")) for _, fields in page)
             for entry_id, fields in page:
                 entry = int(entry_id.partition(b"-")[0])
                 skip, after_chunk = after_chunk, 0
@@ -60,8 +65,10 @@ class Results:
                 elif skip == 0:
                     yield StoredChunk(entry, fields[b"c"])
                 after_entry = entry
-            if len(page) < _PAGE:
+            if len(page) < entries:
                 return
+            entries = _PAGE_BYTES * len(page) // max(1, size)
+            entries = min(max(_FIRST_PAGE, entries), _PAGE)
 
     async def _read_list(self, entry: int, key: bytes, skip: int) -> AsyncIterator[StoredChunk]:
         # One chunk at a time: what the reader has not taken stays in Redis.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from fake_server import FakeServer, status_with
 from reltrace.batch.run import Summary
 from reltrace.calls.source import open_source
 from reltrace.storage.stored_arrays import StoredArrays
+from reltrace.storage.trace_files import split
 from reltrace_proto.v1 import types_pb2
+from safetensors.numpy import save_file
 from stored_results import Store
 
 Batch = Callable[..., Summary]
@@ -27,6 +30,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: FakeServer) -
     (tmp_path / "store").mkdir()
     store = Store(tmp_path / "store", monkeypatch)
     server.run = store.run
+    server.results_url = store.folder.as_uri()
     return store
 
 
@@ -75,6 +79,44 @@ def test_tensors_stay_where_the_batch_wants_them(
     assert len(store.reads) == 40
     rows = list(loaded.rows())
     np.testing.assert_array_equal(rows[5]["resid"], loaded[5].relevance)
+
+
+@pytest.mark.parametrize("part_format", ["safetensors", "parquet"])
+def test_a_strangers_folder_does_not_choose_what_is_opened(
+    batch: Batch, store: Store, part_format: str, tmp_path: Path
+) -> None:
+    """
+    Given a batch whose manifest was changed, so that its tensors are in another folder, or in one
+    of a kind that the caller did not name
+    I expect nothing to be opened, unless the caller names the folder.
+    """
+    uri = store.folder.as_uri()
+    batch(LINES[:3], format=part_format, output_uri=uri)
+    manifest = tmp_path / "out" / "manifest.json"
+    text = manifest.read_text()
+    for other in ("http://127.0.0.1:1/x", f"{uri}/deeper", f"simplecache::{uri}", ""):
+        manifest.write_text(text.replace(uri, other))
+        loaded = reltrace.load_batch(tmp_path / "out")
+        with pytest.raises(reltrace.StoreUnreadable, match="nothing was opened"):
+            loaded[0]
+        named = reltrace.load_batch(tmp_path / "out", output_uri=f"{uri}/")
+        assert named[0].relevance.shape == (4, 3)
+    assert len(store.reads) == 4
+
+
+def test_a_single_trace_has_its_tensors_with_it(batch: Batch, store: Store, tmp_path: Path) -> None:
+    """
+    Given a file that says that it was written by Trace.save, and that its tensors are elsewhere
+    I expect nothing to be opened.
+    """
+    batch(LINES[:1], output_uri=store.folder.as_uri())
+    trace = reltrace.load_batch(tmp_path / "out")[0]
+    about, _ = split(trace, copy_stored=False)
+    metadata = {"format": "reltrace-trace-1", "trace": json.dumps(about)}
+    save_file({}, tmp_path / "t.safetensors", metadata)
+    with pytest.raises(reltrace.StoreUnreadable, match="nothing was opened"):
+        reltrace.Trace.load(tmp_path / "t.safetensors")
+    assert store.reads == []
 
 
 def test_several_targets_stay_there_too(batch: Batch, store: Store, tmp_path: Path) -> None:

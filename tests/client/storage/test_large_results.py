@@ -36,6 +36,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: FakeServer) -
     (tmp_path / "store").mkdir()
     store = Store(tmp_path / "store", monkeypatch)
     server.run = store.run
+    server.results_url = store.folder.as_uri()
     return store
 
 
@@ -68,6 +69,75 @@ def test_the_store_changes_no_bit(
     sent = client.trace(PROMPT, dtype=dtype)
     assert stored.relevance.dtype == sent.relevance.dtype
     assert stored.relevance.tobytes() == sent.relevance.tobytes()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{port}/a",
+        "file:///etc/hostname",
+        "file:///dev/zero",
+        "{store}/../secret",
+        "{store}/x::file://{secret}",
+        "simplecache::file://{secret}",
+        "{store}-of-others/x",
+        "{store}/{long}/..",
+    ],
+)
+def test_a_result_does_not_choose_what_is_opened(
+    store: Store, server: FakeServer, client: reltrace.Client, url: str, tmp_path: Path
+) -> None:
+    """
+    Given a worker that says its tensors are at a URL of its choice
+    I expect the job to fail with that URL, nothing to be opened, and other jobs to go on; also
+    where the caller has named a folder.
+    """
+    (tmp_path / "secret").write_bytes(bytes(1000))
+    url = url.format(
+        store=store.folder.as_uri(), secret=tmp_path / "secret", port=server.address.split(":")[1],
+        long="x" * 5000,
+    )  # fmt: skip
+
+    def run(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
+        (chunk,) = store.run(spec, job_id)
+        if spec.prompt == "bad":
+            chunk.manifest.url = url
+        return [chunk]
+
+    server.run = run
+    for output_uri in (None, store.folder.as_uri()):
+        good, bad = client.trace_many([PROMPT, "bad"], ordered=True, output_uri=output_uri)
+        assert isinstance(bad, reltrace.Failure)
+        assert isinstance(bad.error, reltrace.StoreUnreadable)
+        assert "nothing was opened" in str(bad.error)
+        assert url[:60] in str(bad.error)
+        assert len(str(bad.error)) < 1000
+        np.testing.assert_array_equal(good.relevance, expected())
+    assert all(read.startswith(f"{store.folder.as_uri()}/s") for read in store.reads)
+
+
+@pytest.mark.parametrize("announced", ["", "http://127.0.0.1:1/x", "simplecache::s3://bucket"])
+def test_a_store_that_a_server_may_not_name(
+    store: Store, server: FakeServer, client: reltrace.Client, announced: str
+) -> None:
+    server.results_url = announced
+    with pytest.raises(reltrace.StoreUnreadable, match="nothing was opened"):
+        client.trace(PROMPT)
+    assert store.reads == []
+
+
+def test_a_manifest_that_says_other_lengths(
+    store: Store, server: FakeServer, client: reltrace.Client
+) -> None:
+    def run(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
+        (chunk,) = store.run(spec, job_id)
+        chunk.manifest.length = 1 << 40
+        return [chunk]
+
+    server.run = run
+    with pytest.raises(reltrace.ProtocolError, match=f"says {1 << 40}"):
+        client.trace(PROMPT)
+    assert store.reads == []
 
 
 def test_several_targets_are_read_at_once(store: Store, client: reltrace.Client) -> None:

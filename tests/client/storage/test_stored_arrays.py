@@ -83,6 +83,17 @@ def test_what_is_not_there_any_more_is_an_error_that_names_it(tmp_path: Path, da
     np.testing.assert_array_equal(arrays["resid"][""], VALUES)
 
 
+def test_no_more_is_read_than_the_store_has() -> None:
+    """
+    Given a device without end, of which much is to be read
+    I expect an error at once, and no memory to be taken.
+    """
+    tensor = StoredTensor("resid", "", "float32", (1 << 38,), 0)
+    where = StoredLocation("file:///dev/zero", 0, 1 << 40, "", (tensor,))
+    with pytest.raises(reltrace.StoreUnreadable, match="does not hold"):
+        StoredArrays(where)["resid"]
+
+
 def test_a_store_that_nothing_here_can_reach_says_what_is_missing() -> None:
     tensor = StoredTensor("resid", "", "float32", (1,), 0)
     where = StoredLocation("adl://account/file", 0, 4, "", (tensor,))

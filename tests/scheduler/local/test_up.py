@@ -294,8 +294,19 @@ def test_what_the_parts_are_told(start: Callable[..., Up]) -> None:
     log = (up.data / "logs" / "scheduler.log").read_text()
     assert "redis redis://user:secret@127.0.0.1:7/0" in log
     assert log.rpartition("told ")[2].split() == ["RELTRACE_LEASE", "RELTRACE_REDIS"]
-    arguments = log.split("arguments", 1)[1].split("redis", 1)[0]
-    assert re.fullmatch(r" \['--listen', '127\.0\.0\.1:\d+'\] ", arguments)
+    arguments = log.split("arguments", 1)[1].split(" redis ", 1)[0]
+    results = re.escape(
+        f"'--results-url', 'file://{up.data}/results', '--results-above', '67108864'"
+    )
+    assert re.fullmatch(rf" \['--listen', '127\.0\.0\.1:\d+', {results}\]", arguments)
+    assert (up.data / "results").stat().st_mode & 0o777 == 0o700
+
+
+def test_large_results_go_where_the_user_says(start: Callable[..., Up]) -> None:
+    up = start(RELTRACE_RESULTS_URL="s3://bucket")
+    up.ready()
+    assert up.end()[0] == 0
+    assert "--results" not in (up.data / "logs" / "scheduler.log").read_text()
 
 
 @pytest.mark.parametrize(("options", "told"), [([], False), (["--dtype", "bfloat16"], True)])

@@ -163,8 +163,8 @@ class ResultEncoder:
                 "'feature', dtype='bfloat16'"
             )
         raise ResultTooLargeError(
-            f"the {what} would have {size} bytes ({size / MIB:.0f} MiB), and at most "
-            f"{self.large.most} ({self.large.most / MIB:.0f} MiB) go through the queue; ask for "
+            f"the {what} would have {size} bytes ({size / MIB:.3g} MiB), and at most "
+            f"{self.large.most} ({self.large.most / MIB:.3g} MiB) go through the queue; ask for "
             f"{fewer}; or have large results stored: output_uri, or the scheduler's --results-url"
         )
 
