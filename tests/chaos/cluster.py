@@ -192,15 +192,18 @@ class Cluster:
         *,
         host: str = "",
         prepare: Callable[[], object] = lambda: None,
+        tree: Path | None = None,
     ) -> Part:
         """Start a process that ends with the cluster, on the host of its name or of another."""
         if self._network is not None:
             command = self._network.on(host or name, command)
-        return self._parts.enter_context(Part(name, command, self.folder, prepare))
+        return self._parts.enter_context(Part(name, command, self.folder, prepare, tree))
 
-    def start_module(self, name: str, module: str, *options: str, host: str = "") -> Part:
+    def start_module(
+        self, name: str, module: str, *options: str, host: str = "", tree: Path | None = None
+    ) -> Part:
         """Start ``python -m MODULE OPTIONS``."""
-        return self.start(name, [sys.executable, "-m", module, *options], host=host)
+        return self.start(name, [sys.executable, "-m", module, *options], host=host, tree=tree)
 
     def hang_order(self, worker: str) -> Path:
         """Return the file that tells a worker to hang in its next pass; it takes the file away."""

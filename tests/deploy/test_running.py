@@ -209,7 +209,7 @@ def test_a_scheduler_of_the_stack(
             **image_environment("scheduler"),
             **SERVICES["scheduler-1"]["environment"],
         }.items()
-        if name not in {"RELTRACE_METRICS", "PATH"}
+        if name not in {"RELTRACE_METRICS", "PATH"} and value is not None
     }
     port, page = free_port(), free_port()
     environment |= {

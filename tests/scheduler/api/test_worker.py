@@ -462,6 +462,42 @@ FIRST = {
         worker_pb2.WorkRequest(hello=worker_pb2.Hello(worker_id="w")),
         "hello.model.name",
     ),
+    "a device of another terminal": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(worker_id="w", model=MODEL, device="\x1b[2J")
+        ),
+        "hello.device",
+    ),
+    "a long version": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(worker_id="w", model=MODEL, version="1" * 257)
+        ),
+        "hello.version",
+    ),
+    "a name that changes its direction": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="a\u202eb"))
+        ),
+        "hello.model.name",
+    ),
+    "a site of two lines": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(
+                worker_id="w",
+                model=MODEL,
+                further_models=[types_pb2.ModelInfo(name="n", sites=["resid", "a\nb"])],
+            )
+        ),
+        "hello.further_models[0].sites",
+    ),
+    "many rules": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(
+                worker_id="w", model=types_pb2.ModelInfo(name="n", rules=["r"] * 257)
+            )
+        ),
+        "hello.model.rules",
+    ),
 }
 LATER = {
     "a second greeting": (worker_pb2.WorkRequest(hello=worker_pb2.Hello()), "hello"),

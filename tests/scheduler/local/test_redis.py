@@ -12,7 +12,7 @@ import pytest
 import redis
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local import redis as embedded
-from reltrace_scheduler.local.redis import EmbeddedRedis, find_server
+from reltrace_scheduler.local.redis import EmbeddedRedis, find_server, machine_memory
 
 
 def alive(pid: int) -> bool:
@@ -193,3 +193,26 @@ async def test_nobody_else_can_read_the_data(tmp_path: Path) -> None:
         assert any(b"secret" in file.read_bytes() for file in files)
         assert not any(file.stat().st_mode & 0o077 for file in files)
         shutil.rmtree(data)
+
+
+@pytest.mark.parametrize(("machine", "expected"), [(8 << 30, 2 << 30), (512 << 20, 256 << 20)])
+async def test_it_takes_a_part_of_the_machine_and_evicts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: int, expected: int
+) -> None:
+    monkeypatch.setattr(embedded, "machine_memory", lambda: machine)
+    server = EmbeddedRedis(tmp_path)
+    with redis.Redis.from_url(await server.start()) as client:
+        memory = client.info("memory")
+    await server.stop()
+    assert memory["maxmemory"] == expected
+    assert memory["maxmemory_policy"] == "noeviction"
+
+
+def test_the_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = machine_memory()
+    assert 256 << 20 < whole <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, unlimited = tmp_path / "limit", tmp_path / "unlimited"
+    limit.write_text(f"{whole // 2}\n")
+    unlimited.write_text("max\n")
+    monkeypatch.setattr(embedded, "_CGROUP_LIMITS", (tmp_path / "missing", unlimited, limit))
+    assert machine_memory() == whole // 2

@@ -321,6 +321,7 @@ class Session:
                 welcome.welcome.results_url,
                 welcome.welcome.results_above_bytes,
                 welcome.welcome.max_result_bytes,
+                welcome.welcome.output_uri,
             )
             self._resume(outgoing)
             period = welcome.welcome.heartbeat.ToTimedelta().total_seconds()
