@@ -118,11 +118,11 @@ async def test_a_worker_of_an_older_protocol_is_refused_with_both_versions(
     Given a worker from before there were versions
     I expect it to be served, and told the scheduler's, until that serves versions from 1 on only.
     """
-    worker = FakeWorker(channel)
+    worker = FakeWorker(channel, protocol=0)
     assert (await worker.connect()).protocol == protocol.PROTOCOL
     monkeypatch.setattr(protocol, "OLDEST_PROTOCOL", 1)
     with pytest.raises(grpc.aio.AioRpcError, match=r"version 0 .* versions 1 to 1") as caught:
-        await FakeWorker(channel, "w2").connect()
+        await FakeWorker(channel, "w2", protocol=0).connect()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
