@@ -54,6 +54,9 @@ _METHODS: dict[str, str] = {
 _TOKEN_PERIOD = 2.0
 """Seconds between looks at the token of a silent stream."""
 
+_DEADLINE = 20.0
+"""Seconds of a unary call: less than clients wait, and than a cluster with dead nodes is tried."""
+
 _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
 
 
@@ -88,7 +91,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 act_as(identity)
             if self._pacer is not None:
                 await self._pacer.wait(current().name)
-            await self._limiter.take(current().name, "requests", 1)
+            async with asyncio.timeout(_DEADLINE):
+                await self._limiter.take(current().name, "requests", 1)
         except Exception as error:
             return self._refusal(error, method)
         handler = await continuation(handler_call_details)
@@ -152,12 +156,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             began = time.perf_counter()
             try:
-                if method == _SUBMIT:
-                    note_size(len(request))
-                    request = await off_loop(partial(parse, trace_pb2.SubmitJobsRequest, request))
-                    await self._limiter.take(current().name, "jobs", len(request.jobs))
-                request = _checked(request)
-                return await behaviour(request, context)
+                async with asyncio.timeout(_DEADLINE):
+                    if method == _SUBMIT:
+                        note_size(len(request))
+                        message = partial(parse, trace_pb2.SubmitJobsRequest, request)
+                        request = await off_loop(message)
+                        await self._limiter.take(current().name, "jobs", len(request.jobs))
+                    request = _checked(request)
+                    return await behaviour(request, context)
             except Exception as error:
                 await _abort(context, error, method)
             finally:
