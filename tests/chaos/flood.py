@@ -47,10 +47,10 @@ def flood(client: trace_pb2_grpc.TraceServiceStub, first: int, seconds: float) -
         except grpc.RpcError as error:
             # Whether it was accepted is not known before it is tried again under its key.
             counts["refused"] += error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    # One after another: what has ended is kept for a while only.
     for answer in accepted:
         cancel = trace_pb2.CancelJobsRequest(submission_id=answer.submission_id)
-        _patiently(lambda cancel=cancel: client.CancelJobs(cancel, timeout=5))
-    for answer in accepted:
+        _patiently(lambda call=cancel: client.CancelJobs(call, timeout=5))
         counts += _patiently(lambda answer=answer: _ends(client, answer))
         acknowledge = trace_pb2.AcknowledgeResultsRequest(
             submission_id=answer.submission_id, through_entry=len(answer.job_ids)
