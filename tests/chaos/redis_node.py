@@ -11,7 +11,7 @@ from pathlib import Path
 
 import redis
 from chaos.part import Part
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 
 Start = Callable[[str, Sequence[str], Callable[[], None]], Part]
 """Starts a process: its name, its command, and what is called before every start."""
