@@ -24,7 +24,7 @@ from deploy.test_containers import environment as image_environment
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from reltrace_scheduler.auth.tokens import parse
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 from reltrace_worker.observability.metrics import PassStats, WorkerCollector, exporting
 from waiting import wait_until
 
