@@ -1,6 +1,6 @@
 """How large the result of a job may become, as far as that is known before its prompt is read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reltrace_proto.v1 import types_pb2
