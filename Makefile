@@ -98,6 +98,8 @@ proof: $(VENV)/.setup-dev ## judge rules, relevance and labels of neurons, on th
 
 upgrade: $(VENV)/.setup-dev ## replace schedulers and workers one by one under load, as root on hosts of namespaces
 	@$(BIN)/python tests/chaos/upgrade.py --hosts
+	@$(BIN)/python tests/chaos/upgrade.py --hosts --released
+	@$(BIN)/python tests/chaos/upgrade.py --hosts --released --back
 
 model: $(VENV)/.setup ## train the demo model again (minutes)
 	@$(BIN)/python -m demo_model.train

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 from waiting import wait_until
 
 SLOTS = 16384
@@ -17,7 +17,7 @@ SLOTS = 16384
 
 @dataclass(frozen=True)
 class ClusterNode:
-    """One primary of the cluster."""
+    """One node of the cluster."""
 
     port: int
     pid: int
@@ -28,7 +28,9 @@ class ClusterNode:
 
 
 @contextmanager
-def redis_cluster(nodes: int, appendfsync: str = "everysec") -> Iterator[list[ClusterNode]]:
+def redis_cluster(
+    nodes: int, appendfsync: str = "everysec", replicas: int = 0
+) -> Iterator[list[ClusterNode]]:
     """Run primaries with an equal part of the slots each, until the block ends.
 
     Parameters
@@ -37,8 +39,10 @@ def redis_cluster(nodes: int, appendfsync: str = "everysec") -> Iterator[list[Cl
         How many.
     appendfsync
         Of their append-only files.
+    replicas
+        How many of them, from the first on, have a replica: further nodes, in the same order.
     """
-    ports = free_ports(nodes)
+    ports = free_ports(nodes + replicas)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         running = []
         for port in ports:
@@ -49,27 +53,39 @@ def redis_cluster(nodes: int, appendfsync: str = "everysec") -> Iterator[list[Cl
                 "--bind", "127.0.0.1", "--save", "", "--dir", str(own),
                 "--maxmemory-policy", "noeviction",
                 "--appendonly", "yes", "--appendfsync", appendfsync,
+                "--cluster-node-timeout", "2000", "--repl-diskless-sync-delay", "0",
             ]  # fmt: skip
             node = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             stack.callback(node.wait)
             stack.callback(node.kill)
             running.append(ClusterNode(port, node.pid))
-        _join(ports)
+        _join(ports, nodes)
         yield running
 
 
-def _join(ports: Sequence[int]) -> None:
+def _join(ports: Sequence[int], primaries: int) -> None:
     with ExitStack() as stack:
         clients = [stack.enter_context(redis.Redis(port=port)) for port in ports]
         for client in clients:
             wait_until(lambda client=client: answers(client), "a node answers", 20)
         for number, client in enumerate(clients):
-            slots = range(SLOTS * number // len(ports), SLOTS * (number + 1) // len(ports))
-            client.execute_command("CLUSTER ADDSLOTS", *slots)
+            if number < primaries:
+                slots = range(SLOTS * number // primaries, SLOTS * (number + 1) // primaries)
+                client.execute_command("CLUSTER ADDSLOTS", *slots)
             client.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
         for client in clients:
             wait_until(
                 lambda client=client: _knows(client, len(ports)), "the nodes are one cluster", 30
+            )
+        for primary, replica in zip(clients, clients[primaries:], strict=False):
+            replica.execute_command("CLUSTER REPLICATE", primary.execute_command("CLUSTER MYID"))
+            wait_until(
+                lambda replica=replica: (
+                    replica.info("replication")["role"] == "slave"
+                    and replica.info("replication")["master_link_status"] == "up"
+                ),
+                "a replica has its primary's data",
+                30,
             )
 
 

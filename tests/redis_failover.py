@@ -12,7 +12,7 @@ from pathlib import Path
 
 import redis
 from redis_cluster import answers, free_ports
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 from waiting import wait_until
 
 SERVICE = "mymaster"
@@ -24,8 +24,36 @@ class RedisNode:
     """A server of a test's own."""
 
     port: int
-    process: subprocess.Popen[bytes]
+    folder: Path
+    options: tuple[str, ...]
     admin: redis.Redis
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def start(self) -> None:
+        command = [
+            str(find_server()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+            "--dir", str(self.folder), "--appendonly", "yes", "--maxmemory-policy", "noeviction",
+            "--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0", *self.options,
+        ]  # fmt: skip
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    @property
+    def file(self) -> Path:
+        """The append-only file that is written: of Redis 7 and later, or before."""
+        files = [*self.folder.glob("appendonlydir/*.incr.aof"), self.folder / "appendonly.aof"]
+        return files[0]
+
+    def mend_file(self) -> None:
+        """Do what is needed before the start after a crash that cut the file."""
+        (file,) = [
+            *self.folder.glob("appendonlydir/*.manifest"),
+            *self.folder.glob("appendonly.aof"),
+        ]
+        # The server is this tool too, under another name.
+        subprocess.run(
+            ["redis-check-aof", "--fix", str(file)], executable=find_server(), input=b"y\n",
+            stdout=subprocess.DEVNULL, timeout=60, check=True,
+        )  # fmt: skip
 
     @property
     def url(self) -> str:
@@ -66,16 +94,11 @@ def redis_nodes(folder: Path, count: int, *options: str) -> Iterator[list[RedisN
         for port in free_ports(count):
             own = folder / str(port)
             own.mkdir()
-            command = [
-                str(find_server()), "--port", str(port), "--bind", "127.0.0.1", "--save", "",
-                "--dir", str(own), "--appendonly", "yes", "--maxmemory-policy", "noeviction",
-                "--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0", *options,
-            ]  # fmt: skip
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
             admin = stack.enter_context(redis.Redis(port=port))
-            nodes.append(RedisNode(port, process, admin))
+            node = RedisNode(port, own, options, admin)
+            node.start()
+            stack.callback(node.kill)
+            nodes.append(node)
         for node in nodes:
             wait_until(lambda node=node: answers(node.admin), "a server answers", 20)
         yield nodes

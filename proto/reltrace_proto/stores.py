@@ -13,6 +13,9 @@ from collections.abc import Iterable
 KNOWN_SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 """Of stores that a process opens which only another one has named."""
 
+TENANT = "{tenant}"
+"""In the pattern of a folder: the name of the tenant whose folder it is."""
+
 _URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://[^/].*|file:///[^/].*", re.DOTALL)
 _ODD = re.compile(r"[\\?#%*\[\]{}|<>\"]|::")
 
@@ -26,6 +29,11 @@ def url_fault(url: str) -> str:
     if {".", ".."} & set(url.split("/")):
         return "must have no . and .. between slashes"
     return ""
+
+
+def folders_of(patterns: Iterable[str], tenant: str) -> list[str]:
+    """Return the folders of some patterns that are a tenant's."""
+    return [pattern.replace(TENANT, tenant) for pattern in patterns]
 
 
 def is_below(url: str, folders: Iterable[str]) -> bool:

@@ -176,6 +176,8 @@ class TenantRecord:
     """How many are queued or leased."""
     bytes: int
     """Size of their specifications and of unread results."""
+    unread: int
+    """Size of the latter alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,9 +32,14 @@ class Clients:
         Of what they submit.
     raw
         How many of the first kind.
+    trees
+        What each of them runs, the one with the SDK last: sources of another commit, or these.
     """
 
-    def __init__(self, cluster: Cluster, seed: int, raw: int = 2) -> None:
+    def __init__(
+        self, cluster: Cluster, seed: int, raw: int = 2, trees: Sequence[Path | None] = ()
+    ) -> None:
+        self._trees = list(trees) or [None] * (raw + 1)
         self._cluster = cluster
         self._seed = seed
         self._until = cluster.folder / "until"
@@ -50,6 +55,7 @@ class Clients:
             name, f"chaos.{kind}", *self._cluster.connection_of(name),
             "--journal", str(journal), "--seed", str(self._seed * 100 + index),
             "--first", str(index * _NUMBERS), "--until", str(self._until), host="client",
+            tree=self._trees[index],
         )  # fmt: skip
 
     def progress(self) -> int:

@@ -31,6 +31,9 @@ _PORT, _REDIS_PORT = 50051, 6379
 FLOOD_JOBS = 5_000
 """That a tenant may have queued or leased in a cluster for actors."""
 
+REDIS_BYTES = 128 << 20
+"""Memory of Redis in such a cluster."""
+
 RESULT_TTL = 30.0
 """Seconds for which such a cluster keeps results that nobody reads."""
 
@@ -150,7 +153,8 @@ class Cluster:
         host = "127.0.0.1"
         if self._network is not None:
             host, port = self._network.address("redis"), _REDIS_PORT
-        node = RedisNode(name, self.folder, self.fsync, host, port)
+        options = ["--maxmemory", str(REDIS_BYTES)] if self._links is not None else []
+        node = RedisNode(name, self.folder, self.fsync, host, port, options)
         self._parts.callback(node.close)
         return node
 
@@ -192,15 +196,18 @@ class Cluster:
         *,
         host: str = "",
         prepare: Callable[[], object] = lambda: None,
+        tree: Path | None = None,
     ) -> Part:
         """Start a process that ends with the cluster, on the host of its name or of another."""
         if self._network is not None:
             command = self._network.on(host or name, command)
-        return self._parts.enter_context(Part(name, command, self.folder, prepare))
+        return self._parts.enter_context(Part(name, command, self.folder, prepare, tree))
 
-    def start_module(self, name: str, module: str, *options: str, host: str = "") -> Part:
+    def start_module(
+        self, name: str, module: str, *options: str, host: str = "", tree: Path | None = None
+    ) -> Part:
         """Start ``python -m MODULE OPTIONS``."""
-        return self.start(name, [sys.executable, "-m", module, *options], host=host)
+        return self.start(name, [sys.executable, "-m", module, *options], host=host, tree=tree)
 
     def hang_order(self, worker: str) -> Path:
         """Return the file that tells a worker to hang in its next pass; it takes the file away."""

@@ -14,6 +14,9 @@ from typing import Self
 
 TESTS = Path(__file__).parent.parent
 
+_SOURCES = ("tests", "proto", "client", "scheduler", "worker")
+"""Folders of a tree from which Python imports."""
+
 _AGAIN = 0.1
 """Seconds before a process that ended is started again."""
 
@@ -40,6 +43,8 @@ class Part:
         Of the log file.
     prepare
         Called before every start.
+    tree
+        Sources that it runs, of another commit; None: these.
     """
 
     def __init__(
@@ -48,11 +53,13 @@ class Part:
         command: Sequence[str],
         folder: Path,
         prepare: Callable[[], object] = lambda: None,
+        tree: Path | None = None,
     ) -> None:
         self.name = name
         self.deaths: list[Death] = []
         self.log = folder / f"{name}.log"
-        self._command = list(command)
+        self.command = self._command = list(command)
+        self._tree = tree
         self._prepare = prepare
         self._lock = threading.Lock()
         self._killed = False
@@ -121,10 +128,11 @@ class Part:
         finally:
             self.again()
 
-    def again(self, *options: str) -> None:
-        """Start it again after it has ended in order, with these options beside those it had."""
+    def again(self, command: Sequence[str] = (), tree: Path | None = None) -> None:
+        """Start it again after it has ended in order, by another command if one is given."""
         assert not self._keeper.is_alive()
-        self._command += options
+        self._command = list(command or self.command)
+        self._tree = tree
         self._stopping.clear()
         self._process = self._start()
         self._keeper = threading.Thread(target=self._keep_running, name=f"keep {self.name}")
@@ -146,6 +154,8 @@ class Part:
     def _start(self) -> subprocess.Popen[bytes]:
         own = {key: value for key, value in os.environ.items() if not key.startswith("RELTRACE_")}
         paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        if self._tree is not None:
+            paths = [str(self._tree / name) for name in _SOURCES]
         self._prepare()
         with self.log.open("ab") as log:
             return subprocess.Popen(

@@ -1,16 +1,22 @@
 """Replaces schedulers and workers one by one while clients keep submitting; prints a JSON object.
 
-python tests/chaos/upgrade.py                   # every part five times
+python tests/chaos/upgrade.py                   # every part five times, by itself
 python tests/chaos/upgrade.py --rounds 1 --hosts   # on hosts of network namespaces, as root
+python tests/chaos/upgrade.py --released        # from the released commit to these sources
+python tests/chaos/upgrade.py --released --back # from these to the released, and again to these
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +27,13 @@ import grpc
 from chaos.clients import Clients
 from chaos.cluster import Cluster
 from chaos.hosts import Network
+from chaos.part import TESTS, Part
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc
 from waiting import wait_until
+
+RELEASED = "9e912bd"
+"""The commit that was released last, or before the first release the one before the changes: its
+protocol is `proto/released.binpb`."""
 
 _END = 60.0
 """Seconds for a part to end in order, and for its successor to be there."""
@@ -74,21 +85,47 @@ def drain(cluster: Cluster, worker_id: str) -> None:
         admin.DrainWorkers(admin_pb2.DrainWorkersRequest(worker_ids=[worker_id]), timeout=10)
 
 
-def replace_all(cluster: Cluster, clients: Clients, version: str) -> None:
-    """Replace every scheduler, then every worker; the first worker by an operator's word."""
-    for scheduler in cluster.schedulers:
-        with scheduler.down():
+def released(folder: Path) -> Path | None:
+    """Unpack the sources of the released commit; None: this clone has no such commit."""
+    done = subprocess.run(
+        ["git", "archive", RELEASED], cwd=TESTS.parent, capture_output=True, timeout=60
+    )
+    if done.returncode != 0:
+        return None
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def replace_all(
+    cluster: Cluster,
+    version: str,
+    clients: Clients | None = None,
+    tree: Path | None = None,
+) -> None:
+    """Replace every scheduler, then every worker; the first worker by an operator's word.
+
+    By these sources, or by those of a tree.
+    """
+
+    def go_on() -> None:
+        if clients is not None:
             clients.wait_for_progress()
+
+    for scheduler in cluster.schedulers:
+        assert scheduler.stop() == 0, scheduler.last_words()
+        go_on()
+        scheduler.again(tree=tree)
         wait_until(cluster.serves, "all schedulers serve", _END)
-        clients.wait_for_progress()
+        go_on()
     for index, worker in enumerate(cluster.workers):
-        if index == 0:
+        if index == 0 and clients is not None:
             drain(cluster, f"{worker.name}.{worker.pid}")
             worker.finish(_END)
         else:
-            assert worker.stop() == 0
-        clients.wait_for_progress()
-        worker.again("--version", version)
+            assert worker.stop() == 0, worker.last_words()
+        go_on()
+        worker.again(_worker_command(cluster, worker, version, tree), tree)
         wait_until(
             lambda worker=worker: versions(cluster).get(f"{worker.name}.{worker.pid}") == version,
             f"the new {worker.name} is there",
@@ -97,20 +134,38 @@ def replace_all(cluster: Cluster, clients: Clients, version: str) -> None:
     assert set(versions(cluster).values()) == {version}
 
 
-def run(cluster: Cluster, rounds: int, seed: int) -> Report:
-    """Upgrade a running cluster so often."""
+def _worker_command(
+    cluster: Cluster, worker: Part, version: str, tree: Path | None
+) -> Sequence[str]:
+    """Return the command of a stand-in worker, whose options are those of its own commit."""
+    if tree is None:
+        return [*worker.command, "--version", version]
+    start = worker.command.index("chaos.worker") + 1
+    return [
+        *worker.command[:start],
+        *("--scheduler", cluster.address, "--name", worker.name, "--version", version),
+    ]
+
+
+def run(
+    cluster: Cluster,
+    rounds: Sequence[Path | None],
+    seed: int,
+    client_trees: Sequence[Path | None] = (),
+) -> Report:
+    """Upgrade a running cluster so often, each time to these sources or to those of a tree."""
     began = time.monotonic()
-    clients = Clients(cluster, seed)
+    clients = Clients(cluster, seed, trees=client_trees)
     clients.wait_for_progress()
     with clients.gaps() as gaps:
-        for number in range(1, rounds + 1):
-            replace_all(cluster, clients, str(number))
+        for number, tree in enumerate(rounds, 1):
+            replace_all(cluster, str(number), clients, tree)
     tally = clients.finish()
     return Report(
         seconds=round(time.monotonic() - began, 1),
         replaced={
-            "schedulers": rounds * len(cluster.schedulers),
-            "workers": rounds * len(cluster.workers),
+            "schedulers": len(rounds) * len(cluster.schedulers),
+            "workers": len(rounds) * len(cluster.workers),
         },
         jobs=tally.accepted,
         delivered=tally.delivered,
@@ -125,17 +180,45 @@ def run(cluster: Cluster, rounds: int, seed: int) -> Report:
     )
 
 
+def mixed(cluster: Cluster, old: Path, seed: int, *, back: bool) -> Report:
+    """Have an older commit's processes beside these: upgraded, or put back and upgraded again.
+
+    Clients are of both: those with the SDK older than the schedulers, or newer.
+    """
+    if back:
+        return run(cluster, [old, None], seed, [old, None, None])
+    with cluster.store() as store:
+        # As if these sources had never been here.
+        for scheduler in cluster.schedulers:
+            assert scheduler.stop() == 0
+        store.flushall()
+        for scheduler in cluster.schedulers:
+            scheduler.again(tree=old)
+    wait_until(cluster.serves, "all schedulers serve", _END)
+    replace_all(cluster, "0", tree=old)
+    return run(cluster, [None], seed, [None, old, old])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--hosts", action="store_true", help="in network namespaces; as root")
+    parser.add_argument("--released", action="store_true", help=f"beside those of {RELEASED}")
+    parser.add_argument("--back", action="store_true", help="put it back, and upgrade it again")
+    parser.add_argument("--folder", type=Path, help="keeps logs and journals")
     given = parser.parse_args()
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        old = None
+        if given.released and (old := released(folder / "released")) is None:
+            sys.exit(f"this clone has no commit {RELEASED}")
         network = stack.enter_context(Network(hosts_of(2, 3))) if given.hosts else None
         cluster = stack.enter_context(Cluster(folder, workers=3, lease=30.0, network=network))
-        report = run(cluster, given.rounds, given.seed)
+        if old is not None:
+            report = mixed(cluster, old, given.seed, back=given.back)
+        else:
+            report = run(cluster, [None] * given.rounds, given.seed)
     print(json.dumps(asdict(report), indent=2))
     sys.exit(bool(report.faults or report.leases_lost))
 

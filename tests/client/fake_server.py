@@ -358,6 +358,7 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             ended={"succeeded": self.succeeded},
         )  # fmt: skip
         response.queues.add(model="fake", queued=3, leased=1)
+        response.tenants.add(tenant="team-a", jobs=3, bytes=1300, unread_bytes=1200)
         worker = response.workers.add(worker_id="w1", device="cpu", version="0.1.0", leased=1)
         worker.model.name = "fake"
         worker.further_models.add(name="fake-2")

@@ -18,6 +18,7 @@ from reltrace.atlas.imported_labels import BUILT_IN, ImportedLabels, Key, descri
 from reltrace.atlas.labels import label_of, salient_tokens
 from reltrace.atlas.merged import MergedSite
 from reltrace.atlas.search import FeatureMatch, Search, ranked
+from reltrace.storage.atomic_files import with_filename
 from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import LISTS, MEASURES, SITES, SUMS
 from reltrace.types.checks import check_name, whole_number
@@ -276,7 +277,9 @@ class Atlas:
         whole_number(contexts, "contexts", 1)
         from reltrace.viz.atlas_page import atlas_page
 
-        path.write_text(atlas_page(self, most=most, contexts=contexts), encoding="utf-8")
+        text = atlas_page(self, most=most, contexts=contexts)
+        with with_filename(path):
+            path.write_text(text, encoding="utf-8")
         return path
 
     def export_labels(
@@ -312,7 +315,7 @@ class Atlas:
         """
         count, features = 0, self.by_mass(site, most)
         self._imported.check_other(Path(path))
-        with Path(path).open("w", encoding="utf-8") as file:
+        with with_filename(Path(path)), Path(path).open("w", encoding="utf-8") as file:
             for feature in features:
                 record = described(feature) | {"made_by": self._imported.made_by}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
@@ -31,6 +33,8 @@ _SUFFIXES: dict[str, InputName] = {
 # A job is no larger either.
 _MAX_LINE_BYTES = 16 * 1024 * 1024
 _PARQUET_ROWS = 4096
+# Below it a float is one whole number, and not the nearest one to several.
+_EXACT_FLOATS = 2**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,7 @@ def count_items(file: BinaryIO, input_format: InputFormat) -> int:
             return int(_parquet_file(opened).metadata.num_rows)
         if input_format.name == "csv":
             return sum(1 for _ in _csv(opened, input_format))
-        return sum(1 for line in opened if line.strip())
+        return sum(1 for _ in _lines(opened))
 
 
 @contextmanager
@@ -231,12 +235,22 @@ def _text(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
         yield Item(index, line, index, arguments, fault, content)
 
 
+def _text_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    """Yield lines; raise InvalidArgument at one that is too long, before it is read to its end."""
+    number = 0
+    while line := text.readline(_MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > _MAX_LINE_BYTES:
+            raise invalid("input", f"line {number} is longer than {_MAX_LINE_BYTES} characters")
+        yield line
+
+
 def _csv(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     line = 1
     csv.field_size_limit(_MAX_LINE_BYTES)
     try:
-        reader = csv.DictReader(text, strict=True)
+        reader = csv.DictReader(_text_lines(text), strict=True)
         found = _with_columns(input_format, reader.fieldnames or [])
         line = reader.line_num + 1
         for index, row in enumerate(reader):
@@ -255,17 +269,32 @@ def _parquet(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     found = _with_columns(input_format, parquet.schema_arrow.names)
     columns = [name for name in (found.column, found.id_column, *found.also) if name is not None]
     index = 0
-    for batch in parquet.iter_batches(_PARQUET_ROWS, columns=columns):
-        for row in batch.to_pylist():
+    batches = parquet.iter_batches(_PARQUET_ROWS, columns=columns)
+    while True:
+        with _parquet_errors():
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        for row in rows:
             yield _from_row(index, index + 1, row, found)
             index += 1
 
 
 def _parquet_file(file: BinaryIO) -> Any:
-    pyarrow, parquet = pyarrow_modules()
-    try:
+    _, parquet = pyarrow_modules()
+    with _parquet_errors():
         return parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
+
+
+@contextmanager
+def _parquet_errors() -> Iterator[None]:
+    """Raise InvalidArgument for what pyarrow raises where a file is damaged: almost anything."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise invalid("input", f"is no Parquet file: {error}") from error
 
 
@@ -301,13 +330,31 @@ def _from_row(index: int, line: int, row: Mapping[str, Any], found: InputFormat)
     # An empty cell of CSV is what null is in JSON.
     also = {key: row[key] for key in found.also if row.get(key) not in (None, "")}
     content = repr((prompt, name, *also.items())).encode(errors="surrogatepass")
-    if not is_id(name):
-        name = index
+    item_id: str | int = index
     try:
+        item_id = index if found.id_column is None else _cell_id(name, found.id_column)
         arguments = {**_input(prompt, found.column), **also}
     except InvalidArgument as error:
-        return Item(index, line, name, fault=error, content=content)
-    return Item(index, line, name, arguments, content=content)
+        return Item(index, line, item_id, fault=error, content=content)
+    return Item(index, line, item_id, arguments, content=content)
+
+
+def _cell_id(cell: object, column: str) -> str | int:
+    """Return the id in a cell; pandas stores whole numbers with gaps between them as floats."""
+    if cell is None or cell == "" or cell != cell:
+        raise invalid(column, "is empty; give each row an id, or name another column of ids")
+    if isinstance(cell, float) and cell.is_integer() and abs(cell) < _EXACT_FLOATS:
+        return int(cell)
+    if isinstance(cell, Decimal) and cell == cell.to_integral_value():
+        return int(cell)
+    if isinstance(cell, date):
+        return cell.isoformat()
+    if isinstance(cell, bytes):
+        try:
+            return cell.decode()
+        except UnicodeDecodeError:
+            raise invalid(column, f"must be UTF-8, not {cell!r}") from None
+    return check_id(cell, column)
 
 
 def _input(cell: object, column: str) -> dict[str, Any]:

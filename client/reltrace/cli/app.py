@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import logging
+import signal
 import sys
 from importlib.metadata import entry_points
 from typing import NoReturn
@@ -16,7 +17,7 @@ from reltrace.cli.connection import Connection, config
 from reltrace.cli.evaluate import evaluate
 from reltrace.cli.generate import generate
 from reltrace.cli.option_groups import command, option, with_option_groups
-from reltrace.cli.output import warn
+from reltrace.cli.output import LogHandler, drop_output, prepare_streams, warn
 from reltrace.cli.tokenize import tokenize
 from reltrace.cli.trace import trace
 from reltrace.types.errors import MissingDependency, TraceError
@@ -65,19 +66,38 @@ def _up_is_missing() -> None:
 
 def main() -> NoReturn:
     """Run the command; a TraceError or OSError is one line and exit code 1."""
+    prepare_streams()
+    _end_by_signals()
     add_installed_commands(app)
+    log, handler = logging.getLogger("reltrace"), LogHandler(logging.WARNING)
+    log.addHandler(handler)
     try:
-        app()
+        try:
+            app()
+        finally:
+            # Here, and not at exit, where an error could not be told.
+            sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of a pipe has ended (`reltrace models | head -1`): nothing is flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of a pipe has ended (`reltrace models | head -1`).
+        drop_output()
         sys.exit(1)
     except (TraceError, OSError) as error:
+        drop_output()
         warn(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        log.removeHandler(handler)
     sys.exit(0)
+
+
+def _end_by_signals() -> None:
+    """End by SIGTERM and SIGHUP as by Ctrl-C, so that jobs are cancelled on the server."""
+    for number in {"SIGTERM", "SIGHUP"} & set(signal.Signals.__members__):
+        # Others are of a caller that has them ignored, such as nohup.
+        if signal.getsignal(signal.Signals[number]) is signal.SIG_DFL:
+            signal.signal(signal.Signals[number], lambda number, _: sys.exit(128 + number))
 
 
 def _version(asked: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -93,8 +94,7 @@ class PromptOptions:
                 param_hint="PROMPT",
             )
         if self.prompt is not None:
-            text = sys.stdin.read().removesuffix("\n") if self.prompt == "-" else self.prompt
-            return {"prompt": text}
+            return {"prompt": _standard_input() if self.prompt == "-" else self.prompt}
         if self.chat is not None:
             return {"messages": _messages(self.chat)}
         assert input_ids is not None
@@ -169,6 +169,19 @@ def target_of(text: str, field: str = "target") -> str | int:
     if not (number.isascii() and number.isdigit()):
         raise invalid(field, f"after {_ID_PREFIX} comes a token id, not {number!r}")
     return int(number)
+
+
+def _standard_input() -> str:
+    """Read a text in the encoding of standard input; ASCII is taken as UTF-8, which has it."""
+    encoding = sys.stdin.encoding
+    if codecs.lookup(encoding).name in ("ascii", "utf-8"):
+        encoding = "utf-8-sig"
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode(encoding).removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        name = encoding.removesuffix("-sig").upper()
+        raise invalid("prompt", f"standard input is not {name} at byte {error.start}") from None
 
 
 def _messages(chat: str) -> Any:

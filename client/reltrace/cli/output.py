@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import os
 import sys
 import time
 import unicodedata
@@ -23,6 +26,42 @@ from reltrace.types.token_text import JOINERS
 
 AS_JSON = option(False, "Print JSON.", "--json")
 QUIET = option(False, "Show no progress.", "--quiet")
+
+
+def prepare_streams() -> None:
+    """Make the standard streams take every character, replaced where their encoding lacks it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Closed, as by `>&-`.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
+        old = sys.__stdout__
+        file = _StandardOutput(old.fileno(), "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(file), old.encoding, "replace", line_buffering=old.line_buffering
+        )
+
+
+class _StandardOutput(io.FileIO):
+    """Names itself in errors, such as of a full disk."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def drop_output() -> None:
+    """Write nothing more to standard output if it can not be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What its buffer holds would be an error once more, at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @option_group
@@ -105,6 +144,19 @@ def write(text: str, *, end: str = "\n") -> None:
     """Print a text of a model or server: escaped on a terminal, unchanged to a file or a pipe."""
     # Not typer.echo, which removes control characters.
     print(safe(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+class LogHandler(logging.Handler):
+    """Prints log messages to standard error, above a bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"reltrace: {safe(record.getMessage())}"
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+        else:
+            typer.echo(text, err=True)
 
 
 def warn(*messages: str) -> None:

@@ -85,6 +85,10 @@ def _status(state: Status, address: str, rate: float | None) -> Iterator[Rendera
         ]
         columns = ("model", "queued", "leased", "workers")
         yield table(columns, rows, columns[1:])
+    if state.tenants:
+        unread = [(one.name, f"{one.unread_bytes:,}", f"{one.jobs:,}") for one in state.tenants]
+        held = ("tenant", "bytes of unread results", "jobs")
+        yield table(held, unread, held[1:])
     yield Text(_counted(len(state.workers), "worker"))
 
 

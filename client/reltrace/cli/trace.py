@@ -14,6 +14,7 @@ from reltrace.cli.connection import Connection
 from reltrace.cli.option_groups import option
 from reltrace.cli.options import CONTRAST, LOGPROB, TIMEOUT, PromptOptions, TraceOptions, target_of
 from reltrace.cli.output import warn
+from reltrace.storage.atomic_files import check_writable, with_filename
 from reltrace.types.errors import invalid
 from reltrace.types.neurons import has_labels
 from reltrace.types.target import Target
@@ -59,6 +60,10 @@ def trace(
     text = prompt.arguments(input_ids)
     if plot is not None:
         check_path(plot, with_labels=atlas is not None)
+    if save is not None:
+        check_writable(save, "save")
+    if json_file is not None and json_file != "-":
+        check_writable(Path(json_file), "json")
     # Checked before the trace, which may take long.
     labels = None if atlas is None else _labels(atlas, options)
     wanted = Target(
@@ -73,18 +78,21 @@ def trace(
     with connection.client() as client:
         found = client.trace(target=wanted, **arguments)
     warn(*found.hints)
-    if json_file == "-":
-        print(json.dumps(found.to_dict(), allow_nan=False))
-    else:
-        terminal.show(found, Console(), labels)
-        if json_file is not None:
-            Path(json_file).write_text(json.dumps(found.to_dict(), allow_nan=False) + "\n")
+    # Files first: standard output may be a pipe whose reader ends.
     if save is not None:
         found.save(save)
         typer.echo(f"wrote {save}", err=True)
     if plot is not None:
         found.plot(plot, atlas=labels)
         typer.echo(f"wrote {plot}", err=True)
+    if json_file is not None:
+        written = json.dumps(found.to_dict(), allow_nan=False)
+        if json_file == "-":
+            print(written)
+            return
+        with with_filename(Path(json_file)):
+            Path(json_file).write_text(written + "\n")
+    terminal.show(found, Console(), labels)
 
 
 def _labels(folder: Path, options: TraceOptions) -> reltrace.Atlas:

@@ -65,6 +65,17 @@ def _try_lock(lock: IO[str]) -> bool:
     return True
 
 
+def check_writable(path: Path, field: str) -> None:
+    """Raise InvalidArgument if a file can not be written to `path`, before work is done for it."""
+    if not path.parent.is_dir():
+        raise invalid(field, f"there is no folder {str(path.parent)!r}")
+    if path.is_dir():
+        raise invalid(field, f"{str(path)!r} is a folder; name a file")
+    # A device or a pipe is written as it is, a file is replaced.
+    if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
+        raise invalid(field, f"{str(path)!r} can not be written: permission denied")
+
+
 @contextmanager
 def with_filename(path: Path) -> Iterator[None]:
     """Name the file in an OSError that names none or a temporary one, such as of a full disk."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -87,6 +88,10 @@ def is_id(value: object) -> TypeGuard[str | int]:
 
 def check_id(value: object, argument: str) -> str | int:
     """Return the id of an item: a whole number, or a text that can be encoded as UTF-8."""
+    if not isinstance(value, str | bool):
+        # Of numpy's whole numbers, too.
+        with suppress(TypeError):
+            value = operator.index(value)  # type: ignore[arg-type]
     if not is_id(value):
         raise invalid(argument, f"must be text or a whole number, not {value!r}")
     if isinstance(value, str):

@@ -150,6 +150,8 @@ class Status:
         Version of the store, Redis.
     redis_memory_bytes : int
         Memory that it uses.
+    tenants : tuple of Tenant
+        Those that have unread results, most bytes first.
     """
 
     version: str
@@ -158,6 +160,7 @@ class Status:
     ended: Mapping[str, int]
     redis_version: str
     redis_memory_bytes: int
+    tenants: tuple[Tenant, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +219,8 @@ class Tenant:
         Bounds on `jobs` and `bytes`; None: the server's default.
     jobs, bytes : int
         Number of its jobs that have not ended, and bytes of these and of its unread results.
+    unread_bytes : int
+        Bytes of its results that nobody has read, which are part of `bytes`.
     """
 
     name: str
@@ -224,6 +229,7 @@ class Tenant:
     max_bytes: int | None
     jobs: int
     bytes: int
+    unread_bytes: int
 
 
 def model(wire: types_pb2.ModelInfo, workers: int) -> Model:
@@ -260,6 +266,7 @@ def status(wire: admin_pb2.GetStatusResponse) -> Status:
         queues=tuple(Queue(q.model, q.queued, q.leased) for q in wire.queues),
         workers=tuple(map(worker, wire.workers)),
         ended=dict(wire.ended),
+        tenants=tuple(map(tenant, wire.tenants)),
     )
 
 
@@ -298,6 +305,7 @@ def tenant(wire: admin_pb2.Tenant) -> Tenant:
         max_bytes=wire.max_bytes if wire.HasField("max_bytes") else None,
         jobs=wire.jobs,
         bytes=wire.bytes,
+        unread_bytes=wire.unread_bytes,
     )
 
 

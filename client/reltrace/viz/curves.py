@@ -9,6 +9,7 @@ import numpy as np
 from reltrace.evaluation.evaluation import Evaluation
 from reltrace.evaluation.scores import on_axis
 from reltrace.evaluation.settings import MEASURES
+from reltrace.storage.atomic_files import replace_file
 
 _AXES = {
     "embed": "tokens replaced (share)",
@@ -58,7 +59,8 @@ def write_curves(evaluation: Evaluation, path: Path) -> None:
         color="tab:red" if evaluation.warnings else "black",
     )
     title.set_parse_math(False)
-    figure.savefig(path, dpi=150)
+    with replace_file(path, durable=False) as file:
+        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
 
 
 def ticks(last: int) -> list[int]:

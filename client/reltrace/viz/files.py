@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from reltrace.storage.atomic_files import check_writable, replace_file
 from reltrace.types.errors import MissingDependency, invalid
 from reltrace.types.neurons import Labels
 from reltrace.types.trace import Trace
@@ -22,8 +23,7 @@ def check_path(
     if ending not in (*_PICTURES, *(_PAGES if pages else ())):
         allowed = ".png, .svg, .pdf or .html" if pages else ".png, .svg or .pdf"
         raise invalid("plot", f"must end in {allowed}, not {path.name!r}")
-    if not path.parent.is_dir():
-        raise invalid("plot", f"there is no folder {str(path.parent)!r}")
+    check_writable(path, "plot")
     if ending in _PICTURES:
         if with_labels:
             raise invalid("atlas", f"has labels for .html, not for {ending}")
@@ -51,7 +51,8 @@ def write(
         from reltrace.viz.trace_page import trace_page
 
         text = trace_page(trace, site=site, normalize=normalize, atlas=atlas)
-        path.write_text(text, encoding="utf-8")
+        with replace_file(path, durable=False) as file:
+            file.write(text.encode())
     else:
         from reltrace.viz.heatmap import write_heatmap
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reltrace.storage.atomic_files import replace_file
 from reltrace.types.arrays import SITES_WITHOUT_LAYERS
 from reltrace.types.trace import Trace
 from reltrace.viz.colours import layer_numbers
@@ -138,7 +139,8 @@ def write_heatmap(trace: Trace, path: Path, *, site: str, normalize: bool) -> No
     with warnings.catch_warnings():
         # A token in a script that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(path, dpi=150)
+        with replace_file(path, durable=False) as file:
+            figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
 
 
 def _draw_turns(axes: Any, table: Heatmap, families: list[str]) -> None:

@@ -147,6 +147,7 @@ class GetStatusResponse(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     REDIS_VERSION_FIELD_NUMBER: _builtins.int
     REDIS_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     redis_version: _builtins.str
     redis_memory_bytes: _builtins.int
@@ -158,6 +159,10 @@ class GetStatusResponse(_message.Message):
     def ended(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Jobs that ended since the store was made, by state name."""
 
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tenant]:
+        """Those that have unread results, most bytes first: whoever waits for room waits for their readers."""
+
     def __init__(
         self,
         *,
@@ -167,10 +172,11 @@ class GetStatusResponse(_message.Message):
         ended: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         redis_version: _builtins.str = ...,
         redis_memory_bytes: _builtins.int = ...,
+        tenants: _abc.Iterable[Global___Tenant] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "queues", b"queues", "redis_memory_bytes", b"redis_memory_bytes", "redis_version", b"redis_version", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "queues", b"queues", "redis_memory_bytes", b"redis_memory_bytes", "redis_version", b"redis_version", "tenants", b"tenants", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -436,6 +442,7 @@ class Tenant(_message.Message):
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    UNREAD_BYTES_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     weight: _builtins.float
     """Its share of the workers, against other tenants that wait."""
@@ -445,6 +452,8 @@ class Tenant(_message.Message):
     jobs: _builtins.int
     """What it holds at present."""
     bytes: _builtins.int
+    unread_bytes: _builtins.int
+    """Of its results that nobody has read; `bytes` includes them."""
     def __init__(
         self,
         *,
@@ -454,10 +463,11 @@ class Tenant(_message.Message):
         max_bytes: _builtins.int | None = ...,
         jobs: _builtins.int = ...,
         bytes: _builtins.int = ...,
+        unread_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_jobs", b"_max_jobs", "_weight", b"_weight", "max_bytes", b"max_bytes", "max_jobs", b"max_jobs", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_jobs", b"_max_jobs", "_weight", b"_weight", "bytes", b"bytes", "jobs", b"jobs", "max_bytes", b"max_bytes", "max_jobs", b"max_jobs", "tenant", b"tenant", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_jobs", b"_max_jobs", "_weight", b"_weight", "bytes", b"bytes", "jobs", b"jobs", "max_bytes", b"max_bytes", "max_jobs", b"max_jobs", "tenant", b"tenant", "unread_bytes", b"unread_bytes", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_bytes: _TypeAlias = _typing.Literal["max_bytes"]  # noqa: Y015
     _WhichOneofArgType__max_bytes: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes"]  # noqa: Y015

@@ -97,7 +97,8 @@ class TraceServiceServicer(object):
 
     def CancelJobs(self, request, context):
         """Ends jobs that have not ended: they get a result in the state CANCELLED. A worker
-        that is running one is told, and drops it before its next pass.
+        that is running one is told, and drops it before its next pass. All results of a submission
+        that is cancelled expire a minute later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,8 @@ class TraceServiceStub:
     """
     CancelJobs: _grpc.UnaryUnaryMultiCallable[_trace_pb2.CancelJobsRequest, _trace_pb2.CancelJobsResponse]
     """Ends jobs that have not ended: they get a result in the state CANCELLED. A worker
-    that is running one is told, and drops it before its next pass.
+    that is running one is told, and drops it before its next pass. All results of a submission
+    that is cancelled expire a minute later.
     """
     GetJobs: _grpc.UnaryUnaryMultiCallable[_trace_pb2.GetJobsRequest, _trace_pb2.GetJobsResponse]
     ListModels: _grpc.UnaryUnaryMultiCallable[_trace_pb2.ListModelsRequest, _trace_pb2.ListModelsResponse]
@@ -69,7 +70,8 @@ class TraceServiceAsyncStub(TraceServiceStub):
     """
     CancelJobs: _aio.UnaryUnaryMultiCallable[_trace_pb2.CancelJobsRequest, _trace_pb2.CancelJobsResponse]  # type: ignore[assignment]
     """Ends jobs that have not ended: they get a result in the state CANCELLED. A worker
-    that is running one is told, and drops it before its next pass.
+    that is running one is told, and drops it before its next pass. All results of a submission
+    that is cancelled expire a minute later.
     """
     GetJobs: _aio.UnaryUnaryMultiCallable[_trace_pb2.GetJobsRequest, _trace_pb2.GetJobsResponse]  # type: ignore[assignment]
     ListModels: _aio.UnaryUnaryMultiCallable[_trace_pb2.ListModelsRequest, _trace_pb2.ListModelsResponse]  # type: ignore[assignment]
@@ -113,7 +115,8 @@ class TraceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trace_pb2.CancelJobsResponse, _abc.Awaitable[_trace_pb2.CancelJobsResponse]]:
         """Ends jobs that have not ended: they get a result in the state CANCELLED. A worker
-        that is running one is told, and drops it before its next pass.
+        that is running one is told, and drops it before its next pass. All results of a submission
+        that is cancelled expire a minute later.
         """
 
     @_abc_1.abstractmethod

@@ -40,6 +40,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.GetStatusRequest, context: Context
     ) -> admin_pb2.GetStatusResponse:
         cluster = await read_cluster(self._store)
+        unread = [tenant for tenant in await self._store.tenants.all() if tenant.unread]
         # A route that names a revision is shown only where it has jobs.
         queues = {model: admin_pb2.QueueStatus(model=model) for model in cluster.workers}
         for gauge in cluster.queues:
@@ -53,6 +54,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             ended=cluster.ended,
             redis_version=self._redis_version,
             redis_memory_bytes=cluster.memory,
+            tenants=map(_tenant, sorted(unread, key=lambda one: one.unread, reverse=True)),
         )
 
     async def _workers(self) -> list[admin_pb2.WorkerStatus]:
@@ -196,6 +198,7 @@ def _tenant(record: TenantRecord) -> admin_pb2.Tenant:
         max_bytes=record.limits.max_bytes,
         jobs=record.jobs,
         bytes=record.bytes,
+        unread_bytes=record.unread,
     )
 
 

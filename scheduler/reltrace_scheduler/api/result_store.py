@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 from fsspec.core import url_to_fs
-from reltrace_proto.stores import is_below, url_fault
+from reltrace_proto.stores import TENANT, folders_of, is_below, url_fault
 
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.store import Store
@@ -26,7 +26,6 @@ _MIN_AGE = 60.0
 
 _BATCH = 500
 _NAME = re.compile(r"(?P<job>[\w.]+-\d+)\.\d+\.safetensors")
-_TENANT = "{tenant}"
 
 
 def check_url(option: str, url: str) -> None:
@@ -39,14 +38,9 @@ def check_url(option: str, url: str) -> None:
         raise StartError(f"{option} {url}: {error}") from error
 
 
-def output_folders(patterns: Sequence[str], tenant: str) -> list[str]:
-    """Return the folders of --output-uri that are a tenant's."""
-    return [pattern.replace(_TENANT, tenant) for pattern in patterns]
-
-
 def shared_folders(patterns: Sequence[str]) -> list[str]:
     """Return those that are all tenants'."""
-    return [pattern for pattern in patterns if _TENANT not in pattern]
+    return [pattern for pattern in patterns if TENANT not in pattern]
 
 
 def may_hold_results(url: str, results_url: str, patterns: Sequence[str], tenant: str) -> bool:
@@ -54,8 +48,8 @@ def may_hold_results(url: str, results_url: str, patterns: Sequence[str], tenant
     if results_url and is_below(url, [results_url]):
         return True
     if tenant:
-        return is_below(url, output_folders(patterns, tenant))
-    whole = (pattern.partition(_TENANT) for pattern in patterns)
+        return is_below(url, folders_of(patterns, tenant))
+    whole = (pattern.partition(TENANT) for pattern in patterns)
     return is_below(url, [head.rpartition("/")[0] if mark else head for head, mark, _ in whole])
 
 

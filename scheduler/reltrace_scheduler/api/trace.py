@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import grpc
+from reltrace_proto.stores import folders_of
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 
 from reltrace_scheduler.api.models import ModelCache
 from reltrace_scheduler.api.result_sizes import ResultLimits
-from reltrace_scheduler.api.result_store import output_folders
 from reltrace_scheduler.api.terminal_results import cancelled, end
 from reltrace_scheduler.api.validation import as_sent, check_job_ids, check_submission
 from reltrace_scheduler.auth.identity import current
@@ -60,7 +60,7 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         models = await self._models.get(*(job.model for job in request.jobs))
         try:
             limits = self._result_limits()
-            folders = output_folders(settings.output_uri, current().tenant)
+            folders = folders_of(settings.output_uri, current().tenant)
             check = partial(check_submission, request, models, limits, folders)
             jobs = await off_loop(check)
         except SchedulerError:
@@ -174,6 +174,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
             found = await self._store.queue.jobs(request.job_ids, tenant=current().tenant)
             ids = [job.job_id for job in found if job]
         ended = await end(self._store, self._counts, [cancelled(job_id) for job_id in ids])
+        if request.submission_id:
+            await self._store.results.expire_soon(request.submission_id)
         return trace_pb2.CancelJobsResponse(cancelled=ended)
 
     async def GetJobs(  # noqa: N802

@@ -21,9 +21,8 @@ _TAIL_LINES = 12
 
 _MAX_EARLY_DEATHS = 3
 _FIRST_DELAY = 0.5
-_LONGEST_DELAY = 30.0
-_LONG_LIFE = 60.0
-"""Seconds after which the delay before a restart is the first one again."""
+_LONGEST_DELAY = 5.0
+"""Seconds. A process that ran for longer is started again at once."""
 
 
 class Log:
@@ -80,7 +79,7 @@ class Child:
 
     async def keep_running(self) -> None:
         """Run the child until `stop`; raises StartError if it is never ready."""
-        delay = _FIRST_DELAY
+        delay = 0.0
         try:
             while not self._stopping:
                 began = time.monotonic()
@@ -89,12 +88,12 @@ class Child:
                     return
                 if not self.was_ready:
                     self._count_early_death(code)
-                if time.monotonic() - began > _LONG_LIFE:
-                    delay = _FIRST_DELAY
+                if time.monotonic() - began > _LONGEST_DELAY:
+                    delay = 0.0
                 problem = f"{self.name} {_ended(code)}"
                 self._report(f"{problem}; starting it again (log: {self._log.path})")
                 await asyncio.sleep(delay)
-                delay = min(2 * delay, _LONGEST_DELAY)
+                delay = min(max(2 * delay, _FIRST_DELAY), _LONGEST_DELAY)
         finally:
             self._log.close()
 

@@ -116,7 +116,7 @@ class JobQueue:
         self, status: bytes, details: Sequence[Any], jobs: Sequence[NewJob]
     ) -> SchedulerError:
         """Return the error for a submission for which `submit.lua` found no room."""
-        whose, held_jobs, held_bytes, max_jobs, max_bytes = details
+        whose, held_jobs, held_bytes, max_jobs, max_bytes, unread = details
         queue, shards = f"the queue {whose.decode()}", self._settings.shards
         if max_jobs == 0:
             return ForbiddenError(f"{queue} takes no jobs: its bound on jobs is 0")
@@ -129,10 +129,14 @@ class JobQueue:
                 f"{len(jobs)} of {size} bytes do not fit {queue} even when it is empty: {bounds}; "
                 "send fewer at once, or smaller ones, or have the bounds raised"
             )
-        return QueueFullError(
-            f"{queue} holds {held_jobs} jobs and {held_bytes} bytes (unread results among them); "
-            f"{bounds}"
-        )
+        held = f"{queue} holds {held_jobs} jobs and {held_bytes} bytes"
+        if unread:
+            held += (
+                f", {unread} of them unread results, which are freed when they are read or their "
+                f"submission is cancelled, and otherwise {self._settings.result_ttl:.0f} s after "
+                "its end (an operator's `reltrace status` shows whose they are)"
+            )
+        return QueueFullError(f"{held}; {bounds}")
 
     async def seen(self, tenant: str, idempotency_key: str, jobs: str) -> Submission | None:
         """Return the submission that was accepted under a key, if its jobs have this `digest`."""

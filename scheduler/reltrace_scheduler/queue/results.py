@@ -12,6 +12,9 @@ from reltrace_scheduler.records import Lease, Progress, StoredChunk, StoredDraft
 _IDEMPOTENCY_TTL = 600.0
 """Seconds that a key is kept after its results: longer than a client repeats one call."""
 
+_CANCELLED_TTL = 60.0
+"""Seconds that results of a cancelled submission are kept, for a reader that follows to the end."""
+
 _PAGE, _FIRST_PAGE = 128, 16
 """Entries read at a time, and of the first read: inline chunks are at most 64 KiB."""
 
@@ -98,6 +101,12 @@ class Results:
             total += int(freed)
             if int(freed) < _PAGE:
                 return total
+
+    async def expire_soon(self, submission: str) -> None:
+        """Have the results of a submission that has ended expire soon."""
+        shard = self._shards.of(submission)
+        at = await shard.now() + milliseconds(_CANCELLED_TTL)
+        await self._redis.zadd(shard.key("expiring"), {submission: at}, xx=True, lt=True)
 
     async def write_drafts(self, worker: str, drafts: Sequence[tuple[Lease, bytes]]) -> int:
         """Keep serialized ``Draft`` of jobs that are leased to the worker; return how many.

@@ -51,6 +51,7 @@ class Tenants:
             ),
             jobs=total(b"jobs"),
             bytes=total(b"bytes") + total(b"results"),
+            unread=total(b"results"),
         )
 
     async def set(self, tenant: str, limits: Limits) -> TenantRecord:

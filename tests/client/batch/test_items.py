@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -137,9 +139,54 @@ def test_a_csv_file_that_is_wrong(
         read(content, "csv", **options)
 
 
+EMPTY = "id: is empty; give each row an id, or name another column of ids"
+IDS = {
+    # As pandas stores whole numbers with a gap.
+    "floats": ([101.0, None, float("nan"), 103.0], [101, EMPTY, EMPTY, 103]),
+    "gaps": ([1, None, 2], [1, EMPTY, 2]),
+    "parts": (
+        [1.5, 2.0**53],
+        [f"id: must be text or a whole number, not {n}" for n in (1.5, 2.0**53)],
+    ),
+    "decimals": (
+        [Decimal("7.00"), Decimal("7.50")],
+        [7, "id: must be text or a whole number, not Decimal('7.50')"],
+    ),
+    "bytes": ([b"caf\xc3\xa9", b"\xff"], ["café", r"id: must be UTF-8, not b'\xff'"]),
+    "dates": ([date(2024, 2, 29)], ["2024-02-29"]),
+    "times": ([datetime(2024, 2, 29, 12, 30, tzinfo=UTC)], ["2024-02-29T12:30:00+00:00"]),
+    "booleans": ([True], ["id: must be text or a whole number, not True"]),
+    "lists": ([[1]], ["id: must be text or a whole number, not [1]"]),
+    "small": (pyarrow.array([3], pyarrow.uint8()), [3]),
+    "categories": (pyarrow.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
+}
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_ids_of_parquet_are_right_or_an_error(tmp_path: Path, kind: str) -> None:
+    """
+    Given a column of ids that are not plain text or integers
+    I expect the id that is meant, or a fault of the row: never its number without a word.
+    """
+    column, expected = IDS[kind]
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"prompt": ["x"] * len(expected), "id": column})
+    pyarrow.parquet.write_table(table, path)
+    with path.open("rb") as file:
+        items = list(read_items(file, InputFormat("parquet")))
+    assert [str(item.fault) if item.fault else item.id for item in items] == expected
+    assert all(type(item.id) in (int, str) for item in items)
+
+
+def test_an_empty_id_of_csv_is_a_fault() -> None:
+    items = read("id,prompt\na,x\n,y\n", "csv")
+    assert [item.id for item in items] == ["a", 1]
+    assert str(items[1].fault) == EMPTY
+
+
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    table = pyarrow.table({"text": ["x", None, "z"], "key": [5, 6, None]})
+    table = pyarrow.table({"text": ["x", None, "z"], "key": [5, 6, 7]})
     pyarrow.parquet.write_table(table, path)
     reading = InputFormat("parquet", "text", "key")
     with path.open("rb") as file:
@@ -147,7 +194,7 @@ def test_parquet(tmp_path: Path) -> None:
     with path.open("rb") as file:
         assert count_items(file, reading) == 3
     assert prompts(items) == ["x", "text: must be text, not NoneType", "z"]
-    assert [item.id for item in items] == [5, 6, 2]
+    assert [item.id for item in items] == [5, 6, 7]
     with pytest.raises(reltrace.InvalidArgument, match="input: is no Parquet file"):
         read("hello", "parquet")
 

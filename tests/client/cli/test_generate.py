@@ -135,7 +135,7 @@ def test_the_input_comes_from_standard_input_or_is_a_conversation(
         return chunks
 
     writing.run, writing.drafts, command.terminal = run, lambda job: [], on_a_terminal
-    monkeypatch.setattr(sys, "stdin", io.StringIO("My cats \n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"My cats \n"), "utf-8"))
     assert command("generate", "-") == (0, " 1 3\n", "reltrace: ends in a space\n")
     messages = json.dumps([{"role": "user", "content": "Hello"}]).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(messages)))

@@ -71,4 +71,7 @@ def test_status(command: Run) -> None:
     assert "1 worker" in out
     state: Any = json.loads(command("status", "--json")[1])
     assert state["queues"] == [{"model": "fake", "queued": 3, "leased": 1}]
+    assert state["tenants"][0]["unread_bytes"] == 1200
+    assert "bytes of unread results" in out
+    assert "1,200" in out
     assert state["workers"][0]["connected_at"] == "2023-11-14T22:13:20+00:00"

@@ -71,7 +71,7 @@ def test_trace_takes_token_ids(command: Run, server: FakeServer) -> None:
 def test_trace_reads_standard_input(
     command: Run, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("My cats\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"My cats\n"), "utf-8"))
     assert command("trace", "-")[0] == 0
     assert server.requests[0].jobs[0].prompt == "My cats"
 

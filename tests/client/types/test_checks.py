@@ -53,6 +53,15 @@ def test_what_is_no_such_number(given: object) -> None:
     assert str(caught.value) == f"x: must be a number from 0 to 1, not {given!r}"
 
 
+def test_ids_may_be_whole_numbers_of_numpy() -> None:
+    found = check_id(np.int64(5), "id")
+    assert (found, type(found)) == (5, int)
+    assert check_id(np.str_("a"), "id") == "a"
+    for wrong in (np.bool_(True), np.float32(5), True, 5.0, None):
+        with pytest.raises(reltrace.InvalidArgument, match="id: must be text or a whole number"):
+            check_id(wrong, "id")
+
+
 def test_text_is_not_empty_and_has_bytes() -> None:
     check_text("\0 ☃", "t")
     with pytest.raises(reltrace.InvalidArgument, match=r"^t: must not be empty$"):

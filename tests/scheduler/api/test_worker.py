@@ -90,21 +90,25 @@ async def test_a_worker_is_asked_to_connect_again_when_its_time_is_over(
     await redis_client.aclose()
 
 
-async def test_a_worker_that_does_not_know_the_request_is_sent_away(
+@pytest.mark.parametrize("knows", [True, False])
+async def test_a_worker_that_does_not_heed_the_request_is_sent_away(
     store: redis.asyncio.Redis,
     redis_url: str,
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
+    knows: bool,
 ) -> None:
-    monkeypatch.setattr(worker_module, "_RECONNECT_DEADLINE", 0.2)
+    """After a deadline; at once where its protocol is older than the request."""
+    monkeypatch.setattr(worker_module, "_RECONNECT_DEADLINE", 0.2 if knows else 60.0)
     redis_client = redis.asyncio.Redis.from_url(redis_url)
     async with (
         serving(Connection(redis_client, "test"), replace(settings, connection_age=0.3)) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
-        worker = FakeWorker(channel)
+        worker = FakeWorker(channel, protocol=int(knows))
         await worker.connect()
-        await worker.receive("reconnect")
+        if knows:
+            await worker.receive("reconnect")
         async with asyncio.timeout(10):
             assert await worker.call.read() is grpc.aio.EOF
         assert await worker.call.code() is grpc.StatusCode.OK
@@ -118,11 +122,11 @@ async def test_a_worker_of_an_older_protocol_is_refused_with_both_versions(
     Given a worker from before there were versions
     I expect it to be served, and told the scheduler's, until that serves versions from 1 on only.
     """
-    worker = FakeWorker(channel)
+    worker = FakeWorker(channel, protocol=0)
     assert (await worker.connect()).protocol == protocol.PROTOCOL
     monkeypatch.setattr(protocol, "OLDEST_PROTOCOL", 1)
     with pytest.raises(grpc.aio.AioRpcError, match=r"version 0 .* versions 1 to 1") as caught:
-        await FakeWorker(channel, "w2").connect()
+        await FakeWorker(channel, "w2", protocol=0).connect()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
@@ -461,6 +465,42 @@ FIRST = {
     "no model": (
         worker_pb2.WorkRequest(hello=worker_pb2.Hello(worker_id="w")),
         "hello.model.name",
+    ),
+    "a device of another terminal": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(worker_id="w", model=MODEL, device="\x1b[2J")
+        ),
+        "hello.device",
+    ),
+    "a long version": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(worker_id="w", model=MODEL, version="1" * 257)
+        ),
+        "hello.version",
+    ),
+    "a name that changes its direction": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="a\u202eb"))
+        ),
+        "hello.model.name",
+    ),
+    "a site of two lines": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(
+                worker_id="w",
+                model=MODEL,
+                further_models=[types_pb2.ModelInfo(name="n", sites=["resid", "a\nb"])],
+            )
+        ),
+        "hello.further_models[0].sites",
+    ),
+    "many rules": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(
+                worker_id="w", model=types_pb2.ModelInfo(name="n", rules=["r"] * 257)
+            )
+        ),
+        "hello.model.rules",
     ),
 }
 LATER = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import select
@@ -335,6 +336,39 @@ def test_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setattr(sys, "platform", "linux")
     assert service.default_data() == Path.home() / ".local" / "share" / "reltrace"
+
+
+async def test_the_pauses_before_a_new_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a part that came up, and from then on ends again and again, once after a longer life
+    I expect it to be started again at once, then after pauses that grow to a bound, and at once
+    after the longer life.
+    """
+    monkeypatch.setattr(children, "_FIRST_DELAY", 0.05)
+    monkeypatch.setattr(children, "_LONGEST_DELAY", 0.2)
+    pauses: list[float] = []
+    lives = iter([0.0] * 6 + [0.3, 0.0])
+    sleep = asyncio.sleep
+
+    class Part(children.Child):
+        async def _run_once(self) -> int:
+            life = next(lives, None)
+            if life is None:
+                self.kill()
+            else:
+                await sleep(life)
+            return 1
+
+    async def note(seconds: float) -> None:
+        pauses.append(seconds)
+
+    part = Part("part", "none", [], {}, tmp_path, lambda line: None)
+    part.was_ready = True
+    monkeypatch.setattr(asyncio, "sleep", note)
+    await part.keep_running()
+    assert pauses == [0, 0.05, 0.1, 0.2, 0.2, 0.2, 0, 0.05]
 
 
 def test_a_log_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ class Idle:
     def full_pass_jobs(self) -> int:
         return 0
 
-    def store_large(self, url: str, above: int, most: int) -> None:
+    def store_large(self, *settings: object) -> None:
         pass
 
     def take_back(self) -> list[object]:

@@ -36,8 +36,8 @@ class Recorder:
         taken, self.keys = self.keys, []
         return taken
 
-    def store_large(self, url: str, above: int, most: int) -> None:
-        self.large = (url, above, most)
+    def store_large(self, url: str, above: int, most: int, outputs: Sequence[str] = ()) -> None:
+        self.large = (url, above, most, outputs)
 
 
 def lease(job: str, model: str, prompt: str = "a") -> worker_pb2.Lease:
@@ -64,8 +64,8 @@ async def test_jobs_go_by_name_and_by_revision(
     assert len(faulty) == 1
     both.drop({LeaseKey("c", 1)})
     assert {key.job_id for key in both.take_back()} == {"a", "b"}
-    both.store_large("file:///x", 7, 9)
-    assert first.large == second.large == ("file:///x", 7, 9)
+    both.store_large("file:///x", 7, 9, ["file:///y"])
+    assert first.large == second.large == ("file:///x", 7, 9, ["file:///y"])
 
 
 async def test_results_come_from_whichever_is_done_and_none_is_lost(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from google.rpc import code_pb2
@@ -299,3 +300,29 @@ async def test_a_result_that_could_not_be_sent_is_refused_before_its_pass(
     assert end.error.code == code_pb2.RESOURCE_EXHAUSTED
     for said in (f"{size} bytes", f"{size - 1} ", "reduce='topk'", "output_uri", "--results-url"):
         assert said in end.error.message
+
+
+async def test_a_job_that_names_anothers_folder_is_not_begun(
+    checkpoints: Checkpoints, engine: Engine, watched: Watched, tmp_path: Path
+) -> None:
+    """
+    Given a scheduler that names the folders of tenants
+    If it leases a job whose folder is another's, or two in one URL
+    I expect the job to fail without a pass, and nothing to be written.
+    """
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=50)
+    folder = tmp_path.as_uri()
+    runner.store_large("", 0, 0, [f"{folder}/{{tenant}}"])
+    leases = [
+        lease(0, 5, output_uri=f"{folder}/b"),
+        lease(1, 5, output_uri=f"{folder}/a/x.safetensors::file:///x"),
+        lease(2, 5, output_uri=f"{folder}/a/run"),
+    ]
+    for each in leases:
+        each.tenant = "a"
+    ended = await runner.add(leases)
+    watched.gate.release()
+    assert await results(runner) == ["j-2"]
+    ends = [leased.chunk.end for ((leased,),) in [[tuple(chunks)] for chunks in ended]]
+    assert [end.error.violations[0].field for end in ends] == ["output_uri", "output_uri"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

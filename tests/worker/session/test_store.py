@@ -8,7 +8,7 @@ import pytest
 import torch
 from reltrace_proto.v1 import types_pb2
 from reltrace_worker.session.store import LargeResults, StoreError, write
-from reltrace_worker.types.errors import PassFailedError
+from reltrace_worker.types.errors import InvalidJob, PassFailedError
 from reltrace_worker.types.results import SiteTensor
 from safetensors import safe_open
 
@@ -67,6 +67,51 @@ def test_a_store_that_does_not_take_it_fails_the_attempt(tmp_path: Path) -> None
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(PassFailedError, match=r"file/a\.safetensors can not be written"):
         write(f"{tmp_path.as_uri()}/file", "a.safetensors", jobs(3))
+
+
+PATTERNS = ("file:///srv/{tenant}", "s3://bucket/shared")
+
+
+def test_the_folder_that_a_job_may_not_leave() -> None:
+    large = LargeResults(outputs=PATTERNS)
+    assert large.output_root("file:///srv/a/run", "a") == "file:///srv/a"
+    assert large.output_root("s3://bucket/shared", "a") == "s3://bucket/shared"
+    for uri in (
+        "file:///srv/b/run",
+        "file:///srv/a/../b",
+        "file:///srv/a/shard-0.safetensors::file:///x",
+        "simplecache::s3://bucket/shared/x",
+        "s3://bucket/shared/x?a",
+    ):
+        with pytest.raises(InvalidJob, match=r"output_uri: .* is in no folder allowed here"):
+            large.output_root(uri, "a")
+    # A scheduler of an older version does not say which folders there are.
+    assert LargeResults().output_root("file:///srv/b", "a") == "file:///srv/b"
+    with pytest.raises(InvalidJob):
+        LargeResults().output_root("file:///srv/b::file:///x", "a")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling"])
+def test_no_link_leads_out_of_a_folder(tmp_path: Path, kind: str) -> None:
+    """
+    Given a link in an allowed folder that leads to another tenant's
+    I expect the attempt to fail, and nothing to be written there.
+    """
+    mine, others = tmp_path / "a", tmp_path / "b"
+    mine.mkdir()
+    others.mkdir()
+    victim = others / "x.safetensors"
+    victim.write_bytes(b"theirs")
+    (mine / "run").symlink_to(others / "new" if kind == "dangling" else others)
+    url, name = f"{mine.as_uri()}/run", "x.safetensors"
+    if kind == "file":
+        url, name = mine.as_uri(), "y.safetensors"
+        (mine / name).symlink_to(victim)
+    with pytest.raises(PassFailedError, match="a symbolic link leads out"):
+        write(url, name, jobs(4), root=mine.as_uri())
+    assert victim.read_bytes() == b"theirs"
+    assert list(others.iterdir()) == [victim]
+    write(mine.as_uri(), "z.safetensors", jobs(4), root=mine.as_uri())
 
 
 def test_only_what_is_larger_is_stored() -> None:

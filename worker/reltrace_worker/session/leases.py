@@ -86,10 +86,11 @@ class JobRunner(Protocol):
     def take_back(self) -> list[LeaseKey]:
         """Give up all jobs that have not begun, those being taken in too; return their leases."""
 
-    def store_large(self, url: str, above: int, most: int) -> None:
+    def store_large(self, url: str, above: int, most: int, outputs: Sequence[str] = ()) -> None:
         """Store results of more than `above` bytes at `url`; empty: they are sent as well.
 
-        A job that would send more than `most` bytes fails before its pass; 0: none does.
+        A job that would send more than `most` bytes fails before its pass; 0: none does. Jobs may
+        name folders in `outputs`, patterns with "{tenant}"; none: the scheduler does not say.
 
         Raises `WorkerError` where this worker can not write there.
         """

@@ -124,7 +124,7 @@ class ResultEncoder:
     def encode(self, ended: EndedJobs, on_step: Callable[[], None]) -> list[Chunks | FailedAttempt]:
         """Return an iterator of chunks per job, or why there is none."""
         encoded: list[Chunks | FailedAttempt] = []
-        shards: dict[str, list[EncodedResult]] = {}
+        shards: dict[tuple[str, str], list[EncodedResult]] = {}
         for job, outcome in ended.jobs:
             on_step()
             try:
@@ -132,7 +132,8 @@ class ResultEncoder:
                 if not isinstance(result, EncodedResult):
                     encoded.append(result)
                 elif uri := job.lease.spec.output_uri:
-                    shards.setdefault(uri, []).append(result)
+                    root = self.large.output_root(uri, job.lease.tenant)
+                    shards.setdefault((uri, root), []).append(result)
                 elif self.large.takes(result.tensors):
                     name = f"{job.key.job_id}.{job.key.attempt}.safetensors"
                     encoded += _store(self.large.url, name, [result], on_step)
@@ -144,10 +145,15 @@ class ResultEncoder:
             except Exception as error:
                 log.exception("job.encode_failed", job=job.key.job_id, tenant=job.lease.tenant)
                 encoded.append(internal_error(job.lease, error))
-        for uri, results in shards.items():
+        for (uri, root), results in shards.items():
             name = f"shard-{self._name}-{next(self._files):06d}.safetensors"
-            encoded += _store(uri, name, results, on_step)
+            encoded += _store(uri, name, results, on_step, root)
         return encoded
+
+    def check_store(self, lease: worker_pb2.Lease) -> None:
+        """Raise `InvalidJob` if a job names a folder that it may not write to."""
+        if lease.spec.output_uri:
+            self.large.output_root(lease.spec.output_uri, lease.tenant)
 
     def check_size(self, spec: types_pb2.JobSpec, job: Job) -> None:
         """Raise `ResultTooLargeError` if the tensors of a job could not be sent nor stored."""
@@ -227,11 +233,16 @@ class ResultEncoder:
 
 
 def _store(
-    url: str, name: str, results: list[EncodedResult], on_step: Callable[[], None]
+    url: str,
+    name: str,
+    results: list[EncodedResult],
+    on_step: Callable[[], None],
+    root: str = "",
 ) -> list[Chunks | FailedAttempt]:
     """Write tensors to a store; each job's result then says where they are."""
     try:
-        manifests = write(url, name, [(r.lease.job_id, r.tensors) for r in results], on_step)
+        jobs = [(r.lease.job_id, r.tensors) for r in results]
+        manifests = write(url, name, jobs, on_step, root)
     except PassFailedError as error:
         for result in results:
             lease = result.lease

@@ -51,6 +51,6 @@ class RoutingRunner:
     def take_back(self) -> list[LeaseKey]:
         return [key for runner in self._runners for key in runner.take_back()]
 
-    def store_large(self, url: str, above: int, most: int) -> None:
+    def store_large(self, url: str, above: int, most: int, outputs: Sequence[str] = ()) -> None:
         for runner in self._runners:
-            runner.store_large(url, above, most)
+            runner.store_large(url, above, most, outputs)

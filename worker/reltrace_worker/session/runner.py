@@ -72,7 +72,7 @@ class Runner:
         self._watchdog = watchdog or Watchdog()
         self._model = model
         self._engine = engine
-        self._preparer = JobPreparer(model)
+        self._preparer = JobPreparer(model, self._watchdog.step)
         self._queue = RequestQueue(max_tokens)
         self._text_thread = ThreadPoolExecutor(1, "text")
         self._corpus_thread = ThreadPoolExecutor(1, "corpus")
@@ -128,8 +128,8 @@ class Runner:
         self._preparing.clear()
         return keys
 
-    def store_large(self, url: str, above: int, most: int) -> None:
-        large = LargeResults(url, above, most)
+    def store_large(self, url: str, above: int, most: int, outputs: Sequence[str] = ()) -> None:
+        large = LargeResults(url, above, most, tuple(outputs))
         large.check()
         self._encoder.large = large
 
@@ -173,6 +173,7 @@ class Runner:
                 with self._watchdog.watching("text", [lease]):
                     job = self._preparer.prepare(read_request(lease.spec))
                 if not isinstance(job, TokenizedPrompt):
+                    self._encoder.check_store(lease)
                     self._encoder.check_size(lease.spec, job)
             except InvalidJob as error:
                 ended.append(invalid(lease, error))

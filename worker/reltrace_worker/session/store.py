@@ -11,10 +11,11 @@ from typing import Any
 import fsspec
 import torch
 from fsspec.core import url_to_fs
+from reltrace_proto.stores import folders_of, is_below, leaves_by_link, url_fault
 from reltrace_proto.v1 import types_pb2
 
 from reltrace_worker.session.tensors import raw_bytes, scalar_type
-from reltrace_worker.types.errors import PassFailedError, WorkerError
+from reltrace_worker.types.errors import InvalidJob, PassFailedError, Violation, WorkerError
 from reltrace_worker.types.results import SiteTensor
 
 _SAFETENSORS_DTYPES = {
@@ -38,12 +39,27 @@ Tensors = Sequence[tuple[SiteTensor, torch.Tensor]]
 class LargeResults:
     """Where the tensors of jobs go that have more than `above` bytes; no url: all are sent.
 
-    Of those that are sent, a job may have `most` bytes; 0: any number.
+    Of those that are sent, a job may have `most` bytes; 0: any number. Jobs may name a folder of
+    their own in those of `outputs`, patterns with "{tenant}"; none: the scheduler does not say.
     """
 
     url: str = ""
     above: int = 0
     most: int = 0
+    outputs: tuple[str, ...] = ()
+
+    def output_root(self, uri: str, tenant: str) -> str:
+        """Return the folder that the files of a job with an output_uri must not leave.
+
+        Raises `InvalidJob`: it is none that the operator allows. (The scheduler refuses such jobs
+        already.)
+        """
+        if not self.outputs and not url_fault(uri):
+            return uri
+        for folder in folders_of(self.outputs, tenant):
+            if is_below(uri, [folder]):
+                return folder
+        raise InvalidJob([Violation("output_uri", f"{uri!r} is in no folder allowed here")])
 
     def has_room(self, size: int) -> bool:
         """Tell whether tensors of so many bytes can be stored, or else sent."""
@@ -70,11 +86,13 @@ def write(
     name: str,
     jobs: Sequence[tuple[str, Tensors]],
     on_step: Callable[[], None] = lambda: None,
+    root: str = "",
 ) -> list[types_pb2.Manifest]:
     """Write the tensors of some jobs, by job id, into one file in the safetensors format.
 
     A tensor's name in the file is ``<job>/<trace>/<site>`` or ``<job>/<trace>/<site>/<part>``; the
-    tensors of a job stand together. `url` is a folder, which is made if it is one of files.
+    tensors of a job stand together. `url` is a folder, which is made if it is one of files. It is
+    in `root` (default: it is that), which no symbolic link may lead out of.
 
     Raises `PassFailedError`: the store does not take it: it may later.
     """
@@ -83,6 +101,8 @@ def write(
     try:
         fs, path = url_to_fs(location)
         local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+        if leaves_by_link(location, root or url):
+            raise PermissionError("a symbolic link leads out of the folder that is allowed")
         if local:
             fs.makedirs(posixpath.dirname(path), exist_ok=True)
         with fs.open(path, "wb") as file:

@@ -11,7 +11,8 @@
 --       spec, most bytes of its result (0: not known)
 --
 -- Returns {"accepted"} | {"seen", submission id, number of jobs} | {"differs"} |
---         {"full", "of all tenants" or "of the tenant", jobs, bytes, bound on jobs, bound on bytes} |
+--         {"full", "of all tenants" or "of the tenant", jobs, bytes, bound on jobs, bound on bytes,
+--          bytes of them that are unread results} |
 --         {"too_large", the same}: not even an empty queue has room for it
 local id, tenant, class, ttl, digest = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
 local shards, first = tonumber(ARGV[11]), 12
@@ -44,7 +45,7 @@ local function read_load(name, whose, max_jobs, max_bytes)
     return {
         whose, tonumber(load[1] or 0), tonumber(load[2] or 0) + tonumber(load[3] or 0),
         math.ceil(tonumber(load[4] or max_jobs) / shards),
-        math.ceil(tonumber(load[5] or max_bytes) / shards),
+        math.ceil(tonumber(load[5] or max_bytes) / shards), tonumber(load[3] or 0),
     }
 end
 
