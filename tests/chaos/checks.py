@@ -210,6 +210,8 @@ def remaining_keys(store: redis.Redis) -> list[str]:
         keys("workers"),
         keys("tenants"),
         keys("watchdog"),
+        # Who has read in the last minutes.
+        keys("readers"),
         SHARDS,
         SCHEMA,
         CLUSTER,
