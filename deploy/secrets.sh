@@ -20,6 +20,15 @@ cd "$folder"
 [ -s grafana-password ] || openssl rand -hex 16 >grafana-password
 # For models behind a consent form, put a token of Hugging Face into it.
 [ -e hub.token ] || : >hub.token
+# For Kubernetes: where large results go.
+[ -e results.env ] || cat >results.env <<EOF
+# Bucket for results that are too large for Redis, such as s3://BUCKET/FOLDER, and the variables that open it. Clients
+# need the same access.
+RELTRACE_RESULTS_URL=
+#AWS_ACCESS_KEY_ID=
+#AWS_SECRET_ACCESS_KEY=
+#AWS_DEFAULT_REGION=
+EOF
 
 # token NAME ROLE [OPTION...]: the token into NAME.token, its hash into tokens.toml.
 token() {

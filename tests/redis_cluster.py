@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 from waiting import wait_until
 
 SLOTS = 16384

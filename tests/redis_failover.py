@@ -12,7 +12,7 @@ from pathlib import Path
 
 import redis
 from redis_cluster import answers, free_ports
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 from waiting import wait_until
 
 SERVICE = "mymaster"

@@ -57,12 +57,15 @@ def configure_logs(level: str, form: LogFormat, **fields: str) -> None:
     def format_traceback(exc_info: "ExcInfo") -> str:
         return _traceback(exc_info[1], messages=number <= logging.DEBUG)
 
-    renderer: Processor = (
-        structlog.processors.JSONRenderer()
+    renderer: list[Processor] = (
+        [structlog.processors.JSONRenderer()]
         if form is LogFormat.JSON
-        else structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-        )
+        else [
+            _without_control_characters,
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        ]
     )
     structlog.configure(
         processors=[
@@ -70,11 +73,22 @@ def configure_logs(level: str, form: LogFormat, **fields: str) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.ExceptionRenderer(format_traceback),
-            renderer,
+            *renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def _without_control_characters(logger: object, method: str, event: "EventDict") -> "EventDict":
+    """Escape what could control a terminal: names and reasons may be a stranger's."""
+    return {key: _plain(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
+def _plain(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def _traceback(error: BaseException, *, messages: bool) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import redis
 import reltrace
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 
 HERE = Path(__file__).parent
 _START = 30.0

@@ -108,7 +108,7 @@ class IdleRunner:
     def full_pass_jobs(self) -> int:
         return self._crowded
 
-    def store_large(self, url: str, above: int, most: int) -> None:
+    def store_large(self, *settings: object) -> None:
         """Send all results, however large."""
 
     def take_back(self) -> list[LeaseKey]:

@@ -31,6 +31,9 @@ _PORT, _REDIS_PORT = 50051, 6379
 FLOOD_JOBS = 5_000
 """That a tenant may have queued or leased in a cluster for actors."""
 
+REDIS_BYTES = 128 << 20
+"""Memory of Redis in such a cluster."""
+
 RESULT_TTL = 30.0
 """Seconds for which such a cluster keeps results that nobody reads."""
 
@@ -150,7 +153,8 @@ class Cluster:
         host = "127.0.0.1"
         if self._network is not None:
             host, port = self._network.address("redis"), _REDIS_PORT
-        node = RedisNode(name, self.folder, self.fsync, host, port)
+        options = ["--maxmemory", str(REDIS_BYTES)] if self._links is not None else []
+        node = RedisNode(name, self.folder, self.fsync, host, port, options)
         self._parts.callback(node.close)
         return node
 

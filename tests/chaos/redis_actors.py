@@ -9,33 +9,41 @@ from contextlib import suppress
 
 import redis
 from chaos.actors import Actor
+from chaos.cluster import REDIS_BYTES
 from chaos.redis_node import RedisNode
 from waiting import wait_until
+
+_FILLER = "chaos:filler"
 
 LATE = 1.0
 """Seconds after which a client has noted what it was answered."""
 
 
 class FullRedis(Actor):
-    """Redis has less memory than it uses: it takes nothing more."""
+    """Somebody else fills the memory of Redis: it takes nothing more."""
 
     name = "full Redis"
 
     def strike(self, source: random.Random) -> bool:
-        with suppress(redis.RedisError), self.cluster.store() as store:
-            bound = store.config_get("maxmemory")["maxmemory"]
-            before = _refusals(store)
-            store.config_set("maxmemory", store.info("memory")["used_memory"] // 2)
-            try:
-                # It is refused something, however long that takes; then it stays so for a while.
+        refused = 0
+        try:
+            with suppress(redis.RedisError), self.cluster.store() as store:
+                before = _refusals(store)
+                store.setrange(_FILLER, REDIS_BYTES, "x")
+                # It refuses something, however long that takes; then it stays so for a while.
                 wait_until(lambda: _refusals(store) > before, "a full Redis refuses a write", 20)
                 time.sleep(source.uniform(0.5, 3))
-                refused = _refusals(store) - before
-            finally:
-                store.config_set("maxmemory", bound)
-            # One that was killed meanwhile counts anew, and is not full any more.
-            self.figures["writes refused"] += max(refused, 0)
-            return refused > 0
+                # One that was killed meanwhile counts anew.
+                refused = max(_refusals(store) - before, 0)
+        finally:
+            wait_until(self._empty, "Redis has room again")
+        self.figures["writes refused"] += refused
+        return refused > 0
+
+    def _empty(self) -> bool:
+        with suppress(redis.RedisError), self.cluster.store() as store:
+            store.unlink(_FILLER)
+            return True
         return False
 
 

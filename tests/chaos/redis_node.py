@@ -11,7 +11,7 @@ from pathlib import Path
 
 import redis
 from chaos.part import Part
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 
 Start = Callable[[str, Sequence[str], Callable[[], None]], Part]
 """Starts a process: its name, its command, and what is called before every start."""
@@ -30,12 +30,17 @@ class RedisNode:
         Redis's `appendfsync`.
     host, port
         Where it listens besides its socket; port 0: nowhere.
+    options
+        Further ones of the command line.
     """
 
-    def __init__(self, name: str, folder: Path, fsync: str, host: str, port: int) -> None:
+    def __init__(
+        self, name: str, folder: Path, fsync: str, host: str, port: int, options: Sequence[str]
+    ) -> None:
         self.name = name
         self.address = (host, port)
         self._fsync = fsync
+        self._options = options
         self._data = folder / name
         self._data.mkdir(exist_ok=True)
         self._stack = ExitStack()
@@ -76,6 +81,7 @@ class RedisNode:
             *("--unixsocket", str(self.socket), "--dir", str(self._data)),
             *("--appendonly", "yes", "--appendfsync", self._fsync, "--save", ""),
             *("--maxmemory-policy", "noeviction", "--repl-diskless-sync-delay", "0"),
+            *self._options,
         ]
 
     def _mend(self) -> None:

@@ -66,6 +66,7 @@ class Report:
     actors: dict[str, dict[str, int]]
     longest_wait_for_a_result: float
     longest_wait_beside_a_flood: float
+    most_jobs_of_a_flood_before_another: int
     keys_left: list[str]
     faults: list[str]
 
@@ -114,6 +115,7 @@ def run(
         for actor in acting:
             actor.settle(tally)
         clients.finish(tally)
+    floods = [actor for actor in acting if isinstance(actor, Flood)]
     return Report(
         seed=seed,
         seconds=round(time.monotonic() - began, 1),
@@ -134,9 +136,8 @@ def run(
         attempts=dict(sorted(tally.attempts.items())),
         actors={actor.name: dict(actor.figures) for actor in acting},
         longest_wait_for_a_result=round(killer.longest_stall, 1),
-        longest_wait_beside_a_flood=round(
-            max((a.longest_wait for a in acting if isinstance(a, Flood)), default=0.0), 1
-        ),
+        longest_wait_beside_a_flood=round(max((one.longest_wait for one in floods), default=0), 1),
+        most_jobs_of_a_flood_before_another=max((one.most_before for one in floods), default=0),
         keys_left=tally.keys_left,
         faults=tally.faults,
     )

@@ -77,6 +77,23 @@ def test_a_job_that_hangs_its_workers_costs_nobody_else(start: Start) -> None:
     assert [death.code for death in cluster.deaths] == [HANGS] * 2
 
 
+def test_a_worker_that_hangs_while_it_drains_leaves_without_its_grace(start: Start) -> None:
+    """
+    Given a worker whose pass hangs
+    If it is asked to stop, and has ten seconds for its pass
+    I expect it to find the pass to hang and to leave, with the lease of its job counted as lost.
+    """
+    cluster = start(lease=1.0, schedulers=1, workers=1, max_lost_leases=1)
+    (worker,) = cluster.workers
+    with cluster.client() as client:
+        submitted = submit(client, [Work(1, endless=True)])
+        wait_until(lambda: "runs 1\n" in worker.log.read_text(), "the pass hangs")
+        assert worker.stop() == HANGS
+        (end,) = submitted.ends()
+    assert end.state == types_pb2.JOB_STATE_QUARANTINED
+    assert "worker.drains" in worker.log.read_text()
+
+
 def test_draining_under_load_loses_nothing_and_no_time(start: Start) -> None:
     """
     Given a lease of two minutes, so that whoever waited for one would be seen to

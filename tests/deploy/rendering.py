@@ -1,6 +1,8 @@
 """The overlays as `kubectl kustomize` renders them, with secrets as `secrets.sh` makes them."""
 
+import base64
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,9 +23,10 @@ KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 
 # What both commands read beside their options, as their READMEs say.
+AWS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"}
 BESIDE_OPTIONS = {
-    "scheduler": {"RELTRACE_REDIS_PASSWORD"},
-    "worker": {"RELTRACE_TOKEN", "HF_HOME", "HF_TOKEN_PATH"},
+    "scheduler": {"RELTRACE_REDIS_PASSWORD", *AWS},
+    "worker": {"RELTRACE_TOKEN", "HF_HOME", "HF_TOKEN_PATH", *AWS},
 }
 
 
@@ -66,6 +69,12 @@ class Rendered:
         }
 
 
+def maxmemory(config: str) -> int:
+    """The bytes that a configuration of Redis gives it."""
+    (found,) = re.findall(r"^maxmemory (\d+)gb$", config, re.MULTILINE)
+    return int(found) << 30
+
+
 def container(pod: Object) -> Object:
     (only,) = pod["spec"]["containers"]
     return dict(only)
@@ -75,7 +84,11 @@ def environment(rendered: Rendered, pod: Object) -> dict[str, str | None]:
     """The variables of a pod's container; None: set from the pod's own fields."""
     made: dict[str, str | None] = {}
     for source in container(pod).get("envFrom", []):
-        made |= rendered.get("ConfigMap", source["configMapRef"]["name"])["data"]
+        if "configMapRef" in source:
+            made |= rendered.get("ConfigMap", source["configMapRef"]["name"])["data"]
+        else:
+            secret = rendered.get("Secret", source["secretRef"]["name"])["data"]
+            made |= {name: base64.b64decode(value).decode() for name, value in secret.items()}
     return made | {entry["name"]: entry.get("value") for entry in container(pod)["env"]}
 
 

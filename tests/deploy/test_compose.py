@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from deploy.rendering import DEPLOY, DRAIN_GRACE, VARIABLES
+from deploy.rendering import AWS, DEPLOY, DRAIN_GRACE, VARIABLES, maxmemory
 from deploy.test_containers import environment as image_environment
 
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
@@ -16,6 +16,7 @@ OURS = {
     for name, service in SERVICES.items()
     if service["image"].startswith("reltrace-")
 }
+RESULTS = "/var/lib/reltrace/results"
 each_service = pytest.mark.parametrize("name", sorted(SERVICES))
 each_of_ours = pytest.mark.parametrize("name", sorted(OURS))
 
@@ -23,6 +24,16 @@ each_of_ours = pytest.mark.parametrize("name", sorted(OURS))
 def filled(value: object) -> str:
     """What compose makes of a value where no variable is set."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(value))
+
+
+def mounts(service: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where a service's volumes come from, and where they are in it."""
+    return [
+        tuple(volume.split(":")[:2])
+        if isinstance(volume, str)
+        else (volume["source"], volume["target"])
+        for volume in service.get("volumes", [])
+    ]
 
 
 def seconds(text: str) -> int:
@@ -50,8 +61,9 @@ def test_what_a_service_refers_to_is_there(name: str) -> None:
     service = SERVICES[name]
     for kind in ("networks", "secrets"):
         assert set(service.get(kind, [])) <= set(COMPOSE[kind])
-    for volume in service.get("volumes", []):
-        source = volume.partition(":")[0]
+    for source, _ in mounts(service):
+        if source == RESULTS:
+            continue
         assert source in COMPOSE["volumes"] or (
             source.startswith("./") and (DEPLOY / source).exists()
         )
@@ -65,7 +77,7 @@ def test_what_a_service_refers_to_is_there(name: str) -> None:
 def test_nothing_is_declared_in_vain() -> None:
     used = {
         kind: {
-            str(entry).partition(":")[0]
+            entry.partition(":")[0] if isinstance(entry, str) else entry["source"]
             for service in SERVICES.values()
             for entry in service.get(kind, [])
         }
@@ -118,14 +130,15 @@ def test_no_secret_stands_in_the_file() -> None:
     for service in SERVICES.values():
         for variable, value in service.get("environment", {}).items():
             if re.search("PASSWORD|TOKEN|KEY", variable):
-                assert str(value).startswith("/run/secrets/"), variable
+                # None: as it is set where compose runs.
+                assert value is None or str(value).startswith("/run/secrets/"), variable
 
 
 def test_secrets_are_those_that_the_script_makes(secrets: Path) -> None:
     made = {path.name for path in secrets.iterdir()}
     wanted = {secret["file"].removeprefix("./secrets/") for secret in COMPOSE["secrets"].values()}
     assert wanted <= made
-    assert made - wanted == {"client.token", "operator.token"}
+    assert made - wanted == {"client.token", "operator.token", "results.env"}
 
 
 def test_only_schedulers_share_a_network_with_redis() -> None:
@@ -171,10 +184,29 @@ def test_workers_have_time_to_drain() -> None:
 def test_models_are_kept() -> None:
     for name, component in OURS.items():
         if component == "worker":
-            (volume,) = SERVICES[name]["volumes"]
-            folder = volume.partition(":")[2]
+            ((_, folder),) = [one for one in mounts(SERVICES[name]) if one[0] == "models"]
             assert SERVICES[name]["environment"]["HF_HOME"].startswith(f"{folder}/")
             assert image_environment("worker")["HF_HOME"].startswith(f"{folder}/")
+
+
+def test_large_results_have_a_place() -> None:
+    """A folder that is under one path for everybody, clients on this machine among them."""
+    for name, component in OURS.items():
+        assert (RESULTS, RESULTS) in mounts(SERVICES[name])
+        given = SERVICES[name]["environment"]
+        assert {key for key, value in given.items() if value is None} == AWS
+        if component == "scheduler":
+            assert filled(given["RELTRACE_RESULTS_URL"]) == f"file://{RESULTS}"
+    assert f"install -d -o 10001 -g 10001 {RESULTS}\n" in (DEPLOY / "README.md").read_text()
+
+
+def test_redis_has_memory_to_write_its_file_anew() -> None:
+    (folder,) = [
+        source for source, target in mounts(SERVICES["redis"]) if target == "/etc/reltrace"
+    ]
+    config = (DEPLOY / folder / "redis.conf").read_text()
+    limit = SERVICES["redis"]["mem_limit"]
+    assert 2 * maxmemory(config) <= int(limit.removesuffix("g")) << 30
 
 
 def test_prometheus_reads_everybody() -> None:

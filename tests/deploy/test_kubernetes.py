@@ -19,6 +19,7 @@ from deploy.rendering import (
     container,
     environment,
     kustomize,
+    maxmemory,
     need_kubectl,
     render,
 )
@@ -60,7 +61,9 @@ def test_no_secret_is_written_down() -> None:
             assert made["kind"] != "Secret", path
             for generated in made.get("secretGenerator", []):
                 assert "literals" not in generated, path
-                assert all("secrets/" in file for file in generated["files"]), path
+                read = [*generated.get("files", []), *generated.get("envs", [])]
+                assert read, path
+                assert all("secrets/" in file for file in read), path
 
 
 def test_everything_is_in_one_namespace_that_is_restricted(overlay: Rendered) -> None:
@@ -95,6 +98,9 @@ def test_images_are_pinned(overlay: Rendered) -> None:
 def test_variables_are_options_of_the_commands(overlay: Rendered) -> None:
     for component in ("scheduler", "worker"):
         set_here = environment(overlay, overlay.pods()[component])
+        if component == "worker":
+            # From the Secret with what opens the bucket; a worker learns its URL from schedulers.
+            set_here.pop("RELTRACE_RESULTS_URL", None)
         assert set(set_here) <= VARIABLES[component]
 
 
@@ -184,6 +190,12 @@ def test_the_kubelet_asks_for_health_as_the_port_speaks(overlay: Rendered) -> No
     assert alive["exec"]["command"] == ["python", "/opt/reltrace/health.py", "alive"]
 
 
+def test_a_worker_whose_pass_hangs_is_not_alive(overlay: Rendered) -> None:
+    alive = container(overlay.pods()["worker"])["livenessProbe"]
+    # Metrics are served however long a pass has hung.
+    assert alive["httpGet"] == {"path": "/healthz", "port": "metrics"}
+
+
 def test_probes_name_ports_that_there_are(overlay: Rendered) -> None:
     for pod in overlay.pods().values():
         ports = {port["name"] for port in container(pod)["ports"]}
@@ -256,13 +268,42 @@ def test_redis_is_where_the_schedulers_look(overlay: Rendered) -> None:
     )
     redis = overlay.pods()["redis"]
     limit = container(redis)["resources"]["limits"]["memory"]
-    # While its file is written anew, Redis may need what it holds twice.
-    assert int(str(scheduler["RELTRACE_MAX_BYTES"])) * 2 < int(limit.removesuffix("Gi")) << 30
     config = overlay.get("ConfigMap", redis["spec"]["volumes"][0]["configMap"]["name"])["data"]
+    # While its file is written anew, Redis may need what it holds twice.
+    assert 2 * maxmemory(config["redis.conf"]) <= int(limit.removesuffix("Gi")) << 30
     assert container(redis)["command"] == [
         "sh", *(f"/etc/reltrace/{name}" for name in ("start.sh", "redis.conf")),
     ]  # fmt: skip
     assert set(config) == {"start.sh", "redis.conf"}
+
+
+def test_large_results_have_a_place(overlay: Rendered) -> None:
+    """The bucket is for the operator to name; whoever writes or deletes there has its keys."""
+    for component in ("scheduler", "worker"):
+        given = environment(overlay, overlay.pods()[component])
+        assert given.get("RELTRACE_RESULTS_URL") == (None if overlay.name == "one-node" else "")
+
+
+def test_a_bucket_that_is_named_reaches_the_pods(
+    manifests: Path, secrets: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "kubernetes"
+    shutil.copytree(manifests, copy)
+    shutil.copytree(secrets, copy / "overlays" / "gpu" / "secrets", dirs_exist_ok=True)
+    before = render("gpu", copy, secrets)
+    file = copy / "overlays" / "gpu" / "secrets" / "results.env"
+    text = file.read_text().replace("RELTRACE_RESULTS_URL=", "RELTRACE_RESULTS_URL=s3://bucket/x")
+    file.write_text(text.replace("#AWS_ACCESS_KEY_ID=", "AWS_ACCESS_KEY_ID=key"))
+    made = render("gpu", copy, secrets)
+    for component in ("scheduler", "worker"):
+        given = environment(made, made.pods()[component])
+        assert given["RELTRACE_RESULTS_URL"] == "s3://bucket/x"
+        assert given["AWS_ACCESS_KEY_ID"] == "key"
+        # Its name changes with it, so that pods are started again.
+        assert (
+            container(made.pods()[component])["envFrom"]
+            != (container(before.pods()[component])["envFrom"])
+        )
 
 
 def test_workers_of_gpu_overlays_have_one_each(overlay: Rendered) -> None:

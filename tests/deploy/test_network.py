@@ -127,7 +127,9 @@ def test_workers_reach_the_hub_and_nothing_near(overlay: Rendered) -> None:
     assert reaches(overlay, WORKER, HUB, 443)
     assert not reaches(overlay, WORKER, HUB, 80)
     assert not reaches(overlay, WORKER, OTHER_MACHINE, 443)
-    assert not reaches(overlay, SCHEDULER, HUB, 443)
+    # A bucket for large results.
+    assert reaches(overlay, SCHEDULER, HUB, 443) is (overlay.name != "one-node")
+    assert not reaches(overlay, SCHEDULER, OTHER_MACHINE, 443)
     assert not reaches(overlay, REDIS, HUB, 443)
 
 

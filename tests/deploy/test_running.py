@@ -24,7 +24,7 @@ from deploy.test_containers import environment as image_environment
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from reltrace_scheduler.auth.tokens import parse
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 from reltrace_worker.observability.metrics import PassStats, WorkerCollector, exporting
 from waiting import wait_until
 
@@ -209,7 +209,7 @@ def test_a_scheduler_of_the_stack(
             **image_environment("scheduler"),
             **SERVICES["scheduler-1"]["environment"],
         }.items()
-        if name not in {"RELTRACE_METRICS", "PATH"}
+        if name not in {"RELTRACE_METRICS", "PATH"} and value is not None
     }
     port, page = free_port(), free_port()
     environment |= {

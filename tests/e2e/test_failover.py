@@ -78,7 +78,7 @@ def caller(start: Start) -> Iterator[Callable[..., Caller]]:
             address = scheduler.first_line().split()[-1]
             path = f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"
             worker = start(
-                "chaos.worker", "--scheduler", address, "--name", "w", "--jobs-per-pass", "4",
+                "chaos.worker", "--server", address, "--name", "w", "--jobs-per-pass", "4",
                 PYTHONPATH=path,
             )  # fmt: skip
             processes.extend((worker, scheduler))

@@ -12,7 +12,7 @@ import pytest
 import reltrace
 from certificates import Certificates, make_certificates
 from e2e.conftest import Process, wait_until
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 
 Start = Callable[..., Process]
 

@@ -99,6 +99,15 @@ def test_lines_for_people_have_the_fields_too() -> None:
     assert "job=j-1" in written.getvalue()
 
 
+def test_lines_for_people_control_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("info", LogFormat.CONSOLE)
+    log.info("call.refused", method="/x\x1b[2J\r\u202e", reason="\x1b]0;x\x07")
+    structlog.reset_defaults()
+    said = capsys.readouterr().err
+    assert "method=/x\\x1b[2J\\r\\u202e" in said
+    assert said.rstrip("\n").isprintable()
+
+
 def test_levels(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs("WARNING", LogFormat.JSON)
     log.info("not shown")

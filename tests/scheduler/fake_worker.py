@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import grpc
+from reltrace_proto.protocol import PROTOCOL
 from reltrace_proto.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 MODEL = types_pb2.ModelInfo(
@@ -35,10 +36,12 @@ class FakeWorker:
     worker_id: str = "w1"
     model: types_pb2.ModelInfo = field(default_factory=lambda: MODEL)
     metadata: tuple[tuple[str, str], ...] = ()
+    protocol: int = PROTOCOL
 
     async def greet(self) -> worker_pb2.Welcome:
         self.call = worker_pb2_grpc.WorkerServiceStub(self.channel).Work(metadata=self.metadata)
-        await self.send(hello=worker_pb2.Hello(worker_id=self.worker_id, model=self.model))
+        hello = worker_pb2.Hello(worker_id=self.worker_id, model=self.model, protocol=self.protocol)
+        await self.send(hello=hello)
         return (await self.receive("welcome")).welcome
 
     async def connect(self, holding: Sequence[worker_pb2.Lease] = ()) -> worker_pb2.Welcome:
@@ -84,12 +87,12 @@ class FakeWorker:
                 return
 
     async def finish(
-        self, leases: list[worker_pb2.Lease], data: bytes = b"", number: int = 1
+        self, leases: list[worker_pb2.Lease], data: bytes = b"", number: int = 1, message: int = 7
     ) -> None:
         """End jobs with one chunk each."""
         await self.send(
             results=worker_pb2.Results(
-                id=7,
+                id=message,
                 chunks=[ended(lease.job_id, lease.attempt, data, number) for lease in leases],
             )
         )

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc
 from reltrace_scheduler.auth.tokens import Tokens
 from reltrace_scheduler.keys import SCHEMA
-from reltrace_scheduler.local.redis import find_server
+from reltrace_scheduler.local.binary import find_server
 
 Start = Callable[..., subprocess.Popen[str]]
 

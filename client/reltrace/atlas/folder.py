@@ -13,6 +13,7 @@ from typing import Any
 from reltrace.atlas.merged import MergedSite
 from reltrace.atlas.state import State, TokenCounts
 from reltrace.storage.atomic_files import check_no_other_files, lock_folder, replace_file
+from reltrace.storage.damaged_files import check_kinds
 from reltrace.storage.tensor_files import write_tensors
 from reltrace.types.arrays import Array
 from reltrace.types.atlas_shard import SITES
@@ -121,6 +122,9 @@ def damaged(path: Path, why: object) -> InvalidArgument:
 
 
 def _state(about: dict[str, Any], arrays: dict[str, Array]) -> State:
+    check_kinds(about, {"about": dict, "special": list, "prompts": int, "tokens": int})
+    for name in ("digests", "vocabulary", "skipped"):
+        check_kinds(about[name], dict.fromkeys(about[name], str))
     return State(
         about=about["about"],
         sites={

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import reltrace
 from reltrace.batch.parts import PartFormat, is_name
@@ -20,7 +21,8 @@ from reltrace.storage.atomic_files import (
     lock_folder,
     replace_file,
 )
-from reltrace.types.checks import check_same_settings
+from reltrace.storage.damaged_files import check_kinds
+from reltrace.types.checks import check_name, check_same_settings
 from reltrace.types.errors import TraceError, invalid
 from reltrace.types.provenance import Provenance
 from reltrace.types.request import Dtype
@@ -151,11 +153,12 @@ class BatchFolder:
     def submissions(self) -> dict[str, int]:
         """Return the number of jobs of each submission that a killed run left on the server."""
         try:
-            found: dict[str, int] = json.loads((self.path / SUBMISSIONS).read_bytes())
-        except (FileNotFoundError, ValueError):
-            # The file is not synced: a power failure may leave any content.
-            return {}
-        return found
+            found: object = json.loads((self.path / SUBMISSIONS).read_bytes())
+        except (FileNotFoundError, ValueError, RecursionError):
+            found = None
+        # The file is not synced: a power failure may leave any content.
+        jobs = found if isinstance(found, dict) else {}
+        return {name: count for name, count in jobs.items() if type(count) is int}
 
     def record_submissions(self, submissions: Mapping[str, int]) -> None:
         """Record how many jobs of each submission the server holds.
@@ -190,16 +193,23 @@ def read_manifest(root: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise invalid("out", f"{root} holds no batch: there is no {MANIFEST}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise invalid("out", f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict):
-        raise invalid("out", f"{path} is damaged: it is not a JSON object")
-    if manifest.get("format") != _FORMAT:
+    if isinstance(manifest, dict) and manifest.get("format") != _FORMAT:
         raise invalid(
             "out",
             f"{path} is of format {manifest.get('format')!r}, and this version reads {_FORMAT!r}: "
             "use a new folder",
         )
+    try:
+        check_kinds(manifest, {"settings": dict, "provenance": (dict, NoneType)}, complete=True)
+        check_kinds(manifest["settings"], {"format": str}, complete=True)
+        check_kinds(manifest["settings"], {"output_uri": (str, NoneType)})
+        check_name(manifest["settings"]["format"], "settings.format", get_args(PartFormat))
+        if manifest["provenance"] is not None:
+            check_kinds(manifest["provenance"], dict.fromkeys(_SAME_PROVENANCE, str), complete=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise invalid("out", f"{path} is damaged: {error}") from error
     return manifest
 
 

@@ -114,7 +114,7 @@ def count_items(file: BinaryIO, input_format: InputFormat) -> int:
             return int(_parquet_file(opened).metadata.num_rows)
         if input_format.name == "csv":
             return sum(1 for _ in _csv(opened, input_format))
-        return sum(1 for line in opened if line.strip())
+        return sum(1 for _ in _lines(opened))
 
 
 @contextmanager
@@ -235,12 +235,22 @@ def _text(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
         yield Item(index, line, index, arguments, fault, content)
 
 
+def _text_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    """Yield lines; raise InvalidArgument at one that is too long, before it is read to its end."""
+    number = 0
+    while line := text.readline(_MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > _MAX_LINE_BYTES:
+            raise invalid("input", f"line {number} is longer than {_MAX_LINE_BYTES} characters")
+        yield line
+
+
 def _csv(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     line = 1
     csv.field_size_limit(_MAX_LINE_BYTES)
     try:
-        reader = csv.DictReader(text, strict=True)
+        reader = csv.DictReader(_text_lines(text), strict=True)
         found = _with_columns(input_format, reader.fieldnames or [])
         line = reader.line_num + 1
         for index, row in enumerate(reader):
@@ -259,17 +269,32 @@ def _parquet(file: BinaryIO, input_format: InputFormat) -> Iterator[Item]:
     found = _with_columns(input_format, parquet.schema_arrow.names)
     columns = [name for name in (found.column, found.id_column, *found.also) if name is not None]
     index = 0
-    for batch in parquet.iter_batches(_PARQUET_ROWS, columns=columns):
-        for row in batch.to_pylist():
+    batches = parquet.iter_batches(_PARQUET_ROWS, columns=columns)
+    while True:
+        with _parquet_errors():
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        for row in rows:
             yield _from_row(index, index + 1, row, found)
             index += 1
 
 
 def _parquet_file(file: BinaryIO) -> Any:
-    pyarrow, parquet = pyarrow_modules()
-    try:
+    _, parquet = pyarrow_modules()
+    with _parquet_errors():
         return parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
+
+
+@contextmanager
+def _parquet_errors() -> Iterator[None]:
+    """Raise InvalidArgument for what pyarrow raises where a file is damaged: almost anything."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise invalid("input", f"is no Parquet file: {error}") from error
 
 

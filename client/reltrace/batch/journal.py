@@ -164,7 +164,11 @@ class Journal:
         query = "SELECT failure FROM prompts WHERE failure IS NOT NULL ORDER BY number"
         with self._described_errors():
             for (failure,) in self._database.execute(query):
-                yield Failed(**json.loads(failure))
+                try:
+                    failed = Failed(**json.loads(failure))
+                except (TypeError, ValueError, RecursionError) as error:
+                    raise self._damaged(error) from error
+                yield failed
 
     def input(self) -> tuple[int, str]:
         """Return how many prompts of the input have been read at most, and their digest."""
@@ -177,7 +181,13 @@ class Journal:
 
     def _table(self, query: str, **columns: str) -> Array:
         with self._described_errors():
-            return np.fromiter(self._database.execute(query), list(columns.items()))
+            try:
+                return np.fromiter(self._database.execute(query), list(columns.items()))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> InvalidArgument:
+        return invalid("out", f"{self._path} is damaged: {error}")
 
     @contextmanager
     def _described_errors(self) -> Iterator[None]:
@@ -186,4 +196,4 @@ class Journal:
         except sqlite3.OperationalError as error:
             raise OSError(f"{error}: {str(self._path)!r}") from error
         except sqlite3.DatabaseError as error:
-            raise invalid("out", f"{self._path} is damaged: {error}") from error
+            raise self._damaged(error) from error

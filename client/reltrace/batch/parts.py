@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 import numpy as np
 
 from reltrace.storage.atomic_files import replace_file
+from reltrace.storage.damaged_files import named_if_damaged
 from reltrace.storage.tensor_files import write_tensors
 from reltrace.storage.trace_files import restore, split
 from reltrace.types.arrays import Array
@@ -19,6 +20,7 @@ from reltrace.types.trace import Trace
 
 PartFormat: TypeAlias = Literal["safetensors", "parquet"]
 _FORMAT = "reltrace-batch-part-1"
+_NO_PART = "no part of a batch"
 _NAME = re.compile(rf"part-\d{{6,}}\.(?:{'|'.join(get_args(PartFormat))})")
 
 # Fields of a trace that have a Parquet column, for other readers.
@@ -62,9 +64,16 @@ def write_part(path: Path, rows: Sequence[tuple[int, Trace]]) -> None:
 def open_part(path: Path, stored_in: Sequence[str]) -> Callable[[int], Trace]:
     """Open a file of traces; return what reads the trace in a row of it.
 
-    Raises InvalidArgument if the file is not such a file.
+    Both raise InvalidArgument if the file is not such a file.
     """
-    return (_open_parquet if path.suffix == ".parquet" else _open_safetensors)(path, stored_in)
+    with named_if_damaged(path, _NO_PART):
+        read = (_open_parquet if path.suffix == ".parquet" else _open_safetensors)(path, stored_in)
+
+    def checked(row: int) -> Trace:
+        with named_if_damaged(path, _NO_PART):
+            return read(row)
+
+    return checked
 
 
 def _write_safetensors(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> None:
@@ -87,18 +96,15 @@ def _write_safetensors(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> Non
 
 
 def _open_safetensors(path: Path, stored_in: Sequence[str]) -> Callable[[int], Trace]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        # Memory-mapped; closed when it is garbage-collected.
-        file: Any = safe_open(path, "numpy")
-        metadata: dict[str, str] = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise invalid("path", f"{path} is no part of a batch")
-        abouts = json.loads(metadata["traces"])
-        provenances = json.loads(metadata["provenances"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise invalid("path", f"{path} is no part of a batch: {error}") from error
+    # Memory-mapped; closed when it is garbage-collected.
+    file: Any = safe_open(path, "numpy")
+    metadata: dict[str, str] = file.metadata() or {}
+    if metadata.get("format") != _FORMAT:
+        raise invalid("path", f"{path} is {_NO_PART}")
+    abouts = json.loads(metadata["traces"])
+    provenances = json.loads(metadata["provenances"])
 
     def read(row: int) -> Trace:
         about = abouts[row]
@@ -144,13 +150,10 @@ def _write_parquet(file: BinaryIO, rows: Sequence[tuple[int, Trace]]) -> None:
 
 
 def _open_parquet(path: Path, stored_in: Sequence[str]) -> Callable[[int], Trace]:
-    pyarrow, parquet = pyarrow_modules()
-    try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise invalid("path", f"{path} is no part of a batch: {error}") from error
+    _, parquet = pyarrow_modules()
+    table = parquet.read_table(path)
     if (table.schema.metadata or {}).get(b"format") != _FORMAT.encode():
-        raise invalid("path", f"{path} is no part of a batch")
+        raise invalid("path", f"{path} is {_NO_PART}")
 
     def read(row: int) -> Trace:
         about = json.loads(table.column("about")[row].as_py())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 import sys
 from importlib.metadata import entry_points
@@ -17,7 +18,7 @@ from reltrace.cli.connection import Connection, config
 from reltrace.cli.evaluate import evaluate
 from reltrace.cli.generate import generate
 from reltrace.cli.option_groups import command, option, with_option_groups
-from reltrace.cli.output import drop_output, prepare_streams, warn
+from reltrace.cli.output import LogHandler, drop_output, prepare_streams, warn
 from reltrace.cli.tokenize import tokenize
 from reltrace.cli.trace import trace
 from reltrace.types.errors import MissingDependency, TraceError
@@ -70,6 +71,8 @@ def main() -> NoReturn:
     prepare_streams()
     _end_by_signals()
     add_installed_commands(app)
+    log, handler = logging.getLogger("reltrace"), LogHandler(logging.WARNING)
+    log.addHandler(handler)
     try:
         try:
             app()
@@ -91,6 +94,8 @@ def main() -> NoReturn:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        log.removeHandler(handler)
     sys.exit(0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -111,7 +110,6 @@ def batch(
         connection.client(retry_timeout) as client,
         closing(bar),
         _reporting_signals(out),
-        _logging_beside_the_bar(),
     ):
         run = Run(client, settings, input_format, options, sys.stdin.buffer, bar)
         summary = run.run()
@@ -156,24 +154,6 @@ def _reporting_signals(out: Path) -> Iterator[None]:
         raise typer.Exit(code) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class _BesideTheBar(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(f"reltrace: {record.getMessage()}", file=sys.stderr)
-
-
-@contextmanager
-def _logging_beside_the_bar() -> Iterator[None]:
-    """Print log messages without breaking the bar: a run that waits for a server says so."""
-    handler = _BesideTheBar(logging.WARNING)
-    logging.getLogger("reltrace").addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger("reltrace").removeHandler(handler)
 
 
 def _report(summary: Summary, out: Path, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 import time
@@ -127,6 +128,19 @@ def write(text: str, *, end: str = "\n") -> None:
     """Print a text of a model or server: escaped on a terminal, unchanged to a file or a pipe."""
     # Not typer.echo, which removes control characters.
     print(safe(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+class LogHandler(logging.Handler):
+    """Prints log messages to standard error, above a bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"reltrace: {safe(record.getMessage())}"
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+        else:
+            typer.echo(text, err=True)
 
 
 def warn(*messages: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from reltrace_proto.stores import is_below
 
+from reltrace.storage.damaged_files import check_kinds
 from reltrace.types.arrays import NUMPY_TYPES, Array, widened
 from reltrace.types.errors import MissingDependency, ProtocolError, StoreUnreadable
 
@@ -55,12 +56,25 @@ class StoredLocation:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StoredLocation:
-        """Return the location of which `dataclasses.asdict` made a value for JSON."""
+        """Return the location of which `dataclasses.asdict` made a value for JSON.
+
+        Raises any error if it is another value.
+        """
+        check_kinds(value, {"url": str, "offset": int, "length": int, "sha256": str})
+        for tensor in value["tensors"]:
+            check_kinds(tensor, {"site": str, "part": str, "dtype": str, "offset": int})
+            _check_sizes(tensor["offset"], *tensor["shape"])
+        _check_sizes(value["offset"], value["length"])
         tensors = tuple(
             StoredTensor(**{**tensor, "shape": tuple(tensor["shape"])})
             for tensor in value["tensors"]
         )
         return cls(**{**value, "tensors": tensors})
+
+
+def _check_sizes(*sizes: int) -> None:
+    if any(type(size) is not int or size < 0 for size in sizes):
+        raise ValueError(f"{sizes} are no sizes")
 
 
 class StoredArrays(Mapping[str, Mapping[str, Array]]):

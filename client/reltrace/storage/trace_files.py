@@ -9,11 +9,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
 from reltrace.storage.atomic_files import replace_file
+from reltrace.storage.damaged_files import check_kinds, named_if_damaged
 from reltrace.storage.stored_arrays import StoredArrays, StoredLocation
 from reltrace.storage.tensor_files import write_tensors
 from reltrace.types.arrays import Array
@@ -23,6 +25,14 @@ from reltrace.types.tokens import Turn
 from reltrace.types.trace import Trace
 
 _FORMAT = "reltrace-trace-1"
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "id": (int, str, NoneType),
+    **dict.fromkeys(("tokens", "token_ids", "offsets", "turns", "hints"), list),
+    **dict.fromkeys(("special_positions", "layers"), list),
+    "text": str,
+    "target": dict,
+    "provenance": dict,
+}
 
 
 def describe(trace: Trace) -> dict[str, Any]:
@@ -96,9 +106,10 @@ def restore(
 ) -> Trace:
     """Return the trace that `split` took apart; `stored_in` are folders that may have its tensors.
 
-    Raises KeyError or TypeError if something is missing or of another form, StoreUnreadable if the
-    tensors are in another folder.
+    Raises any error if something is missing or of another form, StoreUnreadable if the tensors are
+    in another folder.
     """
+    check_kinds(about, _KINDS)
     arrays: Mapping[str, Mapping[str, Array]]
     if "stored" in about:
         location = StoredLocation.from_json(about["stored"])
@@ -143,11 +154,11 @@ def save(trace: Trace, path: Path) -> Path:
 
 
 def load(path: Path) -> Trace:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
-    try:
+    with named_if_damaged(path, "not a trace that Trace.save wrote"):
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
@@ -155,7 +166,3 @@ def load(path: Path) -> Trace:
             about = json.loads(metadata["trace"])
             tensors = {name: file.get_tensor(name) for name in about["order"]}
         return restore(about, tensors)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise invalid(
-            "path", f"{os.fspath(path)!r} is not a trace that Trace.save wrote: {error}"
-        ) from error

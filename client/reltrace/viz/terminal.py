@@ -31,7 +31,9 @@ def show(trace: Trace, console: Console, atlas: Labels | None = None) -> None:
     has_token_values = trace.provenance.reduction not in ("feature", "topk")
     shown = token_values(trace) if has_token_values else None
     behind = "" if shown is None else f": {shown.title}"
-    console.print(Text.assemble("Relevance of ", (describe_target(trace), "bold"), behind))
+    console.print(
+        Text.assemble("Relevance of ", (describe_target(trace), "bold"), printable(behind))
+    )
     if likeliest := next_tokens(trace):
         console.print(Text(f"Likeliest next: {likeliest}"))
     if shown is not None:
@@ -45,8 +47,10 @@ def _show_tokens(trace: Trace, console: Console, shown: TokenValues) -> None:
     share = trace.first_token_share(shown.site).total
     if share >= _HIGH_SHARE and len(trace.tokens) > _FEW_TOKENS:
         console.print(
-            f"The first token has {share:.0%} of |R| at site {shown.site}: it may draw attention "
-            "whatever the prompt says (see NUMBERS.md, Limits)"
+            Text(
+                f"The first token has {share:.0%} of |R| at site {printable(shown.site)}: it may "
+                "draw attention whatever the prompt says (see NUMBERS.md, Limits)"
+            )
         )
     if console.color_system is None or console.no_color:
         console.print(_table(trace, shown.values))
@@ -57,7 +61,7 @@ def _show_tokens(trace: Trace, console: Console, shown: TokenValues) -> None:
         if trace.turns and part.first:
             text.append("\n")
         if part.role:
-            text.append(f"{part.role}: ", "bold")
+            text.append(f"{printable(part.role)}: ", "bold")
         for position in range(part.first, part.stop):
             text.append(words[position], _style(float(shares[position])))
     console.print(text, soft_wrap=True)
@@ -69,7 +73,7 @@ def show_strongest(
     trace: Trace, console: Console, site: str, atlas: Labels | None = None, count: int = 10
 ) -> None:
     """Print the strongest entries of a site, with their labels if the atlas has labels for it."""
-    console.print(f"strongest entries of site {site}")
+    console.print(Text(f"strongest entries of site {printable(site)}"))
     entries, labels = trace.top(count, site), None
     if atlas is not None and has_labels(site):
         labels = [printable(label) for _, label in labelled(trace, site, count, atlas)]
@@ -107,7 +111,7 @@ def _table(trace: Trace, values: NDArray[np.float32]) -> Table:
     names = Words.of(trace).names
     for part in segments(trace):
         for position in range(part.first, part.stop):
-            role = [Text(part.role)] * bool(trace.turns)
+            role = [Text(printable(part.role))] * bool(trace.turns)
             token = Text(quoted(names[position]))
             table.add_row(str(position), *role, token, f"{values[position]:+.4g}")
     return table

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from reltrace_proto.v1 import types_pb2 as reltrace_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18reltrace/v1/worker.proto\x12\x0breltrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17reltrace/v1/types.proto\"\xad\x02\n\x0bWorkRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.reltrace.v1.HelloH\x00\x12#\n\x05ready\x18\x02 \x01(\x0b\x32\x12.reltrace.v1.ReadyH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.reltrace.v1.HeartbeatH\x00\x12\'\n\x07results\x18\x04 \x01(\x0b\x32\x14.reltrace.v1.ResultsH\x00\x12\'\n\x07release\x18\x05 \x01(\x0b\x32\x14.reltrace.v1.ReleaseH\x00\x12#\n\x05leave\x18\x06 \x01(\x0b\x32\x12.reltrace.v1.LeaveH\x00\x12%\n\x06\x64rafts\x18\x07 \x01(\x0b\x32\x13.reltrace.v1.DraftsH\x00\x42\t\n\x07message\"\xa4\x01\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.reltrace.v1.ModelInfo\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12.\n\x0e\x66urther_models\x18\x05 \x03(\x0b\x32\x16.reltrace.v1.ModelInfo\x12\x10\n\x08protocol\x18\x06 \x01(\r\"\x15\n\x05Ready\x12\x0c\n\x04jobs\x18\x01 \x01(\r\"+\n\x08LeaseRef\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"[\n\tHeartbeat\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.reltrace.v1.LeaseRef\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x15.reltrace.v1.Progress\"_\n\x08Progress\x12)\n\x06silent\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05limit\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"G\n\x0bLeasedChunk\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.reltrace.v1.ResultChunk\"?\n\x07Results\x12\n\n\x02id\x18\x01 \x01(\x04\x12(\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x18.reltrace.v1.LeasedChunk\",\n\x06\x44rafts\x12\"\n\x06\x64rafts\x18\x01 \x03(\x0b\x32\x12.reltrace.v1.Draft\"V\n\x07Release\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.reltrace.v1.LeaseRef\x12$\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x15.reltrace.v1.JobError\"\x07\n\x05Leave\"\x91\x02\n\x0cWorkResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.reltrace.v1.WelcomeH\x00\x12%\n\x06leases\x18\x02 \x01(\x0b\x32\x13.reltrace.v1.LeasesH\x00\x12+\n\tcommitted\x18\x03 \x01(\x0b\x32\x16.reltrace.v1.CommittedH\x00\x12\'\n\x07revoked\x18\x04 \x01(\x0b\x32\x14.reltrace.v1.RevokedH\x00\x12#\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x12.reltrace.v1.DrainH\x00\x12+\n\treconnect\x18\x06 \x01(\x0b\x32\x16.reltrace.v1.ReconnectH\x00\x42\t\n\x07message\"\xe3\x01\n\x07Welcome\x12(\n\x05lease\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bresults_url\x18\x03 \x01(\t\x12\x1b\n\x13results_above_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64rafts\x18\x05 \x01(\x08\x12\x10\n\x08protocol\x18\x06 \x01(\r\x12\x18\n\x10max_result_bytes\x18\x07 \x01(\x04\x12\x12\n\noutput_uri\x18\x08 \x03(\t\"\xb4\x01\n\x05Lease\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\"\n\x04spec\x18\x03 \x01(\x0b\x32\x14.reltrace.v1.JobSpec\x12-\n\nqueued_for\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x08priority\x18\x05 \x01(\x0e\x32\x15.reltrace.v1.Priority\x12\x0e\n\x06tenant\x18\x06 \x01(\t\",\n\x06Leases\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.reltrace.v1.Lease\"\x17\n\tCommitted\x12\n\n\x02id\x18\x01 \x01(\x04\"0\n\x07Revoked\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.reltrace.v1.LeaseRef\"\x07\n\x05\x44rain\"\x0b\n\tReconnect2P\n\rWorkerService\x12?\n\x04Work\x12\x18.reltrace.v1.WorkRequest\x1a\x19.reltrace.v1.WorkResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18reltrace/v1/worker.proto\x12\x0breltrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17reltrace/v1/types.proto\"\xad\x02\n\x0bWorkRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.reltrace.v1.HelloH\x00\x12#\n\x05ready\x18\x02 \x01(\x0b\x32\x12.reltrace.v1.ReadyH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.reltrace.v1.HeartbeatH\x00\x12\'\n\x07results\x18\x04 \x01(\x0b\x32\x14.reltrace.v1.ResultsH\x00\x12\'\n\x07release\x18\x05 \x01(\x0b\x32\x14.reltrace.v1.ReleaseH\x00\x12#\n\x05leave\x18\x06 \x01(\x0b\x32\x12.reltrace.v1.LeaveH\x00\x12%\n\x06\x64rafts\x18\x07 \x01(\x0b\x32\x13.reltrace.v1.DraftsH\x00\x42\t\n\x07message\"\xa4\x01\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.reltrace.v1.ModelInfo\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12.\n\x0e\x66urther_models\x18\x05 \x03(\x0b\x32\x16.reltrace.v1.ModelInfo\x12\x10\n\x08protocol\x18\x06 \x01(\r\"\x15\n\x05Ready\x12\x0c\n\x04jobs\x18\x01 \x01(\r\"+\n\x08LeaseRef\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"[\n\tHeartbeat\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.reltrace.v1.LeaseRef\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x15.reltrace.v1.Progress\"_\n\x08Progress\x12)\n\x06silent\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05limit\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"G\n\x0bLeasedChunk\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.reltrace.v1.ResultChunk\"?\n\x07Results\x12\n\n\x02id\x18\x01 \x01(\x04\x12(\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x18.reltrace.v1.LeasedChunk\",\n\x06\x44rafts\x12\"\n\x06\x64rafts\x18\x01 \x03(\x0b\x32\x12.reltrace.v1.Draft\"V\n\x07Release\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.reltrace.v1.LeaseRef\x12$\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x15.reltrace.v1.JobError\"\x07\n\x05Leave\"\xbc\x02\n\x0cWorkResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.reltrace.v1.WelcomeH\x00\x12%\n\x06leases\x18\x02 \x01(\x0b\x32\x13.reltrace.v1.LeasesH\x00\x12+\n\tcommitted\x18\x03 \x01(\x0b\x32\x16.reltrace.v1.CommittedH\x00\x12\'\n\x07revoked\x18\x04 \x01(\x0b\x32\x14.reltrace.v1.RevokedH\x00\x12#\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x12.reltrace.v1.DrainH\x00\x12+\n\treconnect\x18\x06 \x01(\x0b\x32\x16.reltrace.v1.ReconnectH\x00\x12)\n\x08\x64\x65\x66\x65rred\x18\x07 \x01(\x0b\x32\x15.reltrace.v1.DeferredH\x00\x42\t\n\x07message\"\xe3\x01\n\x07Welcome\x12(\n\x05lease\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bresults_url\x18\x03 \x01(\t\x12\x1b\n\x13results_above_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64rafts\x18\x05 \x01(\x08\x12\x10\n\x08protocol\x18\x06 \x01(\r\x12\x18\n\x10max_result_bytes\x18\x07 \x01(\x04\x12\x12\n\noutput_uri\x18\x08 \x03(\t\"\xb4\x01\n\x05Lease\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\"\n\x04spec\x18\x03 \x01(\x0b\x32\x14.reltrace.v1.JobSpec\x12-\n\nqueued_for\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x08priority\x18\x05 \x01(\x0e\x32\x15.reltrace.v1.Priority\x12\x0e\n\x06tenant\x18\x06 \x01(\t\",\n\x06Leases\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.reltrace.v1.Lease\"\x17\n\tCommitted\x12\n\n\x02id\x18\x01 \x01(\x04\"@\n\x08\x44\x65\x66\x65rred\x12\n\n\x02id\x18\x01 \x01(\x04\x12(\n\x05\x64\x65lay\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"0\n\x07Revoked\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.reltrace.v1.LeaseRef\"\x07\n\x05\x44rain\"\x0b\n\tReconnect2P\n\rWorkerService\x12?\n\x04Work\x12\x18.reltrace.v1.WorkRequest\x1a\x19.reltrace.v1.WorkResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -56,21 +56,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEAVE']._serialized_start=1099
   _globals['_LEAVE']._serialized_end=1106
   _globals['_WORKRESPONSE']._serialized_start=1109
-  _globals['_WORKRESPONSE']._serialized_end=1382
-  _globals['_WELCOME']._serialized_start=1385
-  _globals['_WELCOME']._serialized_end=1612
-  _globals['_LEASE']._serialized_start=1615
-  _globals['_LEASE']._serialized_end=1795
-  _globals['_LEASES']._serialized_start=1797
-  _globals['_LEASES']._serialized_end=1841
-  _globals['_COMMITTED']._serialized_start=1843
-  _globals['_COMMITTED']._serialized_end=1866
-  _globals['_REVOKED']._serialized_start=1868
-  _globals['_REVOKED']._serialized_end=1916
-  _globals['_DRAIN']._serialized_start=1918
-  _globals['_DRAIN']._serialized_end=1925
-  _globals['_RECONNECT']._serialized_start=1927
-  _globals['_RECONNECT']._serialized_end=1938
-  _globals['_WORKERSERVICE']._serialized_start=1940
-  _globals['_WORKERSERVICE']._serialized_end=2020
+  _globals['_WORKRESPONSE']._serialized_end=1425
+  _globals['_WELCOME']._serialized_start=1428
+  _globals['_WELCOME']._serialized_end=1655
+  _globals['_LEASE']._serialized_start=1658
+  _globals['_LEASE']._serialized_end=1838
+  _globals['_LEASES']._serialized_start=1840
+  _globals['_LEASES']._serialized_end=1884
+  _globals['_COMMITTED']._serialized_start=1886
+  _globals['_COMMITTED']._serialized_end=1909
+  _globals['_DEFERRED']._serialized_start=1911
+  _globals['_DEFERRED']._serialized_end=1975
+  _globals['_REVOKED']._serialized_start=1977
+  _globals['_REVOKED']._serialized_end=2025
+  _globals['_DRAIN']._serialized_start=2027
+  _globals['_DRAIN']._serialized_end=2034
+  _globals['_RECONNECT']._serialized_start=2036
+  _globals['_RECONNECT']._serialized_end=2047
+  _globals['_WORKERSERVICE']._serialized_start=2049
+  _globals['_WORKERSERVICE']._serialized_end=2129
 # @@protoc_insertion_point(module_scope)

@@ -346,6 +346,7 @@ class WorkResponse(_message.Message):
     REVOKED_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     RECONNECT_FIELD_NUMBER: _builtins.int
+    DEFERRED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -358,6 +359,8 @@ class WorkResponse(_message.Message):
     def drain(self) -> Global___Drain: ...
     @_builtins.property
     def reconnect(self) -> Global___Reconnect: ...
+    @_builtins.property
+    def deferred(self) -> Global___Deferred: ...
     def __init__(
         self,
         *,
@@ -367,12 +370,13 @@ class WorkResponse(_message.Message):
         revoked: Global___Revoked | None = ...,
         drain: Global___Drain | None = ...,
         reconnect: Global___Reconnect | None = ...,
+        deferred: Global___Deferred | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "drain", b"drain", "leases", b"leases", "message", b"message", "reconnect", b"reconnect", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "deferred", b"deferred", "drain", b"drain", "leases", b"leases", "message", b"message", "reconnect", b"reconnect", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "drain", b"drain", "leases", b"leases", "message", b"message", "reconnect", b"reconnect", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "deferred", b"deferred", "drain", b"drain", "leases", b"leases", "message", b"message", "reconnect", b"reconnect", "revoked", b"revoked", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "leases", "committed", "revoked", "drain", "reconnect"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "leases", "committed", "revoked", "drain", "reconnect", "deferred"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -510,6 +514,33 @@ class Committed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Committed: _TypeAlias = Committed  # noqa: Y015
+
+@_typing.final
+class Deferred(_message.Message):
+    """Nothing of Results `id`, and of those that follow it, is stored: Redis is full at present. Keep them,
+    send this one again after the delay, and the others once it is Committed. The leases stay.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    DELAY_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    @_builtins.property
+    def delay(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        delay: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Deferred: _TypeAlias = Deferred  # noqa: Y015
 
 @_typing.final
 class Revoked(_message.Message):

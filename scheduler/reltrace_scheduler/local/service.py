@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 from reltrace_proto.net import Credentials
 from reltrace_proto.options import option
+from reltrace_proto.stores import url_fault
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc
 
 from reltrace_scheduler.errors import StartError
@@ -242,7 +243,7 @@ def _children(options: UpOptions, port: int, report: Callable[[str], None]) -> l
         # Not an argument, which every user of the machine can read: the URL may hold a password.
         variables["RELTRACE_REDIS"] = options.redis
     if "RELTRACE_RESULTS_URL" not in environment:
-        scheduler += _results_options(options.folder / "results", environment)
+        scheduler += _results_options(options.folder / "results", environment, report)
     children = [
         Child("scheduler", "reltrace_scheduler", scheduler, environment | variables, logs, report)
     ]
@@ -260,11 +261,17 @@ def _children(options: UpOptions, port: int, report: Callable[[str], None]) -> l
     return children
 
 
-def _results_options(folder: Path, environment: Mapping[str, str]) -> list[str]:
+def _results_options(
+    folder: Path, environment: Mapping[str, str], report: Callable[[str], None]
+) -> list[str]:
     """Return the options by which results that Redis is too small for go to a folder."""
+    url = f"file://{folder}"
+    if fault := url_fault(url):
+        report(f"results that are too large for Redis are refused: {url} {fault}")
+        return []
     # What can be seen in a trace is this user's, as what Redis writes.
     folder.mkdir(mode=0o700, exist_ok=True)
-    options = ["--results-url", f"file://{folder}"]
+    options = ["--results-url", url]
     if "RELTRACE_RESULTS_ABOVE" not in environment:
         # Only these: a client that comes through a tunnel can not read the folder.
         options += ["--results-above", str(_LARGEST_SENT)]

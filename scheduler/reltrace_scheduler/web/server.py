@@ -150,11 +150,13 @@ class _Page:
             raise web.HTTPNotFound(reason="its trace is not kept any more")
         chunk = types_pb2.ResultChunk.FromString(data)
         header = chunk.header
+        if not header.targets:
+            raise web.HTTPNotFound(reason="it has no trace")
         return web.json_response(
             {
                 "tokens": list(header.tokens),
                 "target": header.targets[0].token,
-                "logit": header.targets[0].logit,
+                "logit": _finite(header.targets[0].logit),
                 "rule": header.provenance.rule,
                 "model": header.provenance.model,
                 "layers": list(header.layers),
@@ -169,17 +171,24 @@ class _Page:
 
 
 def _rows(piece: types_pb2.TensorPiece) -> list[list[float | None]]:
-    """Return the values of each layer, token by token; JSON has none for NaN and infinity."""
+    """Return the values of each layer, token by token."""
     rows = struct.iter_unpack(f"<{piece.shape[-1]}f", piece.data)
-    return [[value if math.isfinite(value) else None for value in row] for row in rows]
+    return [[_finite(value) for value in row] for row in rows]
+
+
+def _finite(value: float) -> float | None:
+    """Return a number as JSON has it: none for NaN and infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _is_per_token(piece: types_pb2.TensorPiece, tokens: int) -> bool:
+    """Tell whether a tensor of a result, which is a worker's word, has a value per token."""
     return (
         piece.dtype == types_pb2.SCALAR_TYPE_FLOAT32
         and not piece.part
         and 1 <= len(piece.shape) <= 2
         and piece.shape[-1] == tokens > 0
+        and len(piece.data) == 4 * math.prod(piece.shape)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 from cli.conftest import Run
@@ -43,6 +44,12 @@ def test_a_model_name_may_hold_markup_and_control_characters(
     out = command("models")[1]
     assert out.count("x[/bold]\\x1b[2J") == 2
     assert "\x1b[2J" not in out
+
+
+def test_what_is_logged_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("reltrace", logging.WARNING, "", 0, "%s away", ("\x1b[2J",), None)
+    output.LogHandler().emit(record)
+    assert capsys.readouterr().err == "reltrace: \\x1b[2J away\n"
 
 
 def test_text_on_a_terminal_is_escaped_and_a_pipe_gets_it_as_it_is(

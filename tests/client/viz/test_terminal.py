@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,25 @@ def test_the_terminal_colours_tokens() -> None:
     assert "\x1b[38;2;255;255;255;48;2;178;24;43m</script>" in text
     assert "-4 " in text
     assert "red: for the target, blue: against" in text
+
+
+def test_names_of_sites_and_roles_are_neither_markup_nor_control_characters() -> None:
+    """
+    Given a trace of a stranger's file, whose sites and roles have any name
+    I expect them to be shown as they are, with control characters escaped.
+    """
+    trace = make_trace({"x[/bold]\x1b[2J": (2, 5)})
+    trace["x[/bold]\x1b[2J"][:] = [9, 0, 0, 0, 0]
+    turn = reltrace.Turn("r[/bold]\x1b[2J", 1, 3)
+    trace = replace(trace, turns=(turn,))
+    for options in ({}, {"force_terminal": True, "color_system": "truecolor"}):
+        text = shown(trace, **options)
+        assert "x[/bold]\\x1b[2J" in text
+        assert "r[/bold]\\x1b[2J" in text
+        assert "\x1b[2J" not in text
+    file = io.StringIO()
+    terminal.show_strongest(trace, Console(file=file), trace.sites[0])
+    assert "site x[/bold]\\x1b[2J" in file.getvalue()
 
 
 @pytest.mark.parametrize("options", [{}, {"force_terminal": True, "no_color": True}])

@@ -1,7 +1,9 @@
 """What a scheduler answers while its Redis takes no writes, and that it comes back by itself."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -9,14 +11,17 @@ import structlog
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from hypothesis import given
 from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
 from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.local.redis import EmbeddedRedis
 from reltrace_scheduler.queue import trouble
 from reltrace_scheduler.queue.connection import connect
+from scheduler.api.test_fuzz import UNARY, WORDS, answer, fuzz, still_works
 from scheduler.fake_worker import FakeWorker
-from scheduler.redis_states import STATES, RedisStates
+from scheduler.messages import messages
+from scheduler.redis_states import STATES, RedisStates, failure
 from waiting import wait_until_async
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -99,3 +104,62 @@ async def test_calls_are_put_off_and_come_back(
     await wait_until_async(is_serving, "the scheduler serves again", 20)
     await client.SubmitJobs(REQUEST)
     await FakeWorker(channel, "w2").connect()
+
+
+@pytest.mark.parametrize("state", ["OOM", "READONLY"])
+async def test_any_request_is_put_off_or_refused(
+    own: RedisStates, channel: grpc.aio.Channel, state: str
+) -> None:
+    """
+    Given a worker, and a Redis that is full, or a replica
+    If anything is sent to any method
+    I expect each answer to be one that a caller can act on, and all to go on afterwards.
+    """
+    put_off = trouble_code(state)
+    await connected(channel)
+    await own.enter(state)
+    ended = set()
+    for path in UNARY:
+        sent = await asyncio.to_thread(requests_of, path)
+        sent.append(REQUEST.SerializeToString() if path.endswith("SubmitJobs") else b"")
+        for request in sent:
+            ended.add(await answer(channel, path, request, put_off))
+    assert put_off in ended
+    await own.leave(state)
+    worker = await connected(channel)
+    client = trace_pb2_grpc.TraceServiceStub(channel)
+
+    async def takes_jobs() -> bool:
+        return await failure(lambda: client.SubmitJobs(REQUEST)) is None
+
+    # The memory of Redis, which bounds the queue, is looked at once in a while.
+    await wait_until_async(takes_jobs, "jobs are taken again", 20)
+    await still_works(channel, worker)
+
+
+def requests_of(path: str) -> list[bytes]:
+    sent: list[bytes] = []
+
+    @fuzz
+    @given(request=messages(UNARY[path].input_type, WORDS))
+    def run(request: Any) -> None:
+        sent.append(request.SerializeToString())
+
+    run()
+    return sent
+
+
+def trouble_code(state: str) -> grpc.StatusCode:
+    full = state == "OOM"
+    return grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.UNAVAILABLE
+
+
+async def connected(channel: grpc.aio.Channel) -> FakeWorker:
+    """Connect a worker when the service takes one again."""
+    worker = FakeWorker(channel)
+
+    async def connects() -> bool:
+        return await failure(worker.connect) is None
+
+    await wait_until_async(connects, "a worker connects", 20)
+    return worker

@@ -118,11 +118,11 @@ async def test_a_worker_of_an_older_protocol_is_refused_with_both_versions(
     Given a worker from before there were versions
     I expect it to be served, and told the scheduler's, until that serves versions from 1 on only.
     """
-    worker = FakeWorker(channel)
+    worker = FakeWorker(channel, protocol=0)
     assert (await worker.connect()).protocol == protocol.PROTOCOL
     monkeypatch.setattr(protocol, "OLDEST_PROTOCOL", 1)
     with pytest.raises(grpc.aio.AioRpcError, match=r"version 0 .* versions 1 to 1") as caught:
-        await FakeWorker(channel, "w2").connect()
+        await FakeWorker(channel, "w2", protocol=0).connect()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
@@ -461,6 +461,42 @@ FIRST = {
     "no model": (
         worker_pb2.WorkRequest(hello=worker_pb2.Hello(worker_id="w")),
         "hello.model.name",
+    ),
+    "a device of another terminal": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(worker_id="w", model=MODEL, device="\x1b[2J")
+        ),
+        "hello.device",
+    ),
+    "a long version": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(worker_id="w", model=MODEL, version="1" * 257)
+        ),
+        "hello.version",
+    ),
+    "a name that changes its direction": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="a\u202eb"))
+        ),
+        "hello.model.name",
+    ),
+    "a site of two lines": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(
+                worker_id="w",
+                model=MODEL,
+                further_models=[types_pb2.ModelInfo(name="n", sites=["resid", "a\nb"])],
+            )
+        ),
+        "hello.further_models[0].sites",
+    ),
+    "many rules": (
+        worker_pb2.WorkRequest(
+            hello=worker_pb2.Hello(
+                worker_id="w", model=types_pb2.ModelInfo(name="n", rules=["r"] * 257)
+            )
+        ),
+        "hello.model.rules",
     ),
 }
 LATER = {

@@ -2,7 +2,6 @@ import asyncio
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 import redis
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.local import redis as embedded
-from reltrace_scheduler.local.redis import EmbeddedRedis, find_server
+from reltrace_scheduler.local.redis import EmbeddedRedis, machine_memory
 
 
 def alive(pid: int) -> bool:
@@ -28,12 +27,6 @@ def wait_until(condition, seconds: float = 15.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.02)
-
-
-def fake_server(folder: Path, name: str, version: str) -> None:
-    binary = folder / name
-    binary.write_text(f'#!/bin/sh\necho "Redis server v={version} sha=0"\n')
-    binary.chmod(binary.stat().st_mode | stat.S_IXUSR)
 
 
 async def test_data_outlive_the_server(tmp_path: Path) -> None:
@@ -148,33 +141,6 @@ time.sleep(60)
 """
 
 
-def test_the_path_comes_before_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    fake_server(tmp_path, "valkey-server", "8.0.1")
-    if Path("/usr/bin/redis-server").exists() or Path("/bin/redis-server").exists():
-        fake_server(tmp_path, "redis-server", "7.0.0")
-    assert find_server().parent == tmp_path
-
-
-def test_the_wheel_is_found_without_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert find_server().name == "redis-server"
-
-
-def test_an_old_server_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_server(tmp_path, "redis-server", "6.0.16")
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    with pytest.raises(StartError, match=r"6\.0\.16; reltrace needs Redis 6\.2 or newer"):
-        find_server()
-
-
-def test_no_server_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
-    with pytest.raises(StartError, match="--redis URL"):
-        find_server()
-
-
 async def test_nobody_else_can_read_the_data(tmp_path: Path) -> None:
     data = tmp_path / "data"
     # A folder that lets others in was somebody's choice; the files are not for them all the same.
@@ -193,3 +159,26 @@ async def test_nobody_else_can_read_the_data(tmp_path: Path) -> None:
         assert any(b"secret" in file.read_bytes() for file in files)
         assert not any(file.stat().st_mode & 0o077 for file in files)
         shutil.rmtree(data)
+
+
+@pytest.mark.parametrize(("machine", "expected"), [(8 << 30, 2 << 30), (512 << 20, 256 << 20)])
+async def test_it_takes_a_part_of_the_machine_and_evicts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: int, expected: int
+) -> None:
+    monkeypatch.setattr(embedded, "machine_memory", lambda: machine)
+    server = EmbeddedRedis(tmp_path)
+    with redis.Redis.from_url(await server.start()) as client:
+        memory = client.info("memory")
+    await server.stop()
+    assert memory["maxmemory"] == expected
+    assert memory["maxmemory_policy"] == "noeviction"
+
+
+def test_the_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = machine_memory()
+    assert 256 << 20 < whole <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, unlimited = tmp_path / "limit", tmp_path / "unlimited"
+    limit.write_text(f"{whole // 2}\n")
+    unlimited.write_text("max\n")
+    monkeypatch.setattr(embedded, "_CGROUP_LIMITS", (tmp_path / "missing", unlimited, limit))
+    assert machine_memory() == whole // 2

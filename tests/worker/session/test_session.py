@@ -93,6 +93,11 @@ class Connection:
     async def commit(self, number: int) -> None:
         await self.responses.put(worker_pb2.WorkResponse(committed=worker_pb2.Committed(id=number)))
 
+    async def defer(self, number: int, delay: float) -> None:
+        deferred = worker_pb2.Deferred(id=number)
+        deferred.delay.FromTimedelta(timedelta(seconds=delay))
+        await self.responses.put(worker_pb2.WorkResponse(deferred=deferred))
+
     async def revoke(self, *jobs: str) -> None:
         refs = [worker_pb2.LeaseRef(job_id=job, attempt=1) for job in jobs]
         await self.responses.put(worker_pb2.WorkResponse(revoked=worker_pb2.Revoked(leases=refs)))
@@ -572,3 +577,43 @@ async def test_a_scheduler_that_knows_no_drafts_gets_none(
             while "results" not in kinds:
                 kinds.append((await connection.requests.get()).WhichOneof("message"))
         assert "drafts" not in kinds
+
+
+@pytest.mark.parametrize("scheduler", [Scheduler(heartbeat=0.1)], ids=["beats"])
+async def test_deferred_results_are_kept_and_sent_again(
+    scheduler: Scheduler, session: Session
+) -> None:
+    """
+    Given a scheduler that has no room for results
+    I expect the worker to keep their leases alive over the same connection, to send the first of
+    them after the delay, and what came after it only when there is room.
+    """
+    connection = await scheduler.next()
+    await connection.lease(spec(), first=0)
+    first = (await connection.receive("results")).results
+    await connection.defer(first.id, 0.3)
+    # These end while there is no room.
+    await connection.lease(spec("one"), first=1)
+    await connection.lease(spec("two"), first=2)
+    held: set[str] = set()
+    again = None
+    async with asyncio.timeout(20):
+        while again is None or held != {"s-0", "s-1", "s-2"}:
+            request = await connection.requests.get()
+            if request.HasField("results"):
+                assert request.results == first
+                again = request.results
+                await connection.defer(again.id, 0.1)
+            elif request.HasField("heartbeat"):
+                held = {lease.job_id for lease in request.heartbeat.leases}
+    await connection.receive("results")
+    await connection.commit(first.id)
+    jobs: set[str] = set()
+    while jobs != {"s-1", "s-2"}:
+        message = (await connection.receive("results")).results
+        jobs |= {leased.chunk.job_id for leased in message.chunks}
+        await connection.commit(message.id)
+    async with asyncio.timeout(20):
+        while (await connection.receive("heartbeat")).heartbeat.leases:
+            pass
+    assert scheduler.connections.empty()

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 import pytest
 from reference.leases import lease, results
 from reference.loaded import Checkpoints
-from reltrace_proto.v1 import types_pb2
+from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
 from reltrace_worker.session import watchdog as module
 from reltrace_worker.session.leases import FailedAttempt, LeaseKey
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.watchdog import LIMIT, Watchdog, Work
 from reltrace_worker.types.errors import PassFailedError
+from reltrace_worker.types.jobs import TraceJob, TraceRequest
 from structlog.testing import capture_logs
 from waiting import wait_until
 
@@ -190,6 +191,38 @@ async def test_every_token_of_a_text_is_a_step(
     text = types_pb2.Generation(max_new_tokens=5)
     runner = Runner(loaded, Engine(loaded), 64)
     assert await steps_of(runner, monkeypatch, generation=text) >= 5 * loaded.shape.layers
+
+
+async def test_every_prompt_of_a_corpus_is_a_step(
+    checkpoints: Checkpoints, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one is tokenized for long, and no thread hangs."""
+    loaded = checkpoints.loaded("plain")
+    watchdog = Watchdog()
+    runner = Runner(loaded, Engine(loaded), 64, watchdog=watchdog)
+    trace, prompts = runner._preparer._trace, []
+
+    def third_waits(request: TraceRequest) -> TraceJob:
+        prompts.append(request.input)
+        if len(prompts) == 3:
+            gate.wait(60)
+        return trace(request)
+
+    monkeypatch.setattr(runner._preparer, "_trace", third_waits)
+    corpus = types_pb2.Corpus(prompts=["I have", "5 cats", "and 3 dogs"])
+    job = worker_pb2.Lease(
+        job_id="j-0",
+        attempt=1,
+        spec=types_pb2.JobSpec(corpus=corpus, sites=["neuron"], reduction="atlas", top_k=2),
+    )
+    adding = asyncio.create_task(runner.add([job]))
+    await asyncio.to_thread(wait_until, lambda: len(prompts) == 3, "the third prompt is read")
+    work = watchdog.slowest()
+    assert work is not None
+    assert (work.name, work.steps) == ("text", 3)
+    gate.set()
+    assert await adding == []
+    assert await results(runner) == ["j-0"]
 
 
 async def steps_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import overload
 
 from reltrace_worker.engine.checks import check_edits, check_layer, check_name, check_position
@@ -40,9 +41,10 @@ MAX_TEMPERATURE = 100.0
 
 
 class JobPreparer:
-    """Turns requests for one model into jobs."""
+    """Turns requests for one model into jobs; tells `on_step` before each prompt of an atlas."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, on_step: Callable[[], None] = lambda: None) -> None:
+        self._on_step = on_step
         self._prompts = PromptReader(loaded)
         self._special = Vocabulary(loaded.tokenizer).special_ids
         self._context_length = loaded.context_length
@@ -70,11 +72,15 @@ class JobPreparer:
             case GenerateRequest():
                 return self._generation(request)
             case AtlasRequest():
-                return prepare_atlas(request, self._trace, self._special)
+                return prepare_atlas(request, self._trace_in_atlas, self._special)
         faults = Faults()
         reading = self._prompts.read(request.input, request.add_special_tokens, (), faults)
         faults.raise_any()
         return reading.prompt
+
+    def _trace_in_atlas(self, request: TraceRequest) -> TraceJob:
+        self._on_step()
+        return self._trace(request)
 
     def _trace(self, request: TraceRequest) -> TraceJob:
         faults = Faults()

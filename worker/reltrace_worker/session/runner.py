@@ -72,7 +72,7 @@ class Runner:
         self._watchdog = watchdog or Watchdog()
         self._model = model
         self._engine = engine
-        self._preparer = JobPreparer(model)
+        self._preparer = JobPreparer(model, self._watchdog.step)
         self._queue = RequestQueue(max_tokens)
         self._text_thread = ThreadPoolExecutor(1, "text")
         self._corpus_thread = ThreadPoolExecutor(1, "corpus")

@@ -23,19 +23,16 @@ from reltrace_worker.session.leases import (
 )
 from reltrace_worker.session.messages import (
     Outgoing,
-    ended,
     heartbeat,
     pack_results,
     release,
     requests,
 )
+from reltrace_worker.session.uploads import Uploads
 from reltrace_worker.session.watchdog import Watchdog
 from reltrace_worker.types.errors import WorkerError
 
 log = structlog.get_logger()
-
-_UNCOMMITTED_MESSAGES = 32
-"""Messages of results that may be sent and not yet committed: at most about 32 MiB."""
 
 _DRAFT_SECONDS = 0.03
 """Seconds between messages of drafts: faster than people read, and at most 33 a second."""
@@ -101,16 +98,14 @@ class Session:
         self._held: set[LeaseKey] = set()
         self._window = LeaseWindow()
         # None while there is no connection. What is in it is bounded by the protocol:
-        # results by _UNCOMMITTED_MESSAGES, everything else is a few bytes per message.
+        # results by `Uploads`, everything else is a few bytes per message.
         self._outgoing: Outgoing | None = None
         self._backoff = _FIRST_BACKOFF
         self._longest_backoff = _LAST_BACKOFF
         # Taken from at once, so that it stays short.
         self._arrived: asyncio.Queue[list[worker_pb2.Lease]] = asyncio.Queue()
         self._finished: asyncio.Queue[list[Chunks]] = asyncio.Queue(2)
-        self._uncommitted: dict[int, worker_pb2.Results] = {}
-        self._upload_slots = asyncio.Semaphore(_UNCOMMITTED_MESSAGES)
-        self._next_id = 1
+        self._uploads = Uploads(self._send)
         self._draining = False
         # Drained: all that is left to do is to say so.
         self._leaving = False
@@ -242,11 +237,7 @@ class Session:
         while True:
             results = await self._finished.get()
             for message in pack_results(results, self._held):
-                await self._upload_slots.acquire()
-                message.id = self._next_id
-                self._next_id += 1
-                self._uncommitted[message.id] = message
-                self._send(worker_pb2.WorkRequest(results=message))
+                await self._uploads.add(message)
 
     async def _draft(self) -> None:
         while True:
@@ -257,13 +248,6 @@ class Session:
                 self._send(worker_pb2.WorkRequest(drafts=worker_pb2.Drafts(drafts=drafts)))
             # What is generated meanwhile goes into one message.
             await asyncio.sleep(_DRAFT_SECONDS)
-
-    def _committed(self, number: int) -> None:
-        message = self._uncommitted.pop(number, None)
-        if message is None:
-            return
-        self._upload_slots.release()
-        self._drop(ended(message))
 
     def _send(self, request: worker_pb2.WorkRequest) -> None:
         """Send, if connected; a new connection starts from what is held and uncommitted."""
@@ -360,8 +344,7 @@ class Session:
         self._outgoing = outgoing
         # Leases that ran out meanwhile come back as revoked.
         self._send(heartbeat(self._held, self._watchdog.slowest()))
-        for message in self._uncommitted.values():
-            self._send(worker_pb2.WorkRequest(results=message))
+        self._uploads.send_all()
         # A reader that misses one draft could make nothing of those that follow.
         self._drafts.restart()
         if self._leaving:
@@ -373,15 +356,19 @@ class Session:
         while True:
             await asyncio.sleep(period)
             # A lease whose last result was sent is over once the scheduler reads this heartbeat.
-            over = set[LeaseKey]().union(*map(ended, self._uncommitted.values()))
-            outgoing.put_nowait(heartbeat(self._held - over, self._watchdog.slowest()))
+            leases = self._held - self._uploads.over()
+            outgoing.put_nowait(heartbeat(leases, self._watchdog.slowest()))
 
     def _handle(self, response: worker_pb2.WorkResponse) -> None:
         match response.WhichOneof("message"):
             case "leases":
                 self._accept(list(response.leases.leases))
             case "committed":
-                self._committed(response.committed.id)
+                if over := self._uploads.committed(response.committed.id):
+                    self._drop(over)
+            case "deferred":
+                deferred = response.deferred
+                self._uploads.defer(deferred.id, deferred.delay.ToTimedelta().total_seconds())
             case "revoked":
                 keys = {LeaseKey.of(ref) for ref in response.revoked.leases}
                 log.warning("leases.revoked", jobs=len(keys))

@@ -68,6 +68,7 @@ class Watchdog:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._works: list[Work] = []
+        self._here = threading.local()
         self._looked = 0.0
 
     @contextmanager
@@ -82,11 +83,16 @@ class Watchdog:
         work = Work(name, leases, limit, tokens)
         with self._lock:
             self._works.append(work)
+        self._here.work = work
         try:
             yield work
         finally:
             with self._lock:
                 self._works.remove(work)
+
+    def step(self) -> None:
+        """Note that the work that this thread began last goes on."""
+        self._here.work.step()
 
     async def stuck(self) -> Work:
         """Wait until a step takes too long; return its work, which is in the log then."""

@@ -153,7 +153,7 @@ async function show(job) {
   }
   trace = await answer.json();
   element("trace-about").textContent =
-    `Predicts ${JSON.stringify(trace.target)} (logit ${trace.logit.toFixed(3)}); rule ${trace.rule}, model ${trace.model}. Each layer is divided by its largest |R|.`;
+    `Predicts ${JSON.stringify(trace.target)} (logit ${trace.logit?.toFixed(3) ?? "not finite"}); rule ${trace.rule}, model ${trace.model}. Each layer is divided by its largest |R|.`;
   element("site").replaceChildren(...trace.sites.map((site) => new Option(site.site)));
   paint();
   element("trace").scrollIntoView({ block: "nearest" });

@@ -1,0 +1,96 @@
+"""A worker of a scheduler whose Redis is full: it keeps its results, and its leases."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import redis.asyncio
+from reltrace_proto.v1 import trace_pb2, types_pb2, worker_pb2
+from scheduler.fake_worker import FakeWorker
+from scheduler.trace_calls import collect
+
+REQUEST = trace_pb2.SubmitJobsRequest(jobs=[types_pb2.JobSpec(prompt="a")] * 4)
+
+
+@pytest.fixture
+async def full(store: redis.asyncio.Redis) -> AsyncIterator:
+    async def full(is_full: bool) -> None:
+        await store.config_set("maxmemory", int(is_full))
+
+    yield full
+    await full(False)
+
+
+async def beat(worker: FakeWorker, leases: list[worker_pb2.Lease]) -> None:
+    refs = [worker_pb2.LeaseRef(job_id=x.job_id, attempt=x.attempt) for x in leases]
+    await worker.send(heartbeat=worker_pb2.Heartbeat(leases=refs))
+
+
+async def test_results_wait_until_there_is_room(
+    client, channel: grpc.aio.Channel, worker: FakeWorker, full
+) -> None:
+    """
+    Given a worker with results in several messages, and a Redis that becomes full
+    I expect it to be told to keep all of them, with growing delays, and its leases to stay its own
+    (a worker that connects meanwhile gets jobs too); and, when there is room, all to be stored.
+    """
+    submitted = await client.SubmitJobs(REQUEST)
+    leases = await worker.lease(3)
+    await full(True)
+
+    first = leases[0]
+    part = types_pb2.ResultChunk(job_id=first.job_id, number=1)
+    chunks = [worker_pb2.LeasedChunk(attempt=1, chunk=part)]
+    await worker.send(results=worker_pb2.Results(id=1, chunks=chunks))
+    await worker.finish([first], number=2, message=2)
+    await worker.finish(leases[1:], message=3)
+    delays = []
+    for number in (1, 2, 3):
+        deferred = (await worker.receive("deferred")).deferred
+        assert deferred.id == number
+        delays.append(deferred.delay.ToTimedelta().total_seconds())
+    assert delays == [1, 1, 1]
+    await worker.send(results=worker_pb2.Results(id=1, chunks=chunks))
+    assert (await worker.receive("deferred")).deferred.delay.ToTimedelta().total_seconds() == 2
+    # None of this needs memory that is not there, or ends the stream.
+    draft = types_pb2.Draft(job_id=first.job_id, attempt=1, token_ids=[1], tokens=["a"])
+    await worker.send(drafts=worker_pb2.Drafts(drafts=[draft]))
+    await beat(worker, leases)
+    other = FakeWorker(channel, "w2")
+    await other.connect()
+    (last,) = await other.lease(1)
+    await other.send(
+        release=worker_pb2.Release(
+            leases=[worker_pb2.LeaseRef(job_id=last.job_id, attempt=last.attempt)]
+        )
+    )
+
+    # There is room before the first of them comes again.
+    await full(False)
+    await worker.finish([first], number=2, message=2)
+    assert (await worker.receive("deferred")).deferred.id == 2
+    await worker.send(results=worker_pb2.Results(id=1, chunks=chunks))
+    assert (await worker.receive("committed")).committed.id == 1
+    await worker.finish([first], number=2, message=2)
+    assert (await worker.receive("committed")).committed.id == 2
+    await worker.finish(leases[1:], message=3)
+    assert (await worker.receive("committed")).committed.id == 3
+    (last,) = await other.lease(1)
+    await other.finish([last])
+    events = await collect(client, submitted.submission_id)
+    ended = [event.chunk.end.state for event in events if event.chunk.HasField("end")]
+    assert ended == [types_pb2.JOB_STATE_SUCCEEDED] * 4
+
+
+async def test_a_worker_that_can_not_wait_gets_the_error(
+    client, channel: grpc.aio.Channel, full
+) -> None:
+    worker = FakeWorker(channel, "old", protocol=0)
+    await worker.connect()
+    await client.SubmitJobs(REQUEST)
+    leases = await worker.lease(1)
+    await full(True)
+    await worker.finish(leases)
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await worker.call.read()
+    assert ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
