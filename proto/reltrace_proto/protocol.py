@@ -6,6 +6,8 @@ Clients have none: a scheduler refuses jobs with fields that it does not know.
 """
 
 PROTOCOL = 1
+"""1: workers know ``Reconnect`` and ``Deferred``."""
+
 OLDEST_PROTOCOL = 0
 """The oldest that this side serves; 0: from before there were versions."""
 

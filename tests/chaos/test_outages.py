@@ -1,13 +1,17 @@
 """Redis is away for a while: everyone waits and goes on."""
 
+import asyncio
 import time
 from collections.abc import Callable
 
+import pytest
 from chaos.clients import Clients
 from chaos.cluster import Cluster
 from chaos.standin import Work
 from chaos.submitting import submit
+from redis.asyncio import Redis
 from reltrace_proto.v1 import types_pb2
+from scheduler.redis_states import RedisStates
 from waiting import wait_until
 
 Start = Callable[..., Cluster]
@@ -26,6 +30,39 @@ def test_redis_does_not_answer_for_longer_than_a_lease(start: Start) -> None:
     tally = clients.finish()
     assert tally.faults == []
     assert tally.delivered == tally.accepted > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["OOM", "READONLY", "MISCONF", "NOREPLICAS"])
+def test_redis_takes_no_writes_for_longer_than_a_lease(start: Start, state: str) -> None:
+    """
+    Given clients and workers at work
+    If Redis is full, demoted, can not save, or lacks its replicas, for longer than a lease
+    I expect nothing to be lost or to end with an error, and a few lines in the schedulers' logs.
+    """
+    cluster = start(lease=LEASE)
+    clients = Clients(cluster, seed=6, raw=1)
+    clients.wait_for_progress()
+    deaths = len(cluster.deaths)
+
+    async def pass_through() -> None:
+        (node,) = cluster.redis_nodes
+        async with Redis(unix_socket_path=str(node.socket)) as client:
+            states = RedisStates(client, cluster.folder / node.name)
+            await states.enter(state)
+            await asyncio.sleep(2.5 * LEASE)
+            await states.leave(state)
+
+    asyncio.run(pass_through())
+    clients.wait_for_progress()
+    tally = clients.finish()
+    assert tally.faults == []
+    assert tally.delivered == tally.accepted > 50
+    assert len(cluster.deaths) == deaths
+    for scheduler in cluster.schedulers:
+        log = scheduler.log.read_text()
+        assert "Traceback" not in log
+        assert log.count(state) < 20, log
 
 
 def test_redis_is_ended_in_order_and_started_again(start: Start) -> None:

@@ -64,7 +64,7 @@ def test_a_store_changes_no_bit_and_spares_redis(
     common = ("--redis", redis_url, "--listen")
     scheduler = start(
         "reltrace_scheduler", *common, "127.0.0.1:0", "--results-url", results.as_uri(),
-        "--results-above", str(ABOVE), "--output-uri", output.as_uri(),
+        "--results-above", str(ABOVE), "--output-uri", f"{output.as_uri()}/{{tenant}}",
     )  # fmt: skip
     address = scheduler.first_line().split()[-1]
     worker = start(
@@ -80,7 +80,7 @@ def test_a_store_changes_no_bit_and_spares_redis(
         size = many(client)
         by_store = written(redis_url) - before
         before += by_store
-        assert many(client, output_uri=output.as_uri()) == size
+        assert many(client, output_uri=f"{output.as_uri()}/default") == size
         by_output = written(redis_url) - before
         assert files(output) > 0
 

@@ -20,7 +20,7 @@ class RedisStates:
     async def enter(self, state: str) -> None:
         match state:
             case "OOM":
-                await self.client.config_set("maxmemory", 1)
+                await fill(self.client)
             case "READONLY":
                 await self.client.execute_command("REPLICAOF", "127.0.0.1", "1")
             case "MASTERDOWN":
@@ -37,7 +37,7 @@ class RedisStates:
     async def leave(self, state: str) -> None:
         match state:
             case "OOM":
-                await self.client.config_set("maxmemory", 0)
+                await make_room(self.client)
             case "READONLY" | "MASTERDOWN":
                 await self.client.execute_command("REPLICAOF", "NO", "ONE")
             case "NOREPLICAS":
@@ -56,6 +56,17 @@ class RedisStates:
             )
 
         await wait_until_async(is_over, f"a save that ends with {status!r}", 20)
+
+
+async def fill(client: Redis) -> None:
+    """Let a Redis be full of what is not ours."""
+    await client.config_set("maxmemory", 64 << 20)
+    await client.setrange("filler", 80 << 20, "end")
+
+
+async def make_room(client: Redis) -> None:
+    await client.delete("filler")
+    await client.config_set("maxmemory", 0)
 
 
 async def failure(call: Callable[[], Awaitable[object]]) -> Exception | None:

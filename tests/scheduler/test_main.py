@@ -143,6 +143,29 @@ def test_metrics_are_not_shown_to_the_network_unasked(start: Start, redis_url: s
     assert "or say --insecure-metrics" in errors
 
 
+def test_output_folders_of_all_tenants_are_told(
+    start: Start, redis_url: str, tmp_path: Path
+) -> None:
+    """
+    Given tokens, which have tenants, and a folder of each tenant beside one of all
+    I expect a line that names the latter; and a folder that fsspec would read as two is refused.
+    """
+    file = tmp_path / "tokens.toml"
+    start("token", "--name", "a", "--role", "client", "--file", str(file)).communicate(timeout=30)
+    options = ("--redis", redis_url, "--listen", "127.0.0.1:0", "--tokens", str(file))
+    own, shared = "file:///srv/{tenant}", "file:///srv/shared"
+    process = start(*options, "--output-uri", own, "--output-uri", shared)
+    assert address_of(process)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    (line,) = [line for line in errors.splitlines() if "output_uri.shared" in line]
+    assert shared in line
+    assert own not in line
+    chained = "file:///srv/a::file:///srv/b"
+    errors = refused(start(*options, "--output-uri", chained))
+    assert f"--output-uri {chained}: must be one plain URL" in errors
+
+
 def test_it_serves_tls_to_those_who_have_a_token(
     start: Start, redis_url: str, tmp_path: Path
 ) -> None:

@@ -217,7 +217,9 @@ def _check_store(location: StoredLocation, job: Job, results_url: str) -> None:
         location.check([job.spec.output_uri], "the job's output_uri")
         return
     known = results_url.partition("://")[0] in KNOWN_SCHEMES and not url_fault(results_url)
-    location.check([results_url] if known else [], "the server's store of large results")
+    # A scheduler that is older than this client names none, though it may have one.
+    named_by = "the server's store of large results" if results_url else "the server names no store"
+    location.check([results_url] if known else [], named_by)
 
 
 class _Acknowledger:

@@ -83,9 +83,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                         await responses.put(leases)
                     else:
                         await wake.wait_and_clear(min(POLL, left))
-                # What was leased is sent by now, and what is still to come will be answered.
-                await responses.put(worker_pb2.WorkResponse(reconnect=worker_pb2.Reconnect()))
-                await asyncio.sleep(_RECONNECT_DEADLINE)
+                # What was leased is sent by now, and what is still to come will be answered. Before
+                # version 1 workers do not know the request, and would only be idle meanwhile.
+                if hello.protocol > 0:
+                    await responses.put(worker_pb2.WorkResponse(reconnect=worker_pb2.Reconnect()))
+                    await asyncio.sleep(_RECONNECT_DEADLINE)
                 await responses.put(None)
 
             async def revoke() -> None:

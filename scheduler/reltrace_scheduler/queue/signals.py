@@ -4,16 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-import structlog
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from reltrace_scheduler.keys import NO_CHANNEL
+from reltrace_scheduler.queue.trouble import log_trouble
 from reltrace_scheduler.tasks import end
-
-log = structlog.get_logger()
 
 _RETRY = 0.2
 """Seconds before connecting again."""
@@ -95,7 +93,7 @@ class Signals:
             try:
                 await self._connect()
             except (RedisError, OSError) as error:
-                log.warning("signals.lost", error=str(error))
+                log_trouble("signals.lost", error)
                 await asyncio.sleep(_RETRY)
 
     def _note_change(self, channel: str) -> None:

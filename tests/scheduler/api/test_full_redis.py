@@ -7,6 +7,7 @@ import pytest
 import redis.asyncio
 from reltrace_proto.v1 import trace_pb2, types_pb2, worker_pb2
 from scheduler.fake_worker import FakeWorker
+from scheduler.redis_states import fill, make_room
 from scheduler.trace_calls import collect
 
 REQUEST = trace_pb2.SubmitJobsRequest(jobs=[types_pb2.JobSpec(prompt="a")] * 4)
@@ -15,7 +16,7 @@ REQUEST = trace_pb2.SubmitJobsRequest(jobs=[types_pb2.JobSpec(prompt="a")] * 4)
 @pytest.fixture
 async def full(store: redis.asyncio.Redis) -> AsyncIterator:
     async def full(is_full: bool) -> None:
-        await store.config_set("maxmemory", int(is_full))
+        await (fill if is_full else make_room)(store)
 
     yield full
     await full(False)

@@ -15,6 +15,7 @@ from reltrace_scheduler.queue.store import Store
 from reltrace_scheduler.records import NewChunk, NewJob
 from reltrace_scheduler.tasks import end
 from scheduler.driver import EPOCH, MODEL, Driver, jobs, lease_of
+from scheduler.redis_states import fill, make_room
 from waiting import wait_until_async
 
 
@@ -184,7 +185,7 @@ async def test_a_full_redis_is_kept_up(
     held = await driver.submit(jobs(2), tenant="lost")
     while len(await store.smembers(keys("held", "w"))) < 3:
         await driver.lease("w", 1)
-    await store.config_set("maxmemory", 1)
+    await fill(store)
     try:
         run(driver.store)
 
@@ -205,4 +206,4 @@ async def test_a_full_redis_is_kept_up(
         assert await driver.queue.renew("w", [lease_of(job)]) == []
         await driver.queue.release("w", [lease_of(job)])
     finally:
-        await store.config_set("maxmemory", 0)
+        await make_room(store)

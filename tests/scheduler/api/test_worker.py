@@ -90,21 +90,25 @@ async def test_a_worker_is_asked_to_connect_again_when_its_time_is_over(
     await redis_client.aclose()
 
 
-async def test_a_worker_that_does_not_know_the_request_is_sent_away(
+@pytest.mark.parametrize("knows", [True, False])
+async def test_a_worker_that_does_not_heed_the_request_is_sent_away(
     store: redis.asyncio.Redis,
     redis_url: str,
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
+    knows: bool,
 ) -> None:
-    monkeypatch.setattr(worker_module, "_RECONNECT_DEADLINE", 0.2)
+    """After a deadline; at once where its protocol is older than the request."""
+    monkeypatch.setattr(worker_module, "_RECONNECT_DEADLINE", 0.2 if knows else 60.0)
     redis_client = redis.asyncio.Redis.from_url(redis_url)
     async with (
         serving(Connection(redis_client, "test"), replace(settings, connection_age=0.3)) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
-        worker = FakeWorker(channel)
+        worker = FakeWorker(channel, protocol=int(knows))
         await worker.connect()
-        await worker.receive("reconnect")
+        if knows:
+            await worker.receive("reconnect")
         async with asyncio.timeout(10):
             assert await worker.call.read() is grpc.aio.EOF
         assert await worker.call.code() is grpc.StatusCode.OK

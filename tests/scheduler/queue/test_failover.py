@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,12 +92,14 @@ async def test_a_replica_with_nothing_behind_its_address(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("planned", [False, True])
 async def test_sentinels_name_the_primary(
-    pair: list[RedisNode], settings: Settings, tmp_path: Path
+    pair: list[RedisNode], settings: Settings, tmp_path: Path, planned: bool
 ) -> None:
     """
     Given a scheduler that knows three Sentinels, the first of which is down
-    If its primary is killed, I expect it to go on with the replica that the others promote.
+    If its primary is killed, or they are asked for a failover, I expect it to go on with the
+    replica that they promote.
     """
     primary, replica = pair
     with sentinels(tmp_path, primary, 3, quorum=2) as ports:
@@ -104,12 +107,22 @@ async def test_sentinels_name_the_primary(
         hosts = ",".join(f"127.0.0.1:{port}" for port in (dead, *ports))
         url = f"redis+sentinel://{hosts}/{SERVICE}"
         async with connected(url) as connection:
-            driver = Driver.over(connection.redis, settings)
+            driver = Driver.over(connection.redis, replace(settings, max_jobs=10_000))
             before = await driver.submit(jobs(1))
             replica.follow(primary)
-            primary.kill()
-            await until_it_works(lambda: driver.submit(jobs(1)))
-            assert await connection.redis.config_get("port") == {"port": str(replica.port)}
+            if planned:
+                with redis.Redis(port=ports[0]) as sentinel:
+                    sentinel.execute_command("SENTINEL", "FAILOVER", SERVICE)
+            else:
+                primary.kill()
+
+            async def submit_there() -> None:
+                await driver.submit(jobs(1))
+                found = await connection.redis.config_get("port")
+                if found != {"port": str(replica.port)}:
+                    raise RedisError(f"at {found}")
+
+            await until_it_works(submit_there)
             assert await driver.results.progress(before.id)
 
 
