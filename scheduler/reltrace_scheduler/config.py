@@ -153,6 +153,8 @@ class Settings:
     """Failed attempts after which a job is tried again; the next one is final."""
     max_unread: int = 64 << 20
     """Bytes of unread results at which a submission's further jobs wait for its reader."""
+    reader_patience: float = 300.0
+    """Seconds that unread results without a reader may keep out other jobs of their tenant."""
     max_quarantined: int = 1000
     """Quarantined jobs that are kept for an operator to look at."""
     quarantine_ttl: float = 7 * 24 * 3600.0

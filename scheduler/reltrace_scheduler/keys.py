@@ -19,8 +19,12 @@ key                       type    holds
 ``deadlines``             zset    jobs that have a timeout, by the time it ends
 ``expiring``              zset    submissions that ended, or that have backpressured jobs, by when
                                   they expire
-``throttled_tenants``     zset    tenants that are leased nothing because their unread results
-                                  reach their bound, by when that was first found
+``throttled_tenants``     zset    tenants that are leased nothing, or refused a submission, because
+                                  their unread results reach their bound, by when that was first
+                                  found
+``readers``               zset    submissions whose results somebody reads, and ``:<tenant>`` of
+                                  those that were refused a submission because of unread results,
+                                  by when that was last so
 ``load``                  hash    jobs, bytes (of specifications), results (bytes), reserved (for
                                   the results of leased jobs)
 ``tenants``               set     tenants that have jobs, results or limits, or lately had
@@ -115,7 +119,8 @@ schema: it comes with a step that moves what is there, taken once they have ende
 `SCHEMA` was set. Data without a version is of the first."""
 
 SharedKey = Literal[
-    "queues", "virtual_time", "delayed", "deadlines", "expiring", "throttled_tenants", "load",
+    "queues", "virtual_time", "delayed", "deadlines", "expiring", "throttled_tenants", "readers",
+    "load",
     "tenants", "quarantined", "watchdog", "ended", "workers", "models", "served", "recent_ok",
     "recent_failed", "replicated", "nothing",
 ]  # fmt: skip

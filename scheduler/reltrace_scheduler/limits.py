@@ -13,6 +13,8 @@ MAX_CONCURRENT_CALLS = 16384
 """Of all callers of one scheduler: 0.6 GiB where all are streams of results."""
 MAX_STREAMS_OF_CALLER = 8192
 """Of one token."""
+MAX_SUBMISSIONS_AT_A_TIME, MAX_SUBMISSIONS_OF_TOKEN = 16, 8
+"""Submissions that are in memory, each with up to 16 MiB and what is made of them; others wait."""
 MAX_PUBLIC_STREAMS = 64
 """Of health and reflection, which need no token, of all callers."""
 

@@ -215,6 +215,19 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             known = {s.key: s for s in self.submissions.values()}
             submission = known.get(request.idempotency_key)
             before = submission is not None
+            if submission is not None and submission.specs != list(request.jobs):
+                bad = error_details_pb2.BadRequest(
+                    field_violations=[
+                        error_details_pb2.BadRequest.FieldViolation(
+                            field="idempotency_key", description="was used for other jobs"
+                        )
+                    ]
+                )
+                context.abort_with_status(
+                    rpc_status.to_status(
+                        status_with(grpc.StatusCode.INVALID_ARGUMENT, "rejected", bad)
+                    )
+                )
             if submission is None:
                 number = len(self.submissions) + self._forgotten
                 submission = Submission(

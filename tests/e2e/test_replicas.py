@@ -63,6 +63,7 @@ def cluster(start: Start, tmp_path: Path) -> Iterator[Cluster]:
     config = tmp_path / "redis.conf"
     config.write_text(
         f'port 0\nunixsocket {tmp_path}/redis.sock\nsave ""\nrequirepass "{PASSWORD}"\n'
+        "appendonly yes\n"
     )
     (tmp_path / "password").write_text(PASSWORD)
     redis = subprocess.Popen([find_server(), str(config)], stdout=subprocess.DEVNULL, cwd=tmp_path)

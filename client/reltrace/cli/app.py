@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Relevance traces of LLaMA-family language models.",
 )
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _TRACES, _SERVER = "Traces", "Server"
 command(app, rich_help_panel=_TRACES)(trace)
 command(app, rich_help_panel=_TRACES)(batch)
@@ -81,8 +83,13 @@ def main() -> NoReturn:
         # The reader of a pipe has ended (`reltrace models | head -1`).
         drop_output()
         sys.exit(1)
-    except (TraceError, OSError) as error:
+    except OSError as error:
         drop_output()
+        # Files name themselves in their errors.
+        unnamed = error.filename is None and error.errno in _DISK_ERRORS
+        warn(f"standard output: {error.strerror}" if unnamed else str(error))
+        sys.exit(1)
+    except TraceError as error:
         warn(str(error))
         sys.exit(1)
     except KeyboardInterrupt:

@@ -37,22 +37,6 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
         elif mode == "w" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
-        old = sys.__stdout__
-        file = _StandardOutput(old.fileno(), "w", closefd=False)
-        sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(file), old.encoding, "replace", line_buffering=old.line_buffering
-        )
-
-
-class _StandardOutput(io.FileIO):
-    """Names itself in errors, such as of a full disk."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def drop_output() -> None:

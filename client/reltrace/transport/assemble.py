@@ -24,9 +24,6 @@ from reltrace.types.trace import Trace
 Outcome: TypeAlias = list[Trace] | Generation | Tokens | AtlasShard | TraceError
 """The result of a job: one trace per target, another type for other jobs, or an error."""
 
-# Twice the largest trace to be expected: all neurons of a 70B model for 2000 tokens.
-_MAX_TENSOR_BYTES = 16 * 1024**3
-
 
 class OrderError(ProtocolError):
     """A chunk does not follow the one before."""
@@ -41,7 +38,7 @@ class _Tensor:
         if self.dtype not in NUMPY_TYPES:
             raise ProtocolError(f"site {self.site!r}: number format {first.dtype} is unknown")
         size = math.prod(self.shape) * NUMPY_TYPES[self.dtype].itemsize
-        if size > _MAX_TENSOR_BYTES:
+        if size > decode.MAX_TENSOR_BYTES:
             raise ProtocolError(f"site {self.site!r}: a tensor of {size} bytes is announced")
         self.filled = 0
         self._buffer = np.empty(size, np.uint8)

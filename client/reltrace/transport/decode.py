@@ -19,6 +19,9 @@ from reltrace.types.provenance import Candidate, Provenance, ResolvedTarget, Tim
 from reltrace.types.tokens import Tokens, Turn
 from reltrace.types.trace import Trace
 
+# Twice the largest trace to be expected: all neurons of a 70B model for 2000 tokens.
+MAX_TENSOR_BYTES = 16 * 1024**3
+
 
 def traces(
     header: types_pb2.TraceHeader,
@@ -169,14 +172,16 @@ def stored_location(
 ) -> StoredLocation:
     """Return where some of a manifest's tensors are stored.
 
-    Raises ProtocolError if its tensors have not as many bytes as it says.
+    Raises ProtocolError if its tensors have not as many bytes as it says, or one has too many.
     """
-    size = sum(
+    sizes = [
         math.prod(wire.shape) * NUMPY_TYPES[dtype].itemsize
         for wire in manifest.tensors
         if (dtype := scalar_name(wire.dtype)) in NUMPY_TYPES
-    )
-    if size != manifest.length:
+    ]
+    if (largest := max(sizes, default=0)) > MAX_TENSOR_BYTES:
+        raise ProtocolError(f"a manifest has a tensor of {largest} bytes")
+    if (size := sum(sizes)) != manifest.length:
         raise ProtocolError(f"a manifest of {size} bytes of tensors says {manifest.length}")
     return StoredLocation(
         manifest.url,

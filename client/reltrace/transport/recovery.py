@@ -62,9 +62,10 @@ class Recovery:
             return []
         self._losses += 1
         if self._losses > _MAX_LOSSES:
+            if isinstance(fault, NotFound):
+                self._connection.pending.finished(self._submission)
             raise fault
-        # A submission that is unknown though its key is known has expired. One that is known keeps
-        # its key, and what is missing of it becomes another one.
+        # One that is known keeps its key, and what is missing of it becomes another one.
         key = self._submission.request.idempotency_key
         return await self._submit(key if isinstance(fault, NotFound) else new_key(), fault)
 
@@ -72,27 +73,34 @@ class Recovery:
         before, deduplicated = self._submission.id, self._submission.deduplicated
         ids = list(self._submission.job_ids)
         failures: list[JobResult] = []
+        what = "the server has lost %d accepted jobs"
         while missing := self._cursor.missing:
             jobs = [self._jobs[index] for index in missing]
+            expired = False
             try:
                 rejected = await resubmit(
                     self._connection, self._submission, jobs, self._deadline, key
                 )
             except InvalidArgument as refusal:
-                if is_key_taken(refusal):
-                    raise fault from None
-                raise
+                if not is_key_taken(refusal):
+                    raise
+                expired, rejected = True, None
+            if expired or (rejected is None and self._submission.id == before):
+                # The submission is unknown, though its key is known: its results were kept for as
+                # long as the server keeps them, such as while this machine slept.
+                self._connection.pending.finished(self._submission)
+                if deduplicated:
+                    self._submission.deduplicated = True
+                    raise fault
+                key, what = new_key(), "the results of %d jobs have expired before they were read"
+                continue
             if rejected is None:
                 break
             for position, error in rejected.errors.items():
                 self._cursor.drop(missing[position])
                 failures.append(JobResult(missing[position], error, 0))
-        if self._submission.id == before:
-            self._submission.deduplicated = deduplicated
-            self._connection.pending.finished(self._submission)
-            raise fault
         if missing:
-            log.warning("the server has lost %d accepted jobs; submitted them again", len(missing))
+            log.warning(f"{what}; submitted them again", len(missing))
             again = dict(zip(self._submission.job_ids, missing, strict=True))
             self._cursor.restart(again)
             for job_id, index in again.items():

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import structlog
@@ -19,15 +19,21 @@ from reltrace_scheduler.api.status import status_of
 from reltrace_scheduler.auth.access import Access
 from reltrace_scheduler.auth.authorization import Authorizer
 from reltrace_scheduler.auth.identity import act_as, current
-from reltrace_scheduler.auth.rates import OpenStreams, Pacer, RateLimiter
+from reltrace_scheduler.auth.rates import OpenStreams, Pacer, RateLimiter, Turns
 from reltrace_scheduler.auth.tokens import Tokens
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     SchedulerError,
     TooManyStreamsError,
     UnauthenticatedError,
+    invalid,
 )
-from reltrace_scheduler.limits import MAX_PUBLIC_STREAMS, MAX_STREAMS_OF_CALLER
+from reltrace_scheduler.limits import (
+    MAX_PUBLIC_STREAMS,
+    MAX_STREAMS_OF_CALLER,
+    MAX_SUBMISSIONS_AT_A_TIME,
+    MAX_SUBMISSIONS_OF_TOKEN,
+)
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.trouble import answer_to, log_trouble
 from reltrace_scheduler.tasks import note_size, off_loop
@@ -57,6 +63,7 @@ _TOKEN_PERIOD = 2.0
 _DEADLINE = 20.0
 """Seconds of a unary call: less than clients wait, and than a cluster with dead nodes is tried."""
 
+_READ_DEADLINE = 120.0
 _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
 
 
@@ -70,6 +77,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Without tokens all callers are one: nobody to be protected from another.
         self._pacer = None if access.tokens is None else Pacer()
         self._streams = OpenStreams(MAX_STREAMS_OF_CALLER)
+        most = MAX_SUBMISSIONS_AT_A_TIME
+        self._turns = Turns(most, MAX_SUBMISSIONS_OF_TOKEN if access.tokens else most)
         self._public_streams = OpenStreams(MAX_PUBLIC_STREAMS)
         self._counts = counts
 
@@ -104,15 +113,38 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if self._tokens is not None:
                 behaviour = _while_valid(behaviour, self._tokens, token)
             call = self._stream(behaviour, method, handler.request_streaming)
+        elif method == _SUBMIT:
+            return self._submission(behaviour, handler.response_serializer)
         else:
             call = self._unary(behaviour, method)
-        # A submission may be so long that it is parsed elsewhere.
-        parser = None if method == _SUBMIT else _parser(handler.request_deserializer)
         return make(
             call,
-            request_deserializer=parser,
+            request_deserializer=_parser(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
+
+    def _submission(self, behaviour: Behaviour, serializer: Callable[[Any], bytes]) -> Any:
+        """Return a handler that reads a submission, which may be large, when it is its turn."""
+
+        async def parse_and_submit(data: bytes, context: Any) -> Any:
+            note_size(len(data))
+            request: Any = await off_loop(partial(parse, trace_pb2.SubmitJobsRequest, data))
+            await self._limiter.take(current().name, "jobs", len(request.jobs))
+            return await behaviour(request, context)
+
+        call = self._unary(parse_and_submit, _SUBMIT)
+
+        async def read(_: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
+            try:
+                async with self._turns.one_of(current().name):
+                    response = await call(await _message(context), context)
+                    if response is not None:
+                        yield response
+            except InvalidRequestError as error:
+                _fail(context, error, _SUBMIT)
+
+        # As in `_refusal`: of a unary handler, gRPC has read the message before it is called.
+        return grpc.stream_stream_rpc_method_handler(read, response_serializer=serializer)
 
     def _bounded(self, handler: Any) -> Any:
         """Return a handler of health or reflection whose streams are bounded."""
@@ -127,14 +159,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     async for response in behaviour(request, context):
                         yield response
             except TooManyStreamsError as error:
-                await _abort(context, error, name)
+                _fail(context, error, name)
 
         async def write(request: Any, context: Any) -> None:
             try:
                 with self._public_streams.one_of("everybody"):
                     await behaviour(request, context)
             except TooManyStreamsError as error:
-                await _abort(context, error, name)
+                _fail(context, error, name)
 
         return make(
             generate if inspect.isasyncgenfunction(behaviour) else write,
@@ -157,15 +189,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             began = time.perf_counter()
             try:
                 async with asyncio.timeout(_DEADLINE):
-                    if method == _SUBMIT:
-                        note_size(len(request))
-                        message = partial(parse, trace_pb2.SubmitJobsRequest, request)
-                        request = await off_loop(message)
-                        await self._limiter.take(current().name, "jobs", len(request.jobs))
-                    request = _checked(request)
-                    return await behaviour(request, context)
+                    return await behaviour(_checked(request), context)
             except Exception as error:
-                await _abort(context, error, method)
+                _fail(context, error, method)
             finally:
                 seconds = time.perf_counter() - began
                 self._counts.calls.labels(_label(method), _code(context)).observe(seconds)
@@ -180,7 +206,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     async for response in behaviour(requests, context):
                         yield response
             except Exception as error:
-                await _abort(context, error, method)
+                _fail(context, error, method)
             finally:
                 self._counts.streams.labels(_label(method), _code(context)).inc()
 
@@ -251,16 +277,30 @@ def _checked(request: Any) -> Any:
     return request
 
 
+async def _message(context: Any) -> bytes:
+    """Return the message of a unary call."""
+    try:
+        async with asyncio.timeout(_READ_DEADLINE):
+            # Not by the iterator, which keeps it until the next collection of garbage.
+            data = await context.read()
+    except TimeoutError:
+        raise invalid("request", f"did not come within {_READ_DEADLINE:.0f} s") from None
+    if not isinstance(data, bytes):
+        raise invalid("request", "is missing")
+    return data
+
+
 async def _checked_each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         yield _checked(request)
 
 
-async def _abort(
-    context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str
-) -> NoReturn:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
+def _fail(context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> None:
+    """Set the status of a call that ends with an error.
+
+    `context.abort` raises an error that is kept in a cycle with the call's frames: the request in
+    them would be freed with the next collection of garbage only.
+    """
     if answer := answer_to(error):
         log_trouble("redis.fails", error, method=method)
         error = answer
@@ -269,11 +309,9 @@ async def _abort(
         log.exception("rpc.failed", method=method, exc_info=error)
         error = SchedulerError("internal error in the scheduler; its log says more")
     status = status_of(error)
-    await context.abort(
-        error.code,
-        status.message,
-        trailing_metadata=(("grpc-status-details-bin", status.SerializeToString()),),
-    )
+    context.set_code(error.code)
+    context.set_details(status.message)
+    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
 
 
 def _label(method: str) -> str:

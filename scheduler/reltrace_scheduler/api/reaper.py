@@ -106,6 +106,9 @@ class Reaper:
                 await self._step("expire", self._end_submission(maintenance, submission))
 
     async def _end_stalled(self, maintenance: Maintenance) -> None:
+        streams = self._store.results.open_streams
+        shard = maintenance.shard
+        await maintenance.note_readers(s for s in streams if self._store.shards.of(s) is shard)
         for submission in await maintenance.stalled_submissions():
             await self._step("stalled", self._end_submission(maintenance, submission))
 

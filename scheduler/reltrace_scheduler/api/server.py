@@ -46,6 +46,10 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_TRANSPORT_BYTES),
     ("grpc.max_send_message_length", MAX_TRANSPORT_BYTES),
     ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+    # Bytes of a stream that are received before they are read: enough for 10 MiB/s over 0.1 s. By
+    # itself gRPC raises this without a bound.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
     # Of those who connect and say nothing, TLS or not.
     ("grpc.server_handshake_timeout_ms", 10_000),
     # Two schedulers on one port would share its connections at random.

@@ -116,7 +116,8 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
         _check_drafts(request)
         positions = dict.fromkeys(request.drafts_of, FIRST_DRAFT)
         channel, poll = self._store.shards.of(submission).key("done", submission), _POLL
-        async with self._signals.listen(channel) as signal:
+        reading = self._store.results.reading(submission)
+        async with reading, self._signals.listen(channel) as signal:
             while True:
                 progress = await self._progress(submission)
                 if progress.ended > entry:

@@ -47,6 +47,7 @@ def check_submission(
     violations: list[Violation] = []
     # The jobs of a message mostly differ in their input only.
     checked: set[bytes] = set()
+    sizes: list[int] = []
     for index, (spec, route) in enumerate(zip(request.jobs, routes, strict=True)):
         faults = list(input_faults(spec, infos[route]))
         without_input = _without(spec, *_INPUTS)
@@ -62,14 +63,16 @@ def check_submission(
             if not found:
                 checked.add(settings)
         if not faults:
-            faults += results.faults(spec, infos[route])
+            size = results.size(spec, infos[route])
+            sizes.append(size.bytes)
+            faults += [size.fault] if size.fault else []
         violations += [fault.within(f"jobs[{index}]") for fault in faults]
     if violations:
         raise InvalidRequestError(*violations)
     # Only now: this changes the jobs, and a request that is refused is looked at once more.
     return [
-        _new_job(spec, route, results.bytes(spec, infos[route]))
-        for spec, route in zip(request.jobs, routes, strict=True)
+        _new_job(spec, route, size)
+        for spec, route, size in zip(request.jobs, routes, sizes, strict=True)
     ]
 
 

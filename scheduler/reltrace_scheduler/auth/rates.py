@@ -3,10 +3,11 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis
 
@@ -98,3 +99,22 @@ class OpenStreams:
             self._open[identity] -= 1
             if not self._open[identity]:
                 del self._open[identity]
+
+
+class Turns:
+    """Lets so many calls go on at a time, and of one identity fewer; the others wait in order."""
+
+    def __init__(self, most: int, most_of_one: int) -> None:
+        self._all = asyncio.Semaphore(most)
+        self._most_of_one = most_of_one
+        # Only those of identities that have calls.
+        self._own: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def one_of(self, identity: str) -> AsyncIterator[None]:
+        """Wait for the turn of a call, and keep it while the block runs."""
+        own = self._own.get(identity)
+        if own is None:
+            own = self._own[identity] = asyncio.Semaphore(self._most_of_one)
+        async with own, self._all:
+            yield

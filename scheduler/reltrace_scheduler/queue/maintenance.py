@@ -1,6 +1,8 @@
 """Transitions that time brings about: leases run out, delays and timeouts end, results expire."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from reltrace_scheduler.config import Settings
@@ -28,6 +30,7 @@ class Maintenance:
         self._redis = shard.redis
         self._key = shard.key
         self._settings = settings
+        self._scan_at = 0.0
 
     async def watchdog_tick(self) -> None:
         """Record that a scheduler looks for lost leases; called before each round of `reap`.
@@ -91,19 +94,57 @@ class Maintenance:
         """Let the results of a submission that has ended be freed next."""
         await self._redis.zadd(self._key("expiring"), {submission: 0}, xx=True)
 
-    async def stalled_submissions(self) -> list[Submission]:
-        """Return submissions of tenants that were throttled for as long as results are kept.
+    async def note_readers(self, submissions: Iterable[str]) -> None:
+        """Note whose results are being read now."""
+        now = await self.shard.now()
+        if members := dict.fromkeys(submissions, now):
+            await self._redis.zadd(self._key("readers"), members)
+        # Other schedulers note theirs as often as they look for lost leases.
+        kept = max(self._settings.reader_patience, self._settings.lease)
+        before = now - milliseconds(kept)
+        await self._redis.zremrangebyscore(self._key("readers"), "-inf", before)
 
-        Only those that have results and have not ended: nothing else lets them expire.
+    async def stalled_submissions(self) -> list[Submission]:
+        """Return submissions whose unread results keep out other jobs of their tenants.
+
+        Those of tenants that could be leased nothing for a while, and read nothing meanwhile: the
+        submissions that have no reader, if somebody waits, who reads another one or could submit
+        none; and after as long as results are kept all that have not ended, because nothing else
+        lets them expire.
         """
-        since = await self.shard.now() - milliseconds(self._settings.result_ttl)
-        tenants: Any = await self._redis.zrangebyscore(
-            self._key("throttled_tenants"), "-inf", since
+        settings, now = self._settings, await self.shard.now()
+        patience = min(settings.reader_patience, settings.result_ttl)
+        throttled: Any = await self._redis.zrange(
+            self._key("throttled_tenants"), 0, -1, withscores=True
         )
-        if not tenants:
+        waiting = {tenant for tenant, since in throttled if since <= now - milliseconds(patience)}
+        kept = milliseconds(settings.result_ttl)
+        expired = {tenant for tenant, since in throttled if since <= now - kept}
+        if not waiting or (not expired and time.monotonic() < self._scan_at):
             return []
-        found: list[Submission] = []
+        self._scan_at = time.monotonic() + patience / 5
+        readers: Any = await self._redis.zrange(self._key("readers"), 0, -1)
+        read = {name.decode() for name in readers}
+        if not read and not expired:
+            return []
         # This scan is rare; an index of submissions would slow down each of them.
+        rows = [row async for row in self._submissions() if row.tenant in waiting]
+        kept_out = {row.tenant for row in rows if row.submission.id in read}
+        kept_out |= {tenant for tenant in waiting if f":{tenant.decode()}" in read}
+        found = [
+            row
+            for row in rows
+            if row.has_results
+            and (
+                (row.tenant in kept_out and row.submission.id not in read)
+                or (row.tenant in expired and not row.has_ended)
+            )
+        ]
+        if over := expired | {row.tenant for row in found}:
+            await self._redis.zrem(self._key("throttled_tenants"), *over)
+        return [row.submission for row in found]
+
+    async def _submissions(self) -> AsyncIterator["_Row"]:
         pattern = self._key("submission", "*")
         names = [key.decode() async for key in self._redis.scan_iter(match=pattern, count=1000)]
         for start in range(0, len(names), _AT_ONCE):
@@ -111,11 +152,17 @@ class Maintenance:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for name in page:
                     pipe.hmget(name, "tenant", "jobs", "ended", "stored")
-                rows: list[Any] = await pipe.execute()
-            for name, (tenant, jobs, ended, stored) in zip(page, rows, strict=True):
+                found: list[Any] = await pipe.execute()
+            for name, (tenant, jobs, ended, stored) in zip(page, found, strict=True):
                 # Whatever is broken, the others are found.
-                whole = None not in (jobs, ended)
-                if tenant in tenants and whole and int(ended) < int(jobs) and int(stored or 0) > 0:
-                    found.append(Submission(name.removeprefix(pattern[:-1]), int(jobs)))
-        await self._redis.zrem(self._key("throttled_tenants"), *tenants)
-        return found
+                if None not in (tenant, jobs, ended):
+                    submission = Submission(name.removeprefix(pattern[:-1]), int(jobs))
+                    yield _Row(submission, tenant, int(ended) >= int(jobs), int(stored or 0) > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    submission: Submission
+    tenant: bytes
+    has_ended: bool
+    has_results: bool

@@ -1,6 +1,8 @@
 """Results of ended jobs and drafts of texts, read in order and freed once the client has them."""
 
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any
 
@@ -42,6 +44,8 @@ class Results:
         self._redis = shards.redis
         self._settings = settings
         self._bounds = bounds
+        self.open_streams: Counter[str] = Counter()
+        """Streams of results that are open at this scheduler, by submission."""
 
     async def progress(self, submission: str) -> Progress | None:
         """Return how far a submission is; None when it is unknown."""
@@ -80,6 +84,17 @@ class Results:
             if data is None:
                 return
             yield StoredChunk(entry, data)
+
+    @asynccontextmanager
+    async def reading(self, submission: str) -> AsyncIterator[None]:
+        """Count a stream of a submission's results while it is open."""
+        self.open_streams[submission] += 1
+        try:
+            yield
+        finally:
+            self.open_streams[submission] -= 1
+            if not self.open_streams[submission]:
+                del self.open_streams[submission]
 
     async def acknowledge(self, submission: str, through_entry: int) -> int:
         """Free results up to and including an entry; return how many there were."""

@@ -82,8 +82,8 @@ async def test_results_that_expired_are_computed_again(server: FakeServer) -> No
     gone = status_with(grpc.StatusCode.NOT_FOUND, "the submission is not known here")
     server.stream_errors.append(gone)
     assert (await make(server)).submission.id == "s1"
-    # If the run's own job is gone it is an error: nothing is submitted again and again.
-    server.stream_errors.append(gone)
+    # If the run's own job is gone again and again it is an error.
+    server.stream_errors += [gone] * 4
     with pytest.raises(reltrace.NotFound):
         await make(server, "two")
 

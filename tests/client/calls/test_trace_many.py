@@ -291,8 +291,30 @@ def test_no_items(client: reltrace.Client) -> None:
     assert list(client.trace_many([])) == []
 
 
-def test_expired_results_fail_their_items(server: FakeServer, client: reltrace.Client) -> None:
-    server.stream_errors.append(status_with(grpc.StatusCode.NOT_FOUND, "submission has expired"))
+def test_expired_results_are_computed_again(server: FakeServer, client: reltrace.Client) -> None:
+    """As after an hour of sleep: what was received is kept, and the rest is submitted anew."""
+    gone = status_with(grpc.StatusCode.NOT_FOUND, "submission has expired")
+    server.drop_at = {3}
+    server.before = lambda method: (
+        server.stream_errors.append(gone)
+        if method == "StreamResults" and len(server.streams) == 1
+        else None
+    )
+    results = list(client.trace_many(prompts(4), ordered=True))
+    assert [check(trace, prompts(4)[trace.id]) for trace in results] == [None] * 4
+    assert len(results) == 4
+    sizes = [len(request.jobs) for request in server.requests]
+    # Under its key, which belongs to all four; then under a new one.
+    assert sizes[0] == 4
+    assert sizes[-1] < 4
+    assert server.requests[-1].idempotency_key != server.requests[0].idempotency_key
+
+
+def test_results_that_expire_again_and_again_fail_their_items(
+    server: FakeServer, client: reltrace.Client
+) -> None:
+    gone = status_with(grpc.StatusCode.NOT_FOUND, "submission has expired")
+    server.stream_errors += [gone] * 4
     results = list(client.trace_many(prompts(2), ordered=True))
     assert failures(results) == {i: f"item {i}: submission has expired" for i in range(2)}
     assert isinstance(results[0].error, reltrace.NotFound)

@@ -234,7 +234,7 @@ def test_a_stream_that_ends_early_is_an_error(server: FakeServer, client: reltra
 
 
 def test_expired_results(server: FakeServer, client: reltrace.Client) -> None:
-    server.stream_errors.append(status_with(grpc.StatusCode.NOT_FOUND, "submission has expired"))
+    server.stream_errors += [status_with(grpc.StatusCode.NOT_FOUND, "submission has expired")] * 4
     with pytest.raises(reltrace.NotFound, match="expired"):
         client.trace(PROMPT)
 

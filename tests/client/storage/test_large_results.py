@@ -126,16 +126,26 @@ def test_a_store_that_a_server_may_not_name(
     assert store.reads == []
 
 
-def test_a_manifest_that_says_other_lengths(
-    store: Store, server: FakeServer, client: reltrace.Client
+@pytest.mark.parametrize(
+    ("shape", "said"), [(None, f"says {1 << 40}"), ([LAYERS, 1 << 38], f"{LAYERS << 40} bytes")]
+)
+def test_a_manifest_that_says_other_lengths_or_that_is_larger_than_any(
+    store: Store,
+    server: FakeServer,
+    client: reltrace.Client,
+    shape: list[int] | None,
+    said: str,
 ) -> None:
     def run(spec: types_pb2.JobSpec, job_id: str) -> list[types_pb2.ResultChunk]:
         (chunk,) = store.run(spec, job_id)
         chunk.manifest.length = 1 << 40
+        if shape:
+            chunk.manifest.length = LAYERS << 40
+            chunk.manifest.tensors[0].shape[:] = shape
         return [chunk]
 
     server.run = run
-    with pytest.raises(reltrace.ProtocolError, match=f"says {1 << 40}"):
+    with pytest.raises(reltrace.ProtocolError, match=said):
         client.trace(PROMPT)
     assert store.reads == []
 

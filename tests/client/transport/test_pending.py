@@ -142,7 +142,7 @@ def test_what_ended_or_expired_is_not_cancelled(
 ) -> None:
     client.trace("x")
     assert len(list(client.trace_many(PROMPTS))) == 3
-    server.stream_errors.append(status_with(grpc.StatusCode.NOT_FOUND, "expired"))
+    server.stream_errors += [status_with(grpc.StatusCode.NOT_FOUND, "expired")] * 4
     with pytest.raises(reltrace.NotFound, match="expired"):
         client.trace("x")
     client.close()

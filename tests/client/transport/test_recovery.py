@@ -7,6 +7,7 @@ import pytest
 import reltrace
 from fake_results import chunks_of
 from fake_server import FakeServer
+from reltrace.client.recording import recording
 from reltrace.transport import results as reading
 from reltrace_proto.v1 import types_pb2
 
@@ -38,6 +39,17 @@ def test_a_lost_submission_is_submitted_again_under_its_key(
     client.close()
     assert server.acknowledged == {"s1": 10 - received}
     assert server.cancelled == []
+
+
+def test_what_the_server_may_hold_is_recorded(server: FakeServer, client: reltrace.Client) -> None:
+    """As for a batch, whose next run frees what a run that was killed has left."""
+    server.drop_at, server.at_drop = {3}, server.forget
+    records: list[dict[str, int]] = []
+    with recording(client, {}, lambda record: records.append(dict(record))):
+        assert traced(client) == EACH_ONCE
+        client.close()
+    assert [record for record in records if record] == [{"s0": 10}, {"s1": 8}]
+    assert records[-1] == {}
 
 
 def test_one_result_of_a_lost_submission(server: FakeServer, client: reltrace.Client) -> None:

@@ -1,6 +1,7 @@
 """Bounds on streams, calls and connections: one caller does not take what is for all."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -19,7 +20,7 @@ from reltrace_scheduler.auth.identity import Role
 from reltrace_scheduler.auth.rates import Pacer
 from reltrace_scheduler.auth.tokens import Tokens, append, make
 from reltrace_scheduler.config import Settings
-from reltrace_scheduler.errors import TooFastError
+from reltrace_scheduler.errors import SchedulerError, TooFastError
 from reltrace_scheduler.limits import MAX_PUBLIC_STREAMS
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.results import Results
@@ -241,3 +242,81 @@ async def test_of_very_many_calls_the_last_are_refused(monkeypatch: pytest.Monke
     await pacer.wait("b")
     for task in calls:
         task.cancel()
+
+
+SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
+
+
+@pytest.fixture
+def two_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two submissions at a time, and one of a token."""
+    monkeypatch.setattr(interceptor, "MAX_SUBMISSIONS_AT_A_TIME", 2)
+    monkeypatch.setattr(interceptor, "MAX_SUBMISSIONS_OF_TOKEN", 1)
+
+
+@pytest.mark.usefixtures("two_submissions")
+async def test_submissions_are_read_when_it_is_their_turn(
+    callers: dict[str, Metadata], guarded: grpc.aio.Channel
+) -> None:
+    """
+    Given a caller that begins a submission, and does not send it
+    I expect its next one to wait until that one is over, and another caller's to be accepted.
+    """
+    await FakeWorker(guarded, metadata=callers["w"]).connect()
+    client = trace_pb2_grpc.TraceServiceStub(guarded)
+    request = submission(JobSpec(prompt="a"))
+    slow = guarded.stream_unary(SUBMIT)(metadata=callers["a"])
+    await slow.wait_for_connection()
+    waiting = client.SubmitJobs(request, metadata=callers["a"], timeout=20)
+    assert (await client.SubmitJobs(request, metadata=callers["b"], timeout=20)).job_ids
+    assert not waiting.done()
+    slow.cancel()
+    assert (await waiting).job_ids
+
+
+async def test_a_submission_that_does_not_come_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, channel: grpc.aio.Channel
+) -> None:
+    monkeypatch.setattr(interceptor, "_READ_DEADLINE", 0.2)
+    slow = channel.stream_unary(SUBMIT)(timeout=20)
+    with pytest.raises(grpc.aio.AioRpcError, match="request: did not come within") as refused:
+        await slow
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    empty = channel.stream_unary(SUBMIT)(timeout=20)
+    await empty.done_writing()
+    with pytest.raises(grpc.aio.AioRpcError, match="request: is missing"):
+        await empty
+
+
+@pytest.mark.parametrize("method", ["SubmitJobs", "StreamResults"])
+async def test_a_refused_call_leaves_nothing_behind(
+    channel: grpc.aio.Channel, worker: FakeWorker, method: str
+) -> None:
+    """
+    Given calls that are refused
+    I expect no error to be kept until the next collection of garbage, with the frames that it went
+    through and the request in them.
+    """
+    requests = {
+        "SubmitJobs": submission(JobSpec(prompt="a", rule="x")),
+        "StreamResults": trace_pb2.StreamResultsRequest(submission_id="nope"),
+    }
+    call = channel.unary_stream(f"/reltrace.v1.TraceService/{method}")
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(50):
+            with pytest.raises(grpc.aio.AioRpcError, match=r"x|nope"):
+                await call(requests[method].SerializeToString()).read()
+        # The last ones may be on their way.
+        async with asyncio.timeout(10):
+            while kept_errors() > 5:
+                await asyncio.sleep(0.05)
+    finally:
+        gc.enable()
+
+
+def kept_errors() -> int:
+    # Not by isinstance(): it asks objects of other packages, some of which warn.
+    kinds = (SchedulerError, grpc.aio.AbortError)
+    return sum(issubclass(type(found), kinds) for found in gc.get_objects())

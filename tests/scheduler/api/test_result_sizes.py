@@ -84,10 +84,10 @@ def test_the_size_that_is_foreseen_holds(checkpoints: Checkpoints, reduction: st
                 )  # fmt: skip
                 job = preparer(loaded).prepare(read_request(spec))
                 size = result_bytes(job, loaded.shape, result_dtype(spec))
-                assert ResultLimits(NO_BOUND, None).bytes(spec, model) > size
-                assert not list(ResultLimits(size, None).faults(spec, model))
+                assert ResultLimits(NO_BOUND, None).size(spec, model).bytes > size
+                assert not ResultLimits(size, None).size(spec, model).fault
                 if "input_ids" in given and (not aims or aims[0].continuation.text == ""):
-                    assert len(list(ResultLimits(size - 1, None).faults(spec, model))) == 1
+                    assert ResultLimits(size - 1, None).size(spec, model).fault
                 seen += 1
     assert seen >= 24
 
@@ -97,22 +97,31 @@ def test_an_atlas_is_at_least_its_places(k: int) -> None:
     model = types_pb2.ModelInfo(layers=4, heads=8, intermediate_size=100)
     spec = JobSpec(corpus=types_pb2.Corpus(prompts=["a"]), top_k=k)
     least = 4 * 108 * k * 48
-    assert not list(ResultLimits(least, None).faults(spec, model))
-    (fault,) = ResultLimits(least - 1, None).faults(spec, model)
+    assert not ResultLimits(least, None).size(spec, model).fault
+    fault = ResultLimits(least - 1, None).size(spec, model).fault
+    assert fault is not None
     assert fault.field == "top_k"
-    assert ResultLimits(least, None).bytes(spec, model) == least
+    assert ResultLimits(least, None).size(spec, model).bytes == least
+    assert ResultLimits(NO_BOUND, least - 1).size(spec, model).bytes < 10_000
 
 
 def test_what_does_not_go_through_the_queue_has_no_bound_and_takes_no_room() -> None:
     model = types_pb2.ModelInfo(layers=4, hidden_size=1000, context_length=1000)
     ids = types_pb2.TokenIds(ids=range(500))
-    spec = JobSpec(input_ids=ids, reduction="full")
-    assert list(ResultLimits(MIB, None).faults(spec, model))
-    assert not list(ResultLimits(MIB, MIB // 2).faults(spec, model))
-    assert MIB // 2 < ResultLimits(MIB, MIB // 2).bytes(spec, model) < MIB
+    spec = JobSpec(input_ids=ids, reduction="full", layers=[0])
+    assert ResultLimits(MIB, None).size(spec, model).fault
+    assert not ResultLimits(MIB, MIB // 2).size(spec, model).fault
+    assert ResultLimits(MIB, MIB // 2).size(spec, model).bytes < 100_000
+    short = JobSpec(prompt="a" * 200, reduction="full", layers=[0])
+    assert MIB // 2 < ResultLimits(MIB, MIB // 2).size(short, model).bytes < MIB
+    # All but surely large: it will be stored, and takes next to nothing.
+    text = JobSpec(prompt="word " * 500, reduction="full")
+    assert ResultLimits(MIB, MIB // 2).size(text, model).bytes < MIB // 4
+    assert ResultLimits(MIB, None).size(text, model).bytes == MIB
+    assert not ResultLimits(MIB, None).size(text, model).fault
     spec.output_uri = "file:///srv"
-    assert not list(ResultLimits(MIB, None).faults(spec, model))
-    assert ResultLimits(MIB, None).bytes(spec, model) < 100_000
+    assert not ResultLimits(MIB, None).size(spec, model).fault
+    assert ResultLimits(MIB, None).size(spec, model).bytes < 100_000
 
 
 async def test_a_result_that_would_be_too_large_is_refused_at_once(

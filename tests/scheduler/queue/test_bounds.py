@@ -11,6 +11,7 @@ from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import QueueFullError
 from reltrace_scheduler.keys import Keys
 from reltrace_scheduler.local.redis import EmbeddedRedis
+from reltrace_scheduler.queue.connection import NodeMemory
 from reltrace_scheduler.records import Lease, Limits, NewChunk, NewJob
 from scheduler.driver import Driver, lease_of
 
@@ -65,6 +66,29 @@ async def test_bounds_are_those_of_the_settings_until_the_memory_is_smaller(
     assert bounds.max_bytes > before + 15 * MIB
 
 
+@pytest.mark.parametrize(
+    ("shards", "limits", "part"),
+    [(1, [64], 64), (1, [64, 64, 64], 64), (3, [64, 64, 64], 192), (4, [64, 64, 64], 128),
+     (6, [64, 32, 0], 96), (1, [0], None)],
+)  # fmt: skip
+async def test_in_a_cluster_the_node_that_is_full_first_counts(
+    store: redis.asyncio.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    shards: int,
+    limits: list[int],
+    part: int | None,
+) -> None:
+    async def nodes(_: object) -> list[NodeMemory]:
+        return [NodeMemory(used=0, buffers=0, limit=limit * MIB) for limit in limits]
+
+    monkeypatch.setattr("reltrace_scheduler.queue.bounds.memory_of_nodes", nodes)
+    settings = Settings(shards=shards)
+    bounds = Driver.over(store, settings).store.bounds
+    await bounds.refresh()
+    expected = settings.max_bytes if part is None else part * MIB * 3 // 8
+    assert bounds.max_bytes == expected
+
+
 async def test_leases_reserve_room_for_their_results(
     store: redis.asyncio.Redis, keys: Keys
 ) -> None:
@@ -115,6 +139,50 @@ async def test_a_lost_lease_reserves_nothing(store: redis.asyncio.Redis, keys: K
     await driver.submit(large(2))
     await driver.lease("w", 2)
     await driver.reap_until(requeued=2)
+    assert "reserved" not in await numbers(store, keys("load"))
+
+
+async def test_what_an_older_scheduler_leaves_reserved_is_given_up(
+    store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    driver = Driver.over(store, Settings())
+    await driver.submit(large(2))
+    first, second = await driver.lease("w", 2)
+    # It ends a lease without giving up its reservation.
+    await store.hdel(keys("job", first.job_id), "reserved")
+    for job in (first, second):
+        assert (await numbers(store, keys("tenant", "t")))["reserved"] >= MIB
+        await driver.store.tenants.forget_idle()
+        await driver.commit("w", [NewChunk(lease_of(job), 1, "FAILED", b"x")])
+    assert (await numbers(store, keys("load")))["reserved"] == MIB
+    await driver.store.tenants.forget_idle()
+    assert "reserved" not in await numbers(store, keys("load"))
+    assert "reserved" not in await numbers(store, keys("tenant", "t"))
+
+
+async def test_what_an_older_scheduler_leaves_reserved_keeps_nobody_waiting(
+    store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    """
+    Given a tenant with room for the results of three jobs, and jobs that wait
+    If an older scheduler ends three leases without giving up what they reserved
+    I expect the next to be leased all the same: nothing is, so that nothing can be reserved.
+    """
+    settings = Settings(max_bytes=100 * MIB, tenant_max_bytes=3 * MIB + 100, max_unread=MIB)
+    driver = Driver.over(store, settings)
+    for _ in range(5):
+        await driver.submit(large(1))
+    for job in await driver.lease("w", 8):
+        await store.hdel(keys("job", job.job_id), "reserved")
+        await driver.commit("w", [NewChunk(lease_of(job), 1, "FAILED", b"x")])
+    assert await driver.lease("w", 8) == []
+    await driver.store.tenants.forget_idle()
+    (fourth, fifth) = await driver.lease("w", 8)
+    # What is leased keeps its room.
+    await driver.store.tenants.forget_idle()
+    assert (await numbers(store, keys("tenant", "t")))["reserved"] == 2 * MIB
+    for job in (fourth, fifth):
+        await driver.commit("w", [NewChunk(lease_of(job), 1, "FAILED", b"x")])
     assert "reserved" not in await numbers(store, keys("load"))
 
 

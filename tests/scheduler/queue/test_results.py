@@ -4,15 +4,17 @@ import pytest
 import redis.asyncio
 from reltrace_scheduler.api.terminal_results import stalled
 from reltrace_scheduler.config import Settings
+from reltrace_scheduler.errors import QueueFullError
 from reltrace_scheduler.keys import Keys
+from reltrace_scheduler.queue.maintenance import Maintenance
 from reltrace_scheduler.queue.results import Results
 from reltrace_scheduler.records import Lease, NewChunk, NewJob, Progress, StoredChunk, Submission
 from scheduler.driver import Driver
 
 
-async def finish(driver: Driver, sizes: list[list[int]]) -> str:
+async def finish(driver: Driver, sizes: list[list[int]], tenant: str = "t") -> str:
     """Submit and end one job per list: each number is the size of a chunk."""
-    submission = await driver.submit([NewJob("m", b"spec")] * len(sizes))
+    submission = await driver.submit([NewJob("m", b"spec")] * len(sizes), tenant=tenant)
     leased = await driver.lease("w", len(sizes))
     for job, chunks in zip(leased, sizes, strict=True):
         for number, size in enumerate(chunks, 1):
@@ -251,3 +253,46 @@ async def test_a_tenant_whose_results_nobody_reads_does_not_wait_for_ever(
     assert await store.zcard(keys("throttled_tenants")) == 0
     leased = [job.job_id for job in await driver.lease("w", 4)]
     assert set(leased) == {f"{first}-2", second.job_ids[1]}
+
+
+@pytest.mark.parametrize("waits", ["for a result", "to submit"])
+async def test_who_died_keeps_nobody_of_its_tenant_out_for_long(
+    store: redis.asyncio.Redis, keys: Keys, little: Settings, waits: str
+) -> None:
+    """
+    Given a tenant without room for another result, by what nobody reads
+    If that lasts, and somebody of the tenant waits for room
+    I expect submissions without a reader to be given up, also one that has ended, and no other.
+    """
+    driver = Driver.over(store, little)
+    ended = await finish(driver, [[600]])
+    dead = await backpressured(driver)
+    one = await driver.submit([NewJob("m", b"")] * 2)
+    (job,) = await driver.lease("w", 1)
+    await driver.commit("w", [NewChunk(Lease(job.job_id, 1), 1, "SUCCEEDED", bytes(300))])
+    await finish(driver, [[900]], "other")
+    assert await driver.lease("w", 1) == []
+    since = int(await store.zscore(keys("throttled_tenants"), "t"))
+
+    async def found() -> set[str]:
+        driver.maintenance = Maintenance(driver.shard, replace(little, reader_patience=10))
+        await driver.maintenance.note_readers(driver.results.open_streams)
+        return {one.id for one in await driver.maintenance.stalled_submissions()}
+
+    # Nobody waits: there is no hurry.
+    await store.zadd(keys("throttled_tenants"), {"t": since - 11_000})
+    assert await found() == set()
+    lost = {ended, dead}
+    if waits == "to submit":
+        await store.delete(keys("throttled_tenants"))
+        with pytest.raises(QueueFullError):
+            await driver.submit([NewJob("m", b"")])
+        lost.add(one.id)
+    async with driver.results.reading(one.id if waits == "for a result" else "another"):
+        await store.zadd(keys("throttled_tenants"), {"t": since - 9_000}, xx=True)
+        assert await found() == set()
+        await store.zadd(keys("throttled_tenants"), {"t": since - 11_000}, xx=True)
+        assert await found() == lost
+        # Whoever comes next has as long.
+        assert await found() == set()
+    assert not driver.results.open_streams

@@ -2,7 +2,8 @@
 --
 -- KEYS: idempotency:<tenant>:<key> (read; set to submission, number of jobs, digest),
 -- submission:<sub> (created), tenant:<tenant> (jobs and bytes added). Also: load (the same), tenants
--- (tenant added), deadlines (jobs with a timeout), job:<job> (created), and what enqueue() does.
+-- (tenant added), throttled_tenants and readers (a tenant that is refused because of its unread
+-- results), deadlines (jobs with a timeout), job:<job> (created), and what enqueue() does.
 -- Publishes wake:<model>.
 --
 -- ARGV: prefix, submission id, tenant, class, idempotency ttl (ms; 0: no key given), digest of the
@@ -60,6 +61,11 @@ for _, load in ipairs(loads_held) do
 end
 for _, load in ipairs(loads_held) do
     if load[2] + count > load[4] or load[3] + bytes > load[5] then
+        if load == loads_held[1] and load[6] > 0 then
+            local time = now()
+            redis.call("ZADD", key.throttled_tenants, "NX", time, tenant)
+            redis.call("ZADD", key.readers, time, ":" .. tenant)
+        end
         return {"full", unpack(load)}
     end
 end
