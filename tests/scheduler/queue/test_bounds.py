@@ -160,6 +160,32 @@ async def test_what_an_older_scheduler_leaves_reserved_is_given_up(
     assert "reserved" not in await numbers(store, keys("tenant", "t"))
 
 
+async def test_what_an_older_scheduler_leaves_reserved_keeps_nobody_waiting(
+    store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    """
+    Given a tenant with room for the results of three jobs, and jobs that wait
+    If an older scheduler ends three leases without giving up what they reserved
+    I expect the next to be leased all the same: nothing is, so that nothing can be reserved.
+    """
+    settings = Settings(max_bytes=100 * MIB, tenant_max_bytes=3 * MIB + 100, max_unread=MIB)
+    driver = Driver.over(store, settings)
+    for _ in range(5):
+        await driver.submit(large(1))
+    for job in await driver.lease("w", 8):
+        await store.hdel(keys("job", job.job_id), "reserved")
+        await driver.commit("w", [NewChunk(lease_of(job), 1, "FAILED", b"x")])
+    assert await driver.lease("w", 8) == []
+    await driver.store.tenants.forget_idle()
+    (fourth, fifth) = await driver.lease("w", 8)
+    # What is leased keeps its room.
+    await driver.store.tenants.forget_idle()
+    assert (await numbers(store, keys("tenant", "t")))["reserved"] == 2 * MIB
+    for job in (fourth, fifth):
+        await driver.commit("w", [NewChunk(lease_of(job), 1, "FAILED", b"x")])
+    assert "reserved" not in await numbers(store, keys("load"))
+
+
 async def test_what_may_be_large_runs_beside_a_little_that_is_unread(
     store: redis.asyncio.Redis,
 ) -> None:
