@@ -112,7 +112,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         return None
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise typer.BadParameter(f"{path}: {reason}") from None
     values = {name.replace("-", "_"): value for name, value in content.items()}

@@ -12,9 +12,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _MAX_FRAMES = 50
 """Of a traceback, the last ones: an error in a recursion has a thousand."""
+_SILENCE = 10.0
+"""Seconds after which a connection to the metrics is closed on which nothing is sent."""
 
 
 class LogFormat(StrEnum):
@@ -122,6 +124,7 @@ def serving_metrics(
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
         raise SettingError(f"--metrics {listen}", error.strerror or str(error)) from error
+    server.RequestHandlerClass = _impatient(server.RequestHandlerClass)
     metrics = server.get_app()
     assert metrics is not None
 
@@ -140,6 +143,20 @@ def serving_metrics(
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _impatient(handler: Any) -> Any:
+    """Return a handler of HTTP that waits for `_SILENCE` at most: each connection has a thread."""
+
+    class Impatient(handler):  # type: ignore[misc]
+        timeout = _SILENCE
+
+        def handle(self) -> None:
+            # Without a traceback for whoever hangs up, or says nothing.
+            with suppress(OSError):
+                super().handle()
+
+    return Impatient
 
 
 class Spans:

@@ -41,6 +41,8 @@ class Tally:
     """Jobs of the SDK's client of which the same is true: it submits them again by itself."""
     read_again: int = 0
     """Submissions of which it knew less than had been read."""
+    ended_and_lost: int = 0
+    """Jobs that ended, were read, and are in no counter of Redis any more."""
     ended_in_losses: int = 0
     """Jobs whose end was seen in the times of `losses`: Redis need not have counted them."""
     others: Counter[str] = field(default_factory=Counter)
@@ -73,6 +75,7 @@ class Tally:
         calm = Counter({"SUCCEEDED": self.accepted}) + self.others
         # A job that ended and was read before Redis lost it is counted nowhere any more.
         missing = calm["SUCCEEDED"] - held.get("SUCCEEDED", 0)
+        self.ended_and_lost = missing
         if held | {"SUCCEEDED": 0} != dict(calm) | {"SUCCEEDED": 0} or not (
             0 <= missing <= self.ended_in_losses
         ):
@@ -217,6 +220,8 @@ def remaining_keys(store: redis.Redis) -> list[str]:
         keys("workers"),
         keys("tenants"),
         keys("watchdog"),
+        # Who has read in the last minutes.
+        keys("readers"),
         SHARDS,
         SCHEMA,
         CLUSTER,

@@ -35,28 +35,44 @@ def flood(client: trace_pb2_grpc.TraceServiceStub, first: int, seconds: float) -
     counts: Counter[str] = Counter()
     accepted: list[trace_pb2.SubmitJobsResponse] = []
     end = time.monotonic() + seconds
-    number = first
+    number, unsure = first, False
     while time.monotonic() < end:
-        works = [Work(number + index, milliseconds=MILLISECONDS) for index in range(_JOBS)]
-        request = trace_pb2.SubmitJobsRequest(
-            jobs=[work.spec for work in works], idempotency_key=f"flood-{number}"
-        )
         try:
-            accepted.append(client.SubmitJobs(request, timeout=5))
-            number += _JOBS
+            accepted.append(client.SubmitJobs(_request(number), timeout=5))
+            number, unsure = number + _JOBS, False
         except grpc.RpcError as error:
-            # Whether it was accepted is not known before it is tried again under its key.
-            counts["refused"] += error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            counts["refused"] += refused
+            # Only the answer may have been lost.
+            unsure = unsure or not refused
+    # One after another: what has ended is kept for a while only.
     for answer in accepted:
-        cancel = trace_pb2.CancelJobsRequest(submission_id=answer.submission_id)
-        _patiently(lambda cancel=cancel: client.CancelJobs(cancel, timeout=5))
-    for answer in accepted:
-        counts += _patiently(lambda answer=answer: _ends(client, answer))
-        acknowledge = trace_pb2.AcknowledgeResultsRequest(
-            submission_id=answer.submission_id, through_entry=len(answer.job_ids)
-        )
-        _patiently(lambda call=acknowledge: client.AcknowledgeResults(call, timeout=5))
+        counts += _end(client, answer)
+    if unsure:
+        accepted.append(_patiently(lambda: client.SubmitJobs(_request(number), timeout=5)))
+        counts += _end(client, accepted[-1])
     counts["accepted"] = sum(len(answer.job_ids) for answer in accepted)
+    return counts
+
+
+def _request(number: int) -> trace_pb2.SubmitJobsRequest:
+    works = [Work(number + index, milliseconds=MILLISECONDS) for index in range(_JOBS)]
+    return trace_pb2.SubmitJobsRequest(
+        jobs=[work.spec for work in works], idempotency_key=f"flood-{number}"
+    )
+
+
+def _end(
+    client: trace_pb2_grpc.TraceServiceStub, answer: trace_pb2.SubmitJobsResponse
+) -> Counter[str]:
+    """Cancel a submission, read it and free it; return how its jobs ended."""
+    cancel = trace_pb2.CancelJobsRequest(submission_id=answer.submission_id)
+    _patiently(lambda: client.CancelJobs(cancel, timeout=5))
+    counts = _patiently(lambda: _ends(client, answer))
+    acknowledge = trace_pb2.AcknowledgeResultsRequest(
+        submission_id=answer.submission_id, through_entry=len(answer.job_ids)
+    )
+    _patiently(lambda: client.AcknowledgeResults(acknowledge, timeout=5))
     return counts
 
 

@@ -61,6 +61,7 @@ class Report:
     submitted_again: int
     sdk_submitted_again: int
     read_again: int
+    ended_and_lost: int
     submissions_read_twice: int
     attempts: dict[int, int]
     actors: dict[str, dict[str, int]]
@@ -132,6 +133,7 @@ def run(
         submitted_again=tally.submitted_again,
         sdk_submitted_again=tally.sdk_submitted_again,
         read_again=tally.read_again,
+        ended_and_lost=tally.ended_and_lost,
         submissions_read_twice=tally.reread,
         attempts=dict(sorted(tally.attempts.items())),
         actors={actor.name: dict(actor.figures) for actor in acting},

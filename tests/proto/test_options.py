@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from damage import damaged_toml, damages
+from hypothesis import given
 from reltrace_proto.options import from_options, option
 from typer.testing import CliRunner
 
@@ -92,3 +94,21 @@ def test_a_file_that_can_not_be_used(
 def test_what_must_be_given(app: typer.Typer, seen: list[Options]) -> None:
     assert CliRunner().invoke(app, []).exit_code == 2
     assert seen == []
+
+
+@damages
+@given(content=damaged_toml('name = "a"\nmax-jobs = 4\nuri = ["x", "y"]\ninsecure = true\n'))
+def test_a_damaged_file_is_options_or_a_usage_error(tmp_path: Path, content: bytes) -> None:
+    seen: list[Options] = []
+    app = typer.Typer()
+
+    @app.command()
+    @from_options(Options, config_env="TEST_CONFIG")
+    def command(context: typer.Context, options: Options) -> None:
+        """Do something."""
+        seen.append(options)
+
+    file = tmp_path / "damaged.toml"
+    file.write_bytes(content)
+    result = CliRunner().invoke(app, ["--config", str(file)])
+    assert result.exit_code == (0 if seen else 2), result.exception

@@ -17,6 +17,7 @@ from reltrace.batch.folder import read_manifest
 from reltrace.batch.journal import NAME, Failed, Journal
 from reltrace.batch.parts import name_of, open_part
 from reltrace.storage.trace_files import tensors_of
+from reltrace.types.errors import invalid
 from reltrace.types.trace import Trace
 
 _OPEN_PARTS = 8
@@ -52,11 +53,7 @@ class Batch:
     ) -> None:
         root = Path(folder)
         self.manifest: dict[str, Any] = read_manifest(root)
-        given = (output_uri,) if isinstance(output_uri, str) else tuple(output_uri)
-        own = self.manifest["settings"].get("output_uri") or ""
-        # The folder may be a stranger's: it does not choose how its tensors are reached.
-        known = (own,) if own.partition("://")[0] in KNOWN_SCHEMES else ()
-        self._stored_in = tuple(uri.rstrip("/") for uri in (*known, *given) if not url_fault(uri))
+        self._stored_in = [*self._own_store(), *_given_stores(output_uri)]
         self._folders = sorted(
             entry
             for entry in (root, *root.iterdir())
@@ -77,6 +74,15 @@ class Batch:
         # Of each trace: its folder, part and row.
         self._rows = table[:, 1:].astype(np.int32)
         self._part = lru_cache(_OPEN_PARTS)(self._open_part)
+
+    def _own_store(self) -> list[str]:
+        """Return the folder of its tensors, if it has one that is opened unasked.
+
+        The batch may be a stranger's, who does not choose how its tensors are reached.
+        """
+        uri = str(self.manifest["settings"].get("output_uri") or "").rstrip("/")
+        known = uri.partition("://")[0] in KNOWN_SCHEMES and not url_fault(uri)
+        return [uri] if known else []
 
     @property
     def errors(self) -> list[Failed]:
@@ -137,3 +143,11 @@ class Batch:
     def __repr__(self) -> str:
         files = len(np.unique(self._rows[:, :2], axis=0))
         return f"Batch({len(self)} traces in {files} files, {len(self.errors)} errors)"
+
+
+def _given_stores(output_uri: str | Sequence[str]) -> list[str]:
+    stores = [output_uri] if isinstance(output_uri, str) and output_uri else list(output_uri)
+    for uri in stores:
+        if fault := url_fault(uri):
+            raise invalid("output_uri", f"{fault}, not {uri!r}")
+    return [uri.rstrip("/") for uri in stores]

@@ -172,7 +172,7 @@ def _read(file: Path, required: bool) -> tuple[str | None, dict[str, dict[str, A
     """Return the name of the default profile, and the settings of each profile."""
     try:
         content = tomllib.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, FileNotFoundError) and not required:
             return None, {}
         reason = error.strerror if isinstance(error, OSError) else error

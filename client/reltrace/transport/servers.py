@@ -8,6 +8,7 @@ from time import monotonic
 from typing import Protocol, TypeVar
 
 import grpc.aio
+from google.protobuf.message import Message
 from reltrace_proto.net import ChannelOptions, Credentials, Metadata
 from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc
 
@@ -21,7 +22,7 @@ _RECONNECT: ChannelOptions = (
 _FIRST_AVOIDANCE, _MAX_AVOIDANCE = 0.5, 15.0
 
 
-Request = TypeVar("Request", contravariant=True)
+Request = TypeVar("Request", bound=Message, contravariant=True)
 Response = TypeVar("Response", covariant=True)
 
 

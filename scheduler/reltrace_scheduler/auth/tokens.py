@@ -104,7 +104,7 @@ def parse(text: str) -> tuple[Entry, ...]:
     """Read the content of a file of tokens; raises TokenError."""
     try:
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise TokenError(f"is not TOML: {error}") from None
     tables = content.pop("token", [])
     if content:

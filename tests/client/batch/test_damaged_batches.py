@@ -36,7 +36,9 @@ def check_items(content: bytes, name: InputName) -> None:
     with told(InvalidArgument, ": "):
         items = list(read_items(io.BytesIO(content), input_format))
         assert [item.index for item in items] == list(range(len(items)))
-        assert count_items(io.BytesIO(content), input_format) == len(items)
+        count = count_items(io.BytesIO(content), input_format)
+        # Parquet says the count in its metadata, which may be what is damaged.
+        assert count == len(items) or name == "parquet"
         for item in items:
             assert is_id(item.id)
             assert item.fault is None or item.fault.violations

@@ -102,6 +102,8 @@ def test_a_strangers_folder_does_not_choose_what_is_opened(
         named = reltrace.load_batch(tmp_path / "out", output_uri=f"{uri}/")
         assert named[0].relevance.shape == (4, 3)
     assert len(store.reads) == 4
+    with pytest.raises(reltrace.InvalidArgument, match="output_uri: must be one plain URL"):
+        reltrace.load_batch(tmp_path / "out", output_uri=f"{uri}::{uri}")
 
 
 def test_a_single_trace_has_its_tensors_with_it(batch: Batch, store: Store, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from cli.conftest import Run
+from damage import damaged_toml, damages
 from fake_server import FakeServer
+from hypothesis import given
 
 CONFIG = """
 profile = "lab"
@@ -170,3 +172,16 @@ def test_a_switch_is_on_or_off(command: Run, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("RELTRACE_TLS", "perhaps")
     code, _, err = command("config")
     assert (code, err) == (1, "reltrace: RELTRACE_TLS: must be 1 or 0, not 'perhaps'\n")
+
+
+@damages
+@given(content=damaged_toml(CONFIG))
+def test_a_damaged_file_is_settings_or_an_error_that_names_it(
+    command: Run, config: Path, content: bytes
+) -> None:
+    config.write_bytes(content)
+    code, _, error = command("config", "--json")
+    assert code in (0, 1)
+    assert (code == 0) == (not error)
+    assert error.startswith("reltrace: ") == bool(error)
+    assert error.count("\n") <= 1

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from damage import damaged_toml, damages, told
 from hypothesis import given
 from hypothesis import strategies as st
 from reltrace_scheduler.auth.identity import TENANT_NAME, Role
@@ -214,3 +215,11 @@ def test_entries_show_no_more_than_the_file() -> None:
     token, entry = make("alice", Role.CLIENT)
     assert token not in repr(entry)
     assert isinstance(entry, Entry)
+
+
+@damages
+@given(content=damaged_toml("".join(make(name, Role.CLIENT)[1].to_toml() for name in "ab")))
+def test_a_damaged_file_is_tokens_or_an_error_that_names_it(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    with told(StartError, str(file)):
+        assert Tokens(file)

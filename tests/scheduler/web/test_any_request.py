@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
@@ -15,6 +16,7 @@ from damage import damaged_bytes, damages
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from reltrace_proto import telemetry
 from reltrace_proto.telemetry import serving_metrics
 from reltrace_proto.v1 import types_pb2
 from reltrace_scheduler.auth.access import Access
@@ -131,6 +133,19 @@ async def test_any_request_gets_an_answer(
         session = await stack.enter_async_context(aiohttp.ClientSession())
         async with session.get(f"{url}/") as answer:
             assert answer.status == (401 if server is guarded_page else 200)
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\nX: "])
+def test_who_says_nothing_to_the_metrics_is_sent_away(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], said: bytes
+) -> None:
+    monkeypatch.setattr(telemetry, "_SILENCE", 0.2)
+    with serving_metrics("127.0.0.1:0", CollectorRegistry()) as address:
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as silent:
+            silent.sendall(said)
+            assert silent.recv(1) == b""
+    assert capfd.readouterr().err == ""
 
 
 async def test_any_result_of_a_worker_is_shown_or_said_to_be_none(

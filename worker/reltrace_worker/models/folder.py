@@ -122,7 +122,7 @@ def _check_unused(folder: Path, used: set[str]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} can not be read: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no JSON object")
