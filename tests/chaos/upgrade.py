@@ -199,8 +199,8 @@ def run(
 def mixed(cluster: Cluster, old: Path, seed: int, *, back: bool = False, kills: int = 0) -> Report:
     """Have an older commit's processes beside these: upgraded, or put back and upgraded again.
 
-    Or, with `kills`, the first scheduler and the first worker older for as long. Clients are of both:
-    those with the SDK older than the schedulers, or newer.
+    Or, with `kills`, the first scheduler and the first worker older for as long. Clients are of
+    both: those with the SDK older than the schedulers, or newer.
     """
     if kills:
         replace_all(cluster, "old", tree=old, first=1)
