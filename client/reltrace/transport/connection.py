@@ -20,8 +20,10 @@ from reltrace.types.errors import TraceError, invalid
 
 log = logging.getLogger("reltrace")
 
-# Seconds after which a call that is neither answered nor refused is made again.
+# Seconds after which a call that is neither answered nor refused is made again, and bytes per
+# second at which the slowest of lines would send its message meanwhile.
 _CALL_TIMEOUT = 30.0
+_SLOWEST_LINE = 64 * 1024
 _DEFAULT_TIMEOUT = 60.0
 # Seconds that closing waits for what finishes in the background.
 _CLOSE_TIMEOUT = 5.0
@@ -118,7 +120,9 @@ class Connection:
         while True:
             deadline.check()
             remaining = deadline.remaining()
-            timeout = _CALL_TIMEOUT if remaining is None else min(remaining, _CALL_TIMEOUT)
+            timeout = _CALL_TIMEOUT + request.ByteSize() / _SLOWEST_LINE
+            if remaining is not None:
+                timeout = min(remaining, timeout)
             server = self._servers.choose() if while_closing else self.choose_server()
             metadata = self.metadata
             try:

@@ -60,6 +60,9 @@ _METHODS: dict[str, str] = {
 _TOKEN_PERIOD = 2.0
 """Seconds between looks at the token of a silent stream."""
 
+_DEADLINE = 20.0
+"""Seconds of a unary call: less than clients wait, and than a cluster with dead nodes is tried."""
+
 _READ_DEADLINE = 120.0
 _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
 
@@ -97,7 +100,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 act_as(identity)
             if self._pacer is not None:
                 await self._pacer.wait(current().name)
-            await self._limiter.take(current().name, "requests", 1)
+            async with asyncio.timeout(_DEADLINE):
+                await self._limiter.take(current().name, "requests", 1)
         except Exception as error:
             return self._refusal(error, method)
         handler = await continuation(handler_call_details)
@@ -184,7 +188,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             began = time.perf_counter()
             try:
-                return await behaviour(_checked(request), context)
+                async with asyncio.timeout(_DEADLINE):
+                    return await behaviour(_checked(request), context)
             except Exception as error:
                 _fail(context, error, method)
             finally:

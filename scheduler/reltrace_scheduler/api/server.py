@@ -11,7 +11,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
-from redis.exceptions import RedisError
 from reltrace_proto.telemetry import Spans
 from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc, worker_pb2_grpc
 
@@ -35,7 +34,7 @@ from reltrace_scheduler.observability.metrics import Counts, exporting
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.queue.trouble import log_trouble
+from reltrace_scheduler.queue.trouble import REDIS_ERRORS, log_trouble
 from reltrace_scheduler.tasks import end
 from reltrace_scheduler.web.server import serving_page
 
@@ -146,7 +145,7 @@ async def _refresh_bounds(store: Store) -> None:
     """Keep the queue's bounds within Redis' memory, which can change, and which others may use."""
     while True:
         await asyncio.sleep(_BOUNDS_PERIOD)
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*REDIS_ERRORS):
             await store.bounds.refresh()
 
 
@@ -160,7 +159,7 @@ async def _report_health(store: Store, status: health.HealthServicer) -> None:
             if failed:
                 log.info("redis.answers")
             failed = False
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             state = health_pb2.HealthCheckResponse.NOT_SERVING
             log_trouble("redis.fails", error)
             failed = True

@@ -12,5 +12,7 @@ if missing > 1e-5 then
   return string.format('%.6f', missing / rate)
 end
 full_at = full_at + units / rate
+-- A full Redis takes what follows a write that frees something.
+redis.call('DEL', KEYS[1])
 redis.call('SET', KEYS[1], string.format('%.6f', full_at), 'PX', math.ceil((full_at - now) * 1000))
 return '0'

@@ -8,12 +8,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
-from redis.exceptions import RedisError
 from reltrace_proto.telemetry import serving_metrics
 
 from reltrace_scheduler.queue.gauges import ClusterState, read_cluster
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.queue.trouble import log_trouble
+from reltrace_scheduler.queue.trouble import REDIS_ERRORS, log_trouble
 from reltrace_scheduler.tasks import end
 
 _PERIOD = 5.0
@@ -168,7 +167,7 @@ async def _read_state(collector: ClusterCollector, store: Store) -> None:
             async with asyncio.timeout(_PERIOD):
                 await store.check_writes()
                 collector.state = await read_cluster(store)
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             log_trouble("metrics.stale", error)
             collector.state = None
         await asyncio.sleep(_PERIOD)

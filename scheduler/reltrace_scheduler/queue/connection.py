@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import AuthenticationError
 
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.address import PASSWORD_VARIABLE, RedisAddress
 from reltrace_scheduler.queue.client import clients, cluster
+from reltrace_scheduler.queue.trouble import REDIS_ERRORS
 
 OLDEST = (6, 2)
 """XAUTOCLAIM and XTRIM MINID came with Redis 6.2."""
@@ -42,7 +43,7 @@ async def connect(address: str | RedisAddress) -> Connection:
             f"--redis {shown}: {error} (a password goes into {PASSWORD_VARIABLE} "
             "or a file named by --redis-password-file)"
         ) from error
-    except (RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise StartError(f"Redis at {shown} can not be reached: {error}") from error
     if fault := _unfit(address, info.get("redis_mode", "")):
         await client.aclose()
@@ -66,7 +67,7 @@ async def _open(address: RedisAddress) -> tuple[Redis, Any]:
             client = cluster(address)
             await client.initialize()
             return client, info
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             await client.aclose()
             if isinstance(error, AuthenticationError):
                 raise

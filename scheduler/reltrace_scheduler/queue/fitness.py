@@ -4,10 +4,9 @@ from typing import Any
 
 import structlog
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import RedisError
 
 from reltrace_scheduler.errors import StartError
-from reltrace_scheduler.queue.trouble import reason_of
+from reltrace_scheduler.queue.trouble import REDIS_ERRORS, reason_of
 
 log = structlog.get_logger()
 
@@ -31,7 +30,7 @@ async def check_fitness(client: Redis, shown: str, *, allow_volatile: bool) -> N
     """
     try:
         servers = await _info(client)
-    except (RedisError, OSError) as error:
+    except REDIS_ERRORS as error:
         raise StartError(f"Redis at {shown} does not tell its state: {reason_of(error)}") from error
     for node, info in servers.items():
         where = f"Redis at {shown}" + (f", node {node}" if node else "")

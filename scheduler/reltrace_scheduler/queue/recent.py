@@ -4,12 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from reltrace_scheduler.keys import SharedKey
 from reltrace_scheduler.per_second import PerSecond
 from reltrace_scheduler.queue.shards import Shards
-from reltrace_scheduler.queue.trouble import log_trouble
+from reltrace_scheduler.queue.trouble import REDIS_ERRORS, log_trouble
 
 _ROWS = 40
 _ROWS_PER_SECOND = 5.0
@@ -54,7 +52,7 @@ class RecentJobs:
                         pipe.lpush(self._key(key), json.dumps({**job, "sampled": sampled}))
                     pipe.ltrim(self._key(key), 0, _ROWS - 1)
                 await pipe.execute()
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             log_trouble("recent.lost", error)
 
     async def rows(self, *, ok: bool) -> list[dict[str, Any]]:

@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
 from reltrace_scheduler.keys import NO_CHANNEL
-from reltrace_scheduler.queue.trouble import log_trouble
+from reltrace_scheduler.queue.trouble import REDIS_ERRORS, log_trouble
 from reltrace_scheduler.tasks import end
 
 _RETRY = 0.2
@@ -92,7 +91,7 @@ class Signals:
         while True:
             try:
                 await self._connect()
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
                 log_trouble("signals.lost", error)
                 await asyncio.sleep(_RETRY)
 
@@ -147,7 +146,7 @@ class Signals:
                 for command, channels in (("SUBSCRIBE", new), ("UNSUBSCRIBE", gone)):
                     if channels:
                         await connection.send_command(command, *channels, check_health=False)
-            except (RedisError, OSError):
+            except REDIS_ERRORS:
                 # It is closed now, which the other task learns too.
                 return
 

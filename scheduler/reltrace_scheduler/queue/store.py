@@ -6,7 +6,6 @@ import secrets
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from reltrace_scheduler import __version__
@@ -21,7 +20,7 @@ from reltrace_scheduler.queue.registry import Registry
 from reltrace_scheduler.queue.results import Results
 from reltrace_scheduler.queue.shards import Shards
 from reltrace_scheduler.queue.tenants import Tenants
-from reltrace_scheduler.queue.trouble import reason_of
+from reltrace_scheduler.queue.trouble import REDIS_ERRORS, reason_of
 
 _SCHEMA_PERIOD = 2.0
 """Seconds between looks at the version of the keys."""
@@ -62,7 +61,7 @@ class Store:
             stored = int(await self._get_or_set(SHARDS, str(count)))
             self._cluster = (await self._get_or_set(CLUSTER, secrets.token_hex(4))).decode()
             await self.bounds.refresh()
-        except (RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             raise StartError(f"Redis is not ready: {reason_of(error)}") from error
         if stored != count:
             raise StartError(
@@ -77,7 +76,7 @@ class Store:
         """
         while True:
             await asyncio.sleep(_SCHEMA_PERIOD)
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(*REDIS_ERRORS):
                 found: Any = await self.redis.get(SCHEMA)
                 if found is not None and (fault := _schema_fault(found)):
                     return fault

@@ -10,6 +10,9 @@ from reltrace_scheduler.errors import SchedulerError, StoreFullError, Unavailabl
 
 log = structlog.get_logger()
 
+REDIS_ERRORS = (redis_errors.RedisError, redis_errors.RedisClusterException, OSError)
+"""Everything that a call of redis-py raises: the client of a cluster has errors of its own."""
+
 FULL = "OOM"
 AWAY = "AWAY"
 """No connection, or no answer in time."""
@@ -28,11 +31,12 @@ _CLASSES: tuple[tuple[type[Exception], str], ...] = (
     (redis_errors.MasterDownError, "MASTERDOWN"),
     (redis_errors.BusyLoadingError, "LOADING"),
     (redis_errors.TryAgainError, "TRYAGAIN"),
-    (redis_errors.ClusterDownError, "CLUSTERDOWN"),
     (redis_errors.ClusterError, "CLUSTERDOWN"),
-    (redis_errors.SlotNotCoveredError, "CLUSTERDOWN"),
+    (redis_errors.RedisClusterException, "CLUSTERDOWN"),
     (redis_errors.ConnectionError, AWAY),
     (redis_errors.TimeoutError, AWAY),
+    # A deadline around calls of Redis.
+    (TimeoutError, AWAY),
 )
 
 _QUIET = 10.0
@@ -83,4 +87,4 @@ def log_trouble(event: str, error: BaseException, **where: str) -> None:
     if code is None:
         log.error(event, exc_info=error, **where)
     else:
-        log.warning(event, error=reason_of(error), **where)
+        log.warning(event, error=reason_of(error) or "no answer in time", **where)

@@ -12,7 +12,6 @@ from typing import Any
 
 import structlog
 from aiohttp import web
-from redis.exceptions import RedisError
 from reltrace_proto.net import host_and_port
 from reltrace_proto.v1 import types_pb2, worker_pb2
 
@@ -22,6 +21,7 @@ from reltrace_scheduler.auth.identity import Role
 from reltrace_scheduler.errors import StartError, UnauthenticatedError
 from reltrace_scheduler.queue.gauges import read_cluster
 from reltrace_scheduler.queue.store import Store
+from reltrace_scheduler.queue.trouble import REDIS_ERRORS
 from reltrace_scheduler.records import WorkerRecord
 
 log = structlog.get_logger()
@@ -90,7 +90,7 @@ def _guarded(access: Access) -> Any:
                 response = await handler(request)
             except web.HTTPException as error:
                 response = web.Response(status=error.status, text=f"{error.reason}\n")
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
                 log.warning("page.failed", error=str(error))
                 response = web.Response(status=503, text="the store does not answer\n")
         response.headers.update(_HEADERS)

@@ -1,7 +1,10 @@
 """What a scheduler answers while its Redis takes no writes, and that it comes back by itself."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from hypothesis import given
-from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2
+from redis_cluster import redis_cluster
+from reltrace_proto.v1 import trace_pb2, trace_pb2_grpc, types_pb2, worker_pb2
+from reltrace_scheduler.api import interceptor
 from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.local.redis import EmbeddedRedis
@@ -163,3 +168,58 @@ async def connected(channel: grpc.aio.Channel) -> FakeWorker:
 
     await wait_until_async(connects, "a worker connects", 20)
     return worker
+
+
+@pytest.mark.slow
+async def test_a_cluster_that_is_down(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Given a Redis Cluster of which one node, or every node, does not answer for some seconds
+    I expect the same of a scheduler, and its upkeep to go on when the cluster is whole again.
+    """
+    monkeypatch.setattr(interceptor, "_DEADLINE", 2.0)
+    with redis_cluster(3) as nodes:
+        connection = await connect(nodes[0].url)
+        async with (
+            serving(connection, replace(settings, shards=3, retry_delay=0.5)) as address,
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            client = trace_pb2_grpc.TraceServiceStub(channel)
+            health = health_pb2_grpc.HealthStub(channel)
+
+            async def serves() -> bool:
+                response = await health.Check(health_pb2.HealthCheckRequest())
+                return bool(response.status == SERVING)
+
+            async def is_down() -> bool:
+                return not await serves()
+
+            async def goes_on() -> None:
+                """A job that fails comes back: by its own shard's upkeep."""
+                await wait_until_async(serves, "the scheduler serves", 30)
+                worker = FakeWorker(channel)
+                await worker.connect()
+                for _ in range(6):
+                    # Into any of the shards.
+                    await client.SubmitJobs(REQUEST)
+                    (lease,) = await worker.lease(1)
+                    ref = worker_pb2.LeaseRef(job_id=lease.job_id, attempt=lease.attempt)
+                    error = types_pb2.JobError(message="again")
+                    await worker.send(release=worker_pb2.Release(leases=[ref], error=error))
+                    (again,) = await worker.lease(1)
+                    assert (again.job_id, again.attempt) == (lease.job_id, 2)
+                    await worker.finish([again])
+                    await worker.receive("committed")
+                await worker.send(leave=worker_pb2.Leave())
+
+            await goes_on()
+            for stopped in (nodes[2:], nodes):
+                for node in stopped:
+                    os.kill(node.pid, signal.SIGSTOP)
+                await wait_until_async(is_down, "health says so", 30)
+                calls = [client.SubmitJobs(REQUEST, timeout=30) for _ in range(4)]
+                codes = {(await failure_of(call))[0] for call in calls}
+                assert codes == {grpc.StatusCode.UNAVAILABLE}
+                for node in stopped:
+                    os.kill(node.pid, signal.SIGCONT)
+                await goes_on()
+        await connection.redis.aclose()

@@ -7,6 +7,7 @@ import pytest
 import redis.asyncio
 from reltrace_scheduler.auth.rates import RateLimiter, Rates
 from reltrace_scheduler.errors import TooFastError
+from scheduler.redis_states import fill, make_room
 
 
 async def wait_of(limiter: RateLimiter, units: int, identity: str = "a") -> float:
@@ -36,6 +37,17 @@ async def test_a_large_message_passes_and_is_paid_for_afterwards(
     limiter = RateLimiter(store, Rates(jobs=10.0))
     assert await wait_of(limiter, 1000) == 0.0
     assert 90 < await wait_of(limiter, 1) <= 98.1
+
+
+async def test_a_full_redis_counts_on(store: redis.asyncio.Redis) -> None:
+    """Whoever reads results makes room: no limit may keep them from it."""
+    limiter = RateLimiter(store, Rates(jobs=1.0))
+    await fill(store)
+    try:
+        assert [await wait_of(limiter, 1) for _ in range(2)] == [0.0] * 2
+        assert 0.5 < await wait_of(limiter, 1) <= 1.0
+    finally:
+        await make_room(store)
 
 
 async def test_schedulers_share_a_rate(store: redis.asyncio.Redis) -> None:

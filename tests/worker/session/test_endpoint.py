@@ -10,6 +10,7 @@ import grpc
 import pytest
 from certificates import Certificates, make_certificates
 from nameserver import nameserver
+from proxy import proxy_to
 from reltrace_proto.net import Credentials, TlsOptions, token_from_environment
 from reltrace_proto.v1 import worker_pb2, worker_pb2_grpc
 from reltrace_worker.session.endpoint import Endpoints
@@ -291,3 +292,19 @@ async def test_tls_and_mutual_tls(certificates: Certificates) -> None:
                 await scheduler.next()
             assert scheduler.presented.empty()
             assert not nobody.done()
+
+
+async def test_a_scheduler_behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As clients: by the proxy that the environment names, unless the address is excepted."""
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    # A name that only the proxy knows.
+    address = "scheduler.test:50051"
+    with proxy_to(f"127.0.0.1:{port}") as (proxy, asked):
+        monkeypatch.setenv("http_proxy", proxy)
+        async with Endpoints(address, Credentials()).open_channel() as channel:
+            async with asyncio.timeout(20):
+                await channel.channel_ready()
+        assert set(asked) == {address}
+    await server.stop(0)

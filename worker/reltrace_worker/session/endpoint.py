@@ -6,8 +6,6 @@ import grpc
 from reltrace_proto.net import ChannelOptions, Credentials, parse_addresses
 
 _CHANNEL_OPTIONS: ChannelOptions = (
-    # The scheduler is near: a proxy for the web must not stand between.
-    ("grpc.enable_http_proxy", 0),
     # Where several schedulers share an address, a new channel may find another one of them.
     ("grpc.use_local_subchannel_pool", 1),
     # The session decides when to connect again.
