@@ -100,6 +100,7 @@ upgrade: $(VENV)/.setup-dev ## replace schedulers and workers one by one under l
 	@$(BIN)/python tests/chaos/upgrade.py --hosts
 	@$(BIN)/python tests/chaos/upgrade.py --hosts --released
 	@$(BIN)/python tests/chaos/upgrade.py --hosts --released --back
+	@$(BIN)/python tests/chaos/upgrade.py --released --kills 80
 
 model: $(VENV)/.setup ## train the demo model again (minutes)
 	@$(BIN)/python -m demo_model.train

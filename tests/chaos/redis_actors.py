@@ -89,7 +89,7 @@ class Promotion(Actor):
         wait_until(lambda: _in_step(new), "the replica has what its primary has")
         began = time.time()
         with new.part.paused():
-            time.sleep(source.uniform(0.2, 1.5))
+            time.sleep(source.uniform(0.5, 2.5))
             before = _role(old)
             if dies := source.random() < 0.5:
                 old.follow(new)

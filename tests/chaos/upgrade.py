@@ -4,6 +4,7 @@ python tests/chaos/upgrade.py                   # every part five times, by itse
 python tests/chaos/upgrade.py --rounds 1 --hosts   # on hosts of network namespaces, as root
 python tests/chaos/upgrade.py --released        # from the released commit to these sources
 python tests/chaos/upgrade.py --released --back # from these to the released, and again to these
+python tests/chaos/upgrade.py --released --kills 80   # half of each, and what is killed so often
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -27,6 +29,7 @@ import grpc
 from chaos.clients import Clients
 from chaos.cluster import Cluster
 from chaos.hosts import Network
+from chaos.killer import Killer
 from chaos.part import TESTS, Part
 from reltrace_proto.v1 import admin_pb2, admin_pb2_grpc
 from waiting import wait_until
@@ -45,6 +48,7 @@ class Report:
 
     seconds: float
     replaced: dict[str, int]
+    kills: dict[str, int]
     jobs: int
     delivered: int
     lost: int
@@ -102,23 +106,24 @@ def replace_all(
     version: str,
     clients: Clients | None = None,
     tree: Path | None = None,
+    first: int | None = None,
 ) -> None:
     """Replace every scheduler, then every worker; the first worker by an operator's word.
 
-    By these sources, or by those of a tree.
+    By these sources, or by those of a tree. Only the `first` of each, if it is given.
     """
 
     def go_on() -> None:
         if clients is not None:
             clients.wait_for_progress()
 
-    for scheduler in cluster.schedulers:
+    for scheduler in cluster.schedulers[:first]:
         assert scheduler.stop() == 0, scheduler.last_words()
         go_on()
         scheduler.again(tree=tree)
         wait_until(cluster.serves, "all schedulers serve", _END)
         go_on()
-    for index, worker in enumerate(cluster.workers):
+    for index, worker in enumerate(cluster.workers[:first]):
         if index == 0 and clients is not None:
             drain(cluster, f"{worker.name}.{worker.pid}")
             worker.finish(_END)
@@ -131,7 +136,7 @@ def replace_all(
             f"the new {worker.name} is there",
             _END,
         )
-    assert set(versions(cluster).values()) == {version}
+    assert first is not None or set(versions(cluster).values()) == {version}
 
 
 def _worker_command(
@@ -152,14 +157,24 @@ def run(
     rounds: Sequence[Path | None],
     seed: int,
     client_trees: Sequence[Path | None] = (),
+    kills: int = 0,
 ) -> Report:
-    """Upgrade a running cluster so often, each time to these sources or to those of a tree."""
+    """Upgrade a running cluster so often, each time to these sources or to those of a tree.
+
+    Then kill its parts so often.
+    """
     began = time.monotonic()
     clients = Clients(cluster, seed, trees=client_trees)
     clients.wait_for_progress()
+    parts = {
+        "worker": cluster.workers, "scheduler": cluster.schedulers, "redis": [cluster.redis],
+    }  # fmt: skip
+    weights = {"worker": 0.5, "scheduler": 0.35, "redis": 0.15}
+    killer = Killer(lambda: parts, weights, clients.progress, seed)
     with clients.gaps() as gaps:
         for number, tree in enumerate(rounds, 1):
             replace_all(cluster, str(number), clients, tree)
+        killer.run(kills)
     tally = clients.finish()
     return Report(
         seconds=round(time.monotonic() - began, 1),
@@ -167,6 +182,7 @@ def run(
             "schedulers": len(rounds) * len(cluster.schedulers),
             "workers": len(rounds) * len(cluster.workers),
         },
+        kills=dict(killer.kills),
         jobs=tally.accepted,
         delivered=tally.delivered,
         lost=tally.lost,
@@ -180,11 +196,15 @@ def run(
     )
 
 
-def mixed(cluster: Cluster, old: Path, seed: int, *, back: bool) -> Report:
+def mixed(cluster: Cluster, old: Path, seed: int, *, back: bool = False, kills: int = 0) -> Report:
     """Have an older commit's processes beside these: upgraded, or put back and upgraded again.
 
-    Clients are of both: those with the SDK older than the schedulers, or newer.
+    Or, with `kills`, the first scheduler and the first worker older for as long. Clients are of
+    both: those with the SDK older than the schedulers, or newer.
     """
+    if kills:
+        replace_all(cluster, "old", tree=old, first=1)
+        return run(cluster, [], seed, [None, old, old], kills)
     if back:
         return run(cluster, [old, None], seed, [old, None, None])
     with cluster.store() as store:
@@ -206,6 +226,7 @@ def main() -> None:
     parser.add_argument("--hosts", action="store_true", help="in network namespaces; as root")
     parser.add_argument("--released", action="store_true", help=f"beside those of {RELEASED}")
     parser.add_argument("--back", action="store_true", help="put it back, and upgrade it again")
+    parser.add_argument("--kills", type=int, default=0, help="beside half of the released ones")
     parser.add_argument("--folder", type=Path, help="keeps logs and journals")
     given = parser.parse_args()
     with ExitStack() as stack:
@@ -214,13 +235,17 @@ def main() -> None:
         if given.released and (old := released(folder / "released")) is None:
             sys.exit(f"this clone has no commit {RELEASED}")
         network = stack.enter_context(Network(hosts_of(2, 3))) if given.hosts else None
-        cluster = stack.enter_context(Cluster(folder, workers=3, lease=30.0, network=network))
+        options: dict[str, Any] = {"lease": 30.0}
+        if given.kills:
+            # As in `run.py`.
+            options = {"lease": 1.0, "max_lost_leases": 1000}
+        cluster = stack.enter_context(Cluster(folder, workers=3, network=network, **options))
         if old is not None:
-            report = mixed(cluster, old, given.seed, back=given.back)
+            report = mixed(cluster, old, given.seed, back=given.back, kills=given.kills)
         else:
             report = run(cluster, [None] * given.rounds, given.seed)
     print(json.dumps(asdict(report), indent=2))
-    sys.exit(bool(report.faults or report.leases_lost))
+    sys.exit(bool(report.faults or (report.leases_lost and not given.kills)))
 
 
 if __name__ == "__main__":

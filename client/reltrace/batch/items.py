@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -136,12 +137,15 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     number = 0
     while line := file.readline(_MAX_LINE_BYTES + 1):
         number += 1
+        if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            # Most of its lines would be texts of UTF-8 too, with zeros between the letters.
+            raise invalid("input", "is UTF-16; convert it to UTF-8")
         rest = line
         while len(rest) > _MAX_LINE_BYTES and not rest.endswith(b"\n"):
             rest = file.readline(_MAX_LINE_BYTES + 1)
         if content := line.rstrip(b"\r\n"):
             if number == 1:
-                content = content.removeprefix(b"\xef\xbb\xbf")
+                content = content.removeprefix(codecs.BOM_UTF8)
             if content.strip():
                 yield number, content
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from random import SystemRandom
 from time import monotonic
@@ -13,6 +14,7 @@ from reltrace_proto.net import ChannelOptions, Credentials, Metadata
 from reltrace_proto.v1 import admin_pb2_grpc, trace_pb2_grpc
 
 from reltrace.transport import forking
+from reltrace.types.errors import TraceError
 
 _RECONNECT: ChannelOptions = (
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -65,18 +67,26 @@ class Servers:
         # Not the module's generator, which the caller may have seeded.
         self._next = SystemRandom().randrange(len(addresses))
         self._servers: list[Server] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         # Not the object itself: one that is forgotten without `close` leaves gRPC's threads.
         self._open = object()
 
     def choose(self) -> Server:
         """Return the server for the next call; opens the channels on the running event loop."""
         forking.check_fork()
+        loop = asyncio.get_running_loop()
         if not self._servers:
+            self._loop = loop
             self._servers = [
                 Server(address, self._credentials.open_channel(address, _RECONNECT))
                 for address in self._addresses
             ]
             forking.opened(self._open, (server.channel for server in self._servers))
+        if loop is not self._loop:
+            raise TraceError(
+                "this client belongs to the event loop of its first call, and can not be used on "
+                "another one: make a client for each loop; a synchronous Client has no such bound"
+            )
         count = len(self._servers)
         now = monotonic()
         in_turn = [self._servers[(self._next + step) % count] for step in range(count)]

@@ -96,8 +96,10 @@ class Maintenance:
 
     async def note_readers(self, submissions: Iterable[str]) -> None:
         """Note whose results are being read now."""
+        # At once: streams begin and end while Redis is asked for the time.
+        names = list(submissions)
         now = await self.shard.now()
-        if members := dict.fromkeys(submissions, now):
+        if members := dict.fromkeys(names, now):
             await self._redis.zadd(self._key("readers"), members)
         # Other schedulers note theirs as often as they look for lost leases.
         kept = max(self._settings.reader_patience, self._settings.lease)

@@ -178,6 +178,14 @@ def test_ids_of_parquet_are_right_or_an_error(tmp_path: Path, kind: str) -> None
     assert all(type(item.id) in (int, str) for item in items)
 
 
+@pytest.mark.parametrize("name", ["text", "jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_file_in_utf_16_is_refused(name: str, encoding: str) -> None:
+    """Its lines would be taken for texts with zeros in them."""
+    with pytest.raises(reltrace.InvalidArgument, match="input: is UTF-16; convert it to UTF-8"):
+        read("\ufeffone\ntwo\n".encode(encoding), name)
+
+
 def test_an_empty_id_of_csv_is_a_fault() -> None:
     items = read("id,prompt\na,x\n,y\n", "csv")
     assert [item.id for item in items] == ["a", 1]

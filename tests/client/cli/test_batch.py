@@ -181,3 +181,29 @@ def test_an_unreachable_server_is_logged_beside_the_bar(
     assert first.startswith("reltrace: no answer from the reltrace server at")
     assert "; trying again for " in first
     assert "(tried for 1 s; is it running?" in last
+
+
+def test_a_disk_that_is_full_is_told_with_the_file_and_the_batch_goes_on_later(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    """
+    Given a batch whose files may not be as large as they have to be, as on a disk without room
+    I expect one line that names the file; and the same command with room to end with all traces.
+    """
+    source, out = tmp_path / "in.txt", tmp_path / "out"
+    source.write_text("".join(f"prompt {number}\n" for number in range(300)))
+    command = [sys.executable, "-m", "reltrace", "batch", str(source), str(out), "--quiet"]
+    for limit, code in (("64", 1), ("unlimited", 0)):
+        done = subprocess.run(
+            ["bash", "-c", f'ulimit -f {limit}; "$@"', "bash", *command,
+             "--server", server.address],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        lines = done.stderr.splitlines()
+        if code:
+            assert lines == [
+                f"reltrace: [Errno 27] File too large: '{out}/part-000000.safetensors'"
+            ]
+    assert len(reltrace.load_batch(out)) == 300
+    assert not list(out.glob("*.unfinished"))

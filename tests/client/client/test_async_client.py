@@ -91,3 +91,49 @@ async def test_models_and_status(server: FakeServer) -> None:
     assert status.workers[0].connected_at.isoformat() == "2023-11-14T22:13:20+00:00"
     assert status.workers[0].seen_at is None
     assert status.ended == {"succeeded": 5}
+
+
+OTHER_LOOP = (
+    "this client belongs to the event loop of its first call, and can not be used on another"
+)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_client_on_a_second_loop_is_told_so(server: FakeServer) -> None:
+    """
+    Given a client that was used on one event loop
+    I expect a clear error on another one, whether the first has been closed or not.
+    """
+    client = reltrace.AsyncClient(server.address)
+
+    async def trace() -> str:
+        return (await client.trace("a", timeout=20)).text
+
+    async def trace_many() -> list[object]:
+        return [result async for result in client.trace_many(["a", "b"], timeout=20)]
+
+    first = asyncio.new_event_loop()
+    assert first.run_until_complete(trace()) == "<s> a"
+    for call in (trace, trace_many):
+        with pytest.raises(reltrace.TraceError, match=OTHER_LOOP):
+            asyncio.run(call())
+    assert first.run_until_complete(trace()) == "<s> a"
+    first.run_until_complete(client.close())
+    first.close()
+    client = reltrace.AsyncClient(server.address)
+    asyncio.run(trace())
+    with pytest.raises(reltrace.TraceError, match=OTHER_LOOP):
+        asyncio.run(trace())
+    assert len(server.requests) == 3
+
+
+def test_a_synchronous_client_in_a_notebook(server: FakeServer) -> None:
+    """There a loop runs already, which some make reentrant."""
+
+    async def cell() -> list[str]:
+        with reltrace.Client(server.address) as client:
+            texts = [client.trace("a").text]
+            texts += [trace.text for trace in client.trace_many(["b"])]
+        return texts
+
+    assert asyncio.run(cell()) == ["<s> a", "<s> b"]

@@ -139,7 +139,9 @@ def test_a_name_is_looked_up_again_before_the_client_gives_up() -> None:
             assert client.models()
 
 
-def test_a_server_that_failed_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_failed_is_left_alone_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = 0.0
     monkeypatch.setattr(module, "monotonic", lambda: now)
 

@@ -1,3 +1,4 @@
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -296,3 +297,16 @@ async def test_who_died_keeps_nobody_of_its_tenant_out_for_long(
         # Whoever comes next has as long.
         assert await found() == set()
     assert not driver.results.open_streams
+
+
+async def test_streams_begin_while_readers_are_noted(
+    driver: Driver, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    streams = driver.results.open_streams
+    streams["a"] = 1
+    noting = asyncio.create_task(driver.maintenance.note_readers(name for name in streams))
+    # As far as its question to Redis, which is not answered while this loop does not run.
+    await asyncio.sleep(0)
+    streams["b"] = 1
+    await noting
+    assert await store.zrange(keys("readers"), 0, -1) == [b"a"]
