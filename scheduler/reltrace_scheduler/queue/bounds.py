@@ -14,6 +14,13 @@ _PART = 0.75
 """Of Redis' memory that specifications and results may take together. The rest is for what comes
 and goes (messages, replies), and for what values take beyond their bytes until that is measured."""
 
+_WATCHED, _UNSEEN = 0.5, 1 / 32
+"""Part of Redis' memory from which on it is looked at before each submission; before, as often as
+this part of it was submitted."""
+
+_JOB = 1024
+"""Bytes that a job takes in Redis beside its specification, at most about."""
+
 _RESULTS = 16
 """One result may take one of so many parts of Redis' memory."""
 
@@ -39,12 +46,15 @@ class Bounds:
         self._shards = shards
         self._settings = settings
         self._limit: int | None = None
+        self._used_part, self._new = 0.0, 0
         self._set(settings.max_bytes, settings.max_result_bytes)
 
     async def refresh(self) -> None:
         """Read Redis' memory, and set the bounds that it allows."""
         nodes = await memory_of_nodes(self._shards.redis)
         limit = min((node.limit for node in nodes if node.limit), default=0)
+        parts = ((node.used - node.buffers) / node.limit for node in nodes if node.limit)
+        self._used_part, self._new = max(parts, default=0.0), 0
         settings = self._settings
         max_bytes, max_result_bytes = settings.max_bytes, settings.max_result_bytes
         if limit:
@@ -69,6 +79,17 @@ class Bounds:
                 max_bytes=self.max_bytes,
                 max_result_bytes=self.max_result_bytes,
             )
+
+    async def are_reached(self, jobs: int, size: int) -> bool:
+        """Tell whether Redis is so full that only results may come, which free what it holds.
+
+        Small jobs take more memory than the bytes that are counted of them. Asked before jobs of
+        so many bytes are submitted.
+        """
+        self._new += size + jobs * _JOB
+        if self._limit and (self._used_part > _WATCHED or self._new > _UNSEEN * self._limit):
+            await self.refresh()
+        return self._used_part > _PART
 
     def _set(self, max_bytes: int, max_result_bytes: int) -> None:
         settings = self._settings

@@ -14,6 +14,7 @@ from reltrace_scheduler.errors import (
     IdempotencyError,
     QueueFullError,
     SchedulerError,
+    StoreFullError,
     SupersededError,
     TooLargeError,
 )
@@ -65,8 +66,8 @@ class JobQueue:
 
         Raises
         ------
-        QueueFullError
-            The bounds on jobs or bytes would be passed; nothing was accepted.
+        QueueFullError, StoreFullError
+            The bounds on jobs or bytes would be passed, or Redis' memory; nothing was accepted.
         TooLargeError
             They would be passed even if the queue were empty.
         ForbiddenError
@@ -84,6 +85,11 @@ class JobQueue:
             jobs_digest = await off_loop(
                 lambda: digest((job.sent or job.spec for job in jobs), priority)
             )
+        if await bounds.are_reached(len(jobs), sum(len(job.spec) for job in jobs)):
+            earlier = idempotency_key and await self.seen(tenant, idempotency_key, jobs_digest)
+            if not earlier:
+                raise StoreFullError
+            return earlier
         status, *details = await shard.run(
             "submit",
             [

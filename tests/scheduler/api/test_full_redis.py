@@ -6,6 +6,7 @@ import grpc
 import pytest
 import redis.asyncio
 from reltrace_proto.v1 import trace_pb2, types_pb2, worker_pb2
+from reltrace_scheduler.config import Settings
 from scheduler.fake_worker import FakeWorker
 from scheduler.redis_states import fill, make_room
 from scheduler.trace_calls import collect
@@ -20,6 +21,19 @@ async def full(store: redis.asyncio.Redis) -> AsyncIterator:
 
     yield full
     await full(False)
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(listen="127.0.0.1:0", lease=60)
+
+
+@pytest.fixture(autouse=True)
+async def memory(store: redis.asyncio.Redis, request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """Redis' `maxmemory`, from before the scheduler starts; 0: no bound."""
+    await store.config_set("maxmemory", getattr(request, "param", 0))
+    yield
+    await store.config_set("maxmemory", 0)
 
 
 async def beat(worker: FakeWorker, leases: list[worker_pb2.Lease]) -> None:
@@ -95,3 +109,38 @@ async def test_a_worker_that_can_not_wait_gets_the_error(
     with pytest.raises(grpc.aio.AioRpcError) as ended:
         await worker.call.read()
     assert ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("memory", [6 << 20], indirect=True)
+async def test_many_small_jobs_leave_room_for_their_results(client, worker: FakeWorker) -> None:
+    """
+    Given more small jobs than Redis has memory for: each takes more than the bytes that are counted
+    I expect further ones to be refused while there is room for the results of those accepted.
+    """
+
+    async def submit(key: int) -> trace_pb2.SubmitJobsResponse:
+        return await client.SubmitJobs(
+            trace_pb2.SubmitJobsRequest(
+                jobs=[types_pb2.JobSpec(prompt="a")] * 256, idempotency_key=str(key)
+            )
+        )
+
+    submitted: list[trace_pb2.SubmitJobsResponse] = []
+    error: grpc.aio.AioRpcError | None = None
+    while error is None and len(submitted) < 100:
+        try:
+            submitted.append(await submit(len(submitted)))
+        except grpc.aio.AioRpcError as refused:
+            error = refused
+    assert error is not None
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "the job store is full" in (error.details() or "")
+    assert len(submitted) > 4
+    # What was accepted is known by its key.
+    assert (await submit(0)).submission_id == submitted[0].submission_id
+    ended = 0
+    while ended < 256 * len(submitted):
+        leases = await worker.lease(64)
+        await worker.finish(leases)
+        await worker.receive("committed")
+        ended += len(leases)
