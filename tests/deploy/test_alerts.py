@@ -19,6 +19,7 @@ NAMES = {
 # Minutes of a stack that is well: series, and their values minute by minute.
 WELL = {
     "reltrace_redis_up": "1x120",
+    "reltrace_redis_memory_used_ratio": "0.5x60 0.9 0.5x59",
     'reltrace_workers{model="m"}': "1x120",
     'reltrace_queue_jobs{model="m",tenant="t",priority="batch"}': "5000x120",
     'reltrace_queue_jobs{model="m@r1",tenant="t",priority="batch"}': "3x120",
@@ -39,6 +40,9 @@ QUARANTINED = 'reltrace_jobs_ended_total{model="m",state="quarantined"}'
 WRONG: dict[str, tuple[str, dict[str, str | None], int, int]] = {
     "Redis is away": ("ReltraceRedisDown", {"reltrace_redis_up": "0x120"}, 0, 2),
     "no scheduler is up": ("ReltraceRedisDown", {"reltrace_redis_up": None}, 0, 2),
+    "nobody reads results": (
+        "ReltraceRedisFull", {"reltrace_redis_memory_used_ratio": "0.5x20 0.8x100"}, 20, 30,
+    ),
     "the last worker has left": (
         "ReltraceNoWorker", {'reltrace_workers{model="m"}': "1x10 0x110"}, 14, 17,
     ),

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import structlog
@@ -235,6 +235,21 @@ class Session:
                 final=lease in exhausted,
             )
 
+    async def _retry_torn(self, chunks: Sequence[NewChunk], outcome: Sequence[int]) -> None:
+        """Let attempts fail whose chunks do not follow those that are stored.
+
+        The store may have lost what it had confirmed last, as a replica that takes over has.
+        """
+        torn: dict[Lease, int] = {}
+        for chunk, code in zip(chunks, outcome, strict=True):
+            if code == OUT_OF_ORDER:
+                torn.setdefault(chunk.lease, chunk.number)
+        for lease, number in torn.items():
+            ref = worker_pb2.LeaseRef(job_id=lease.job_id, attempt=lease.attempt)
+            message = f"chunk {number} of the result came without those before it"
+            error = types_pb2.JobError(code=code_pb2.INTERNAL, message=message)
+            await self._release(worker_pb2.Release(leases=[ref], error=error))
+
     def _revoke(self, leases: list[Lease]) -> list[worker_pb2.WorkResponse]:
         if not leases:
             return []
@@ -295,10 +310,7 @@ class Session:
         most = self._store.bounds.max_result_bytes
         chunks = [_new_chunk(index, chunk, most) for index, chunk in enumerate(results.chunks)]
         outcome = await self._queue.commit(self.worker_id, chunks)
-        for index, code in enumerate(outcome):
-            if code == OUT_OF_ORDER:
-                field = f"results.chunks[{index}].chunk.number"
-                raise invalid(field, f"{chunks[index].number} is out of order")
+        await self._retry_torn(chunks, outcome)
         lost: set[Lease] = set()
         sizes: Counter[str] = Counter()
         ended: list[tuple[types_pb2.ResultChunk, QueueName]] = []
@@ -306,7 +318,7 @@ class Session:
             queue = self.leasing.held.get(new.lease, UNKNOWN)
             if new.end:
                 self.leasing.drop([new.lease])
-            if code == LOST:
+            if code in (LOST, OUT_OF_ORDER):
                 lost.add(new.lease)
                 continue
             if code == TOO_LARGE:

@@ -131,6 +131,11 @@ class ClusterCollector(Collector):
         yield GaugeMetricFamily(
             "reltrace_redis_memory_bytes", "Memory that Redis uses.", state.memory
         )
+        yield GaugeMetricFamily(
+            "reltrace_redis_memory_used_ratio",
+            "Part of its maxmemory that the fullest Redis uses; 0: it has none.",
+            state.used_part,
+        )
 
 
 def _family(

@@ -53,8 +53,7 @@ class Bounds:
         """Read Redis' memory, and set the bounds that it allows."""
         nodes = await memory_of_nodes(self._shards.redis)
         limit = min((node.limit for node in nodes if node.limit), default=0)
-        parts = ((node.used - node.buffers) / node.limit for node in nodes if node.limit)
-        self._used_part, self._new = max(parts, default=0.0), 0
+        self._used_part, self._new = max(node.used_part for node in nodes), 0
         settings = self._settings
         max_bytes, max_result_bytes = settings.max_bytes, settings.max_result_bytes
         if limit:

@@ -96,6 +96,11 @@ class NodeMemory:
     limit: int
     """Redis' `maxmemory`; 0: none."""
 
+    @property
+    def used_part(self) -> float:
+        """Part of `limit` that lasting things take; 0: there is none."""
+        return (self.used - self.buffers) / self.limit if self.limit else 0.0
+
 
 async def memory_of_nodes(client: Redis) -> list[NodeMemory]:
     """Return the bytes that Redis uses and may use; of a cluster, those of each primary."""

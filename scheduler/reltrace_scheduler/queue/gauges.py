@@ -31,6 +31,8 @@ class ClusterState:
     """Connected workers by model."""
     ended: dict[str, int]
     """Jobs that ended since the queue was made, by state."""
+    used_part: float
+    """Of the `maxmemory` of the server that is the fullest; 0: it has none."""
     memory: int
     """Bytes that Redis uses."""
 
@@ -39,11 +41,13 @@ async def read_cluster(store: Store) -> ClusterState:
     """Read the state of the cluster: a few commands per queue that holds jobs."""
     # A route that names a revision has the workers of its model.
     names = [route for route in await store.registry.models() if "@" not in route]
+    nodes = await memory_of_nodes(store.redis)
     return ClusterState(
         queues=await read_queues(store),
         workers=dict.fromkeys(names, 0) | await store.registry.serving(names),
         ended=await store.queue.ended(),
-        memory=sum(node.used for node in await memory_of_nodes(store.redis)),
+        used_part=max(node.used_part for node in nodes),
+        memory=sum(node.used for node in nodes),
     )
 
 

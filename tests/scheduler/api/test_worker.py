@@ -19,6 +19,7 @@ from reltrace_proto.v1 import (
 from reltrace_scheduler.api import worker as worker_module
 from reltrace_scheduler.api.server import serving
 from reltrace_scheduler.config import Settings
+from reltrace_scheduler.keys import Keys
 from reltrace_scheduler.queue.connection import Connection
 from scheduler.fake_worker import MODEL, FakeWorker, ended
 
@@ -347,6 +348,34 @@ async def test_a_failed_attempt_is_tried_again_and_then_final(client, channel) -
     (end,) = await ends(client, answer.submission_id)
     assert (end.state, end.attempt) == (types_pb2.JOB_STATE_FAILED, 3)
     assert end.error == error
+
+
+async def test_a_result_whose_beginning_was_lost_is_computed_again(
+    client, channel, worker: FakeWorker, store: redis.asyncio.Redis
+) -> None:
+    """
+    Given a result of which the first chunk is stored
+    If a replica without that chunk takes over, and the second one comes
+    I expect the worker to be told to drop the job, to be served on, and the job to end by its
+    second attempt.
+    """
+    submitted = await submit(client, 1)
+    (lease,) = await worker.lease(1)
+    beginning = ended(lease.job_id, lease.attempt)
+    beginning.chunk.ClearField("end")
+    await worker.send(results=worker_pb2.Results(id=1, chunks=[beginning]))
+    await worker.receive("committed")
+    assert await store.delete(Keys()("chunks", lease.job_id, str(lease.attempt))) == 1
+    await worker.finish([lease], number=2, message=2)
+    (revoked,) = (await worker.receive("revoked")).revoked.leases
+    assert (revoked.job_id, revoked.attempt) == (lease.job_id, 1)
+    assert (await worker.receive("committed")).committed.id == 2
+    (again,) = await worker.lease(1)
+    assert (again.job_id, again.attempt) == (lease.job_id, 2)
+    await worker.finish([again], message=3)
+    await worker.receive("committed")
+    (job,) = (await client.GetJobs(trace_pb2.GetJobsRequest(job_ids=submitted.job_ids))).jobs
+    assert job.state == types_pb2.JOB_STATE_SUCCEEDED
 
 
 async def test_what_was_on_its_way_to_a_lost_connection_comes_at_once(

@@ -110,6 +110,7 @@ async def test_the_way_of_jobs(exported: Exported) -> None:
     assert found["reltrace_workers"] == 1
     assert found["reltrace_redis_up"] == 1
     assert found["reltrace_redis_memory_bytes"] > 100_000
+    assert found["reltrace_redis_memory_used_ratio"] == 0
 
 
 async def test_jobs_that_end_from_outside_are_counted_with_what_they_were(
