@@ -310,7 +310,10 @@ class FakeServer(trace_pb2_grpc.TraceServiceServicer, admin_pb2_grpc.AdminServic
             if self.acknowledge_errors:
                 self.acknowledge_errors -= 1
                 context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
-            self.acknowledged[request.submission_id] = request.through_entry
+            # One that is tried again may come after a later one.
+            self.acknowledged[request.submission_id] = max(
+                request.through_entry, self.acknowledged.get(request.submission_id, 0)
+            )
             self.changed.notify_all()
         return trace_pb2.AcknowledgeResultsResponse()
 
