@@ -17,10 +17,12 @@ from chaos.actors import Actor
 from chaos.checks import Tally
 from chaos.cluster import FLOOD_JOBS, Cluster
 from chaos.standin import Work
-from chaos.submitting import submit
+from chaos.submitting import Submitted, submit
 from reltrace_proto.v1 import types_pb2
 from reltrace_scheduler.keys import Keys
 from waiting import wait_until
+
+STATE = "JOB_STATE_"
 
 _FIRST = 1_000_000_000
 _RUN = re.compile(rb"^runs 1\d{9}$", re.MULTILINE)
@@ -88,15 +90,19 @@ class Flood(Actor):
         number, began = next(self._numbers), time.monotonic()
         logs = [(worker.log, worker.log.stat().st_size) for worker in self.cluster.workers]
         with self.cluster.client() as client:
+            read: list[Submitted] = []
 
             def served() -> bool:
                 try:
-                    one = submit(client, [Work(number)], f"other-{number}")
-                    (end,) = one.ends(raw_client.PATIENCE)
-                    one.acknowledge()
+                    if not read:
+                        one = submit(client, [Work(number)], f"other-{number}")
+                        (end,) = one.ends(raw_client.PATIENCE)
+                        read.append(one)
+                        self._ends[types_pb2.JobState.Name(end.state).removeprefix(STATE)] += 1
+                    # Not to be submitted again after that: what is freed is forgotten.
+                    read[0].acknowledge()
                 except grpc.RpcError:
                     return False
-                self._ends[types_pb2.JobState.Name(end.state).removeprefix("JOB_STATE_")] += 1
                 return True
 
             wait_until(served, "a job of another tenant ends")
