@@ -92,11 +92,11 @@ class _Submission:
         self.works = works
         self.done = False
         self.accepted = 0.0
-        self.last_seen = 0.0
         self.forget()
 
     def forget(self) -> None:
         """Begin anew: it is read again from the start."""
+        self.seen: list[float] = []
         self.entries: list[int] = []
         self.ended: Counter[int] = Counter()
         self.errors: dict[int, str] = {}
@@ -141,7 +141,7 @@ def raw(path: Path, tally: Tally) -> None:
         elif "entry" in line:
             tally.chunks += 1
             submission, job = submissions[n], line["job"]
-            submission.last_seen = line["at"]
+            submission.seen.append(line["at"])
             submission.chunks[job].append((line["number"], line["digest"]))
             if line["state"] is not None:
                 submission.ended[job] += 1
@@ -152,7 +152,7 @@ def raw(path: Path, tally: Tally) -> None:
                     submission.errors[job] = f"{line['state']}: {line['error']}"
         elif "again" in line:
             tally.reread += 1
-            if line["again"] and tally.may_be_lost(submissions[n].last_seen):
+            if line["again"] and any(map(tally.may_be_lost, submissions[n].seen)):
                 tally.read_again += 1
             elif line["again"]:
                 tally.differing += line["again"]
@@ -170,12 +170,13 @@ def _forget(submission: _Submission, line: dict[str, Any], tally: Tally) -> None
     if line["forgotten"]:
         tally.submitted_again += 1
         # The answer to a submission may have come twice, with nothing noted between.
-        known = submission.accepted or line["at"]
+        known = [submission.accepted or line["at"]]
     else:
         tally.read_again += 1
-        known = submission.last_seen
-    if not tally.may_be_lost(known):
-        tally.fault(line["n"], f"was forgotten at {line['at']}, after it was known at {known}")
+        # The first of its entries may have been lost, and be noticed with the last.
+        known = submission.seen
+    if not any(map(tally.may_be_lost, known)):
+        tally.fault(line["n"], f"was forgotten at {line['at']}, after it was known at {known[-1]}")
     submission.forget()
 
 

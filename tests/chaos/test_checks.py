@@ -47,6 +47,8 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ([STARTED, ACCEPTED, {"forgotten": True}, ACCEPTED, *ENDED], 1),
         # Read to its end, and less of it is known.
         ([STARTED, ACCEPTED, entry(), {"forgotten": False}, *ENDED], 2),
+        # Its first entry was lost, and others were read before that was seen.
+        ([STARTED, ACCEPTED, entry(), entry(2), {"forgotten": False}, *ENDED], 2),
         # Read twice, the second time with other bytes.
         ([STARTED, ACCEPTED, entry(), {"again": 1}, {"done": True}], 2),
     ],
