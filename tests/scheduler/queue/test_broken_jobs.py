@@ -43,6 +43,8 @@ async def ended(driver: Driver) -> list[LeasedJob]:
 async def reap(driver: Driver, held: list[LeasedJob]) -> None:
     # One lease that is not of a broken job shows that this went on behind those.
     await driver.reap_until(requeued=1)
+    # All leases are of one moment, but the queues are looked at one after the other.
+    await driver.reap()
 
 
 async def end(driver: Driver, held: list[LeasedJob]) -> None:
