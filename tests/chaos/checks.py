@@ -73,11 +73,12 @@ class Tally:
         counted = store.hgetall(keys("load")) | store.hgetall(keys("ended"))
         held = {name.decode(): int(count) for name, count in counted.items() if int(count)}
         calm = Counter({"SUCCEEDED": self.accepted}) + self.others
-        # A job that ended and was read before Redis lost it is counted nowhere any more.
+        # A job that ended and was read before Redis lost it is counted nowhere any more. One that
+        # the SDK submitted again, because Redis lost its result, may end under both submissions.
         missing = calm["SUCCEEDED"] - held.get("SUCCEEDED", 0)
         self.ended_and_lost = missing
         if held | {"SUCCEEDED": 0} != dict(calm) | {"SUCCEEDED": 0} or not (
-            0 <= missing <= self.ended_in_losses
+            -self.sdk_submitted_again <= missing <= self.ended_in_losses
         ):
             self.fault("store", f"holds {held} and not {dict(calm)}")
         self.keys_left = remaining_keys(store)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument("--until", type=Path, required=True)
     parser.add_argument("--in-flight", type=int, default=120)
     given = parser.parse_args()
+    # What it says of jobs that it submits again is counted.
+    logging.basicConfig()
     journal = Journal(given.journal)
     with reltrace.Client(given.server, token=given.token, retry_timeout=PATIENCE) as client:
         source = items(journal, given.seed, given.first, given.until)
