@@ -159,5 +159,12 @@ class NotReplicatedError(UnavailableError):
         )
 
 
+class ResultLostError(UnavailableError):
+    """Redis lost a result while it was read: a replica took over that had not received it."""
+
+    def __init__(self, entry: int) -> None:
+        super().__init__(f"the result in entry {entry} is not there any more; read it again")
+
+
 class StartError(Exception):
     """The scheduler can not start; the message says what to change."""

@@ -13,8 +13,12 @@ MAX_CONCURRENT_CALLS = 16384
 """Of all callers of one scheduler: 0.6 GiB where all are streams of results."""
 MAX_STREAMS_OF_CALLER = 8192
 """Of one token."""
-MAX_SUBMISSIONS_AT_A_TIME, MAX_SUBMISSIONS_OF_TOKEN = 16, 8
-"""Submissions that are in memory, each with up to 16 MiB and what is made of them; others wait."""
+MAX_SUBMISSIONS_AT_A_TIME = 16
+"""Submissions that are read, parsed and checked, each with up to 16 MiB and what is made of them;
+others wait."""
+MAX_READ_AT_A_TIME, MAX_SUBMISSIONS_OF_TENANT = 64, 8
+"""Where there are tokens: submissions that are in memory, most of which wait or are on their way
+there, so that slow senders of one tenant keep nobody else waiting."""
 MAX_PUBLIC_STREAMS = 64
 """Of health and reflection, which need no token, of all callers."""
 

@@ -72,7 +72,9 @@ def check_writable(path: Path, field: str) -> None:
     if path.is_dir():
         raise invalid(field, f"{str(path)!r} is a folder; name a file")
     # A device or a pipe is written as it is, a file is replaced.
-    if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
+    target = Path(os.path.realpath(path))
+    replaced = target.is_file() or not target.exists()
+    if not os.access(target.parent if replaced else target, os.W_OK):
         raise invalid(field, f"{str(path)!r} can not be written: permission denied")
 
 
@@ -96,9 +98,15 @@ def replace_file(
 
     Readers, and a crash, find the old version or the new one, which is on the disk then if
     `durable`; after an error only the old one is left. `unfinished` is its temporary name in the
-    same folder, by default with the suffix `UNFINISHED`. Raises OSError, naming `path`.
+    same folder, by default with the suffix `UNFINISHED`. Of a symbolic link the file is replaced
+    that it leads to; a device or a pipe is written to. Raises OSError, naming `path`.
     """
-    unfinished = unfinished or path.with_name(path.name + UNFINISHED)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        with with_filename(path), target.open("wb") as file:
+            yield file
+        return
+    unfinished = unfinished or target.with_name(target.name + UNFINISHED)
     with with_filename(path):
         try:
             with unfinished.open("wb") as file:
@@ -106,12 +114,12 @@ def replace_file(
                 if durable:
                     file.flush()
                     os.fsync(file.fileno())
-            unfinished.replace(path)
+            unfinished.replace(target)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
         if durable:
-            _sync_folder(path.parent)
+            _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -32,6 +32,10 @@ TRANSIENT = (
 )
 
 
+# What gRPC itself answers, without a delay, where a server has as many calls as it takes.
+_TOO_MANY_CALLS = "Concurrent RPC limit exceeded"
+
+
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -137,7 +141,7 @@ class Retries:
         if status.code is grpc.StatusCode.RESOURCE_EXHAUSTED and status.retry_after is not None:
             delay = min(max(status.retry_after, 0.01), _MAX_RETRY_DELAY)
             self._note_waiting(status)
-        elif status.code in TRANSIENT:
+        elif status.code in TRANSIENT or _TOO_MANY_CALLS in status.message:
             delay = self._next_delay(status)
         else:
             raise from_status(status, self._address)

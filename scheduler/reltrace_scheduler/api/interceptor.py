@@ -30,9 +30,10 @@ from reltrace_scheduler.errors import (
 )
 from reltrace_scheduler.limits import (
     MAX_PUBLIC_STREAMS,
+    MAX_READ_AT_A_TIME,
     MAX_STREAMS_OF_CALLER,
     MAX_SUBMISSIONS_AT_A_TIME,
-    MAX_SUBMISSIONS_OF_TOKEN,
+    MAX_SUBMISSIONS_OF_TENANT,
 )
 from reltrace_scheduler.observability.metrics import Counts
 from reltrace_scheduler.queue.trouble import answer_to, log_trouble
@@ -63,7 +64,8 @@ _TOKEN_PERIOD = 2.0
 _DEADLINE = 20.0
 """Seconds of a unary call: less than clients wait, and than a cluster with dead nodes is tried."""
 
-_READ_DEADLINE = 120.0
+_READ_DEADLINE, _PUBLIC_READ_DEADLINE = 60.0, 5.0
+"""Seconds for the message of a submission to come, and for that of a call without a token."""
 _SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
 
 
@@ -78,7 +80,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._pacer = None if access.tokens is None else Pacer()
         self._streams = OpenStreams(MAX_STREAMS_OF_CALLER)
         most = MAX_SUBMISSIONS_AT_A_TIME
-        self._turns = Turns(most, MAX_SUBMISSIONS_OF_TOKEN if access.tokens else most)
+        self._turns = Turns(most, most)
+        self._reading = (
+            Turns(most, most)
+            if access.tokens is None
+            else Turns(MAX_READ_AT_A_TIME, MAX_SUBMISSIONS_OF_TENANT)
+        )
         self._public_streams = OpenStreams(MAX_PUBLIC_STREAMS)
         self._counts = counts
 
@@ -136,8 +143,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def read(_: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             try:
-                async with self._turns.one_of(current().name):
-                    response = await call(await _message(context), context)
+                tenant = current().tenant
+                async with self._reading.one_of(tenant):
+                    data = await _message(context, _READ_DEADLINE)
+                    async with self._turns.one_of(tenant):
+                        response = await call(data, context)
+                    del data
                     if response is not None:
                         yield response
             except InvalidRequestError as error:
@@ -147,9 +158,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(read, response_serializer=serializer)
 
     def _bounded(self, handler: Any) -> Any:
-        """Return a handler of health or reflection whose streams are bounded."""
-        if handler is None or not handler.response_streaming:
-            return handler
+        """Return a handler of health or reflection whose calls and streams are bounded."""
+        if handler is None:
+            return None
+        if not handler.response_streaming:
+            return self._read_soon(handler)
         name, make = _HANDLERS[handler.request_streaming, True]
         behaviour: Any = getattr(handler, name)
 
@@ -172,6 +185,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             generate if inspect.isasyncgenfunction(behaviour) else write,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
+        )
+
+    def _read_soon(self, handler: Any) -> Any:
+        """Return the handler of a unary call that ends where its message does not come."""
+
+        async def read(_: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
+            try:
+                data = await _message(context, _PUBLIC_READ_DEADLINE)
+            except InvalidRequestError as error:
+                _fail(context, error, "")
+                return
+            response = await handler.unary_unary(handler.request_deserializer(data), context)
+            if response is not None:
+                yield response
+
+        # As in `_refusal`.
+        return grpc.stream_stream_rpc_method_handler(
+            read, response_serializer=handler.response_serializer
         )
 
     def _refusal(self, error: Exception, method: str) -> Any:
@@ -277,14 +308,14 @@ def _checked(request: Any) -> Any:
     return request
 
 
-async def _message(context: Any) -> bytes:
+async def _message(context: Any, deadline: float) -> bytes:
     """Return the message of a unary call."""
     try:
-        async with asyncio.timeout(_READ_DEADLINE):
+        async with asyncio.timeout(deadline):
             # Not by the iterator, which keeps it until the next collection of garbage.
             data = await context.read()
     except TimeoutError:
-        raise invalid("request", f"did not come within {_READ_DEADLINE:.0f} s") from None
+        raise invalid("request", f"did not come within {deadline:.0f} s") from None
     if not isinstance(data, bytes):
         raise invalid("request", "is missing")
     return data

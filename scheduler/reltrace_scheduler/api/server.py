@@ -18,7 +18,7 @@ from reltrace_scheduler.api.admin import AdminService
 from reltrace_scheduler.api.forgetting import Forgetting
 from reltrace_scheduler.api.interceptor import SERVICES, CallInterceptor
 from reltrace_scheduler.api.models import ModelCache
-from reltrace_scheduler.api.reaper import Reaper
+from reltrace_scheduler.api.reaper import Reaper, attempt
 from reltrace_scheduler.api.result_store import Sweeper
 from reltrace_scheduler.api.trace import TraceService
 from reltrace_scheduler.api.worker import WorkerService
@@ -34,7 +34,7 @@ from reltrace_scheduler.observability.metrics import Counts, exporting
 from reltrace_scheduler.queue.connection import Connection
 from reltrace_scheduler.queue.signals import Signals
 from reltrace_scheduler.queue.store import Store
-from reltrace_scheduler.queue.trouble import REDIS_ERRORS, log_trouble
+from reltrace_scheduler.queue.trouble import log_trouble
 from reltrace_scheduler.tasks import end
 from reltrace_scheduler.web.server import serving_page
 
@@ -125,7 +125,7 @@ async def serving(
         *Reaper(store, counts).loops(),
         forgetting.run(),
         _report_health(store, status),
-        _refresh_bounds(store),
+        _refresh_bounds(store, counts),
     ]
     if settings.results_url:
         work.append(Sweeper(store.results_url, store).run())
@@ -141,12 +141,11 @@ async def serving(
         await server.stop(_STOP_GRACE)
 
 
-async def _refresh_bounds(store: Store) -> None:
+async def _refresh_bounds(store: Store, counts: Counts) -> None:
     """Keep the queue's bounds within Redis' memory, which can change, and which others may use."""
     while True:
         await asyncio.sleep(_BOUNDS_PERIOD)
-        with contextlib.suppress(*REDIS_ERRORS):
-            await store.bounds.refresh()
+        await attempt("bounds", store.bounds.refresh(), counts)
 
 
 async def _report_health(store: Store, status: health.HealthServicer) -> None:
@@ -159,7 +158,8 @@ async def _report_health(store: Store, status: health.HealthServicer) -> None:
             if failed:
                 log.info("redis.answers")
             failed = False
-        except REDIS_ERRORS as error:
+        except Exception as error:
+            # Whatever it is: a report that has ended says for ever what it said last.
             state = health_pb2.HealthCheckResponse.NOT_SERVING
             log_trouble("redis.fails", error)
             failed = True

@@ -16,7 +16,12 @@ from reltrace_scheduler.api.result_sizes import ResultLimits
 from reltrace_scheduler.api.terminal_results import cancelled, end
 from reltrace_scheduler.api.validation import as_sent, check_job_ids, check_submission
 from reltrace_scheduler.auth.identity import current
-from reltrace_scheduler.errors import SchedulerError, UnknownSubmissionError, invalid
+from reltrace_scheduler.errors import (
+    ResultLostError,
+    SchedulerError,
+    UnknownSubmissionError,
+    invalid,
+)
 from reltrace_scheduler.keys import job_ids, submission_of
 from reltrace_scheduler.limits import MAX_DRAFTED_JOBS
 from reltrace_scheduler.observability.metrics import Counts
@@ -222,14 +227,21 @@ async def _messages(
     parts: AsyncIterator[StoredChunk] | AsyncIterator[StoredDraft],
 ) -> AsyncIterator[trace_pb2.StreamResultsResponse]:
     message, size = trace_pb2.StreamResultsResponse(), 0
+    entry, is_whole = 0, True
     async for part in parts:
         if size + len(part.data) > _MESSAGE_BYTES and size:
             yield message
             message, size = trace_pb2.StreamResultsResponse(), 0
         if isinstance(part, StoredChunk):
-            message.events.add(entry=part.entry).chunk.MergeFromString(part.data)
+            if part.entry != entry and not is_whole:
+                raise ResultLostError(entry)
+            event = message.events.add(entry=part.entry)
+            event.chunk.MergeFromString(part.data)
+            entry, is_whole = part.entry, event.chunk.HasField("end")
         else:
             message.drafts.add().MergeFromString(part.data)
         size += len(part.data)
+    if not is_whole:
+        raise ResultLostError(entry)
     if size:
         yield message

@@ -136,7 +136,10 @@ def _ambiguous_revision(route: str, models: Models) -> str:
 def _output_faults(spec: types_pb2.JobSpec, allowed: Sequence[str]) -> Iterator[Violation]:
     if spec.output_uri and not is_below(spec.output_uri, allowed):
         folders = ", ".join(allowed) or "none (the operator names them by --output-uri)"
-        fault = f"{spec.output_uri!r} is in no folder allowed here: {folders}"
+        fault = (
+            f"{spec.output_uri!r} is in no folder allowed here ({folders}), or not by plain names: "
+            'without empty ones, .., and any of \\?#%*[]{}|<>" and ::'
+        )
         yield Violation("output_uri", fault)
 
 

@@ -204,8 +204,7 @@ class Session:
         return [*self._revoke(revoked), *drain]
 
     def _note_progress(self, progress: worker_pb2.Progress) -> None:
-        silent = progress.silent.ToTimedelta().total_seconds()
-        limit = progress.limit.ToTimedelta().total_seconds()
+        silent, limit = _seconds(progress.silent), _seconds(progress.limit)
         self._silent = silent if silent >= _SHOWN_SILENCE else 0.0
         # The worker should have ended by itself.
         stalled = silent > _STALLED * limit > 0
@@ -214,7 +213,7 @@ class Session:
         self._stalled = stalled
 
     async def _release(self, release: worker_pb2.Release) -> None:
-        leases = _leases(release.leases)
+        leases = [lease for lease in _leases(release.leases) if lease in self.leasing.held]
         if not release.HasField("error"):
             # First, so that the jobs do not come back to this worker.
             self.leasing.stop()
@@ -373,6 +372,11 @@ def _new_draft(index: int, draft: types_pb2.Draft) -> tuple[Lease, bytes]:
 
 def _leases(refs: Iterable[worker_pb2.LeaseRef]) -> list[Lease]:
     return [Lease(ref.job_id, ref.attempt) for ref in refs]
+
+
+def _seconds(wire: Duration) -> float:
+    # Not by a timedelta, which holds less.
+    return wire.seconds + wire.nanos / 1e9
 
 
 def _duration(seconds: float) -> Duration:

@@ -1,12 +1,13 @@
 """The clients of Redis: of one server, of the primary that Sentinels name, of a cluster."""
 
 import re
+from collections.abc import Iterable
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
-from redis.asyncio.connection import Connection, ConnectionPool, parse_url
+from redis.asyncio.connection import AbstractConnection, Connection, ConnectionPool, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import ExponentialBackoff, NoBackoff
@@ -33,6 +34,16 @@ _OPTIONS: dict[str, Any] = {
     # A pool that is exhausted raises, and hundreds of workers may connect again at one moment.
     "max_connections": 4096,
 }
+
+
+class _Writes(AbstractConnection):
+    """Tells of a connection that is closed already, which uvloop does by a bare RuntimeError."""
+
+    async def _send_packed_command(self, command: Iterable[bytes]) -> None:
+        try:
+            await super()._send_packed_command(command)  # type: ignore[misc]
+        except RuntimeError as error:
+            raise ConnectionResetError(f"the connection is closed: {error}") from error
 
 
 class PrimaryRedis(Redis):
@@ -83,8 +94,9 @@ def clients(address: RedisAddress) -> list[Redis]:
     """
     try:
         if address.is_sentinel:
-            return [_through_sentinels(address)]
-        return [_single(url, address) for url in address.single]
+            found = [_through_sentinels(address)]
+        else:
+            found = [_single(url, address) for url in address.single]
     except ValueError:
         # The text of the ValueError may quote a part of the password.
         raise StartError(
@@ -92,6 +104,10 @@ def clients(address: RedisAddress) -> list[Redis]:
             "or redis+sentinel://HOST:PORT,HOST:PORT/NAME; in a password, write / as %2F, ? as "
             "%3F, # as %23, % as %25 and @ as %40"
         ) from None
+    for client in found:
+        pool: ConnectionPool = client.connection_pool
+        pool.connection_class = _told(pool.connection_class)
+    return found
 
 
 def cluster(address: RedisAddress) -> Redis:
@@ -102,8 +118,16 @@ def cluster(address: RedisAddress) -> Redis:
     nodes = [ClusterNode(*_host(urlsplit(url).netloc.rpartition("@")[2], 6379)) for url in others]
     options = _options(address)
     client: Any = RedisCluster.from_url(first, retry=retry, startup_nodes=nodes, **options)
+    kind = _told(client.connection_kwargs["connection_class"])
+    client.connection_kwargs["connection_class"] = kind
+    for node in client.nodes_manager.startup_nodes.values():
+        node.connection_class = kind
     # It has the commands that the queue uses, and no base in common with Redis that says so.
     return cast("Redis", client)
+
+
+def _told(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    return type(kind.__name__, (_Writes, kind), {})
 
 
 def _options(address: RedisAddress) -> dict[str, Any]:

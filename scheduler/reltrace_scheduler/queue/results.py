@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 
 from reltrace_scheduler.config import Settings
+from reltrace_scheduler.errors import ResultLostError
 from reltrace_scheduler.queue.bounds import Bounds
 from reltrace_scheduler.queue.shards import Shards, milliseconds
 from reltrace_scheduler.records import Lease, Progress, StoredChunk, StoredDraft
@@ -57,7 +58,13 @@ class Results:
     async def read(
         self, submission: str, after_entry: int, after_chunk: int
     ) -> AsyncIterator[StoredChunk]:
-        """Yield the chunks after an entry and `after_chunk` chunks of the next one."""
+        """Yield the chunks after an entry and `after_chunk` chunks of the next one.
+
+        Raises
+        ------
+        ResultLostError
+            An entry has no such chunks any more.
+        """
         stream = self._shards.of(submission).key("results", submission)
         entries = _FIRST_PAGE
         while True:
@@ -81,9 +88,12 @@ class Results:
         # One chunk at a time: what the reader has not taken stays in Redis.
         for number in count(skip):
             data: Any = await self._redis.lindex(key.decode(), number)
-            if data is None:
+            if data is not None:
+                yield StoredChunk(entry, data)
+            elif number == skip and (not skip or await self._redis.llen(key.decode()) < skip):
+                raise ResultLostError(entry)
+            else:
                 return
-            yield StoredChunk(entry, data)
 
     @asynccontextmanager
     async def reading(self, submission: str) -> AsyncIterator[None]:

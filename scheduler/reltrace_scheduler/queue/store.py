@@ -58,12 +58,12 @@ class Store:
             new = 1 if await self.redis.exists(SHARDS) else SCHEMA_VERSION
             if fault := _schema_fault(await self._get_or_set(SCHEMA, str(new))):
                 raise StartError(fault)
-            stored = int(await self._get_or_set(SHARDS, str(count)))
+            stored = (await self._get_or_set(SHARDS, str(count))).decode(errors="replace")
             self._cluster = (await self._get_or_set(CLUSTER, secrets.token_hex(4))).decode()
             await self.bounds.refresh()
         except REDIS_ERRORS as error:
             raise StartError(f"Redis is not ready: {reason_of(error)}") from error
-        if stored != count:
+        if stored != str(count):
             raise StartError(
                 f"--shards {count}: the queue in this Redis has {stored}; the number can "
                 "be changed only while it is empty, by deleting its keys (reltrace:*)"

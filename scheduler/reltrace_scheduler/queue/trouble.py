@@ -48,7 +48,8 @@ def reason_of(error: BaseException) -> str:
     """Return what Redis said, without the command, which redis-py quotes and which may hold texts
     of jobs.
     """
-    return str(error).rpartition(" of pipeline caused error: ")[2]
+    text = str(error.args[0]) if len(error.args) == 1 else str(error)
+    return text.rpartition(" of pipeline caused error: ")[2]
 
 
 def trouble_of(error: BaseException) -> str | None:

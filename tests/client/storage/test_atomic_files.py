@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,30 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, durabl
         assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    """
+    Given a symbolic link in place of a file, and a pipe
+    I expect the file to be replaced that the link leads to, and the pipe to be written to.
+    """
+    link, real, pipe = tmp_path / "link", tmp_path / "folder" / "real", tmp_path / "pipe"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    for content in (b"old", b"new"):
+        with replace_file(link) as file:
+            file.write(content)
+        assert link.is_symlink()
+        assert real.read_bytes() == content
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with replace_file(pipe) as file:
+        file.write(b"data")
+    assert os.read(reader, 10) == b"data"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "folder", "pipe"}
+    assert list(real.parent.iterdir()) == [real]
 
 
 def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:

@@ -38,10 +38,15 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 @pytest.fixture
 def callers(tmp_path: Path) -> dict[str, Metadata]:
-    """What two clients and a worker present."""
+    """What two clients of a tenant, one of another and a worker present."""
     found = {}
-    for name, role in (("a", Role.CLIENT), ("b", Role.CLIENT), ("w", Role.WORKER)):
-        token, entry = make(name, role)
+    for name, role in (
+        ("a", Role.CLIENT),
+        ("b", Role.CLIENT),
+        ("c", Role.CLIENT),
+        ("w", Role.WORKER),
+    ):
+        token, entry = make(name, role, "other" if name == "c" else "default")
         append(tmp_path / "tokens.toml", entry)
         found[name] = (("authorization", f"Bearer {token}"),)
     return found
@@ -249,9 +254,9 @@ SUBMIT = "/reltrace.v1.TraceService/SubmitJobs"
 
 @pytest.fixture
 def two_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two submissions at a time, and one of a token."""
+    """Two submissions at a time, and one of a tenant."""
     monkeypatch.setattr(interceptor, "MAX_SUBMISSIONS_AT_A_TIME", 2)
-    monkeypatch.setattr(interceptor, "MAX_SUBMISSIONS_OF_TOKEN", 1)
+    monkeypatch.setattr(interceptor, "MAX_SUBMISSIONS_OF_TENANT", 1)
 
 
 @pytest.mark.usefixtures("two_submissions")
@@ -260,18 +265,33 @@ async def test_submissions_are_read_when_it_is_their_turn(
 ) -> None:
     """
     Given a caller that begins a submission, and does not send it
-    I expect its next one to wait until that one is over, and another caller's to be accepted.
+    I expect the next one of its tenant to wait until that one is over, and another's to be accepted.
     """
     await FakeWorker(guarded, metadata=callers["w"]).connect()
     client = trace_pb2_grpc.TraceServiceStub(guarded)
     request = submission(JobSpec(prompt="a"))
     slow = guarded.stream_unary(SUBMIT)(metadata=callers["a"])
     await slow.wait_for_connection()
-    waiting = client.SubmitJobs(request, metadata=callers["a"], timeout=20)
-    assert (await client.SubmitJobs(request, metadata=callers["b"], timeout=20)).job_ids
+    waiting = client.SubmitJobs(request, metadata=callers["b"], timeout=20)
+    assert (await client.SubmitJobs(request, metadata=callers["c"], timeout=20)).job_ids
     assert not waiting.done()
     slow.cancel()
     assert (await waiting).job_ids
+
+
+async def test_a_health_check_that_does_not_come_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, channel: grpc.aio.Channel
+) -> None:
+    """It needs no token, and calls are bounded."""
+    monkeypatch.setattr(interceptor, "_PUBLIC_READ_DEADLINE", 0.2)
+    slow = channel.stream_unary("/grpc.health.v1.Health/Check")(timeout=20)
+    with pytest.raises(grpc.aio.AioRpcError, match="request: did not come within"):
+        await slow
+    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="x"))
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_a_submission_that_does_not_come_is_given_up(

@@ -2,9 +2,10 @@ import asyncio
 
 import grpc
 import pytest
-from reltrace_proto.v1 import trace_pb2, types_pb2
+import redis.asyncio
+from reltrace_proto.v1 import trace_pb2, types_pb2, worker_pb2
 from reltrace_scheduler.queue.results import Results
-from scheduler.fake_worker import MODEL, FakeWorker
+from scheduler.fake_worker import MODEL, FakeWorker, ended
 from scheduler.trace_calls import JobSpec, collect, fields, submission
 
 
@@ -28,6 +29,33 @@ async def test_a_job_from_submission_to_acknowledgement(client, worker: FakeWork
         await collect(client, answer.submission_id)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert fields(caught.value) == ["submission_id"]
+
+
+@pytest.mark.parametrize("left", [0, 1])
+async def test_a_result_that_redis_loses_while_it_is_read(
+    client, worker: FakeWorker, store: redis.asyncio.Redis, left: int
+) -> None:
+    """
+    Given a result of two chunks, of which there are fewer, as after a replica took over
+    I expect no other to be given in its place, and the reader to be told to read again.
+    """
+    answer = await client.SubmitJobs(submission(JobSpec(prompt="a"), JobSpec(prompt="b")))
+    first, second = await worker.lease(2)
+    begun = ended(first.job_id, first.attempt, bytes(100_000))
+    begun.chunk.ClearField("end")
+    await worker.send(results=worker_pb2.Results(id=1, chunks=[begun]))
+    await worker.finish([first], bytes(100_000), number=2)
+    await worker.finish([second], b"data", message=8)
+    assert len(await collect(client, answer.submission_id)) == 3
+    (chunks,) = await store.keys("*:chunks:*")
+    await store.ltrim(chunks, 0, left - 1) if left else await store.delete(chunks)
+
+    with pytest.raises(grpc.aio.AioRpcError, match="entry 1 is not there any more") as lost:
+        await collect(client, answer.submission_id)
+    assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
+    request = trace_pb2.StreamResultsRequest(submission_id=answer.submission_id, after_entry=1)
+    events = [event async for message in client.StreamResults(request) for event in message.events]
+    assert [event.entry for event in events] == [2]
 
 
 async def test_results_are_streamed_as_they_come(client, worker: FakeWorker) -> None:

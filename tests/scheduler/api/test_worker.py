@@ -5,6 +5,7 @@ from dataclasses import replace
 import grpc
 import pytest
 import redis.asyncio
+import structlog
 from google.protobuf.duration_pb2 import Duration
 from reltrace_proto import protocol
 from reltrace_proto.v1 import (
@@ -258,6 +259,19 @@ async def keep_beating(worker: FakeWorker, leases, *, silent: int, limit: int) -
 async def beat(worker: FakeWorker, leases, *, silent: int, limit: int) -> None:
     progress = worker_pb2.Progress(silent=Duration(seconds=silent), limit=Duration(seconds=limit))
     await worker.send(heartbeat=worker_pb2.Heartbeat(leases=refs(leases), progress=progress))
+
+
+async def test_what_a_worker_says_of_no_lease_of_its_own(client, worker: FakeWorker) -> None:
+    """An attempt of another's job does not fail, and no time is too long."""
+    progress = worker_pb2.Progress(silent=Duration(seconds=1 << 62))
+    await worker.send(heartbeat=worker_pb2.Heartbeat(progress=progress))
+    error = types_pb2.JobError(code=13, message="x")
+    ref = worker_pb2.LeaseRef(job_id="nope", attempt=1)
+    await worker.send(release=worker_pb2.Release(leases=[ref], error=error))
+    with structlog.testing.capture_logs() as logs:
+        await submit(client, 1)
+        assert await worker.lease(1)
+    assert not [line for line in logs if line["event"] in ("attempt.failed", "rpc.failed")]
 
 
 async def test_a_heartbeat_for_a_foreign_lease_is_revoked(client, channel, worker) -> None:

@@ -217,3 +217,27 @@ async def test_results_expire_a_part_at_a_time(
         pass
     assert not [key for key in await store.keys() if submission.id in key.decode()]
     assert int(await store.hget(keys("load"), "results")) == 0
+
+
+async def test_a_job_whose_record_is_gone(
+    driver: Driver, store: redis.asyncio.Redis, keys: Keys
+) -> None:
+    """
+    Given a submission of two queued jobs, one of whose records is gone from Redis
+    If a worker is leased jobs
+    I expect the submission to be unknown from then on, so that its reader does not wait for ever,
+    and nothing of it to be left; another one is well.
+    """
+    bad = await driver.submit([NewJob(MODEL, f"bad {n}".encode()) for n in range(2)], tenant="bad")
+    await driver.submit([NewJob(MODEL, b"good 0")], tenant="good")
+    await store.delete(keys("job", f"{bad.id}-0"))
+
+    specs = [job.spec for _ in range(2) for job in await driver.lease(WORKER, 10)]
+
+    assert b"good 0" in specs
+    assert await driver.results.progress(bad.id) is None
+    await driver.queue.end([cancelled(f"{bad.id}-1")])
+    while (await driver.maintenance.expire())[0]:
+        pass
+    assert not [key for key in await store.keys() if bad.id in key.decode()]
+    assert await store.hget(keys("tenant", "bad"), "jobs") == b"0"

@@ -3,9 +3,12 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvloop
 from certificates import Certificates, make_certificates
+from redis.exceptions import ConnectionError as RedisConnectionError
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.address import RedisAddress, has_password, without_secrets
 from reltrace_scheduler.queue.connection import connect, parse_version
@@ -131,3 +134,19 @@ async def test_a_redis_behind_tls(tls_redis: tuple[int, Certificates], tmp_path:
     for ca in (None, other.ca):
         with pytest.raises(StartError, match=r"can not be reached: .*[Cc]ertificate"):
             await connect(RedisAddress(f"rediss://127.0.0.1:{port}", ca=ca))
+
+
+def test_a_connection_that_was_closed_meanwhile(redis_url: str) -> None:
+    """uvloop raises a bare RuntimeError: whoever waits for errors of Redis would not know it."""
+
+    async def use() -> None:
+        client = (await connect(redis_url)).redis
+        connection: Any = await client.connection_pool.get_connection()
+        connection._writer.transport.abort()
+        await asyncio.sleep(0.05)
+        with pytest.raises(RedisConnectionError):
+            await connection.send_command("PING", check_health=False)
+        await connection.disconnect()
+        await client.aclose()
+
+    uvloop.run(use())

@@ -158,7 +158,13 @@ local function lease_from(class, tenant, most)
             -- Backpressured; or of a job that is gone, or is queued by another entry.
             redis.call("XACK", queue, GROUP, entry[1])
             redis.call("XDEL", queue, entry[1])
-            if queued then
+            if not job[4] then
+                -- Its record was lost. Nobody can end it: its submission is unknown from now on, so
+                -- that whoever waits for it is told, and may submit it again.
+                redis.call("DEL", prefix.submission .. submission_id(id))
+                redis.call("ZADD", key.expiring, time, submission_id(id))
+                charge(tenant, -1, 0, 0)
+            elseif queued then
                 redis.call("HDEL", job_key, "entry")
                 redis.call("RPUSH", prefix.backpressured .. submission.id, id)
                 redis.call("ZADD", key.expiring, "NX", time + ttl, submission.id)
