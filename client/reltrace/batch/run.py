@@ -21,7 +21,7 @@ from reltrace.calls.progress import Progress
 from reltrace.client.recording import recording
 from reltrace.client.sync_client import Client
 from reltrace.storage.atomic_files import with_filename
-from reltrace.types.errors import Failure, invalid
+from reltrace.types.errors import Failure, TraceError, invalid
 
 # Standard input is copied to this file of the folder: it is read twice.
 _STDIN = "stdin"
@@ -178,6 +178,8 @@ class Run:
                 with self._lock:
                     item = self._in_flight.pop(index)
                 if isinstance(result, Failure):
+                    if self._is_shared(item, result.reason):
+                        raise result.reason
                     writer.put(Failed.of(item, result.reason))
                 else:
                     traces = result if isinstance(result, list) else [result]
@@ -185,6 +187,14 @@ class Run:
                     writer.put(Traced(item, tuple(replace(one, id=item.id) for one in traces)))
                 self._new += 1
                 self._progress.count(result)
+
+    def _is_shared(self, item: Item, fault: TraceError) -> bool:
+        """Tell whether a fault is of the folder that all prompts share, and not the prompt's own.
+
+        Only the server knows whether the caller may write there.
+        """
+        fields = {violation.field for violation in fault.violations}
+        return "output_uri" in fields and "output_uri" not in item.arguments
 
     def _missing(self, source: Path, writer: Writer) -> Iterator[dict[str, Any]]:
         """Yield the prompts of this machine's shard that have no result yet, as jobs."""

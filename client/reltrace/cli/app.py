@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import sys
 from importlib.metadata import entry_points
@@ -69,6 +70,7 @@ def _up_is_missing() -> None:
 def main() -> NoReturn:
     """Run the command; a TraceError or OSError is one line and exit code 1."""
     prepare_streams()
+    sys.argv = [_decoded(text) for text in sys.argv]
     _end_by_signals()
     add_installed_commands(app)
     log, handler = logging.getLogger("reltrace"), LogHandler(logging.WARNING)
@@ -87,7 +89,8 @@ def main() -> NoReturn:
         drop_output()
         # Files name themselves in their errors.
         unnamed = error.filename is None and error.errno in _DISK_ERRORS
-        warn(f"standard output: {error.strerror}" if unnamed else str(error))
+        name = "standard output" if unnamed else error.filename
+        warn(f"{name}: {error.strerror}" if name else str(error))
         sys.exit(1)
     except TraceError as error:
         warn(str(error))
@@ -97,6 +100,13 @@ def main() -> NoReturn:
     finally:
         log.removeHandler(handler)
     sys.exit(0)
+
+
+def _decoded(argument: str) -> str:
+    """Return an argument that the locale's encoding could not decode, as UTF-8."""
+    if any("\ud800" <= character <= "\udfff" for character in argument):
+        return os.fsencode(argument).decode(errors="surrogateescape")
+    return argument
 
 
 def _end_by_signals() -> None:

@@ -62,6 +62,20 @@ def test_failures_are_in_their_file(batch: Batch, server: FakeServer, tmp_path: 
     }
 
 
+def test_a_folder_that_is_not_allowed_fails_no_prompt(batch: Batch, server: FakeServer) -> None:
+    """
+    Given a folder for tensors that the server does not allow
+    I expect the batch to end and say so, and to go on once it is allowed.
+    """
+    folder = "s3://bucket/elsewhere"
+    server.faults = lambda spec: [("output_uri", "is in no folder allowed here")]
+    with pytest.raises(reltrace.InvalidArgument, match="output_uri: is in no folder allowed here"):
+        batch(LINES, output_uri=folder, format="parquet")
+    server.faults = lambda spec: []
+    summary = batch(LINES, output_uri=folder, format="parquet")
+    assert (summary.traced, summary.failed) == (40, 0)
+
+
 def test_what_failed_for_a_fault_of_its_own_is_tried_again_when_asked(
     batch: Batch, server: FakeServer, tmp_path: Path
 ) -> None:

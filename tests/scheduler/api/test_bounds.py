@@ -265,7 +265,7 @@ async def test_submissions_are_read_when_it_is_their_turn(
 ) -> None:
     """
     Given a caller that begins a submission, and does not send it
-    I expect the next one of its tenant to wait until that one is over, and another's to be accepted.
+    I expect the next one of its tenant to wait until that is over, and another's to be accepted.
     """
     await FakeWorker(guarded, metadata=callers["w"]).connect()
     client = trace_pb2_grpc.TraceServiceStub(guarded)
