@@ -41,7 +41,7 @@ class _Writes(AbstractConnection):
 
     async def _send_packed_command(self, command: Iterable[bytes]) -> None:
         try:
-            await super()._send_packed_command(command)  # type: ignore[misc]
+            await super()._send_packed_command(command)
         except RuntimeError as error:
             raise ConnectionResetError(f"the connection is closed: {error}") from error
 
