@@ -6,9 +6,10 @@ import logging
 import re
 import threading
 
+import grpc
 import pytest
 import reltrace
-from fake_server import FakeServer, queue_full
+from fake_server import FakeServer, queue_full, status_with
 
 AWAY = "no answer from the reltrace server at"
 
@@ -73,6 +74,15 @@ def test_who_waits_for_room_is_told_once_and_why(
     assert re.fullmatch(f"{told}; waiting until it can", line)
     # Nothing was accepted, so there is nothing to cancel.
     assert server.cancelled == []
+
+
+def test_a_server_with_as_many_calls_as_it_takes(server: FakeServer) -> None:
+    """gRPC itself refuses further ones, and names no delay."""
+    refusal = status_with(grpc.StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!")
+    server.submit_errors += [refusal] * 3
+    with reltrace.Client(server.address) as client:
+        assert client.trace("p").target.token
+    assert not server.submit_errors
 
 
 def test_a_reason_that_is_over_is_not_told(server: FakeServer, stuck: FakeServer) -> None:
