@@ -20,7 +20,7 @@ setup-dev: $(VENV)/.setup-dev ## the same, with what the tests need
 $(VENV)/.setup: constraints.txt $(PROJECTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "reltrace needs Python 3.11 or newer; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (torch alone takes a minute) ..."
+	@echo "installing into $(VENV) (two to five minutes) ..."
 	@$(PIP) hatchling hatch-fancy-pypi-readme editables
 	@$(PIP) --no-build-isolation --editable proto --editable 'client[plot,pandas,parquet]' --editable scheduler --editable 'worker[gguf]'
 	@# lxt names requirements that its rules do not use and that break transformers on a CPU.
