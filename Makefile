@@ -88,7 +88,7 @@ gpu: $(VENV)/.setup-dev ## the engine's tests on the first GPU, and its speed th
 fleet: $(VENV)/.setup-dev ## 500 simulated workers, two schedulers, 100,000 jobs (minutes)
 	@$(BIN)/python tests/bench/fleet.py
 
-chaos: $(VENV)/.setup-dev ## kill everything 1,000 times beside other accidents, under both fsync policies (an hour)
+chaos: $(VENV)/.setup-dev ## kill everything 1,000 times beside other accidents, under both fsync policies (half an hour)
 	@$(BIN)/python tests/chaos/run.py --fsync always
 	@$(BIN)/python tests/chaos/run.py --fsync everysec --seed 2
 
