@@ -91,6 +91,8 @@ def _held(connection: redis.Redis) -> Held:
     keys = Keys()
     for key in connection.scan_iter(keys("idempotency", DEFAULT_TENANT, "*").replace("{", "[{]")):
         connection.delete(key)
+    # Streams that were open when leases were looked after are noted there for five minutes.
+    connection.delete(keys("readers"))
     # An empty queue goes when leases are looked after next; then nothing moves any more.
     wait_until(lambda: not connection.scard(keys("queues")), "empty queues are deleted")
     held = [connection.memory_usage(key, samples=0) for key in connection.scan_iter()]

@@ -136,10 +136,12 @@ def _ambiguous_revision(route: str, models: Models) -> str:
 def _output_faults(spec: types_pb2.JobSpec, allowed: Sequence[str]) -> Iterator[Violation]:
     if spec.output_uri and not is_below(spec.output_uri, allowed):
         folders = ", ".join(allowed) or "none (the operator names them by --output-uri)"
-        fault = (
-            f"{spec.output_uri!r} is in no folder allowed here ({folders}), or not by plain names: "
-            'without empty ones, .., and any of \\?#%*[]{}|<>" and ::'
-        )
+        fault = f"{spec.output_uri!r} is in no folder allowed here: {folders}"
+        if any(spec.output_uri.startswith(f"{folder}/") for folder in allowed):
+            fault = (
+                f"{spec.output_uri!r} is not below {folders} by plain names: no empty ones, no .., "
+                'and none with any of \\?#%*[]{}|<>" or ::'
+            )
         yield Violation("output_uri", fault)
 
 

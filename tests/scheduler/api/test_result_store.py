@@ -85,7 +85,10 @@ async def test_an_output_folder_is_its_tenants(
             "file:///srv/team-a/x::file:///srv/team-b",
             "file:///srv/team-a/%2e%2e/team-b",
         ):
-            with pytest.raises(grpc.aio.AioRpcError, match='allowed here: file:///srv/team-a"'):
+            with pytest.raises(
+                grpc.aio.AioRpcError,
+                match=r'(here: file:///srv/team-a"|not below file:///srv/team-a by plain names)',
+            ):
                 await submit(uri)
     await client.aclose()
 
