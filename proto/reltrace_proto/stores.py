@@ -10,8 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 
-KNOWN_SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
-"""Of stores that a process opens which only another one has named."""
+_KNOWN_SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 
 TENANT = "{tenant}"
 """In the pattern of a folder: the name of the tenant whose folder it is."""
@@ -29,6 +28,11 @@ def url_fault(url: str) -> str:
     if {".", ".."} & set(url.split("/")):
         return "must have no . and .. between slashes"
     return ""
+
+
+def is_opened_unasked(url: str) -> bool:
+    """Tell whether a process opens a folder that only another one has named."""
+    return url.partition("://")[0] in _KNOWN_SCHEMES and not url_fault(url)
 
 
 def folders_of(patterns: Iterable[str], tenant: str) -> list[str]:

@@ -151,7 +151,7 @@ async def _run(
             if embedded is not None:
                 # No other scheduler uses this store, so no worker is connected.
                 await store.registry.forget_all()
-            async with serving(connection, settings, access, spans) as bound:
+            async with serving(connection, settings, access, spans, store) as bound:
                 print(f"reltrace-scheduler is listening on {bound}", flush=True)
                 await _until_over(store, embedded)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import redis
 from chaos.part import Part
+from redis_failover import mend_append_only_file
 from reltrace_scheduler.local.binary import find_server
 
 Start = Callable[[str, Sequence[str], Callable[[], None]], Part]
@@ -92,18 +92,4 @@ class RedisNode:
         start after (https://github.com/valkey-io/valkey/pull/4342). `EmbeddedRedis` sees to that
         by itself.
         """
-        files = [
-            # Redis 7 and later; before.
-            self._data / "appendonlydir" / "appendonly.aof.manifest",
-            self._data / "appendonly.aof",
-        ]
-        for file in filter(Path.exists, files):
-            # The server is this tool too, under another name.
-            subprocess.run(
-                ["redis-check-aof", "--fix", str(file)],
-                executable=find_server(),
-                input=b"y\n",
-                stdout=subprocess.DEVNULL,
-                timeout=60,
-                check=True,
-            )
+        mend_append_only_file(self._data)

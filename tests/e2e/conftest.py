@@ -80,6 +80,24 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
         process.stop()
 
 
+@pytest.fixture
+def start_demo(tmp_path: Path, start: Callable[..., Process]) -> Callable[..., str]:
+    """Start a scheduler with further options and a worker with the demo model; give the address."""
+
+    def start_demo(*options: str) -> str:
+        scheduler = start(
+            "reltrace_scheduler",
+            "--data", str(tmp_path / "data"), "--listen", "127.0.0.1:0", *options,
+        )  # fmt: skip
+        address = scheduler.first_line().split()[-1]
+        start("reltrace_worker", "--scheduler", address, "--model", "demo", "--threads", "1")
+        with reltrace.Client(address, retry_timeout=100) as client:
+            wait_until(lambda: len(client.models()) == 1, "the model is served", 100)
+        return address
+
+    return start_demo
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random models with what LLaMAs differ in."""

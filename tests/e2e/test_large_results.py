@@ -129,7 +129,7 @@ def test_up_has_a_place_for_large_results(start: Start, tmp_path: Path) -> None:
     assert (data / "results").stat().st_mode & 0o077 == 0
 
 
-def test_a_result_without_a_place_is_refused(start: Start, tmp_path: Path) -> None:
+def test_a_result_without_a_place_is_refused(start_demo: Callable[..., str]) -> None:
     """
     Given a scheduler without a store of large results
     If the result of one prompt of several would be larger than what goes through its Redis
@@ -137,14 +137,8 @@ def test_a_result_without_a_place_is_refused(start: Start, tmp_path: Path) -> No
     when it is submitted if its tokens are known then, else before its pass.
     """
     bound = 1 << 17
-    scheduler = start(
-        "reltrace_scheduler", "--data", str(tmp_path / "data"), "--listen", "127.0.0.1:0",
-        "--max-result-bytes", str(bound),
-    )  # fmt: skip
-    address = scheduler.first_line().split()[-1]
-    start("reltrace_worker", "--scheduler", address, "--model", "demo", "--threads", "1")
+    address = start_demo("--max-result-bytes", str(bound))
     with reltrace.Client(address, retry_timeout=100) as client:
-        wait_until(lambda: len(client.models()) == 1, "the model is served", 100)
         small = client.trace(PROMPT)
         prompts = [PROMPT, "cats", PROMPT * 20]
         found = list(client.trace_many(prompts, reduce="full", ordered=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import reltrace
-from e2e.conftest import Process, wait_until
+from e2e.conftest import wait_until
 
 COUNT = 256
 PROGRAM = f"""
@@ -26,21 +26,15 @@ with reltrace.Client(sys.argv[1]) as client:
 
 @pytest.mark.slow
 def test_results_that_expire_meanwhile_come_again(
-    tmp_path: Path, start: Callable[..., Process]
+    tmp_path: Path, start_demo: Callable[..., str]
 ) -> None:
     """
     Given many traces, and a client that is stopped until their results have expired
     I expect it to get each result once it goes on, without an error.
     """
     output = tmp_path / "output"
-    scheduler = start(
-        "reltrace_scheduler",
-        "--data", str(tmp_path / "data"), "--listen", "127.0.0.1:0", "--result-ttl", "1",
-    )  # fmt: skip
-    address = scheduler.first_line().split()[-1]
-    start("reltrace_worker", "--scheduler", address, "--model", "demo", "--threads", "1")
+    address = start_demo("--result-ttl", "1")
     with reltrace.Client(address, retry_timeout=100) as watching:
-        wait_until(lambda: len(watching.models()) == 1, "the model is served", 100)
         with output.open("w") as file:
             sleeper = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, address],

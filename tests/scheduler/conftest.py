@@ -26,8 +26,9 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 async def store(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
-    """An empty Redis."""
+    """An empty Redis without a bound on its memory, whatever the test before has set."""
     client = redis.asyncio.Redis.from_url(redis_url)
+    await client.config_set("maxmemory", 0)
     await client.flushall()
     yield client
     await client.aclose()

@@ -10,7 +10,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
 from decimal import Decimal
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
 from reltrace.batch.parts import pyarrow_modules
+from reltrace.storage.damaged_files import invalid_if_damaged
 from reltrace.types.checks import check_id, is_id
 from reltrace.types.errors import InvalidArgument, invalid
 from reltrace.types.request import Arguments
@@ -291,15 +292,8 @@ def _parquet_file(file: BinaryIO) -> Any:
         return parquet.ParquetFile(file)
 
 
-@contextmanager
-def _parquet_errors() -> Iterator[None]:
-    """Raise InvalidArgument for what pyarrow raises where a file is damaged: almost anything."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise invalid("input", f"is no Parquet file: {error}") from error
+def _parquet_errors() -> AbstractContextManager[None]:
+    return invalid_if_damaged("input", "is no Parquet file")
 
 
 _READERS: dict[str, Callable[[BinaryIO, InputFormat], Iterator[Item]]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reltrace_proto.stores import KNOWN_SCHEMES, url_fault
+from reltrace_proto.stores import is_opened_unasked, url_fault
 
 from reltrace.batch.folder import read_manifest
 from reltrace.batch.journal import NAME, Failed, Journal
@@ -81,8 +81,7 @@ class Batch:
         The batch may be a stranger's, who does not choose how its tensors are reached.
         """
         uri = str(self.manifest["settings"].get("output_uri") or "").rstrip("/")
-        known = uri.partition("://")[0] in KNOWN_SCHEMES and not url_fault(uri)
-        return [uri] if known else []
+        return [uri] if is_opened_unasked(uri) else []
 
     @property
     def errors(self) -> list[Failed]:

@@ -71,9 +71,7 @@ def check_writable(path: Path, field: str) -> None:
         raise invalid(field, f"there is no folder {str(path.parent)!r}")
     if path.is_dir():
         raise invalid(field, f"{str(path)!r} is a folder; name a file")
-    # A device or a pipe is written as it is, a file is replaced.
-    target = Path(os.path.realpath(path))
-    replaced = target.is_file() or not target.exists()
+    target, replaced = _target(path)
     if not os.access(target.parent if replaced else target, os.W_OK):
         raise invalid(field, f"{str(path)!r} can not be written: permission denied")
 
@@ -101,8 +99,8 @@ def replace_file(
     same folder, by default with the suffix `UNFINISHED`. Of a symbolic link the file is replaced
     that it leads to; a device or a pipe is written to. Raises OSError, naming `path`.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
+    target, replaced = _target(path)
+    if not replaced:
         with with_filename(path), target.open("wb") as file:
             yield file
         return
@@ -120,6 +118,12 @@ def replace_file(
             raise
         if durable:
             _sync_folder(target.parent)
+
+
+def _target(path: Path) -> tuple[Path, bool]:
+    """Return where a path leads to, and whether that is replaced: a device or a pipe is not."""
+    target = Path(os.path.realpath(path))
+    return target, target.is_file() or not target.exists()
 
 
 def _sync_folder(folder: Path) -> None:

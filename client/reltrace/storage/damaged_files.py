@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from reltrace.types.errors import TraceError, invalid
 
 
+def named_if_damaged(path: Path, what: str) -> AbstractContextManager[None]:
+    """Raise InvalidArgument, "PATH is WHAT: ...", if the content of a file is damaged."""
+    return invalid_if_damaged("path", f"{path} is {what}")
+
+
 @contextmanager
-def named_if_damaged(path: Path, what: str) -> Iterator[None]:
-    """Raise InvalidArgument, "PATH is WHAT: ...", if the content of a file is damaged.
+def invalid_if_damaged(field: str, fault: str) -> Iterator[None]:
+    """Raise InvalidArgument of an argument, "FAULT: ...", if the content of a file is damaged.
 
     Libraries raise any error for the content of a file. An OSError with a number is about the file
     itself, and is raised as it is.
@@ -24,7 +29,7 @@ def named_if_damaged(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise invalid("path", f"{path} is {what}: {str(error) or type(error).__name__}") from error
+        raise invalid(field, f"{fault}: {str(error) or type(error).__name__}") from error
 
 
 def check_kinds(

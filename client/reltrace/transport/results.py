@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import grpc
 import grpc.aio
-from reltrace_proto.stores import KNOWN_SCHEMES, url_fault
+from reltrace_proto.stores import is_opened_unasked
 from reltrace_proto.v1 import trace_pb2, types_pb2
 
 from reltrace.storage.stored_arrays import StoredArrays, StoredLocation, read_together
@@ -181,19 +181,15 @@ async def _fetch_stored(
     stored = [part.arrays for part in parts if isinstance(part.arrays, StoredArrays)]
     if not stored:
         return result
-    try:
-        _check_store(stored[0].location, job, results_url)
-    except StoreUnreadable as error:
-        error.job_id = outcome[0].job_id if isinstance(outcome, list) else None
-        return replace(result, outcome=error)
-    if job.spec.output_uri:
-        return result
-    # One message may name far more bytes than a message can hold.
-    if throttle is not None:
-        await throttle()
     # The arrays of an atlas are only read: they are not copied, so that memory has them once.
     copy = not isinstance(outcome, AtlasShard)
     try:
+        _check_store(stored[0].location, job, results_url)
+        if job.spec.output_uri:
+            return result
+        # One message may name far more bytes than a message can hold.
+        if throttle is not None:
+            await throttle()
         async with asyncio.timeout(deadline.remaining()):
             arrays = await asyncio.to_thread(read_together, stored, copy)
     except (StoreUnreadable, MissingDependency) as error:
@@ -216,10 +212,9 @@ def _check_store(location: StoredLocation, job: Job, results_url: str) -> None:
     if job.spec.output_uri:
         location.check([job.spec.output_uri], "the job's output_uri")
         return
-    known = results_url.partition("://")[0] in KNOWN_SCHEMES and not url_fault(results_url)
     # A scheduler that is older than this client names none, though it may have one.
     named_by = "the server's store of large results" if results_url else "the server names no store"
-    location.check([results_url] if known else [], named_by)
+    location.check([results_url] if is_opened_unasked(results_url) else [], named_by)
 
 
 class _Acknowledger:

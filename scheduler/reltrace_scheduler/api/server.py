@@ -76,18 +76,22 @@ async def serving(
     settings: Settings,
     access: Access | None = None,
     spans: Spans | None = None,
+    store: Store | None = None,
 ) -> AsyncIterator[str]:
     """Serve until the block ends; gives the address that clients use.
 
-    By default every caller on this machine may do everything.
+    By default every caller on this machine may do everything. `store` is one over `connection` that
+    is open already.
     """
     listen, metrics, web = settings.listen, settings.metrics, settings.web
     access, spans = access or Access(), spans or Spans()
     access.check(listen)
     if metrics:
         access.check_metrics(metrics)
-    store, signals = Store(connection.redis, settings), Signals(connection.redis)
-    await store.open()
+    if store is None:
+        store = Store(connection.redis, settings)
+        await store.open()
+    signals = Signals(connection.redis)
     models, counts = ModelCache(store.registry), Counts()
     options = (
         *_OPTIONS,

@@ -213,15 +213,20 @@ class Session:
         self._stalled = stalled
 
     async def _release(self, release: worker_pb2.Release) -> None:
-        leases = [lease for lease in _leases(release.leases) if lease in self.leasing.held]
-        if not release.HasField("error"):
-            # First, so that the jobs do not come back to this worker.
-            self.leasing.stop()
-            await self._queue.release(self.worker_id, leases)
-            self.leasing.drop(leases)
+        leases = _leases(release.leases)
+        if release.HasField("error"):
+            await self._fail_attempts(leases, release.error)
             return
+        # First, so that the jobs do not come back to this worker.
+        self.leasing.stop()
+        await self._queue.release(self.worker_id, leases)
+        self.leasing.drop(leases)
+
+    async def _fail_attempts(self, leases: Iterable[Lease], error: types_pb2.JobError) -> None:
+        """Let attempts that this worker holds fail for a reason that may pass."""
+        leases = [lease for lease in leases if lease in self.leasing.held]
         exhausted = await self._queue.retry(self.worker_id, leases)
-        results = [terminal_results.failed(lease, release.error) for lease in exhausted]
+        results = [terminal_results.failed(lease, error) for lease in exhausted]
         await terminal_results.end(self._store, self._counts, results)
         for lease, queue in zip(leases, self.leasing.drop(leases), strict=True):
             # Why is in the worker's log: its message may quote the job.
@@ -244,10 +249,9 @@ class Session:
             if code == OUT_OF_ORDER:
                 torn.setdefault(chunk.lease, chunk.number)
         for lease, number in torn.items():
-            ref = worker_pb2.LeaseRef(job_id=lease.job_id, attempt=lease.attempt)
             message = f"chunk {number} of the result came without those before it"
             error = types_pb2.JobError(code=code_pb2.INTERNAL, message=message)
-            await self._release(worker_pb2.Release(leases=[ref], error=error))
+            await self._fail_attempts([lease], error)
 
     def _revoke(self, leases: list[Lease]) -> list[worker_pb2.WorkResponse]:
         if not leases:
@@ -292,15 +296,14 @@ class Session:
             results.chunks.remove(leased)
             url = leased.chunk.manifest.url[:_SHOWN_URL]
             self._log.error("store.not_ours", job=leased.chunk.job_id, url=url)
-            ref = worker_pb2.LeaseRef(job_id=leased.chunk.job_id, attempt=leased.attempt)
             message = f"the tensors were written to {url!r}, which is no store of this service"
             error = types_pb2.JobError(code=code_pb2.INTERNAL, message=message)
-            await self._release(worker_pb2.Release(leases=[ref], error=error))
+            await self._fail_attempts([_lease(leased)], error)
 
     def _is_in_a_store_of_ours(self, leased: worker_pb2.LeasedChunk) -> bool:
         if not leased.chunk.HasField("manifest"):
             return True
-        tenant = self.leasing.held.get(Lease(leased.chunk.job_id, leased.attempt), UNKNOWN).tenant
+        tenant = self.leasing.held.get(_lease(leased), UNKNOWN).tenant
         url, patterns = leased.chunk.manifest.url, self._store.settings.output_uri
         return may_hold_results(url, self._store.results_url, patterns, tenant)
 
@@ -349,7 +352,7 @@ def _new_chunk(index: int, leased: worker_pb2.LeasedChunk, max_result_bytes: int
         if chunk.end.state not in _END_STATES:
             raise invalid(f"{path}.end.state", "must be SUCCEEDED or FAILED")
         end = terminal_results.state_name(chunk.end.state)
-    lease, data = Lease(chunk.job_id, leased.attempt), chunk.SerializeToString()
+    lease, data = _lease(leased), chunk.SerializeToString()
     too_large = b""
     if chunk.number > 1 or len(data) > _ALWAYS_TAKEN:
         too_large = terminal_results.too_large(lease, max_result_bytes).data
@@ -368,6 +371,10 @@ def _new_draft(index: int, draft: types_pb2.Draft) -> tuple[Lease, bytes]:
     if draft.ByteSize() > _DRAFT_BYTES:
         raise invalid(path, f"must be at most {_DRAFT_BYTES} bytes long")
     return Lease(draft.job_id, draft.attempt), draft.SerializeToString()
+
+
+def _lease(leased: worker_pb2.LeasedChunk) -> Lease:
+    return Lease(leased.chunk.job_id, leased.attempt)
 
 
 def _leases(refs: Iterable[worker_pb2.LeaseRef]) -> list[Lease]:

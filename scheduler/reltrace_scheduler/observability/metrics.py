@@ -22,7 +22,7 @@ _PERIOD = 5.0
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 MAINTENANCE_STEPS = (
     "expire", "timeouts", "delays", "watchdog", "leases", "stalled", "workers",
-    "models", "tenants", "metrics",
+    "models", "tenants", "metrics", "bounds",
 )  # fmt: skip
 _QUEUE = ("model", "tenant", "priority")
 

@@ -102,13 +102,17 @@ class NodeMemory:
         return (self.used - self.buffers) / self.limit if self.limit else 0.0
 
 
+async def info_of_nodes(client: Redis, *sections: str) -> dict[str, Any]:
+    """Return what each primary of a cluster says, by its name; of another server, under ""."""
+    if isinstance(client, RedisCluster):
+        by_node: Any = await client.info(*sections, target_nodes=RedisCluster.PRIMARIES)
+        return dict(by_node)
+    return {"": await client.info(*sections)}
+
+
 async def memory_of_nodes(client: Redis) -> list[NodeMemory]:
     """Return the bytes that Redis uses and may use; of a cluster, those of each primary."""
-    if isinstance(client, RedisCluster):
-        by_node: Any = await client.info("memory", target_nodes=RedisCluster.PRIMARIES)
-        nodes = list(by_node.values())
-    else:
-        nodes = [await client.info("memory")]
+    nodes = (await info_of_nodes(client, "memory")).values()
     return [
         NodeMemory(
             used=int(node["used_memory"]),

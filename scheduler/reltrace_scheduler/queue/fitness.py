@@ -3,14 +3,13 @@
 from typing import Any
 
 import structlog
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import Redis
 
 from reltrace_scheduler.errors import StartError
+from reltrace_scheduler.queue.connection import info_of_nodes
 from reltrace_scheduler.queue.trouble import REDIS_ERRORS, reason_of
 
 log = structlog.get_logger()
-
-Info = dict[str, Any]
 
 
 async def check_fitness(client: Redis, shown: str, *, allow_volatile: bool) -> None:
@@ -29,7 +28,7 @@ async def check_fitness(client: Redis, shown: str, *, allow_volatile: bool) -> N
         A server is a read-only replica, writes no append-only file, or may evict keys.
     """
     try:
-        servers = await _info(client)
+        servers = await info_of_nodes(client)
     except REDIS_ERRORS as error:
         raise StartError(f"Redis at {shown} does not tell its state: {reason_of(error)}") from error
     for node, info in servers.items():
@@ -48,7 +47,7 @@ async def check_fitness(client: Redis, shown: str, *, allow_volatile: bool) -> N
         log.warning("redis.volatile", redis=where, faults=faults)
 
 
-def _faults(info: Info) -> list[str]:
+def _faults(info: dict[str, Any]) -> list[str]:
     """Return why a server may forget what it has accepted, and what to set."""
     faults: list[str] = []
     if info.get("aof_enabled") != 1:
@@ -61,11 +60,3 @@ def _faults(info: Info) -> list[str]:
             "set `maxmemory-policy noeviction`"
         )
     return faults
-
-
-async def _info(client: Redis) -> dict[str, Info]:
-    """Return the state of each primary of a cluster by its name; of another server, under ""."""
-    if isinstance(client, RedisCluster):
-        nodes: dict[str, Info] = await client.info(target_nodes=RedisCluster.PRIMARIES)
-        return nodes
-    return {"": await client.info()}
