@@ -33,7 +33,9 @@ class Settings:
     context_length: int | None = option(
         None, "Longest prompt in tokens. (default: what the model's config allows)"
     )
-    device_map: str | None = option(None, "auto: split the model over all GPUs (accelerate).")
+    tensor_parallel: int = option(
+        1, "Divide every layer among so many GPUs, or processes on a CPU.", min=1
+    )
     load_in_4bit: bool = option(False, "Quantize the weights, on CUDA (bitsandbytes).")
     checkpointing: Literal["auto", "on", "off"] = option(
         "auto",

@@ -55,7 +55,7 @@ def test_a_loaded_model_describes_itself(checkpoints: Checkpoints) -> None:
     # The head shares the embeddings and counts once.
     layer = 4 * 48 * 48 + 3 * 48 * 80 + 2 * 48
     assert about.parameters == 320 * 48 + 3 * layer + 48
-    assert (loaded.dtype, loaded.devices) == (torch.float32, (torch.device("cpu"),))
+    assert (loaded.dtype, loaded.device) == (torch.float32, torch.device("cpu"))
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 

@@ -20,7 +20,7 @@ from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.session import RefusedError, Session
 from reltrace_worker.session.watchdog import Watchdog
-from reltrace_worker.types.errors import DeviceLostError, PassFailedError
+from reltrace_worker.types.errors import PassFailedError
 from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import Outcome
 
@@ -468,21 +468,34 @@ async def test_a_failed_attempt_is_handed_back_with_its_reason(
     assert leased.chunk.job_id == "s-1"
 
 
-async def test_a_lost_device_ends_the_session(
+async def test_a_lost_device_is_seen_by_the_watchdog(
     checkpoints: Checkpoints, scheduler: Scheduler, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """
+    Given a pass that loses the device
+    I expect the session to stay until whoever waits for the watchdog drains it: the lease of the
+    pass is neither stored nor handed back.
+    """
+
     def lost(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(engine, "_run_batch", lost)
     async with serving(scheduler) as address:
         hello = worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="m"))
-        session = Session(address, hello, Runner(checkpoints.loaded("plain"), engine, 256))
+        watchdog = Watchdog()
+        runner = Runner(checkpoints.loaded("plain"), engine, 256, watchdog=watchdog)
+        session = Session(address, hello, runner, watchdog=watchdog)
         working = asyncio.create_task(session.run())
-        await (await scheduler.next()).lease(spec(), spec())
-        with pytest.raises(DeviceLostError, match="illegal memory access"):
-            async with asyncio.timeout(20):
-                await working
+        connection = await scheduler.next()
+        await connection.lease(spec(), spec())
+        async with asyncio.timeout(20):
+            lost = await watchdog.stuck()
+            assert {lease.job_id for lease in lost.leases} <= {"s-0", "s-1"}
+            assert lost.leases
+            assert not working.done()
+            await session.drain(1.0, {LeaseKey.of(lease) for lease in lost.leases})
+            await working
 
 
 @asynccontextmanager

@@ -132,7 +132,7 @@ class Engine:
         atlases = [job for job in jobs if isinstance(job, AtlasJob)]
         if not atlases:
             generations = [job for job in jobs if isinstance(job, GenerateJob)]
-            return Generation(self._loaded, generations, self._memory.generation_fault)
+            return self._generation(generations)
         (job,) = atlases
         size = Atlas.table_bytes(self._loaded.shape, job.k)
         if (fault := self._memory.atlas_fault(job.k, size)) is not None:
@@ -154,9 +154,15 @@ class Engine:
             if isinstance(task, Atlas):
                 self._advance_atlas(task)
             else:
-                with self._timed() as timer, through_onednn(self._linears):
-                    timer.start("forward")
-                    task.decode(steps, on_token)
+                self._decode(task, steps, on_token)
+
+    def _generation(self, jobs: Sequence[GenerateJob]) -> Generation:
+        return Generation(self._loaded, jobs, self._memory.generation_fault)
+
+    def _decode(self, task: Generation, steps: int, on_token: Callable[[], None] | None) -> None:
+        with self._timed() as timer, through_onednn(self._linears):
+            timer.start("forward")
+            task.decode(steps, on_token)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -222,7 +228,7 @@ class Engine:
         """Run one batch; None where memory ran out."""
         try:
             return self._run_batch(jobs, checkpointing)
-        except EngineError:
+        except (EngineError, DeviceLostError):
             raise
         except Exception as error:
             if not is_out_of_memory(error):

@@ -21,7 +21,7 @@ from reltrace_worker.engine.host_memory import is_out_of_memory, release
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.rope import longrope_limit
 from reltrace_worker.models.vocabulary import Vocabulary
-from reltrace_worker.types.errors import EngineError, PassFailedError
+from reltrace_worker.types.errors import DeviceLostError, EngineError, PassFailedError
 from reltrace_worker.types.jobs import GenerateJob, Sampling
 from reltrace_worker.types.results import GeneratedText, JobResult, Outcome
 
@@ -309,7 +309,7 @@ class Generation:
                     return fault
                 self._batch = DecodeBatch(self._loaded, sequences)
             self._batch.decode(steps, on_token)
-        except torch.AcceleratorError:
+        except (torch.AcceleratorError, DeviceLostError):
             raise
         except Exception as error:
             if is_out_of_memory(error):

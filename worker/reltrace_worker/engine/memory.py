@@ -51,7 +51,8 @@ class MemoryPlan:
     """Plans passes over one model; weights are not counted.
 
     `limit` are the bytes that a pass may use; None: what is free on CUDA, half of what is free now
-    on a CPU, which others use too.
+    on a CPU, which others use too. Of a model that is divided among processes, the plan is for this
+    one's part, and on a CPU for its share of the memory.
     """
 
     def __init__(
@@ -62,24 +63,26 @@ class MemoryPlan:
     ) -> None:
         self._loaded = loaded
         self._rules = rules
-        self._shape = loaded.shape
+        self._shape, self._here = loaded.shape, loaded.shape_here
         self._itemsize = loaded.dtype.itemsize
         self._config: Any = loaded.model.config
         self._on_cpu = loaded.device.type != "cuda"
-        self._limit = free_host_bytes() // 2 if limit is None and self._on_cpu else limit
+        if limit is None and self._on_cpu:
+            limit = free_host_bytes() // 2 // loaded.ranks.size
+        self._limit = limit
         self._host_read_at, self._host_bytes = -math.inf, 0
         heads = getattr(self._config, "num_key_value_heads", None) or self._shape.heads
-        self._query_width = self._shape.heads * head_size(loaded)
+        self._query_width = self._here.heads * head_size(loaded)
         self._key_width = int(heads) * head_size(loaded)
         # Values per token that one layer's forward or backward pass holds for a moment.
         self._backward_width = (
-            3 * self._shape.intermediate_size + 2 * self._shape.hidden_size + 4 * self._query_width
+            3 * self._here.intermediate_size + 2 * self._here.hidden_size + 4 * self._query_width
         )
 
     @property
     def available(self) -> int:
         """Bytes of the model's devices that a pass may use now."""
-        free = self._free_on_host() if self._on_cpu else free_device_bytes(self._loaded.devices)
+        free = self._free_on_host() if self._on_cpu else free_device_bytes((self._loaded.device,))
         return free if self._limit is None else min(free, self._limit)
 
     def tokens(self, rule: str, checkpointing: bool) -> int:
@@ -125,7 +128,7 @@ class MemoryPlan:
 
     def bytes_per_token(self, rule: str, checkpointing: bool) -> int:
         """Return the bytes of one more token in a pass by a rule that records ``resid``."""
-        shape, family, found = self._shape, self._loaded.family, self._rules[rule]
+        shape, family, found = self._here, self._loaded.family, self._rules[rule]
         # Of CUDA's kernels, the one for float32 takes no grouped heads: they are repeated.
         grouped = self._on_cpu or self._itemsize < _FLOAT32
         layer = 2 * self._query_width + 2 * (self._key_width if grouped else self._query_width)
@@ -161,7 +164,8 @@ class MemoryPlan:
             total += tokens * (passes - 1) * shape.hidden_size * itemsize * checkpointing
         # Hooks hold the tensors of a site until its gradient has come; relevance is the product
         # of two factors in float32.
-        widths = {"neuron": shape.intermediate_size, "head": self._query_width}
+        # Of these, the first process has the whole of all.
+        widths = {"neuron": shape.intermediate_size, "head": shape.heads * head_size(self._loaded)}
         sites = {site for job in jobs for site in job.sites} - {"resid", "embed"}
         held = [widths.get(site, shape.hidden_size) for site in sites]
         layers = 1 if checkpointing else shape.layers

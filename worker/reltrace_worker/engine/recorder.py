@@ -118,7 +118,7 @@ class RelevanceRecorder(SiteHooks):
 
     def __init__(self, loaded: LoadedModel, batch: PackedBatch) -> None:
         self._batch = batch
-        self._devices = loaded.devices
+        self._device = loaded.device
         groups: dict[_Group, list[int]] = {}
         for index, job in enumerate(batch.jobs):
             for site in job.sites:
@@ -138,9 +138,8 @@ class RelevanceRecorder(SiteHooks):
 
     def finish(self) -> None:
         """Wait for the copies from the device, and check that every tensor has arrived."""
-        for device in self._devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         for of_site in self._buffers.values():
             for buffers in of_site:
                 buffers.check_complete()

@@ -228,7 +228,7 @@ class ResultEncoder:
             checkpointing=checkpointing,
             versions=_VERSIONS | (self._lxt if functions == "lxt" else {}),
             rule_functions=functions,
-            device=str(self._model.device),
+            device=self._model.place,
         )
 
 
