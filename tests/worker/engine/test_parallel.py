@@ -202,6 +202,33 @@ def test_ranks_stay_in_step_when_a_pass_fails(
     assert_close(run(leading, jobs), run(alone, jobs))
 
 
+def test_the_first_rank_chooses_tokens(pairs: dict[str, Pair]) -> None:
+    """
+    Given a rank 0 whose output head makes other tokens the likeliest than that of the others
+    If targets are left to the model, and texts continue with them
+    I expect both to be those of a model with that head.
+    """
+    pair = pairs["grouped"]
+    leading, alone = pair.engines()
+    traces = prepare(pair.alone, *(TraceRequest(p, tuple(SITES), "full") for p in PROMPTS[:2]))
+    texts = prepare(pair.alone, GenerateRequest(PROMPTS[0], Sampling(8)))
+    before = run(alone, texts)
+    heads = [loaded.model.get_output_embeddings() for loaded in (pair.divided, pair.alone)]
+    bias = torch.nn.Parameter(torch.linspace(-9.0, 9.0, 320), requires_grad=False)
+    for head in heads:
+        head.bias = bias
+    try:
+        ours, wanted = run(leading, texts), run(alone, texts)
+        assert ours[0].generated is not None
+        assert wanted[0].generated is not None
+        assert ours[0].generated.token_ids == wanted[0].generated.token_ids
+        assert wanted[0].generated != before[0].generated
+        assert_close(run(leading, traces), run(alone, traces))
+    finally:
+        for head in heads:
+            head.bias = None
+
+
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_what_is_divided_is_what_transformers_divides(family: Any) -> None:
     """

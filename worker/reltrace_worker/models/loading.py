@@ -21,7 +21,7 @@ from reltrace_worker.models.families import (
 )
 from reltrace_worker.models.folder import check_folder, quantization
 from reltrace_worker.models.gguf import GgufFile
-from reltrace_worker.models.placement import Placement, choose_placement, device_name
+from reltrace_worker.models.placement import Placement, choose_placement
 from reltrace_worker.models.rope import check_config, context_length, fix_frequencies
 from reltrace_worker.models.sharding import HEADS, NEURONS, Ranks, shard
 from reltrace_worker.models.source import find_source, first_line
@@ -139,7 +139,7 @@ def load_model(
         raise ModelError("a GGUF file is quantized already, which excludes load_in_4bit")
     checkpoint = (_open_gguf if found.is_gguf else _open_folder)(found.path, placement)
     check_config(checkpoint.options["config"])
-    with ranks.in_turn(device_name(placement.device)), ThreadPoolExecutor(1, "digest") as executor:
+    with ranks.in_turn(), ThreadPoolExecutor(1, "digest") as executor:
         # hashlib and torch release the interpreter lock, and both read the same cached pages.
         digest = executor.submit(found.revision, checkpoint.shards)
         model = _load_weights(checkpoint, str(found.path if found.commit is None else source))

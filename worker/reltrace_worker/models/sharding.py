@@ -3,9 +3,9 @@
 As in Shoeybi et al., "Megatron-LM", 2019, and in transformers' plans for these models: projections
 into heads and neurons are divided by their outputs, those out of them by their inputs, and what is
 partial is summed up over all processes: outputs in the forward pass, gradients of inputs in the
-backward pass. So the residual stream and its gradient are whole, and the same, in every process.
-Embeddings, norms and the output head are not divided. Everything else about a layer is as in the
-whole model: its modules are smaller.
+backward pass. So the residual stream and its gradient are whole in every process, and the same but
+for rounding; the logits are those of the first one. Embeddings, norms and the output head are not
+divided. Everything else about a layer is as in the whole model: its modules are smaller.
 """
 
 from __future__ import annotations
@@ -50,23 +50,14 @@ class Ranks:
         self._models = count()
 
     @contextmanager
-    def in_turn(self, device: str) -> Iterator[None]:
-        """Load one process after the other: the host then holds one whole model at a time.
-
-        Raises `ModelError`: the device of this one is of another kind than the first one's.
-        """
-        store, model = self._store, next(self._models)
-        if store is None:
-            yield
-            return
-        if self.rank:
-            store.wait([f"{model} {self.rank - 1}"], WAIT)
-            # Each computes the residual stream for itself, and the bits must be the same.
-            first = store.get(f"{model} 0").decode()
-            if first != device:
-                raise ModelError(f"--tensor-parallel needs equal GPUs: {first} is not {device}")
+    def in_turn(self) -> Iterator[None]:
+        """Load one process after the other: the host then holds one whole model at a time."""
+        model = next(self._models)
+        if self._store is not None and self.rank:
+            self._store.wait([f"{model} {self.rank - 1}"], WAIT)
         yield
-        store.set(f"{model} {self.rank}", device)
+        if self._store is not None:
+            self._store.set(f"{model} {self.rank}", "")
 
 
 def check_sizes(config: Any, family: Family, size: int) -> None:
@@ -103,6 +94,8 @@ def shard(model: PreTrainedModel, family: Family, ranks: Ranks) -> frozenset[str
                 modules[name].register_forward_pre_hook(entrance)
             _keep_inputs(modules[_OUT_OF[axis]], ranks)
             modules[_OUT_OF[axis]].register_forward_hook(_sum_output)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head.register_forward_hook(_first_output)
     if HEADS in divided:
         # Phi-3 reads both while it computes.
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
@@ -186,6 +179,26 @@ class _Sum(torch.autograd.Function):
 def _sum_output(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
     total: torch.Tensor = _Sum.apply(output)  # type: ignore[no-untyped-call]
     return total
+
+
+class _First(torch.autograd.Function):
+    """The tensor of the first process in all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        first = x.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(first, 0)
+        return first
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        return outer[0]
+
+
+def _first_output(_: nn.Module, __: Any, logits: torch.Tensor) -> torch.Tensor:
+    # Which token is the largest, or is drawn, must not depend on how a process has rounded.
+    first: torch.Tensor = _First.apply(logits)  # type: ignore[no-untyped-call]
+    return first
 
 
 def _summed(x: torch.Tensor) -> torch.Tensor:
