@@ -92,6 +92,7 @@ class Atlas:
         # A pass recomputed its layers.
         self.checkpointing = False
         self._cancelled = False
+        self._computed = 0
         self._passes = _passes(job.prompts)
 
     @property
@@ -106,10 +107,17 @@ class Atlas:
     def next_pass(self) -> list[int]:
         """Return the indices of the prompts of the next pass; none after the last."""
         try:
-            return self._passes.popleft()
+            chosen = self._passes.popleft()
         except IndexError:
             # It was cancelled at this moment, on another thread.
             return []
+        self._computed += sum(self.job.prompts[index].total_tokens for index in chosen)
+        return chosen
+
+    def take_work(self) -> dict[int, int]:
+        """Return how many tokens went through the model since the last call, of its one job."""
+        work, self._computed = {0: self._computed}, 0
+        return work
 
     def take_outcomes(self) -> dict[int, Outcome]:
         """Return the result, once it is finished; its targets are each token once."""

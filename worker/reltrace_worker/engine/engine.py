@@ -12,7 +12,7 @@ from torch import nn
 
 from reltrace_worker.engine.atlas import Atlas, AtlasRecorder
 from reltrace_worker.engine.batch import PackedBatch
-from reltrace_worker.engine.generation import Generation
+from reltrace_worker.engine.generation import DECODE_STEPS, Generation
 from reltrace_worker.engine.hooks import SiteHooks
 from reltrace_worker.engine.host_memory import Trimmer, is_out_of_memory, release
 from reltrace_worker.engine.memory import MemoryPlan, head_size
@@ -45,9 +45,6 @@ _KEEPING_PAYS_FROM = 1024
 """Tokens per pass: with room for so many, passes without checkpointing are the faster ones."""
 
 _USUAL_RULE = "attnlrp"
-
-DECODE_STEPS = 16
-"""Tokens that a generation goes on by before another pass has its turn."""
 
 
 class Engine:
@@ -144,8 +141,11 @@ class Engine:
         task: Generation | Atlas,
         on_token: Callable[[], None] | None = None,
         steps: int = DECODE_STEPS,
-    ) -> None:
+    ) -> int:
         """Generate up to `steps` tokens of each job, or run the next pass of an atlas.
+
+        Returns how many steps it took: fewer where a job has ended. Jobs may join a generation
+        before, and in `on_token`, which is called after each step.
 
         Raises `EngineError`: the numbers of an atlas are not finite, or its pass does not
         fit into memory. The pass is not made smaller, for then its numbers would be others.
@@ -153,10 +153,10 @@ class Engine:
         with self._exclusive():
             if isinstance(task, Atlas):
                 self._advance_atlas(task)
-            else:
-                with self._timed() as timer, through_onednn(self._linears):
-                    timer.start("forward")
-                    task.decode(steps, on_token)
+                return 1
+            with self._timed() as timer, through_onednn(self._linears):
+                timer.start("forward")
+                return task.decode(steps, on_token)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

@@ -1,18 +1,17 @@
 """The jobs that wait for a pass, and the tasks that take many passes and have begun."""
 
-import math
 import threading
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reltrace_proto.v1 import worker_pb2
 
 from reltrace_worker.engine.atlas import Atlas
-from reltrace_worker.engine.generation import Generation
+from reltrace_worker.engine.generation import DECODE_STEPS, Generation
 from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.session.watchdog import LIMIT
-from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TraceJob
+from reltrace_worker.types.jobs import GenerateJob, Job, TraceJob
 from reltrace_worker.types.results import Outcome
 
 PASS_SECONDS = 2.0
@@ -38,6 +37,8 @@ class QueuedJob:
     job: Job
     # Monotonic time by which the jobs that wait are ordered.
     order: float
+    # Seconds that the task had taken when the job joined it.
+    joined: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -47,10 +48,11 @@ class RunningTask:
     jobs: dict[int, QueuedJob]
     task: Generation | Atlas
     batch_key: tuple[str, str]
+    # As in `JobRunner`: of those that have joined last.
     full_pass_jobs: int
     seconds: float = 0.0
-    # Of the seconds: those that were charged to jobs which have ended.
-    charged: float = 0.0
+    # Steps that are left of its turn.
+    steps: int = DECODE_STEPS
 
 
 class RequestQueue:
@@ -111,10 +113,14 @@ class RequestQueue:
             first = next((job for job in jobs if job.batch_key not in begun), None)
             if first is None:
                 return []
-            work = math.inf
-            if isinstance(first, TraceJob):
-                speed = self._speeds.get(first.batch_key, 0.0)
-                work = max(LEAST_WORK, speed * PASS_SECONDS)
+            if not isinstance(first, TraceJob):
+                # Others join it, where it is a generation.
+                job = next(job for job in self._waiting if job.job is first)
+                self._waiting.remove(job)
+                self.capacity = self._max_tokens
+                return [job]
+            speed = self._speeds.get(first.batch_key, 0.0)
+            work = max(LEAST_WORK, speed * PASS_SECONDS)
             budget = _BatchBudget(self._max_tokens, work)
             batch: list[QueuedJob] = []
             left: deque[QueuedJob] = deque()
@@ -157,6 +163,38 @@ class RequestQueue:
         with self.lock:
             self._tasks.append(running)
 
+    def join(self, running: RunningTask, task: Generation) -> list[QueuedJob]:
+        """Let jobs that wait join a generation, as many as it has room for; return them."""
+        joined: list[QueuedJob] = []
+        left: deque[QueuedJob] = deque()
+        with self.lock:
+            full = False
+            for job in self._waiting:
+                number = None
+                # Nobody passes one that is to join first.
+                if isinstance(job.job, GenerateJob) and not full:
+                    number = task.join(job.job)
+                    full = number is None
+                if number is None:
+                    left.append(job)
+                else:
+                    running.jobs[number] = replace(job, joined=running.seconds)
+                    joined.append(job)
+            self._waiting = left
+            running.full_pass_jobs = len(running.jobs) if full else 0
+        return joined
+
+    def go_on(self, running: RunningTask, steps: int) -> None:
+        """Note that a task took so many steps; the rest of its turn comes next."""
+        with self.lock:
+            running.steps -= steps
+            if running.steps <= 0:
+                running.steps = DECODE_STEPS
+            else:
+                self._tasks.remove(running)
+                self._tasks.appendleft(running)
+                self._task_is_next = True
+
     def end(
         self, running: RunningTask, outcomes: Mapping[int, Outcome], *, finished: bool
     ) -> list[tuple[QueuedJob, Outcome]]:
@@ -182,7 +220,7 @@ class _BatchBudget:
 
     def __init__(self, tokens: int, work: float) -> None:
         self._tokens, self._work = tokens, work
-        self._jobs = self._sum = self._longest = self._passes = 0
+        self._jobs = self._sum = self._passes = 0
 
     @property
     def capacity(self) -> int:
@@ -191,13 +229,8 @@ class _BatchBudget:
 
     def take(self, job: Job) -> bool:
         """Tell whether a job fits into the pass, and count it if it does."""
-        longest, passes = max(self._longest, job.total_tokens), max(self._passes, job.passes)
-        # Generations are padded to the longest of them; an atlas is made alone.
-        padded = isinstance(job, GenerateJob)
-        needed = (self._jobs + 1) * longest if padded else self._sum + job.total_tokens
-        fits = needed <= self._tokens and needed * passes <= self._work
-        if self._jobs and (not fits or isinstance(job, AtlasJob)):
+        passes, needed = max(self._passes, job.passes), self._sum + job.total_tokens
+        if self._jobs and (needed > self._tokens or needed * passes > self._work):
             return False
-        self._jobs, self._sum = self._jobs + 1, self._sum + job.total_tokens
-        self._longest, self._passes = longest, passes
+        self._jobs, self._sum, self._passes = self._jobs + 1, needed, passes
         return True

@@ -42,7 +42,7 @@ _VERSIONS = {name: version(name) for name in ("torch", "transformers", "reltrace
 
 @dataclass(frozen=True, slots=True)
 class EndedJobs:
-    """Jobs that have ended with a pass, and the seconds that it took."""
+    """Jobs that have ended with a pass, or with a task, and the seconds that it took."""
 
     jobs: Sequence[tuple[QueuedJob, Outcome]]
     seconds: float
@@ -128,7 +128,7 @@ class ResultEncoder:
         for job, outcome in ended.jobs:
             on_step()
             try:
-                result = self._encode(job, outcome, ended.seconds)
+                result = self._encode(job, outcome, ended.seconds - job.joined)
                 if not isinstance(result, EncodedResult):
                     encoded.append(result)
                 elif uri := job.lease.spec.output_uri:

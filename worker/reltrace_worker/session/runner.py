@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -28,7 +28,7 @@ from reltrace_worker.session.results import (
     too_large,
 )
 from reltrace_worker.session.store import LargeResults
-from reltrace_worker.session.watchdog import LIMIT, Watchdog
+from reltrace_worker.session.watchdog import LIMIT, Watchdog, Work
 from reltrace_worker.types.errors import (
     DeviceLostError,
     EngineError,
@@ -207,14 +207,15 @@ class Runner:
             ended = list(zip(batch, self._trace(batch), strict=True))
         seconds = time.perf_counter() - started
         self._queue.measured(batch, seconds)
+        self._charge(seconds, [(job, job.job.total_tokens) for job in batch], self._queue.capacity)
         return self._account(ended, seconds, full_pass_jobs)
 
     @contextmanager
-    def _computing(self, jobs: Sequence[QueuedJob], limit: float = LIMIT) -> Iterator[None]:
+    def _computing(self, jobs: Sequence[QueuedJob], limit: float = LIMIT) -> Iterator[Work]:
         leases, tokens = [job.lease for job in jobs], [job.job.total_tokens for job in jobs]
         with self._watchdog.watching("engine", leases, limit, tokens) as work:
             self._engine.on_step = work.step
-            yield
+            yield work
 
     def _trace(self, batch: Sequence[QueuedJob]) -> list[Outcome]:
         try:
@@ -242,78 +243,90 @@ class Runner:
             return self._account([(job, _failure(error)) for job in batch], 0.0, full_pass_jobs)
         running = RunningTask(dict(enumerate(batch)), task, batch[0].job.batch_key, full_pass_jobs)
         self._queue.begin(running)
-        return self._advance(running)
+        return self._advance(running, len(batch) if isinstance(task, Generation) else 0)
 
-    def _advance(self, running: RunningTask) -> EndedJobs | None:
-        """Advance a task of many passes; return the jobs that have ended, if any."""
+    def _advance(self, running: RunningTask, joined: int = 0) -> EndedJobs | None:
+        """Advance a task of many passes; return the jobs that have ended, if any.
+
+        None of them where others have joined: they leave room in the worker's queue.
+        """
         started = time.perf_counter()
         task = running.task
+        work: Mapping[int, int] = {}
         outcomes: Mapping[int, Outcome]
         failed = False
+        with self._queue.lock:
+            jobs = dict(running.jobs)
         try:
-            on_token = None
-            if isinstance(task, Generation):
-                on_token = self._drafting(running, task)
-            with self._queue.lock:
-                jobs = list(running.jobs.values())
-            with self._computing(jobs):
-                self._engine.advance(task, on_token)
-                outcomes = task.take_outcomes()
+            with self._computing(list(jobs.values())) as watched:
+                if isinstance(task, Generation):
+                    joined += self._write(running, task, watched)
+                else:
+                    self._engine.advance(task)
+                work, outcomes = task.take_work(), task.take_outcomes()
         except DeviceLostError:
             raise
         except Exception as error:
             failed = True
             log.warning("task.failed", jobs=len(running.jobs), exc_info=error)
-            outcomes = dict.fromkeys(running.jobs, _failure(error))
-        running.seconds += time.perf_counter() - started
-        finished = failed or task.finished
-        ended = self._queue.end(running, outcomes, finished=finished)
-        if not ended:
+            outcomes = dict.fromkeys(list(running.jobs), _failure(error))
+        seconds = time.perf_counter() - started
+        running.seconds += seconds
+        with self._queue.lock:
+            jobs |= running.jobs
+        self._charge(seconds, [(jobs[index], tokens) for index, tokens in work.items()])
+        ended = self._queue.end(running, outcomes, finished=failed or task.finished)
+        if not ended and not joined:
             return None
-        spent, running.charged = running.seconds - running.charged, running.seconds
-        full_pass_jobs = running.full_pass_jobs
-        return self._account(ended, running.seconds, full_pass_jobs, spent=spent, finished=finished)
+        return self._account(ended, running.seconds, running.full_pass_jobs)
 
-    def _drafting(self, running: RunningTask, task: Generation) -> Callable[[], None] | None:
-        """Return what notes the texts that somebody reads along with; None: there is none."""
+    def _write(self, running: RunningTask, task: Generation, watched: Work) -> int:
+        """Generate some tokens of texts, and let others join meanwhile; return how many did."""
+        joined = 0
 
-        def streamed() -> list[tuple[int, QueuedJob]]:
-            jobs = running.jobs.items()
-            return [(index, job) for index, job in jobs if job.lease.spec.generation.stream]
+        def let_join() -> None:
+            nonlocal joined
+            if self._queue.has_waiting and (jobs := self._queue.join(running, task)):
+                joined += len(jobs)
+                watched.leases = [*watched.leases, *(job.lease for job in jobs)]
+                watched.tokens = [*watched.tokens, *(job.job.total_tokens for job in jobs)]
 
-        def note() -> None:
+        def on_token() -> None:
             # The lock keeps a text that is dropped and forgotten at this moment from coming back.
             with self._queue.lock:
-                for index, job in streamed():
-                    self._drafts.note(job.key, task.token_ids(index), self._vocabulary)
+                for index, job in running.jobs.items():
+                    # Somebody reads along with it.
+                    if job.lease.spec.generation.stream:
+                        self._drafts.note(job.key, task.token_ids(index), self._vocabulary)
+            let_join()
 
-        with self._queue.lock:
-            return note if streamed() else None
+        let_join()
+        self._queue.go_on(running, self._engine.advance(task, on_token, running.steps))
+        return joined
+
+    def _charge(
+        self, seconds: float, work: Iterable[tuple[QueuedJob, int]], capacity: int = 0
+    ) -> None:
+        """Count a pass: the tokens of each job that went through the model, and its tenant's time.
+
+        It had room for `capacity` tokens, or for these: who waits joins a task that has room.
+        """
+        tenant_tokens: Counter[str] = Counter()
+        for job, tokens in work:
+            tenant_tokens[job.lease.tenant] += tokens
+        tokens = tenant_tokens.total()
+        self.stats.charge_tenants(seconds, tenant_tokens)
+        self.stats.tokens += tokens
+        self.stats.passes += 1
+        # A longer prompt is a pass of its own.
+        self.stats.capacity += max(tokens, capacity)
 
     def _account(
-        self,
-        ended: Sequence[tuple[QueuedJob, Outcome]],
-        seconds: float,
-        full_pass_jobs: int,
-        *,
-        spent: float | None = None,
-        finished: bool = True,
+        self, ended: Sequence[tuple[QueuedJob, Outcome]], seconds: float, full_pass_jobs: int
     ) -> EndedJobs:
-        """Account for jobs that have ended, in a pass that took so long.
-
-        Those of a task are charged with the `spent` part of its time; it may not be `finished`.
-        """
+        """Account for jobs that have ended with a pass, or with a task that has taken so long."""
         self._drafts.forget(job.key for job, _ in ended)
-        tenant_tokens: Counter[str] = Counter()
-        for job, outcome in ended:
-            tenant_tokens[job.lease.tenant] += _tokens(job, outcome)
-        tokens = tenant_tokens.total()
-        self.stats.charge_tenants(seconds if spent is None else spent, tenant_tokens)
-        self.stats.tokens += tokens
-        if finished:
-            self.stats.passes += 1
-            # A longer prompt is a pass of its own.
-            self.stats.capacity += max(tokens, self._queue.capacity)
+        tokens = sum(_tokens(job, outcome) for job, outcome in ended)
         failed = sum(isinstance(outcome, EngineError) for _, outcome in ended)
         self.stats.failed += failed
         self.stats.jobs += len(ended) - failed
@@ -321,7 +334,7 @@ class Runner:
             self._spans.record(
                 "reltrace.pass",
                 job.lease.spec.traceparent,
-                seconds,
+                seconds - job.joined,
                 job=job.key.job_id,
                 attempt=job.key.attempt,
                 tenant=job.lease.tenant,
