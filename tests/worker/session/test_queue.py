@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -13,13 +14,13 @@ from reference.loaded import Checkpoints
 from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import Atlas
+from reltrace_worker.engine.decoding import GeneratedSequence
 from reltrace_worker.engine.generation import Generation
 from reltrace_worker.session.leases import FailedAttempt, LeaseKey
 from reltrace_worker.session.queue import QueuedJob, RequestQueue
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.types.jobs import (
     AtlasRequest,
-    GenerateJob,
     Job,
     Request,
     Target,
@@ -38,7 +39,7 @@ def steps_of(engine: Engine, steps: int, monkeypatch: pytest.MonkeyPatch) -> Non
     """Let generations go on by so many tokens at a time."""
     advance = engine.advance
     monkeypatch.setattr(
-        engine, "advance", lambda task, on_token=None: advance(task, on_token, steps=steps)
+        engine, "advance", lambda task, on_token=None, _=0: advance(task, on_token, steps)
     )
 
 
@@ -46,9 +47,9 @@ async def test_texts_and_traces_take_turns(
     engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Given texts of many steps, and traces that come while they are written
-    I expect traces not to wait for their end, no second batch beside the first, and nothing
-    of one that is dropped.
+    Given texts of many steps, and traces and a text that come while they are written
+    I expect traces not to wait for their end, the text to join the others, and nothing of one that
+    is dropped.
     """
     steps_of(engine, 1, monkeypatch)
     runner = Runner(checkpoints.loaded("plain"), engine, 4096)
@@ -82,7 +83,7 @@ async def test_texts_and_traces_take_turns(
         while len(ended) < 4:
             ended += await results(runner)
     assert sorted(ended) == ["j-0", "j-1", "t-0", "t-2"]
-    assert begun == [2, 1]
+    assert begun == [1]
     assert not runner._queue
 
 
@@ -98,11 +99,15 @@ async def test_a_text_is_dropped_in_the_middle_of_its_turn(
     writes, dropped, advance = threading.Event(), threading.Event(), engine.advance
     written: list[int] = []
 
-    def one_token(texts: Generation, on_token: Callable[[], None] | None = None) -> None:
-        advance(texts, on_token, steps=1)
+    texts: dict[int, GeneratedSequence] = {}
+
+    def one_token(task: Generation, on_token: Callable[[], None], _: int) -> int:
+        texts.update(task._open)
+        steps = advance(task, on_token, steps=1)
         writes.set()
         assert dropped.wait(20)
-        written[:] = [len(texts.token_ids(job)) for job in range(2)]
+        written[:] = [len(texts[job].ids) for job in range(2)]
+        return steps
 
     monkeypatch.setattr(engine, "advance", one_token)
     asked = types_pb2.Generation(max_new_tokens=24)
@@ -115,34 +120,73 @@ async def test_a_text_is_dropped_in_the_middle_of_its_turn(
     assert written == [1, 24]
 
 
-async def test_a_text_is_handed_out_when_it_has_ended_and_padding_counts(
+async def test_a_text_is_handed_out_when_it_has_ended_and_others_join(
     engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Given texts of which one is short, in a pass that has room for two of the long ones
-    I expect the short one's result before the long one's, and the third in a batch of its own: it
-    would fit by its tokens, but not padded.
+    Given a long text that is being generated
+    If a text of one token and one of two come
+    I expect both to be handed out when the long one has gone on by two tokens, and the long one's
+    turn of 16 tokens to go on after that.
     """
-    steps_of(engine, 4, monkeypatch)
     runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
-    begin, begun = engine.begin, []
+    advance, writes, come = engine.advance, threading.Event(), threading.Event()
+    asked: list[int] = []
 
-    def counted(jobs: Sequence[GenerateJob]) -> object:
-        begun.append([job.total_tokens for job in jobs])
-        return begin(jobs)
+    def waiting(task: Generation, on_token: Callable[[], None], steps: int) -> int:
+        def after() -> None:
+            if not writes.is_set():
+                writes.set()
+                assert come.wait(20)
+            on_token()
 
-    monkeypatch.setattr(engine, "begin", counted)
+        asked.append(steps)
+        return advance(task, after, steps)
+
+    monkeypatch.setattr(engine, "advance", waiting)
+    await runner.add([lease(0, 5, generation=types_pb2.Generation(max_new_tokens=40))])
+    first = asyncio.create_task(results(runner))
+    assert await asyncio.to_thread(writes.wait, 20)
     await runner.add(
         [
-            lease(number, 5, generation=types_pb2.Generation(max_new_tokens=tokens))
-            for number, tokens in enumerate((35, 2, 3))
+            lease(number, 5, generation=types_pb2.Generation(max_new_tokens=number))
+            for number in (1, 2)
         ]
     )
-    assert [await results(runner) for _ in range(3)] == [["j-1"], ["j-0"], ["j-2"]]
-    assert begun == [[40, 7], [8]]
+    come.set()
+    assert [await first, await results(runner), await results(runner)] == [
+        ["j-1"],
+        ["j-2"],
+        ["j-0"],
+    ]
+    assert asked == [16, 14, 13, 16, 16]
     assert not runner._queue
-    # A pass is what ran, not what was handed out.
-    assert (runner.stats.passes, runner.stats.jobs) == (2, 3)
+    assert runner.stats.jobs == 3
+    # Every token of a prompt or a text but the last one goes through the model.
+    assert runner.stats.tokens == 3 * 5 + 39 + 0 + 1
+
+
+async def test_what_a_text_costs_is_its_own(
+    engine: Engine, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a tenant's long text and another tenant's text of one token that joins it
+    I expect each of them to be charged for the tokens that were computed for it.
+    """
+    runner = Runner(checkpoints.loaded("plain"), engine, max_tokens=100)
+    charged: Counter[str] = Counter()
+    monkeypatch.setattr(
+        runner.stats.__class__, "charge_tenants", lambda _, __, tokens: charged.update(tokens)
+    )
+    leases = [
+        lease(number, 5, generation=types_pb2.Generation(max_new_tokens=tokens))
+        for number, tokens in enumerate((20, 1))
+    ]
+    for number, one in enumerate(leases):
+        one.tenant = f"tenant-{number}"
+    await runner.add(leases)
+    assert [await results(runner), await results(runner)] == [["j-1"], ["j-0"]]
+    assert charged == {"tenant-0": 5 + 19, "tenant-1": 5}
 
 
 def queued(number: int, tokens: int, targets: int = 1, rule: str = "attnlrp") -> QueuedJob:
@@ -314,7 +358,7 @@ async def test_nothing_comes_of_an_atlas_that_is_cancelled(
     passes: list[int] = []
     begun = threading.Event()
 
-    def one_pass(atlas: Atlas, _: object) -> None:
+    def one_pass(atlas: Atlas) -> None:
         passes.append(len(atlas.job.prompts))
         begun.set()
         assert dropped.wait(20)

@@ -617,3 +617,27 @@ async def test_deferred_results_are_kept_and_sent_again(
         while (await connection.receive("heartbeat")).heartbeat.leases:
             pass
     assert scheduler.connections.empty()
+
+
+async def test_others_are_leased_while_texts_are_generated(
+    scheduler: Scheduler, session: Session
+) -> None:
+    """
+    Given a worker that has leased as many texts as it asks for at a time
+    If they are being generated
+    I expect it to ask for more, and a short text that comes then to end before them.
+    """
+    connection = await scheduler.next()
+    await connection.receive("ready")
+    # As after passes that were full with one job.
+    session._window.size = 2
+    session._window.reset_offers()
+    text = types_pb2.JobSpec(prompt=PROMPT, generation=types_pb2.Generation(max_new_tokens=100))
+    await connection.lease(text, text)
+    async with asyncio.timeout(20):
+        kinds = [(await connection.requests.get()).WhichOneof("message")]
+    assert kinds == ["ready"]
+    text.generation.max_new_tokens = 1
+    await connection.lease(text, first=2)
+    results = (await connection.receive("results")).results
+    assert results.chunks[0].chunk.job_id == "s-2"
