@@ -77,11 +77,16 @@ def predict(loaded: LoadedModel, batch: PackedBatch, _: SiteHooks, __: PassTimer
 
 
 def trace_keeping(
-    loaded: LoadedModel, batch: PackedBatch, hooks: SiteHooks, timer: PassTimer
+    loaded: LoadedModel,
+    batch: PackedBatch,
+    hooks: SiteHooks,
+    timer: PassTimer,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Scalar]:
     """Run the passes of a batch without checkpointing: one graph, one backward per target.
 
-    The graph begins at the input of the layer ``hooks.bottom``: below, nothing is kept.
+    The graph begins at the input of the layer ``hooks.bottom``: below, nothing is kept. `stop` is
+    asked after each backward pass whether to leave out the targets that follow.
     """
     edits = EditHooks.of(loaded, batch)
     embeddings = _embed(loaded, batch, edits)
@@ -108,7 +113,9 @@ def trace_keeping(
         hooks.target = index
         (gradient,) = torch.autograd.grad(start, root, retain_graph=index < len(starts) - 1)
         hooks.record_bottom(root.detach(), gradient)
-    return _detached(scalars)
+        if stop():
+            break
+    return [scalar for scalar in _detached(scalars) if scalar.index <= hooks.target]
 
 
 def trace_checkpointed(

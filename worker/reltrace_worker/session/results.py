@@ -128,7 +128,7 @@ class ResultEncoder:
         for job, outcome in ended.jobs:
             on_step()
             try:
-                result = self._encode(job, outcome, ended.seconds)
+                result = self._encode(job, outcome, ended.seconds + job.seconds)
                 if not isinstance(result, EncodedResult):
                     encoded.append(result)
                 elif uri := job.lease.spec.output_uri:
@@ -187,6 +187,8 @@ class ResultEncoder:
         lease = job.lease
         if isinstance(outcome, PassFailedError):
             return FailedAttempt(job.key, str(outcome))
+        if isinstance(outcome, InvalidJob):
+            return invalid(lease, outcome)
         if isinstance(outcome, EngineError):
             return internal_error(lease, outcome)
         dtype = result_dtype(lease.spec)
