@@ -25,7 +25,8 @@ import torch
 from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from reltrace_worker.lrp.deterministic import sdpa, with_deterministic_backward
+from reltrace_worker.lrp.deterministic import with_deterministic_backward
+from reltrace_worker.lrp.sdpa import sdpa
 from reltrace_worker.lrp.window import window_attention
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]

@@ -134,6 +134,7 @@ def _runner(
         model=model.name,
         tokens_per_pass=tokens,
         checkpointing=settings.checkpointing,
+        products=engine.products,
     )
     return Runner(
         model,
