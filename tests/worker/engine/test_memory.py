@@ -43,8 +43,10 @@ def some(checkpoints: Checkpoints, count: int = 4, **fields: Any) -> list[TraceJ
 
 
 def need(loaded: LoadedModel, jobs: list[TraceJob], checkpointing: bool) -> int:
-    """Return the bytes that are planned for a pass."""
-    return MemoryPlan(loaded).trace_bytes(jobs, checkpointing)
+    """Return the bytes that are planned for a pass over the targets of jobs that are packed."""
+    assert not any(job.alone for job in jobs)
+    copies = [copy for job in jobs for copy in job.copies]
+    return MemoryPlan(loaded).trace_bytes(copies, checkpointing)
 
 
 def peak(loaded: LoadedModel, jobs: list[TraceJob], checkpointing: bool) -> int:
