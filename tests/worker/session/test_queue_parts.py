@@ -271,5 +271,5 @@ async def test_other_models_have_their_turn_between_targets(
     counted.go_on.set()
     assert await results(others) == ["j-1"]
     assert await results(runner) == ["j-0"]
-    # The pass that was under way, and the one that was ordered behind it.
-    assert before == [2]
+    # The pass that was under way, and one that may have been ordered behind it.
+    assert before in ([1], [2])
