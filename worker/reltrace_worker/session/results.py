@@ -134,7 +134,7 @@ class ResultEncoder:
         for job, outcome in ended.jobs:
             on_step()
             try:
-                result = self._encode(job, outcome, ended.seconds - job.joined)
+                result = self._encode(job, outcome, ended.seconds + job.seconds - job.joined)
                 if not isinstance(result, EncodedResult):
                     encoded.append(result)
                 elif uri := job.lease.spec.output_uri:
@@ -193,6 +193,8 @@ class ResultEncoder:
         lease = job.lease
         if isinstance(outcome, PassFailedError):
             return FailedAttempt(job.key, str(outcome))
+        if isinstance(outcome, InvalidJob):
+            return invalid(lease, outcome)
         if isinstance(outcome, EngineError):
             return internal_error(lease, outcome)
         dtype = result_dtype(lease.spec)

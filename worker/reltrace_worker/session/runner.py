@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import structlog
 from reltrace_proto.telemetry import Spans
-from reltrace_proto.v1 import types_pb2, worker_pb2
+from reltrace_proto.v1 import worker_pb2
 
 from reltrace_worker.engine import Engine, JobPreparer
 from reltrace_worker.engine.generation import Generation
@@ -18,7 +18,13 @@ from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.observability.metrics import PassStats
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
-from reltrace_worker.session.queue import QueuedJob, RequestQueue, RunningTask
+from reltrace_worker.session.queue import (
+    PASS_SECONDS,
+    QueuedJob,
+    RequestQueue,
+    RunningTask,
+    queue_order,
+)
 from reltrace_worker.session.requests import read_request
 from reltrace_worker.session.results import (
     EndedJobs,
@@ -36,13 +42,10 @@ from reltrace_worker.types.errors import (
     PassFailedError,
     ResultTooLargeError,
 )
-from reltrace_worker.types.jobs import AtlasJob, TokenizedPrompt, TraceJob
+from reltrace_worker.types.jobs import GenerateJob, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import JobResult, Outcome
 
 log = structlog.get_logger()
-
-_HANDICAPS = {types_pb2.PRIORITY_BATCH: 5.0}
-"""Seconds by which a job that came earlier lets an interactive one go first: not for ever."""
 
 _PASSES_AHEAD = 2
 """The pass under way and the one that follows it."""
@@ -56,7 +59,8 @@ class Runner:
     that wait at that moment, while the last results are still being encoded.
 
     A pass has at most `max_tokens` tokens; a longer prompt is a pass of its own. Runners of other
-    models may share the one engine thread.
+    models may share the one engine thread, and then share `queues`, to which each adds its own.
+    `pass_seconds` as in `RequestQueue`.
     """
 
     def __init__(
@@ -68,12 +72,17 @@ class Runner:
         spans: Spans | None = None,
         drafts: Drafts | None = None,
         watchdog: Watchdog | None = None,
+        pass_seconds: float = PASS_SECONDS,
+        queues: list[RequestQueue] | None = None,
     ) -> None:
         self._watchdog = watchdog or Watchdog()
         self._model = model
         self._engine = engine
         self._preparer = JobPreparer(model, self._watchdog.step)
-        self._queue = RequestQueue(max_tokens)
+        self._queue = RequestQueue(max_tokens, pass_seconds)
+        # Those of all runners that share the engine's thread.
+        self._queues = [] if queues is None else queues
+        self._queues.append(self._queue)
         self._text_thread = ThreadPoolExecutor(1, "text")
         self._corpus_thread = ThreadPoolExecutor(1, "corpus")
         self._engine_thread = engine_thread or ThreadPoolExecutor(1, "engine")
@@ -164,7 +173,6 @@ class Runner:
     def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[QueuedJob], list[Chunks]]:
         jobs: list[QueuedJob] = []
         ended: list[Chunks] = []
-        now = time.monotonic()
         for lease in leases:
             key = LeaseKey.of(lease)
             if key not in self._preparing:
@@ -187,8 +195,7 @@ class Runner:
                 if isinstance(job, TokenizedPrompt):
                     ended.append(self._encoder.tokenized(lease, job))
                 else:
-                    order = now + _HANDICAPS.get(lease.priority, 0.0)
-                    jobs.append(QueuedJob(key, lease, job, order))
+                    jobs.append(QueuedJob(key, lease, job, queue_order(lease)))
         return jobs, ended
 
     def _run_pass(self) -> EndedJobs | None:
@@ -203,12 +210,20 @@ class Runner:
         if not isinstance(batch[0].job, TraceJob):
             return self._begin(batch, full_pass_jobs)
         started = time.perf_counter()
+
+        def stop() -> bool:
+            spent = time.perf_counter() - started
+            return spent > self._queue.pass_seconds and any(self._queues)
+
         with self._computing(batch, self._queue.limit(batch)):
-            ended = list(zip(batch, self._trace(batch), strict=True))
+            self._engine.should_stop = stop
+            outcomes = self._trace(batch)
         seconds = time.perf_counter() - started
-        self._queue.measured(batch, seconds)
-        self._charge(seconds, [(job, job.job.total_tokens) for job in batch], self._queue.capacity)
-        return self._account(ended, seconds, full_pass_jobs)
+        ended, others = self._queue.end_pass(batch, outcomes, seconds, self._engine.join)
+        done = [*(job for job, _ in ended), *others]
+        self._charge(seconds, [(job, _tokens(job, None)) for job in done], self._queue.capacity)
+        accounted = self._account(ended, seconds, full_pass_jobs, others)
+        return accounted if ended else None
 
     @contextmanager
     def _computing(self, jobs: Sequence[QueuedJob], limit: float = LIMIT) -> Iterator[Work]:
@@ -266,6 +281,9 @@ class Runner:
                 work, outcomes = task.take_work(), task.take_outcomes()
         except DeviceLostError:
             raise
+        except InvalidJob as error:
+            failed = True
+            outcomes = dict.fromkeys(running.jobs, error)
         except Exception as error:
             failed = True
             log.warning("task.failed", jobs=len(running.jobs), exc_info=error)
@@ -322,15 +340,23 @@ class Runner:
         self.stats.capacity += max(tokens, capacity)
 
     def _account(
-        self, ended: Sequence[tuple[QueuedJob, Outcome]], seconds: float, full_pass_jobs: int
+        self,
+        ended: Sequence[tuple[QueuedJob, Outcome]],
+        seconds: float,
+        full_pass_jobs: int,
+        others: Sequence[QueuedJob] = (),
     ) -> EndedJobs:
-        """Account for jobs that have ended with a pass, or with a task that has taken so long."""
+        """Account for jobs that have ended with a pass, or with a task that has taken so long.
+
+        `others` were in the pass with some of their targets, and go on in a later one.
+        """
         self._drafts.forget(job.key for job, _ in ended)
         tokens = sum(_tokens(job, outcome) for job, outcome in ended)
-        failed = sum(isinstance(outcome, EngineError) for _, outcome in ended)
+        tokens += sum(_tokens(job, None) for job in others)
+        failed = sum(not isinstance(outcome, JobResult) for _, outcome in ended)
         self.stats.failed += failed
         self.stats.jobs += len(ended) - failed
-        for job, _ in ended:
+        for job in [*(job for job, _ in ended), *others]:
             self._spans.record(
                 "reltrace.pass",
                 job.lease.spec.traceparent,
@@ -341,7 +367,7 @@ class Runner:
                 model=self._model.name,
                 rule=job.job.rule,
                 tokens=job.job.total_tokens,
-                jobs_in_pass=len(ended),
+                jobs_in_pass=len(ended) + len(others),
                 tokens_in_pass=tokens,
             )
         log.debug("pass.done", jobs=len(ended), tokens=tokens, seconds=round(seconds, 4))
@@ -352,9 +378,9 @@ def _failure(error: Exception) -> EngineError:
     return error if isinstance(error, EngineError) else PassFailedError(str(error))
 
 
-def _tokens(job: QueuedJob, outcome: Outcome) -> int:
+def _tokens(job: QueuedJob, outcome: Outcome | None) -> int:
     """Return how many tokens went through the model for a job."""
-    if isinstance(job.job, AtlasJob):
-        return job.job.total_tokens
+    if not isinstance(job.job, GenerateJob):
+        return job.job.rows
     generated = outcome.generated if isinstance(outcome, JobResult) else None
     return len(job.job.token_ids) + (len(generated.token_ids) if generated else 0)
