@@ -96,6 +96,10 @@ def compare(pair: Pair, checkpointing: Any) -> None:
     for rule in RULES:
         jobs = prepare(pair.alone, *everything(rule))
         assert_close(run(leading, jobs), run(alone, jobs))
+        # Several backward passes after one forward pass.
+        (first, *_) = jobs
+        apart = [replace(first, packs_targets=False)]
+        assert_close(run(leading, apart), run(alone, apart))
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
@@ -145,16 +149,36 @@ def test_texts(pairs: dict[str, Pair], name: str) -> None:
         assert other.generated
         assert one.generated.token_ids == other.generated.token_ids
         assert one.generated.logprobs == pytest.approx(other.generated.logprobs, abs=1e-4)
-    task = leading.begin(jobs)
+    # One joins in the middle of a call, another is cancelled.
+    task = leading.begin(jobs[:2])
+    joined: list[int | None] = []
+    leading.advance(task, lambda: joined.append(task.join(jobs[2])), steps=1)
     leading.advance(task, steps=3)
     task.cancel(1)
-    found = {}
+    found: dict[int, Any] = {}
     while not task.finished:
         leading.advance(task, steps=4)
         found |= task.take_outcomes()
+    assert joined == [2]
     assert found.keys() == {0, 2}
     for index, outcome in found.items():
         assert outcome.generated.token_ids == ours[index].generated.token_ids
+
+
+def test_a_job_stops_between_its_targets(pairs: dict[str, Pair]) -> None:
+    """Rank 0 decides: the result has the targets until then, and all ranks go on together."""
+    leading, alone = pairs["grouped"].engines("off")
+    targets = tuple(TargetRequest(token=token) for token in (3, 4, 5))
+    (job,) = prepare(pairs["grouped"].alone, TraceRequest(PROMPTS[0], targets=targets))
+    assert isinstance(job, TraceJob)
+    apart = replace(job, packs_targets=False)
+    leading.should_stop = lambda: True
+    (ours,) = run(leading, [apart])
+    assert len(ours.targets) == 1
+    leading.should_stop = lambda: False
+    assert_close(run(leading, [apart]), run(alone, [apart]))
+    (first,) = run(alone, [apart.with_targets(apart.targets[:1])])
+    assert_close([ours], [first])
 
 
 def test_an_atlas(pairs: dict[str, Pair]) -> None:

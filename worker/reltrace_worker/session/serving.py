@@ -25,6 +25,7 @@ from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.followers import Followers, Leader, join
 from reltrace_worker.session.headers import model_info
 from reltrace_worker.session.model_sources import ModelSource, check_name
+from reltrace_worker.session.queue import RequestQueue
 from reltrace_worker.session.routing import RoutingRunner
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.watchdog import Watchdog
@@ -122,6 +123,7 @@ def serve(
     engine_thread = ThreadPoolExecutor(1, "engine")
     drafts, watchdog = Drafts(), Watchdog()
     limit = None if settings.memory_gib is None else int(settings.memory_gib * 2**30)
+    queues: list[RequestQueue] = []
     runners = []
     for index, found in enumerate(models):
         options: dict[str, Any] = {"rules": found.rules}
@@ -132,7 +134,7 @@ def serve(
             options["commands"] = followers.of_model(index)
             engine = LeadingEngine(*arguments, **options)
         runners.append(
-            _runner(found.model, engine, settings, engine_thread, spans, drafts, watchdog)
+            _runner(found.model, engine, settings, engine_thread, spans, drafts, watchdog, queues)
         )
     if followers is not None:
         followers.on_lost = watchdog.lose
@@ -180,6 +182,7 @@ def _runner(
     spans: Spans | None,
     drafts: Drafts,
     watchdog: Watchdog,
+    queues: list[RequestQueue],
 ) -> Runner:
     tokens = engine.token_budget() if settings.max_tokens == "auto" else int(settings.max_tokens)
     log.info(
@@ -189,4 +192,14 @@ def _runner(
         checkpointing=settings.checkpointing,
         products=engine.products,
     )
-    return Runner(model, engine, tokens, engine_thread, spans, drafts, watchdog)
+    return Runner(
+        model,
+        engine,
+        tokens,
+        engine_thread,
+        spans,
+        drafts,
+        watchdog,
+        settings.pass_seconds,
+        queues,
+    )
