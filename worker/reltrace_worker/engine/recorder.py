@@ -12,6 +12,7 @@ from reltrace_worker.engine.hooks import SiteHooks
 from reltrace_worker.engine.reductions import REDUCTIONS, JobRows, Reduction, Sizes
 from reltrace_worker.engine.sites import SITES, Site
 from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.placement import to_device
 from reltrace_worker.types.errors import EngineError, NotFiniteError
 from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import SiteTensor
@@ -61,8 +62,11 @@ class _Buffers:
         self._rows: torch.Tensor | None = None
         if len(indices) < len(batch.jobs):
             rows = [torch.arange(starts[j], starts[j] + lengths[j]) for j in indices]
-            self._rows = torch.cat(rows).to(loaded.device)
+            self._rows = to_device(torch.cat(rows), loaded.device)
         self._sizes = Sizes(start, len(indices), group.site.features(loaded.shape), group.k)
+        self._reduce = group.reduction.prepare(
+            tuple(self.jobs.values()), self._sizes, loaded.device
+        )
         # One per part of the reduction, on the CPU: [passes, layers asked for, *reduced layer].
         self._parts = [
             torch.empty(
@@ -78,12 +82,9 @@ class _Buffers:
         if target >= self.group.backward_passes or layer not in self._layers:
             return
         if self._rows is not None:
-            # A copy only where the layer is on another device than the embeddings.
-            rows = self._rows.to(value.device)
-            value, gradient = value[rows], gradient[rows]
+            value, gradient = value[self._rows], gradient[self._rows]
         relevance = self.group.site.fold(relevance_of(value, gradient), self._shape)
-        jobs = tuple(self.jobs.values())
-        reduced = self.group.reduction.reduce(relevance, jobs, self._sizes)
+        reduced = self._reduce(relevance)
         for buffer, part in zip(self._parts, reduced, strict=True):
             buffer[target, self._layers[layer]].copy_(part, non_blocking=True)
         self._written += 1
