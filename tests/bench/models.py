@@ -75,6 +75,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
         dtype=dtype,
         device=next(model.parameters()).device,
         context_length=config.max_position_embeddings,
+        parameters=model.num_parameters(),
     )
 
 

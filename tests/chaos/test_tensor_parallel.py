@@ -42,4 +42,4 @@ def test_a_rank_that_dies_between_results_costs_no_job(start: Start) -> None:
     assert states == [types_pb2.JOB_STATE_SUCCEEDED] * len(jobs)
     wait_until(lambda: len(worker.deaths) == 1, "it is started again")
     assert [death.code for death in worker.deaths] == [HANGS]
-    assert "rank 1 has ended with code -9" in worker.log.read_text()
+    assert "rank 1 has ended" in worker.log.read_text()

@@ -108,8 +108,8 @@ class Followers:
         return ModelCommands(self, index)
 
     def send(self, command: Command) -> None:
-        for process in self._processes:
-            self._send(process, command)
+        for rank in range(1, len(self._processes) + 1):
+            self._send(rank, command)
 
     def wait(self) -> None:
         """Wait until all have done the last command."""
@@ -121,16 +121,16 @@ class Followers:
             if done is None:
                 raise DeviceLostError(f"rank {rank} has ended")
             if not done:
-                self._send(self._processes[rank - 1], _GO_ON)
+                self._send(rank, _GO_ON)
 
-    @staticmethod
-    def _send(process: subprocess.Popen[bytes], command: Command) -> None:
+    def _send(self, rank: int, command: Command) -> None:
+        process = self._processes[rank - 1]
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps(command).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError as error:
-            raise DeviceLostError("another rank has ended") from error
+            raise DeviceLostError(f"rank {rank} has ended") from error
 
     def _listen(self, rank: int) -> None:
         process = self._processes[rank - 1]
