@@ -181,6 +181,8 @@ class Session:
         while True:
             results = await self._runner.next_results()
             self._window.adapt(self._runner.full_pass_jobs())
+            if not results:
+                self._offer()
             failed = [result for result in results if isinstance(result, FailedAttempt)]
             for attempt in failed:
                 self._drop({attempt.key})
@@ -236,8 +238,8 @@ class Session:
     async def _upload(self) -> None:
         while True:
             results = await self._finished.get()
-            for message in pack_results(results, self._held):
-                await self._uploads.add(message)
+            for request in pack_results(results, self._held):
+                await self._uploads.add(request)
 
     async def _draft(self) -> None:
         while True:
