@@ -78,6 +78,7 @@ $(RIVALS)/.setup: tests/bench/requirements.txt $(VENV)/.setup
 bench: $(VENV)/.setup-dev $(RIVALS)/.setup ## measure speed and memory, as tests/bench/README.md says (minutes)
 	@$(BIN)/python tests/bench/engine.py
 	@$(BIN)/python tests/bench/service.py --prompts 24
+	@$(BIN)/python tests/bench/start.py
 	@$(BIN)/python tests/bench/jobs.py --rivals $(RIVALS)/bin/python
 	@$(BIN)/python tests/bench/tensors.py
 

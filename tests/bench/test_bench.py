@@ -123,3 +123,10 @@ def test_the_benchmark_of_large_results_gives_its_figures() -> None:
     assert report["slow_reader"]["mib"] == 6
     # What piles up stays in Redis: three results are no more than the client may hold.
     assert report["slow_reader"]["scheduler_growth_mib"] < 64
+
+
+def test_the_benchmark_of_a_start_gives_its_figures() -> None:
+    report = run("start.py", "--model", "tiny", "--rounds", "1", "--threads", "1")
+    assert 0 < report["loading_seconds"] < 60
+    assert 0 < report["serving_seconds"] < 60
+    assert report["beyond_seconds"] < report["serving_seconds"]

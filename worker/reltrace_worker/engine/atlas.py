@@ -23,9 +23,9 @@ ATLAS_SITES = ("neuron", "head")
 _LARGEST = 2.0**22
 """Sums are exact up to here, and far beyond what a model's numbers are."""
 
-PASS_TOKENS = 2048
-"""Tokens of one pass, whatever the worker's memory: numbers depend on what is packed together, in
-their last bits, and an atlas is to be the same wherever it is made."""
+PASS_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Tokens of one pass, whatever the worker's memory and speed: numbers depend on what is packed
+together, in their last bits, and an atlas is to be the same on all devices of a kind."""
 
 
 class AtlasRecorder(SiteHooks):
@@ -93,7 +93,7 @@ class Atlas:
         self.checkpointing = False
         self._cancelled = False
         self._computed = 0
-        self._passes = _passes(job.prompts)
+        self._passes = _passes(job.prompts, PASS_TOKENS[loaded.device.type])
 
     @property
     def finished(self) -> bool:
@@ -155,12 +155,12 @@ class Atlas:
         return tuple(tensors)
 
 
-def _passes(prompts: Sequence[TraceJob]) -> deque[list[int]]:
-    """Cut a corpus into passes, in its order."""
+def _passes(prompts: Sequence[TraceJob], most: int) -> deque[list[int]]:
+    """Cut a corpus into passes of at most so many tokens, in its order."""
     passes: deque[list[int]] = deque()
     tokens = 0
     for index, job in enumerate(prompts):
-        if not passes or tokens + len(job.token_ids) > PASS_TOKENS:
+        if not passes or tokens + len(job.token_ids) > most:
             passes.append([])
             tokens = 0
         passes[-1].append(index)

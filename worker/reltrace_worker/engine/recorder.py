@@ -12,6 +12,7 @@ from reltrace_worker.engine.hooks import SiteHooks
 from reltrace_worker.engine.reductions import REDUCTIONS, JobRows, Reduction, Sizes
 from reltrace_worker.engine.sites import SITES, Site
 from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.placement import to_device
 from reltrace_worker.types.errors import EngineError, NotFiniteError
 from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import SiteTensor
@@ -30,13 +31,11 @@ class _Group:
     reduction: Reduction
     layers: tuple[int, ...]
     k: int
-    # A job of many targets must not multiply the buffers of its neighbours.
-    backward_passes: int
 
     @staticmethod
     def of(job: TraceJob, site: Site, layers: int) -> _Group:
         wanted = (job.layers or tuple(range(layers))) if site.per_layer else (0,)
-        return _Group(site, REDUCTIONS[job.reduction], wanted, job.k, len(job.targets))
+        return _Group(site, REDUCTIONS[job.reduction], wanted, job.k)
 
 
 class _Buffers:
@@ -61,12 +60,16 @@ class _Buffers:
         self._rows: torch.Tensor | None = None
         if len(indices) < len(batch.jobs):
             rows = [torch.arange(starts[j], starts[j] + lengths[j]) for j in indices]
-            self._rows = torch.cat(rows).to(loaded.device)
+            self._rows = to_device(torch.cat(rows), loaded.device)
         self._sizes = Sizes(start, len(indices), group.site.features(loaded.shape), group.k)
+        self._reducers = {
+            device: group.reduction.prepare(tuple(self.jobs.values()), self._sizes, device)
+            for device in loaded.devices
+        }
         # One per part of the reduction, on the CPU: [passes, layers asked for, *reduced layer].
         self._parts = [
             torch.empty(
-                (group.backward_passes, len(group.layers), *group.reduction.shape(self._sizes)),
+                (batch.backward_passes, len(group.layers), *group.reduction.shape(self._sizes)),
                 dtype=dtype,
                 # Pinned, a copy from the GPU does not stop the queue of kernels.
                 pin_memory=loaded.device.type == "cuda",
@@ -75,21 +78,20 @@ class _Buffers:
         ]
 
     def record(self, target: int, layer: int, value: torch.Tensor, gradient: torch.Tensor) -> None:
-        if target >= self.group.backward_passes or layer not in self._layers:
+        if layer not in self._layers:
             return
         if self._rows is not None:
             # A copy only where the layer is on another device than the embeddings.
             rows = self._rows.to(value.device)
             value, gradient = value[rows], gradient[rows]
         relevance = self.group.site.fold(relevance_of(value, gradient), self._shape)
-        jobs = tuple(self.jobs.values())
-        reduced = self.group.reduction.reduce(relevance, jobs, self._sizes)
+        reduced = self._reducers[value.device](relevance)
         for buffer, part in zip(self._parts, reduced, strict=True):
             buffer[target, self._layers[layer]].copy_(part, non_blocking=True)
         self._written += 1
 
     def check_complete(self, passes: int) -> None:
-        expected = min(passes, self.group.backward_passes) * len(self._layers)
+        expected = passes * len(self._layers)
         if self._written != expected:
             raise EngineError(
                 f"site {self.group.site.name!r} recorded {self._written} tensors instead of "
@@ -152,7 +154,7 @@ class RelevanceRecorder(SiteHooks):
         """
         job = self._batch.jobs[index]
         tensors: list[SiteTensor] = []
-        for trace in range(min(len(job.targets), self.target + 1)):
+        for trace in range(self.target + 1):
             for site in job.sites:
                 (buffers,) = (b for b in self._buffers[site] if index in b.jobs)
                 tensors += buffers.tensors(trace, index)

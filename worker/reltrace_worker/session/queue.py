@@ -75,7 +75,7 @@ class RequestQueue:
 
     def __init__(self, max_tokens: int, pass_seconds: float = PASS_SECONDS) -> None:
         self._max_tokens = max_tokens
-        self._pass_seconds = pass_seconds
+        self.pass_seconds = pass_seconds
         # Held while the jobs of a task are changed.
         self.lock = threading.Lock()
         # Rows for which the last batch had room.
@@ -94,10 +94,6 @@ class RequestQueue:
     @property
     def has_waiting(self) -> bool:
         return bool(self._waiting)
-
-    @property
-    def pass_seconds(self) -> float:
-        return self._pass_seconds
 
     def add(self, jobs: Sequence[QueuedJob]) -> None:
         with self.lock:
@@ -132,30 +128,29 @@ class RequestQueue:
         with self.lock:
             # Of tasks one of each batch key at a time: it holds memory meanwhile.
             begun = {running.batch_key for running in self._tasks}
-            jobs = (job.job for job in self._waiting)
-            first = next((job for job in jobs if job.batch_key not in begun), None)
+            waiting = (job for job in self._waiting if job.job.batch_key not in begun)
+            first = next(waiting, None)
             if first is None:
                 return []
-            if not isinstance(first, TraceJob):
+            self.capacity = self._max_tokens
+            if not isinstance(first.job, TraceJob):
                 # Others join it, where it is a generation.
-                job = next(job for job in self._waiting if job.job is first)
-                self._waiting.remove(job)
-                self.capacity = self._max_tokens
-                return [job]
-            speed = self._speeds.get(first.batch_key, 0.0)
-            work = max(LEAST_WORK, speed * self._pass_seconds)
-            budget = _BatchBudget(self._max_tokens, work)
+                self._waiting.remove(first)
+                return [first]
+            speed = self._speeds.get(first.job.batch_key, 0.0)
+            work = max(LEAST_WORK, speed * self.pass_seconds)
+            room = self.capacity = int(min(self.capacity, work / first.job.passes))
             batch: list[QueuedJob] = []
             left: deque[QueuedJob] = deque()
             for job in self._waiting:
-                part = budget.take(job.job) if job.job.batch_key == first.batch_key else None
+                part = _part(job, first, room)
                 if part is None:
                     left.append(job)
                 else:
-                    batch.append(_part(job, part))
+                    batch.append(part)
+                    room -= part.job.rows
             self._waiting = left
             self._running = {job.key for job in batch}
-            self.capacity = budget.capacity
         return batch
 
     def end_pass(
@@ -208,7 +203,7 @@ class RequestQueue:
         speed, key = _work(batch) / max(seconds, 1e-6), batch[0].job.batch_key
         with self.lock:
             # A short pass is slower per token, which says nothing of a full one.
-            if speed > self._speeds.get(key, 0.0) or seconds > self._pass_seconds:
+            if speed > self._speeds.get(key, 0.0) or seconds > self.pass_seconds:
                 self._speeds[key] = speed
 
     def next_task(self) -> RunningTask | None:
@@ -279,11 +274,21 @@ def queue_order(lease: worker_pb2.Lease) -> float:
     return time.monotonic() + _HANDICAPS.get(lease.priority, 0.0)
 
 
-def _part(queued: QueuedJob, part: Job) -> QueuedJob:
-    """Return what a pass takes of a job."""
-    if part is queued.job or not isinstance(queued.job, TraceJob) or not isinstance(part, TraceJob):
-        return queued
-    return replace(queued, job=part, left=queued.job.targets[len(part.targets) :])
+def _part(queued: QueuedJob, first: QueuedJob, room: int) -> QueuedJob | None:
+    """Return what a pass that has so many rows left takes of a job: all, some targets, or None."""
+    job, begins = queued.job, queued is first
+    if not isinstance(job, TraceJob) or job.batch_key != first.job.batch_key:
+        return None
+    if not begins and (job.alone or (isinstance(first.job, TraceJob) and first.job.alone)):
+        return None
+    count = len(job.targets)
+    if job.sites and not job.alone:
+        # However long a prompt is: the first has one target traced.
+        count = min(count, max(room // job.total_tokens, int(begins)))
+    part = job.with_targets(job.targets[:count])
+    if not count or (part.rows > room and not begins):
+        return None
+    return replace(queued, job=part, left=job.targets[count:])
 
 
 def _done(queued: QueuedJob, outcome: Outcome) -> QueuedJob:
@@ -298,32 +303,3 @@ def _done(queued: QueuedJob, outcome: Outcome) -> QueuedJob:
 
 def _work(batch: Sequence[QueuedJob]) -> int:
     return sum(job.job.rows * job.job.passes for job in batch)
-
-
-class _BatchBudget:
-    """What else fits into a pass: of so many rows, and of so much work (see `LEAST_WORK`)."""
-
-    def __init__(self, tokens: int, work: float) -> None:
-        # Rows that there is room for, in such a pass as it becomes.
-        self.capacity = tokens
-        self._work = work
-        self._jobs = self._rows = 0
-        self._alone = False
-
-    def take(self, job: Job) -> Job | None:
-        """Return what the pass has room for, and count it: a job, some targets of it, or None."""
-        alone = isinstance(job, TraceJob) and job.alone
-        if not self._jobs:
-            self.capacity = int(min(self.capacity, self._work / job.passes))
-        elif alone or self._alone:
-            return None
-        if isinstance(job, TraceJob) and job.sites and not alone:
-            room = (self.capacity - self._rows) // job.total_tokens
-            # However long a prompt is: the first has one target traced.
-            job = job.with_targets(job.targets[: max(room, 0 if self._jobs else 1)])
-            if not job.targets:
-                return None
-        if self._jobs and self._rows + job.rows > self.capacity:
-            return None
-        self._jobs, self._rows, self._alone = self._jobs + 1, self._rows + job.rows, alone
-        return job
