@@ -151,7 +151,7 @@ async def test_a_result_says_whose_functions_ran(
 def test_lxts_functions_are_not_compiled(checkpoints: Checkpoints) -> None:
     source = read_sources([str(checkpoints.folder("plain"))], [], None)
     with pytest.raises(ModelError, match=r"--compile .* excludes --rules lxt"):
-        serve(source, replace(SETTINGS, rules="lxt", compile=True))
+        serve(source, replace(SETTINGS, rules="lxt", compile="on"))
 
 
 def test_two_models_of_one_name_are_refused(checkpoints: Checkpoints) -> None:

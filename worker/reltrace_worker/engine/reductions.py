@@ -42,12 +42,14 @@ class Reduction:
     name: str
     # The shape of a reduced layer, which all its parts share.
     shape: Callable[[Sizes], tuple[int, ...]]
-    # From relevance, float32 [N, F], to one reduced layer, part by part.
+    # From relevance, float32 [N, F] ([N] if `by_row`), to one reduced layer, part by part.
     reduce: Callable[[torch.Tensor, Sequence[JobRows], Sizes], tuple[torch.Tensor, ...]]
     # From reduced layers, [..., *shape], to one job's part of them (a view).
     select: Callable[[torch.Tensor, JobRows, Sizes], torch.Tensor]
     # Name and dtype of each tensor that it yields.
     parts: tuple[tuple[str, torch.dtype], ...] = (("", torch.float32),)
+    # It needs only the sum of each row, which is taken with the product in one go.
+    by_row: bool = False
 
 
 def _topk(
@@ -76,8 +78,9 @@ REDUCTIONS: dict[str, Reduction] = {
         Reduction(
             "token",
             shape=lambda sizes: (sizes.rows,),
-            reduce=lambda relevance, jobs, _: (relevance.sum(-1),),
+            reduce=lambda relevance, jobs, _: (relevance,),
             select=lambda reduced, job, _: reduced[..., job.rows],
+            by_row=True,
         ),
         Reduction(
             "feature",

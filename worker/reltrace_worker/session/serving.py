@@ -12,6 +12,7 @@ from reltrace_proto.v1 import types_pb2
 from reltrace_worker.config import Settings
 from reltrace_worker.engine import Engine
 from reltrace_worker.lrp import RULES, Rule, verify_rule
+from reltrace_worker.lrp.joined import join_linear_layers
 from reltrace_worker.lrp.lxt_rules import lxt_rules
 from reltrace_worker.lrp.ops import compile_functions
 from reltrace_worker.models import LoadedModel, load_model
@@ -53,8 +54,8 @@ def serve(sources: Sequence[ModelSource], settings: Settings, spans: Spans | Non
 
     Raises `ModelError`: a model can not be loaded, or two have one name.
     """
-    if settings.compile and settings.rules == "lxt":
-        raise ModelError("--compile compiles the fused functions; it excludes --rules lxt")
+    if settings.compile == "on" and settings.rules == "lxt":
+        raise ModelError("--compile on compiles the fused functions; it excludes --rules lxt")
     models: list[LoadedModel] = []
     rules: list[Mapping[str, Rule]] = []
     for source in sources:
@@ -70,8 +71,11 @@ def serve(sources: Sequence[ModelSource], settings: Settings, spans: Spans | Non
         )
         check_name(model.name, [other.name for other in models])
         rules.append(RULES if settings.rules == "fused" else lxt_rules(model.family))
-        if settings.compile:
-            compile_functions(model.device, model.dtype)
+        _compile(settings, model)
+        if model.device.type == "cuda":
+            join_linear_layers(model.model)
+            # The blocks of the weights that were apart.
+            torch.cuda.empty_cache()
         _verify_rules(model, rules[-1])
         log.info(
             "model.loaded", model=model.name, revision=model.revision, device=str(model.device)
@@ -101,6 +105,20 @@ def serve(sources: Sequence[ModelSource], settings: Settings, spans: Spans | Non
         drafts=drafts,
         watchdog=watchdog,
     )
+
+
+def _compile(settings: Settings, model: LoadedModel) -> None:
+    """Compile the rules' functions, where that is asked for or was shown to pay."""
+    if settings.compile == "off" or settings.rules == "lxt":
+        return
+    if settings.compile == "auto" and model.device.type != "cuda":
+        return
+    try:
+        compile_functions(model.device, model.dtype)
+    except ModelError as error:
+        if settings.compile == "on":
+            raise
+        log.warning("rules.not_compiled", model=model.name, error=str(error))
 
 
 def _verify_rules(model: LoadedModel, rules: Mapping[str, Rule]) -> None:
