@@ -64,7 +64,8 @@ key                             type    holds
 ``backpressured:<sub>``         list    jobs that wait until results are read
 ``results:<sub>``               stream  an entry ``<n>-0`` per ended job, n = 1, 2, ...: ``j`` =
                                         job id and ``c`` = the only chunk, or ``l`` = key of a
-                                        list with all chunks and ``b`` = their bytes
+                                        list with all chunks, ``b`` = their bytes and ``w`` =
+                                        the worker that ended it
 ``chunks:<job>:<attempt>``      list    chunks of a result that is more than one
 ``draft:<job>``                 stream  drafts of the present attempt:
                                         ``<attempt>-<bytes so far>``, ``d`` = a ``Draft``

@@ -5,6 +5,9 @@ from enum import StrEnum
 
 from reltrace_scheduler.keys import QueueName, job_ids
 
+_INLINE = 1 << 16
+"""Bytes of an only chunk that is stored with its entry (`INLINE` of commit.lua)."""
+
 
 class Priority(StrEnum):
     """Of a submission; also the class of the queues that its jobs start in."""
@@ -89,6 +92,11 @@ class NewChunk:
     """A serialized ``ResultChunk``."""
     too_large: bytes = b""
     """A serialized ``ResultChunk`` that ends the job if this one makes its result too large."""
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether it is a whole result, so small that it is taken whatever the bounds are."""
+        return self.number == 1 and bool(self.end) and len(self.data) <= _INLINE
 
 
 @dataclass(frozen=True, slots=True)

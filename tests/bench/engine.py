@@ -175,7 +175,7 @@ def against_forward(loaded: LoadedModel, inputs: list[list[int]], rounds: int) -
                 input_ids=pack.token_ids(loaded.device),
                 position_ids=pack.position_ids(loaded.device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(Readout(pack).rows),
+                logits_to_keep=Readout(loaded, pack).rows,
                 packing=pack.packing,
             )
 

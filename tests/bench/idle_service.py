@@ -67,6 +67,8 @@ def redis_server(appendfsync: str) -> Iterator[tuple[str, int]]:
             str(find_server()), "--port", "0", "--unixsocket", str(socket), "--dir", folder,
             "--appendonly", "yes", "--appendfsync", appendfsync, "--save", "",
             "--maxmemory-policy", "noeviction",
+            # As a scheduler's own Redis has them.
+            "--auto-aof-rewrite-min-size", "256mb", "--rdbcompression", "no",
         ]  # fmt: skip
         with process(command, stdout=subprocess.DEVNULL) as running:
             _until_it_answers(socket)

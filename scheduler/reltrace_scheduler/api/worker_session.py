@@ -5,6 +5,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import structlog
@@ -30,8 +31,6 @@ from reltrace_scheduler.records import Lease, NewChunk, Priority, WorkerRecord
 
 log = structlog.get_logger()
 
-_ALWAYS_TAKEN = 1 << 16
-"""Bytes of an only chunk that is stored whatever the bounds are (`INLINE` of commit.lua)."""
 _DRAFT_BYTES = 1 << 18
 """More than a whole text needs with any vocabulary."""
 _FIRST_DELAY, _LAST_DELAY = 1.0, 8.0
@@ -330,6 +329,7 @@ class Session:
                 ended.append((types_pb2.ResultChunk.FromString(new.too_large), queue))
                 continue
             sizes[queue.route] += len(new.data)
+            self._store.results.note_stored(self.worker_id, new)
             if new.end:
                 ended.append((leased.chunk, queue))
         for route, size in sizes.items():
@@ -352,11 +352,10 @@ def _new_chunk(index: int, leased: worker_pb2.LeasedChunk, max_result_bytes: int
         if chunk.end.state not in _END_STATES:
             raise invalid(f"{path}.end.state", "must be SUCCEEDED or FAILED")
         end = terminal_results.state_name(chunk.end.state)
-    lease, data = _lease(leased), chunk.SerializeToString()
-    too_large = b""
-    if chunk.number > 1 or len(data) > _ALWAYS_TAKEN:
-        too_large = terminal_results.too_large(lease, max_result_bytes).data
-    return NewChunk(lease, chunk.number, end, data, too_large)
+    new = NewChunk(_lease(leased), chunk.number, end, chunk.SerializeToString())
+    if new.is_inline:
+        return new
+    return replace(new, too_large=terminal_results.too_large(new.lease, max_result_bytes).data)
 
 
 def _new_draft(index: int, draft: types_pb2.Draft) -> tuple[Lease, bytes]:

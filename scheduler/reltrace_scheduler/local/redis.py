@@ -42,6 +42,9 @@ _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 
+_LEAST_REWRITTEN = "256mb"
+"""Size of the append-only file from which on Redis writes it anew once it has doubled."""
+
 _LOCK_PATIENCE = 15.0
 """Seconds for the server of a scheduler that was killed to write its file and end."""
 
@@ -83,6 +86,9 @@ class EmbeddedRedis:
                 *("--dir", str(self._data)),
                 *("--appendonly", "yes", "--appendfsync", self._fsync),
                 *("--save", ""),
+                # Results come and go: of what is written, little is there when the file is written
+                # anew. And their numbers do not get shorter by compression.
+                *("--auto-aof-rewrite-min-size", _LEAST_REWRITTEN, "--rdbcompression", "no"),
                 # Jobs must never be evicted to make room.
                 *("--maxmemory", str(self._maxmemory), "--maxmemory-policy", "noeviction"),
             ]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+import hiredis
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import AbstractConnection, Connection, ConnectionPool, parse_url
@@ -36,8 +37,25 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
+_LONG = 1 << 15
+"""Bytes of an argument that is worth a write of its own."""
+
+
 class _Writes(AbstractConnection):
-    """Tells of a connection that is closed already, which uvloop does by a bare RuntimeError."""
+    """Packs commands in C, as redis-py's blocking client does: its asyncio client loops over them.
+
+    Also tells of a connection that is closed already, which uvloop does by a bare RuntimeError.
+    """
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        # A command such as "CONFIG GET" is two words; a long one goes as it is, without a copy.
+        if (
+            not isinstance(args[0], str)
+            or " " in args[0]
+            or any(len(arg) > _LONG for arg in args if isinstance(arg, bytes))
+        ):
+            return super().pack_command(*args)
+        return [hiredis.pack_command(args)]
 
     async def _send_packed_command(self, command: Iterable[bytes]) -> None:
         try:

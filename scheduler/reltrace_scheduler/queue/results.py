@@ -8,9 +8,11 @@ from typing import Any
 
 from reltrace_scheduler.config import Settings
 from reltrace_scheduler.errors import ResultLostError
+from reltrace_scheduler.keys import submission_of
 from reltrace_scheduler.queue.bounds import Bounds
+from reltrace_scheduler.queue.chunk_cache import ChunkCache, ChunkName
 from reltrace_scheduler.queue.shards import Shards, milliseconds
-from reltrace_scheduler.records import Lease, Progress, StoredChunk, StoredDraft
+from reltrace_scheduler.records import Lease, NewChunk, Progress, StoredChunk, StoredDraft
 
 _IDEMPOTENCY_TTL = 600.0
 """Seconds that a key is kept after its results: longer than a client repeats one call."""
@@ -47,6 +49,12 @@ class Results:
         self._bounds = bounds
         self.open_streams: Counter[str] = Counter()
         """Streams of results that are open at this scheduler, by submission."""
+        self._cache = ChunkCache()
+
+    def note_stored(self, worker: str, chunk: NewChunk) -> None:
+        """Keep a chunk that was stored for the reader that waits for it here, if there is one."""
+        if not chunk.is_inline and submission_of(chunk.lease.job_id) in self.open_streams:
+            self._cache.add(worker, chunk)
 
     async def progress(self, submission: str) -> Progress | None:
         """Return how far a submission is; None when it is unknown."""
@@ -74,7 +82,7 @@ class Results:
                 entry = int(entry_id.partition(b"-")[0])
                 skip, after_chunk = after_chunk, 0
                 if b"l" in fields:
-                    async for chunk in self._read_list(entry, fields[b"l"], skip):
+                    async for chunk in self._read_list(entry, fields, skip):
                         yield chunk
                 elif skip == 0:
                     yield StoredChunk(entry, fields[b"c"])
@@ -84,13 +92,20 @@ class Results:
             entries = _PAGE_BYTES * len(page) // max(1, size)
             entries = min(max(_FIRST_PAGE, entries), _PAGE)
 
-    async def _read_list(self, entry: int, key: bytes, skip: int) -> AsyncIterator[StoredChunk]:
+    async def _read_list(
+        self, entry: int, fields: Mapping[bytes, bytes], skip: int
+    ) -> AsyncIterator[StoredChunk]:
+        key, job = fields[b"l"].decode(), fields[b"j"].decode()
+        # Entries from before schedulers kept chunks name no worker.
+        worker, attempt = fields.get(b"w", b"").decode(), int(key.rpartition(":")[2])
         # One chunk at a time: what the reader has not taken stays in Redis.
         for number in count(skip):
-            data: Any = await self._redis.lindex(key.decode(), number)
+            data: Any = self._cache.take(ChunkName(job, attempt, worker, number + 1))
+            if data is None:
+                data = await self._redis.lindex(key, number)
             if data is not None:
                 yield StoredChunk(entry, data)
-            elif number == skip and (not skip or await self._redis.llen(key.decode()) < skip):
+            elif number == skip and (not skip or await self._redis.llen(key) < skip):
                 raise ResultLostError(entry)
             else:
                 return
@@ -105,6 +120,7 @@ class Results:
             self.open_streams[submission] -= 1
             if not self.open_streams[submission]:
                 del self.open_streams[submission]
+                self._cache.drop(submission)
 
     async def acknowledge(self, submission: str, through_entry: int) -> int:
         """Free results up to and including an entry; return how many there were."""

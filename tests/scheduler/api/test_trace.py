@@ -72,6 +72,37 @@ async def test_results_are_streamed_as_they_come(client, worker: FakeWorker) -> 
         assert await stream.read() is grpc.aio.EOF
 
 
+async def test_a_result_that_a_reader_waits_for_is_not_read_back(
+    client, worker: FakeWorker, store: redis.asyncio.Redis
+) -> None:
+    """
+    Given a reader that has a small result, and waits for one of 3 MB in ten messages
+    I expect the reader to get all of it, and Redis to be asked for the end of it at most.
+    """
+    answer = await client.SubmitJobs(submission(JobSpec(prompt="a"), JobSpec(prompt="b")))
+    first, second = await worker.lease(2)
+    stream = client.StreamResults(
+        trace_pb2.StreamResultsRequest(submission_id=answer.submission_id)
+    )
+    async with asyncio.timeout(20):
+        await worker.finish([first], message=1)
+        assert (await stream.read()).events[0].chunk.job_id == first.job_id
+        before = (await store.info("stats"))["total_net_output_bytes"]
+        for number in range(1, 11):
+            leased = ended(second.job_id, second.attempt, bytes([number]) * 300_000, number)
+            if number < 10:
+                leased.chunk.ClearField("end")
+            await worker.send(results=worker_pb2.Results(id=1 + number, chunks=[leased]))
+        chunks: list[types_pb2.ResultChunk] = []
+        while (message := await stream.read()) is not grpc.aio.EOF:
+            chunks += [event.chunk for event in message.events]
+    assert [chunk.number for chunk in chunks] == list(range(1, 11))
+    assert all(c.tensors[0].data == bytes([c.number]) * 300_000 for c in chunks)
+    # The word that it has ended may come before the answer for its last chunk.
+    after = (await store.info("stats"))["total_net_output_bytes"]
+    assert after - before < 600_000
+
+
 async def test_a_stream_goes_on_after_the_last_chunk_seen(client, worker: FakeWorker) -> None:
     answer = await client.SubmitJobs(submission(*[JobSpec(prompt="a")] * 5))
     await worker.finish(await worker.lease(5), bytes(600_000))

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import uvloop
 from certificates import Certificates, make_certificates
+from redis.asyncio.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from reltrace_scheduler.errors import StartError
 from reltrace_scheduler.queue.address import RedisAddress, has_password, without_secrets
+from reltrace_scheduler.queue.client import clients
 from reltrace_scheduler.queue.connection import connect, parse_version
 
 
@@ -150,3 +152,25 @@ def test_a_connection_that_was_closed_meanwhile(redis_url: str) -> None:
         await client.aclose()
 
     uvloop.run(use())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("GET", "key"),
+        ("CONFIG GET", "maxmemory"),
+        (b"CONFIG GET", "maxmemory"),
+        ("EVALSHA", "0" * 40, 1, "schlüssel", b"\x00\r\n", -3, 0.1, 1e300, ""),
+        ("RPUSH", "key", b"short", b"long" * 10_000, "end"),
+    ],
+)
+async def test_commands_are_packed_as_redis_py_packs_them(redis_url: str, command) -> None:
+    """
+    Given a command with texts, bytes and numbers, long ones too
+    I expect the bytes that redis-py's own connection would send, and few pieces.
+    """
+    (client,) = clients(RedisAddress(redis_url))
+    ours = client.connection_pool.make_connection().pack_command(*command)
+    assert b"".join(ours) == b"".join(Connection().pack_command(*command))
+    assert len(ours) <= 3
+    await client.aclose()

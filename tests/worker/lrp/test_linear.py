@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -64,47 +65,82 @@ def test_value_and_gradient_are_those_of_the_plain_layer(
     if strided:
         x, g = x.mT.contiguous().mT, g.mT.contiguous().mT
     exact = value_and_gradient(copy.deepcopy(module).double(), x.double(), g.double())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "_LEAST_WORK", 0)
-        with linear.through_onednn([module]):
-            ours = value_and_gradient(module, x, g)
+    with linear.through_onednn([module]):
+        ours = value_and_gradient(module, x, g)
     for found, wanted, depth in zip(ours, exact, (inner, outer), strict=True):
         assert found.dtype == torch.float32
         # Rounding of a sum of `depth` products of normal numbers.
         assert float((found - wanted).abs().max()) <= 1e-6 * (4 + depth**0.5)
 
 
-@needs_onednn
-def test_what_is_too_small_stays_with_torch() -> None:
-    """
-    Given a small layer
-    If oneDNN may compute it
-    I expect torch's own function to: bit for bit, and in the graph.
-    """
-    module, x = layer(48, 96), torch.randn(5, 48, requires_grad=True)
-    plain = module(x)
-    with linear.through_onednn([module]):
-        value = module(x)
-    assert type(value.grad_fn) is type(plain.grad_fn)
-    assert torch.equal(value, plain)
-    with linear.through_onednn([module]), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "_LEAST_WORK", 0)
-        assert type(module(x).grad_fn) is not type(plain.grad_fn)
-
-
-def test_only_plain_frozen_float32_layers_are_taken() -> None:
+@pytest.mark.parametrize("faster", [True, False])
+def test_only_large_frozen_float32_layers_are_taken_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, faster: bool
+) -> None:
     class Quantized(nn.Linear):
         pass
 
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: faster)
     model = nn.Sequential(
-        layer(4, 4),
-        layer(4, 4).bfloat16(),
-        Quantized(4, 4).requires_grad_(False),
-        nn.Linear(4, 4),
-        layer(4, 4, bias=True),
+        layer(512, 512),
+        layer(512, 512).bfloat16(),
+        Quantized(512, 512).requires_grad_(False),
+        nn.Linear(512, 512),
+        layer(512, 511),
+        layer(512, 512, bias=True),
     )
     model[0].weight.requires_grad_(True)
-    assert linear.linear_layers(model) == ((model[4],) if linear.is_available() else ())
+    assert linear.linear_layers(model) == ((model[5],) if faster else ())
+
+
+def test_nothing_is_timed_for_a_model_without_large_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: pytest.fail("timed"))
+    assert linear.linear_layers(nn.Sequential(layer(512, 511), layer(512, 512).bfloat16())) == ()
+
+
+@needs_onednn
+@pytest.mark.parametrize(("seconds", "faster"), [(0.92, True), (0.94, False), (1.1, False)])
+def test_the_choice_is_made_once_by_the_time_of_both(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, faster: bool
+) -> None:
+    """
+    Given a clock that says what the products of either library take, and two rounds of eleven that
+    another program disturbs
+    If the process chooses
+    I expect oneDNN where it takes at most 93 % of the time, every call of it on one thread, and
+    nothing to be timed a second time.
+    """
+    now, calls = 0.0, 0
+    product, plain = linear._product, linear.linear
+
+    def onednn(*args: Any) -> torch.Tensor:
+        nonlocal now, calls
+        assert torch.get_num_threads() == 1
+        calls += 1
+        # Two products are one reading; of the third and the fourth the clock runs on.
+        now += seconds / 2 if calls not in (5, 7) else 40.0
+        return product(*args)
+
+    def torchs(*args: Any) -> torch.Tensor:
+        nonlocal now
+        now += 1.0
+        return plain(*args)
+
+    monkeypatch.setattr(linear, "_product", onednn)
+    monkeypatch.setattr(linear, "linear", torchs)
+    monkeypatch.setattr(linear.time, "thread_time", lambda: now)
+    threads = torch.get_num_threads()
+    linear.onednn_is_faster.cache_clear()
+    try:
+        assert linear.onednn_is_faster() is faster
+        timed = calls
+        assert linear.onednn_is_faster() is faster
+    finally:
+        linear.onednn_is_faster.cache_clear()
+    assert calls == timed == 2 * (1 + linear._ROUNDS)
+    assert torch.get_num_threads() == threads
 
 
 def test_layers_come_back_also_after_an_exception() -> None:
@@ -138,9 +174,11 @@ def test_a_trace_through_onednn_is_the_trace(
         for ids in ((3, 1, 4, 1, 5), (9, 2, 6), tuple(range(40)))
         for term in (Term(len(ids) - 1, 7),)
     ]
+    monkeypatch.setattr(linear, "_LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: False)
+    plain = Engine(loaded, checkpointing).run(jobs)  # type: ignore[arg-type]
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: True)
     engine = Engine(loaded, checkpointing)  # type: ignore[arg-type]
-    plain = engine.run(jobs)
-    monkeypatch.setattr(linear, "_LEAST_WORK", 0)
     products: list[int] = []
     product = linear._product
     monkeypatch.setattr(linear, "_product", lambda *a: products.append(1) or product(*a))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from reltrace_worker.lrp.attention import Packing, positions
+from reltrace_worker.models.placement import to_device
 from reltrace_worker.types.jobs import TraceJob
 
 
@@ -30,7 +31,8 @@ class PackedBatch:
 
     def token_ids(self, device: torch.device) -> torch.Tensor:
         """Return the token ids, int64 [1, N]."""
-        return torch.tensor([[i for job in self.jobs for i in job.token_ids]], device=device)
+        ids = torch.tensor([[i for job in self.jobs for i in job.token_ids]])
+        return to_device(ids, device)
 
     def position_ids(self, device: torch.device) -> torch.Tensor:
         """Return the position ids, int64 [1, N], which restart at 0 with each job."""

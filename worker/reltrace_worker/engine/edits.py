@@ -19,6 +19,7 @@ from torch import nn
 from reltrace_worker.engine.batch import PackedBatch
 from reltrace_worker.engine.sites import SITES, Site
 from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.placement import to_device
 from reltrace_worker.types.jobs import Edit
 
 MANY_CELLS = 1024
@@ -54,9 +55,12 @@ class _Step:
     add: torch.Tensor
 
     def apply(self, value: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.rows.to(value.device), self.columns.to(value.device)
+        rows, columns, scale, add = (
+            to_device(part, value.device)
+            for part in (self.rows, self.columns, self.scale, self.add)
+        )
         cells = value[rows, columns]
-        changed = cells * self.scale.to(cells) + self.add.to(cells)
+        changed = cells * scale.to(cells.dtype) + add.to(cells.dtype)
         return value.index_put((rows, columns), changed)
 
 

@@ -91,6 +91,11 @@ class Engine:
         """Name of the attention kernel, for a result's provenance."""
         return kernel_for(self._loaded.device, self._loaded.dtype, head_size(self._loaded)).name
 
+    @property
+    def products(self) -> str:
+        """Name of the library of large linear layers: ``"onednn"``, or ``"torch"``'s own choice."""
+        return "onednn" if self._linears else "torch"
+
     def token_budget(self) -> int:
         """Return how many tokens to put into one pass; at least 1.
 

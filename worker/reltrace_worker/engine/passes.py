@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,7 +73,8 @@ def predict(loaded: LoadedModel, batch: PackedBatch, _: SiteHooks, __: PassTimer
     """Run the forward pass of a batch alone."""
     edits = EditHooks.of(loaded, batch)
     with torch.no_grad(), edits.attached():
-        return _forward(loaded, batch, _embed(loaded, batch, edits))
+        readout = _forward(loaded, batch, _embed(loaded, batch, edits))[0]
+    return readout.scalars()
 
 
 def trace_keeping(
@@ -100,15 +101,15 @@ def trace_keeping(
             handle = layers[hooks.bottom - 1].register_forward_hook(keep_root)
             stack.callback(handle.remove)
         stack.enter_context(hooks.attached(hooks.bottom, len(layers)))
-        scalars = _forward(loaded, batch, embeddings)
+        readout, terms = _forward(loaded, batch, embeddings)
     (root,) = roots
     timer.start("backward")
-    starts = _starts(scalars, batch.backward_passes)
-    for index, start in enumerate(starts):
+    for index in range(batch.backward_passes):
         hooks.target = index
-        (gradient,) = torch.autograd.grad(start, root, retain_graph=index < len(starts) - 1)
+        more = index < batch.backward_passes - 1
+        (gradient,) = torch.autograd.grad(terms, root, readout.start(index), retain_graph=more)
         hooks.record_bottom(root.detach(), gradient)
-    return _detached(scalars)
+    return readout.scalars()
 
 
 def trace_checkpointed(
@@ -118,17 +119,17 @@ def trace_checkpointed(
     edits = EditHooks.of(loaded, batch)
     # Edits are made in the forward pass and in all that is computed again.
     with edits.attached():
-        tape, scalars, root = _taped_forward(loaded, batch, hooks, _embed(loaded, batch, edits))
+        embeddings = _embed(loaded, batch, edits)
+        tape, readout, terms, root = _taped_forward(loaded, batch, hooks, embeddings)
         timer.start("backward")
-        starts = _starts(scalars, batch.backward_passes)
+        passes = range(batch.backward_passes)
         gradients = [
-            torch.autograd.grad(start, root, retain_graph=index < len(starts) - 1)[0]
-            for index, start in enumerate(starts)
+            torch.autograd.grad(terms, root, readout.start(i), retain_graph=i < len(passes) - 1)[0]
+            for i in passes
         ]
-        scalars = _detached(scalars)
         # The graph above the last layer goes before the first layer is recomputed.
         root = root.detach()
-        del starts
+        del terms
         while tape:
             segment = [tape.pop()]
             while segment[0].hidden is None:
@@ -137,7 +138,7 @@ def trace_checkpointed(
     for index, gradient in enumerate(gradients):
         hooks.target = index
         hooks.record_bottom(root, gradient)
-    return scalars
+    return readout.scalars()
 
 
 def segment_length(layers: int, hidden_size: int, graph_width: int) -> int:
@@ -168,8 +169,11 @@ def _embed(loaded: LoadedModel, batch: PackedBatch, edits: EditHooks) -> torch.T
         return edits.edit_embeddings(embeddings)
 
 
-def _forward(loaded: LoadedModel, batch: PackedBatch, embeddings: torch.Tensor) -> list[Scalar]:
-    readout = Readout(batch)
+def _forward(
+    loaded: LoadedModel, batch: PackedBatch, embeddings: torch.Tensor
+) -> tuple[Readout, torch.Tensor]:
+    """Run the forward pass; return the readout and the terms of the targets, float32 [M]."""
+    readout = Readout(loaded, batch)
     with ExitStack() as patches:
         if readout.only is not None:
             patches.enter_context(single_logits(loaded.model, readout.only))
@@ -177,26 +181,10 @@ def _forward(loaded: LoadedModel, batch: PackedBatch, embeddings: torch.Tensor) 
             inputs_embeds=embeddings,
             position_ids=batch.position_ids(embeddings.device),
             use_cache=False,
-            # A list: a tensor would be on one device, and of a split model the logits on another.
             logits_to_keep=readout.rows,
             packing=batch.packing,
         )
-    return readout.scalars(output.logits[0])
-
-
-def _starts(scalars: list[Scalar], passes: int) -> list[torch.Tensor]:
-    """For each backward pass, the sum of its jobs' scalars.
-
-    Jobs do not see each other, so the gradient of the sum is each job's own, started at 1.
-    """
-    return [
-        torch.stack([scalar.value for scalar in scalars if scalar.index == index]).sum()
-        for index in range(passes)
-    ]
-
-
-def _detached(scalars: list[Scalar]) -> list[Scalar]:
-    return [replace(scalar, value=scalar.value.detach()) for scalar in scalars]
+    return readout, readout.terms(output.logits[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +201,8 @@ class _LayerCall:
 
 def _taped_forward(
     loaded: LoadedModel, batch: PackedBatch, hooks: SiteHooks, embeddings: torch.Tensor
-) -> tuple[list[_LayerCall], list[Scalar], torch.Tensor]:
-    """Run the forward pass; return the calls of the layers, the scalars, and the last output."""
+) -> tuple[list[_LayerCall], Readout, torch.Tensor, torch.Tensor]:
+    """Run the forward pass; return the calls of the layers, the readout, its terms, the output."""
     layers = loaded.family.decoder_layers(loaded.model)
     size = segment_length(len(layers), loaded.shape.hidden_size, graph_width(loaded.shape))
     tape: list[_LayerCall] = []
@@ -246,8 +234,8 @@ def _taped_forward(
 
         top_hook = layers[-1].register_forward_hook(keep_top)
         patches.callback(top_hook.remove)
-        scalars = _forward(loaded, batch, embeddings)
-    return tape, scalars, tops.pop()
+        readout, terms = _forward(loaded, batch, embeddings)
+    return tape, readout, terms, tops.pop()
 
 
 def _through_segment(

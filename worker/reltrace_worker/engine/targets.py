@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from reltrace_worker.engine.batch import PackedBatch
+from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.placement import to_device
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import EngineError
 from reltrace_worker.types.jobs import Target
@@ -17,8 +19,9 @@ from reltrace_worker.types.results import Candidate, ResolvedTarget
 CANDIDATES = 10
 """How many of the likeliest tokens are returned for a target's position."""
 
-_ROWS_AT_ONCE = 16
-"""Rows of logits that are searched for candidates at a time: in float32 they are a copy."""
+_CPU_VALUES_AT_ONCE, _VALUES_AT_ONCE = 1 << 20, 1 << 24
+"""Logits that are searched for candidates at a time: in float32 they are a copy, and a CPU is
+faster where that stays in its cache."""
 
 _MUCH_LIKELIER = math.log(10)
 """Between two logits at one position: ten times the probability."""
@@ -30,7 +33,7 @@ Likeliest = list[tuple[int, float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """Where the backward pass of one target starts."""
+    """Where the backward pass of one target started, and what its logits say."""
 
     # Index of the job in the batch, and of the target in the job.
     job: int
@@ -38,17 +41,22 @@ class Scalar:
     target: Target
     # The token of each term.
     token_ids: tuple[int, ...]
-    # float32 [], part of the graph.
-    value: torch.Tensor
-    # Logit of the first token, float32 [], without a graph.
-    logit: torch.Tensor
+    # The weighted sum of the terms.
+    value: float
+    # Logit of the first token.
+    logit: float
     candidates: Likeliest | None = None
 
 
 class Readout:
-    """The logits that the targets of a batch need, and the scalars made of them."""
+    """What the targets of one batch read from the logits of its pass.
 
-    def __init__(self, batch: PackedBatch) -> None:
+    The device gets all that it needs for that beforehand, and during the pass nothing waits for
+    it: `terms` and `start` are for the backward passes, and `scalars` fetches what belongs to the
+    results in one transfer.
+    """
+
+    def __init__(self, loaded: LoadedModel, batch: PackedBatch) -> None:
         starts = batch.packing.starts
         self._targets: list[tuple[int, int, Target]] = [
             (j, t, target)
@@ -58,83 +66,135 @@ class Readout:
         terms = [
             (starts[j] + t.position, t) for j, _, target in self._targets for t in target.terms
         ]
-        # Of each row, the id of the one token whose logit is read; None: the whole vocabulary.
-        self.only: list[int] | None = None
+        # Only single logits are computed: of each term a row for itself, where the same may come
+        # twice. Otherwise whole rows, each once.
+        single = all(job.only_terms for job in batch.jobs)
+        rows = [row for row, _ in terms]
+        read = rows if single else sorted(set(rows))
+        index = {row: i for i, row in enumerate(read)}
+        term_rows = list(range(len(rows))) if single else [index[row] for row in rows]
         # Of each target: the row whose candidates are returned.
-        self._candidate_rows: list[int | None] = [None] * len(self._targets)
-        if all(job.only_terms for job in batch.jobs):
-            # One row for each term, where the same may come twice.
-            self.rows = [row for row, _ in terms]
-            self.only = [term.token_id for _, term in terms if term.token_id is not None]
-            assert len(self.only) == len(self.rows)
-            self._term_rows = list(range(len(terms)))
-            return
-        # The P packed rows whose logits are read.
-        self.rows = sorted({row for row, _ in terms})
-        index = {row: i for i, row in enumerate(self.rows)}
-        self._term_rows = [index[row] for row, _ in terms]
-        for n, (j, _, target) in enumerate(self._targets):
-            if batch.jobs[j].candidates:
-                self._candidate_rows[n] = index[starts[j] + target.terms[0].position]
-
-    def scalars(self, logits: torch.Tensor) -> list[Scalar]:
-        """Resolve every target against the logits, job by job.
-
-        `logits` are [P, vocabulary], in the model's dtype; where `only` names tokens, [P, 1]. The
-        scalars are float32 and carry their graph.
-        """
-        terms = [(term, target.logprob) for _, _, target in self._targets for term in target.terms]
-        largest: list[int] = []
-        if any(term.token_id is None for term, _ in terms):
-            largest = logits.detach().argmax(-1).tolist()
-        token_ids = [
-            largest[row] if term.token_id is None else term.token_id
-            for (term, _), row in zip(terms, self._term_rows, strict=True)
+        self._candidate_rows = [
+            index[starts[j] + target.terms[0].position]
+            if batch.jobs[j].candidates and not single
+            else None
+            for j, _, target in self._targets
         ]
-        device = logits.device
-        rows = torch.tensor(self._term_rows, device=device)
-        columns = torch.tensor(token_ids if self.only is None else [0], device=device)
+        self._candidates = sorted({row for row in self._candidate_rows if row is not None})
+        # Terms that are log-probabilities, and their rows, each once: these are as long as the
+        # vocabulary.
+        counts = [len(target.terms) for _, _, target in self._targets]
+        asked = [target.logprob for _, _, target in self._targets]
+        logprobs = [m for m, flag in enumerate(_repeat(asked, counts)) if flag]
+        normalized = {row: i for i, row in enumerate(dict.fromkeys(term_rows[m] for m in logprobs))}
+        token_ids = [-1 if term.token_id is None else term.token_id for _, term in terms]
+        self._any_largest = -1 in token_ids
+
+        def column(values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return to_device(torch.tensor(values, dtype=dtype), loaded.device)
+
+        # The P packed rows whose logits are read, int64 [P]. Of a split model the hidden states may
+        # be on any device: an index on the host serves all of them.
+        self.rows = torch.tensor(read) if len(loaded.devices) > 1 else column(read)
+        # Of each term, the id of its token; -1: the one with the largest logit.
+        self._token_ids = column(token_ids)
+        # Of each row, the id of the one token whose logit is read, int64 [P]; None: all are.
+        self.only = self._token_ids if single else None
+        self._term_rows = column(term_rows)
+        self._weights = column([term.weight for _, term in terms], torch.float32)
+        self._passes = column(_repeat([t for _, t, _ in self._targets], counts))
+        self._candidate_index = column(self._candidates)
+        self._logprobs = column(logprobs)
+        self._normalized = column(list(normalized))
+        self._normalizers = column([normalized[term_rows[m]] for m in logprobs])
+        # All that `scalars` needs, float64, which holds token ids and float32 exactly.
+        self._found = torch.empty(0)
+
+    def terms(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits or log-probabilities of the M terms, float32 [M], with their graph.
+
+        `logits` are [P, vocabulary], in the model's dtype; where `only` names tokens, [P, 1].
+        """
+        token_ids, rows, candidates = (
+            tensor.to(logits.device)
+            for tensor in (self._token_ids, self._term_rows, self._candidate_index)
+        )
+        plain = logits.detach()
+        if self._any_largest:
+            token_ids = torch.where(token_ids < 0, plain.argmax(-1)[rows], token_ids)
+        columns = token_ids if self.only is None else torch.zeros_like(token_ids)
         values = logits[rows, columns].float()
-        plain = values.detach()
-        if any(logprob for _, logprob in terms):
+        found = [token_ids, values.detach()]
+        if len(self._logprobs):
             # log p = logit - logsumexp(logits); subtracted where a term asks for it.
-            wanted = torch.tensor([i for i, (_, logprob) in enumerate(terms) if logprob])
-            wanted = wanted.to(device)
-            # Each row once, however many targets ask for it: it is as long as the vocabulary.
-            once, which = torch.unique(rows[wanted], return_inverse=True)
+            wanted, once, which = (
+                tensor.to(logits.device)
+                for tensor in (self._logprobs, self._normalized, self._normalizers)
+            )
             normalizer = logits[once].float().logsumexp(-1)[which]
             values = values.index_add(0, wanted, normalizer, alpha=-1)
-        values = values * torch.tensor([term.weight for term, _ in terms], device=device)
-        candidates = _candidates(
-            logits.detach(), {row for row in self._candidate_rows if row is not None}
-        )
-        parts = torch.split(values, [len(target.terms) for _, _, target in self._targets])
+        found += [values.detach(), *_candidates(plain, candidates)]
+        self._found = torch.cat([part.flatten().double() for part in found])
+        return values
+
+    def start(self, target: int) -> torch.Tensor:
+        """Return the gradient at the terms, float32 [M], that starts the targets of an index at 1.
+
+        Jobs do not see each other, so the gradient of the sum of their scalars is each job's own.
+        """
+        start = self._weights * (self._passes == target)
+        return start.to(self._found.device)
+
+    def scalars(self) -> list[Scalar]:
+        """Return the scalars, job by job. Waits for the device."""
+        found = self._found.tolist()
+        size = len(self._weights)
+        ids, logits, values = (found[at : at + size] for at in (0, size, 2 * size))
+        tables = _likeliest(found[3 * size :], len(self._candidates))
+        likeliest = dict(zip(self._candidates, tables, strict=True))
         scalars, first = [], 0
-        for (job, index, target), part, row in zip(
-            self._targets, parts, self._candidate_rows, strict=True
-        ):
-            ids = tuple(token_ids[first : first + len(part)])
-            likeliest = None if row is None else candidates[row]
-            scalars.append(Scalar(job, index, target, ids, part.sum(), plain[first], likeliest))
-            first += len(part)
+        for (job, index, target), row in zip(self._targets, self._candidate_rows, strict=True):
+            terms = slice(first, first + len(target.terms))
+            value = sum(
+                term.weight * value for term, value in zip(target.terms, values[terms], strict=True)
+            )
+            tokens = tuple(int(token) for token in ids[terms])
+            candidates = None if row is None else likeliest[row]
+            scalars.append(Scalar(job, index, target, tokens, value, logits[first], candidates))
+            first = terms.stop
         return scalars
 
 
-def _candidates(logits: torch.Tensor, rows: Collection[int]) -> dict[int, Likeliest]:
-    """Return the likeliest tokens of some rows of logits, [P, vocabulary]."""
-    ordered = sorted(rows)
-    candidates: dict[int, Likeliest] = {}
-    for some in [ordered[at : at + _ROWS_AT_ONCE] for at in range(0, len(ordered), _ROWS_AT_ONCE)]:
-        values = logits[torch.tensor(some, device=logits.device)].float()
+def _repeat(values: Sequence[int], counts: Sequence[int]) -> list[int]:
+    return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+
+
+def _candidates(logits: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Return the likeliest tokens of C rows of logits, [P, vocabulary].
+
+    Blocks of [rows, 3, CANDIDATES], float64: ids, logits and probabilities.
+    """
+    blocks = []
+    at_once = _CPU_VALUES_AT_ONCE if logits.device.type == "cpu" else _VALUES_AT_ONCE
+    size = max(1, at_once // logits.shape[-1])
+    for some in torch.split(rows, size) if len(rows) else ():
+        values = logits[some].float()
         top, ids = values.topk(min(CANDIDATES, values.shape[-1]))
         probabilities = (top - values.logsumexp(-1, keepdim=True)).exp()
-        # In one transfer: float64 holds all of them exactly.
-        copied = torch.stack((ids.double(), top.double(), probabilities.double()), 1).tolist()
-        for row, columns in zip(some, copied, strict=True):
-            # Of equal logits the lowest token id first, as argmax has it.
-            best = sorted(zip(*columns, strict=True), key=lambda c: (-c[1], c[0]))
-            candidates[row] = [(int(token), logit, share) for token, logit, share in best]
-    return candidates
+        blocks.append(torch.stack((ids.double(), top.double(), probabilities.double()), 1))
+    return blocks
+
+
+def _likeliest(found: list[float], rows: int) -> list[Likeliest]:
+    """Return the likeliest tokens of each row from the blocks of `_candidates`, one by one."""
+    width = len(found) // (3 * rows) if rows else 0
+    likeliest = []
+    for first in range(0, len(found), 3 * width or 1):
+        ids, logits, shares = (found[first + i * width :][:width] for i in range(3))
+        # Of equal logits the lowest token id first, as argmax has it.
+        best = sorted(zip(ids, logits, shares, strict=True), key=lambda c: (-c[1], c[0]))
+        likeliest.append([(int(token), logit, share) for token, logit, share in best])
+    return likeliest
 
 
 def resolve(vocabulary: Vocabulary, scalar: Scalar) -> ResolvedTarget:
@@ -143,7 +203,7 @@ def resolve(vocabulary: Vocabulary, scalar: Scalar) -> ResolvedTarget:
     Raises `EngineError`: its scalar is not finite, or always zero.
     """
     target, ids = scalar.target, scalar.target.continuation_ids
-    value = float(scalar.value)
+    value = scalar.value
     if not math.isfinite(value):
         raise EngineError(
             f"the scalar of target {scalar.index} is {value}: the model's weights or "
@@ -196,7 +256,7 @@ def _other_spelling(
     logits = {candidate: logit for candidate, logit, _ in scalar.candidates}
     if other is None or other not in logits or (position, other) in traced:
         return ""
-    logit, likely = float(scalar.logit), logits[other]
+    logit, likely = scalar.logit, logits[other]
     if likely - logit < _MUCH_LIKELIER:
         return ""
     return (

@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 from torch.nn.attention import varlen
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
-from reltrace_worker.lrp.deterministic import sdpa, with_deterministic_backward
+from reltrace_worker.lrp.deterministic import with_deterministic_backward
+from reltrace_worker.lrp.sdpa import sdpa
 from reltrace_worker.lrp.window import window_attention
+from reltrace_worker.models.placement import to_device
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -61,7 +63,9 @@ class Packing:
 
 def positions(packing: Packing, device: torch.device) -> torch.Tensor:
     """Return the position ids of a pack: int64 [1, N], restarting at 0 with each prompt."""
-    return torch.cat([torch.arange(length) for length in packing.lengths])[None].to(device)
+    lengths = torch.tensor(packing.lengths)
+    firsts = torch.tensor(packing.starts).repeat_interleave(lengths)
+    return to_device((torch.arange(packing.tokens) - firsts)[None], device)
 
 
 def _repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:
@@ -105,7 +109,7 @@ _VARLEN_HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 @lru_cache(maxsize=8)
 def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return int32 [prompts + 1]: the first row of each prompt, and N."""
-    return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
+    return to_device(torch.tensor((0, *accumulate(lengths)), dtype=torch.int32), device)
 
 
 def _varlen(
@@ -194,11 +198,10 @@ def packed_attention(
     return kernel.function(query, key, value, packing, scaling, sliding_window)[None], None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Stand for transformers' mask of N x N, which these kernels do not need."""
-
-
 def register_attention(name: str, function: AttentionFunction) -> None:
-    """Register an attention implementation that needs no mask with transformers."""
+    """Register an attention implementation that needs no mask with transformers.
+
+    Under a name that `AttentionMaskInterface` does not know, transformers makes no mask; for one
+    that it knows, it also looks for packed prompts in the position ids, and waits for the device.
+    """
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, _no_mask)

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 _Setting = tuple[bool, bool, bool]
 """Deterministic, only warn of what is not, and fill new memory."""
@@ -27,11 +26,6 @@ def with_deterministic_backward(output: torch.Tensor) -> torch.Tensor:
     if output.grad_fn is not None and output.device.type == "cuda":
         run_deterministically(output.grad_fn)
     return output
-
-
-def sdpa(*arguments: Any, **options: Any) -> torch.Tensor:
-    """Run ``scaled_dot_product_attention``, with a deterministic backward pass on CUDA."""
-    return with_deterministic_backward(scaled_dot_product_attention(*arguments, **options))
 
 
 def run_deterministically(node: Any) -> None:

@@ -6,7 +6,7 @@ LXT patches classes, for the whole process; here one process serves every rule a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -70,14 +70,15 @@ def _method(module: nn.Module, name: str, function: Callable[..., Any]) -> Patch
     return module, name, MethodType(function, module)
 
 
-def single_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> AbstractContextManager[None]:
+def single_logits(model: PreTrainedModel, token_ids: torch.Tensor) -> AbstractContextManager[None]:
     """Let a model compute one logit per row, that of its token, in float32: logits are [1, P, 1].
 
-    What a model does to its logits afterwards (a soft cap, a factor) is done to each by itself.
+    `token_ids` is int64 [P]. What a model does to its logits afterwards (a soft cap, a factor) is
+    done to each by itself.
     """
 
     def forward(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-        wanted = torch.tensor(token_ids, device=hidden.device)
+        wanted = token_ids.to(hidden.device)
         logits = (hidden.float() * head.weight[wanted].float()).sum(-1, keepdim=True)
         return logits if head.bias is None else logits + head.bias[wanted, None]
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import pad
 
-from reltrace_worker.lrp.deterministic import sdpa
+from reltrace_worker.lrp.sdpa import sdpa
 
 
 def _blocks(states: torch.Tensor, window: int) -> torch.Tensor:

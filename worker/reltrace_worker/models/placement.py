@@ -137,3 +137,11 @@ def device_memory(devices: Sequence[torch.device]) -> dict[str, int]:
                 total=torch.cuda.get_device_properties(device).total_memory,
             )
     return bytes_used
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to a device without waiting for what is queued there."""
+    if device.type == "cuda":
+        # From memory that is not pinned, a copy waits for the device all the same.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

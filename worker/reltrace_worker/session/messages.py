@@ -36,30 +36,36 @@ def release(
     return worker_pb2.WorkRequest(release=worker_pb2.Release(leases=_refs(keys), error=error))
 
 
-def ended(message: worker_pb2.Results) -> set[LeaseKey]:
-    """Return the leases that end with a message."""
+def ended(request: worker_pb2.WorkRequest) -> set[LeaseKey]:
+    """Return the leases that end with a message of results."""
     return {
         LeaseKey(leased.chunk.job_id, leased.attempt)
-        for leased in message.chunks
+        for leased in request.results.chunks
         if leased.chunk.HasField("end")
     }
 
 
-def pack_results(results: list[Chunks], held: set[LeaseKey]) -> Iterator[worker_pb2.Results]:
-    """Fill messages with the chunks of many jobs; skip jobs whose lease is gone."""
-    message, size = worker_pb2.Results(), 0
+def pack_results(results: list[Chunks], held: set[LeaseKey]) -> Iterator[worker_pb2.WorkRequest]:
+    """Fill messages with the chunks of many jobs; skip jobs whose lease is gone.
+
+    Protobuf serializes a message to tell its size, and also to append it or to give it to another
+    by an argument, where `CopyFrom` only copies it.
+    """
+    request, size = worker_pb2.WorkRequest(), 0
     for chunks in results:
         for leased in chunks:
             if LeaseKey(leased.chunk.job_id, leased.attempt) not in held:
                 break
-            length = leased.ByteSize()
+            # A chunk that others follow is as large as a message.
+            is_last = leased.chunk.HasField("end")
+            length = leased.ByteSize() if is_last else _MESSAGE_BYTES
             if size and size + length > _MESSAGE_BYTES:
-                yield message
-                message, size = worker_pb2.Results(), 0
-            message.chunks.append(leased)
+                yield request
+                request, size = worker_pb2.WorkRequest(), 0
+            request.results.chunks.add().CopyFrom(leased)
             size += length
     if size:
-        yield message
+        yield request
 
 
 def _refs(keys: Iterable[LeaseKey]) -> list[worker_pb2.LeaseRef]:

@@ -63,19 +63,18 @@ class EncodedResult:
 
     def chunks(self) -> Iterator[worker_pb2.LeasedChunk]:
         """Yield the chunks, numbered from 1, one at a time: large results are not held twice."""
-        chunk = self._first_chunk()
+        leased = self._first_chunk()
         room = CHUNK_BYTES
         for tensor, values in self.tensors:
             data = raw_bytes(values)
             offset = 0
             while offset < len(data) or not data:
                 if room == 0:
-                    yield worker_pb2.LeasedChunk(attempt=self.lease.attempt, chunk=chunk)
-                    number = chunk.number + 1
-                    chunk = types_pb2.ResultChunk(job_id=self.lease.job_id, number=number)
+                    yield leased
+                    leased = self._chunk(leased.chunk.number + 1)
                     room = CHUNK_BYTES
                 piece = data[offset : offset + room]
-                chunk.tensors.add(
+                leased.chunk.tensors.add(
                     trace=tensor.trace,
                     site=tensor.site,
                     part=tensor.part,
@@ -88,25 +87,32 @@ class EncodedResult:
                 room -= len(piece)
                 if not data:
                     break
-        yield self._last_chunk(chunk)
+        yield self._ended(leased)
 
     def stored_chunk(self, manifest: types_pb2.Manifest) -> worker_pb2.LeasedChunk:
         """Return the only chunk where the tensors are in a store."""
-        chunk = self._first_chunk()
-        chunk.manifest.CopyFrom(manifest)
-        return self._last_chunk(chunk)
+        leased = self._first_chunk()
+        leased.chunk.manifest.CopyFrom(manifest)
+        return self._ended(leased)
 
-    def _first_chunk(self) -> types_pb2.ResultChunk:
-        return types_pb2.ResultChunk(
-            job_id=self.lease.job_id, number=1, header=self.header, generated=self.generated
-        )
+    def _chunk(self, number: int) -> worker_pb2.LeasedChunk:
+        # Filled in place: to give a message to another is to serialize and parse it.
+        leased = worker_pb2.LeasedChunk(attempt=self.lease.attempt)
+        leased.chunk.job_id, leased.chunk.number = self.lease.job_id, number
+        return leased
 
-    def _last_chunk(self, chunk: types_pb2.ResultChunk) -> worker_pb2.LeasedChunk:
-        attempt = self.lease.attempt
-        state = types_pb2.JOB_STATE_SUCCEEDED
-        end = types_pb2.JobEnd(state=state, attempt=attempt, timings=self.timings)
-        chunk.end.CopyFrom(end)
-        return worker_pb2.LeasedChunk(attempt=attempt, chunk=chunk)
+    def _first_chunk(self) -> worker_pb2.LeasedChunk:
+        leased = self._chunk(1)
+        leased.chunk.header.CopyFrom(self.header)
+        if self.generated is not None:
+            leased.chunk.generated.CopyFrom(self.generated)
+        return leased
+
+    def _ended(self, leased: worker_pb2.LeasedChunk) -> worker_pb2.LeasedChunk:
+        end = leased.chunk.end
+        end.state, end.attempt = types_pb2.JOB_STATE_SUCCEEDED, self.lease.attempt
+        end.timings.CopyFrom(self.timings)
+        return leased
 
 
 class ResultEncoder:

@@ -149,5 +149,6 @@ def _runner(
         model=model.name,
         tokens_per_pass=tokens,
         checkpointing=settings.checkpointing,
+        products=engine.products,
     )
     return Runner(model, engine, tokens, engine_thread, spans, drafts, watchdog)

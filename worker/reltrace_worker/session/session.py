@@ -236,8 +236,8 @@ class Session:
     async def _upload(self) -> None:
         while True:
             results = await self._finished.get()
-            for message in pack_results(results, self._held):
-                await self._uploads.add(message)
+            for request in pack_results(results, self._held):
+                await self._uploads.add(request)
 
     async def _draft(self) -> None:
         while True:

@@ -21,29 +21,29 @@ class Uploads:
 
     def __init__(self, send: Callable[[worker_pb2.WorkRequest], None]) -> None:
         self._send = send
-        self._uncommitted: dict[int, worker_pb2.Results] = {}
+        self._uncommitted: dict[int, worker_pb2.WorkRequest] = {}
         self._slots = asyncio.Semaphore(_UNCOMMITTED_MESSAGES)
         self._ids = count(1)
         # The scheduler has no room for the first of them at present, nor for the others.
         self._deferred = False
 
-    async def add(self, message: worker_pb2.Results) -> None:
-        """Send a message as soon as few others are under way."""
+    async def add(self, request: worker_pb2.WorkRequest) -> None:
+        """Send a message of results as soon as few others are under way."""
         await self._slots.acquire()
-        message.id = next(self._ids)
-        self._uncommitted[message.id] = message
+        request.results.id = number = next(self._ids)
+        self._uncommitted[number] = request
         if not self._deferred:
-            self._send(worker_pb2.WorkRequest(results=message))
+            self._send(request)
 
     def committed(self, number: int) -> set[LeaseKey]:
         """Forget a message that is stored; return the leases that it ended."""
-        message = self._uncommitted.pop(number, None)
-        if message is None:
+        request = self._uncommitted.pop(number, None)
+        if request is None:
             return set()
         self._slots.release()
         if self._deferred:
             self.send_all()
-        return ended(message)
+        return ended(request)
 
     def defer(self, number: int, delay: float) -> None:
         """Keep the messages until there is room for the first of them."""
@@ -55,14 +55,13 @@ class Uploads:
 
     def _send_first(self) -> None:
         if self._deferred and self._uncommitted:
-            first = next(iter(self._uncommitted.values()))
-            self._send(worker_pb2.WorkRequest(results=first))
+            self._send(next(iter(self._uncommitted.values())))
 
     def send_all(self) -> None:
         """Send what is uncommitted, over a new connection or once there is room again."""
         self._deferred = False
-        for message in self._uncommitted.values():
-            self._send(worker_pb2.WorkRequest(results=message))
+        for request in self._uncommitted.values():
+            self._send(request)
 
     def over(self) -> set[LeaseKey]:
         """Return the leases whose last result is under way: they need no renewal."""

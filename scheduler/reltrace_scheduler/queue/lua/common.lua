@@ -262,7 +262,8 @@ local function finish(job, state, chunk, list, bytes)
     submission.changed = true
     local results, entry = prefix.results .. submission.id, submission.ended .. "-0"
     if list then
-        redis.call("XADD", results, entry, "j", job.id, "l", list, "b", bytes)
+        redis.call("XADD", results, entry, "j", job.id, "l", list, "b", bytes,
+            "w", job.worker)
     else
         redis.call("XADD", results, entry, "j", job.id, "c", chunk)
         submission.stored = submission.stored + #chunk
