@@ -71,7 +71,7 @@ class _Joined:
 
     def _share(self, name: str) -> torch.Tensor:
         joined = torch.cat([getattr(layer, name).data for layer in self._layers])
-        for layer, part in zip(self._layers, joined.split(self._sizes), strict=True):
+        for layer, part in zip(self._layers, torch.split(joined, self._sizes), strict=True):
             getattr(layer, name).data = part
         return joined
 
@@ -99,7 +99,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(weight)
         # Queries and keys may be constants to a rule: then no product is spent on them.
         ctx.set_materialize_grads(False)
-        *parts, last = linear(x, weight, bias).split(sizes, dim=-1)
+        *parts, last = torch.split(linear(x, weight, bias), sizes, dim=-1)
         # Attention keeps values for the backward pass: as a view they would keep the queries and
         # keys alive that are rotated elsewhere. Of gate and up projection both are kept.
         return *parts, last.clone() if len(sizes) == 3 else last
@@ -111,7 +111,7 @@ class _Product(torch.autograd.Function):
             return _concatenated(outer) @ weight, None, None, None
         parts = [
             gradient @ part
-            for gradient, part in zip(outer, weight.split(ctx.sizes), strict=True)
+            for gradient, part in zip(outer, torch.split(weight, ctx.sizes), strict=True)
             if gradient is not None
         ]
         return sum(parts[1:], start=parts[0]) if parts else None, None, None, None

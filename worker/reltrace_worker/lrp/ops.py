@@ -186,10 +186,13 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+        gate, up = ctx.saved_tensors
         if _compiled:
-            both: torch.Tensor = _joined_gated_backward(outer[0], *ctx.saved_tensors, ctx.name)
-            return *both.chunk(2, dim=-1), None
-        return *_gated_backward(outer[0], *ctx.saved_tensors, ctx.name), None
+            both: torch.Tensor = _joined_gated_backward(outer[0], gate, up, ctx.name)
+            for_gate, for_up = both.chunk(2, dim=-1)
+        else:
+            for_gate, for_up = _gated_backward(outer[0], gate, up, ctx.name)
+        return for_gate, for_up, None
 
 
 def attnlrp_gated_product(

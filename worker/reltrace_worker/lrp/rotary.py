@@ -135,13 +135,14 @@ class _States(torch.autograd.Function):
             value = outer[2]
             return None, None, value if for_value == 1.0 else value * for_value, None, None, None
         q, k, v = _by_token(*outer)
+        cos, sin = ctx.saved_tensors
         if is_compiled():
-            states = _states_backward(q, k, v, *ctx.saved_tensors, *ctx.factors)
+            states = _states_backward(q, k, v, cos, sin, *ctx.factors)
             turned = states.split((q.shape[2], k.shape[2], v.shape[2]), dim=2)
         else:
             turned = (
-                _rotated_back(q, *ctx.saved_tensors, for_query),
-                _rotated_back(k, *ctx.saved_tensors, for_key),
+                _rotated_back(q, cos, sin, for_query),
+                _rotated_back(k, cos, sin, for_key),
                 v * for_value,
             )
         return *_by_token(*turned), None, None, None

@@ -1,6 +1,6 @@
 """Loads the models that a worker serves, and builds what runs jobs on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from reltrace_worker.engine import Engine
 from reltrace_worker.lrp import RULES, Rule, verify_rule
 from reltrace_worker.lrp.joined import join_linear_layers
 from reltrace_worker.lrp.lxt_rules import lxt_rules
-from reltrace_worker.lrp.ops import compile_functions
+from reltrace_worker.lrp.ops import compile_functions, is_compiled
 from reltrace_worker.models import LoadedModel, load_model
 from reltrace_worker.models.placement import device_memory, device_name
 from reltrace_worker.observability.metrics import PassStats
@@ -25,6 +25,8 @@ from reltrace_worker.session.routing import RoutingRunner
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.watchdog import Watchdog
 from reltrace_worker.types.errors import ModelError
+from reltrace_worker.types.jobs import Target, Term, TokenizedPrompt, TraceJob
+from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
 
@@ -121,6 +123,21 @@ def _compile(settings: Settings, model: LoadedModel) -> None:
         log.warning("rules.not_compiled", model=model.name, error=str(error))
 
 
+def _compile_passes(engine: Engine, rules: Iterable[str]) -> None:
+    """Run each rule once, so that no job waits for the compiler.
+
+    Raises `ModelError`: a compiled function fails.
+    """
+    prompt = TokenizedPrompt((0, 0, 0), ("", "", ""))
+    target = Target((Term(2, 0),))
+    for rule in rules:
+        (outcome,) = engine.run([TraceJob(prompt, (target,), ("resid",), rule=rule)])
+        if not isinstance(outcome, JobResult):
+            raise ModelError(
+                f"rule {rule!r} fails when it is compiled; use --compile off: {outcome}"
+            )
+
+
 def _verify_rules(model: LoadedModel, rules: Mapping[str, Rule]) -> None:
     threads = torch.get_num_threads()
     # Probes of three tokens: threads that wait for each other take seconds where others compute.
@@ -151,4 +168,6 @@ def _runner(
         checkpointing=settings.checkpointing,
         products=engine.products,
     )
+    if is_compiled():
+        _compile_passes(engine, rules)
     return Runner(model, engine, tokens, engine_thread, spans, drafts, watchdog)
