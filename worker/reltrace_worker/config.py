@@ -51,6 +51,12 @@ class Settings:
         "a C++ compiler on a CPU); auto: on CUDA, if torch can.",
     )
     max_tokens: str = option("auto", "Most tokens in one pass; auto: as many as fit into memory.")
+    pass_seconds: float = option(
+        1.0,
+        "About how many seconds a pass of traces takes at most, and another job waits for it; "
+        "the single target of a long prompt may take longer.",
+        min=0,
+    )
     memory_gib: float | None = option(
         None,
         "Memory that a pass may use, beside the model. (default: what is free on CUDA, half of "

@@ -105,7 +105,8 @@ def outputs_and_gradients(dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.timeout(300)
 def test_every_function_is_what_it_is_without() -> None:
     """
-    Given bfloat16 and joined projections, as on a GPU, and the functions of the rules, which tests of their own compare with LXT's and autograd
+    Given bfloat16 and joined projections, as on a GPU, and the functions of the rules, which
+    tests of their own compare with LXT and autograd
     If they are compiled
     I expect their values and gradients, to rounding.
     """

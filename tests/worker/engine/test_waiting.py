@@ -133,7 +133,7 @@ def test_nothing_waits_for_single_logits(
 
 
 @pytest.mark.parametrize("trace", TRACES)
-@pytest.mark.parametrize("reduction", ["token", "full"])
+@pytest.mark.parametrize("reduction", REDUCED)
 def test_the_operations_of_a_pass_do_not_grow_with_its_jobs(
     shapes_only: LoadedModel, scalars_read: list[Readout], trace: Trace, reduction: str
 ) -> None:

@@ -26,7 +26,7 @@ class PackedBatch:
 
     @property
     def backward_passes(self) -> int:
-        """The largest number of targets of one job."""
+        """The number of targets of a job: it is 1 unless the job is alone."""
         return max(len(job.targets) for job in self.jobs)
 
     def token_ids(self, device: torch.device) -> torch.Tensor:

@@ -21,14 +21,17 @@ from typing import Any
 
 import torch
 
+from reltrace_worker.engine.decoding import PROMPT_TOKENS
 from reltrace_worker.engine.edits import MANY_CELLS
 from reltrace_worker.engine.host_memory import GIB, free_device_bytes, free_host_bytes
+from reltrace_worker.engine.kv_cache import ROOM
 from reltrace_worker.engine.passes import graph_width, segment_length
 from reltrace_worker.engine.sizes import result_bytes
 from reltrace_worker.lrp import RULES, Rule
 from reltrace_worker.lrp.attention import kernel_for
 from reltrace_worker.lrp.ops import activation_name
 from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.rope import longrope_limit
 from reltrace_worker.types.errors import EngineError
 from reltrace_worker.types.jobs import GenerateJob, TraceJob
 
@@ -106,9 +109,12 @@ class MemoryPlan:
             return _too_large(f"{what}: its results lie in the host's", results, host)
         return _too_large(what, self.trace_bytes(jobs, checkpointing=True), self.available)
 
-    def generation_fault(self, jobs: Sequence[GenerateJob]) -> EngineError | None:
-        """Return why tokens can not be generated for jobs together; None: that may be tried."""
-        need = self.generation_bytes(jobs)
+    def generation_fault(self, jobs: Sequence[GenerateJob], held: int = 0) -> EngineError | None:
+        """Return why tokens can not be generated for jobs together; None: that may be tried.
+
+        So many bytes are `held` for some of them already.
+        """
+        need = self.generation_bytes(jobs) - held
         if need <= self.available or (len(jobs) == 1 and not self._on_cpu):
             return None
         most = max(job.total_tokens for job in jobs)
@@ -175,12 +181,17 @@ class MemoryPlan:
         shape, itemsize = self._shape, self._itemsize
         rows, longest = len(jobs), max(len(job.token_ids) for job in jobs)
         total_tokens = max(job.total_tokens for job in jobs)
-        total = rows * longest * self._backward_width * itemsize
+        # Tokens that go through the model at a time.
+        limit = longrope_limit(self._config)
+        step = min(rows * longest, max(PROMPT_TOKENS, rows))
+        if limit is not None and total_tokens > limit:
+            step = rows * total_tokens
+        total = step * self._backward_width * itemsize
         # Keys and values; a layer's are copied when they grow.
-        total += rows * total_tokens * 2 * (shape.layers + 1) * self._key_width * itemsize
-        if any(len(job.token_ids) < longest for job in jobs):
-            # The attention mask, as booleans and as what is added to the scores.
-            total += rows * longest**2 * (1 + itemsize)
+        columns = total_tokens + ROOM
+        total += rows * columns * 2 * (shape.layers + 1) * self._key_width * itemsize
+        # The attention mask, as booleans and as what is added to the scores.
+        total += max(step, rows) * total_tokens * (1 + itemsize)
         sampled = sum(job.sampling.temperature != 0 for job in jobs)
         # Logits as they come and as float32, twice; of those sampled, five tables of 8 bytes.
         return total + shape.vocab_size * (rows * (itemsize + 2 * _FLOAT32) + sampled * 5 * 8)

@@ -13,7 +13,8 @@ from reltrace_worker.engine.reductions import REDUCTIONS, JobRows, Reduction, Si
 from reltrace_worker.engine.sites import SITES, Site
 from reltrace_worker.lrp.ops import elementwise
 from reltrace_worker.models.loading import LoadedModel
-from reltrace_worker.types.errors import EngineError
+from reltrace_worker.models.placement import to_device
+from reltrace_worker.types.errors import EngineError, NotFiniteError
 from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import SiteTensor
 
@@ -68,8 +69,12 @@ class _Buffers:
         self._rows: torch.Tensor | None = None
         if len(indices) < len(batch.jobs):
             rows = [torch.arange(starts[j], starts[j] + lengths[j]) for j in indices]
-            self._rows = torch.cat(rows).to(loaded.device)
+            self._rows = to_device(torch.cat(rows), loaded.device)
         self._sizes = Sizes(start, len(indices), group.site.features(loaded.shape), group.k)
+        self._reducers = {
+            device: group.reduction.prepare(tuple(self.jobs.values()), self._sizes, device)
+            for device in loaded.devices
+        }
         # One per part of the reduction, on the CPU: [passes, layers asked for, *reduced layer].
         self._parts = [
             torch.empty(
@@ -92,14 +97,13 @@ class _Buffers:
             relevance = row_relevance(value, gradient)
         else:
             relevance = self.group.site.fold(relevance_of(value, gradient), self._shape)
-        jobs = tuple(self.jobs.values())
-        reduced = self.group.reduction.reduce(relevance, jobs, self._sizes)
+        reduced = self._reducers[value.device](relevance)
         for buffer, part in zip(self._parts, reduced, strict=True):
             buffer[target, self._layers[layer]].copy_(part, non_blocking=True)
         self._written += 1
 
-    def check_complete(self) -> None:
-        expected = self.group.backward_passes * len(self._layers)
+    def check_complete(self, passes: int) -> None:
+        expected = min(passes, self.group.backward_passes) * len(self._layers)
         if self._written != expected:
             raise EngineError(
                 f"site {self.group.site.name!r} recorded {self._written} tensors instead of "
@@ -107,7 +111,7 @@ class _Buffers:
             )
 
     def tensors(self, trace: int, job: int) -> list[SiteTensor]:
-        """Return the parts of one trace of a job. Raises `EngineError`: they are not finite."""
+        """Return the parts of one trace of a job. Raises `NotFiniteError`."""
         site, reduction = self.group.site, self.group.reduction
         tensors = []
         for (part, _), buffer in zip(reduction.parts, self._parts, strict=True):
@@ -153,16 +157,16 @@ class RelevanceRecorder(SiteHooks):
                 torch.cuda.synchronize(device)
         for of_site in self._buffers.values():
             for buffers in of_site:
-                buffers.check_complete()
+                buffers.check_complete(self.target + 1)
 
     def tensors(self, index: int) -> tuple[SiteTensor, ...]:
-        """Return the tensors of the job with this index in the batch, trace by trace.
+        """Return the tensors of the job with this index in the batch, of each trace that was made.
 
-        Raises `EngineError`: relevance is not finite; names the site and the layer.
+        Raises `NotFiniteError`, which names the site and the layer.
         """
         job = self._batch.jobs[index]
         tensors: list[SiteTensor] = []
-        for trace in range(len(job.targets)):
+        for trace in range(min(len(job.targets), self.target + 1)):
             for site in job.sites:
                 (buffers,) = (b for b in self._buffers[site] if index in b.jobs)
                 tensors += buffers.tensors(trace, index)
@@ -175,7 +179,7 @@ def _check_finite(site: Site, reduced: torch.Tensor, layers: tuple[int, ...]) ->
         # Gradients flow from the last layer down: the highest layer at fault comes first.
         layer = max(layers[int(index)] for index in (~finite).nonzero())
         where = f" at layer {layer}" if site.per_layer else ""
-        raise EngineError(
+        raise NotFiniteError(
             f"the relevance of site {site.name!r} is not finite{where}: the model's weights or "
             "activations overflow, or are not finite themselves"
         )

@@ -43,7 +43,7 @@ _VERSIONS = {name: version(name) for name in ("torch", "transformers", "reltrace
 
 @dataclass(frozen=True, slots=True)
 class EndedJobs:
-    """Jobs that have ended with a pass, and the seconds that it took."""
+    """Jobs that have ended with a pass, or with a task, and the seconds that it took."""
 
     jobs: Sequence[tuple[QueuedJob, Outcome]]
     seconds: float
@@ -135,7 +135,7 @@ class ResultEncoder:
         for job, outcome in ended.jobs:
             on_step()
             try:
-                result = self._encode(job, outcome, ended.seconds)
+                result = self._encode(job, outcome, ended.seconds + job.seconds - job.joined)
                 if not isinstance(result, EncodedResult):
                     encoded.append(result)
                 elif uri := job.lease.spec.output_uri:
@@ -194,6 +194,8 @@ class ResultEncoder:
         lease = job.lease
         if isinstance(outcome, PassFailedError):
             return FailedAttempt(job.key, str(outcome))
+        if isinstance(outcome, InvalidJob):
+            return invalid(lease, outcome)
         if isinstance(outcome, EngineError):
             return internal_error(lease, outcome)
         dtype = result_dtype(lease.spec)

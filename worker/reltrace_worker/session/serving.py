@@ -21,6 +21,7 @@ from reltrace_worker.observability.metrics import PassStats
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.headers import model_info
 from reltrace_worker.session.model_sources import ModelSource, check_name
+from reltrace_worker.session.queue import RequestQueue
 from reltrace_worker.session.routing import RoutingRunner
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.watchdog import Watchdog
@@ -86,8 +87,9 @@ def serve(sources: Sequence[ModelSource], settings: Settings, spans: Spans | Non
     # One thread for all: passes over different models take turns, as those over one do.
     engine_thread = ThreadPoolExecutor(1, "engine")
     drafts, watchdog = Drafts(), Watchdog()
+    queues: list[RequestQueue] = []
     runners = [
-        _runner(model, table, settings, engine_thread, spans, drafts, watchdog)
+        _runner(model, table, settings, engine_thread, spans, drafts, watchdog, queues)
         for model, table in zip(models, rules, strict=True)
     ]
     infos = tuple(model_info(model) for model in models)
@@ -157,6 +159,7 @@ def _runner(
     spans: Spans | None,
     drafts: Drafts,
     watchdog: Watchdog,
+    queues: list[RequestQueue],
 ) -> Runner:
     limit = None if settings.memory_gib is None else int(settings.memory_gib * 2**30)
     engine = Engine(model, settings.checkpointing, limit, rules=rules)
@@ -170,4 +173,14 @@ def _runner(
     )
     if is_compiled():
         _compile_passes(engine, rules)
-    return Runner(model, engine, tokens, engine_thread, spans, drafts, watchdog)
+    return Runner(
+        model,
+        engine,
+        tokens,
+        engine_thread,
+        spans,
+        drafts,
+        watchdog,
+        settings.pass_seconds,
+        queues,
+    )

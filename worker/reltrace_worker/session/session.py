@@ -181,6 +181,8 @@ class Session:
         while True:
             results = await self._runner.next_results()
             self._window.adapt(self._runner.full_pass_jobs())
+            if not results:
+                self._offer()
             failed = [result for result in results if isinstance(result, FailedAttempt)]
             for attempt in failed:
                 self._drop({attempt.key})
