@@ -297,7 +297,7 @@ def test_rotary_frequencies_of_older_checkpoints_are_passed_over(folder: Path) -
     ("options", "message"),
     [
         ({"dtype": "float16"}, "overflows its range .* supported: float32, bfloat16"),
-        ({"dtype": "int8"}, "'int8' is not supported; supported: auto, float32, bfloat16"),
+        ({"dtype": "int8"}, "'int8' is not supported; supported: auto, fastest, float32"),
         ({"device": "abacus"}, "'abacus' is not supported; supported: auto, cpu, cuda"),
         ({"device": "meta"}, "'meta' is not supported; supported: auto, cpu, cuda"),
         ({"device": "cuda:99"}, "'cuda:99' does not exist"),

@@ -12,10 +12,12 @@ import pytest
 import torch
 from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
+from reltrace_proto.v1 import types_pb2
 from reltrace_worker.engine import SITES, Engine
 from reltrace_worker.lrp import RULES, verify_rule
 from reltrace_worker.models import LoadedModel, load_model, placement
 from reltrace_worker.models.placement import Placement, choose_placement, device_name
+from reltrace_worker.session.headers import model_info
 from reltrace_worker.types.errors import ModelError
 from reltrace_worker.types.jobs import TargetRequest, TraceRequest
 from reltrace_worker.types.results import JobResult
@@ -67,6 +69,39 @@ def test_four_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "find_spec", lambda name: name != "bitsandbytes" or None)
     with pytest.raises(ModelError, match="load_in_4bit needs the package: pip install bits"):
         choose_placement("auto", "auto", load_in_4bit=True)
+
+
+@pytest.mark.usefixtures("with_packages")
+@pytest.mark.parametrize(
+    ("device", "dtype", "amx", "chosen"),
+    [
+        ("cpu", "auto", True, torch.float32),
+        ("cpu", "fastest", True, torch.bfloat16),
+        ("cpu", "fastest", False, torch.float32),
+        ("cuda", "auto", False, torch.bfloat16),
+        ("cuda", "fastest", False, torch.bfloat16),
+    ],
+)
+def test_bfloat16_on_a_cpu_is_chosen_where_speed_is_asked_for_and_amx_is_there(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: str, amx: bool, chosen: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert choose_placement(device, dtype).dtype == chosen
+
+
+def test_a_model_that_is_to_be_fastest_says_what_it_is(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a CPU with AMX
+    If a model is loaded for speed
+    I expect bfloat16 weights, and that format in what provenance is made of.
+    """
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    loaded = load_model(str(checkpoints.folder("plain")), dtype="fastest", device="cpu")
+    assert loaded.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert model_info(loaded).dtype == types_pb2.SCALAR_TYPE_BFLOAT16
 
 
 @pytest.mark.usefixtures("with_packages")

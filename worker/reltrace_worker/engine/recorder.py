@@ -38,13 +38,11 @@ class _Group:
     reduction: Reduction
     layers: tuple[int, ...]
     k: int
-    # A job of many targets must not multiply the buffers of its neighbours.
-    backward_passes: int
 
     @staticmethod
     def of(job: TraceJob, site: Site, layers: int) -> _Group:
         wanted = (job.layers or tuple(range(layers))) if site.per_layer else (0,)
-        return _Group(site, REDUCTIONS[job.reduction], wanted, job.k, len(job.targets))
+        return _Group(site, REDUCTIONS[job.reduction], wanted, job.k)
 
 
 class _Buffers:
@@ -78,7 +76,7 @@ class _Buffers:
         # One per part of the reduction, on the CPU: [passes, layers asked for, *reduced layer].
         self._parts = [
             torch.empty(
-                (group.backward_passes, len(group.layers), *group.reduction.shape(self._sizes)),
+                (batch.backward_passes, len(group.layers), *group.reduction.shape(self._sizes)),
                 dtype=dtype,
                 # Pinned, a copy from the GPU does not stop the queue of kernels.
                 pin_memory=loaded.device.type == "cuda",
@@ -87,7 +85,7 @@ class _Buffers:
         ]
 
     def record(self, target: int, layer: int, value: torch.Tensor, gradient: torch.Tensor) -> None:
-        if target >= self.group.backward_passes or layer not in self._layers:
+        if layer not in self._layers:
             return
         if self._rows is not None:
             # A copy only where the layer is on another device than the embeddings.
@@ -103,7 +101,7 @@ class _Buffers:
         self._written += 1
 
     def check_complete(self, passes: int) -> None:
-        expected = min(passes, self.group.backward_passes) * len(self._layers)
+        expected = passes * len(self._layers)
         if self._written != expected:
             raise EngineError(
                 f"site {self.group.site.name!r} recorded {self._written} tensors instead of "
@@ -166,7 +164,7 @@ class RelevanceRecorder(SiteHooks):
         """
         job = self._batch.jobs[index]
         tensors: list[SiteTensor] = []
-        for trace in range(min(len(job.targets), self.target + 1)):
+        for trace in range(self.target + 1):
             for site in job.sites:
                 (buffers,) = (b for b in self._buffers[site] if index in b.jobs)
                 tensors += buffers.tensors(trace, index)

@@ -103,7 +103,8 @@ def load_model(
         Branch, tag or commit of a hub id; of a GGUF file ``sha256:`` and the beginning of its
         digest, which is checked.
     dtype
-        ``"float32"``, ``"bfloat16"``, or ``"auto"``: float32 on the CPU, bfloat16 on CUDA.
+        ``"float32"``, ``"bfloat16"``, ``"auto"``: float32 on the CPU, bfloat16 on CUDA, or
+        ``"fastest"``: bfloat16 also on a CPU with AMX.
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
     name
