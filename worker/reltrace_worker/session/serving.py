@@ -1,6 +1,6 @@
 """Loads the models that a worker serves, and builds what runs jobs on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from reltrace_worker.config import Settings
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.parallel import Follower, LeadingEngine
 from reltrace_worker.lrp import RULES, Rule, verify_rule
+from reltrace_worker.lrp.joined import join_linear_layers
 from reltrace_worker.lrp.lxt_rules import lxt_rules
-from reltrace_worker.lrp.ops import compile_functions
+from reltrace_worker.lrp.ops import compile_functions, is_compiled
 from reltrace_worker.models import LoadedModel, load_model
 from reltrace_worker.models.placement import device_memory, device_name
 from reltrace_worker.models.sharding import Ranks
@@ -30,6 +31,8 @@ from reltrace_worker.session.routing import RoutingRunner
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.watchdog import Watchdog
 from reltrace_worker.types.errors import ModelError
+from reltrace_worker.types.jobs import Target, Term, TokenizedPrompt, TraceJob
+from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
 
@@ -69,8 +72,8 @@ def load(
 
     Raises `ModelError`: a model can not be loaded, or two have one name.
     """
-    if settings.compile and settings.rules == "lxt":
-        raise ModelError("--compile compiles the fused functions; it excludes --rules lxt")
+    if settings.compile == "on" and settings.rules == "lxt":
+        raise ModelError("--compile on compiles the fused functions; it excludes --rules lxt")
     models: list[RuledModel] = []
     for source in sources:
         model = load_model(
@@ -85,8 +88,11 @@ def load(
         )
         check_name(model.name, [other.model.name for other in models])
         rules = RULES if settings.rules == "fused" else lxt_rules(model.family)
-        if settings.compile:
-            compile_functions(model.device, model.dtype)
+        _compile(settings, model)
+        if model.device.type == "cuda":
+            join_linear_layers(model.model)
+            # The blocks of the weights that were apart.
+            torch.cuda.empty_cache()
         _verify_rules(model, rules)
         log.info(
             "model.loaded", model=model.name, revision=model.revision, device=str(model.device)
@@ -158,6 +164,35 @@ def serve(
     )
 
 
+def _compile(settings: Settings, model: LoadedModel) -> None:
+    """Compile the rules' functions, where that is asked for or was shown to pay."""
+    if settings.compile == "off" or settings.rules == "lxt":
+        return
+    if settings.compile == "auto" and model.device.type != "cuda":
+        return
+    try:
+        compile_functions(model.device, model.dtype)
+    except ModelError as error:
+        if settings.compile == "on":
+            raise
+        log.warning("rules.not_compiled", model=model.name, error=str(error))
+
+
+def _compile_passes(engine: Engine, rules: Iterable[str]) -> None:
+    """Run each rule once, so that no job waits for the compiler.
+
+    Raises `ModelError`: a compiled function fails.
+    """
+    prompt = TokenizedPrompt((0, 0, 0), ("", "", ""))
+    target = Target((Term(2, 0),))
+    for rule in rules:
+        (outcome,) = engine.run([TraceJob(prompt, (target,), ("resid",), rule=rule)])
+        if not isinstance(outcome, JobResult):
+            raise ModelError(
+                f"rule {rule!r} fails when it is compiled; use --compile off: {outcome}"
+            )
+
+
 def _verify_rules(model: LoadedModel, rules: Mapping[str, Rule]) -> None:
     threads = torch.get_num_threads()
     # Probes of three tokens: threads that wait for each other take seconds where others compute.
@@ -192,6 +227,8 @@ def _runner(
         checkpointing=settings.checkpointing,
         products=engine.products,
     )
+    if is_compiled():
+        _compile_passes(engine, engine.rules)
     return Runner(
         model,
         engine,
