@@ -268,7 +268,7 @@ def test_no_operation_of_a_split_model_mixes_devices(
         assert {device.type for device in split.devices} == {"cpu", "meta"}
         for rule in RULES.values():
             verify_rule(split.model, rule)
-        results = run(Engine(split, checkpointing), prepare(split, *SPECS))
+        results = run(Engine(split, checkpointing), prepare(loaded, *SPECS))
     assert len(results) == len(SPECS)
 
 
