@@ -34,6 +34,17 @@ def test_the_benchmark_of_texts_gives_its_figures() -> None:
         assert figures["redis_commands_per_piece"] > 0
 
 
+def test_the_benchmark_of_texts_together_gives_its_figures() -> None:
+    report = run(
+        "texts.py", "--model", "tiny", "--texts", "3", "--prompts", "4", "9", "--tokens", "2", "6",
+        "--rounds", "1",
+    )  # fmt: skip
+    assert (report["texts"], report["tokens"]) == (3, 12)
+    assert report["speedup"] > 0
+    # Both sides do the same work.
+    assert report["same_texts"] == 1
+
+
 def test_the_engine_benchmark_gives_its_figures() -> None:
     command = [
         sys.executable, str(HERE / "engine.py"), "--model", "tiny", "--prompts", "3",

@@ -49,10 +49,10 @@ class Settings:
         "Whose functions AttnLRP and CP-LRP run: fused ones of reltrace, or LXT's own (slower; "
         "needs the package lxt). Both give the same numbers.",
     )
-    compile: bool = option(
-        False,
-        "Compile the rules' element-wise functions at start (torch.compile; needs a C++ compiler, "
-        "or Triton on CUDA).",
+    compile: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Compile the rules' element-wise functions at start (torch.compile; needs Triton on CUDA, "
+        "a C++ compiler on a CPU); auto: on CUDA, if torch can.",
     )
     max_tokens: str = option("auto", "Most tokens in one pass; auto: as many as fit into memory.")
     pass_seconds: float = option(

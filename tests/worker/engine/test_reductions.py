@@ -23,7 +23,8 @@ def reduced(name: str, relevance: torch.Tensor, lengths: list[int], k: int = 0) 
     jobs = [JobRows(i, *rows) for i, rows in enumerate(pairwise(starts))]
     sizes = Sizes(len(relevance), len(jobs), relevance.shape[1], k)
     reduction = REDUCTIONS[name]
-    parts = reduction.prepare(jobs, sizes, CPU)(relevance)
+    values = relevance.sum(-1) if reduction.by_row else relevance
+    parts = reduction.prepare(jobs, sizes, CPU)(values)
     assert [part.dtype for part in parts] == [dtype for _, dtype in reduction.parts]
     assert {tuple(part.shape) for part in parts} == {reduction.shape(sizes)}
     return [[reduction.select(part[None], job, sizes)[0] for part in parts] for job in jobs]

@@ -29,10 +29,13 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._length = 0
         # Keys and values, [2, rows, heads, columns, head size], and how many columns are filled.
         self._buffer: torch.Tensor | None = None
+        self._keys: torch.Tensor
+        self._values: torch.Tensor
         self._filled = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._buffer = key_states.new_empty(2, *key_states.shape[:2], 0, key_states.shape[-1])
+        shape = 2, *key_states.shape[:2], 0, key_states.shape[-1]
+        self._hold(key_states.new_empty(shape), 0, 0)
         self.is_initialized = True
 
     def update(
@@ -41,16 +44,26 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Add the keys and values of the next tokens; return those that these tokens see."""
         if self._buffer is None:
             self.lazy_initialization(key_states, value_states)
-        past = self.past
-        columns = key_states.shape[-2]
-        if self._filled + columns > self.buffer.shape[-2]:
-            self._move(past, past.shape[-2] + columns + ROOM)
-        first, self._filled = self._filled, self._filled + columns
-        self.buffer[0, :, :, first : self._filled] = key_states
-        self.buffer[1, :, :, first : self._filled] = value_states
-        self._length += columns
-        seen = self.buffer[:, :, :, first - past.shape[-2] : self._filled]
-        return seen[0], seen[1]
+        seen, columns = self._seen(self._length), key_states.shape[-2]
+        if self._filled + columns > self._keys.shape[-2]:
+            past = self.past
+            moved = past.new_empty(*past.shape[:3], seen + columns + ROOM, past.shape[-1])
+            moved[:, :, :, :seen] = past
+            self._hold(moved, seen, self._length)
+        first = self._filled
+        self._filled, self._length = first + columns, self._length + columns
+        # Few operations: there are as many layers, for each token.
+        self._keys.narrow(2, first, columns).copy_(key_states)
+        self._values.narrow(2, first, columns).copy_(value_states)
+        seen += columns
+        return (
+            self._keys.narrow(2, self._filled - seen, seen),
+            self._values.narrow(2, self._filled - seen, seen),
+        )
+
+    def _hold(self, buffer: torch.Tensor, filled: int, length: int) -> None:
+        self._buffer, self._filled, self._length = buffer, filled, length
+        self._keys, self._values = buffer.unbind()
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -68,11 +81,6 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _seen(self, length: int) -> int:
         return length if self._reach is None else min(length, self._reach)
-
-    def _move(self, past: torch.Tensor, columns: int) -> None:
-        moved = past.new_empty(*past.shape[:3], columns, past.shape[-1])
-        moved[:, :, :, : past.shape[-2]] = past
-        self._buffer, self._filled = moved, past.shape[-2]
 
     def regroup(self, parts: Sequence[tuple[RowsLayer, torch.Tensor]], length: int) -> None:
         """Hold the given rows of some layers, this one or others, with `length` columns.
@@ -92,12 +100,13 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             past = past if len(rows) == past.shape[1] else past[:, rows]
             moved[:, start : start + len(rows), :, columns - kept : columns] = past
             start += len(rows)
-        self._buffer, self._filled, self._length = moved, columns, length
+        self._hold(moved, columns, length)
         self.is_initialized = True
 
     def release(self) -> None:
         """Free the memory; the layer is of no use after that."""
         self._buffer = None
+        del self._keys, self._values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many columns `update` will give, and the number of the first."""

@@ -75,9 +75,12 @@ class MemoryPlan:
         self._query_width = self._shape.heads * head_size(loaded)
         self._key_width = int(heads) * head_size(loaded)
         # Values per token that one layer's forward or backward pass holds for a moment.
-        self._backward_width = (
-            3 * self._shape.intermediate_size + 2 * self._shape.hidden_size + 4 * self._query_width
-        )
+        around = 2 * self._shape.hidden_size + 4 * self._query_width
+        self._backward_width = 3 * self._shape.intermediate_size + around
+        if self._on_cpu and self._itemsize < _FLOAT32:
+            # Attention's tensors and their gradients in float32 (lrp/sdpa.py).
+            attention = 4 * (self._query_width + self._key_width) * _FLOAT32 // self._itemsize
+            self._backward_width = max(self._backward_width, attention + around)
 
     @property
     def available(self) -> int:

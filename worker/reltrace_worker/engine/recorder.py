@@ -11,6 +11,7 @@ from reltrace_worker.engine.batch import PackedBatch
 from reltrace_worker.engine.hooks import SiteHooks
 from reltrace_worker.engine.reductions import REDUCTIONS, JobRows, Reduction, Sizes
 from reltrace_worker.engine.sites import SITES, Site
+from reltrace_worker.lrp.ops import elementwise
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.placement import to_device
 from reltrace_worker.types.errors import EngineError, NotFiniteError
@@ -21,6 +22,12 @@ from reltrace_worker.types.results import SiteTensor
 def relevance_of(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Gradient times input, R = x * dL/dx, both cast to float32 before the product."""
     return value.float() * gradient.float()
+
+
+@elementwise
+def row_relevance(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return the sum of `relevance_of` over the last dimension."""
+    return relevance_of(value, gradient).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,10 @@ class _Buffers:
             # A copy only where the layer is on another device than the embeddings.
             rows = self._rows.to(value.device)
             value, gradient = value[rows], gradient[rows]
-        relevance = self.group.site.fold(relevance_of(value, gradient), self._shape)
+        if self.group.reduction.by_row:
+            relevance = row_relevance(value, gradient)
+        else:
+            relevance = self.group.site.fold(relevance_of(value, gradient), self._shape)
         reduced = self._reducers[value.device](relevance)
         for buffer, part in zip(self._parts, reduced, strict=True):
             buffer[target, self._layers[layer]].copy_(part, non_blocking=True)

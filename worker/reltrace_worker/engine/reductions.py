@@ -60,7 +60,7 @@ class Sizes:
 
 
 Reducer = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-"""From relevance, float32 [N, F], to one reduced layer, part by part."""
+"""From relevance, float32 [N, F] ([N] if `by_row`), to one reduced layer, part by part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,11 @@ class Reduction:
     select: Callable[[torch.Tensor, JobRows, Sizes], torch.Tensor]
     # Name and dtype of each tensor that it yields.
     parts: tuple[tuple[str, torch.dtype], ...] = (("", torch.float32),)
+    # It needs only the sum of each row, which is taken with the product in one go.
+    by_row: bool = False
 
 
-def _token(_: Sequence[JobRows], __: Sizes, ___: torch.device) -> Reducer:
-    return lambda relevance: (relevance.sum(-1),)
-
-
-def _full(_: Sequence[JobRows], __: Sizes, ___: torch.device) -> Reducer:
+def _as_it_is(_: Sequence[JobRows], __: Sizes, ___: torch.device) -> Reducer:
     return lambda relevance: (relevance,)
 
 
@@ -170,8 +168,9 @@ REDUCTIONS: dict[str, Reduction] = {
         Reduction(
             "token",
             shape=lambda sizes: (sizes.rows,),
-            prepare=_token,
+            prepare=_as_it_is,
             select=lambda reduced, job, _: reduced[..., job.rows],
+            by_row=True,
         ),
         Reduction(
             "feature",
@@ -189,7 +188,7 @@ REDUCTIONS: dict[str, Reduction] = {
         Reduction(
             "full",
             shape=lambda sizes: (sizes.rows, sizes.features),
-            prepare=_full,
+            prepare=_as_it_is,
             select=lambda reduced, job, _: reduced[..., job.rows, :],
         ),
     )

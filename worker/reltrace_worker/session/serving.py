@@ -1,6 +1,6 @@
 """Loads the models that a worker serves, and builds what runs jobs on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,8 +12,9 @@ from reltrace_proto.v1 import types_pb2
 from reltrace_worker.config import Settings
 from reltrace_worker.engine import Engine
 from reltrace_worker.lrp import RULES, Rule, verify_rule
+from reltrace_worker.lrp.joined import join_linear_layers
 from reltrace_worker.lrp.lxt_rules import lxt_rules
-from reltrace_worker.lrp.ops import compile_functions
+from reltrace_worker.lrp.ops import compile_functions, is_compiled
 from reltrace_worker.models import LoadedModel, load_model
 from reltrace_worker.models.placement import device_memory, device_name
 from reltrace_worker.observability.metrics import PassStats
@@ -25,6 +26,8 @@ from reltrace_worker.session.routing import RoutingRunner
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.watchdog import Watchdog
 from reltrace_worker.types.errors import ModelError
+from reltrace_worker.types.jobs import Target, Term, TokenizedPrompt, TraceJob
+from reltrace_worker.types.results import JobResult
 
 log = structlog.get_logger()
 
@@ -54,8 +57,8 @@ def serve(sources: Sequence[ModelSource], settings: Settings, spans: Spans | Non
 
     Raises `ModelError`: a model can not be loaded, or two have one name.
     """
-    if settings.compile and settings.rules == "lxt":
-        raise ModelError("--compile compiles the fused functions; it excludes --rules lxt")
+    if settings.compile == "on" and settings.rules == "lxt":
+        raise ModelError("--compile on compiles the fused functions; it excludes --rules lxt")
     models: list[LoadedModel] = []
     rules: list[Mapping[str, Rule]] = []
     for source in sources:
@@ -71,8 +74,11 @@ def serve(sources: Sequence[ModelSource], settings: Settings, spans: Spans | Non
         )
         check_name(model.name, [other.name for other in models])
         rules.append(RULES if settings.rules == "fused" else lxt_rules(model.family))
-        if settings.compile:
-            compile_functions(model.device, model.dtype)
+        _compile(settings, model)
+        if model.device.type == "cuda":
+            join_linear_layers(model.model)
+            # The blocks of the weights that were apart.
+            torch.cuda.empty_cache()
         _verify_rules(model, rules[-1])
         log.info(
             "model.loaded", model=model.name, revision=model.revision, device=str(model.device)
@@ -103,6 +109,35 @@ def serve(sources: Sequence[ModelSource], settings: Settings, spans: Spans | Non
         drafts=drafts,
         watchdog=watchdog,
     )
+
+
+def _compile(settings: Settings, model: LoadedModel) -> None:
+    """Compile the rules' functions, where that is asked for or was shown to pay."""
+    if settings.compile == "off" or settings.rules == "lxt":
+        return
+    if settings.compile == "auto" and model.device.type != "cuda":
+        return
+    try:
+        compile_functions(model.device, model.dtype)
+    except ModelError as error:
+        if settings.compile == "on":
+            raise
+        log.warning("rules.not_compiled", model=model.name, error=str(error))
+
+
+def _compile_passes(engine: Engine, rules: Iterable[str]) -> None:
+    """Run each rule once, so that no job waits for the compiler.
+
+    Raises `ModelError`: a compiled function fails.
+    """
+    prompt = TokenizedPrompt((0, 0, 0), ("", "", ""))
+    target = Target((Term(2, 0),))
+    for rule in rules:
+        (outcome,) = engine.run([TraceJob(prompt, (target,), ("resid",), rule=rule)])
+        if not isinstance(outcome, JobResult):
+            raise ModelError(
+                f"rule {rule!r} fails when it is compiled; use --compile off: {outcome}"
+            )
 
 
 def _verify_rules(model: LoadedModel, rules: Mapping[str, Rule]) -> None:
@@ -136,6 +171,8 @@ def _runner(
         checkpointing=settings.checkpointing,
         products=engine.products,
     )
+    if is_compiled():
+        _compile_passes(engine, rules)
     return Runner(
         model,
         engine,
