@@ -64,8 +64,8 @@ def instance_forward(
 
 def _method(module: nn.Module, name: str, function: Callable[..., Any]) -> Patch:
     if name == "forward" and "_hf_hook" in vars(module):
-        # The model is split over devices: accelerate has replaced `forward` by a function that
-        # moves the inputs and calls the original, which it keeps under this name.
+        # Of weights in four bits: accelerate has replaced `forward` by a function that moves the
+        # inputs and calls the original, which it keeps under this name.
         name = "_old_forward"
     return module, name, MethodType(function, module)
 

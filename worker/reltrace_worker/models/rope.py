@@ -124,7 +124,7 @@ def fix_frequencies(model: PreTrainedModel, length: int) -> None:
     original = longrope_limit(model.config)
     if original is not None and length > original:
         tables = (frequencies(original)[0], frequencies(original + 1)[0])
-        # accelerate keeps the forward of a split model's module under this name.
+        # accelerate keeps the forward of a module under this name (lrp/patching.py).
         name = "_old_forward" if "_hf_hook" in vars(rotary) else "forward"
         vars(rotary)[name] = _longrope_forward(rotary, original, *tables)
 
