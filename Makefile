@@ -78,12 +78,13 @@ $(RIVALS)/.setup: tests/bench/requirements.txt $(VENV)/.setup
 bench: $(VENV)/.setup-dev $(RIVALS)/.setup ## measure speed and memory, as tests/bench/README.md says (minutes)
 	@$(BIN)/python tests/bench/engine.py
 	@$(BIN)/python tests/bench/service.py --prompts 24
+	@$(BIN)/python tests/bench/start.py
 	@$(BIN)/python tests/bench/jobs.py --rivals $(RIVALS)/bin/python
 	@$(BIN)/python tests/bench/tensors.py
 
 gpu: $(VENV)/.setup-dev ## the engine's tests on the first GPU, and its speed there (minutes)
 	@RELTRACE_TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 tests/worker/engine tests/worker/lrp tests/worker/models
-	@$(BIN)/python tests/bench/engine.py --device cuda --dtype bfloat16 --shape 8b --prompts 120 --example-every 5 --only example --only forward
+	@$(BIN)/python tests/bench/engine.py --device cuda --dtype bfloat16 --model 8b --prompts 120 --example-every 5 --only lxt --only forward
 
 fleet: $(VENV)/.setup-dev ## 500 simulated workers, two schedulers, 100,000 jobs (minutes)
 	@$(BIN)/python tests/bench/fleet.py

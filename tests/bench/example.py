@@ -1,6 +1,9 @@
-"""LXT's documented example on a model in memory, checkpointed as its page says.
+"""LXT's documented example on a model in memory, and the best that a user could make of it.
 
-The other side of the benchmark. As in ``reference/lxt_example.py``, lxt patches the classes of
+The other sides of the benchmarks. `trace` is the example, checkpointed as its page says;
+`trace_padded` is what a user with an hour would write with the same rules: no checkpointing,
+prompts of about equal lengths in one padded batch, logits at the last position only.
+ As in ``reference/lxt_example.py``, lxt patches the classes of
 the llama module, and forward hooks with ``retain_grad`` keep what the decoder layers put out; here
 for as long as a block lasts, so that both sides can take turns in one process. As on the page the
 model is in train mode with gradient checkpointing; the backward starts at 1, which costs the same.
@@ -27,7 +30,7 @@ def _keep(module: Any, _: Any, output: Any) -> None:
 
 
 @contextmanager
-def patched(model: Any) -> Iterator[None]:
+def patched(model: Any, *, checkpointing: bool = True) -> Iterator[None]:
     """Patch the classes, as ``monkey_patch(modeling_llama)`` does, and take it back."""
     mlp, norm = modeling_llama.LlamaMLP, modeling_llama.LlamaRMSNorm
     before = (
@@ -45,11 +48,12 @@ def patched(model: Any) -> Iterator[None]:
         norm.forward = lxt.rms_norm_forward
         modeling_llama.eager_attention_forward = lxt.wrap_attention_forward(before[2])
         modeling_llama.ALL_ATTENTION_FUNCTIONS = registry
-        model.train()
-        with warnings.catch_warnings():
-            # transformers 5 renames what the page calls.
-            warnings.simplefilter("ignore")
-            model.gradient_checkpointing_enable()
+        if checkpointing:
+            model.train()
+            with warnings.catch_warnings():
+                # transformers 5 renames what the page calls.
+                warnings.simplefilter("ignore")
+                model.gradient_checkpointing_enable()
         yield
     finally:
         with warnings.catch_warnings():
@@ -80,3 +84,35 @@ def trace(model: Any, token_ids: list[int]) -> torch.Tensor:
         for layer in model.model.layers
     ]
     return torch.cat(rows)
+
+
+def trace_padded(model: Any, prompts: list[list[int]], together: int) -> list[torch.Tensor]:
+    """Trace prompts, so many in a batch, sorted by length and padded on the left."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    traces: dict[int, torch.Tensor] = {}
+    for at in range(0, len(order), together):
+        some = order[at : at + together]
+        longest = len(prompts[some[-1]])
+        pads = [longest - len(prompts[index]) for index in some]
+        input_ids = torch.tensor(
+            [[0] * pad + prompts[index] for pad, index in zip(pads, some, strict=True)],
+            device=model.device,
+        )
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+        mask = mask.to(model.device)
+        embeddings = model.get_input_embeddings()(input_ids).detach()
+        logits = model(
+            inputs_embeds=embeddings.requires_grad_(),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=1,
+        ).logits
+        logits[:, -1, :].max(-1).values.sum().backward()
+        layers = [
+            (layer.output * layer.output.grad).float().sum(-1).detach().cpu()
+            for layer in model.model.layers
+        ]
+        for row, (index, pad) in enumerate(zip(some, pads, strict=True)):
+            traces[index] = torch.stack([layer[row, pad:] for layer in layers])
+    return [traces[index] for index in range(len(prompts))]

@@ -90,23 +90,37 @@ def _until_it_answers(socket: Path) -> None:
 
 
 @contextmanager
+def scheduler_process(appendfsync: str = "everysec") -> Iterator[tuple[str, int, int]]:
+    """Run Redis and a scheduler; gives its address, and the process ids of it and of Redis."""
+    with redis_server(appendfsync) as (url, store):
+        command = [
+            sys.executable, "-m", "reltrace_scheduler", "--redis", url,
+            "--listen", "127.0.0.1:0", "--log-level", "warning", "--max-jobs", "1000000",
+            "--tenant-max-jobs", "1000000",
+        ]  # fmt: skip
+        with process(command, stdout=subprocess.PIPE) as scheduler:
+            assert scheduler.stdout is not None
+            line = scheduler.stdout.readline()
+            address = next(word for word in line.split() if word.startswith("127.0.0.1:"))
+            yield address, scheduler.pid, store
+
+
+def until_served(address: str, models: Collection[str]) -> None:
+    """Wait until workers serve all of these models."""
+    with reltrace.Client(address) as client:
+        end = time.monotonic() + _START
+        while set(models) - {model.name for model in client.models() if model.workers}:
+            assert time.monotonic() < end, "the worker did not come up"
+            time.sleep(0.05)
+
+
+@contextmanager
 def idle_service(
     appendfsync: str = "everysec", result_bytes: int = 1 << 20, chunk_bytes: Collection[int] = ()
 ) -> Iterator[IdleService]:
     """Run the service around the idle worker until the block ends."""
     with ExitStack() as stack:
-        url, store = stack.enter_context(redis_server(appendfsync))
-        scheduler = stack.enter_context(
-            process(
-                [sys.executable, "-m", "reltrace_scheduler", "--redis", url,
-                 "--listen", "127.0.0.1:0", "--log-level", "warning", "--max-jobs", "1000000",
-                 "--tenant-max-jobs", "1000000"],
-                stdout=subprocess.PIPE,
-            )
-        )  # fmt: skip
-        assert scheduler.stdout is not None
-        line = scheduler.stdout.readline()
-        address = next(word for word in line.split() if word.startswith("127.0.0.1:"))
+        address, scheduler, store = stack.enter_context(scheduler_process(appendfsync))
         worker = stack.enter_context(
             process(
                 [sys.executable, str(HERE / "idle_worker.py"), "--scheduler", address,
@@ -114,10 +128,5 @@ def idle_service(
                  "--chunk-bytes", *map(str, chunk_bytes)],
             )
         )  # fmt: skip
-        models = {"tiny", "parked", *(f"chunk-{size}" for size in chunk_bytes)}
-        with reltrace.Client(address) as client:
-            end = time.monotonic() + _START
-            while models - {model.name for model in client.models() if model.workers}:
-                assert time.monotonic() < end, "the worker did not come up"
-                time.sleep(0.05)
-        yield IdleService(address, scheduler.pid, worker.pid, store)
+        until_served(address, {"tiny", "parked", *(f"chunk-{size}" for size in chunk_bytes)})
+        yield IdleService(address, scheduler, worker.pid, store)

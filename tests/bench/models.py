@@ -1,13 +1,16 @@
-"""Random-weight models of a given shape, built in this process, and prompts for them."""
+"""Models with random weights of a given shape, or real ones, and prompts for them."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from pydoc_data.topics import topics
 
 import torch
 from reference.checkpoints import build_tokenizer
 from reltrace_worker.models.families import FAMILIES
-from reltrace_worker.models.loading import LoadedModel, ModelShape
+from reltrace_worker.models.loading import LoadedModel, ModelShape, load_model
+from reltrace_worker.session.model_sources import SMOLLM2, smollm2_path
 from reltrace_worker.types.jobs import (
     Target,
     Term,
@@ -72,7 +75,34 @@ def build(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
         dtype=dtype,
         device=next(model.parameters()).device,
         context_length=config.max_position_embeddings,
+        parameters=model.num_parameters(),
     )
+
+
+def load(name: str, dtype: torch.dtype, device: str = "cpu") -> LoadedModel:
+    """Return a shape's model with random weights, or a real one as the worker's `--model`."""
+    if name in SHAPES:
+        return build(SHAPES[name], dtype, device)
+    path = str(smollm2_path()) if name == SMOLLM2 else name
+    return load_model(path, device=device, dtype=str(dtype).removeprefix("torch."))
+
+
+def prompts_for(
+    loaded: LoadedModel, count: int, shortest: int, longest: int, seed: int = 0
+) -> list[list[int]]:
+    """Return prompts as `prompts`: random ids for random weights, English text for real ones."""
+    drawn = prompts(count, shortest, longest, loaded.shape.vocab_size, seed)
+    if loaded.name == "random":
+        return drawn
+    # The manual that comes with Python, from a paragraph on.
+    paragraphs = [part for topic in sorted(topics) for part in topics[topic].split("\n\n")]
+    choose = random.Random(seed)
+    texts = []
+    for ids in drawn:
+        start = choose.randrange(len(paragraphs) - len(ids))
+        text = " ".join(" ".join(paragraphs[start : start + len(ids)]).split())
+        texts.append(loaded.tokenizer(text, add_special_tokens=False)["input_ids"][: len(ids)])
+    return texts
 
 
 def prompts(

@@ -34,19 +34,33 @@ def test_the_benchmark_of_texts_gives_its_figures() -> None:
         assert figures["redis_commands_per_piece"] > 0
 
 
+def test_the_benchmark_of_texts_together_gives_its_figures() -> None:
+    report = run(
+        "texts.py", "--model", "tiny", "--texts", "3", "--prompts", "4", "9", "--tokens", "2", "6",
+        "--rounds", "1",
+    )  # fmt: skip
+    assert (report["texts"], report["tokens"]) == (3, 12)
+    assert report["speedup"] > 0
+    # Both sides do the same work.
+    assert report["same_texts"] == 1
+
+
 def test_the_engine_benchmark_gives_its_figures() -> None:
     command = [
-        sys.executable, str(HERE / "engine.py"), "--shape", "tiny", "--prompts", "3",
+        sys.executable, str(HERE / "engine.py"), "--model", "tiny", "--prompts", "3",
         "--longest", "40", "--rounds", "1", "--threads", "1",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    example, forward, memory = report["example"], report["forward"], report["memory"]
+    example, forward, memory = report["lxt"], report["forward"], report["memory"]
     assert example["prompts"] == 3
     assert example["speedup"]["median"] > 0
     # The example's numbers are ours: what is timed is the same work.
     assert example["difference_per_layer"]["largest"] < 1e-4
+    assert example["difference_to_padded"]["largest"] < 1e-4
+    assert example["speedup_over_padded"]["median"] > 0
+    assert 0 < report["products"]["share"]["median"] < 1
     assert forward["without_checkpointing"]["median"] > 1
     assert forward["with_checkpointing"]["median"] > 1
     for peaks in memory["bytes_by_length"].values():
@@ -62,7 +76,7 @@ def test_the_engine_benchmark_gives_its_figures() -> None:
 
 def test_the_service_benchmark_gives_its_figures() -> None:
     command = [
-        sys.executable, str(HERE / "service.py"), "--shape", "tiny", "--prompts", "4",
+        sys.executable, str(HERE / "service.py"), "--model", "tiny", "--prompts", "4",
         "--rounds", "1", "--threads", "1",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -109,3 +123,10 @@ def test_the_benchmark_of_large_results_gives_its_figures() -> None:
     assert report["slow_reader"]["mib"] == 6
     # What piles up stays in Redis: three results are no more than the client may hold.
     assert report["slow_reader"]["scheduler_growth_mib"] < 64
+
+
+def test_the_benchmark_of_a_start_gives_its_figures() -> None:
+    report = run("start.py", "--model", "tiny", "--rounds", "1", "--threads", "1")
+    assert 0 < report["loading_seconds"] < 60
+    assert 0 < report["serving_seconds"] < 60
+    assert report["beyond_seconds"] < report["serving_seconds"]

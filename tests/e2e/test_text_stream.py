@@ -235,3 +235,23 @@ def test_who_interrupts_the_command_cancels_the_text(service: Service) -> None:
             lambda: client.status().ended.get("CANCELLED", 0) == before + 1, "it is cancelled", 20
         )
         assert service.drafts() == 0
+
+
+def test_a_short_text_does_not_wait_for_the_end_of_a_long_one(service: Service) -> None:
+    """
+    Given a text of 300 tokens that is being generated
+    If others of one to three tokens are asked for
+    I expect them to be there while it is still being generated, as they are alone.
+    """
+    with reltrace.Client(service.address) as client:
+        alone = client.generate("The quick brown fox", max_new_tokens=3)
+        ended = sum(client.status().ended.values())
+        stream = client.generate_stream(PROMPT, max_new_tokens=300)
+        pieces = [next(stream)]
+        for count in (1, 2, 3):
+            short = client.generate("The quick brown fox", max_new_tokens=count)
+            assert short.token_ids == alone.token_ids[:count]
+        # Of the four texts three have ended.
+        assert sum(client.status().ended.values()) == ended + 3
+        pieces += stream
+        assert tokens(pieces) == 300

@@ -21,6 +21,8 @@ def lease(
 
 
 async def results(runner: Runner) -> list[str]:
+    """Wait for the next jobs to end; return the ids of their chunks."""
     async with asyncio.timeout(30):
-        found = await runner.next_results()
+        while not (found := await runner.next_results()):
+            pass  # Some have begun.
     return [chunk.chunk.job_id for chunks in found for chunk in chunks]

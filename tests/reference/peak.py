@@ -16,7 +16,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 def peak_bytes(loaded: LoadedModel, run: Callable[[], object]) -> int:
     """Return the most bytes that `run` has allocated at a time, beyond what was there before."""
     if loaded.device.type == "cuda":
-        return _peak_on_cuda(run, loaded.devices)
+        return _peak_on_cuda(run, (loaded.device,))
     return _peak_on_cpu(run)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from reltrace_worker.engine import Engine, JobPreparer
 from reltrace_worker.models import LoadedModel
-from reltrace_worker.types.errors import EngineError
 from reltrace_worker.types.jobs import TraceRequest
+from reltrace_worker.types.results import JobResult
 
 from demo_model.corpus import Example
 
@@ -88,7 +88,7 @@ def measure(
             preparer.prepare(TraceRequest(e.prompt, sites=("embed",), rule=rule)) for e in batch
         ]
         for example, result in zip(batch, engine.run(jobs), strict=True):
-            if isinstance(result, EngineError):
+            if not isinstance(result, JobResult):
                 raise result
             relevance = result.tensors[0].values.abs()
             strongest = 1 + int(relevance[1:-1].argmax())

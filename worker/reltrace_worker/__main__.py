@@ -6,6 +6,8 @@ import secrets
 import socket
 import sys
 from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import structlog
@@ -76,17 +78,30 @@ def _serve(settings: Settings) -> None:
     import torch
 
     from reltrace_worker.observability.metrics import WorkerCollector, exporting
+    from reltrace_worker.session.followers import RANK, Followers, join
     from reltrace_worker.session.model_sources import read_sources
-    from reltrace_worker.session.serving import serve
+    from reltrace_worker.session.serving import follow, serve
 
     gc.freeze()
     gc.enable()
+    size = settings.tensor_parallel
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    elif size > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    sources = read_sources(settings.model, settings.name, settings.revision)
+    if RANK in os.environ:
+        rank, folder = os.environ[RANK].split(" ", 1)
+        follow(sources, settings, int(rank), Path(folder))
     with ExitStack() as stack:
+        followers, ranks = None, None
+        if size > 1:
+            meeting = Path(stack.enter_context(TemporaryDirectory(prefix="reltrace-ranks-")))
+            command = [sys.executable, "-m", "reltrace_worker", *sys.argv[1:]]
+            followers = Followers(size, meeting, command)
+            ranks = join(0, size, meeting, settings.device)
         spans = stack.enter_context(exporting_spans(settings.traces, "reltrace-worker"))
-        sources = read_sources(settings.model, settings.name, settings.revision)
-        served = serve(sources, settings, spans)
+        served = serve(sources, settings, spans, followers, ranks)
         if settings.metrics is not None:
             watchdog = served.watchdog
             collector = WorkerCollector(served.stats, served.memory, watchdog.silent)

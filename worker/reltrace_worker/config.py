@@ -28,12 +28,18 @@ class Settings:
         env="MODEL_NAME",
     )
     revision: str | None = option(None, "Revision of a hub id, of a single model.")
-    dtype: str = option("auto", "float32 or bfloat16; auto: float32 on a CPU, bfloat16 on CUDA.")
+    dtype: str = option(
+        "auto",
+        "float32 or bfloat16; auto: float32 on a CPU, bfloat16 on CUDA; fastest: bfloat16 also on "
+        "a CPU with AMX.",
+    )
     device: str = option("auto", "cpu, cuda, cuda:N, or auto.")
     context_length: int | None = option(
         None, "Longest prompt in tokens. (default: what the model's config allows)"
     )
-    device_map: str | None = option(None, "auto: split the model over all GPUs (accelerate).")
+    tensor_parallel: int = option(
+        1, "Divide every layer among so many GPUs, or processes on a CPU.", min=1
+    )
     load_in_4bit: bool = option(False, "Quantize the weights, on CUDA (bitsandbytes).")
     checkpointing: Literal["auto", "on", "off"] = option(
         "auto",
@@ -45,12 +51,18 @@ class Settings:
         "Whose functions AttnLRP and CP-LRP run: fused ones of reltrace, or LXT's own (slower; "
         "needs the package lxt). Both give the same numbers.",
     )
-    compile: bool = option(
-        False,
-        "Compile the rules' element-wise functions at start (torch.compile; needs a C++ compiler, "
-        "or Triton on CUDA).",
+    compile: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Compile the rules' element-wise functions at start (torch.compile; needs Triton on CUDA, "
+        "a C++ compiler on a CPU); auto: on CUDA, if torch can.",
     )
     max_tokens: str = option("auto", "Most tokens in one pass; auto: as many as fit into memory.")
+    pass_seconds: float = option(
+        1.0,
+        "About how many seconds a pass of traces takes at most, and another job waits for it; "
+        "the single target of a long prompt may take longer.",
+        min=0,
+    )
     memory_gib: float | None = option(
         None,
         "Memory that a pass may use, beside the model. (default: what is free on CUDA, half of "

@@ -170,7 +170,7 @@ class AsyncClient(AsyncGenerate, AsyncQueries, AsyncStudies):
             each layer (see `Trace.parts`: "values", and "token" and "feature" where they stand).
         target : str, int, Target, or a list of these, default "max"
             What is explained: "max" (the largest logit at the last position), a token's text, a
-            token id, or a `Target`. Targets of one list share one forward pass.
+            token id, or a `Target`. A list gives a trace for each target.
         rule : str, default "attnlrp"
             Propagation rule: "attnlrp", or another one that the model's workers serve.
         dtype : {"float32", "bfloat16", "float16"}

@@ -90,8 +90,8 @@ class Provenance:
     versions : mapping of str to str
         Versions of torch, transformers and the worker; and of lxt, where its functions ran.
     rule_functions : str
-        Which functions the rule used: "fused" (the worker's) or "lxt"; empty if it replaced no
-        function of the model (rule "gradient").
+        Which functions the rule used: "fused" (the worker's), "compiled" (the same, compiled by
+        torch) or "lxt"; empty if it replaced no function of the model (rule "gradient").
     """
 
     model: str

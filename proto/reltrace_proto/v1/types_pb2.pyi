@@ -562,7 +562,7 @@ class JobSpec(_message.Message):
 
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Target]:
-        """Targets of one job share one forward pass. Empty: the largest logit."""
+        """One trace each. Empty: the largest logit."""
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -60,8 +60,8 @@ class UpOptions:
     )
     dtype: str | None = option(
         None,
-        "Number format of weights and passes, float32 or bfloat16. (default: float32 on a CPU, "
-        "bfloat16 on CUDA)",
+        "Number format of weights and passes: float32, bfloat16, or fastest, which is bfloat16 on "
+        "CUDA and on a CPU with AMX. (default: float32 on a CPU, bfloat16 on CUDA)",
     )
     port: int = option(50051, "0: any free port.", min=0, max=65535)
     data: Path | None = option(

@@ -310,7 +310,7 @@ def test_large_results_go_where_the_user_says(start: Callable[..., Up]) -> None:
     assert "--results" not in (up.data / "logs" / "scheduler.log").read_text()
 
 
-@pytest.mark.parametrize(("options", "told"), [([], False), (["--dtype", "bfloat16"], True)])
+@pytest.mark.parametrize(("options", "told"), [([], False), (["--dtype", "fastest"], True)])
 def test_workers_are_told_the_number_format(
     start: Callable[..., Up], options: list[str], told: bool
 ) -> None:
@@ -318,7 +318,7 @@ def test_workers_are_told_the_number_format(
     up.ready()
     assert up.end()[0] == 0
     log = (up.data / "logs" / "worker-1.log").read_text()
-    assert ("'--dtype', 'bfloat16'" in log) is told
+    assert ("'--dtype', 'fastest'" in log) is told
 
 
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference.checkpoints import RECIPES
 from reference.gradient import gradient_times_input
-from reference.loaded import PROMPTS, Checkpoints, prepare, preparer, run
+from reference.loaded import DEVICE, PROMPTS, Checkpoints, prepare, preparer, run
 from reference.strongest import by_hand, listed, sums
 from reltrace_worker.engine import Engine
 from reltrace_worker.engine.atlas import PASS_TOKENS, Atlas
@@ -133,7 +133,7 @@ def engine_passes(prompts: list[TraceJob]) -> list[list[int]]:
     passes: list[list[int]] = [[]]
     for index, job in enumerate(prompts):
         held = sum(len(prompts[i].token_ids) for i in passes[-1])
-        if passes[-1] and held + len(job.token_ids) > PASS_TOKENS:
+        if passes[-1] and held + len(job.token_ids) > PASS_TOKENS[DEVICE]:
             passes.append([])
         passes[-1].append(index)
     return passes
@@ -336,3 +336,19 @@ def test_nothing_comes_of_an_atlas_before_its_end_or_when_it_is_dropped(
     engine.advance(atlas)
     assert atlas.finished
     assert atlas.take_outcomes() == {}
+
+
+def test_a_contrast_that_is_the_largest_logit_names_the_prompt(checkpoints: Checkpoints) -> None:
+    loaded = checkpoints.loaded("grouped")
+    engine = Engine(loaded, "off")
+    traced = run(engine, prepare(loaded, *map(TraceRequest, PROMPTS[:2])))
+    first, second = (result.targets[0].token_id for result in traced)
+    assert first != second
+    prompts = tuple(prompt for prompt in PROMPTS[:2] if isinstance(prompt, str))
+    request = AtlasRequest(prompts, k=2, targets=(TargetRequest(contrast=second),))
+    atlas = begun(engine, preparer(loaded).prepare(request))
+    with pytest.raises(InvalidJob) as caught:
+        engine.advance(atlas)
+    (fault,) = caught.value.violations
+    assert fault.field == "targets[0].contrast"
+    assert fault.description.startswith("prompt 1 of the corpus: ")

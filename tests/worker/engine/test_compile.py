@@ -10,16 +10,20 @@ import pytest
 import torch
 from reference.loaded import DEVICE, Checkpoints
 from reltrace_worker.engine import Engine
+from reltrace_worker.engine.recorder import row_relevance
 from reltrace_worker.engine.sites import SITES
 from reltrace_worker.lrp import RULES, ops
+from reltrace_worker.lrp.rotary import Unrotated, attention_states
 from reltrace_worker.types.errors import ModelError
 from reltrace_worker.types.jobs import Target, Term, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import JobResult
+from torch import nn
 
 
 @pytest.fixture(autouse=True)
 def compiled_for_this_test_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_compiled", False)
+    ops._program.cache_clear()
 
 
 CXX = os.environ.get("CXX", "g++")
@@ -71,6 +75,50 @@ def test_every_site_is_what_it_is_without(
             assert bool(((layers - others).abs().flatten(1).amax(1) <= 1e-5 * largest).all())
 
 
+def outputs_and_gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Of every function that is compiled, on seeded inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    x, scale = normal(1, 5, 48).requires_grad_(), normal(48)
+    both = normal(1, 5, 96).requires_grad_()
+    gate, up = both.chunk(2, dim=-1)
+    heads = normal(1, 5, 8, 8).requires_grad_()
+    states = [part.transpose(1, 2) for part in heads.split((4, 2, 2), dim=2)]
+    angles = torch.randn(1, 5, 8, generator=generator).to(DEVICE)
+    tables = angles.cos().to(dtype), angles.sin().to(dtype)
+    query, key = (Unrotated(part, *tables) for part in states[:2])
+    values = [
+        ops.rms_norm(x, scale, 1e-6),
+        ops.attnlrp_gated_product(nn.SiLU(), gate, up),
+        *attention_states(query, key, states[2], (0.25, 0.25, 0.5)),
+    ]
+    outer = [normal(*value.shape) for value in values]
+    gradients = torch.autograd.grad(values, (x, both, heads), outer)
+    return [*(value.detach() for value in values), *gradients, row_relevance(x.detach(), scale)]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_function_is_what_it_is_without() -> None:
+    """
+    Given bfloat16 and joined projections, as on a GPU, and the functions of the rules, which
+    tests of their own compare with LXT and autograd
+    If they are compiled
+    I expect their values and gradients, to rounding.
+    """
+    dtype = torch.bfloat16
+    plain = outputs_and_gradients(dtype)
+    ops.compile_functions(torch.device(DEVICE), dtype)
+    compiled = outputs_and_gradients(dtype)
+    for ours, wanted in zip(compiled, plain, strict=True):
+        assert ours.dtype == wanted.dtype
+        assert float((ours - wanted).abs().max()) <= 2e-2 * float(wanted.abs().max())
+
+
 @needs_compiler
 def test_functions_are_compiled_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     programs: list[str] = []
@@ -81,7 +129,7 @@ def test_functions_are_compiled_from_then_on(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch, "compile", compile_)
 
-    @ops._elementwise
+    @ops.elementwise
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 

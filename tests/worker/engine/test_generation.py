@@ -7,7 +7,7 @@ import torch
 from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, outcomes, prepare, run
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.generation import DecodeBatch, sample
+from reltrace_worker.engine.decoding import DecodeBatch, sample
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.types.errors import EngineError, InvalidJob
@@ -265,7 +265,7 @@ def test_who_has_ended_takes_no_more_room(
 ) -> None:
     """
     Given texts of very different lengths, edited and drawn with seeds
-    If most of them have ended
+    If some of them have ended
     I expect the model to run over the others alone, and these to be what they are alone.
     """
     loaded = checkpoints.loaded(recipe)
@@ -279,15 +279,16 @@ def test_who_has_ended_takes_no_more_room(
     rows: list[int] = []
     forward = DecodeBatch._logits
 
-    def counted(decoding: DecodeBatch) -> torch.Tensor:
-        logits = forward(decoding)
-        rows.append(len(logits))
-        return logits
+    def counted(decoding: DecodeBatch, ids: torch.Tensor, past: int) -> torch.Tensor:
+        if not decoding.reads:
+            rows.append(len(ids))
+        return forward(decoding, ids, past)
 
     monkeypatch.setattr(DecodeBatch, "_logits", counted)
     assert [one.token_ids for one in written(loaded, batch)] == [one.token_ids for one in alone]
-    longest = max(len(one.token_ids) for one in alone)
-    assert (rows[0], rows[-1], len(rows)) == (5, 1, longest)
+    counts = [len(one.token_ids) for one in alone]
+    # The first token of each comes with its prompt.
+    assert rows == [sum(count > step for count in counts) for step in range(1, max(counts))]
 
 
 def test_a_model_that_overflows_on_one_text_writes_the_others(checkpoints: Checkpoints) -> None:

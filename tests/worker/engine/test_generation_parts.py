@@ -10,7 +10,8 @@ import torch
 from reference.loaded import PROMPTS, Checkpoints, outcomes, prepare
 from reference.peak import peak_bytes
 from reltrace_worker.engine import Engine
-from reltrace_worker.engine.generation import DecodeBatch, GeneratedSequence, Generation
+from reltrace_worker.engine.decoding import DecodeBatch, GeneratedSequence
+from reltrace_worker.engine.generation import Generation
 from reltrace_worker.engine.memory import MemoryPlan
 from reltrace_worker.models import LoadedModel
 from reltrace_worker.types.errors import DeviceLostError, EngineError, PassFailedError
@@ -45,7 +46,7 @@ def ids(outcome: JobResult | EngineError) -> tuple[int, ...]:
 
 
 def alone(loaded: LoadedModel, batch: Sequence[GenerateJob]) -> list[tuple[int, ...]]:
-    return [ids(finished(Generation(loaded, [job], lambda _: None))[0]) for job in batch]
+    return [ids(finished(Generation(loaded, [job], lambda *_: None))[0]) for job in batch]
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ class Failing:
         self.begun: list[list[int]] = []
         self._fault = fault
         self._forward, self._init = DecodeBatch._logits, DecodeBatch.__init__
-        monkeypatch.setattr(DecodeBatch, "_logits", lambda decoding: self.logits(decoding))
+        monkeypatch.setattr(DecodeBatch, "_logits", lambda *given: self.logits(*given))
         monkeypatch.setattr(DecodeBatch, "__init__", lambda *given: self.begin(*given))
 
     def begin(
@@ -73,17 +74,17 @@ class Failing:
         self.begun.append([len(text.ids) for text in texts])
         self._init(decoding, loaded, texts)
 
-    def logits(self, decoding: DecodeBatch) -> torch.Tensor:
-        if (error := self._fault(decoding._sequences)) is not None:
+    def logits(self, decoding: DecodeBatch, ids: torch.Tensor, past: int) -> torch.Tensor:
+        if (error := self._fault(decoding.sequences)) is not None:
             raise error
-        return self._forward(decoding)
+        return self._forward(decoding, ids, past)
 
 
 def test_texts_that_do_not_fit_are_written_in_halves(loaded: LoadedModel) -> None:
     batch = jobs(loaded)
     asked: list[int] = []
 
-    def plan(some: Sequence[GenerateJob]) -> EngineError | None:
+    def plan(some: Sequence[GenerateJob], _: int) -> EngineError | None:
         asked.append(len(some))
         return EngineError("too many") if len(some) > 2 else None
 
@@ -97,7 +98,7 @@ def test_a_text_that_does_not_fit_alone_has_the_plans_error(loaded: LoadedModel)
     batch = jobs(loaded)
     longest = max(batch, key=lambda job: len(job.token_ids))
     error = EngineError("one of them is too long")
-    found = finished(Generation(loaded, batch, lambda some: error if longest in some else None))
+    found = finished(Generation(loaded, batch, lambda some, _: error if longest in some else None))
     for number, job in enumerate(batch):
         assert (found[number] is error) == (job is longest)
 
@@ -118,12 +119,10 @@ def test_what_was_written_when_memory_ran_out_stays_written(
         return torch.OutOfMemoryError() if together and len(texts[0].ids) == 7 else None
 
     failing = Failing(monkeypatch, fault)
-    found = finished(Generation(loaded, batch, lambda _: None))
+    found = finished(Generation(loaded, batch, lambda *_: None))
     assert [ids(found[n]) for n in range(len(batch))] == wanted
-    first, *halves = failing.begun
-    assert first == [0] * len(batch)
-    assert len(halves) == 2
-    assert {count for half in halves for count in half} == {7}
+    begun = [count for texts in failing.begun for count in texts]
+    assert begun == [0] * len(batch) + [7] * len(batch)
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), torch.OutOfMemoryError("no")])
@@ -133,7 +132,7 @@ def test_who_fails_alone_has_the_error(
     batch = jobs(loaded)
     wanted = alone(loaded, batch)
     Failing(monkeypatch, lambda texts: error if any(t.job is batch[3] for t in texts) else None)
-    found = finished(Generation(loaded, batch, lambda _: None))
+    found = finished(Generation(loaded, batch, lambda *_: None))
     for number, one in enumerate(wanted):
         if number != 3:
             assert ids(found[number]) == one
@@ -155,7 +154,7 @@ def test_a_lost_device_is_nobodys_fault(
 
 def test_a_text_is_handed_out_when_it_has_ended(loaded: LoadedModel) -> None:
     short, long = jobs(loaded, 2)[0], jobs(loaded, 40)[1]
-    texts = Generation(loaded, [long, short], lambda _: None)
+    texts = Generation(loaded, [long, short], lambda *_: None)
     texts.decode(3)
     assert list(texts.take_outcomes()) == [1]
     assert texts.take_outcomes() == {}
@@ -164,13 +163,13 @@ def test_a_text_is_handed_out_when_it_has_ended(loaded: LoadedModel) -> None:
 
 
 def test_what_nobody_waits_for_is_not_written_on(loaded: LoadedModel) -> None:
-    texts = Generation(loaded, jobs(loaded)[2:4], lambda _: None)
+    texts = Generation(loaded, jobs(loaded)[2:4], lambda *_: None)
     texts.decode(2)
+    dropped = texts._open[0]
     texts.cancel(0)
     assert list(finished(texts)) == [1]
-    assert len(texts.token_ids(0)) == 2
-    assert len(texts.token_ids(1)) > 2
-    texts = Generation(loaded, jobs(loaded)[2:4], lambda _: None)
+    assert len(dropped.ids) == 2
+    texts = Generation(loaded, jobs(loaded)[2:4], lambda *_: None)
     for job in (0, 1):
         texts.cancel(job)
     assert texts.finished
@@ -198,7 +197,7 @@ def test_the_plan_holds_what_texts_need(
     need = MemoryPlan(loaded).generation_bytes(batch)
 
     def write() -> None:
-        finished(Generation(loaded, batch, lambda _: None))
+        finished(Generation(loaded, batch, lambda *_: None))
 
     write()  # what stays is allocated
     peak = peak_bytes(loaded, write)

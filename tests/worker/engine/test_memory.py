@@ -27,7 +27,7 @@ from reltrace_worker.engine.passes import segment_length, trace_checkpointed, tr
 from reltrace_worker.lrp import RULES
 from reltrace_worker.lrp.lxt_rules import lxt_rules
 from reltrace_worker.models import LoadedModel, load_model
-from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.errors import EngineError, NotFiniteError
 from reltrace_worker.types.jobs import Edit, TargetRequest, TraceJob, TraceRequest
 from reltrace_worker.types.results import JobResult
 
@@ -43,8 +43,10 @@ def some(checkpoints: Checkpoints, count: int = 4, **fields: Any) -> list[TraceJ
 
 
 def need(loaded: LoadedModel, jobs: list[TraceJob], checkpointing: bool) -> int:
-    """Return the bytes that are planned for a pass."""
-    return MemoryPlan(loaded).trace_bytes(jobs, checkpointing)
+    """Return the bytes that are planned for a pass over the targets of jobs that are packed."""
+    assert not any(job.alone for job in jobs)
+    copies = [copy for job in jobs for copy in job.copies]
+    return MemoryPlan(loaded).trace_bytes(copies, checkpointing)
 
 
 def peak(loaded: LoadedModel, jobs: list[TraceJob], checkpointing: bool) -> int:
@@ -68,11 +70,11 @@ class Limited:
     def _limited(self, trace: Any, error: BaseException) -> Any:
         checkpointing = trace is trace_checkpointed
 
-        def limited(loaded: Any, batch: Any, *others: Any) -> Any:
+        def limited(loaded: Any, batch: Any, *others: Any, **named: Any) -> Any:
             self.passes.append((len(batch.jobs), checkpointing))
             if batch.packing.tokens > (self.checkpointed if checkpointing else self.keeping):
                 raise error
-            return trace(loaded, batch, *others)
+            return trace(loaded, batch, *others, **named)
 
         return limited
 
@@ -327,13 +329,13 @@ def test_a_job_that_is_not_finite_in_a_pack_is_run_alone(
     loaded, jobs = checkpoints.loaded("grouped"), some(checkpoints)
     engine = Engine(loaded, "off")
     wanted = run(engine, jobs)
-    error = EngineError("the scalar of target 0 is nan")
+    error = NotFiniteError("the scalar of targets[0] is nan")
     packs: list[int] = []
     try_batch = engine._try_batch
 
-    def leaking(batch: list[TraceJob], checkpointing: bool) -> Any:
+    def leaking(batch: list[TraceJob], *mode: Any) -> Any:
         packs.append(len(batch))
-        found = try_batch(batch, checkpointing)
+        found = try_batch(batch, *mode)
         assert found is not None
         bad = [jobs[1]] if len(batch) == 1 else jobs[1:3]
         return [error if job in bad else one for job, one in zip(batch, found, strict=True)]

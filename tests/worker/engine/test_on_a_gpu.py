@@ -14,6 +14,7 @@ from reference.checkpoints import FAMILY_RECIPES
 from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reference.peak import peak_bytes
 from reltrace_worker.engine import SITES, Engine
+from reltrace_worker.engine.atlas import Atlas
 from reltrace_worker.engine.memory import MemoryPlan
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models import LoadedModel, load_model
@@ -119,15 +120,16 @@ def test_the_same_pack_gives_the_same_bits(wide: LoadedModel, other: Any) -> Non
 
 def test_an_atlas_is_the_same_wherever_it_is_made(wide: LoadedModel) -> None:
     lengths = prompts(12, 8, 900, wide.shape.vocab_size, seed=5)
-    asked = [replace(job(ids), sites=()) for ids in lengths]
+    asked = [replace(job(ids), sites=("neuron",)) for ids in lengths]
     corpus = AtlasJob(tuple(asked), tuple(range(len(asked))), (), 4)
     found = []
     for how in ("off", "on"):
         engine = Engine(wide, how)  # type: ignore[arg-type]
-        slice_ = engine.begin_atlas(corpus)
-        while not slice_.over:
-            engine.add_to(slice_)
-        found.append(slice_.tensors())
+        atlas = engine.begin([corpus])
+        assert isinstance(atlas, Atlas)
+        while not atlas.finished:
+            engine.advance(atlas)
+        found.append(atlas.tensors())
     for left, right in zip(*found, strict=True):
         assert (left.site, left.part) == (right.site, right.part)
         assert torch.equal(left.values, right.values), (left.site, left.part)

@@ -12,9 +12,9 @@ from reference.loaded import PROMPTS, Checkpoints, prepare, run
 from reltrace_worker.engine import Engine
 from reltrace_worker.lrp import RULES
 from reltrace_worker.models.vocabulary import Vocabulary
-from reltrace_worker.types.errors import EngineError
-from reltrace_worker.types.jobs import TargetRequest, TraceRequest
-from reltrace_worker.types.results import JobResult
+from reltrace_worker.types.errors import InvalidJob
+from reltrace_worker.types.jobs import TargetRequest, TraceJob, TraceRequest
+from reltrace_worker.types.results import JobResult, Outcome
 
 PROMPT = PROMPTS[0]
 
@@ -70,7 +70,11 @@ def test_several_targets_equal_single_ones(checkpoints: Checkpoints, rule: str) 
         ours, wanted = together.targets[index], alone.targets[0]
         # The logits of other rows change how the product with the head is blocked: one bit.
         assert ours.logit == pytest.approx(wanted.logit, rel=1e-6)
-        numbers = {"logit": wanted.logit, "candidates": wanted.candidates}
+        numbers = {
+            "logit": wanted.logit,
+            "token_logit": wanted.token_logit,
+            "candidates": wanted.candidates,
+        }
         assert replace(ours, **numbers) == wanted
         assert [c.token_id for c in ours.candidates] == [c.token_id for c in wanted.candidates]
         values, reference = together.tensors[index].values, alone.tensors[0].values
@@ -177,8 +181,8 @@ def test_a_continuation_by_text_names_its_tokens(checkpoints: Checkpoints) -> No
     assert len(target.target.continuation_ids) == 3
 
 
-def test_a_contrast_that_is_the_largest_logit_itself_is_an_error(
-    checkpoints: Checkpoints,
+def test_a_contrast_that_is_the_largest_logit_itself_is_the_jobs_fault(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The difference is zero, and so would all relevance be."""
     loaded = checkpoints.loaded("grouped")
@@ -186,13 +190,25 @@ def test_a_contrast_that_is_the_largest_logit_itself_is_an_error(
     (plain,) = run(engine, prepare(loaded, TraceRequest(PROMPTS[0])))
     largest = plain.targets[0].token_id
     specs = [
-        TraceRequest(PROMPTS[0], targets=(TargetRequest(contrast=contrast),))
+        TraceRequest(PROMPTS[0], targets=(TargetRequest(token=3), TargetRequest(contrast=contrast)))
         for contrast in (largest, largest + 1)
     ]
+    batches = []
+    run_batch = engine._run_batch
+
+    def counted(jobs: list[TraceJob], *mode: Any) -> list[Outcome]:
+        batches.append(len(jobs))
+        return run_batch(jobs, *mode)
+
+    monkeypatch.setattr(engine, "_run_batch", counted)
     zero, other = engine.run(prepare(loaded, *specs))
-    assert isinstance(zero, EngineError)
-    assert "the contrast of target 0 is the token that has the largest logit itself" in str(zero)
+    assert isinstance(zero, InvalidJob)
+    (fault,) = zero.violations
+    assert fault.field == "targets[1].contrast"
+    assert "is the token with the largest logit at position" in fault.description
     assert isinstance(other, JobResult)
+    # The job is at fault, not a neighbour: it does not run again.
+    assert batches == [4]
 
 
 def test_candidates_are_the_likeliest_tokens_at_each_targets_position(

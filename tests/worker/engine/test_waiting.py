@@ -74,7 +74,7 @@ def scalars_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Readout]]:
 
 
 def run(loaded: LoadedModel, jobs: list[TraceJob], trace: Trace) -> WithoutWaiting:
-    batch = PackedBatch.of(jobs)
+    batch = PackedBatch.of([copy for each in jobs for copy in each.copies])
     recorder = RelevanceRecorder(loaded, batch)
     # The rotary factors and other buffers are read, too: all of the model is on the device.
     with WithoutWaiting() as mode, apply_rule(loaded.model, RULES[jobs[0].rule]):
@@ -83,7 +83,7 @@ def run(loaded: LoadedModel, jobs: list[TraceJob], trace: Trace) -> WithoutWaiti
 
 
 def mixed(reduction: str) -> list[TraceJob]:
-    """Jobs of every kind of target, one with edits; two passes for one of them."""
+    """Jobs of every kind of target, some with edits, some with two targets."""
     largest, named = Target((Term(6, None),)), Target((Term(3, 17),))
     contrast = Target((Term(6, None), Term(6, 5, -1.0)), contrast_id=5)
     answer = Target((Term(2, 4), Term(3, 5), Term(4, 6)), logprob=True, continuation_ids=(4, 5, 6))
@@ -133,7 +133,7 @@ def test_nothing_waits_for_single_logits(
 
 
 @pytest.mark.parametrize("trace", TRACES)
-@pytest.mark.parametrize("reduction", ["token", "full"])
+@pytest.mark.parametrize("reduction", REDUCED)
 def test_the_operations_of_a_pass_do_not_grow_with_its_jobs(
     shapes_only: LoadedModel, scalars_read: list[Readout], trace: Trace, reduction: str
 ) -> None:

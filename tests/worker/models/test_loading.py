@@ -55,7 +55,7 @@ def test_a_loaded_model_describes_itself(checkpoints: Checkpoints) -> None:
     # The head shares the embeddings and counts once.
     layer = 4 * 48 * 48 + 3 * 48 * 80 + 2 * 48
     assert about.parameters == 320 * 48 + 3 * layer + 48
-    assert (loaded.dtype, loaded.devices) == (torch.float32, (torch.device("cpu"),))
+    assert (loaded.dtype, loaded.device) == (torch.float32, torch.device("cpu"))
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
@@ -297,7 +297,7 @@ def test_rotary_frequencies_of_older_checkpoints_are_passed_over(folder: Path) -
     ("options", "message"),
     [
         ({"dtype": "float16"}, "overflows its range .* supported: float32, bfloat16"),
-        ({"dtype": "int8"}, "'int8' is not supported; supported: auto, float32, bfloat16"),
+        ({"dtype": "int8"}, "'int8' is not supported; supported: auto, fastest, float32"),
         ({"device": "abacus"}, "'abacus' is not supported; supported: auto, cpu, cuda"),
         ({"device": "meta"}, "'meta' is not supported; supported: auto, cpu, cuda"),
         ({"device": "cuda:99"}, "'cuda:99' does not exist"),

@@ -53,7 +53,7 @@ async def test_passes_are_counted(checkpoints: Checkpoints) -> None:
         )
         for number, own in enumerate(ids)
     ]
-    collector = WorkerCollector({loaded.name: runner.stats}, lambda: device_memory(loaded.devices))
+    collector = WorkerCollector({loaded.name: runner.stats}, lambda: device_memory([loaded.device]))
     with exporting("127.0.0.1:0", collector) as address:
         assert read(address)["reltrace_worker_passes_total", ""] == 0
         assert await runner.add(leases) == []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reference.checkpoints import PLAIN
 from reference.gguf_files import write_gguf
 from reference.loaded import Checkpoints
@@ -13,7 +14,8 @@ from reltrace_proto.v1 import types_pb2, worker_pb2
 from reltrace_worker.config import Settings
 from reltrace_worker.demo import DEMO_MODEL
 from reltrace_worker.demo import path as demo_path
-from reltrace_worker.session import model_sources
+from reltrace_worker.lrp import ops
+from reltrace_worker.session import model_sources, serving
 from reltrace_worker.session.model_sources import SMOLLM2_DIGEST, ModelSource, read_sources
 from reltrace_worker.session.serving import serve
 from reltrace_worker.types.errors import ModelError
@@ -151,7 +153,7 @@ async def test_a_result_says_whose_functions_ran(
 def test_lxts_functions_are_not_compiled(checkpoints: Checkpoints) -> None:
     source = read_sources([str(checkpoints.folder("plain"))], [], None)
     with pytest.raises(ModelError, match=r"--compile .* excludes --rules lxt"):
-        serve(source, replace(SETTINGS, rules="lxt", compile=True))
+        serve(source, replace(SETTINGS, rules="lxt", compile="on"))
 
 
 def test_two_models_of_one_name_are_refused(checkpoints: Checkpoints) -> None:
@@ -174,3 +176,58 @@ def test_a_revision_is_for_hub_ids(checkpoints: Checkpoints) -> None:
     folder = str(checkpoints.folder("plain"))
     with pytest.raises(ModelError, match=r"\('v1'\) is for hub ids; .*plain is a folder"):
         serve(read_sources([f"{folder}@v1"], [], None), SETTINGS)
+
+
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_on_a_cpu_nothing_is_compiled_unasked(
+    checkpoints: Checkpoints, setting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("compiles")
+
+    monkeypatch.setattr(serving, "compile_functions", refuse)
+    source = read_sources([str(checkpoints.folder("plain"))], [], None)
+    serve(source, replace(SETTINGS, compile=setting))
+
+
+def test_on_cuda_functions_are_compiled_where_torch_can(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Given a model on CUDA
+    I expect its rules to be compiled by default; and where torch can not, a warning by default,
+    and an error if it was asked for.
+    """
+    loaded = checkpoints.loaded("plain")
+    model = replace(loaded, device=torch.device("cuda"))
+    devices: list[torch.device] = []
+
+    def compile_(device: torch.device, _: torch.dtype) -> None:
+        devices.append(device)
+
+    monkeypatch.setattr(serving, "compile_functions", compile_)
+    serving._compile(SETTINGS, model)
+    assert devices == [model.device]
+
+    def fail(*_: Any) -> None:
+        raise ModelError("torch can not compile on cuda")
+
+    monkeypatch.setattr(serving, "compile_functions", fail)
+    serving._compile(SETTINGS, model)
+    assert "rules.not_compiled" in capsys.readouterr().out
+    with pytest.raises(ModelError, match="can not compile"):
+        serving._compile(replace(SETTINGS, compile="on"), model)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+async def test_what_is_compiled_runs_before_the_first_job_and_is_told(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_compiled", False)
+    source = read_sources([str(checkpoints.folder("plain"))], [], None)
+    served = serve(source, replace(SETTINGS, compile="on"))
+    await served.runner.add([lease("j-0", "")])
+    (chunks,) = await served.runner.next_results()
+    (leased,) = chunks
+    assert leased.chunk.header.provenance.rule_functions == "compiled"

@@ -20,7 +20,7 @@ from reltrace_worker.session.leases import LeaseKey
 from reltrace_worker.session.runner import Runner
 from reltrace_worker.session.session import RefusedError, Session
 from reltrace_worker.session.watchdog import Watchdog
-from reltrace_worker.types.errors import DeviceLostError, PassFailedError
+from reltrace_worker.types.errors import PassFailedError
 from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import Outcome
 
@@ -468,21 +468,34 @@ async def test_a_failed_attempt_is_handed_back_with_its_reason(
     assert leased.chunk.job_id == "s-1"
 
 
-async def test_a_lost_device_ends_the_session(
+async def test_a_lost_device_is_seen_by_the_watchdog(
     checkpoints: Checkpoints, scheduler: Scheduler, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """
+    Given a pass that loses the device
+    I expect the session to stay until whoever waits for the watchdog drains it: the lease of the
+    pass is neither stored nor handed back.
+    """
+
     def lost(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(engine, "_run_batch", lost)
     async with serving(scheduler) as address:
         hello = worker_pb2.Hello(worker_id="w", model=types_pb2.ModelInfo(name="m"))
-        session = Session(address, hello, Runner(checkpoints.loaded("plain"), engine, 256))
+        watchdog = Watchdog()
+        runner = Runner(checkpoints.loaded("plain"), engine, 256, watchdog=watchdog)
+        session = Session(address, hello, runner, watchdog=watchdog)
         working = asyncio.create_task(session.run())
-        await (await scheduler.next()).lease(spec(), spec())
-        with pytest.raises(DeviceLostError, match="illegal memory access"):
-            async with asyncio.timeout(20):
-                await working
+        connection = await scheduler.next()
+        await connection.lease(spec(), spec())
+        async with asyncio.timeout(20):
+            lost = await watchdog.stuck()
+            assert {lease.job_id for lease in lost.leases} <= {"s-0", "s-1"}
+            assert lost.leases
+            assert not working.done()
+            await session.drain(1.0, {LeaseKey.of(lease) for lease in lost.leases})
+            await working
 
 
 @asynccontextmanager
@@ -537,9 +550,10 @@ async def test_a_text_begins_again_on_the_next_connection(
     """
     go_on, advance = threading.Event(), engine.advance
 
-    def four_tokens(task: Generation, on_token: Callable[[], None] | None) -> None:
-        advance(task, on_token, steps=4)
+    def four_tokens(task: Generation, on_token: Callable[[], None], _: int) -> int:
+        steps = advance(task, on_token, steps=4)
         go_on.wait(20)
+        return steps
 
     monkeypatch.setattr(engine, "advance", four_tokens)
     async with drafting(scheduler, checkpoints, engine):
@@ -617,3 +631,40 @@ async def test_deferred_results_are_kept_and_sent_again(
         while (await connection.receive("heartbeat")).heartbeat.leases:
             pass
     assert scheduler.connections.empty()
+
+
+async def test_others_are_leased_while_texts_are_generated(
+    scheduler: Scheduler, session: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Given a worker that has leased as many texts as it asks for at a time
+    If they are being generated
+    I expect it to ask for more, and a short text that comes then to end before them.
+    """
+    turns, go_on, advance = 0, threading.Event(), engine.advance
+
+    def held(task: Generation, on_token: Callable[[], None], steps: int) -> int:
+        nonlocal turns
+        turns += 1
+        assert turns == 1 or go_on.wait(20)
+        return advance(task, on_token, steps)
+
+    monkeypatch.setattr(engine, "advance", held)
+    connection = await scheduler.next()
+    await connection.receive("ready")
+    # As after passes that were full with one job.
+    session._window.size = 2
+    session._window.reset_offers()
+    text = types_pb2.JobSpec(prompt=PROMPT, generation=types_pb2.Generation(max_new_tokens=100))
+    await connection.lease(text, text)
+    async with asyncio.timeout(20):
+        kinds = [(await connection.requests.get()).WhichOneof("message")]
+    assert kinds == ["ready"]
+    text.generation.max_new_tokens = 1
+    await connection.lease(text, first=2)
+    async with asyncio.timeout(20):
+        while not session._runner._queue.has_waiting:
+            await asyncio.sleep(0.01)
+    go_on.set()
+    results = (await connection.receive("results")).results
+    assert results.chunks[0].chunk.job_id == "s-2"

@@ -23,9 +23,9 @@ ATLAS_SITES = ("neuron", "head")
 _LARGEST = 2.0**22
 """Sums are exact up to here, and far beyond what a model's numbers are."""
 
-PASS_TOKENS = 2048
-"""Tokens of one pass, whatever the worker's memory: numbers depend on what is packed together, in
-their last bits, and an atlas is to be the same wherever it is made."""
+PASS_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Tokens of one pass, whatever the worker's memory and speed: numbers depend on what is packed
+together, in their last bits, and an atlas is to be the same on all devices of a kind."""
 
 
 class AtlasRecorder(SiteHooks):
@@ -92,7 +92,8 @@ class Atlas:
         # A pass recomputed its layers.
         self.checkpointing = False
         self._cancelled = False
-        self._passes = _passes(job.prompts)
+        self._computed = 0
+        self._passes = _passes(job.prompts, PASS_TOKENS[loaded.device.type])
 
     @property
     def finished(self) -> bool:
@@ -106,10 +107,17 @@ class Atlas:
     def next_pass(self) -> list[int]:
         """Return the indices of the prompts of the next pass; none after the last."""
         try:
-            return self._passes.popleft()
+            chosen = self._passes.popleft()
         except IndexError:
             # It was cancelled at this moment, on another thread.
             return []
+        self._computed += sum(self.job.prompts[index].total_tokens for index in chosen)
+        return chosen
+
+    def take_work(self) -> dict[int, int]:
+        """Return how many tokens went through the model since the last call, of its one job."""
+        work, self._computed = {0: self._computed}, 0
+        return work
 
     def take_outcomes(self) -> dict[int, Outcome]:
         """Return the result, once it is finished; its targets are each token once."""
@@ -147,12 +155,12 @@ class Atlas:
         return tuple(tensors)
 
 
-def _passes(prompts: Sequence[TraceJob]) -> deque[list[int]]:
-    """Cut a corpus into passes, in its order."""
+def _passes(prompts: Sequence[TraceJob], most: int) -> deque[list[int]]:
+    """Cut a corpus into passes of at most so many tokens, in its order."""
     passes: deque[list[int]] = deque()
     tokens = 0
     for index, job in enumerate(prompts):
-        if not passes or tokens + len(job.token_ids) > PASS_TOKENS:
+        if not passes or tokens + len(job.token_ids) > most:
             passes.append([])
             tokens = 0
         passes[-1].append(index)

@@ -26,8 +26,9 @@ class PackedBatch:
 
     @property
     def backward_passes(self) -> int:
-        """The largest number of targets of one job."""
-        return max(len(job.targets) for job in self.jobs)
+        """The number of targets of each job whose relevance is asked for; 1 unless it is alone."""
+        (passes,) = {len(job.targets) for job in self.jobs}
+        return passes
 
     def token_ids(self, device: torch.device) -> torch.Tensor:
         """Return the token ids, int64 [1, N]."""

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from reltrace_worker.engine.batch import PackedBatch
 from reltrace_worker.engine.sites import SITES, Site
@@ -122,11 +123,19 @@ class EditHooks:
         if not jobs:
             return value
         flat = value.reshape(-1, value.shape[-1])
+        width, divided = flat.shape[-1], SITES[site].axis in self._loaded.divided
+        if divided:
+            # Edits are of columns of the whole: those of other processes are zeros here.
+            ranks = self._loaded.ranks
+            first = ranks.rank * width
+            flat = pad(flat, (first, (ranks.size - ranks.rank - 1) * width))
         # The first edit of every job, then the second of every job that has one, and so on.
         for level in zip_longest(*jobs):
             together = [edit for edit in level if edit is not None]
             for step in _steps(together, SITES[site], self._loaded, flat.shape[-1]):
                 flat = step.apply(flat)
+        if divided:
+            flat = flat[:, first : first + width]
         return flat.reshape(value.shape)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate, islice
 from typing import Any, Literal
 
 import torch
@@ -12,7 +15,7 @@ from torch import nn
 
 from reltrace_worker.engine.atlas import Atlas, AtlasRecorder
 from reltrace_worker.engine.batch import PackedBatch
-from reltrace_worker.engine.generation import Generation
+from reltrace_worker.engine.generation import DECODE_STEPS, Generation
 from reltrace_worker.engine.hooks import SiteHooks
 from reltrace_worker.engine.host_memory import Trimmer, is_out_of_memory, release
 from reltrace_worker.engine.memory import MemoryPlan, head_size
@@ -32,7 +35,13 @@ from reltrace_worker.lrp.attention import kernel_for
 from reltrace_worker.lrp.linear import linear_layers, through_onednn
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.vocabulary import Vocabulary
-from reltrace_worker.types.errors import DeviceLostError, EngineError, PassFailedError
+from reltrace_worker.types.errors import (
+    DeviceLostError,
+    EngineError,
+    InvalidJob,
+    NotFiniteError,
+    PassFailedError,
+)
 from reltrace_worker.types.jobs import AtlasJob, GenerateJob, Job, TraceJob
 from reltrace_worker.types.results import JobResult, Outcome
 
@@ -46,8 +55,9 @@ _KEEPING_PAYS_FROM = 1024
 
 _USUAL_RULE = "attnlrp"
 
-DECODE_STEPS = 16
-"""Tokens that a generation goes on by before another pass has its turn."""
+_TARGETS_PER_RECOMPUTE = 8
+"""With checkpointing, so many targets of one prompt share a forward pass and its recomputation:
+with more, a pass would last longer, and with fewer, what they share would cost more."""
 
 
 class Engine:
@@ -83,6 +93,8 @@ class Engine:
         # Called whenever a layer is done, in every direction: who waits sees that passes go on. On
         # CUDA the device may be behind by a pass.
         self.on_step: Callable[[], None] = lambda: None
+        # Asked between the backward passes of one job: whether others are to have their turn.
+        self.should_stop: Callable[[], bool] = lambda: False
         # Time of all passes, by phase; checkpointing's second forward counts as backward.
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -118,7 +130,10 @@ class Engine:
 
         Where memory does not suffice for all of them they are traced in smaller batches, and at
         last one by one with checkpointing. An outcome is an error where the job's own numbers are
-        not finite, or where it alone does not fit into memory.
+        not finite, where it alone does not fit into memory, or where a target is always zero.
+
+        Where `should_stop` answers True between the backward passes of a job that does not pack its
+        targets, the result has the job's first targets only.
 
         Raises `PassFailedError`: the pass itself failed, not for memory; no job has a
         result.
@@ -126,8 +141,21 @@ class Engine:
         # Equal lengths next to each other: they share calls of the attention kernel.
         order = sorted(range(len(jobs)), key=lambda index: jobs[index].total_tokens)
         with self._exclusive():
-            outcomes = dict(zip(order, self._run([jobs[i] for i in order]), strict=True))
+            found = self._run_with_second_tries([jobs[index] for index in order])
+        outcomes = dict(zip(order, found, strict=True))
         return [outcomes[index] for index in range(len(jobs))]
+
+    def join(self, parts: Sequence[JobResult]) -> JobResult:
+        """Return the result of a job whose targets were traced in parts."""
+        targets = tuple(target for part in parts for target in part.targets)
+        firsts = accumulate((len(part.targets) for part in parts), initial=0)
+        tensors = tuple(
+            tensor if first == 0 else replace(tensor, trace=first + tensor.trace)
+            for part, first in zip(parts, firsts, strict=False)
+            for tensor in part.tensors
+        )
+        checkpointing = any(part.checkpointing for part in parts)
+        return JobResult(targets, tensors, checkpointing, hints=hints(self._vocabulary, targets))
 
     def begin(self, jobs: Sequence[Job]) -> Generation | Atlas:
         """Begin a job that takes many passes: a generation of several jobs, or one atlas.
@@ -137,7 +165,7 @@ class Engine:
         atlases = [job for job in jobs if isinstance(job, AtlasJob)]
         if not atlases:
             generations = [job for job in jobs if isinstance(job, GenerateJob)]
-            return Generation(self._loaded, generations, self._memory.generation_fault)
+            return self._generation(generations)
         (job,) = atlases
         size = Atlas.table_bytes(self._loaded.shape, job.k)
         if (fault := self._memory.atlas_fault(job.k, size)) is not None:
@@ -149,19 +177,26 @@ class Engine:
         task: Generation | Atlas,
         on_token: Callable[[], None] | None = None,
         steps: int = DECODE_STEPS,
-    ) -> None:
+    ) -> int:
         """Generate up to `steps` tokens of each job, or run the next pass of an atlas.
 
-        Raises `EngineError`: the numbers of an atlas are not finite, or its pass does not
-        fit into memory. The pass is not made smaller, for then its numbers would be others.
+        Returns how many steps it took: fewer where a job has ended. Jobs may join a generation
+        before, and in `on_token`, which is called after each step.
+
+        Raises `EngineError`: the numbers of an atlas are not finite, or its pass does not fit into
+        memory, and is not made smaller, for then its numbers would be others; `InvalidJob`: a
+        prompt's target is always zero.
         """
         with self._exclusive():
             if isinstance(task, Atlas):
                 self._advance_atlas(task)
-            else:
-                with self._timed() as timer, through_onednn(self._linears):
-                    timer.start("forward")
-                    task.decode(steps, on_token)
+                return 1
+            with self._timed() as timer, through_onednn(self._linears):
+                timer.start("forward")
+                return task.decode(steps, on_token)
+
+    def _generation(self, jobs: Sequence[GenerateJob]) -> Generation:
+        return Generation(self._loaded, jobs, self._memory.generation_fault)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -195,16 +230,57 @@ class Engine:
         for phase, seconds in timer.seconds().items():
             self.seconds[phase] += seconds
 
+    def _run_with_second_tries(self, jobs: list[TraceJob]) -> list[Outcome]:
+        """Run jobs; what is not finite once more, alone, for it may be a neighbour's fault.
+
+        Some kernels of CPUs let a row that is not finite reach the row before it, which may be the
+        last one of another prompt.
+        """
+        outcomes = self._run_jobs(jobs)
+        if len(jobs) > 1:
+            for index, outcome in enumerate(outcomes):
+                if isinstance(outcome, NotFiniteError):
+                    (outcomes[index],) = self._run_jobs([jobs[index]])
+        return outcomes
+
+    def _run_jobs(self, jobs: list[TraceJob]) -> list[Outcome]:
+        """Run jobs, sorted by length: what has several backward passes apart from the others."""
+        together = [copy for job in jobs if not job.alone for copy in job.copies]
+        packed = iter(self._run(together) if together else ())
+        return [
+            self._run_alone(job)
+            if job.alone
+            else self._joined(list(islice(packed, len(job.copies))))
+            for job in jobs
+        ]
+
+    def _run_alone(self, job: TraceJob) -> Outcome:
+        """Run a job of several targets, until it is done or is to stop."""
+        outcomes: list[Outcome] = []
+        left = job.targets
+        while left and not (outcomes and self.should_stop()):
+            (outcome,) = self._run([job.with_targets(left)])
+            outcomes.append(outcome)
+            left = left[len(outcome.targets) :] if isinstance(outcome, JobResult) else ()
+        return self._joined(outcomes)
+
+    def _joined(self, outcomes: Sequence[Outcome]) -> Outcome:
+        results = [outcome for outcome in outcomes if isinstance(outcome, JobResult)]
+        fault = next((outcome for outcome in outcomes if not isinstance(outcome, JobResult)), None)
+        return fault or self.join(results)
+
     def _run(self, jobs: list[TraceJob]) -> list[Outcome]:
         """Run jobs, sorted by length, together if they fit, else in halves, at last alone."""
         alone = len(jobs) == 1
         modes = {"on": [True], "auto": [False, True], "off": [False, True] if alone else [False]}
         for checkpointing in modes[self._checkpointing]:
+            if checkpointing and jobs[0].alone:
+                jobs = [jobs[0].with_targets(jobs[0].targets[:_TARGETS_PER_RECOMPUTE])]
             if not self._memory.fits(jobs, checkpointing, try_anyway=alone and checkpointing):
                 continue
             outcomes = self._try_batch(jobs, checkpointing)
             if outcomes is not None:
-                return outcomes if alone else self._with_second_tries(jobs, outcomes)
+                return outcomes
             if not alone:
                 break
         if alone:
@@ -212,22 +288,11 @@ class Engine:
         half = len(jobs) // 2
         return [*self._run(jobs[:half]), *self._run(jobs[half:])]
 
-    def _with_second_tries(self, jobs: list[TraceJob], outcomes: list[Outcome]) -> list[Outcome]:
-        """Run what is not finite once more, alone: it may be a neighbour's fault.
-
-        Some kernels of CPUs let a row that is not finite reach the row before it, which may be the
-        last one of another prompt.
-        """
-        return [
-            self._run([job])[0] if isinstance(outcome, EngineError) else outcome
-            for job, outcome in zip(jobs, outcomes, strict=True)
-        ]
-
     def _try_batch(self, jobs: list[TraceJob], checkpointing: bool) -> list[Outcome] | None:
         """Run one batch; None where memory ran out."""
         try:
             return self._run_batch(jobs, checkpointing)
-        except EngineError:
+        except (EngineError, DeviceLostError):
             raise
         except Exception as error:
             if not is_out_of_memory(error):
@@ -256,17 +321,17 @@ class Engine:
         for index, of_job in enumerate(by_job):
             try:
                 targets = tuple(resolve(self._vocabulary, scalar) for scalar in of_job)
-                tensors = recorder.tensors(index)
-                notes = hints(self._vocabulary, of_job)
-                outcomes.append(JobResult(targets, tensors, checkpointing, hints=notes))
-            except EngineError as error:
+                outcomes.append(JobResult(targets, recorder.tensors(index), checkpointing))
+            except (EngineError, InvalidJob) as error:
                 outcomes.append(error)
         return outcomes
 
     def _trace(
         self, batch: PackedBatch, hooks: SiteHooks, timer: PassTimer, checkpointing: bool
     ) -> list[Scalar]:
-        trace: Trace = trace_checkpointed if checkpointing else trace_keeping
+        trace: Trace = partial(trace_keeping, stop=self.should_stop)
+        if checkpointing:
+            trace = trace_checkpointed
         if not batch.jobs[0].sites:
             trace = predict
         timer.start("forward")
@@ -291,4 +356,12 @@ class Engine:
         with self._timed() as timer:
             scalars = self._trace(batch, recorder, timer, checkpointing)
         for scalar in scalars:
-            atlas.targets[numbers[scalar.job]] = resolve(self._vocabulary, scalar)
+            number = numbers[scalar.job]
+            try:
+                atlas.targets[number] = resolve(self._vocabulary, scalar)
+            except InvalidJob as error:
+                what = f"prompt {number} of the corpus: "
+                raise InvalidJob(
+                    replace(fault, description=what + fault.description)
+                    for fault in error.violations
+                ) from error

@@ -1,332 +1,226 @@
-"""Generates text for a batch of jobs, with a cache of keys and values, edits in place.
+"""Generates texts that join and leave while others are generated (continuous batching).
 
-Sequences that do not fit into memory together, or fail, are generated in halves, one after the
-other; each goes on behind the tokens that it has.
+What joins is read by itself, some tokens of its prompt at a time, and its keys and values then
+become rows of the running batch. Sequences that do not fit into memory together, or fail, are
+generated in halves, one after the other; each goes on behind the tokens that it has.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import structlog
 import torch
-from transformers import DynamicCache
 
-from reltrace_worker.engine.edits import EditedRows, EditHooks
+from reltrace_worker.engine.decoding import PROMPT_TOKENS, DecodeBatch, GeneratedSequence
 from reltrace_worker.engine.host_memory import is_out_of_memory, release
 from reltrace_worker.models.loading import LoadedModel
-from reltrace_worker.models.rope import longrope_limit
 from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.types.errors import EngineError, PassFailedError
-from reltrace_worker.types.jobs import GenerateJob, Sampling
-from reltrace_worker.types.results import GeneratedText, JobResult, Outcome
+from reltrace_worker.types.jobs import GenerateJob
+from reltrace_worker.types.results import Outcome
 
 log = structlog.get_logger()
 
+DECODE_STEPS = 16
+"""Tokens that a generation goes on by before another pass has its turn."""
 
-@dataclass(slots=True)
-class GeneratedSequence:
-    """The tokens of one job so far."""
+MOST_TEXTS = {"cpu": 64, "cuda": 256}
+"""Texts at a time: with more, a step takes longer for every text and generates hardly more tokens
+in a second."""
 
-    job: GenerateJob
-    random: torch.Generator = field(init=False)
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False
-    error: EngineError | None = None
+_SHORT = 32
+"""Tokens: prompts of up to so many are read together however unlike they are in length."""
 
-    def __post_init__(self) -> None:
-        self.random = torch.Generator().manual_seed(self.job.sampling.seed)
-
-    @property
-    def tokens(self) -> list[int]:
-        """The prompt, and what is generated after it."""
-        return [*self.job.token_ids, *self.ids]
-
-    @property
-    def finished(self) -> bool:
-        full = len(self.ids) == self.job.sampling.max_new_tokens
-        return self.stopped or self.error is not None or full
-
-    def append(self, token: int, logprob: float, end_tokens: frozenset[int]) -> None:
-        """Take the next token, unless the sequence is finished."""
-        if self.finished:
-            return
-        if not math.isfinite(logprob):
-            self.error = EngineError(
-                f"the logits of token {len(self.ids)} of the text are not finite: the model's "
-                "weights or activations, or its edits, overflow"
-            )
-            return
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        self.stopped = token in end_tokens
-
-    def outcome(self, vocabulary: Vocabulary) -> Outcome:
-        return self.error or JobResult(
-            generated=GeneratedText(
-                token_ids=tuple(self.ids),
-                tokens=vocabulary.texts(self.ids),
-                text=vocabulary.decoded(self.ids),
-                logprobs=tuple(self.logprobs),
-                stopped=self.stopped,
-            )
-        )
-
-
-def sample(
-    logits: torch.Tensor, samplings: Sequence[Sampling], random: Sequence[torch.Generator]
-) -> torch.Tensor:
-    """Choose the next token of each sequence: int64 [B], from float32 [B, vocabulary].
-
-    A generator, on the CPU, gives one number per token that is sampled, whatever the batch.
-    """
-    tokens = logits.argmax(-1)
-    sampled = [row for row, sampling in enumerate(samplings) if sampling.temperature != 0]
-    if not sampled:
-        return tokens
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    rows = torch.tensor(sampled, device=logits.device)
-    temperatures = column([samplings[row].temperature for row in sampled])
-    scaled = (logits[rows] / temperatures).softmax(-1)
-    probabilities, order = scaled.sort(dim=-1, descending=True, stable=True)
-    cumulative = probabilities.cumsum(-1)
-    # The token that passes the bound is still among them (Holtzman et al., 2020).
-    bounds = column([samplings[row].top_p or math.inf for row in sampled])
-    last = (cumulative - probabilities < bounds).sum(-1, keepdim=True) - 1
-    numbers = [torch.rand((), generator=random[row], dtype=torch.float64) for row in sampled]
-    drawn = column([float(number) for number in numbers]) * cumulative.gather(-1, last)
-    ranks = torch.searchsorted(cumulative, drawn, right=True).minimum(last)
-    return tokens.index_copy(0, rows, order.gather(-1, ranks)[:, 0])
-
-
-class DecodeBatch:
-    """Sequences that are decoded together, on the plain model: no rule is applied.
-
-    Shorter ones are padded on their left. What is generated of one does not depend on the others,
-    but for rounding.
-    """
-
-    def __init__(self, loaded: LoadedModel, sequences: Sequence[GeneratedSequence]) -> None:
-        self._loaded = loaded
-        self._end_tokens = end_tokens(loaded)
-        self._longrope_limit = longrope_limit(loaded.model.config)
-        self._begin(sequences)
-
-    def _begin(self, sequences: Sequence[GeneratedSequence]) -> None:
-        self._sequences = list(sequences)
-        tokens = [sequence.tokens for sequence in sequences]
-        self._lengths = [len(ids) for ids in tokens]
-        longest = max(self._lengths)
-        pads = [longest - length for length in self._lengths]
-        device = self._loaded.device
-        self._mask = torch.tensor(
-            [[0] * pad + [1] * (longest - pad) for pad in pads], device=device
-        )
-        self._ids = torch.tensor(
-            [[0] * pad + ids for pad, ids in zip(pads, tokens, strict=True)], device=device
-        )
-        self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        self._cache = DynamicCache(config=self._loaded.model.config)
-        self._edits = EditHooks(
-            self._loaded,
-            [
-                EditedRows(sequence.job.edits, row * longest + pad, range(longest - pad))
-                for row, (sequence, pad) in enumerate(zip(sequences, pads, strict=True))
-            ],
-        )
-
-    def decode(self, steps: int, on_token: Callable[[], None] | None = None) -> None:
-        """Generate at most so many tokens of each sequence; call `on_token` after each step."""
-        for _ in range(steps):
-            if all(sequence.finished for sequence in self._sequences):
-                return
-            self._drop_finished()
-            if self._outgrows_longrope():
-                self._begin([sequence for sequence in self._sequences if not sequence.finished])
-            with torch.no_grad(), self._edits.attached():
-                self._append(self._logits())
-            if on_token is not None:
-                on_token()
-
-    def _outgrows_longrope(self) -> bool:
-        """Whether a cache holds keys of a sequence that now has other rotary frequencies."""
-        limit = self._longrope_limit
-        return (
-            limit is not None and limit + 1 in self._lengths and bool(self._cache.get_seq_length())
-        )
-
-    def _drop_finished(self) -> None:
-        """Go on with the unfinished sequences alone, where they are half of the batch at most."""
-        rows = [row for row, sequence in enumerate(self._sequences) if not sequence.finished]
-        if 2 * len(rows) > len(self._sequences) or not self._cache.get_seq_length():
-            return
-        # On the CPU: a cache may be on several devices.
-        kept = torch.tensor(rows)
-        self._sequences = [self._sequences[row] for row in rows]
-        self._lengths = [self._lengths[row] for row in rows]
-        self._ids, self._mask = self._ids[kept], self._mask[kept]
-        self._positions = self._positions[kept]
-        self._cache.batch_select_indices(kept)
-        self._move_edits()
-
-    def _logits(self) -> torch.Tensor:
-        """Run the model over the tokens that come next; return the logits of the last, [B, V]."""
-        model = self._loaded.model
-        output: Any = model(
-            inputs_embeds=self._edits.edit_embeddings(model.get_input_embeddings()(self._ids)),
-            attention_mask=self._mask,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
-
-    def _append(self, logits: torch.Tensor) -> None:
-        # A sequence that overflows must not end its neighbours: it goes on with any token, and
-        # counts no more.
-        broken = ~logits.isfinite().all(-1)
-        logits = logits.masked_fill(broken[:, None], 0.0)
-        tokens = sample(
-            logits,
-            [sequence.job.sampling for sequence in self._sequences],
-            [sequence.random for sequence in self._sequences],
-        )
-        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-        logprobs = logprobs.masked_fill(broken, math.nan)
-        # In one transfer: float64 holds both exactly.
-        chosen = torch.stack((tokens.double(), logprobs.double())).tolist()
-        for sequence, token, logprob in zip(self._sequences, *chosen, strict=True):
-            sequence.append(int(token), logprob, self._end_tokens)
-        self._ids = tokens[:, None]
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
-        self._positions = self._positions[:, -1:] + 1
-        self._lengths = [length + 1 for length in self._lengths]
-        self._move_edits()
-
-    def _move_edits(self) -> None:
-        """Let edits be made of the one token of each sequence that comes next."""
-        self._edits.move(
-            [
-                EditedRows(sequence.job.edits, row, range(length - 1, length))
-                for row, (sequence, length) in enumerate(
-                    zip(self._sequences, self._lengths, strict=True)
-                )
-            ]
-        )
-
-
-def end_tokens(loaded: LoadedModel) -> frozenset[int]:
-    """Return the tokens that end a text: those of the generation config, and the tokenizer's EOS.
-
-    Both, as other servers have it: a chat template ends turns with the tokenizer's.
-    """
-    config = getattr(loaded.model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    ends = set(ids if isinstance(ids, list | tuple) else [ids])
-    return frozenset((ends | {loaded.tokenizer.eos_token_id}) - {None})
+Fault = Callable[[Sequence[GenerateJob], int], EngineError | None]
+"""Tells why jobs do not fit into memory together, where so many bytes are allocated for some of
+them already; None: that may be tried."""
 
 
 class Generation:
-    """Text generation for some jobs, some tokens at a time; jobs are named by their index.
+    """Text generation for jobs, some tokens at a time; jobs are named by their numbers.
 
-    `fault` tells why jobs do not fit into memory together; None: that may be tried.
+    The first have the numbers from 0 on. They are all taken in, and generated in parts where they
+    do not fit together.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        jobs: Sequence[GenerateJob],
-        fault: Callable[[Sequence[GenerateJob]], EngineError | None],
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, jobs: Sequence[GenerateJob], fault: Fault) -> None:
         self._loaded = loaded
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._fault = fault
-        self._sequences = [GeneratedSequence(job) for job in jobs]
-        self._open = set(range(len(jobs)))
-        # Jobs that are decoded together: the first part is under way, the others wait.
-        self._parts = deque([list(range(len(jobs)))])
-        self._batch: DecodeBatch | None = None
+        # Those that have joined since the last step.
+        self._new = [GeneratedSequence(job) for job in jobs]
+        # Those whose outcomes were not taken.
+        self._open = dict(enumerate(self._new))
+        self._joined = len(jobs)
+        # Sequences to be generated apart from all others: each part when the one before has ended.
+        self._parts: deque[list[GeneratedSequence]] = deque()
+        # Batches that read their prompts, and the one that generates.
+        self._reading: deque[DecodeBatch] = deque()
+        self._running: DecodeBatch | None = None
 
     @property
     def finished(self) -> bool:
         """All jobs have ended, and their outcomes were taken."""
         return not self._open
 
+    def join(self, job: GenerateJob) -> int | None:
+        """Take in a further job; return its number, or None: there is no room for it now."""
+        batches = self._batches
+        present = [*self._new, *(one for batch in batches for one in batch.sequences)]
+        if self._parts or len(present) >= MOST_TEXTS[self._loaded.device.type]:
+            return None
+        jobs, held = [*(one.job for one in present), job], sum(one.cache.nbytes for one in batches)
+        if present and self._fault(jobs, held) is not None:
+            return None
+        sequence, number = GeneratedSequence(job), self._joined
+        self._joined += 1
+        self._new.append(sequence)
+        self._open[number] = sequence
+        return number
+
     def cancel(self, job: int) -> None:
         """Generate no more for a job; it has no outcome."""
-        self._open.discard(job)
-        self._sequences[job].stopped = True
+        if (sequence := self._open.pop(job, None)) is not None:
+            sequence.stopped = True
 
     def token_ids(self, job: int) -> list[int]:
-        """Return what is generated of a job so far."""
-        return list(self._sequences[job].ids)
+        """Return what is generated of an open job so far."""
+        return list(self._open[job].ids)
+
+    def take_work(self) -> dict[int, int]:
+        """Return how many tokens of each job went through the model since the last call.
+
+        Jobs that were cancelled, or whose outcome was taken, are left out.
+        """
+        work = {}
+        for job, sequence in list(self._open.items()):
+            work[job], sequence.counted = sequence.computed - sequence.counted, sequence.computed
+        return work
 
     def take_outcomes(self) -> dict[int, Outcome]:
         """Return the outcomes of the jobs that have ended since the last call."""
-        # Sorting copies the set at once: `cancel` is called on another thread.
-        ended = [job for job in sorted(self._open) if self._sequences[job].finished]
-        self._open.difference_update(ended)
-        return {job: self._sequences[job].outcome(self._vocabulary) for job in ended}
+        # Listed at once: `cancel` is called on another thread.
+        ended = {job: one for job, one in list(self._open.items()) if one.finished}
+        return {
+            job: one.outcome(self._vocabulary)
+            for job, one in ended.items()
+            if self._open.pop(job, None) is not None
+        }
 
-    def decode(self, steps: int, on_token: Callable[[], None] | None = None) -> None:
-        """Generate at most so many further tokens of each job; call `on_token` after each.
+    def decode(self, steps: int, on_token: Callable[[], None] | None = None) -> int:
+        """Generate at most so many further tokens of each job; return how many steps it took.
+
+        Ends as soon as a job has ended, so that its outcome can be taken. `on_token` is called
+        after each step; jobs may join then.
 
         Raises `torch.AcceleratorError`: the device does not work any more for this process.
         """
-        while not (part := self._unfinished()) and self._parts:
-            self._parts.popleft()
-            self._batch = None
-        failure = self._try_decode(part, steps, on_token) if part else None
-        if failure is not None:
-            self._batch = None
-            # Out here the exception is gone, and with it the frames that held tensors.
-            release(self._loaded.device)
-            self._split(self._unfinished(), failure)
+        for step in range(steps):
+            present = list(self._open.values())
+            if not present or any(sequence.finished for sequence in present):
+                return step
+            self._step()
+            if on_token is not None:
+                on_token()
+        return steps
 
-    def _unfinished(self) -> list[int]:
-        """Return the jobs of the part that is under way which have not ended."""
-        part = self._parts[0] if self._parts else []
-        return [job for job in part if not self._sequences[job].finished]
+    @property
+    def _batches(self) -> list[DecodeBatch]:
+        return [*self._reading, *([self._running] if self._running else [])]
 
-    def _try_decode(
-        self, part: Sequence[int], steps: int, on_token: Callable[[], None] | None
-    ) -> EngineError | None:
-        sequences = [self._sequences[job] for job in part]
+    def _step(self) -> None:
+        """Read some tokens of prompts, and generate a token of each sequence that runs."""
+        running = self._running
+        self._begin()
+        left = PROMPT_TOKENS
+        for _ in range(len(self._reading)):
+            if left <= 0:
+                break
+            batch = self._reading[0]
+            # Long prompts take turns with others.
+            self._reading.rotate(-1)
+            left -= batch.next_tokens
+            self._try(batch.advance, [batch])
+        if running is not None:
+            self._try(running.advance, [running])
+        self._regroup()
+
+    def _begin(self) -> None:
+        """Begin to read what is new, or the next part if nothing else is left."""
+        if self._batches:
+            self._read(self._new)
+        else:
+            if self._new:
+                self._parts.append(self._new)
+            while self._parts and not self._reading:
+                part = [one for one in self._parts.popleft() if not one.finished]
+                if not part:
+                    continue
+                failure = self._fault([sequence.job for sequence in part], 0)
+                if failure is None:
+                    self._read(part)
+                else:
+                    self._separate(part, failure)
+        self._new = []
+
+    def _read(self, sequences: Sequence[GeneratedSequence]) -> None:
+        """Let sequences read their prompts, those of like lengths together: less is padded."""
+        group: list[GeneratedSequence] = []
+        for sequence in sorted(sequences, key=lambda one: one.length):
+            if group and sequence.length > max(_SHORT, 2 * group[0].length):
+                self._reading.append(DecodeBatch(self._loaded, group))
+                group = []
+            group.append(sequence)
+        if group:
+            self._reading.append(DecodeBatch(self._loaded, group))
+
+    def _regroup(self) -> None:
+        """Let those run that have read their prompts, and take out those that have ended."""
+        batches = [one for one in self._batches if not one.reads]
+        self._reading = deque(one for one in self._reading if one.reads and one.unfinished)
+        if not batches:
+            return
+        # The one that runs is the last: fewest rows change their batch.
+        self._running = running = batches.pop()
+        outgrown = [one for batch in (running, *batches) for one in batch.outgrown]
+        if self._try(lambda: running.regroup(batches), [running, *batches]):
+            self._running = running if running.sequences else None
+            self._read(outgrown)
+
+    def _try(self, work: Callable[[], None], batches: Sequence[DecodeBatch]) -> bool:
+        """Do something with batches; where it fails, their sequences are generated apart."""
+        sequences = [one for batch in batches for one in batch.sequences]
+        failure = self._failure(work, len(sequences))
+        if failure is None:
+            return True
+        self._reading = deque(one for one in self._reading if one not in batches)
+        if self._running in batches:
+            self._running = None
+        # Out here the exception is gone, and with it the frames that held tensors.
+        release(self._loaded.device)
+        self._separate([one for one in sequences if not one.finished], failure)
+        return False
+
+    def _failure(self, work: Callable[[], None], texts: int) -> EngineError | None:
         try:
-            if self._batch is None:
-                fault = self._fault([sequence.job for sequence in sequences])
-                if fault is not None:
-                    return fault
-                self._batch = DecodeBatch(self._loaded, sequences)
-            self._batch.decode(steps, on_token)
+            work()
         except torch.AcceleratorError:
             raise
         except Exception as error:
             if is_out_of_memory(error):
-                return EngineError(
-                    f"memory ran out while {len(sequences)} texts were generated: {error}"
-                )
-            log.warning("generation.failed", jobs=len(sequences), exc_info=error)
+                return EngineError(f"memory ran out while {texts} texts were generated: {error}")
+            log.warning("generation.failed", jobs=texts, exc_info=error)
             return PassFailedError(f"generation failed: {type(error).__name__}: {error}")
         return None
 
-    def _split(self, jobs: list[int], failure: EngineError) -> None:
-        """Replace the first part by two halves of its jobs; a job alone has failed."""
-        self._parts.popleft()
-        if len(jobs) == 1:
-            self._sequences[jobs[0]].error = failure
+    def _separate(self, sequences: list[GeneratedSequence], failure: EngineError) -> None:
+        """Generate sequences in halves, apart from all others; one that was alone has failed."""
+        if len(sequences) == 1 and not self._batches:
+            sequences[0].error = failure
             return
         # Alike in length: less is padded.
-        ordered = sorted(jobs, key=lambda job: len(self._sequences[job].tokens))
+        ordered = sorted(sequences, key=lambda one: one.length)
         half = len(ordered) // 2
-        self._parts.extendleft([ordered[half:], ordered[:half]])
+        self._parts.extendleft(part for part in (ordered[half:], ordered[:half]) if part)

@@ -11,6 +11,7 @@ import torch
 
 from reltrace_worker.engine.sites import SITES, HookPoint, Site
 from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.sharding import gather
 
 
 class SiteHooks(ABC):
@@ -22,6 +23,8 @@ class SiteHooks(ABC):
     def __init__(self, loaded: LoadedModel, layers: Mapping[str, frozenset[int]]) -> None:
         # Index of the running backward pass: of the target, in each job.
         self.target = 0
+        self.layers = layers
+        self._loaded = loaded
         self._layers = loaded.family.decoder_layers(loaded.model)
         self._points: list[tuple[Site, HookPoint, frozenset[int]]] = [
             (SITES[name], point(loaded.family), wanted)
@@ -76,6 +79,9 @@ class SiteHooks(ABC):
         value = tensor.detach()
 
         def on_gradient(gradient: torch.Tensor) -> None:
-            self.record(site, layer, value, gradient)
+            if SITES[site].axis not in self._loaded.divided:
+                self.record(site, layer, value, gradient)
+            elif (whole := gather(torch.stack((value, gradient)), self._loaded.ranks)) is not None:
+                self.record(site, layer, *whole)
 
         tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]

@@ -21,14 +21,17 @@ from typing import Any
 
 import torch
 
+from reltrace_worker.engine.decoding import PROMPT_TOKENS
 from reltrace_worker.engine.edits import MANY_CELLS
 from reltrace_worker.engine.host_memory import GIB, free_device_bytes, free_host_bytes
+from reltrace_worker.engine.kv_cache import ROOM
 from reltrace_worker.engine.passes import graph_width, segment_length
 from reltrace_worker.engine.sizes import result_bytes
 from reltrace_worker.lrp import RULES, Rule
 from reltrace_worker.lrp.attention import kernel_for
 from reltrace_worker.lrp.ops import activation_name
 from reltrace_worker.models.loading import LoadedModel
+from reltrace_worker.models.rope import longrope_limit
 from reltrace_worker.types.errors import EngineError
 from reltrace_worker.types.jobs import GenerateJob, TraceJob
 
@@ -51,7 +54,8 @@ class MemoryPlan:
     """Plans passes over one model; weights are not counted.
 
     `limit` are the bytes that a pass may use; None: what is free on CUDA, half of what is free now
-    on a CPU, which others use too.
+    on a CPU, which others use too. Of a model that is divided among processes, the plan is for this
+    one's part, and on a CPU for its share of the memory.
     """
 
     def __init__(
@@ -62,24 +66,29 @@ class MemoryPlan:
     ) -> None:
         self._loaded = loaded
         self._rules = rules
-        self._shape = loaded.shape
+        self._shape, self._here = loaded.shape, loaded.shape_here
         self._itemsize = loaded.dtype.itemsize
         self._config: Any = loaded.model.config
         self._on_cpu = loaded.device.type != "cuda"
-        self._limit = free_host_bytes() // 2 if limit is None and self._on_cpu else limit
+        if limit is None and self._on_cpu:
+            limit = free_host_bytes() // 2 // loaded.ranks.size
+        self._limit = limit
         self._host_read_at, self._host_bytes = -math.inf, 0
         heads = getattr(self._config, "num_key_value_heads", None) or self._shape.heads
-        self._query_width = self._shape.heads * head_size(loaded)
+        self._query_width = self._here.heads * head_size(loaded)
         self._key_width = int(heads) * head_size(loaded)
         # Values per token that one layer's forward or backward pass holds for a moment.
-        self._backward_width = (
-            3 * self._shape.intermediate_size + 2 * self._shape.hidden_size + 4 * self._query_width
-        )
+        around = 2 * self._here.hidden_size + 4 * self._query_width
+        self._backward_width = 3 * self._here.intermediate_size + around
+        if self._on_cpu and self._itemsize < _FLOAT32:
+            # Attention's tensors and their gradients in float32 (lrp/sdpa.py).
+            attention = 4 * (self._query_width + self._key_width) * _FLOAT32 // self._itemsize
+            self._backward_width = max(self._backward_width, attention + around)
 
     @property
     def available(self) -> int:
         """Bytes of the model's devices that a pass may use now."""
-        free = self._free_on_host() if self._on_cpu else free_device_bytes(self._loaded.devices)
+        free = self._free_on_host() if self._on_cpu else free_device_bytes((self._loaded.device,))
         return free if self._limit is None else min(free, self._limit)
 
     def tokens(self, rule: str, checkpointing: bool) -> int:
@@ -106,9 +115,12 @@ class MemoryPlan:
             return _too_large(f"{what}: its results lie in the host's", results, host)
         return _too_large(what, self.trace_bytes(jobs, checkpointing=True), self.available)
 
-    def generation_fault(self, jobs: Sequence[GenerateJob]) -> EngineError | None:
-        """Return why tokens can not be generated for jobs together; None: that may be tried."""
-        need = self.generation_bytes(jobs)
+    def generation_fault(self, jobs: Sequence[GenerateJob], held: int = 0) -> EngineError | None:
+        """Return why tokens can not be generated for jobs together; None: that may be tried.
+
+        So many bytes are `held` for some of them already.
+        """
+        need = self.generation_bytes(jobs) - held
         if need <= self.available or (len(jobs) == 1 and not self._on_cpu):
             return None
         most = max(job.total_tokens for job in jobs)
@@ -125,7 +137,7 @@ class MemoryPlan:
 
     def bytes_per_token(self, rule: str, checkpointing: bool) -> int:
         """Return the bytes of one more token in a pass by a rule that records ``resid``."""
-        shape, family, found = self._shape, self._loaded.family, self._rules[rule]
+        shape, family, found = self._here, self._loaded.family, self._rules[rule]
         # Of CUDA's kernels, the one for float32 takes no grouped heads: they are repeated.
         grouped = self._on_cpu or self._itemsize < _FLOAT32
         layer = 2 * self._query_width + 2 * (self._key_width if grouped else self._query_width)
@@ -161,7 +173,8 @@ class MemoryPlan:
             total += tokens * (passes - 1) * shape.hidden_size * itemsize * checkpointing
         # Hooks hold the tensors of a site until its gradient has come; relevance is the product
         # of two factors in float32.
-        widths = {"neuron": shape.intermediate_size, "head": self._query_width}
+        # Of these, the first process has the whole of all.
+        widths = {"neuron": shape.intermediate_size, "head": shape.heads * head_size(self._loaded)}
         sites = {site for job in jobs for site in job.sites} - {"resid", "embed"}
         held = [widths.get(site, shape.hidden_size) for site in sites]
         layers = 1 if checkpointing else shape.layers
@@ -175,12 +188,17 @@ class MemoryPlan:
         shape, itemsize = self._shape, self._itemsize
         rows, longest = len(jobs), max(len(job.token_ids) for job in jobs)
         total_tokens = max(job.total_tokens for job in jobs)
-        total = rows * longest * self._backward_width * itemsize
+        # Tokens that go through the model at a time.
+        limit = longrope_limit(self._config)
+        step = min(rows * longest, max(PROMPT_TOKENS, rows))
+        if limit is not None and total_tokens > limit:
+            step = rows * total_tokens
+        total = step * self._backward_width * itemsize
         # Keys and values; a layer's are copied when they grow.
-        total += rows * total_tokens * 2 * (shape.layers + 1) * self._key_width * itemsize
-        if any(len(job.token_ids) < longest for job in jobs):
-            # The attention mask, as booleans and as what is added to the scores.
-            total += rows * longest**2 * (1 + itemsize)
+        columns = total_tokens + ROOM
+        total += rows * columns * 2 * (shape.layers + 1) * self._key_width * itemsize
+        # The attention mask, as booleans and as what is added to the scores.
+        total += max(step, rows) * total_tokens * (1 + itemsize)
         sampled = sum(job.sampling.temperature != 0 for job in jobs)
         # Logits as they come and as float32, twice; of those sampled, five tables of 8 bytes.
         return total + shape.vocab_size * (rows * (itemsize + 2 * _FLOAT32) + sampled * 5 * 8)

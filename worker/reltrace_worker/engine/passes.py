@@ -78,11 +78,16 @@ def predict(loaded: LoadedModel, batch: PackedBatch, _: SiteHooks, __: PassTimer
 
 
 def trace_keeping(
-    loaded: LoadedModel, batch: PackedBatch, hooks: SiteHooks, timer: PassTimer
+    loaded: LoadedModel,
+    batch: PackedBatch,
+    hooks: SiteHooks,
+    timer: PassTimer,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Scalar]:
     """Run the passes of a batch without checkpointing: one graph, one backward per target.
 
-    The graph begins at the input of the layer ``hooks.bottom``: below, nothing is kept.
+    The graph begins at the input of the layer ``hooks.bottom``: below, nothing is kept. `stop` is
+    asked after each backward pass whether to leave out the targets that follow.
     """
     edits = EditHooks.of(loaded, batch)
     embeddings = _embed(loaded, batch, edits)
@@ -109,7 +114,9 @@ def trace_keeping(
         more = index < batch.backward_passes - 1
         (gradient,) = torch.autograd.grad(terms, root, readout.start(index), retain_graph=more)
         hooks.record_bottom(root.detach(), gradient)
-    return readout.scalars()
+        if stop():
+            break
+    return [scalar for scalar in readout.scalars() if scalar.index <= hooks.target]
 
 
 def trace_checkpointed(

@@ -36,6 +36,9 @@ MAX_TOP_K = 4096
 
 MAX_NEW_TOKENS = 1024
 
+ROWS_PER_READING = {"cpu": 64, "cuda": 512}
+"""About how many rows a pass computes in the time in which it reads the weights once."""
+
 MAX_TEMPERATURE = 100.0
 """From about there on, every token is as likely as any other."""
 
@@ -49,6 +52,7 @@ class JobPreparer:
         self._special = Vocabulary(loaded.tokenizer).special_ids
         self._context_length = loaded.context_length
         self._shape = loaded.shape
+        self._rows_per_reading = ROWS_PER_READING[loaded.device.type]
 
     @overload
     def prepare(self, request: TraceRequest) -> TraceJob: ...
@@ -105,7 +109,16 @@ class JobPreparer:
             request.layers,
             request.k,
             edits,
+            packs_targets=self._packs(len(reading.prompt.token_ids), len(targets)),
         )
+
+    def _packs(self, tokens: int, targets: int) -> bool:
+        """Whether a prompt is packed once for each target.
+
+        N rows take a + b * N seconds, forward or backward. As copies in a full pack, T targets take
+        2 * b * N * T; with one forward pass and T backward passes, (1 + T) * (a + b * N).
+        """
+        return tokens * (targets - 1) <= self._rows_per_reading * (targets + 1)
 
     def _generation(self, request: GenerateRequest) -> GenerateJob:
         faults = Faults()
@@ -173,11 +186,11 @@ class JobPreparer:
             target.contrast, f"{field}.contrast", reading, faults, continues=False
         )
         if contrast_id is None:
-            return [Target((Term(absolute, token_id),), logprob=target.logprob)]
+            return [Target((Term(absolute, token_id),), logprob=target.logprob, field=field)]
         if contrast_id == token_id:
             faults.add(f"{field}.contrast", "is the token itself: the difference is always zero")
         terms = (Term(absolute, token_id), Term(absolute, contrast_id, -1.0))
-        return [Target(terms, contrast_id, target.logprob)]
+        return [Target(terms, contrast_id, target.logprob, field=field)]
 
 
 def _continuation_targets(
@@ -190,8 +203,8 @@ def _continuation_targets(
     # The logits of a response token are read one position before it.
     terms = [Term(reading.length - 1 + i, token) for i, token in enumerate(reading.continuation)]
     if not target.each:
-        return [Target(tuple(terms), None, target.logprob, reading.continuation)]
+        return [Target(tuple(terms), None, target.logprob, reading.continuation, field)]
     return [
-        Target((term,), None, target.logprob, (token,))
+        Target((term,), None, target.logprob, (token,), field)
         for term, token in zip(terms, reading.continuation, strict=True)
     ]

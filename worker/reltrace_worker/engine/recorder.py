@@ -11,8 +11,10 @@ from reltrace_worker.engine.batch import PackedBatch
 from reltrace_worker.engine.hooks import SiteHooks
 from reltrace_worker.engine.reductions import REDUCTIONS, JobRows, Reduction, Sizes
 from reltrace_worker.engine.sites import SITES, Site
+from reltrace_worker.lrp.ops import elementwise
 from reltrace_worker.models.loading import LoadedModel
-from reltrace_worker.types.errors import EngineError
+from reltrace_worker.models.placement import to_device
+from reltrace_worker.types.errors import EngineError, NotFiniteError
 from reltrace_worker.types.jobs import TraceJob
 from reltrace_worker.types.results import SiteTensor
 
@@ -20,6 +22,12 @@ from reltrace_worker.types.results import SiteTensor
 def relevance_of(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Gradient times input, R = x * dL/dx, both cast to float32 before the product."""
     return value.float() * gradient.float()
+
+
+@elementwise
+def row_relevance(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return the sum of `relevance_of` over the last dimension."""
+    return relevance_of(value, gradient).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +38,11 @@ class _Group:
     reduction: Reduction
     layers: tuple[int, ...]
     k: int
-    # A job of many targets must not multiply the buffers of its neighbours.
-    backward_passes: int
 
     @staticmethod
     def of(job: TraceJob, site: Site, layers: int) -> _Group:
         wanted = (job.layers or tuple(range(layers))) if site.per_layer else (0,)
-        return _Group(site, REDUCTIONS[job.reduction], wanted, job.k, len(job.targets))
+        return _Group(site, REDUCTIONS[job.reduction], wanted, job.k)
 
 
 class _Buffers:
@@ -61,12 +67,15 @@ class _Buffers:
         self._rows: torch.Tensor | None = None
         if len(indices) < len(batch.jobs):
             rows = [torch.arange(starts[j], starts[j] + lengths[j]) for j in indices]
-            self._rows = torch.cat(rows).to(loaded.device)
+            self._rows = to_device(torch.cat(rows), loaded.device)
         self._sizes = Sizes(start, len(indices), group.site.features(loaded.shape), group.k)
+        self._reduce = group.reduction.prepare(
+            tuple(self.jobs.values()), self._sizes, loaded.device
+        )
         # One per part of the reduction, on the CPU: [passes, layers asked for, *reduced layer].
         self._parts = [
             torch.empty(
-                (group.backward_passes, len(group.layers), *group.reduction.shape(self._sizes)),
+                (batch.backward_passes, len(group.layers), *group.reduction.shape(self._sizes)),
                 dtype=dtype,
                 # Pinned, a copy from the GPU does not stop the queue of kernels.
                 pin_memory=loaded.device.type == "cuda",
@@ -75,21 +84,21 @@ class _Buffers:
         ]
 
     def record(self, target: int, layer: int, value: torch.Tensor, gradient: torch.Tensor) -> None:
-        if target >= self.group.backward_passes or layer not in self._layers:
+        if layer not in self._layers:
             return
         if self._rows is not None:
-            # A copy only where the layer is on another device than the embeddings.
-            rows = self._rows.to(value.device)
-            value, gradient = value[rows], gradient[rows]
-        relevance = self.group.site.fold(relevance_of(value, gradient), self._shape)
-        jobs = tuple(self.jobs.values())
-        reduced = self.group.reduction.reduce(relevance, jobs, self._sizes)
+            value, gradient = value[self._rows], gradient[self._rows]
+        if self.group.reduction.by_row:
+            relevance = row_relevance(value, gradient)
+        else:
+            relevance = self.group.site.fold(relevance_of(value, gradient), self._shape)
+        reduced = self._reduce(relevance)
         for buffer, part in zip(self._parts, reduced, strict=True):
             buffer[target, self._layers[layer]].copy_(part, non_blocking=True)
         self._written += 1
 
-    def check_complete(self) -> None:
-        expected = self.group.backward_passes * len(self._layers)
+    def check_complete(self, passes: int) -> None:
+        expected = passes * len(self._layers)
         if self._written != expected:
             raise EngineError(
                 f"site {self.group.site.name!r} recorded {self._written} tensors instead of "
@@ -97,7 +106,7 @@ class _Buffers:
             )
 
     def tensors(self, trace: int, job: int) -> list[SiteTensor]:
-        """Return the parts of one trace of a job. Raises `EngineError`: they are not finite."""
+        """Return the parts of one trace of a job. Raises `NotFiniteError`."""
         site, reduction = self.group.site, self.group.reduction
         tensors = []
         for (part, _), buffer in zip(reduction.parts, self._parts, strict=True):
@@ -118,7 +127,7 @@ class RelevanceRecorder(SiteHooks):
 
     def __init__(self, loaded: LoadedModel, batch: PackedBatch) -> None:
         self._batch = batch
-        self._devices = loaded.devices
+        self._device = loaded.device
         groups: dict[_Group, list[int]] = {}
         for index, job in enumerate(batch.jobs):
             for site in job.sites:
@@ -138,21 +147,20 @@ class RelevanceRecorder(SiteHooks):
 
     def finish(self) -> None:
         """Wait for the copies from the device, and check that every tensor has arrived."""
-        for device in self._devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         for of_site in self._buffers.values():
             for buffers in of_site:
-                buffers.check_complete()
+                buffers.check_complete(self.target + 1)
 
     def tensors(self, index: int) -> tuple[SiteTensor, ...]:
-        """Return the tensors of the job with this index in the batch, trace by trace.
+        """Return the tensors of the job with this index in the batch, of each trace that was made.
 
-        Raises `EngineError`: relevance is not finite; names the site and the layer.
+        Raises `NotFiniteError`, which names the site and the layer.
         """
         job = self._batch.jobs[index]
         tensors: list[SiteTensor] = []
-        for trace in range(len(job.targets)):
+        for trace in range(self.target + 1):
             for site in job.sites:
                 (buffers,) = (b for b in self._buffers[site] if index in b.jobs)
                 tensors += buffers.tensors(trace, index)
@@ -165,7 +173,7 @@ def _check_finite(site: Site, reduced: torch.Tensor, layers: tuple[int, ...]) ->
         # Gradients flow from the last layer down: the highest layer at fault comes first.
         layer = max(layers[int(index)] for index in (~finite).nonzero())
         where = f" at layer {layer}" if site.per_layer else ""
-        raise EngineError(
+        raise NotFiniteError(
             f"the relevance of site {site.name!r} is not finite{where}: the model's weights or "
             "activations overflow, or are not finite themselves"
         )

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reltrace_worker.models.families import Family
 from reltrace_worker.models.loading import ModelShape
+from reltrace_worker.models.sharding import HEADS, NEURONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ class Site:
     hook_point: Callable[[Family], HookPoint] | None
     # From the relevance of the tensor, float32 [N, width], to that of the features, [N, F].
     fold: Callable[[torch.Tensor, ModelShape], torch.Tensor] = lambda relevance, _: relevance
+    # By what the tensor is divided among processes; empty: it is whole in each.
+    axis: str = ""
     # From a feature and the tensor's width to the columns that the feature is made of.
     columns: Callable[[int, ModelShape, int], range] = _one_column
 
@@ -111,12 +114,14 @@ SITES: dict[str, Site] = {
             lambda shape: shape.heads,
             lambda family: HookPoint(family.head_reader, is_input=True),
             _sum_per_head,
+            HEADS,
             _head_columns,
         ),
         Site(
             "neuron",
             lambda shape: shape.intermediate_size,
             lambda family: HookPoint(family.neuron_reader, is_input=True),
+            axis=NEURONS,
         ),
     )
 }

@@ -12,7 +12,7 @@ from reltrace_worker.engine.batch import PackedBatch
 from reltrace_worker.models.loading import LoadedModel
 from reltrace_worker.models.placement import to_device
 from reltrace_worker.models.vocabulary import Vocabulary
-from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.errors import InvalidJob, NotFiniteError, Violation
 from reltrace_worker.types.jobs import Target
 from reltrace_worker.types.results import Candidate, ResolvedTarget
 
@@ -93,9 +93,8 @@ class Readout:
         def column(values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return to_device(torch.tensor(values, dtype=dtype), loaded.device)
 
-        # The P packed rows whose logits are read, int64 [P]. Of a split model the hidden states may
-        # be on any device: an index on the host serves all of them.
-        self.rows = torch.tensor(read) if len(loaded.devices) > 1 else column(read)
+        # The P packed rows whose logits are read, int64 [P].
+        self.rows = column(read)
         # Of each term, the id of its token; -1: the one with the largest logit.
         self._token_ids = column(token_ids)
         # Of each row, the id of the one token whose logit is read, int64 [P]; None: all are.
@@ -200,21 +199,23 @@ def _likeliest(found: list[float], rows: int) -> list[Likeliest]:
 def resolve(vocabulary: Vocabulary, scalar: Scalar) -> ResolvedTarget:
     """Return the result of a target.
 
-    Raises `EngineError`: its scalar is not finite, or always zero.
+    Raises `NotFiniteError`: its scalar is not finite; `InvalidJob`: it is always zero.
     """
     target, ids = scalar.target, scalar.target.continuation_ids
     value = scalar.value
     if not math.isfinite(value):
-        raise EngineError(
-            f"the scalar of target {scalar.index} is {value}: the model's weights or "
-            "activations overflow, or are not finite themselves"
-        )
-    if scalar.token_ids[0] == target.contrast_id:
-        raise EngineError(
-            f"the contrast of target {scalar.index} is the token that has the largest logit "
-            "itself: the difference is always zero"
+        raise NotFiniteError(
+            f"the scalar of {target.field} is {value}: the model's weights or activations "
+            "overflow, or are not finite themselves"
         )
     text = vocabulary.text
+    if scalar.token_ids[0] == target.contrast_id:
+        what = (
+            f"{text(target.contrast_id)!r} is the token with the largest logit at position "
+            f"{target.terms[0].position} itself: the difference is always zero; name the target's "
+            "token, or another contrast"
+        )
+        raise InvalidJob([Violation(f"{target.field}.contrast", what)])
     candidates = scalar.candidates or []
     # Where some logit is not finite there is no probability either.
     if not all(math.isfinite(probability) for _, _, probability in candidates):
@@ -225,6 +226,7 @@ def resolve(vocabulary: Vocabulary, scalar: Scalar) -> ResolvedTarget:
         token=text(scalar.token_ids[0]) if len(ids) < 2 else vocabulary.joined(ids),
         contrast="" if target.contrast_id is None else text(target.contrast_id),
         logit=value,
+        token_logit=scalar.logit,
         candidates=tuple(
             Candidate(token, text(token), logit, probability)
             for token, logit, probability in candidates
@@ -232,31 +234,31 @@ def resolve(vocabulary: Vocabulary, scalar: Scalar) -> ResolvedTarget:
     )
 
 
-def hints(vocabulary: Vocabulary, scalars: Sequence[Scalar]) -> tuple[str, ...]:
+def hints(vocabulary: Vocabulary, targets: Sequence[ResolvedTarget]) -> tuple[str, ...]:
     """Return the hints for the user about the targets of one job, each once."""
     # Who traces both spellings of a word compares them, and needs no hint.
     traced = {
-        (term.position, token)
-        for scalar in scalars
-        for term, token in zip(scalar.target.terms, scalar.token_ids, strict=True)
+        (term.position, resolved.token_id if term.token_id is None else term.token_id)
+        for resolved in targets
+        for term in resolved.target.terms
     }
-    found = (_other_spelling(vocabulary, scalar, traced) for scalar in scalars)
+    found = (_other_spelling(vocabulary, resolved, traced) for resolved in targets)
     return tuple(dict.fromkeys(hint for hint in found if hint))
 
 
 def _other_spelling(
-    vocabulary: Vocabulary, scalar: Scalar, traced: Collection[tuple[int, int]]
+    vocabulary: Vocabulary, resolved: ResolvedTarget, traced: Collection[tuple[int, int]]
 ) -> str:
     """Return a hint where the target's token is much likelier with, or without, a leading space."""
-    position, token = scalar.target.terms[0].position, scalar.target.terms[0].token_id
-    if token is None or scalar.candidates is None:
+    position, token = resolved.target.terms[0].position, resolved.target.terms[0].token_id
+    if token is None:
         return ""
     name = vocabulary.text(token)
     other = vocabulary.find(name[1:] if name.startswith(" ") else f" {name}")
-    logits = {candidate: logit for candidate, logit, _ in scalar.candidates}
+    logits = {candidate.token_id: candidate.logit for candidate in resolved.candidates}
     if other is None or other not in logits or (position, other) in traced:
         return ""
-    logit, likely = scalar.logit, logits[other]
+    logit, likely = resolved.token_logit, logits[other]
     if likely - logit < _MUCH_LIKELIER:
         return ""
     return (

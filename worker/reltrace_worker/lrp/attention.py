@@ -126,7 +126,7 @@ def _varlen(
     boundaries = _cumulative_lengths(packing.lengths, query.device)
     longest = max(packing.lengths)
     output = varlen_attn(
-        *(states[0].transpose(0, 1) for states in (query, key, value)),
+        *(states.squeeze(0).transpose(0, 1) for states in (query, key, value)),
         boundaries,
         boundaries,
         longest,

@@ -14,6 +14,12 @@ from typing import Any
 
 import torch
 
+_Setting = tuple[bool, bool, bool]
+"""Deterministic, only warn of what is not, and fill new memory."""
+
+# Filling new memory would be a kernel more for each gradient, which the kernel then writes whole.
+_DETERMINISTIC: _Setting = (True, False, False)
+
 
 def with_deterministic_backward(output: torch.Tensor) -> torch.Tensor:
     """Let the operation that returned `output` run its backward pass deterministically on CUDA."""
@@ -24,11 +30,11 @@ def with_deterministic_backward(output: torch.Tensor) -> torch.Tensor:
 
 def run_deterministically(node: Any) -> None:
     """Use deterministic algorithms while a node of the autograd graph runs."""
-    before: list[tuple[bool, bool]] = []
+    before: list[_Setting] = []
 
     def begin(_: Any) -> None:
         before.append(_setting())
-        torch.use_deterministic_algorithms(True)
+        _restore(_DETERMINISTIC)
 
     def end(*_: Any) -> None:
         _restore(before.pop())
@@ -47,13 +53,17 @@ def setting_restored() -> Iterator[None]:
         _restore(before)
 
 
-def _setting() -> tuple[bool, bool]:
+def _setting() -> _Setting:
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch._C._get_deterministic_fill_uninitialized_memory(),
     )
 
 
-def _restore(setting: tuple[bool, bool]) -> None:
-    enabled, warn_only = setting
-    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+def _restore(setting: _Setting) -> None:
+    enabled, warn_only, fill = setting
+    # Not `torch.use_deterministic_algorithms`, which also imports and sets torch's compiler: no
+    # kernel is compiled meanwhile, and this is called twice per layer.
+    torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch._C._set_deterministic_fill_uninitialized_memory(fill)

@@ -28,21 +28,27 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 _compiled = False
 
 
-def _elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function of plain tensors that :func:`compile_functions` compiles."""
+@cache
+def _program(function: Callable[..., Any]) -> Callable[..., Any]:
+    # One program for packs of every length.
+    return torch.compile(function, dynamic=True)
 
-    @cache
-    def program() -> Callable[..., Any]:
-        # One program for packs of every length.
-        return torch.compile(function, dynamic=True)
+
+def is_compiled() -> bool:
+    """Whether the functions of this process are compiled."""
+    return _compiled
+
+
+def elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function of plain tensors that :func:`compile_functions` compiles: one kernel each."""
 
     @wraps(function)
     def run(*args: Any) -> Any:
         if not _compiled:
             return function(*args)
-        # Called inside autograd functions, where nothing is recorded. For torch's compiler, tensors
-        # that require a gradient would need a second program.
-        return program()(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+        # Called where nothing is recorded. For torch's compiler, tensors that require a gradient
+        # would need a second program.
+        return _program(function)(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
     return run
 
@@ -146,12 +152,20 @@ class _IdentityRule(torch.autograd.Function):
         return ratio * outer[0], None
 
 
-@_elementwise
+@elementwise
 def _gated_forward(gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
     return RATIOS[name][0](gate).mul_(up)
 
 
-@_elementwise
+@elementwise
+def _joined_gated_backward(
+    outer: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, name: str
+) -> torch.Tensor:
+    common = RATIOS[name][1](gate) * outer * 0.5
+    # Side by side, as the output of a joined projection is (``joined.py``).
+    return torch.cat((common * up, common * gate), dim=-1)
+
+
 def _gated_backward(
     outer: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +186,13 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return *_gated_backward(outer[0], *ctx.saved_tensors, ctx.name), None
+        gate, up = ctx.saved_tensors
+        if _compiled:
+            both: torch.Tensor = _joined_gated_backward(outer[0], gate, up, ctx.name)
+            for_gate, for_up = both.chunk(2, dim=-1)
+        else:
+            for_gate, for_up = _gated_backward(outer[0], gate, up, ctx.name)
+        return for_gate, for_up, None
 
 
 def attnlrp_gated_product(
@@ -194,7 +214,7 @@ def cp_gated_product(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor
     return factor * up
 
 
-@_elementwise
+@elementwise
 def _norm_forward(
     x: torch.Tensor, scale: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,7 +223,7 @@ def _norm_forward(
     return (exact * inverse).to(scale.dtype).mul_(scale).to(x.dtype), inverse
 
 
-@_elementwise
+@elementwise
 def _norm_backward(outer: torch.Tensor, inverse: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (outer * scale).float().mul_(inverse).to(outer.dtype)
 

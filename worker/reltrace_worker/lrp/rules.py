@@ -26,12 +26,17 @@ from reltrace_worker.lrp.ops import (
     attnlrp_gated_product,
     cp_gated_product,
     rms_norm,
-    scale_gradients,
+)
+from reltrace_worker.lrp.rotary import (
+    States,
+    attention_states,
+    forward_without_rotation,
+    held_attention_states,
 )
 from reltrace_worker.models.families import FAMILIES
 
-Forward = Callable[[Any, torch.Tensor], torch.Tensor]
-"""From a module and its input to its output."""
+Forward = Callable[..., Any]
+"""From a module and its inputs to its output."""
 
 Patches = Mapping[type[nn.Module], tuple[str, Forward]]
 """By class of module: the method that is replaced, and the function that replaces it."""
@@ -75,18 +80,16 @@ def _gated_mlps(product: GatedProduct) -> Patches:
     }
 
 
-States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Query, key and value."""
+# In front of the attention kernel: rotary embeddings, and what becomes of the gradients.
+_ROTATION: Patches = {
+    family.attention: ("forward", forward_without_rotation(family.attention))
+    for family in FAMILIES.values()
+}
 
 
-def _attnlrp_states(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> States:
+def _attnlrp_states(query: Any, key: Any, value: torch.Tensor) -> States:
     # The uniform rule halves what flows into either factor of both matrix products.
-    query, key, value = scale_gradients((0.25, 0.25, 0.5), query, key, value)
-    return query, key, value
-
-
-def _softmax_held(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> States:
-    return query.detach(), key.detach(), value
+    return attention_states(query, key, value, (0.25, 0.25, 0.5))
 
 
 def _with_states(change: Callable[..., States]) -> Callable[[AttentionFunction], AttentionFunction]:
@@ -124,13 +127,13 @@ RULES: dict[str, Rule] = {
     for rule in (
         Rule(
             "attnlrp",
-            {**_NORMS, **_gated_mlps(attnlrp_gated_product)},
+            {**_NORMS, **_ROTATION, **_gated_mlps(attnlrp_gated_product)},
             _with_states(_attnlrp_states),
         ),
         Rule(
             "cp_lrp",
-            {**_NORMS, **_gated_mlps(cp_gated_product)},
-            _with_states(_softmax_held),
+            {**_NORMS, **_ROTATION, **_gated_mlps(cp_gated_product)},
+            _with_states(held_attention_states),
         ),
         Rule("gradient", mlp_tensors=3, functions=""),
     )

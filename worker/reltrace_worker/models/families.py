@@ -56,6 +56,8 @@ class Family:
     activation: str = "act_fn"
     # Those of queries and keys included.
     norms_per_layer: int = 2
+    # No norm spans several heads.
+    heads_are_independent: bool = True
 
     def decoder_layers(self, model: nn.Module) -> list[nn.Module]:
         """Return the decoder layers of `model` in order."""
@@ -119,6 +121,7 @@ FAMILIES: dict[str, Family] = {
             mlp_out="post_feedforward_layernorm",
             mid_reader="mlp",
             norms_per_layer=4,
+            heads_are_independent=False,
         ),
         Family(
             model_type="phi3",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from reltrace_worker.models.families import (
 )
 from reltrace_worker.models.folder import check_folder, quantization
 from reltrace_worker.models.gguf import GgufFile
-from reltrace_worker.models.placement import DeviceMap, Placement, choose_placement
+from reltrace_worker.models.placement import Placement, choose_placement
 from reltrace_worker.models.rope import check_config, context_length, fix_frequencies
+from reltrace_worker.models.sharding import HEADS, NEURONS, Ranks, shard
 from reltrace_worker.models.source import find_source, first_line
 from reltrace_worker.types.errors import ModelError
 
@@ -55,15 +56,29 @@ class LoadedModel:
     shape: ModelShape
     # Of weights and activations.
     dtype: torch.dtype
-    # Where its embeddings are, and all of it, unless it is split.
     device: torch.device
     # Longest prompt in tokens.
     context_length: int
+    # Weights of the whole model: tied ones once, those that are packed into 4 bits one by one.
+    parameters: int
+    # Who computes it, and by what its tensors are divided among them (`sharding.HEADS`, ...).
+    ranks: Ranks = field(default_factory=Ranks)
+    divided: frozenset[str] = frozenset()
 
     @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """Every device that holds a part of the model, in the order of the parts."""
-        return tuple(dict.fromkeys(p.device for p in self.model.parameters()))
+    def place(self) -> str:
+        """The device, or how many of them: sums of their parts are rounded in another order."""
+        return f"{self.ranks.size} x {self.device.type}" if self.divided else str(self.device)
+
+    @property
+    def shape_here(self) -> ModelShape:
+        """The sizes of what this process computes."""
+        heads, neurons = self.shape.heads, self.shape.intermediate_size
+        return replace(
+            self.shape,
+            heads=heads // self.ranks.size if HEADS in self.divided else heads,
+            intermediate_size=neurons // self.ranks.size if NEURONS in self.divided else neurons,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +101,9 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     name: str | None = None,
-    device_map: DeviceMap | None = None,
     load_in_4bit: bool = False,
     context: int | None = None,
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Load a model of a supported architecture; a ModelError says what is not supported.
 
@@ -103,54 +118,65 @@ def load_model(
         Branch, tag or commit of a hub id; of a GGUF file ``sha256:`` and the beginning of its
         digest, which is checked.
     dtype
-        ``"float32"``, ``"bfloat16"``, or ``"auto"``: float32 on the CPU, bfloat16 on CUDA.
+        ``"float32"``, ``"bfloat16"``, ``"auto"``: float32 on the CPU, bfloat16 on CUDA, or
+        ``"fastest"``: bfloat16 also on a CPU with AMX.
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
     name
         Under which the model is served; default: hub id, or name of the folder or file.
-    device_map
-        ``"auto"`` splits the model over all GPUs by accelerate, and so does a mapping from
-        the paths of modules to devices. Excludes `device`.
     load_in_4bit
         Quantize the linear layers by bitsandbytes, on CUDA, and compute with them in `dtype`. Not
         run so far: it follows LXT's ``quantized_llama.py``.
     context
         Longest prompt in tokens; default: what the model's config allows.
+    ranks
+        The processes that compute the model together, of which this one loads its part: the first
+        on the first GPU, and so on. A torch.distributed group of them must be there.
     """
-    placement = choose_placement(device, dtype, device_map, load_in_4bit)
+    ranks = ranks or Ranks()
+    placement = choose_placement(device, dtype, load_in_4bit, ranks)
     found = find_source(source, revision)
     if load_in_4bit and found.is_gguf:
         raise ModelError("a GGUF file is quantized already, which excludes load_in_4bit")
     checkpoint = (_open_gguf if found.is_gguf else _open_folder)(found.path, placement)
     check_config(checkpoint.options["config"])
-    with ThreadPoolExecutor(1, "digest") as executor:
+    with ranks.in_turn(), ThreadPoolExecutor(1, "digest") as executor:
         # hashlib and torch release the interpreter lock, and both read the same cached pages.
         digest = executor.submit(found.revision, checkpoint.shards)
         model = _load_weights(checkpoint, str(found.path if found.commit is None else source))
         content = digest.result()
-    placement.check(model)
-    config: Any = model.config
-    length = context_length(config, context)
-    fix_frequencies(model, length)
-    if checkpoint.gguf is not None:
-        checkpoint.gguf.scale_rotations(model)
+        config: Any = model.config
+        length = context_length(config, context)
+        fix_frequencies(model, length)
+        if checkpoint.gguf is not None:
+            checkpoint.gguf.scale_rotations(model)
+        family = family_named(checkpoint.model_type)
+        shape = ModelShape(
+            layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+        )
+        parameters = model.num_parameters()
+        divided: frozenset[str] = frozenset()
+        if ranks.size > 1:
+            divided = shard(model, family, ranks)
+            model.to(placement.device)  # type: ignore[arg-type]
     embeddings: Any = model.get_input_embeddings()
     return LoadedModel(
         model=model.requires_grad_(False).eval(),  # type: ignore[no-untyped-call]
         tokenizer=checkpoint.tokenizer,
         name=name or found.name,
         revision=f"{content}+4bit" if load_in_4bit else content,
-        family=family_named(checkpoint.model_type),
-        shape=ModelShape(
-            layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            vocab_size=config.vocab_size,
-        ),
+        family=family,
+        shape=shape,
         dtype=placement.dtype,
         device=embeddings.weight.device,
         context_length=length,
+        parameters=parameters,
+        ranks=ranks,
+        divided=divided,
     )
 
 

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig
 
+from reltrace_worker.models.sharding import Ranks
 from reltrace_worker.types.errors import ModelError
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-DeviceMap = str | Mapping[str, int | str]
-"""``"auto"``, or devices by the paths of modules, as accelerate takes them."""
-
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model is loaded to: all of it to `device`, or split by accelerate (`device_map`).
+    """Where a model is loaded to.
 
     `dtype` is that of the weights, or, where these are quantized, of what is computed with them.
     """
 
     device: torch.device
     dtype: torch.dtype
-    device_map: DeviceMap | None
-    load_in_4bit: bool
+    load_in_4bit: bool = False
+    # Loaded on the host, where it is divided before its parts go to their devices.
+    divided: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments of ``from_pretrained`` that place the model."""
         options: dict[str, Any] = {"dtype": self.dtype}
-        if self.device_map is not None:
-            options["device_map"] = self.device_map
-        elif self.device.type != "cpu":
+        if self.device.type != "cpu" and not self.divided:
             # Weight by weight to the device: the host's memory never holds all of them.
             options["device_map"] = {"": str(self.device)}
         if self.load_in_4bit:
@@ -47,35 +44,25 @@ class Placement:
             )
         return options
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Refuse a loaded model of which accelerate has offloaded a part."""
-        device_map = getattr(model, "hf_device_map", {})
-        devices = {name: str(device) for name, device in device_map.items()}
-        on_gpus = not set(devices.values()) <= {"cpu", "disk"}
-        for name, device in devices.items():
-            if device == "disk" or (device == "cpu" and on_gpus):
-                raise ModelError(
-                    f"the model does not fit {'the GPUs' if on_gpus else 'the memory'}: "
-                    f"{name or 'all of it'} would be offloaded to the {device}, and every pass "
-                    "would wait for it"
-                )
-
 
 def choose_placement(
-    device: str, dtype: str, device_map: DeviceMap | None = None, load_in_4bit: bool = False
+    device: str, dtype: str, load_in_4bit: bool = False, ranks: Ranks | None = None
 ) -> Placement:
     """Check the arguments of :func:`reltrace_worker.models.loading.load_model` that place it."""
-    if device_map is not None:
-        if device != "auto":
-            raise ModelError(f"device {device!r} and a device_map exclude each other; give one")
-        if isinstance(device_map, str) and device_map != "auto":
-            raise ModelError(f"device_map {device_map!r} is not supported; supported: auto")
-        if device_map == "auto" and not torch.cuda.is_available():
-            raise ModelError(
-                f"device_map 'auto' needs GPUs; torch {torch.__version__} sees no CUDA device"
-            )
-    on_cpu = isinstance(device_map, Mapping) and set(map(str, device_map.values())) == {"cpu"}
-    target = torch.device("cpu") if on_cpu else _device(device)
+    divided = ranks is not None and ranks.size > 1
+    target = _device(device)
+    if ranks is not None and divided:
+        if target.index is not None:
+            raise ModelError(f"--tensor-parallel takes the first GPUs; it excludes {device!r}")
+        if load_in_4bit:
+            raise ModelError("weights in four bits are not divided; --tensor-parallel excludes it")
+        if target.type == "cuda":
+            if ranks.size > torch.cuda.device_count():
+                raise ModelError(
+                    f"--tensor-parallel {ranks.size} needs as many GPUs; torch "
+                    f"{torch.__version__} sees {torch.cuda.device_count()}"
+                )
+            target = torch.device("cuda", ranks.rank)
     if load_in_4bit:
         if target.type != "cuda":
             raise ModelError(
@@ -83,16 +70,12 @@ def choose_placement(
             )
         if find_spec("bitsandbytes") is None:
             raise ModelError("load_in_4bit needs the package: pip install bitsandbytes")
-    return Placement(target, _dtype(dtype, target), device_map, load_in_4bit)
+    return Placement(target, _dtype(dtype, target), load_in_4bit, divided)
 
 
-def device_name(devices: tuple[torch.device, ...]) -> str:
-    """Return ``"cpu"``, the name of the GPU, or ``"2 x "`` and the name of two."""
-    names = Counter(
-        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        for device in devices
-    )
-    return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in names.items())
+def device_name(device: torch.device) -> str:
+    """Return ``"cpu"``, or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _device(name: str) -> torch.device:
@@ -113,15 +96,19 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+    if name in ("auto", "fastest"):
+        # On CPUs with bfloat16 products but without AMX, float32 was the faster one.
+        fast = device.type == "cuda" or (name == "fastest" and torch.cpu._is_amx_tile_supported())
+        name = "bfloat16" if fast else "float32"
     if name in ("float16", "half", "fp16"):
         raise ModelError(
             "dtype 'float16' is not supported: relevance overflows its range and becomes NaN; "
             f"supported: {', '.join(DTYPES)}"
         )
     if name not in DTYPES:
-        raise ModelError(f"dtype {name!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+        raise ModelError(
+            f"dtype {name!r} is not supported; supported: auto, fastest, {', '.join(DTYPES)}"
+        )
     return DTYPES[name]
 
 

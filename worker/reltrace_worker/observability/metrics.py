@@ -31,7 +31,7 @@ class PassStats:
         total = sum(tokens.values())
         for tenant, count in tokens.items():
             before = self.tenant_seconds.get(tenant, 0.0)
-            self.tenant_seconds[tenant] = before + seconds * count / total
+            self.tenant_seconds[tenant] = before + seconds * count / max(1, total)
 
 
 class WorkerCollector(Collector):

@@ -27,8 +27,7 @@ def model_info(loaded: LoadedModel) -> types_pb2.ModelInfo:
         intermediate_size=loaded.shape.intermediate_size,
         vocab_size=loaded.shape.vocab_size,
         context_length=loaded.context_length,
-        # Tied weights count once, and those that are packed into 4 bits one by one.
-        parameters=loaded.model.num_parameters(),
+        parameters=loaded.parameters,
         dtype=scalar_type(loaded.dtype),
         sites=SITES,
         rules=RULES,

@@ -72,7 +72,10 @@ class JobRunner(Protocol):
         """Take jobs in; return the chunks of those that end without a pass."""
 
     async def next_results(self) -> Sequence[Chunks | FailedAttempt]:
-        """Wait until jobs have ended; return for each an iterator of chunks, or why not."""
+        """Wait until jobs have ended; return for each an iterator of chunks, or why not.
+
+        Nothing where jobs have begun beside which there may be room for others.
+        """
 
     def full_pass_jobs(self) -> int:
         """Return how many jobs the pass of the last results took, if it left some behind, else 0.

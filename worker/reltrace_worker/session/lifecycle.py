@@ -15,14 +15,16 @@ from reltrace_worker.session.watchdog import Watchdog
 log = structlog.get_logger()
 
 HANGS = 75
-"""Exit code of a worker whose work stood still: another may be started at once."""
+"""Exit code of a worker whose work stood still, or whose device was lost: another may be started at
+once."""
 
 _HAND_BACK = 5.0
 """Seconds for what is done to be stored, and as many to tell the scheduler what is not."""
 
 
 async def work(session: Session, watchdog: Watchdog, drain_grace: float) -> None:
-    """Work until a signal or the scheduler asks to stop; end the process where work hangs.
+    """Work until a signal or the scheduler asks to stop; end the process where work
+    hangs, or the device is lost.
 
     Raises `WorkerError`: this worker can not go on.
     """

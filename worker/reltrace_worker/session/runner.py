@@ -3,13 +3,13 @@
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import structlog
 from reltrace_proto.telemetry import Spans
-from reltrace_proto.v1 import types_pb2, worker_pb2
+from reltrace_proto.v1 import worker_pb2
 
 from reltrace_worker.engine import Engine, JobPreparer
 from reltrace_worker.engine.generation import Generation
@@ -18,7 +18,13 @@ from reltrace_worker.models.vocabulary import Vocabulary
 from reltrace_worker.observability.metrics import PassStats
 from reltrace_worker.session.drafts import Drafts
 from reltrace_worker.session.leases import Chunks, FailedAttempt, LeaseKey
-from reltrace_worker.session.queue import QueuedJob, RequestQueue, RunningTask
+from reltrace_worker.session.queue import (
+    PASS_SECONDS,
+    QueuedJob,
+    RequestQueue,
+    RunningTask,
+    queue_order,
+)
 from reltrace_worker.session.requests import read_request
 from reltrace_worker.session.results import (
     EndedJobs,
@@ -28,7 +34,7 @@ from reltrace_worker.session.results import (
     too_large,
 )
 from reltrace_worker.session.store import LargeResults
-from reltrace_worker.session.watchdog import LIMIT, Watchdog
+from reltrace_worker.session.watchdog import LIMIT, Watchdog, Work
 from reltrace_worker.types.errors import (
     DeviceLostError,
     EngineError,
@@ -36,13 +42,10 @@ from reltrace_worker.types.errors import (
     PassFailedError,
     ResultTooLargeError,
 )
-from reltrace_worker.types.jobs import AtlasJob, TokenizedPrompt, TraceJob
+from reltrace_worker.types.jobs import GenerateJob, TokenizedPrompt, TraceJob
 from reltrace_worker.types.results import JobResult, Outcome
 
 log = structlog.get_logger()
-
-_HANDICAPS = {types_pb2.PRIORITY_BATCH: 5.0}
-"""Seconds by which a job that came earlier lets an interactive one go first: not for ever."""
 
 _PASSES_AHEAD = 2
 """The pass under way and the one that follows it."""
@@ -56,7 +59,8 @@ class Runner:
     that wait at that moment, while the last results are still being encoded.
 
     A pass has at most `max_tokens` tokens; a longer prompt is a pass of its own. Runners of other
-    models may share the one engine thread.
+    models may share the one engine thread, and then share `queues`, to which each adds its own.
+    `pass_seconds` as in `RequestQueue`.
     """
 
     def __init__(
@@ -68,12 +72,17 @@ class Runner:
         spans: Spans | None = None,
         drafts: Drafts | None = None,
         watchdog: Watchdog | None = None,
+        pass_seconds: float = PASS_SECONDS,
+        queues: list[RequestQueue] | None = None,
     ) -> None:
         self._watchdog = watchdog or Watchdog()
         self._model = model
         self._engine = engine
         self._preparer = JobPreparer(model, self._watchdog.step)
-        self._queue = RequestQueue(max_tokens)
+        self._queue = RequestQueue(max_tokens, pass_seconds)
+        # Those of all runners that share the engine's thread.
+        self._queues = [] if queues is None else queues
+        self._queues.append(self._queue)
         self._text_thread = ThreadPoolExecutor(1, "text")
         self._corpus_thread = ThreadPoolExecutor(1, "corpus")
         self._engine_thread = engine_thread or ThreadPoolExecutor(1, "engine")
@@ -164,7 +173,6 @@ class Runner:
     def _prepare(self, leases: Sequence[worker_pb2.Lease]) -> tuple[list[QueuedJob], list[Chunks]]:
         jobs: list[QueuedJob] = []
         ended: list[Chunks] = []
-        now = time.monotonic()
         for lease in leases:
             key = LeaseKey.of(lease)
             if key not in self._preparing:
@@ -187,8 +195,7 @@ class Runner:
                 if isinstance(job, TokenizedPrompt):
                     ended.append(self._encoder.tokenized(lease, job))
                 else:
-                    order = now + _HANDICAPS.get(lease.priority, 0.0)
-                    jobs.append(QueuedJob(key, lease, job, order))
+                    jobs.append(QueuedJob(key, lease, job, queue_order(lease)))
         return jobs, ended
 
     def _run_pass(self) -> EndedJobs | None:
@@ -203,18 +210,27 @@ class Runner:
         if not isinstance(batch[0].job, TraceJob):
             return self._begin(batch, full_pass_jobs)
         started = time.perf_counter()
+
+        def stop() -> bool:
+            spent = time.perf_counter() - started
+            return spent > self._queue.pass_seconds and any(self._queues)
+
         with self._computing(batch, self._queue.limit(batch)):
-            ended = list(zip(batch, self._trace(batch), strict=True))
+            self._engine.should_stop = stop
+            outcomes = self._trace(batch)
         seconds = time.perf_counter() - started
-        self._queue.measured(batch, seconds)
-        return self._account(ended, seconds, full_pass_jobs)
+        ended, others = self._queue.end_pass(batch, outcomes, seconds, self._engine.join)
+        done = [*(job for job, _ in ended), *others]
+        self._charge(seconds, [(job, _tokens(job, None)) for job in done], self._queue.capacity)
+        accounted = self._account(ended, seconds, full_pass_jobs, others)
+        return accounted if ended else None
 
     @contextmanager
-    def _computing(self, jobs: Sequence[QueuedJob], limit: float = LIMIT) -> Iterator[None]:
+    def _computing(self, jobs: Sequence[QueuedJob], limit: float = LIMIT) -> Iterator[Work]:
         leases, tokens = [job.lease for job in jobs], [job.job.total_tokens for job in jobs]
         with self._watchdog.watching("engine", leases, limit, tokens) as work:
             self._engine.on_step = work.step
-            yield
+            yield work
 
     def _trace(self, batch: Sequence[QueuedJob]) -> list[Outcome]:
         try:
@@ -242,93 +258,116 @@ class Runner:
             return self._account([(job, _failure(error)) for job in batch], 0.0, full_pass_jobs)
         running = RunningTask(dict(enumerate(batch)), task, batch[0].job.batch_key, full_pass_jobs)
         self._queue.begin(running)
-        return self._advance(running)
+        return self._advance(running, len(batch) if isinstance(task, Generation) else 0)
 
-    def _advance(self, running: RunningTask) -> EndedJobs | None:
-        """Advance a task of many passes; return the jobs that have ended, if any."""
+    def _advance(self, running: RunningTask, joined: int = 0) -> EndedJobs | None:
+        """Advance a task of many passes; return the jobs that have ended, if any.
+
+        None of them where others have joined: they leave room in the worker's queue.
+        """
         started = time.perf_counter()
         task = running.task
+        work: Mapping[int, int] = {}
         outcomes: Mapping[int, Outcome]
         failed = False
+        with self._queue.lock:
+            jobs = dict(running.jobs)
         try:
-            on_token = None
-            if isinstance(task, Generation):
-                on_token = self._drafting(running, task)
-            with self._queue.lock:
-                jobs = list(running.jobs.values())
-            with self._computing(jobs):
-                self._engine.advance(task, on_token)
-                outcomes = task.take_outcomes()
+            with self._computing(list(jobs.values())) as watched:
+                if isinstance(task, Generation):
+                    joined += self._write(running, task, watched)
+                else:
+                    self._engine.advance(task)
+                work, outcomes = task.take_work(), task.take_outcomes()
         except DeviceLostError:
             raise
+        except InvalidJob as error:
+            failed = True
+            outcomes = dict.fromkeys(running.jobs, error)
         except Exception as error:
             failed = True
             log.warning("task.failed", jobs=len(running.jobs), exc_info=error)
-            outcomes = dict.fromkeys(running.jobs, _failure(error))
-        running.seconds += time.perf_counter() - started
-        finished = failed or task.finished
-        ended = self._queue.end(running, outcomes, finished=finished)
-        if not ended:
+            outcomes = dict.fromkeys(list(running.jobs), _failure(error))
+        seconds = time.perf_counter() - started
+        running.seconds += seconds
+        with self._queue.lock:
+            jobs |= running.jobs
+        self._charge(seconds, [(jobs[index], tokens) for index, tokens in work.items()])
+        ended = self._queue.end(running, outcomes, finished=failed or task.finished)
+        if not ended and not joined:
             return None
-        spent, running.charged = running.seconds - running.charged, running.seconds
-        full_pass_jobs = running.full_pass_jobs
-        return self._account(ended, running.seconds, full_pass_jobs, spent=spent, finished=finished)
+        return self._account(ended, running.seconds, running.full_pass_jobs)
 
-    def _drafting(self, running: RunningTask, task: Generation) -> Callable[[], None] | None:
-        """Return what notes the texts that somebody reads along with; None: there is none."""
+    def _write(self, running: RunningTask, task: Generation, watched: Work) -> int:
+        """Generate some tokens of texts, and let others join meanwhile; return how many did."""
+        joined = 0
 
-        def streamed() -> list[tuple[int, QueuedJob]]:
-            jobs = running.jobs.items()
-            return [(index, job) for index, job in jobs if job.lease.spec.generation.stream]
+        def let_join() -> None:
+            nonlocal joined
+            if self._queue.has_waiting and (jobs := self._queue.join(running, task)):
+                joined += len(jobs)
+                watched.leases = [*watched.leases, *(job.lease for job in jobs)]
+                watched.tokens = [*watched.tokens, *(job.job.total_tokens for job in jobs)]
 
-        def note() -> None:
+        def on_token() -> None:
             # The lock keeps a text that is dropped and forgotten at this moment from coming back.
             with self._queue.lock:
-                for index, job in streamed():
-                    self._drafts.note(job.key, task.token_ids(index), self._vocabulary)
+                for index, job in running.jobs.items():
+                    # Somebody reads along with it.
+                    if job.lease.spec.generation.stream:
+                        self._drafts.note(job.key, task.token_ids(index), self._vocabulary)
+            let_join()
 
-        with self._queue.lock:
-            return note if streamed() else None
+        let_join()
+        self._queue.go_on(running, self._engine.advance(task, on_token, running.steps))
+        return joined
+
+    def _charge(
+        self, seconds: float, work: Iterable[tuple[QueuedJob, int]], capacity: int = 0
+    ) -> None:
+        """Count a pass: the tokens of each job that went through the model, and its tenant's time.
+
+        It had room for `capacity` tokens, or for these: who waits joins a task that has room.
+        """
+        tenant_tokens: Counter[str] = Counter()
+        for job, tokens in work:
+            tenant_tokens[job.lease.tenant] += tokens
+        tokens = tenant_tokens.total()
+        self.stats.charge_tenants(seconds, tenant_tokens)
+        self.stats.tokens += tokens
+        self.stats.passes += 1
+        # A longer prompt is a pass of its own.
+        self.stats.capacity += max(tokens, capacity)
 
     def _account(
         self,
         ended: Sequence[tuple[QueuedJob, Outcome]],
         seconds: float,
         full_pass_jobs: int,
-        *,
-        spent: float | None = None,
-        finished: bool = True,
+        others: Sequence[QueuedJob] = (),
     ) -> EndedJobs:
-        """Account for jobs that have ended, in a pass that took so long.
+        """Account for jobs that have ended with a pass, or with a task that has taken so long.
 
-        Those of a task are charged with the `spent` part of its time; it may not be `finished`.
+        `others` were in the pass with some of their targets, and go on in a later one.
         """
         self._drafts.forget(job.key for job, _ in ended)
-        tenant_tokens: Counter[str] = Counter()
-        for job, outcome in ended:
-            tenant_tokens[job.lease.tenant] += _tokens(job, outcome)
-        tokens = tenant_tokens.total()
-        self.stats.charge_tenants(seconds if spent is None else spent, tenant_tokens)
-        self.stats.tokens += tokens
-        if finished:
-            self.stats.passes += 1
-            # A longer prompt is a pass of its own.
-            self.stats.capacity += max(tokens, self._queue.capacity)
-        failed = sum(isinstance(outcome, EngineError) for _, outcome in ended)
+        tokens = sum(_tokens(job, outcome) for job, outcome in ended)
+        tokens += sum(_tokens(job, None) for job in others)
+        failed = sum(not isinstance(outcome, JobResult) for _, outcome in ended)
         self.stats.failed += failed
         self.stats.jobs += len(ended) - failed
-        for job, _ in ended:
+        for job in [*(job for job, _ in ended), *others]:
             self._spans.record(
                 "reltrace.pass",
                 job.lease.spec.traceparent,
-                seconds,
+                seconds - job.joined,
                 job=job.key.job_id,
                 attempt=job.key.attempt,
                 tenant=job.lease.tenant,
                 model=self._model.name,
                 rule=job.job.rule,
                 tokens=job.job.total_tokens,
-                jobs_in_pass=len(ended),
+                jobs_in_pass=len(ended) + len(others),
                 tokens_in_pass=tokens,
             )
         log.debug("pass.done", jobs=len(ended), tokens=tokens, seconds=round(seconds, 4))
@@ -339,9 +378,9 @@ def _failure(error: Exception) -> EngineError:
     return error if isinstance(error, EngineError) else PassFailedError(str(error))
 
 
-def _tokens(job: QueuedJob, outcome: Outcome) -> int:
+def _tokens(job: QueuedJob, outcome: Outcome | None) -> int:
     """Return how many tokens went through the model for a job."""
-    if isinstance(job.job, AtlasJob):
-        return job.job.total_tokens
+    if not isinstance(job.job, GenerateJob):
+        return job.job.rows
     generated = outcome.generated if isinstance(outcome, JobResult) else None
     return len(job.job.token_ids) + (len(generated.token_ids) if generated else 0)

@@ -30,7 +30,7 @@ from reltrace_worker.session.messages import (
 )
 from reltrace_worker.session.uploads import Uploads
 from reltrace_worker.session.watchdog import Watchdog
-from reltrace_worker.types.errors import WorkerError
+from reltrace_worker.types.errors import DeviceLostError, WorkerError
 
 log = structlog.get_logger()
 
@@ -179,8 +179,14 @@ class Session:
 
     async def _compute(self) -> None:
         while True:
-            results = await self._runner.next_results()
+            try:
+                results = await self._runner.next_results()
+            except DeviceLostError:
+                # The watchdog knows of it, and whoever waits for it drains us.
+                await asyncio.get_running_loop().create_future()
             self._window.adapt(self._runner.full_pass_jobs())
+            if not results:
+                self._offer()
             failed = [result for result in results if isinstance(result, FailedAttempt)]
             for attempt in failed:
                 self._drop({attempt.key})

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import structlog
 from reltrace_proto.v1 import worker_pb2
 
+from reltrace_worker.types.errors import DeviceLostError
+
 log = structlog.get_logger()
 
 LIMIT = 600.0
@@ -70,6 +72,8 @@ class Watchdog:
         self._works: list[Work] = []
         self._here = threading.local()
         self._looked = 0.0
+        # What was under way when the device was lost.
+        self._lost: Work | None = None
 
     @contextmanager
     def watching(
@@ -86,6 +90,9 @@ class Watchdog:
         self._here.work = work
         try:
             yield work
+        except DeviceLostError as error:
+            self.lose(str(error))
+            raise
         finally:
             with self._lock:
                 self._works.remove(work)
@@ -94,11 +101,24 @@ class Watchdog:
         """Note that the work that this thread began last goes on."""
         self._here.work.step()
 
+    def lose(self, reason: str) -> None:
+        """Note that nothing can be computed any more, in what is under way or after it."""
+        with self._lock:
+            if self._lost is None:
+                log.critical("device.lost", reason=reason)
+                engines = [work for work in self._works if work.name == "engine"]
+                self._lost = engines[0] if engines else Work("engine", (), 0.0)
+
     async def stuck(self) -> Work:
-        """Wait until a step takes too long; return its work, which is in the log then."""
+        """Wait until a step takes too long, or the device is lost; return the work concerned.
+
+        It is in the log then.
+        """
         while True:
             await asyncio.sleep(_PERIOD)
             work = self._look(time.monotonic())
+            if self._lost is not None:
+                return self._lost
             if work is not None and work.silent > work.limit:
                 _report(work)
                 return work

@@ -56,6 +56,10 @@ class EngineError(WorkerError):
     """A job can not be computed: its numbers are not finite, or it does not fit into memory."""
 
 
+class NotFiniteError(EngineError):
+    """Numbers of a job are not finite, by its own fault or by a neighbour's in its pass."""
+
+
 class PassFailedError(EngineError):
     """A pass failed for a reason that may pass: another attempt is worthwhile."""
 

@@ -6,8 +6,9 @@ job. There are three kinds of jobs: a trace, the generation of text, and an atla
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TokenRef = str | int
 """A token by its id, or by text: its name, or text that encodes to exactly one token."""
@@ -192,6 +193,8 @@ class Target:
     logprob: bool = False
     # The response tokens that the terms stand for; empty without a continuation.
     continuation_ids: tuple[int, ...] = ()
+    # Path of the request's target that this one stems from, for errors.
+    field: str = dataclasses.field(default="targets[0]", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,9 @@ class TraceJob:
     # Compute only the logits of the terms instead of whole rows: all terms have token ids, and
     # none is a log-probability.
     only_terms: bool = False
+    # Pack the prompt once for each target, beside others, instead of running several backward
+    # passes after one forward pass.
+    packs_targets: bool = True
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -226,9 +232,32 @@ class TraceJob:
         return len(self.token_ids)
 
     @property
+    def alone(self) -> bool:
+        """Whether it is a batch of its own: with one forward pass for several backward passes."""
+        return bool(self.sites) and not self.packs_targets and len(self.targets) > 1
+
+    @property
+    def copies(self) -> list[TraceJob]:
+        """What is packed of it: itself, or a copy for each target."""
+        if not self.sites or self.alone:
+            return [self]
+        return [self.with_targets((target,)) for target in self.targets]
+
+    @property
+    def rows(self) -> int:
+        """How many rows of a pack it takes."""
+        return self.total_tokens * (len(self.targets) if self.sites and not self.alone else 1)
+
+    @property
     def passes(self) -> int:
-        """How often the tokens go through the model: forward, and backward for each target."""
-        return 1 + len(self.targets) if self.sites else 1
+        """How often its rows go through the model: forward, and backward for each target."""
+        if not self.sites:
+            return 1
+        return 1 + len(self.targets) if self.alone else 2
+
+    def with_targets(self, targets: tuple[Target, ...]) -> TraceJob:
+        """Return the same job with some of its targets."""
+        return self if len(targets) == len(self.targets) else replace(self, targets=targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +279,10 @@ class GenerateJob:
     @property
     def total_tokens(self) -> int:
         return len(self.token_ids) + self.sampling.max_new_tokens
+
+    @property
+    def rows(self) -> int:
+        return self.total_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -285,6 +318,10 @@ class AtlasJob:
     @property
     def total_tokens(self) -> int:
         return sum(job.total_tokens for job in self.prompts)
+
+    @property
+    def rows(self) -> int:
+        return self.total_tokens
 
 
 Job = TraceJob | GenerateJob | AtlasJob

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reltrace_worker.types.errors import EngineError
+from reltrace_worker.types.errors import EngineError, InvalidJob
 from reltrace_worker.types.jobs import Target
 
 
@@ -50,6 +50,8 @@ class ResolvedTarget:
     contrast: str
     # The scalar that the backward pass started from: a logit, a log-probability, or a sum of them.
     logit: float
+    # The logit of the token itself.
+    token_logit: float = 0.0
     # The likeliest tokens at the first term's position, the likeliest first.
     candidates: tuple[Candidate, ...] = ()
 
@@ -83,5 +85,5 @@ class JobResult:
     hints: tuple[str, ...] = ()
 
 
-Outcome = JobResult | EngineError
+Outcome = JobResult | EngineError | InvalidJob
 """What came of one job."""
