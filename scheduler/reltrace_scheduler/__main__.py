@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,9 @@ def scheduler(context: typer.Context, settings: Settings) -> None:
             access.check_metrics(settings.metrics)
         traces, share = settings.traces, settings.traces_share
         with exporting_spans(traces, "reltrace-scheduler", share) as spans:
+            # What was imported stays: collections of garbage need not look at it.
+            gc.collect()
+            gc.freeze()
             uvloop.run(_run(settings, address, access, spans))
     except (StartError, SettingError) as error:
         typer.echo(f"reltrace-scheduler: {error}", err=True)

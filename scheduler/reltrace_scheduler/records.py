@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from reltrace_scheduler.keys import QueueName, job_ids
 
@@ -51,9 +52,8 @@ class Progress:
     ended: int
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A lease of the worker whose session it is."""
+class Lease(NamedTuple):
+    """A lease of the worker whose session it is; several times hashed for every job."""
 
     job_id: str
     attempt: int

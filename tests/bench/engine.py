@@ -34,6 +34,7 @@ from reltrace_worker.engine import Checkpointing, Engine
 from reltrace_worker.engine.batch import PackedBatch
 from reltrace_worker.engine.targets import Readout
 from reltrace_worker.lrp import RULES, apply_rule
+from reltrace_worker.lrp.joined import join_linear_layers
 from reltrace_worker.lrp.linear import linear_layers, through_onednn
 from reltrace_worker.lrp.ops import compile_functions
 from reltrace_worker.models.loading import LoadedModel
@@ -257,6 +258,9 @@ def main() -> None:
     parts = given.only or PARTS
     shape = SHAPES.get(given.model)
     loaded = load(given.model, dtype, given.device)
+    if given.device != "cpu":
+        # As a worker does.
+        join_linear_layers(loaded.model)
     inputs = prompts_for(loaded, given.prompts, given.shortest, given.longest, given.seed)
     report: Row = {
         "model": given.model,

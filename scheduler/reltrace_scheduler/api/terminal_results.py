@@ -15,6 +15,10 @@ from reltrace_scheduler.records import Lease, LostLease, QuarantineCandidate, Te
 
 _SHOWN_TOKENS, _SHOWN_TEXT = 40, 120
 
+_STATE_NAMES = {
+    state: name.removeprefix("JOB_STATE_") for name, state in types_pb2.JobState.items()
+}
+
 
 def cancelled(job_id: str, reason: str = "was cancelled") -> TerminalResult:
     return _result(job_id, None, "CANCELLED", _error(code_pb2.CANCELLED, reason))
@@ -101,7 +105,7 @@ def _recent_job(
 
 
 def state_name(state: types_pb2.JobState.ValueType) -> str:
-    return types_pb2.JobState.Name(state).removeprefix("JOB_STATE_")
+    return _STATE_NAMES[state]
 
 
 def lost_leases(lost: Sequence[LostLease]) -> list[types_pb2.LostLease]:

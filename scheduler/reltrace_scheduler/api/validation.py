@@ -1,6 +1,7 @@
 """Checks of a submission against the models that workers announced, and of lists of jobs."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from google.protobuf.message import Message
 from reltrace_proto.stores import is_below
@@ -9,7 +10,7 @@ from reltrace_proto.v1 import trace_pb2, types_pb2
 from reltrace_scheduler import __version__
 from reltrace_scheduler.api.job_faults import input_faults, settings_faults
 from reltrace_scheduler.api.models import Models
-from reltrace_scheduler.api.result_sizes import ResultLimits
+from reltrace_scheduler.api.result_sizes import ResultLimits, ResultSize
 from reltrace_scheduler.errors import (
     InvalidRequestError,
     NotFoundError,
@@ -20,7 +21,8 @@ from reltrace_scheduler.errors import (
 from reltrace_scheduler.limits import MAX_JOBS_PER_REQUEST, MAX_KEY
 from reltrace_scheduler.records import NewJob
 
-_INPUTS = ("prompt", "input_ids", "corpus", "chat")
+_NESTED: tuple[Literal["chat", "corpus"], ...] = ("chat", "corpus")
+_INPUTS = ("prompt", "input_ids", *_NESTED)
 
 
 def check_submission(
@@ -48,11 +50,12 @@ def check_submission(
     # The jobs of a message mostly differ in their input only.
     checked: set[bytes] = set()
     sizes: list[int] = []
+    known_sizes: dict[tuple[bytes, str | None, int], ResultSize] = {}
     for index, (spec, route) in enumerate(zip(request.jobs, routes, strict=True)):
         faults = list(input_faults(spec, infos[route]))
         without_input = _without(spec, *_INPUTS)
         settings = without_input.SerializeToString(deterministic=True)
-        faults += _unknown_fields(spec.chat, spec.corpus)
+        faults += _unknown_fields(*(getattr(spec, x) for x in _NESTED if spec.HasField(x)))
         if settings not in checked:
             found = [
                 *settings_faults(spec, infos[route]),
@@ -63,7 +66,12 @@ def check_submission(
             if not found:
                 checked.add(settings)
         if not faults:
-            size = results.size(spec, infos[route])
+            # Of a text and of ids, only the length matters.
+            kind, length = spec.WhichOneof("input"), len(spec.prompt.encode())
+            alike = (settings, kind, length or len(spec.input_ids.ids))
+            size = known_sizes.get(alike) or results.size(spec, infos[route])
+            if kind not in _NESTED:
+                known_sizes[alike] = size
             sizes.append(size.bytes)
             faults += [size.fault] if size.fault else []
         violations += [fault.within(f"jobs[{index}]") for fault in faults]

@@ -128,10 +128,10 @@ class Session:
             lease = leases.leases.add(
                 job_id=job.job_id,
                 attempt=job.attempt,
-                queued_for=_duration(job.queued_for),
                 priority=types_pb2.PRIORITY_BATCH if batch else types_pb2.PRIORITY_INTERACTIVE,
                 tenant=job.queue.tenant,
             )
+            lease.queued_for.FromMilliseconds(round(1000 * job.queued_for))
             lease.spec.MergeFromString(job.spec)
             if lease.spec.traceparent:
                 self._spans.record(

@@ -9,7 +9,9 @@ import pytest
 from google.rpc import code_pb2
 from reference.loaded import PROMPTS, Checkpoints, checkpoints, preparer
 from reltrace_proto.v1 import types_pb2, worker_pb2
+from reltrace_scheduler.api.models import Models
 from reltrace_scheduler.api.result_sizes import ResultLimits
+from reltrace_scheduler.api.validation import check_submission
 from reltrace_scheduler.config import Settings
 from reltrace_worker.engine import REDUCTIONS, SITES, result_bytes
 from reltrace_worker.session.headers import model_info
@@ -173,3 +175,25 @@ async def test_a_worker_that_sends_too_much_does_not_get_it_stored(
     assert end.error.code == code_pb2.RESOURCE_EXHAUSTED
     assert "1 MiB" in end.error.message
     assert "--results-url" in end.error.message
+
+
+def test_jobs_of_one_message_have_the_sizes_that_they_have_alone() -> None:
+    """
+    Given jobs with the same settings whose inputs differ in kind and length, in both orders
+    I expect of each the size that it has in a message of its own.
+    """
+    models = Models(known={"m": MODEL}, workers={"m": 1})
+    limits = ResultLimits(NO_BOUND, None)
+    chat = types_pb2.Chat(messages=[types_pb2.Message(role="user", content="a")])
+    ids = [types_pb2.TokenIds(ids=[1] * count) for count in (1, 5)]
+    specs = [JobSpec(model="m", prompt=text) for text in ("a", "abcde", "ä" * 5)]
+    specs += [*(JobSpec(model="m", input_ids=one) for one in ids), JobSpec(model="m", chat=chat)]
+
+    def sizes(jobs: list[types_pb2.JobSpec]) -> list[int]:
+        found = check_submission(submission(*jobs), models, limits)
+        return [job.result_bytes for job in found]
+
+    alone = [size for spec in specs for size in sizes([spec])]
+    assert len(set(alone)) > 2
+    assert sizes(specs) == alone
+    assert sizes([*specs[::-1], *specs]) == alone[::-1] + alone

@@ -414,3 +414,25 @@ async def test_a_backlog_of_one_model_takes_no_share_of_another(
     leased = await driver.queue.lease(driver.shard, "other", "w", EPOCH, 20, 20, 2)
     assert len(leased.jobs) == 2
     assert len((await driver.queue.lease(driver.shard, "other", "w", EPOCH, 20, 20, 2)).jobs) == 0
+
+
+async def test_commands_of_a_tiny_job(driver: Driver, store: redis.asyncio.Redis) -> None:
+    """
+    Given 64 and 192 jobs that are submitted, leased, ended, read and acknowledged together
+    I expect each job beyond the first 64 to cost nine commands of Redis, those of scripts included.
+    """
+
+    async def calls(count: int) -> int:
+        await store.config_resetstat()
+        submission = await driver.submit([NewJob(MODEL, b"spec", result_bytes=9)] * count)
+        leased = await driver.lease("w", count)
+        await driver.commit("w", [end(job) for job in leased])
+        read = [chunk async for chunk in driver.results.read(submission.id, 0, 0)]
+        assert len(read) == count
+        await driver.results.acknowledge(submission.id, count)
+        return sum(int(row["calls"]) for row in (await store.info("commandstats")).values())
+
+    settings = replace(driver.store.settings, max_jobs=1000, tenant_max_jobs=1000)
+    driver = Driver.over(store, settings)
+    await calls(1)
+    assert (await calls(192) - await calls(64)) / 128 <= 9

@@ -47,6 +47,7 @@ def jobs(rule: str) -> list[TraceJob]:
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("kind", ["grouped", "gemma3"])

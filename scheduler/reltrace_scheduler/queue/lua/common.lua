@@ -139,7 +139,9 @@ local function end_lease(job)
     append(released_jobs, job.worker, job.id)
     if job.reserved > 0 then
         charge(submission_of(job.id).tenant, 0, 0, 0, -job.reserved)
-        redis.call("HDEL", job.key, "reserved")
+        if not job.is_over then
+            redis.call("HDEL", job.key, "reserved")
+        end
     end
     if job.drafted then
         redis.call("DEL", prefix.draft .. job.id)
@@ -270,7 +272,8 @@ local function finish(job, state, chunk, list, bytes)
         charge(submission.tenant, 0, 0, #chunk)
     end
     redis.call("HSET", job.key, "state", state)
-    redis.call("HDEL", job.key, "spec")
+    redis.call("HDEL", job.key, "spec", "reserved")
+    job.is_over = true
     if job.due then
         redis.call("ZREM", key.deadlines, job.id)
     end
