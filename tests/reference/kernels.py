@@ -2,9 +2,11 @@
 
 Every operation that torch dispatches is one kernel, unless it only makes a view, allocates, or is
 a plain copy (a memcpy on CUDA, not a kernel). A function that the engine marks for torch's compiler
-counts as one if `compiled`; that inductor makes one kernel of each is a test of its own. Attention
-is that of the kernel ``varlen``, one operation forward and one backward. Inside it, flash attention
-launches one kernel forward; backward three, and two more to sum up grouped heads.
+counts as one if `compiled`. No test shows that inductor makes one kernel of each: in the code that
+it generated for CUDA with triton 3.6 it did, but for the backward pass of partial rotary
+embeddings, which became three. Attention is that of the kernel ``varlen``, one operation forward
+and one backward. Inside it, flash attention launches one kernel forward; backward three, and two
+more to sum up grouped heads.
 """
 
 from __future__ import annotations
