@@ -904,8 +904,9 @@ class Provenance(_message.Message):
     device: _builtins.str
     reduction: _builtins.str
     rule_functions: _builtins.str
-    """Whose functions the rule ran: "fused" (the worker's own) or "lxt". Empty where no function of
-    the model was replaced (rule "gradient"), and from older workers.
+    """Whose functions the rule ran: "fused" (the worker's own), "compiled" (the same, compiled by
+    torch) or "lxt". Empty where no function of the model was replaced (rule "gradient"), and from
+    older workers.
     """
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
