@@ -10,11 +10,9 @@ python tests/chaos/upgrade.py --released --kills 80   # half of each, and what i
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -96,8 +94,8 @@ def released(folder: Path) -> Path | None:
     )
     if done.returncode != 0:
         return None
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+    # Not by `tarfile`: Python 3.11.2 has no filters there, and later versions ask for one.
+    subprocess.run(["tar", "-x", "-C", folder], input=done.stdout, check=True, timeout=60)
     return folder
 
 
