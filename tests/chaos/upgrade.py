@@ -94,6 +94,7 @@ def released(folder: Path) -> Path | None:
     )
     if done.returncode != 0:
         return None
+    folder.mkdir(parents=True)
     # Not by `tarfile`: Python 3.11.2 has no filters there, and later versions ask for one.
     subprocess.run(["tar", "-x", "-C", folder], input=done.stdout, check=True, timeout=60)
     return folder
